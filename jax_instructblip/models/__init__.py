@@ -1,0 +1,17 @@
+"""The networks: pure functions of their parameters.
+
+One alphabet, in shape annotations and einsum strings alike:
+
+    B  batch               L  instruction tokens (Q-Former side)
+    F  frames of a video   T  query side of an attention, tokens of a language model
+    H W C  image           S  key side of an attention
+    P  patches (and CLS)   N  attention heads
+    Q  query vectors       K  width of one head
+    D  model width         M  width of a feed-forward layer
+    V  vocabulary          R  rows that share one prompt: beams or candidates
+    Y  layers of a tower (axis 0 of every stacked leaf)
+
+Every tower keeps its layers stacked on axis 0 and runs them with `nn.scan`. Leaves are named only
+`kernel bias scale embedding queries cls pos_embed relative_bias temp`; attention kernels keep their
+head axis (`[D, N, K]` going in, `[N, K, D]` coming out).
+"""

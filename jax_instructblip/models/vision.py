@@ -1,0 +1,91 @@
+"""EVA ViT-g/14: images to patch features.
+
+The released tower has 40 blocks; the last one, the final norm and the head are no part of the model
+(the features are the residual stream after block 39). `image_norm`, which follows, is trained and
+therefore belongs to the Q-Former.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from jax_instructblip.models.attention import Attention
+from jax_instructblip.models.layers import LayerNorm, Mlp, constrain, scan_layers
+from jax_instructblip.models.variants import VisionConfig
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in 0..1
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalise(images: UInt8[Array, "*B 3"] | Float[Array, "*B 3"]) -> Float[Array, "*B 3"]:
+    """CLIP-normalised float32 pixels of uint8 ones; floats are taken as normalised already."""
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        return images
+    shape = (1,) * (images.ndim - 1) + (3,)
+    mean, std = jnp.reshape(jnp.array(IMAGE_MEAN), shape), jnp.reshape(jnp.array(IMAGE_STD), shape)
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm block: attention without key bias, erf-GELU feed-forward."""
+
+    config: VisionConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B P D"], _: None) -> tuple[Float[Array, "B P D"], None]:
+        c = self.config
+        attention = Attention(
+            c.width,
+            c.heads,
+            c.width // c.heads,
+            self.dtype,
+            biases=("query", "value", "out"),
+            name="attention",
+        )
+        y = LayerNorm(c.norm_eps, name="attention_norm")(x)
+        x = x + attention(y, y)
+        y = LayerNorm(c.norm_eps, name="mlp_norm")(x)
+        x = x + Mlp(c.width, c.mlp, self.dtype, name="mlp")(y)
+        return constrain(x), None
+
+
+class VisionTransformer(nn.Module):
+    """Images to patch features, CLS first."""
+
+    config: VisionConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images: Array) -> Float[Array, "B P D"]:
+        """The residual stream `[B, P, D]` after the last block, P = 1 + (H / patch)^2.
+
+        `images` are `[B, H, W, 3]`: uint8, or floats normalised already.
+
+        Raises:
+            ValueError: the images are not of the size that the position table was made for.
+        """
+        c = self.config
+        if images.shape[1:] != (c.image_size, c.image_size, 3):
+            raise ValueError(
+                f"images have shape {images.shape}, expected [B, {c.image_size}, {c.image_size}, "
+                "3]: resize them as data/images.py does"
+            )
+        patches = nn.Conv(
+            c.width,
+            (c.patch_size, c.patch_size),
+            strides=(c.patch_size, c.patch_size),
+            padding="VALID",
+            dtype=self.dtype,
+            name="patch_embed",
+        )(normalise(images).astype(self.dtype))
+        patches = patches.reshape(images.shape[0], -1, c.width)  # [B, P-1, D], row-major
+        small = nn.initializers.truncated_normal(0.02)
+        cls = self.param("cls", small, (1, 1, c.width)).astype(self.dtype)
+        positions = self.param("pos_embed", small, (1, c.tokens, c.width)).astype(self.dtype)
+        cls = jnp.broadcast_to(cls, (images.shape[0], 1, c.width))
+        x = constrain(jnp.concatenate([cls, patches], axis=1) + positions)
+        layers = scan_layers(VisionBlock, c.layers, call=0)(c, self.dtype, name="layers")
+        return layers(x, None)[0]
