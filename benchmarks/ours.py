@@ -1,0 +1,161 @@
+"""Times this package: train step and greedy decode of one variant with random weights.
+
+Prints one JSON object as its last line. Started by `gpu.py`, in a process of its own, so that
+neither side's memory pool is in the other's way.
+"""
+
+import argparse
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.workload import TRAIN_BATCH, Lengths, decode_bytes, seconds, train_flops
+from jax_instructblip.checkpoint import flatten, unflatten
+from jax_instructblip.inference.decode import generate_tokens
+from jax_instructblip.models.instructblip import InstructBlip, param_shapes
+from jax_instructblip.models.variants import Variant, get_variant
+from jax_instructblip.training.optimizer import adamw, warmup_cosine
+from jax_instructblip.training.state import create_state, partition
+from jax_instructblip.training.step import compile_step
+
+
+def random_params(variant: Variant, dtype: jnp.dtype) -> dict:
+    """Random weights made on the device leaf by leaf: norms near 1, kernels of unit gain."""
+    made = {}
+    for number, (path, leaf) in enumerate(flatten(param_shapes(variant)).items()):
+        name, key = path.rsplit("/", 1)[-1], jax.random.key(number)
+        if name in ("scale", "bias"):
+            value = jnp.full(leaf.shape, float(name == "scale"), dtype)
+        else:
+            # Axis 0 of a stack is the layer; what a kernel sums over is all but its outputs.
+            fan_in = leaf.shape[-2] if name == "kernel" and len(leaf.shape) > 1 else 2500
+            draw = jax.jit(
+                lambda key, shape=leaf.shape, std=0.7 * fan_in**-0.5: (
+                    std * jax.random.normal(key, shape, dtype)
+                )
+            )
+            value = draw(key)
+        made[path] = value
+    return unflatten(made)
+
+
+def random_batch(variant: Variant, size: int, lengths: Lengths, training: bool) -> dict:
+    """`size` full-length rows (no padding), on the device."""
+    rng = np.random.default_rng(0)
+    side, m = variant.vision.image_size, variant.llm
+    ids = lambda width, vocab: rng.integers(3, vocab, (size, width)).astype(np.int32)  # noqa: E731
+    answer = ids(lengths.answer, min(m.vocab, 32000))
+    tokens = ids(lengths.prompt, min(m.vocab, 32000))
+    batch = {
+        "images": rng.integers(0, 256, (size, 1, side, side, 3), dtype=np.uint8),
+        "qformer_tokens": ids(lengths.instruction, variant.qformer.vocab),
+        "qformer_mask": np.ones((size, lengths.instruction), bool),
+    }
+    if training and m.kind == "t5":
+        start = np.full((size, 1), m.decoder_start_id, np.int32)
+        batch["decoder_tokens"] = np.concatenate([start, answer[:, :-1]], axis=1)
+        batch["targets"] = answer
+    elif training:
+        ignored = np.full((size, lengths.prompt - 1), -100, np.int32)
+        end = np.full((size, 1), -100, np.int32)
+        batch["targets"] = np.concatenate([ignored, answer, end], axis=1)
+        tokens = np.concatenate([tokens, answer], axis=1)
+    batch |= {"tokens": tokens, "mask": np.ones(tokens.shape, bool)}
+    return jax.device_put(batch)
+
+
+def time_training(name: str, params: dict, batch: int, lengths: Lengths, repeats: int) -> dict:
+    """Seconds a step at the largest batch that fits, starting from `batch` and halving."""
+    variant = get_variant(name)
+    schedule = warmup_cosine(start=1e-8, peak=1e-5, end=0.0, warmup_steps=1000, total_steps=60_000)
+    trainable, frozen = partition(params, ("qformer",))
+    tried = []
+    while batch:
+        optimizer = adamw(schedule)
+        step = compile_step(
+            model=InstructBlip(variant, jnp.bfloat16), optimizer=optimizer, schedule=schedule
+        )
+        state, key = create_state(trainable, optimizer), jax.random.key(0)
+        data, box = random_batch(variant, batch, lengths, training=True), {}
+
+        def once(step=step, data=data, key=key, box=box):
+            box["state"], metrics = step(box["state"], frozen, data, key)
+            box["loss"] = float(metrics["loss"])
+
+        box["state"] = state
+        try:
+            took = seconds(once, repeats)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            tried.append(batch)
+            batch //= 2
+            continue
+        rate = batch / took["median"]
+        return {
+            "batch": batch,
+            "out_of_memory_at": tried,
+            "seconds": took,
+            "samples_per_second": rate,
+            "tflops_needed_per_second": rate * train_flops(variant, lengths) / 1e12,
+            "loss": box["loss"],
+        }
+    return {"out_of_memory_at": tried}
+
+
+def time_decoding(name: str, params: dict, batch: int, lengths: Lengths, repeats: int) -> dict:
+    """Seconds of image + prompt + `lengths.new` greedy tokens for `batch` rows."""
+    variant = get_variant(name)
+    model = InstructBlip(variant, jnp.bfloat16)
+    data = random_batch(variant, batch, lengths, training=False)
+    keys = jax.random.split(jax.random.key(0), batch)
+
+    def answer(new: int):
+        made = generate_tokens(model, params, data, keys, max_new_tokens=new, min_new_tokens=new)
+        return jax.block_until_ready(made)
+
+    whole = seconds(lambda: answer(lengths.new), repeats)
+    first = seconds(lambda: answer(1), repeats)
+    step = (whole["median"] - first["median"]) / (lengths.new - 1)
+    return {
+        "batch": batch,
+        "new_tokens": lengths.new,
+        "seconds": whole,
+        "seconds_to_first": first,
+        "tokens_per_second": batch * lengths.new / whole["median"],
+        "milliseconds_per_step": 1e3 * step,
+        "weight_gigabytes_per_second": decode_bytes(name) / 1e9 / step if step > 0 else None,
+    }
+
+
+def main() -> None:
+    """Parses the flags, measures, prints JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variant", required=True)
+    parser.add_argument("--batch", type=int, default=None, help="training batch to start from")
+    parser.add_argument("--decode_batches", type=int, nargs="*", default=[1, 32])
+    parser.add_argument("--repeats", type=int, default=5)
+    flags = parser.parse_args()
+    lengths = Lengths.of(flags.variant)
+    params = random_params(get_variant(flags.variant), jnp.dtype(jnp.bfloat16))
+    result = {
+        "side": "jax_instructblip",
+        "variant": flags.variant,
+        "versions": {"jax": jax.__version__},
+        "device": jax.devices()[0].device_kind,
+        "decode": [
+            time_decoding(flags.variant, params, size, lengths, flags.repeats)
+            for size in flags.decode_batches
+        ],
+    }
+    batch = flags.batch or TRAIN_BATCH.get(flags.variant, 8)
+    result["train"] = time_training(flags.variant, params, batch, lengths, flags.repeats)
+    stats = jax.devices()[0].memory_stats() or {}
+    result["peak_gigabytes"] = stats.get("peak_bytes_in_use", 0) / 1e9
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

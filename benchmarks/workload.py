@@ -1,0 +1,86 @@
+"""What the benchmarks run: sizes of one sample, batches, and the FLOPs that a step cannot avoid."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+from jax_instructblip.models.variants import T5Config, Variant, get_variant
+
+VARIANTS = {
+    "full": ("instructblip-flan-t5-xl", "instructblip-vicuna-7b"),
+    "tiny": ("tiny-t5", "tiny-vicuna"),
+}
+TRAIN_BATCH = {"instructblip-flan-t5-xl": 192, "instructblip-vicuna-7b": 128}  # the paper's
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Tokens of one sample; the image brings its own 257 and the Q-Former its 32 queries."""
+
+    instruction: int = 32  # Q-Former text
+    prompt: int = 48  # instruction in the language model's tokens
+    answer: int = 16  # target tokens
+    new: int = 64  # generated tokens
+
+    @classmethod
+    def of(cls, variant: str) -> "Lengths":
+        """Short ones for the tiny variants, which only show that the benchmark runs."""
+        return cls(8, 8, 4, 8) if variant.startswith("tiny") else cls()
+
+
+def train_flops(variant: Variant, lengths: Lengths) -> float:
+    """FLOPs that one training sample needs: ViT forward, Q-Former both ways, LLM forward and dX.
+
+    Multiply-add = 2; matrix products and attention only; causal attention at half; the head only
+    where a target stands; no rematerialisation.
+    """
+    v, q, m = variant.vision, variant.qformer, variant.llm
+    patches = v.tokens
+    vision = 2 * v.layers * (4 * v.width**2 + 2 * v.width * v.mlp) * patches
+    vision += 4 * patches**2 * v.width * v.layers
+    vision += 2 * (patches - 1) * v.patch_size**2 * 3 * v.width
+
+    t, cross = q.queries + lengths.instruction, q.layers // 2
+    keys = 2 * cross * 2 * v.width * q.width * patches
+    qformer = 2 * q.layers * (4 * q.width**2 + 2 * q.width * q.mlp) * t
+    qformer += 2 * cross * 2 * q.width**2 * q.queries + keys
+    qformer += 4 * t * t * q.width * q.layers + 4 * q.queries * patches * q.width * cross
+    qformer += 2 * q.queries * q.width * q.llm_width
+    trained = 3 * qformer - keys  # the image's features want no gradient
+
+    seen, d = q.queries + lengths.prompt, m.width
+    if isinstance(m, T5Config):
+        inner, u = m.heads * m.head_width, lengths.answer
+        mlp = 3 * d * m.mlp
+        llm = 2 * m.encoder_layers * (4 * d * inner + mlp) * seen
+        llm += 4 * seen**2 * inner * m.encoder_layers
+        llm += 2 * m.decoder_layers * 2 * d * inner * seen
+        llm += 2 * m.decoder_layers * (6 * d * inner + mlp) * u
+        llm += (4 * u * seen + 2 * u**2) * inner * m.decoder_layers + 2 * m.vocab * d * u
+    else:
+        total = seen + lengths.answer
+        llm = 2 * m.layers * (4 * d**2 + 3 * d * m.mlp) * total
+        llm += 2 * total**2 * d * m.layers + 2 * m.vocab * d * lengths.answer
+    return float(vision + trained + 2 * llm)
+
+
+def decode_bytes(name: str) -> float:
+    """Bytes of bfloat16 weights that one decode step reads, whatever the batch."""
+    m = get_variant(name).llm
+    if isinstance(m, T5Config):
+        layer = 6 * m.width * m.heads * m.head_width + 3 * m.width * m.mlp
+        return 2.0 * (m.decoder_layers * layer + m.vocab * m.width)
+    return 2.0 * (m.layers * (4 * m.width**2 + 3 * m.width * m.mlp) + m.vocab * m.width)
+
+
+def seconds(call: Callable[[], object], repeats: int, warm_up: int = 2) -> dict[str, float]:
+    """Median, minimum and maximum wall seconds of `call`, which must wait for the device itself."""
+    for _ in range(warm_up):
+        call()
+    took = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - start)
+    return {"median": statistics.median(took), "min": min(took), "max": max(took)}

@@ -1,0 +1,82 @@
+"""Every field of a run, once, with its unit; other files start from here and change some."""
+
+from ml_collections import ConfigDict
+
+
+def source(path: str, split: str = "train", weight: float = 0.0, templates: str = "") -> ConfigDict:
+    """One source of training data.
+
+    Args:
+      path: a file of JSON lines, or the name of a prepared dataset (`shapes`).
+      split: which of its records.
+      weight: its share, relative to the other weights; 0 means the square root of its size.
+      templates: a list of `data/templates.py` that dresses the prompts; "" takes them as they are.
+    """
+    return ConfigDict(dict(path=path, split=split, weight=weight, templates=templates))
+
+
+def get_config() -> ConfigDict:
+    """All fields with their defaults: InstructBLIP's recipe where the paper states one."""
+    config = ConfigDict()
+    config.workdir = ""  # folder of the run; one that has checkpoints is taken up again
+    config.seed = 0  # of the data's order, augmentation and dropout
+
+    config.model = ConfigDict()
+    config.model.checkpoint = ""  # folder made by `convert`, or an embedded name: frozen weights
+    config.model.init = ""  # another checkpoint or run whose weights the trained part starts from
+    config.model.trainable = ("qformer",)  # top-level parts of the model that are trained
+    config.model.instruction_aware = True  # False: the Q-Former does not read the instruction
+    config.model.qformer_dropout = -1.0  # probability; -1: as the checkpoint says
+    config.model.llm_dropout = -1.0  # probability, in the frozen model too; -1: as the checkpoint
+    config.model.dtype = "bfloat16"  # of the computation; norms, softmax and loss are float32
+    config.model.frozen_dtype = "bfloat16"  # of the frozen weights; trained ones are float32
+
+    config.data = ConfigDict()
+    config.data.sources = ConfigDict()  # name -> source(...)
+    config.data.batch_size = 128  # samples, on all devices together
+    config.data.buckets = (64,)  # tokens that rows are padded to, besides the limits below
+    config.data.augment = True  # random crop (half to all of the area) and mirroring
+    config.data.threads = 8  # that make batches
+    config.data.ahead = 4  # batches made before they are asked for
+    config.data.workers = 0  # processes that make batches; 0: threads of this one
+
+    config.text = ConfigDict()
+    config.text.qformer_limit = 128  # tokens of the instruction that the Q-Former reads
+    config.text.prompt_limit = 128  # tokens of the instruction that the language model reads
+    config.text.answer_limit = 256  # tokens of the answer
+
+    config.train = ConfigDict()
+    config.train.steps = 60_000
+    config.train.log_every = 10  # steps between lines of metrics
+
+    config.optimizer = ConfigDict()
+    config.optimizer.schedule = "cosine"  # or "staircase": one step of the cosine an epoch (LAVIS)
+    config.optimizer.learning_rate = 1e-5  # at the end of the warm-up
+    config.optimizer.warmup_learning_rate = 1e-8  # of the first step
+    config.optimizer.final_learning_rate = 0.0  # where the cosine ends
+    config.optimizer.warmup_steps = 1_000
+    config.optimizer.epoch_steps = 3_000  # of the staircase
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.05  # times the learning rate; not on biases and norms
+    config.optimizer.clip_norm = 0.0  # largest norm of the gradient; 0: not clipped
+
+    config.checkpoints = ConfigDict()
+    config.checkpoints.every = 3_000  # steps
+    config.checkpoints.keep = 3  # newest ones that stay, besides the best
+
+    config.validation = ConfigDict()
+    config.validation.path = ""  # records to validate on, as in source(); "": no validation
+    config.validation.split = "validation"
+    config.validation.every = 3_000  # steps
+    config.validation.first = True  # whether the weights are validated before the first step
+    config.validation.limit = 1_000  # questions, evenly spread over the split; 0: all
+    config.validation.batch_size = 64  # questions answered at once
+    config.validation.max_new_tokens = 30  # of an answer
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices that hold whole copies of the weights; -1: all that are left
+    config.mesh.fsdp = 1  # devices that also split the batch
+    config.mesh.tensor = 1  # devices that share every sample
+    return config.lock()

@@ -1,0 +1,48 @@
+"""What the four InstructBLIP trainings share: 13 held-in datasets, 60,000 steps.
+
+The recipe (learning rate, warm-up, cosine, AdamW, 224 pixels) is that of `common.py`. Where a
+number was never published the text says so.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+# Held-in datasets as files of JSON lines, and the templates of the paper's appendix C.
+HELD_IN = {
+    "coco_caption": "caption",
+    "web_capfilt": "caption",
+    "textcaps": "caption",
+    "vqav2": "question",
+    "okvqa": "question",
+    "aokvqa": "question",
+    "ocrvqa": "question",
+    "vqav2_questions": "question_generation",
+    "okvqa_questions": "question_generation",
+    "aokvqa_questions": "question_generation",
+    # Instructions are the dataset's own.
+    "llava_conversation": "",
+    "llava_detail": "",
+    "llava_reasoning": "",
+}
+
+
+def get_config(name: str, batch_size: int) -> ConfigDict:
+    """The training of one language model; `batch_size` is the paper's, on all devices together.
+
+    `config.model.checkpoint` must be given: the Q-Former starts from the second stage of BLIP-2
+    with the same language model, not from nothing.
+    """
+    config = common.get_config()
+    config.workdir = f"runs/{name}"
+    # Weights are sqrt(size). The paper then lowers A-OKVQA and raises OKVQA by amounts that were
+    # never published: set `weight` here to do so.
+    config.data.sources = ConfigDict(
+        {
+            dataset: common.source(f"data/{dataset}.jsonl", templates=templates)
+            for dataset, templates in HELD_IN.items()
+        }
+    )
+    config.data.batch_size = batch_size
+    config.validation.path = "data/validation.jsonl"
+    return config

@@ -1,0 +1,10 @@
+"""InstructBLIP with Vicuna-13B, as in the paper (arXiv 2305.06500)."""
+
+from ml_collections import ConfigDict
+
+from configs import paper
+
+
+def get_config() -> ConfigDict:
+    """The fields of the run."""
+    return paper.get_config("vicuna_13b", batch_size=64)

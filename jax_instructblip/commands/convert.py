@@ -1,0 +1,62 @@
+"""Converts a Hugging Face InstructBLIP folder to a checkpoint folder of this package."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+
+from jax_instructblip import checkpoint
+from jax_instructblip.convert import hf
+from jax_instructblip.convert.hf_config import name_of
+from jax_instructblip.data.progress import Progress
+from jax_instructblip.folders import free_bytes, refuse_existing
+from jax_instructblip.models.variants import VARIANTS
+
+
+def main(argv: list[str]) -> int:
+    """Writes the checkpoint folder; returns 0."""
+    parser = argparse.ArgumentParser(prog="jax-instructblip convert", description=__doc__)
+    parser.add_argument("folder", type=Path, help="config.json, *.safetensors and tokenizers")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
+    parser.add_argument("--variant", choices=sorted(VARIANTS), help="demand the sizes of this one")
+    args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # it is all files: no accelerator is held meanwhile
+
+    refuse_existing(args.out)
+    variant, source, leaves = hf.convert_hf(args.folder, args.variant)
+    free = free_bytes(args.out)
+    if free < leaves.nbytes:
+        raise OSError(
+            f"{args.out} needs {leaves.nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there"
+        )
+    absent = []
+
+    def add(folder: Path) -> None:
+        checkpoint.write_config(folder, {"variant": variant.to_dict(), "source": source})
+        absent.extend(hf.copy_tokenizers(args.folder, folder))
+
+    with Progress(round(leaves.nbytes / 1e6), "converting", "MB") as progress:
+
+        def counted():
+            done = 0
+            for path, array in leaves:
+                size = array.nbytes
+                yield path, array
+                del array
+                done, before = done + size, done
+                progress.update(round(done / 1e6) - round(before / 1e6), path)
+
+        manifest = checkpoint.write_tree(args.out, counted(), extra=add)
+    dtypes = ", ".join(f"{count} tensors {name}" for name, count in source["dtypes"].items())
+    print(
+        f"{args.out}: {name_of(variant) or 'a variant of its own size'}, {dtypes} -> "
+        f"{len(manifest)} leaves, {leaves.nbytes / 1e9:.2f} GB"
+    )
+    for key, reason in leaves.dropped.items():
+        print(f"left out {key}: {reason}")
+    if source["tied_head"]:
+        print("the folder has no lm_head: filled from the tied embedding")
+    for name in absent:
+        print(f"warning: no {name} in {args.folder}: the checkpoint cannot answer", file=sys.stderr)
+    return 0

@@ -1,0 +1,84 @@
+"""Answers questions about images.
+
+One prompt for many images, or one image for many prompts, or as many of the one as of the other.
+Decoding is greedy; any of --temperature, --top_k and --top_p draws instead, by --seed.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from jax_instructblip.inference.pipeline import BATCH_SIZE, load
+from jax_instructblip.inference.questions import pair
+
+
+def main(argv: list[str]) -> int:
+    """Prints image, prompt, answer and log-probability of each question; returns 0."""
+    flags = _parser().parse_args(argv)
+    questions = pair(flags.image, flags.prompt)  # a mistake here should not wait for the weights
+    blip = load(flags.checkpoint, dtype=flags.dtype)
+    answers = blip.generate(
+        flags.image,
+        flags.prompt,
+        max_new_tokens=flags.max_new_tokens,
+        min_new_tokens=flags.min_new_tokens,
+        num_beams=flags.num_beams,
+        repetition_penalty=flags.repetition_penalty,
+        temperature=flags.temperature,
+        top_p=flags.top_p,
+        top_k=flags.top_k,
+        seed=flags.seed,
+        batch_size=flags.batch_size,
+    )
+    for question, answer in zip(questions, answers, strict=True):
+        found = {
+            "image": question.frames[0],
+            "prompt": question.prompt,
+            "answer": answer.text,
+            "logprob": answer.logprob,
+            "tokens": list(answer.tokens),
+        }
+        for line in [json.dumps(found, ensure_ascii=False)] if flags.json else _lines(found):
+            print(line)
+    return 0
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    yield f"image:            {found['image']}"
+    yield f"prompt:           {found['prompt']}"
+    yield f"answer:           {found['answer']}"
+    yield f"log-probability:  {found['logprob']:.3f}  ({len(found['tokens'])} tokens)"
+    yield ""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jax-instructblip generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        required=True,
+        help="a Hugging Face folder, a converted one, a run, or an embedded name (shapes_t5)",
+    )
+    add("--image", required=True, nargs="+", action="extend", metavar="FILE", help="one or more")
+    add("--prompt", required=True, action="append", help="the question; may be given again")
+    add("--max_new_tokens", type=int, default=30, help="of an answer (default: %(default)s)")
+    add("--min_new_tokens", type=int, default=0, help="no answer ends before (default: 0)")
+    add("--num_beams", type=int, default=1, help="1: there is no beam search")
+    add("--temperature", type=float, help="above 0; draws instead of taking the best token")
+    add("--top_k", type=int, help="draws among the k best tokens only")
+    add("--top_p", type=float, help="draws among the best tokens that together reach p only")
+    add("--seed", type=int, default=0, help="of the draws (default: 0)")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1: fewer repeats (default: 1)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of weights and computing (default: bfloat16, on a CPU float32)",
+    )
+    add("--batch_size", type=int, default=BATCH_SIZE, help="asked at once (default: %(default)s)")
+    add("--json", action="store_true", help="print one JSON object a line")
+    return parser

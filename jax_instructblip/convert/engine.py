@@ -1,0 +1,276 @@
+"""The conversion engine: rules, a closed ledger over them, and leaves one at a time.
+
+    Rule("vision_model.encoder.layers.{i}.mlp.fc1.weight", "vision/layers/mlp/in/kernel", linear,
+         layers=range(39))
+
+Every source tensor is used, or dropped for a written reason; every leaf of the network is filled.
+The ledger is closed before a leaf is made: whatever is wrong is reported together, and nothing is
+written.
+"""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jax_instructblip.convert import transforms
+from jax_instructblip.convert.safetensors import ConversionError, Tensor
+from jax_instructblip.convert.transforms import Transform
+
+FLOATS = {np.dtype(name) for name in ("float16", "float32", ml_dtypes.bfloat16)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One source tensor (or `part` of it, one a layer) fills one leaf (or its slice of that layer).
+
+    `part = (k, n)` is the k-th of n equal pieces along the first axis; the other pieces have rules
+    of their own. With `layers` the source has `{i}` and the leaf is stacked in that order.
+    """
+
+    source: str
+    target: str
+    transform: Transform
+    layers: range | None = None
+    part: tuple[int, int] = (0, 1)
+
+    @property
+    def keys(self) -> list[str]:
+        """The source keys, in the order of the stack."""
+        return _keys(self.source, self.layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Zeros:
+    """A part of a source tensor that fills nothing and must be zero; the export writes zeros."""
+
+    source: str
+    reason: str
+    part: tuple[int, int]
+    layers: range | None = None
+
+    @property
+    def keys(self) -> list[str]:
+        """The source keys."""
+        return _keys(self.source, self.layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """A source tensor that need not be there and is left out, for this reason.
+
+    `{i}` stands for any number. With `same_as` it must equal that tensor bit by bit.
+    """
+
+    source: str
+    reason: str
+    same_as: str | None = None
+
+
+Entry = Rule | Zeros | Drop
+
+
+def _keys(source: str, layers: range | None) -> list[str]:
+    return [source] if layers is None else [source.replace("{i}", str(i)) for i in layers]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One leaf that will be made: its rule, shape and dtype."""
+
+    rule: Rule
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the leaf."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A closed ledger. Iterating makes the leaves, (path, array), one at a time."""
+
+    leaves: dict[str, Leaf]
+    dropped: dict[str, str]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves."""
+        return sum(leaf.nbytes for leaf in self.leaves.values())
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Gathers each leaf from its layers; no name here holds a leaf once it is handed out."""
+        for path in self.leaves:
+            yield path, self.make(path)
+
+    def make(self, path: str) -> np.ndarray:
+        """One leaf, read from its source tensors: peak memory is the leaf and one layer."""
+        leaf = self.leaves[path]
+        rule = leaf.rule
+        made = np.empty(leaf.shape, leaf.dtype)
+        for i, key in enumerate(rule.keys):
+            piece = rule.transform.forward(self.tensors[key].read(*rule.part))
+            transforms.copy(made if rule.layers is None else made[i], piece)
+        return made
+
+
+def make_plan(
+    entries: Sequence[Entry], tensors: Mapping[str, Tensor], expected: Mapping[str, Any], title: str
+) -> Plan:
+    """The plan that fills `expected` (leaf path -> anything with a shape) from the tensors.
+
+    Raises ConversionError with everything that stands against it: tensors missing, left over, of
+    another shape or dtype, leaves unfilled or unknown, parts that should be zero or equal but are
+    not.
+    """
+    failures: list[tuple[str, str]] = []  # (source key or target path, what is wrong)
+    leaves: dict[str, Leaf] = {}
+    parts: dict[str, set[tuple[int, int]]] = defaultdict(set)
+    for entry in entries:
+        if isinstance(entry, Rule):
+            for key in entry.keys:
+                parts[key].add(entry.part)
+            leaf = _leaf(entry, tensors, expected, failures)
+            if entry.target in leaves:
+                failures.append(
+                    (entry.target, f"filled twice, the second time from {entry.source}")
+                )
+            if leaf is not None:
+                leaves[entry.target] = leaf
+        elif isinstance(entry, Zeros):
+            for key in entry.keys:
+                parts[key].add(entry.part)
+                _check_zero(key, entry, tensors, failures)
+    for key, taken in parts.items():
+        if key in tensors and {k for k, _ in taken} != set(range(next(iter(taken))[1])):
+            failures.append((key, f"only its parts {sorted(taken)} are used"))
+    dropped = _dropped(entries, tensors, parts.keys(), failures)
+    ruled = {entry.target for entry in entries if isinstance(entry, Rule)}
+    for path in expected.keys() - ruled:
+        failures.append((path, f"no rule fills this leaf of shape {list(expected[path].shape)}"))
+    if failures:
+        raise ConversionError(title, _collapsed(failures))
+    return Plan({path: leaves[path] for path in sorted(leaves)}, dropped, tensors)
+
+
+def _leaf(
+    rule: Rule,
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, Any],
+    failures: list[tuple[str, str]],
+) -> Leaf | None:
+    if rule.target not in expected:
+        failures.append((rule.target, f"the network has no such leaf (for {rule.source})"))
+        return None
+    shape = tuple(expected[rule.target].shape)
+    before = len(failures)
+    inner = shape if rule.layers is None else shape[1:]
+    if rule.layers is not None and shape[:1] != (len(rule.layers),):
+        failures.append(
+            (rule.target, f"{list(shape)} expected, {len(rule.layers)} layers in the rule")
+        )
+        return None
+    first, *rest = rule.transform.source_shape(inner) or (1,)
+    wanted = (first * rule.part[1], *rest) if inner else ()
+    dtypes: dict[np.dtype, list[str]] = defaultdict(list)
+    for key in rule.keys:
+        if key not in tensors:
+            failures.append((key, f"missing: {rule.target} needs it, shape {list(wanted)}"))
+        elif tensors[key].shape != wanted:
+            failures.append(
+                (
+                    key,
+                    f"for {rule.target}: expected shape {list(wanted)}, "
+                    f"found {list(tensors[key].shape)}",
+                )
+            )
+        elif tensors[key].dtype not in FLOATS:
+            failures.append(
+                (
+                    key,
+                    f"for {rule.target}: expected float32, float16 or bfloat16, "
+                    f"found {tensors[key].dtype} (a quantised folder?)",
+                )
+            )
+        else:
+            dtypes[tensors[key].dtype].append(key)
+    if len(dtypes) > 1:
+        found = "; ".join(f"{dtype}: {', '.join(keys)}" for dtype, keys in dtypes.items())
+        failures.append((rule.target, f"its layers have different dtypes: {found}"))
+    return Leaf(rule, shape, next(iter(dtypes))) if len(failures) == before else None
+
+
+def _check_zero(
+    key: str, entry: Zeros, tensors: Mapping[str, Tensor], failures: list[tuple[str, str]]
+) -> None:
+    part, parts = entry.part
+    if key not in tensors or tensors[key].shape[0] % parts:
+        return  # a rule of another part reports it
+    size = tensors[key].shape[0] // parts
+    values = tensors[key].read(part, parts).astype(np.float32)
+    if np.any(values != 0) or np.any(np.isnan(values)):
+        failures.append(
+            (
+                key,
+                f"elements {part * size} to {(part + 1) * size - 1} must be zero, found up to "
+                f"{np.max(np.abs(values)):.6g}: {entry.reason}",
+            )
+        )
+
+
+def _dropped(
+    entries: Iterable[Entry],
+    tensors: Mapping[str, Tensor],
+    used: Iterable[str],
+    failures: list[tuple[str, str]],
+) -> dict[str, str]:
+    """The tensors left out with their reasons; one that nothing explains is a failure."""
+    drops = [
+        (re.compile(re.escape(entry.source).replace(r"\{i\}", r"\d+")), entry)
+        for entry in entries
+        if isinstance(entry, Drop)
+    ]
+    used = set(used)
+    dropped = {}
+    for key, tensor in tensors.items():
+        if key in used:
+            continue
+        entry = next((entry for pattern, entry in drops if pattern.fullmatch(key)), None)
+        if entry is None:
+            failures.append((key, f"unexpected: no rule uses it, shape {list(tensor.shape)}"))
+            continue
+        dropped[key] = entry.reason
+        if entry.same_as is not None and not _equal(tensor, tensors.get(entry.same_as)):
+            failures.append((key, f"differs from {entry.same_as}, though {entry.reason}"))
+    return dropped
+
+
+def _equal(a: Tensor, b: Tensor | None) -> bool:
+    if b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return np.array_equal(a.read().view(np.uint8), b.read().view(np.uint8))
+
+
+def _collapsed(failures: list[tuple[str, str]]) -> list[str]:
+    """One line for the same failure of many layers: `layers.{0,1,2}.mlp.fc1.weight: missing`."""
+    groups: dict[tuple[str, ...], list[list[str]]] = defaultdict(list)
+    for name, text in failures:
+        words = re.split(r"(?<=\.)(\d+)(?=\.)", name)  # the numbers stand at the odd places
+        groups[text, *words[::2]].append(words[1::2])
+    lines = []
+    for (text, *words), numbers in sorted(groups.items()):
+        columns = [sorted(set(column), key=int) for column in zip(*numbers, strict=True)]
+        whole = len(numbers) == math.prod(map(len, columns))
+        for column in [columns] if whole else [[[n] for n in row] for row in numbers]:
+            shown = [n[0] if len(n) == 1 else "{" + ",".join(n) + "}" for n in column]
+            name = "".join(a + b for a, b in zip(words, [*shown, ""], strict=True))
+            lines.append(f"{name}: {text}")
+    return sorted(lines)

@@ -1,0 +1,44 @@
+"""The table of LLaMA and Vicuna: Hugging Face names below `language_model.`, ours below `llm/`."""
+
+from jax_instructblip.convert.engine import Drop, Entry, Rule
+from jax_instructblip.convert.transforms import attention_in, attention_out, identity, linear
+from jax_instructblip.models.variants import LlamaConfig
+
+PREFIX = "language_model."
+EMBED, HEAD = PREFIX + "model.embed_tokens.weight", PREFIX + "lm_head.weight"
+
+
+def rules(config: LlamaConfig, tied_head: bool = False) -> list[Entry]:
+    """The entries of all LLaMA tensors; with `tied_head` the embedding fills the head as well."""
+    entries: list[Entry] = [
+        Rule(EMBED, "llm/embed/embedding", identity),
+        Rule(EMBED if tied_head else HEAD, "llm/head/kernel", linear),
+        Rule(PREFIX + "model.norm.weight", "llm/norm/scale", identity),
+    ]
+    heads = config.heads
+    for theirs, ours, how in (
+        ("input_layernorm", "attention_norm/scale", identity),
+        ("self_attn.q_proj", "attention/query/kernel", attention_in(heads)),
+        ("self_attn.k_proj", "attention/key/kernel", attention_in(heads)),
+        ("self_attn.v_proj", "attention/value/kernel", attention_in(heads)),
+        ("self_attn.o_proj", "attention/out/kernel", attention_out(heads)),
+        ("post_attention_layernorm", "mlp_norm/scale", identity),
+        ("mlp.gate_proj", "mlp/gate/kernel", linear),
+        ("mlp.up_proj", "mlp/in/kernel", linear),
+        ("mlp.down_proj", "mlp/out/kernel", linear),
+    ):
+        entries.append(
+            Rule(
+                f"{PREFIX}model.layers.{{i}}.{theirs}.weight",
+                f"llm/layers/{ours}",
+                how,
+                range(config.layers),
+            )
+        )
+    entries.append(
+        Drop(
+            PREFIX + "model.layers.{i}.self_attn.rotary_emb.inv_freq",
+            "a buffer that follows from the rotary base: no weight",
+        )
+    )
+    return entries

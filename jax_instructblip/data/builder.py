@@ -1,0 +1,195 @@
+"""Records on disk as ArrayRecord, by one TFDS builder and without TensorFlow.
+
+    records of each split --prepare--> FOLDER/jax_instructblip_records/NAME/VERSION/*.array_record*
+    FOLDER, NAME, split --source--> random access: len(source), source[i] -> Record
+
+TFDS gives the layout, the shards, the metadata and the atomic finish (it writes to a folder of
+another name and renames it). Three things keep TensorFlow out: the file format, images handed over
+as file objects (an array would be encoded by TensorFlow), and `SkipDecoding` on the way back, where
+`data/images.py` decodes.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import io
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from jax_instructblip.data.records import Record
+
+BUILDER = "jax_instructblip_records"  # the folder of TFDS's own naming
+TEXTS = ("id", "prompt", "task", "split")
+LISTS = ("answers", "choices")
+
+Splits = Mapping[str, Callable[[], Iterable[Record]]]
+
+
+@dataclasses.dataclass
+class RecordsConfig(tfds.core.BuilderConfig):
+    """One dataset: its name and, for each split, a function that iterates over its records."""
+
+    splits: Splits = dataclasses.field(default_factory=dict)
+
+
+class JaxInstructblipRecords(tfds.core.GeneratorBasedBuilder):
+    """The one builder; a dataset is a `RecordsConfig`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    # Also keeps TFDS from looking for a README and checksums beside this file.
+    pkg_dir_path = pathlib.Path(__file__).parent / "absent"
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Questions about images, with their answers.",
+            features=features.FeaturesDict(
+                {
+                    **{name: features.Text() for name in TEXTS},
+                    **{name: features.Sequence(features.Text()) for name in LISTS},
+                    "images": features.Sequence(features.Image()),
+                }
+            ),
+            disable_shuffling=True,  # the mixture shuffles; here the order is the reader's
+        )
+
+    def _split_generators(self, download_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
+        return {name: _examples(records()) for name, records in self.builder_config.splits.items()}
+
+    def _generate_examples(self) -> None:
+        raise NotImplementedError("each split has its own generator")
+
+
+class KeepEncoded(tfds.decode.SkipDecoding):
+    """Leaves images as encoded bytes, in sequences too: there TFDS asks for a method of its own."""
+
+    def decode_batch_example_np(self, examples: Any) -> Any:
+        """The encoded images, as they are."""
+        return examples
+
+
+class RecordSource:
+    """Random access to the records of one split; what a Grain `MapDataset.source` takes."""
+
+    def __init__(self, rows: Any, name: str):
+        """Wraps a TFDS data source whose images are still encoded."""
+        self._rows, self._name = rows, name
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        """The record at `index`, its images as encoded bytes."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}: {self!r}")
+        row = self._rows[int(index)]
+        return Record(
+            images=tuple(bytes(image) for image in row["images"]),
+            **{name: row[name].decode("utf-8") for name in TEXTS},
+            **{name: tuple(text.decode("utf-8") for text in row[name]) for name in LISTS},
+        )
+
+    def __repr__(self) -> str:
+        """Names the split: Grain uses it to recognise a source."""
+        return f"RecordSource({self._name})"
+
+
+def prepare(
+    folder: str | os.PathLike[str], name: str, splits: Splits, *, version: str = "1.0.0"
+) -> pathlib.Path:
+    """The folder of the prepared dataset `name`; it is written if it is not there yet.
+
+    A run that is killed leaves a folder of another name, which the next run removes; the dataset is
+    there whole or not at all. Of several processes one writes and the others wait.
+    """
+    with _quiet():
+        config = RecordsConfig(name=name, version=version, splits=splits)
+        builder = JaxInstructblipRecords(config=config, data_dir=os.fspath(folder))
+    done = pathlib.Path(builder.data_path)
+    if done.is_dir():
+        return done
+    done.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(done.parent / ".lock"):
+        for rest in done.parent.glob("incomplete.*"):
+            shutil.rmtree(rest, ignore_errors=True)
+        if done.is_dir():  # another process made it meanwhile
+            return done
+        with _quiet():
+            builder.download_and_prepare(
+                file_format="array_record",
+                download_config=tfds.download.DownloadConfig(
+                    compute_stats=tfds.download.ComputeStatsMode.SKIP, try_download_gcs=False
+                ),
+            )
+    return done
+
+
+def source(
+    folder: str | os.PathLike[str], name: str, split: str, *, version: str = "1.0.0"
+) -> RecordSource:
+    """The records of one split of a prepared dataset.
+
+    Raises:
+        FileNotFoundError: the dataset has not been prepared in `folder`.
+        ValueError: it has no such split; the message lists those that it has.
+    """
+    path = pathlib.Path(folder) / BUILDER / name / version
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist: prepare the dataset {name!r} first")
+    with _quiet():
+        builder = tfds.builder_from_directory(path)
+    if split not in builder.info.splits:
+        known = ", ".join(sorted(builder.info.splits))
+        raise ValueError(f"{name} has no split {split!r}; its splits: {known}")
+    with _quiet():
+        rows = builder.as_data_source(
+            split, decoders={"images": KeepEncoded()}
+        )
+    return RecordSource(rows, f"{path}:{split}")
+
+
+def _examples(records: Iterable[Record]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for index, record in enumerate(records):
+        images = [_file(image) for image in record.images]
+        fields = {name: getattr(record, name) for name in TEXTS}
+        yield index, {**fields, **{n: list(getattr(record, n)) for n in LISTS}, "images": images}
+
+
+def _file(image: Any) -> Any:
+    if isinstance(image, bytes):
+        return io.BytesIO(image)
+    if isinstance(image, str):
+        return image
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    buffer.seek(0)
+    return buffer
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    """One process at a time; the lock of a killed one is gone with it."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS's own progress bars and info lines out of the output."""
+    log = logging.getLogger("absl")
+    level = log.level
+    tfds.disable_progress_bar()
+    log.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(level)

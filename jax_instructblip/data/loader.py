@@ -1,0 +1,65 @@
+"""From random-access batches to global arrays on devices, read ahead in the background."""
+
+import collections
+from collections.abc import Iterator, Mapping
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import NamedSharding
+
+from jax_instructblip.data.mixture import TrainBatches
+
+# Keys of a batch that only the host looks at.
+HOST_KEYS = ("truncated", "replaced")
+
+DeviceBatch = dict[str, jax.Array]
+Counts = dict[str, np.ndarray]
+
+
+def load(
+    batches: TrainBatches,
+    sharding: NamedSharding,
+    *,
+    start: int = 0,
+    threads: int = 2,
+    ahead: int = 4,
+    workers: int = 0,
+) -> Iterator[tuple[DeviceBatch, Counts]]:
+    """The batches from number `start` on, each with the host's own counts (`HOST_KEYS`).
+
+    The place in the data is nothing but the number of the next batch. `threads` threads make
+    batches, `ahead` of them before they are asked for; with `workers` > 0 as many processes do
+    (a program that asks for them must have an `if __name__ == "__main__"`). Neither changes what
+    a batch holds: each is made whole, from its number alone.
+    """
+    numbered = grain.MapDataset.source(batches)[start:]
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    made = numbered.to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads its own flags in the workers
+            flags.FLAGS.mark_as_parsed()
+        made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    waiting: collections.deque[tuple[DeviceBatch, Counts]] = collections.deque()
+    for batch in made:
+        counts = {name: batch.pop(name) for name in HOST_KEYS}
+        waiting.append((put(batch, sharding, batches.rows, batches.batch_size), counts))
+        if len(waiting) > 1:  # one is on its way to the device while another is worked on
+            yield waiting.popleft()
+    yield from waiting
+
+
+def put(
+    batch: Mapping[str, np.ndarray], sharding: NamedSharding, rows: np.ndarray, batch_size: int
+) -> DeviceBatch:
+    """Global arrays `[batch_size, ...]` of which this process holds `rows`, given as `batch`."""
+
+    def place(local: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = np.arange(batch_size)[index[0]]
+            return local[np.searchsorted(rows, wanted)]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
+
+    return {name: place(value) for name, value in batch.items()}

@@ -1,0 +1,278 @@
+"""Which sample stands where: shuffle, mix by weight, template, tokens and pixels, batch.
+
+Sample k of a run, k = 0, 1, 2, ..., is a function of (seed, k) alone, and batch s holds the samples
+s x B ... (s + 1) x B - 1. Nothing is remembered between batches, so a run resumes at any step, on
+any number of hosts, with the same samples; a host reads only its own rows of each *global* batch.
+(Slicing the mixture by host would alias with its periodic pattern.)
+
+    sources --shuffled, repeated, mixed by weight--> k --template--> prompt, answer --> example
+"""
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from jax_instructblip.data import images, templates
+from jax_instructblip.data.batch import Batch, bucket, collate
+from jax_instructblip.data.records import Record
+from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.models.variants import T5Config
+
+ATTEMPTS = 100  # replacements tried for one row before the run stops
+WARNINGS = 10  # replaced rows that are named one by one
+
+Example = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Records with random access, and how often the mixture draws from them.
+
+    Attributes:
+      name: what tables and metrics call it.
+      records: anything with `len` and `[i]`.
+      digest: stands for the content; a run refuses to resume on another one.
+      weight: its share, relative to the other weights; 0 means the square root of its size.
+      templates: the name of a list in `templates.TEMPLATES`; without, prompts are used as they are.
+    """
+
+    name: str
+    records: Sequence[Record]
+    digest: str
+    weight: float = 0.0
+    templates: str = ""
+
+    def __post_init__(self):
+        wrong = []
+        if not len(self.records):
+            wrong.append("it has no records")
+        if self.weight < 0:
+            wrong.append(f"weight is {self.weight}, expected 0 (for sqrt(size)) or more")
+        if self.templates and self.templates not in templates.TEMPLATES:
+            wrong.append(
+                f"templates is {self.templates!r}, expected one of "
+                f"{', '.join(templates.TEMPLATES)} or nothing"
+            )
+        if wrong:
+            raise ValueError(f"source {self.name!r}: {'; '.join(wrong)}")
+
+
+class Mixture:
+    """The endless order of samples: `mixture.record(k)` is what stands at place k."""
+
+    def __init__(self, sources: Sequence[Source], seed: int):
+        """Raises `ValueError` without sources or with two of one name."""
+        names = [source.name for source in sources]
+        if not sources or len(set(names)) < len(names):
+            raise ValueError(f"sources {names}: expected at least one, and different names")
+        self.sources = tuple(sources)
+        self.seed = seed
+        weights = [source.weight or math.sqrt(len(source.records)) for source in sources]
+        self.shares = [weight / sum(weights) for weight in weights]
+        parts = [
+            # Seeded by name, so that another source beside it does not change a source's order.
+            grain.MapDataset.range(len(source.records))
+            .shuffle(seed=int(_digest([seed, source.name])[:8], 16))
+            .repeat()
+            .map(functools.partial(_pair, number))
+            for number, source in enumerate(sources)
+        ]
+        self._order = grain.MapDataset.mix(parts, weights)
+
+    def record(self, place: int, attempt: int = 0) -> tuple[Source, Record]:
+        """The record at that place; `attempt` > 0 gives others of the same source instead."""
+        number, index = self._order[place]
+        source = self.sources[number]
+        if attempt:
+            index = int(self.rng(place, attempt, use="replace").integers(len(source.records)))
+        return source, source.records[index]
+
+    def rng(self, place: int, attempt: int, use: str) -> np.random.Generator:
+        """Random numbers of one sample, independent for each `use` of them."""
+        return np.random.default_rng([self.seed, place, attempt, *use.encode()])
+
+    def fingerprint(self) -> str:
+        """A sha256 that changes with the seed, a source, its content or its share."""
+        rows = [
+            [s.name, s.digest, len(s.records), s.templates, f"{share:.9f}"]
+            for s, share in zip(self.sources, self.shares, strict=True)
+        ]
+        return _digest([self.seed, *rows])
+
+    def table(self) -> str:
+        """The sources, their sizes and their shares, for people."""
+        width = max(6, *(len(source.name) for source in self.sources))
+        lines = [f"{'source':{width}}  {'records':>10}  share"]
+        for source, share in zip(self.sources, self.shares, strict=True):
+            note = f"  (weight {source.weight:g})" if source.weight else ""
+            lines.append(f"{source.name:{width}}  {len(source.records):>10}  {share:6.2%}{note}")
+        return "\n".join(lines)
+
+
+class TrainBatches:
+    """Random access to batches: `batches[s]` holds this host's rows of the global batch s.
+
+    Besides the keys of a training batch it has `truncated` [b, 3], and `replaced` [b], int32: how
+    many unusable records were passed over before the row's.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        text: TextProcessor,
+        *,
+        batch_size: int,
+        steps: int,
+        buckets: Sequence[int] = (),
+        augment: bool = True,
+        rows: np.ndarray | None = None,
+    ):
+        """`batch_size` is the global one; `rows` are the numbers of this host's rows of it.
+
+        Rows are padded to the smallest of `buckets` that holds the longest text of the *global*
+        batch, or else to the text's limit. `augment` crops and mirrors; without, the whole image is
+        squashed to the model's size (mirrored images would spoil reading, left and right).
+        """
+        self.mixture, self.text = mixture, text
+        self.batch_size, self.steps = batch_size, steps
+        self.augment = augment
+        self.rows = np.arange(batch_size) if rows is None else rows
+        self.buckets = {name: _cut(buckets, limit) for name, limit in _limits(text).items()}
+        self._warned = 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        first = step * self.batch_size
+        fixed = all(len(sizes) == 1 for sizes in self.buckets.values())
+        rows = self.rows if fixed else range(self.batch_size)
+        # The text of all rows is looked at by all hosts, which so agree on the shapes.
+        found = {row: self._text(first + row) for row in rows}
+        lengths = {
+            name: bucket(max(len(example[name]) for _, _, example in found.values()), sizes, name)
+            for name, sizes in self.buckets.items()
+        }
+        examples, replaced = [], []
+        for row in self.rows:
+            attempt, example = self._whole(first + row, *found[row], lengths)
+            examples.append(example)
+            replaced.append(attempt)
+        llm = self.text.variant.llm
+        batch = collate(
+            examples,
+            lengths=lengths,
+            pad_id=llm.pad_id,
+            qformer_pad_id=self.text.qformer.pad_token_id or 0,
+        )
+        return batch | {"replaced": np.array(replaced, np.int32)}
+
+    def ids(self, step: int) -> list[str]:
+        """The ids of the records of the global batch `step`."""
+        first = step * self.batch_size
+        return [self.mixture.record(first + row)[1].id for row in range(self.batch_size)]
+
+    def fingerprint(self) -> str:
+        """The mixture's, and the batch size: with another one a step would hold other samples."""
+        return _digest([self.mixture.fingerprint(), self.batch_size])
+
+    def _text(self, place: int, attempt: int = 0) -> tuple[int, Record, Example]:
+        """The first attempt whose text can be used, its record, and its tokens."""
+        while True:
+            source, record = self.mixture.record(place, attempt)
+            try:
+                rng = self.mixture.rng(place, attempt, use="text")
+                prompt, answer = instruct(record, source.templates, rng)
+                return attempt, record, self.text.example(prompt, answer)
+            except ValueError as error:
+                attempt = self._next(source, record, attempt, error)
+
+    def _whole(
+        self, place: int, attempt: int, record: Record, example: Example, lengths: dict[str, int]
+    ) -> tuple[int, Example]:
+        """The example with its pixels; where they cannot be read, another that fits `lengths`."""
+        while True:
+            try:
+                return attempt, example | {"images": self._pixels(record, place, attempt)}
+            except images.ImageError as error:
+                source = self.mixture.record(place)[0]
+                attempt = self._next(source, record, attempt, error)
+            attempt, record, example = self._text(place, attempt)
+            while any(len(example[name]) > length for name, length in lengths.items()):
+                source = self.mixture.record(place)[0]
+                attempt = self._next(source, record, attempt, None)
+                attempt, record, example = self._text(place, attempt)
+
+    def _pixels(self, record: Record, place: int, attempt: int) -> np.ndarray:
+        size = self.text.variant.vision.image_size
+        frames = []
+        for source in record.images:
+            image = images.decode(source)
+            if self.augment:
+                # The same numbers for every frame: a video is cropped alike throughout.
+                rng = self.mixture.rng(place, attempt, use="image")
+                frames.append(images.random_resized_crop_flip(image, size, rng))
+            else:
+                frames.append(images.resize_squash(image, size))
+        return np.stack(frames)
+
+    def _next(self, source: Source, record: Record, attempt: int, error: Exception | None) -> int:
+        if error is not None and self._warned < WARNINGS:
+            self._warned += 1
+            logging.getLogger(__name__).warning("%s: replaced: %s", record.id, error)
+        if attempt >= ATTEMPTS:
+            raise ValueError(
+                f"{ATTEMPTS} records of source {source.name!r} in a row cannot be used, the last "
+                f"one being {record.id!r} ({error}); `jax-instructblip check` lists what is wrong"
+            )
+        return attempt + 1
+
+
+def instruct(record: Record, kind: str, rng: np.random.Generator) -> tuple[str, str]:
+    """Prompt and answer of a training sample.
+
+    The answer is drawn evenly from the distinct ones (as the released code does); the prompt is the
+    record's, dressed in a template of the list `kind` where one is named. For `question_generation`
+    the record's prompt is the answer.
+    """
+    if not record.answers:
+        raise ValueError("it has no answer")
+    distinct = tuple(dict.fromkeys(record.answers))
+    answer = distinct[int(rng.integers(len(distinct)))]
+    if not kind:
+        return record.prompt, answer
+    choices = templates.TEMPLATES[kind]
+    template = choices[int(rng.integers(len(choices)))]
+    fields = {"question": record.prompt, "answer": answer}
+    if "{options}" in template:
+        fields["options"] = templates.render_options(record.choices)
+    fields = {name: value for name, value in fields.items() if "{" + name + "}" in template}
+    prompt = templates.render(template, **fields)
+    return (prompt, record.prompt) if kind == "question_generation" else (prompt, answer)
+
+
+def _limits(text: TextProcessor) -> dict[str, int]:
+    """The most tokens that each padded key of a training batch can have."""
+    limits = {"qformer_tokens": text.qformer_limit}
+    if isinstance(text.variant.llm, T5Config):
+        return limits | {"tokens": text.prompt_limit, "targets": text.answer_limit}
+    return limits | {"tokens": text.prompt_limit + text.answer_limit - 1}
+
+
+def _cut(buckets: Sequence[int], limit: int) -> tuple[int, ...]:
+    return tuple(sorted({size for size in buckets if size < limit} | {limit}))
+
+
+def _pair(number: int, index: int) -> tuple[int, int]:
+    return number, index
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()

@@ -1,0 +1,84 @@
+"""A progress line with rate and time left, for anything longer than two seconds."""
+
+import sys
+import time
+
+QUIET_SECONDS = 2.0  # nothing is printed before this
+TTY_SECONDS = 0.2  # between redraws of the line on a terminal
+LOG_SECONDS = 10.0  # between lines in a log file
+
+
+class Progress:
+    """Prints `label: done/total unit, rate, time left` to stderr while work goes on.
+
+    On a terminal the line is redrawn in place; elsewhere a new line appears every ten seconds.
+    Work that ends within two seconds prints nothing.
+
+        with Progress(len(paths), "opening images", "images") as progress:
+            for path in paths:
+                ...
+                progress.update()
+    """
+
+    def __init__(self, total: int | None, label: str, unit: str = "items"):
+        """Starts the clock; `total` None means that the amount of work is not known."""
+        self._total, self._label, self._unit = total, label, unit
+        self._done, self._note = 0, ""
+        self._start = time.monotonic()
+        self._due = self._start + QUIET_SECONDS
+        self._printed = False
+
+    def update(self, done: int = 1, note: str = "") -> None:
+        """Counts `done` more units; `note` (for example the current loss) ends the line."""
+        self._done += done
+        self._note = note
+        now = time.monotonic()
+        if now >= self._due:
+            tty = sys.stderr.isatty()
+            self._print(now, tty)
+            self._due = now + (TTY_SECONDS if tty else LOG_SECONDS)
+
+    def close(self) -> None:
+        """Prints the line a last time, with the time taken, if it was printed before."""
+        if self._printed:
+            tty = sys.stderr.isatty()
+            self._print(time.monotonic(), tty, last=True)
+            if tty:
+                print(file=sys.stderr, flush=True)
+            self._printed = False
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _print(self, now: float, tty: bool, last: bool = False) -> None:
+        seconds = max(now - self._start, 1e-9)
+        rate = self._done / seconds
+        amount = f"{self._done}" if self._total is None else f"{self._done}/{self._total}"
+        line = f"{self._label}: {amount} {self._unit}, {_rate(rate)}"
+        if last:
+            line += f", took {duration(seconds)}"
+        elif self._total is not None and rate > 0:
+            line += f", {duration(max(self._total - self._done, 0) / rate)} left"
+        if self._note:
+            line += f", {self._note}"
+        # "\x1b[K" clears what a longer line before left behind.
+        print(
+            f"\r{line}\x1b[K" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True
+        )
+        self._printed = True
+
+
+def duration(seconds: float) -> str:
+    """A length of time for people: `8s`, `3m20s`, `2h05m`."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:.1f}/s" if rate >= 1 or rate == 0 else f"{1 / rate:.1f}s each"

@@ -1,0 +1,221 @@
+"""The one record schema, and your own data as JSON lines.
+
+A JSON-lines file has one object a line:
+
+    {"image": "photos/1.jpg", "prompt": "What is on the table?", "answer": "a cup"}
+
+Fields: `image`, or `images` for the frames of one video (absolute paths, or relative to the file's
+folder); `prompt`; `answer`, or `answers` where several are right; optionally `id`, `task`,
+`choices`, `split`. Blank lines are skipped; anything else that is not such an object is an error.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from PIL import Image
+
+ImageSource = str | bytes | Image.Image
+
+_FIELDS = ("id", "image", "images", "prompt", "answer", "answers", "task", "choices", "split")
+
+
+class RecordError(ValueError):
+    """One or more records are not usable; `problems` lists every reason, one string each."""
+
+    def __init__(self, summary: str, problems: list[str]):
+        """Joins `summary` and all `problems` into the message, one a line."""
+        super().__init__("\n  ".join([summary, *problems]))
+        self.problems = problems
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One question about one image (or about the frames of one video), with its right answers.
+
+    `images` are paths, encoded bytes or PIL images, in the order of time if there are several.
+    `answers` may be empty where nothing is known (then the record cannot train); `choices` are the
+    candidates of a multiple-choice question; `task` and `split` name where the record belongs.
+    """
+
+    id: str
+    images: tuple[ImageSource, ...]
+    prompt: str
+    answers: tuple[str, ...]
+    task: str = ""
+    choices: tuple[str, ...] = ()
+    split: str = ""
+
+    def __post_init__(self):
+        problems = []
+        for name in ("id", "prompt", "task", "split"):
+            if not isinstance(getattr(self, name), str):
+                problems.append(f"{name} is {_kind(getattr(self, name))}, expected text")
+        for name in ("images", "answers", "choices"):
+            if not isinstance(getattr(self, name), tuple):
+                problems.append(f"{name} is {_kind(getattr(self, name))}, expected a tuple")
+        if not problems:
+            problems += self._problems()
+        if problems:
+            raise RecordError(f"record {self.id!r} is not usable:", problems)
+
+    def _problems(self) -> Iterator[str]:
+        if not self.images:
+            yield "images is empty, expected at least one"
+        for index, image in enumerate(self.images):
+            if not isinstance(image, ImageSource):
+                yield f"images[{index}] is {_kind(image)}, expected a path, bytes or a PIL image"
+            elif isinstance(image, str) and not image:
+                yield f"images[{index}] is an empty path"
+        for name in ("answers", "choices"):
+            for index, text in enumerate(getattr(self, name)):
+                if not isinstance(text, str):
+                    yield f"{name}[{index}] is {_kind(text)}, expected text"
+                elif not text.strip():
+                    yield f"{name}[{index}] is empty"
+
+
+def read_jsonl(
+    path: str | os.PathLike[str], *, need_answers: bool = True, allow_empty_prompt: bool = False
+) -> list[Record]:
+    """The records of a JSON-lines file, in its order, with image paths made complete.
+
+    A record without `id` gets `NAME:LINE`. An empty prompt is an error unless
+    `allow_empty_prompt` says that it is meant (a model trained on it would answer unasked).
+    A `RecordError` lists every bad line as `FILE:LINE: reason`; images are looked for, not opened.
+    """
+    records, problems = [], []
+    for line, record, reasons in scan_jsonl(
+        path, need_answers=need_answers, allow_empty_prompt=allow_empty_prompt
+    ):
+        if record is not None:
+            records.append(record)
+        problems += [f"{path}:{line}: {reason}" for reason in reasons]
+    if problems:
+        lines = len({problem.split(": ", 1)[0] for problem in problems})
+        raise RecordError(
+            f"{path}: {lines} bad line{'s' * (lines > 1)} beside {len(records)} good; nothing was "
+            "read. Correct or delete these:",
+            problems,
+        )
+    if not records:
+        raise RecordError(
+            f"{path} holds no records:",
+            ["the file is empty, expected one JSON object a line with image, prompt and answer"],
+        )
+    return records
+
+
+def scan_jsonl(
+    path: str | os.PathLike[str], *, need_answers: bool = True, allow_empty_prompt: bool = False
+) -> Iterator[tuple[int, Record | None, list[str]]]:
+    """Yields `(line number, record, reasons)`: a good line has no reasons, a bad one no record."""
+    path = pathlib.Path(path)
+    first_use: dict[str, int] = {}
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of some editors
+            if not raw.strip():
+                continue
+            fields, reasons = _parse(raw)
+            if reasons:
+                yield number, None, reasons
+                continue
+            record, reasons = _record(path, number, fields, need_answers, allow_empty_prompt)
+            if record is not None:
+                before = first_use.setdefault(record.id, number)
+                if before != number:
+                    record, reasons = None, [f"id {record.id!r} was used on line {before}"]
+            yield number, record, reasons
+
+
+def _parse(raw: bytes) -> tuple[dict[str, Any], list[str]]:
+    try:
+        fields = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return {}, [f"not UTF-8: {error.reason} at byte {error.start}"]
+    except RecursionError:
+        return {}, ["not valid JSON: nested too deeply"]
+    except ValueError as error:
+        return {}, [f"not valid JSON: {error}"]
+    if not isinstance(fields, dict):
+        return {}, [f"found {_kind(fields)}, expected an object {{...}}"]
+    return fields, []
+
+
+def _record(
+    path: pathlib.Path,
+    number: int,
+    fields: dict[str, Any],
+    need_answers: bool,
+    allow_empty_prompt: bool,
+) -> tuple[Record | None, list[str]]:
+    reasons = []
+    for name in fields:
+        if name not in _FIELDS:
+            near = difflib.get_close_matches(name, _FIELDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_FIELDS)}"
+            reasons.append(f"unknown field {name!r}; {hint}")
+    if isinstance(fields.get("id"), int):
+        fields = fields | {"id": str(fields["id"])}
+    images = []
+    for name in _texts(fields, "image", "images", reasons, needed=True):
+        image = path.parent / name  # an absolute name stays what it is
+        images.append(str(image))
+        if not image.is_file():
+            found = "is a folder" if image.is_dir() else "does not exist"
+            reasons.append(f"image {name!r} {found} (looked for {image})")
+    record: dict[str, Any] = dict(
+        id=_text(fields, "id", reasons) or f"{path.stem}:{number}",
+        images=tuple(images),
+        prompt=_text(fields, "prompt", reasons, needed=not allow_empty_prompt),
+        answers=_texts(fields, "answer", "answers", reasons, needed=need_answers),
+        task=_text(fields, "task", reasons),
+        choices=_texts(fields, None, "choices", reasons),
+        split=_text(fields, "split", reasons),
+    )
+    return (None, reasons) if reasons else (Record(**record), [])
+
+
+def _text(fields: dict[str, Any], name: str, reasons: list[str], needed: bool = False) -> str:
+    value = fields.get(name, "")
+    if not isinstance(value, str):
+        reasons.append(f"{name} is {_kind(value)}, expected text")
+        return ""
+    if needed and not value.strip():
+        reasons.append(f"{name} is {'empty' if name in fields else 'missing'}")
+    return value
+
+
+def _texts(
+    fields: dict[str, Any], one: str | None, many: str, reasons: list[str], needed: bool = False
+) -> tuple[str, ...]:
+    """The texts of field `one` (a single text) or of field `many` (a list of them)."""
+    if one in fields and many in fields:
+        reasons.append(f"{one!r} and {many!r} are both given, expected one of them")
+        return ()
+    if one in fields:
+        named = {one: fields[one]}
+    elif isinstance(fields.get(many, []), list):
+        named = {f"{many}[{i}]": value for i, value in enumerate(fields.get(many, []))}
+    else:
+        reasons.append(f"{many} is {_kind(fields[many])}, expected a list of texts")
+        return ()
+    if needed and not named:
+        reasons.append(f"{many} is an empty list" if many in fields else f"{one} is missing")
+    for name, value in named.items():
+        if not isinstance(value, str):
+            reasons.append(f"{name} is {_kind(value)}, expected text")
+        elif not value.strip():
+            reasons.append(f"{name} is empty")
+    return tuple(value for value in named.values() if isinstance(value, str) and value.strip())
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "a boolean"}
+    return names.get(type(value), f"{type(value).__name__} {value!r}"[:80])

@@ -1,0 +1,40 @@
+"""The records behind a path: your own JSON lines, or a dataset that the package prepares."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from jax_instructblip.data import shapes_records
+from jax_instructblip.data.records import Record, RecordError, read_jsonl
+
+
+def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record], str]:
+    """The records of one split with random access, and a digest that stands for their content.
+
+    `path` is a file of JSON lines or the name of a prepared dataset (`shapes`), which is drawn
+    first where it is absent. Of a file whose lines name no split, every line is of any split.
+
+    Raises:
+        ValueError: there is no such dataset or split; what there is is listed.
+        RecordError: a file with bad lines, all of them.
+    """
+    name = os.fspath(path)
+    if name in shapes_records.DATASETS:
+        records = shapes_records.shapes_source(None, split, name)
+        facts = [name, shapes_records.VERSION, split, len(records), records[0]]
+        return records, hashlib.sha256(repr(facts).encode()).hexdigest()
+    if not name.endswith((".jsonl", ".json")):
+        raise ValueError(
+            f"no records at {name!r}: expected a file of JSON lines (.jsonl) or one of "
+            f"{', '.join(shapes_records.DATASETS)}"
+        )
+    records = read_jsonl(name)
+    splits = sorted({record.split for record in records})
+    if splits != [""]:
+        records = [record for record in records if record.split == split]
+    if not records:
+        raise RecordError(f"{name} has no record of the split {split!r}:", [f"it has {splits}"])
+    with Path(name).open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    return records, f"{content}-{split}"

@@ -1,0 +1,181 @@
+"""From records to answers to accuracies, by task family."""
+
+import collections
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_instructblip.data.images import decode, resize_squash
+from jax_instructblip.data.records import Record
+from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.evaluation.exact_match import is_correct, majority_answer
+from jax_instructblip.inference.pipeline import InstructBlipPipeline
+from jax_instructblip.models.instructblip import InstructBlip
+
+CHUNK_BATCHES = 8  # batches whose images are in memory at once
+NO_TASK = "all"  # the family of records that name none
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """An answer, and what it should have been.
+
+    Attributes:
+      text: as generated; empty where the question could not be asked.
+      logprob: of `text`, natural logarithm.
+      problem: why the question could not be asked (then it counts as answered wrongly).
+    """
+
+    id: str
+    task: str
+    prompt: str
+    text: str
+    answers: tuple[str, ...]
+    logprob: float
+    correct: bool
+    problem: str = ""
+
+
+def evaluate(
+    *,
+    model: InstructBlip,
+    params: dict[str, Any],
+    text: TextProcessor,
+    records: Sequence[Record],
+    limit: int = 0,
+    batch_size: int = 64,
+    max_new_tokens: int = 30,
+) -> dict[str, float]:
+    """`accuracy`, the mean over the task families, and `accuracy/FAMILY`.
+
+    It is exact match of whole answers, and what a training run validates with. `limit` questions
+    are taken, evenly spread; 0 takes all.
+    """
+    blip = InstructBlipPipeline(model.variant, params, text, dtype=model.dtype)
+    predictions = answer(
+        blip, pick(records, limit), batch_size=batch_size, max_new_tokens=max_new_tokens
+    )
+    by_task = accuracies(predictions)
+    return {
+        "accuracy": mean(by_task),
+        **{f"accuracy/{task}": value for task, value in by_task.items()},
+    }
+
+
+def pick(records: Sequence[Record], limit: int) -> list[Record]:
+    """`limit` of the records, evenly spread over their order; all of them for 0."""
+    if limit < 0:
+        raise ValueError(f"limit is {limit}, expected 0 (all) or more")
+    count = min(limit or len(records), len(records))
+    return [records[index * len(records) // count] for index in range(count)]
+
+
+def answer(
+    blip: InstructBlipPipeline,
+    records: Sequence[Record],
+    *,
+    batch_size: int = 64,
+    max_new_tokens: int = 30,
+    blind: bool = False,
+) -> list[Prediction]:
+    """A greedy answer to each record's prompt, in order.
+
+    `blind` shows black images instead: what is right then was guessed from the question. A record
+    whose image or prompt cannot be used is answered with nothing, and wrong.
+    """
+    found: dict[int, Prediction] = {}
+    for chunk in _chunks(records, batch_size * CHUNK_BATCHES):
+        asked, images = [], []
+        for index in chunk:
+            try:
+                frames = _frames(blip, records[index], blind)
+                blip.text.prompt(records[index].prompt)  # raises for text that cannot be asked
+            except ValueError as error:
+                found[index] = _prediction(records[index], "", 0.0, problem=str(error))
+                continue
+            asked.append(index)
+            images.append(frames)
+        if not asked:
+            continue
+        given = blip.generate(
+            images,
+            [records[index].prompt for index in asked],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+        for index, each in zip(asked, given, strict=True):
+            found[index] = _prediction(records[index], each.text, each.logprob)
+    return [found[index] for index in range(len(records))]
+
+
+def accuracies(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """The share of right answers of each task family, in alphabetical order."""
+    by_task = collections.defaultdict(list)
+    for prediction in predictions:
+        by_task[prediction.task].append(prediction.correct)
+    return {task: float(np.mean(by_task[task])) for task in sorted(by_task)}
+
+
+def majority_accuracies(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """What the best constant answer of each family would reach on the same questions."""
+    by_task = collections.defaultdict(list)
+    for prediction in predictions:
+        by_task[prediction.task].append(prediction.answers)
+    return {
+        task: float(np.mean([is_correct(majority_answer(truths), each) for each in truths]))
+        for task, truths in sorted(by_task.items())
+    }
+
+
+def mean(values: dict[str, float]) -> float:
+    """The mean over families, each counting alike."""
+    return float(np.mean(list(values.values())))
+
+
+def write_predictions(path: str | os.PathLike, predictions: Sequence[Prediction]) -> None:
+    """Writes them as JSON lines, the file appearing whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for prediction in predictions:
+            file.write(json.dumps(dataclasses.asdict(prediction), ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def _chunks(records: Sequence[Record], size: int) -> Iterator[list[int]]:
+    """Numbers of records to ask together: equally many frames, at most `size`."""
+    frames = [len(record.images) for record in records]
+    order = sorted(range(len(records)), key=frames.__getitem__)
+    for _, same in itertools.groupby(order, key=frames.__getitem__):
+        numbers = list(same)
+        for start in range(0, len(numbers), size):
+            yield numbers[start : start + size]
+
+
+def _frames(blip: InstructBlipPipeline, record: Record, blind: bool) -> list[np.ndarray]:
+    size = blip.variant.vision.image_size
+    if not record.answers:
+        raise ValueError("the record has no answer to compare with")
+    if blind:
+        return [np.zeros((size, size, 3), np.uint8) for _ in record.images]
+    return [resize_squash(decode(image), size) for image in record.images]
+
+
+def _prediction(record: Record, text: str, logprob: float, problem: str = "") -> Prediction:
+    return Prediction(
+        id=record.id,
+        task=record.task or NO_TASK,
+        prompt=record.prompt,
+        text=text,
+        answers=record.answers,
+        logprob=logprob,
+        correct=not problem and is_correct(text, record.answers),
+        problem=problem,
+    )

@@ -1,0 +1,60 @@
+"""Folders that appear whole or not at all, and never replace another."""
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yields a hidden sibling to write into, which becomes `folder` when the block ends well.
+
+    After an error nothing is left; after `kill -9` only the hidden sibling is, which the next
+    writer of the same folder removes. An existing folder is never overwritten (FileExistsError).
+    """
+    folder = Path(folder).absolute()
+    refuse_existing(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
+    temporary = folder.parent / f".{folder.name}.partial-{socket.gethostname()}-{os.getpid()}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        refuse_existing(folder)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def refuse_existing(folder: str | os.PathLike) -> None:
+    """Raises FileExistsError where a writer would have to overwrite; an empty folder may stand."""
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} exists and is not overwritten: remove it, or choose another folder"
+        )
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what killed writers of the same folder on this machine have left."""
+    prefix = f".{folder.name}.partial-{socket.gethostname()}-"
+    for left in folder.parent.glob(".*"):
+        process = left.name.removeprefix(prefix)
+        if process == left.name or not process.isdecimal():
+            continue
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except PermissionError:
+            continue  # alive, and somebody else's
+
+
+def free_bytes(folder: str | os.PathLike) -> int:
+    """Bytes that are free where this folder is or would be made."""
+    place = Path(folder).absolute()
+    return shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free

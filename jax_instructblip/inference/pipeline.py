@@ -1,0 +1,291 @@
+"""Images and prompts in, answers out: what `load()` returns.
+
+blip = jax_instructblip.load("runs/quickstart")
+for answer in blip.generate(["a.jpg", "b.jpg"], ["What is in the picture?"]):
+    print(answer.text, answer.logprob)
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_instructblip.data.batch import Batch
+from jax_instructblip.data.progress import Progress
+from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.inference.decode import generate_tokens
+from jax_instructblip.inference.questions import Picture, Question, compacted, make_parts, pair
+from jax_instructblip.inference.source import read_params, read_source
+from jax_instructblip.models.instructblip import InstructBlip
+from jax_instructblip.models.layers import BATCH_AXES
+from jax_instructblip.models.variants import Variant
+from jax_instructblip.parallel.mesh import batch_sharding, replicated
+
+BATCH_SIZE = 8  # questions that are answered at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+      text: the words, without special tokens and outer white space.
+      tokens: the new ids alone; the last one is eos unless `max_new_tokens` cut the answer off.
+      logprob: the sum over `tokens` (eos included) of their natural log-probabilities under the
+        model itself, before temperature, truncation and penalties.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprob: float
+
+
+def load(
+    path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None
+) -> "InstructBlipPipeline":
+    """The model of `path`, ready to answer.
+
+    Args:
+      path: a Hugging Face folder, a checkpoint folder of ours, a run directory (the base it tuned,
+        with its latest weights over it), or the name of an embedded checkpoint ("shapes_t5").
+      mesh: devices over which each batch is split, all of them holding all parameters; by default
+        the first device works alone.
+      dtype: what weights are held and computed in; by default bfloat16, on a CPU float32. Norms,
+        softmax and logits are float32 anyway. float16 is refused for T5, where it overflows.
+    """
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    source = read_source(path)
+    # The model refuses a dtype when it is bound: now, before gigabytes are read.
+    _ = InstructBlip(source.variant, jnp.dtype(dtype)).bind({}).vision
+    text = TextProcessor.load(source.folder, source.variant, **source.limits)
+    place = functools.partial(_place, dtype=jnp.dtype(dtype), mesh=mesh)
+    params = read_params(source, place)
+    return InstructBlipPipeline(source.variant, params, text, dtype=dtype, mesh=mesh)
+
+
+class InstructBlipPipeline:
+    """A model with its parameters and tokenizers: answers, features, logits.
+
+    Texts and batches are padded to few sizes (`questions.py`), so that a program that was compiled
+    once serves again. Padding changes no answer.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        params: dict[str, Any],
+        text: TextProcessor,
+        *,
+        dtype: Any = jnp.float32,
+        mesh: Mesh | None = None,
+    ):
+        """The pipeline of parameters that are on their devices already; `load` reads a folder."""
+        self.variant, self.params, self.text, self.mesh = variant, params, text, mesh
+        self.model = InstructBlip(variant, jnp.dtype(dtype))
+
+    def generate(
+        self,
+        images: Sequence[Picture],
+        prompts: Sequence[str],
+        max_new_tokens: int = 30,
+        min_new_tokens: int = 0,
+        num_beams: int = 1,
+        repetition_penalty: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int = 0,
+        batch_size: int = BATCH_SIZE,
+    ) -> list[Answer]:
+        """An answer to each prompt about the image beside it, in order.
+
+        One image serves many prompts, and one prompt many images; otherwise there are as many of
+        the one as of the other. Each image is a path, the bytes of an image file, a PIL image or a
+        uint8 array [H, W, 3]; a list of these is a video, all of one call equally long.
+
+        Decoding is greedy. With any of `temperature`, `top_p` and `top_k` it draws from the
+        distribution that they leave, in the order temperature, top-k, top-p; an answer then depends
+        on `seed` and on its place in the call, not on the other questions or on `batch_size`.
+
+        Args:
+          images: what the questions are about.
+          prompts: the questions. The language model reads them whole, the Q-Former their last 128
+            tokens.
+          max_new_tokens: most tokens of an answer, eos included; the prompt does not count. Another
+            value compiles another program.
+          min_new_tokens: no answer ends before this many tokens.
+          num_beams: 1, there is no beam search.
+          repetition_penalty: divides the positive scores of tokens that the answer has already, and
+            multiplies the negative ones.
+          temperature: above 0; divides the scores. Close to 0 is close to greedy.
+          top_p: in (0, 1]; only the best tokens that together reach this probability are drawn.
+          top_k: at least 1; only that many of the best tokens are drawn.
+          seed: of the random draws.
+          batch_size: questions that are answered at once.
+
+        Raises:
+          ValueError: no images or no prompts, counts that do not match, a setting out of its range,
+            a prompt too long for the model, an image that cannot be used (`ImageError`).
+        """
+        _check_settings(
+            max_new_tokens, min_new_tokens, num_beams, repetition_penalty, temperature, top_p, top_k
+        )
+        key = jax.random.key(seed)
+        settings = {
+            "max_new_tokens": max_new_tokens,
+            "sample": not (temperature is None and top_p is None and top_k is None),
+            "min_new_tokens": min_new_tokens,
+            "repetition_penalty": repetition_penalty,
+            "temperature": 1.0 if temperature is None else temperature,
+            "top_k": 0 if top_k is None else top_k,
+            "top_p": 1.0 if top_p is None else top_p,
+        }
+
+        def decode(batch: Batch, rows: np.ndarray) -> dict[str, jax.Array]:
+            keys = self._on_devices(_row_keys(key, rows))
+            return generate_tokens(self.model, self.params, batch, keys, **settings)
+
+        questions = pair(images, prompts)
+        parts = self._run("answering", decode, questions, batch_size, room=max_new_tokens)
+        return [self._answer(made, row) for made, count in parts for row in range(count)]
+
+    def features(
+        self, images: Sequence[Picture], prompts: Sequence[str], batch_size: int = BATCH_SIZE
+    ) -> np.ndarray:
+        """What the language model sees of each image under its prompt: `[B, F*Q, Dl]` float32.
+
+        These are the Q-Former's query outputs, projected to the width of the language model; the Q
+        vectors of frame 0 come first. `images` and `prompts` are as in `generate`.
+        """
+
+        def look(batch: Batch, rows: np.ndarray) -> jax.Array:
+            del rows
+            return _visual_prompt(self.model, self.params, batch)
+
+        parts = self._run("looking", look, pair(images, prompts), batch_size)
+        return np.concatenate([seen[:count].astype(np.float32) for seen, count in parts])
+
+    def logits(self, batch: Batch) -> np.ndarray:
+        """Float32 logits `[B, T or U, V]` of a training batch, aligned with its targets.
+
+        The batch is as `data/batch.py` draws it. Padding before or between tokens is moved to the
+        end first, for LLaMA in the targets too: the logits belong to the compacted rows.
+        """
+        with self._mesh():
+            return np.asarray(_logits(self.model, self.params, self._on_devices(compacted(batch))))
+
+    def _answer(self, made: dict[str, np.ndarray], row: int) -> Answer:
+        length = made["lengths"][row, 0]
+        tokens = made["tokens"][row, 0, :length].tolist()
+        logprob = float(made["logprobs"][row, 0, :length].sum(dtype=np.float64))
+        return Answer(self.text.decode(tokens), tuple(tokens), logprob)
+
+    def _run(
+        self,
+        label: str,
+        compute: Callable[[Batch, np.ndarray], Any],
+        questions: list[Question],
+        batch_size: int,
+        room: int = 0,
+    ) -> list[tuple[Any, int]]:
+        """What `compute` makes of each batch and its row numbers, and how many rows are real."""
+        parts = make_parts(self.text, questions, batch_size, self._splits(), room)
+        made = ((compute(self._on_devices(part.batch), part.rows), part.count) for part in parts)
+        results = []
+        with self._mesh(), Progress(len(questions), label, "questions") as progress:
+            for result, count in _one_ahead(made):
+                results.append((jax.device_get(result), count))
+                progress.update(count)
+        return results
+
+    def _splits(self) -> int:
+        """How many parts the devices make of a batch."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+    def _mesh(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _on_devices(self, batch: Any) -> Any:
+        return batch if self.mesh is None else jax.device_put(batch, batch_sharding(self.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: InstructBlip, params: Any, batch: Batch) -> Any:
+    return model.apply({"params": params}, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _visual_prompt(model: InstructBlip, params: Any, batch: Batch) -> Any:
+    return model.apply({"params": params}, batch, method="visual_prompt")
+
+
+@jax.jit
+def _row_keys(key: jax.Array, rows: np.ndarray) -> jax.Array:
+    """A random key for each row, from the seed's key and the row's place in the call."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+
+
+def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """The items, each handed out when the next one has been made.
+
+    The device answers one batch while the images of the next are decoded.
+    """
+    waiting = []
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def _place(path: str, array: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.Array:
+    """The leaf on its devices; floats are cast first, so that the wider copy is never there."""
+    del path
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(dtype, copy=False)
+    return jax.device_put(array, None if mesh is None else replicated(mesh))
+
+
+def _check_settings(
+    max_new_tokens: int,
+    min_new_tokens: int,
+    num_beams: int,
+    repetition_penalty: float,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+) -> None:
+    """Raises a ValueError that lists every setting out of its range."""
+    demands = [
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        (
+            "min_new_tokens",
+            min_new_tokens,
+            0 <= min_new_tokens <= max_new_tokens,
+            f"0 to max_new_tokens ({max_new_tokens})",
+        ),
+        ("num_beams", num_beams, num_beams == 1, "1: there is no beam search"),
+        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "above 0"),
+        (
+            "temperature",
+            temperature,
+            temperature is None or temperature > 0,
+            "above 0 (leave it out for greedy decoding)",
+        ),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+    ]
+    wrong = [
+        f"{name} is {value}, expected {want}" for name, value, good, want in demands if not good
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))

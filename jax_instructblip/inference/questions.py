@@ -1,0 +1,155 @@
+"""What a call is given, checked and cut into batches: images and prompts to padded arrays.
+
+Sizes are few, so that the compiled programs are: both texts of a batch are padded to one of
+`LENGTHS`, a batch to a power of two, or to `batch_size` where there are more questions than that.
+"""
+
+import itertools
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
+
+import numpy as np
+from PIL import Image
+
+from jax_instructblip.data.batch import IGNORE, Batch, collate
+from jax_instructblip.data.images import decode, resize_squash
+from jax_instructblip.data.text import TextProcessor, compact
+from jax_instructblip.models.variants import LlamaConfig
+
+LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens
+
+Frame = str | os.PathLike | bytes | Image.Image | np.ndarray
+Picture = Frame | Sequence[Frame]  # several frames, in order of time, are a video
+Example = dict[str, np.ndarray]
+
+
+class Question(NamedTuple):
+    """A prompt and the frames that it is about (a still image: one)."""
+
+    frames: tuple[Frame, ...]
+    prompt: str
+
+
+class Part(NamedTuple):
+    """One batch of a call, filled up with copies of its last row, number included.
+
+    A copy ends when its original does, so it never keeps the decoding going.
+    """
+
+    rows: np.ndarray  # [B] their places in the call
+    count: int  # the real ones, which come first
+    batch: Batch
+
+
+def pair(images: Sequence[Picture], prompts: Sequence[str]) -> list[Question]:
+    """One question for each prompt or image: one of either serves all of the other.
+
+    Raises ValueError for none at all, for counts that do not match, for prompts that are no text,
+    and for videos of different lengths.
+    """
+    for name, given in (("images", images), ("prompts", prompts)):
+        if not isinstance(given, list | tuple):
+            kind = type(given).__name__
+            raise ValueError(f"{name} is a {kind}, expected a list, also of a single one")
+        if not given:
+            raise ValueError(f"{name} is empty: there is nothing to answer")
+    if wrong := [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]:
+        raise ValueError(f"prompts must be strings; those at {wrong} are not")
+    if len(images) != len(prompts) and 1 not in (len(images), len(prompts)):
+        raise ValueError(
+            f"{len(images)} images and {len(prompts)} prompts do not match: give as many of both, "
+            "or one of either for all of the other"
+        )
+    pictures = [
+        tuple(each) if isinstance(each, list | tuple) else (cast(Frame, each),) for each in images
+    ]
+    lengths = [len(frames) for frames in pictures]
+    if len(set(lengths)) > 1 or 0 in lengths:
+        raise ValueError(
+            "all images of a call need the same number of frames (a still image is one), at least "
+            f"one; found, in order, {lengths}"
+        )
+    count = max(len(pictures), len(prompts))
+    if len(pictures) == 1:
+        pictures = pictures * count
+    return [Question(*each) for each in zip(pictures, itertools.cycle(prompts), strict=False)]
+
+
+def make_parts(
+    text: TextProcessor,
+    questions: Sequence[Question],
+    batch_size: int,
+    multiple: int = 1,
+    room: int = 0,
+) -> Iterator[Part]:
+    """The questions in batches of at most `batch_size`, each a multiple of `multiple` rows.
+
+    `room` is how many new tokens must fit behind a prompt. Everything is checked before the first
+    batch is handed out, except the images, which are opened batch by batch.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    examples = [text.prompt(question.prompt) for question in questions]
+    _check_lengths(text, examples, len(questions[0].frames), room)
+    pixels, opened = np.zeros(0, np.uint8), None
+    for start in range(0, len(questions), batch_size):
+        rows = range(start, min(start + batch_size, len(questions)))
+        made = []
+        for row in rows:
+            if questions[row].frames is not opened:  # one image of many prompts is opened once
+                opened = questions[row].frames
+                pixels = _pixels(opened, text.variant.vision.image_size)
+            made.append({"images": pixels, **examples[row]})
+        size = batch_size if len(questions) > batch_size else 1 << (len(rows) - 1).bit_length()
+        size += -size % multiple
+        made += made[-1:] * (size - len(rows))
+        batch = collate(made, lengths=_common_length(text, made), pad_id=text.variant.llm.pad_id)
+        del batch["truncated"]
+        numbers = np.pad(np.array(rows, np.int32), (0, size - len(rows)), mode="edge")
+        yield Part(numbers, len(rows), batch)
+
+
+def compacted(batch: Batch) -> Batch:
+    """A copy of `batch` with the padding of both texts at the end, and LLaMA's targets alike."""
+    batch = dict(batch)
+    if "targets" in batch and "decoder_tokens" not in batch:
+        batch["targets"] = compact(batch["targets"], batch["mask"], IGNORE)[0]
+    for tokens, mask in (("tokens", "mask"), ("qformer_tokens", "qformer_mask")):
+        if tokens in batch:
+            batch[tokens], batch[mask] = compact(batch[tokens], batch[mask])
+    return batch
+
+
+def _pixels(frames: Sequence[Frame], size: int) -> np.ndarray:
+    """Frames `[F, size, size, 3]` uint8."""
+    return np.stack([resize_squash(decode(frame), size) for frame in frames])
+
+
+def _common_length(text: TextProcessor, examples: Sequence[Example]) -> dict[str, tuple[int, ...]]:
+    """One length for both texts: if each had its own, every pair of lengths would be a program."""
+    longest = max(len(each[name]) for each in examples for name in ("tokens", "qformer_tokens"))
+    length = next(size for size in LENGTHS if size >= longest)
+    return {"tokens": (length,), "qformer_tokens": (min(length, text.qformer_limit),)}
+
+
+def _check_lengths(
+    text: TextProcessor, examples: Sequence[Example], frames: int, room: int
+) -> None:
+    """Refuses prompts that are too long; reports those of which the Q-Former reads only the end."""
+    llm, limit = text.variant.llm, LENGTHS[-1]
+    seen = frames * text.variant.qformer.queries
+    if isinstance(llm, LlamaConfig):  # T5 has no last position
+        limit = min(limit, llm.max_positions - seen - room)
+    lengths = [len(example["tokens"]) for example in examples]
+    if wrong := [f"prompt {i} has {n}" for i, n in enumerate(lengths) if n > limit]:
+        raise ValueError(
+            f"a prompt may have {limit} tokens (beside {seen} of the image and {room} of the "
+            f"answer): {', '.join(wrong)}"
+        )
+    if cut := sum(int(example["truncated"][0]) for example in examples):
+        logging.getLogger(__name__).warning(
+            "%d of %d prompts have more than %d tokens: the Q-Former reads their ends alone",
+            *(cut, len(examples), text.qformer_limit),
+        )

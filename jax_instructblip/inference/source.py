@@ -1,0 +1,175 @@
+"""Where a model comes from: the folder behind a path or a name, its variant, its parameters.
+
+Hugging Face folder   config.json with `architectures`, model*.safetensors, tokenizers
+checkpoint folder     config.json with `format`, manifest.json, params/, tokenizers
+run directory         checkpoints/<step>/: what was trained, over one of the two above
+embedded name         a checkpoint folder inside the package
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_instructblip import checkpoint
+from jax_instructblip.convert.hf import convert_hf
+from jax_instructblip.models.instructblip import param_shapes
+from jax_instructblip.models.variants import Variant
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
+
+KINDS = (
+    "a Hugging Face folder (config.json with `architectures`)",
+    "a checkpoint folder (config.json with `format`, manifest.json)",
+    "a run directory (checkpoints/<step>/meta.json)",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a path or a name stands for; nothing of its weights is read yet.
+
+    Attributes:
+      folder: a Hugging Face folder or a checkpoint folder, which has the tokenizers too.
+      variant: the sizes of the model; of a run, the run's own.
+      leaves: of a Hugging Face folder, what makes its leaves one by one; None for a checkpoint.
+      step: of a run, its folder `checkpoints/<step>`, whose weights replace those of `folder`.
+      limits: of a run, how many tokens of each text it was tuned with (fields of TextProcessor).
+    """
+
+    folder: Path
+    variant: Variant
+    leaves: Iterable[tuple[str, np.ndarray]] | None = None
+    step: Path | None = None
+    limits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+def resolve_checkpoint(path: str | os.PathLike) -> Path:
+    """The folder that `path` is, or that is embedded in the package under this name."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    names = sorted(each.name for each in EMBEDDED.glob("*") if (each / "config.json").is_file())
+    if os.fspath(path) in names:
+        return EMBEDDED / path
+    near = difflib.get_close_matches(os.fspath(path), names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    reason = "is a file" if folder.exists() else "does not exist"
+    raise FileNotFoundError(
+        f"no checkpoint {os.fspath(path)!r}: the folder {folder.absolute()} {reason}, and the "
+        f"embedded checkpoints are {', '.join(names) or 'none'}{hint}. Give one of these names, or "
+        f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
+    )
+
+
+def read_source(path: str | os.PathLike) -> Source:
+    """What `path` (a folder of any kind, or an embedded name) stands for, checked without weights.
+
+    Raises:
+        FileNotFoundError: there is no such folder or name, or the run has saved nothing yet.
+        ValueError: the folder is of no known kind, or of a newer format.
+        CheckpointError: a run's base is no longer the one that was tuned.
+    """
+    folder = resolve_checkpoint(path)
+    if (folder / "meta.json").is_file():  # one step of a run, chosen by its folder
+        return _run_source(folder)
+    if (folder / "checkpoints").is_dir():
+        return _run_source(_latest_step(folder / "checkpoints"))
+    if (folder / checkpoint.MANIFEST).is_file():
+        return Source(folder, Variant.from_dict(checkpoint.read_config(folder)["variant"]))
+    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if "architectures" in config or "model_type" in config:
+        variant, _, leaves = convert_hf(folder)
+        return Source(folder, variant, leaves)
+    found = ", ".join(sorted(each.name for each in folder.iterdir())[:12]) or "nothing"
+    raise ValueError(
+        f"{folder} is of no known kind: found {found}; expected {', '.join(KINDS[:-1])} or "
+        f"{KINDS[-1]}"
+    )
+
+
+def read_params(source: Source, place: checkpoint.Place) -> checkpoint.Tree:
+    """The parameters of `source`; of each leaf what `place(path, array)` makes of it is kept.
+
+    Every leaf is compared with the variant's shapes, and with its hash in checkpoints of ours. Of a
+    run, the trained trees come from its step and the others from the base.
+    """
+    trained = {} if source.step is None else _read_trained(source.step, source.variant, place)
+
+    def place_frozen(path: str, array: np.ndarray) -> Any:
+        return None if path.partition("/")[0] in trained else place(path, array)
+
+    if source.leaves is None:
+        # A run may tune a tower of another shape than its base's, whose hash was compared already.
+        expected = param_shapes(source.variant) if source.step is None else None
+        base = checkpoint.read_tree(source.folder, expected=expected, place=place_frozen)
+        return {**base, **trained}
+    kept = {}
+    for path, array in source.leaves:
+        kept[path] = place(path, array)
+        del array  # the next leaf is made while no name holds this one
+    return checkpoint.unflatten(kept)
+
+
+def _run_source(step: Path) -> Source:
+    meta = _read_json(step / "meta.json")
+    base = read_source(_base_folder(step, meta["base"]))
+    found, wanted = base_digest(base), meta["base"]["sha256"]
+    if found != wanted:
+        raise checkpoint.CheckpointError(
+            f"{step} was tuned on another base: {base.folder} had the sha256 {wanted[:12]}..., now "
+            f"it has {found[:12]}...; put that base back, or tune again"
+        )
+    variant = Variant.from_dict(meta["variant"])
+    return dataclasses.replace(base, variant=variant, step=step, limits=meta.get("text", {}))
+
+
+def _base_folder(step: Path, base: Mapping[str, str]) -> str:
+    """Where a run's base is now: at its path, or under its name where the path was another's."""
+    places = list(dict.fromkeys([base["path"], base.get("name", base["path"])]))
+    for place in places:
+        try:
+            return os.fspath(resolve_checkpoint(place))
+        except FileNotFoundError:
+            continue
+    raise FileNotFoundError(
+        f"the base that {step} was tuned on is gone: looked for {' and '.join(places)}; put the "
+        f"checkpoint of sha256 {base['sha256'][:12]}... back there"
+    )
+
+
+def base_digest(source: Source) -> str:
+    """The sha256 that stands for every byte of a checkpoint folder's parameters."""
+    if source.leaves is not None or source.step is not None:
+        raise ValueError(
+            f"{source.step or source.folder} cannot be the base of a run, because nothing there "
+            "stands for all its weights: convert it to a checkpoint folder first"
+        )
+    return checkpoint.manifest_digest(source.folder)
+
+
+def _latest_step(folder: Path) -> Path:
+    """The newest complete checkpoint of a run."""
+    steps = [each for each in folder.iterdir() if each.name.isdecimal()]
+    steps = [each for each in steps if (each / "meta.json").is_file()]
+    if not steps:
+        raise FileNotFoundError(f"{folder} has no checkpoint yet: the run has not saved anything")
+    return max(steps, key=lambda each: int(each.name))
+
+
+def _read_trained(step: Path, variant: Variant, place: checkpoint.Place) -> checkpoint.Tree:
+    shapes = param_shapes(variant)
+    expected = {name: shapes[name] for name in _read_json(step / "meta.json")["trainable"]}
+    return checkpoint.read_tree(step / "trainable", expected=expected, place=place)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,114 @@
+"""The embedded checkpoints: sizes, files, and the way from three trainings to one folder.
+
+    tokenizers, vision tower, language model --write_checkpoint--> BASE     Q-Former random
+    BASE --caption phase: an ordinary run on `shapes-captions`--> RUN       queries alone, as stage 2
+    BASE, RUN --merge_captioned--> embedded/shapes_llama, shapes_t5         text branch added
+
+The caption phase knows no instruction, as in BLIP-2's second stage. What reads the instruction starts
+so: the text feed-forwards and their norms are copies of the query ones (the rule of the first stage,
+the other way round), words and positions are random.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jax_instructblip import checkpoint
+from jax_instructblip.inference.source import read_params, read_source
+from jax_instructblip.models.instructblip import init_params
+from jax_instructblip.models.variants import (
+    LanguageConfig,
+    LlamaConfig,
+    QFormerConfig,
+    T5Config,
+    Variant,
+    VisionConfig,
+)
+from jax_instructblip.training.pretrain_tokenizers import make_tokenizers
+
+VISION = VisionConfig(image_size=56, width=96, layers=4, heads=4, mlp=384)
+QFORMER: dict[str, Any] = dict(
+    width=96, layers=4, heads=4, mlp=384, queries=4, max_positions=128, dropout=0.0
+)
+LANGUAGE: dict[str, dict[str, Any]] = {
+    "llama": dict(width=96, heads=4, mlp=256, layers=3, max_positions=256),
+    "t5": dict(
+        width=96,
+        head_width=24,
+        heads=4,
+        mlp=192,
+        encoder_layers=3,
+        decoder_layers=2,
+        dropout=0.0,
+    ),
+}
+# Embeddings are normed before use, so their size only says how fast Adam may turn them.
+WORD_STD, POSITION_STD = 0.5, 0.1
+
+
+def language_config(kind: str, tokenizer: Any) -> LanguageConfig:
+    """The sizes of the language model of `kind` 'llama' or 't5' over that tokenizer."""
+    sizes = LANGUAGE[kind]
+    if kind == "t5":
+        return T5Config(**sizes, vocab=len(tokenizer))
+    return LlamaConfig(**sizes, vocab=len(tokenizer), pad_id=tokenizer.pad_token_id)
+
+
+def shapes_variant(llm: LanguageConfig, qformer_vocab: int) -> Variant:
+    """The sizes of the embedded model with that language model."""
+    qformer = QFormerConfig(
+        vision_width=VISION.width, llm_width=llm.width, vocab=qformer_vocab, **QFORMER
+    )
+    return Variant(VISION, qformer, llm)
+
+
+def write_checkpoint(
+    folder: str | os.PathLike[str],
+    kind: str,
+    params: dict[str, Any],
+    made: dict[str, Any],
+    *,
+    seed: int = 0,
+) -> None:
+    """Writes the checkpoint folder of an embedded model, bfloat16, with its tokenizers.
+
+    `params` are the towers that are trained; a tower that is missing stays random. `made` says in
+    `config.json` where they come from.
+    """
+    llm, qformer = make_tokenizers(kind)
+    variant = shapes_variant(language_config(kind, llm), len(qformer))
+    start = init_params(variant, jax.random.key(seed))
+    text = start["qformer"]
+    text["text_embed"]["embedding"] *= WORD_STD / 0.02
+    text["position_embed"]["embedding"] *= POSITION_STD / 0.02
+    leaves = checkpoint.flatten({**start, **params})
+
+    def add(temporary: Path) -> None:
+        checkpoint.write_config(temporary, {"variant": variant.to_dict(), "source": made})
+        llm.save_pretrained(temporary / "tokenizer")
+        qformer.save_pretrained(temporary / "qformer_tokenizer")
+
+    narrow = ((path, np.asarray(leaf).astype(ml_dtypes.bfloat16)) for path, leaf in leaves.items())
+    checkpoint.write_tree(folder, narrow, extra=add)
+
+
+def merge_captioned(
+    base: str | os.PathLike[str],
+    run: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    kind: str,
+    made: dict[str, Any],
+) -> None:
+    """Writes `out`: the towers of `base` with the Q-Former that `run` captioned."""
+    params = read_params(read_source(base))
+    learned = checkpoint.flatten(read_params(read_source(run))["qformer"])
+    merged = {**checkpoint.flatten(params["qformer"]), **learned}
+    for path, leaf in learned.items():
+        if "query_mlp" in path:
+            merged[path.replace("query_mlp", "text_mlp")] = leaf
+    params["qformer"] = checkpoint.unflatten(merged)
+    write_checkpoint(out, kind, params, made)

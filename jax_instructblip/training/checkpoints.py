@@ -1,0 +1,199 @@
+"""A run's checkpoints: saved in the background, whole or not at all, restored only where they fit.
+
+checkpoints/
+  3000/                 appears by renaming: a numbered folder is always complete
+    meta.json           step, variant, frozen base, data cursor, score of the validation
+    trainable/          the trained weights: `qformer/...`     (folders of `checkpoint.py`)
+    optimizer/          `step`, `rng`, `optimizer/...`          not needed for answering
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jax_instructblip import checkpoint
+from jax_instructblip.training.state import TrainState
+
+META = "meta.json"
+FORMAT = 1
+
+Meta = dict[str, Any]
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run; one save at a time goes on in a thread.
+
+    Old ones are removed after a save: the newest `keep` stay, and the best by score.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, keep: int = 3):
+        """`keep` is at least 1; the folder need not exist yet."""
+        if keep < 1:
+            raise ValueError(f"keep is {keep}, expected at least 1")
+        self.folder = Path(folder)
+        self._keep = keep
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future | None = None
+
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, ascending."""
+        if not self.folder.is_dir():
+            return []
+        names = [path.name for path in self.folder.iterdir() if (path / META).is_file()]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def path(self, step: int) -> Path:
+        """The folder of that step."""
+        return self.folder / str(step)
+
+    def meta(self, step: int) -> Meta:
+        """What `meta.json` of that step says."""
+        path = self.path(step) / META
+        try:
+            meta = json.loads(path.read_text())
+        except ValueError as error:
+            raise checkpoint.CheckpointError(f"{path} is damaged: {error}") from error
+        if meta.get("format") != FORMAT:
+            raise checkpoint.CheckpointError(
+                f"{path} has format {meta.get('format')!r}, this version reads {FORMAT}"
+            )
+        return meta
+
+    def best(self) -> int | None:
+        """The step with the highest score, the later one of equals; None before any validation."""
+        scores = {step: self.meta(step).get("score") for step in self.steps()}
+        known = [(score, step) for step, score in scores.items() if score is not None]
+        return max(known)[1] if known else None
+
+    def save(self, state: TrainState, rng: Array, meta: Meta) -> None:
+        """Starts writing the checkpoint of `state.step`; returns when it is copied to the host.
+
+        What an earlier save raised (a full disk) is raised here, in `check` or in `wait`. `meta`
+        must have `variant`, `trainable`, `base` and `data`; `score` is what `best` compares.
+        """
+        self.wait()
+        step = int(state.step)
+        # Real copies: on the CPU arrays may be views of buffers that the next step takes over.
+        copy = lambda leaf: np.array(leaf, copy=True)  # noqa: E731
+        trainable = jax.tree.map(copy, state.params)
+        rest = {path: copy(leaf) for path, leaf in _optimizer_leaves(state, rng)}
+        meta = {"format": FORMAT, "step": step, "score": None} | meta
+        if jax.process_index() == 0:  # the state is the same in every process
+            self._saving = self._writer.submit(self._write, step, trainable, rest, meta)
+
+    def check(self) -> None:
+        """Raises what the save going on has raised, without waiting for it."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written; raises what the save raised."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def restore(
+        self, step: int, like: TrainState, rng: Array, meta: Meta
+    ) -> tuple[TrainState, Array, Meta]:
+        """State, random key and meta of that step, placed as the leaves of `like` are.
+
+        `meta` is what the present run would save: its variant, trainable parts and base are
+        compared first, then keys, shapes and dtypes, then the hash of every leaf.
+        """
+        found = self.meta(step)
+        _compare(self.path(step), found, meta)
+        trainable = checkpoint.read_tree(
+            self.path(step) / "trainable", expected=like.params, strict_dtype=True
+        )
+        rest_like = dict(_optimizer_leaves(like, rng))
+        rest = checkpoint.flatten(
+            checkpoint.read_tree(
+                self.path(step) / "optimizer",
+                expected=checkpoint.unflatten(rest_like),
+                strict_dtype=True,
+            )
+        )
+        place = lambda leaf, old: jax.device_put(leaf, old.sharding)  # noqa: E731
+        params = jax.tree.map(place, trainable, like.params)
+        flat, treedef = jax.tree_util.tree_flatten_with_path(like.optimizer)
+        moments = [place(rest[_leaf_path(path)], old) for path, old in flat]
+        state = TrainState(
+            place(rest["step"], like.step),
+            params,
+            jax.tree_util.tree_unflatten(treedef, moments),
+        )
+        key = jax.random.wrap_key_data(jnp.asarray(rest["rng"]), impl=jax.random.key_impl(rng))
+        return state, key, found
+
+    def _write(self, step: int, trainable: Any, rest: Mapping[str, np.ndarray], meta: Meta) -> None:
+        with checkpoint.atomic_folder(self.path(step)) as partial:
+            checkpoint.write_tree(partial / "trainable", checkpoint.flatten(trainable).items())
+            checkpoint.write_tree(partial / "optimizer", rest.items())
+            (partial / META).write_text(json.dumps(meta, indent=1) + "\n")
+        keep = {*self.steps()[-self._keep :], self.best()}
+        for old in self.steps():
+            if old not in keep:
+                # Renamed first: a removal cut short must not leave half a numbered folder.
+                doomed = self.folder / f".{old}.removed"
+                shutil.rmtree(doomed, ignore_errors=True)
+                self.path(old).rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _optimizer_leaves(state: TrainState, rng: Array) -> Iterator[tuple[str, Array]]:
+    yield "step", state.step
+    yield "rng", jax.random.key_data(rng)
+    flat, _ = jax.tree_util.tree_flatten_with_path(state.optimizer)
+    yield from ((_leaf_path(path), leaf) for path, leaf in flat)
+
+
+def _leaf_path(path: tuple[Any, ...]) -> str:
+    """`optimizer/0/mu/qformer/queries`: names and positions of the optimizer's tuples and dicts."""
+    words = [
+        getattr(key, name) for key in path for name in ("key", "name", "idx") if hasattr(key, name)
+    ]
+    return "/".join(map(str, ("optimizer", *words)))
+
+
+def _compare(folder: Path, found: Meta, wanted: Meta) -> None:
+    """Raises when the checkpoint is of another model, of other parts of it, or of another base."""
+    wrong = []
+    variant, expected = (_flat_fields(meta["variant"]) for meta in (found, wanted))
+    for name in sorted(variant.keys() | expected.keys()):
+        if variant.get(name) != expected.get(name):
+            wrong.append(
+                f"variant: {name} is {variant.get(name)}, the run has {expected.get(name)}"
+            )
+    if list(found["trainable"]) != list(wanted["trainable"]):
+        wrong.append(f"it trains {found['trainable']}, the run trains {wanted['trainable']}")
+    if found["base"]["sha256"] != wanted["base"]["sha256"]:
+        wrong.append(
+            f"it was tuned on the frozen base {found['base']['path']} "
+            f"(sha256 {found['base']['sha256'][:12]}...), the run has {wanted['base']['path']} "
+            f"({wanted['base']['sha256'][:12]}...)"
+        )
+    if wrong:
+        raise checkpoint.CheckpointError(
+            "\n  ".join(
+                [f"{folder} does not continue this run; choose another workdir, or undo:", *wrong]
+            )
+        )
+
+
+def _flat_fields(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat_fields(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat

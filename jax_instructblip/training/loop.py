@@ -1,0 +1,284 @@
+"""A whole run: read the config, tune, measure, save; take it up again where it stopped.
+
+    workdir/
+      config.json      what was run: variant, frozen base, every field of the config
+      metrics.jsonl    numbers of the steps and of the validations (and `tensorboard/`)
+      checkpoints/     `checkpoints.py`
+
+The config ends here (`setup.py` reads it): everything below takes keyword arguments.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jax_instructblip.data import loader
+from jax_instructblip.data.mixture import TrainBatches
+from jax_instructblip.data.progress import Progress
+from jax_instructblip.data.text import TRUNCATED
+from jax_instructblip.models.instructblip import InstructBlip
+from jax_instructblip.parallel.mesh import batch_sharding, local_rows, make_mesh, replicated
+from jax_instructblip.training import setup
+from jax_instructblip.training.checkpoints import Checkpoints, Meta
+from jax_instructblip.training.metrics import MetricsWriter
+from jax_instructblip.training.start import Start, read_start
+from jax_instructblip.training.state import TrainState, create_state
+from jax_instructblip.training.step import Metrics, Step, compile_step
+
+_TEXT_LIMITS = ("qformer_limit", "prompt_limit", "answer_limit")
+
+
+def run(config: ConfigDict, *, evaluate: setup.Evaluate | None = None) -> Path:
+    """The run directory, when the run that `config` (configs/common.py) describes has ended.
+
+    A directory that has checkpoints is taken up where the newest stands. `evaluate` is what
+    validates; without it, or without `config.validation.path`, nothing is validated.
+
+    Raises:
+        ValueError: something in the config does not fit, a checkpoint is of another run, or the
+            loss is no longer finite.
+        OSError: a checkpoint could not be written; the ones before it are intact.
+    """
+    workdir = setup.read_workdir(config)
+    mesh = make_mesh(**config.mesh)
+    rows = local_rows(batch_sharding(mesh), config.data.batch_size)
+    optimizer, schedule = setup.read_optimizer(config)
+    mixture = setup.read_mixture(config)
+    _say(mixture.table())
+    frozen_dtype = jnp.dtype(config.model.frozen_dtype)
+    start = read_start(
+        config.model.checkpoint,
+        init=config.model.init,
+        trainable=tuple(config.model.trainable),
+        fields=setup.read_variant_fields(config),
+        frozen_dtype=frozen_dtype,
+        sharding=replicated(mesh),
+    )
+    _say(*start.notes)
+    batches = setup.read_batches(config, mixture, start, rows)
+    model = InstructBlip(start.variant, jnp.dtype(config.model.dtype))
+    validation = setup.read_validation(config, evaluate, model, batches.text)
+    with jax.set_mesh(mesh):
+        step = compile_step(
+            model=model,
+            optimizer=optimizer,
+            schedule=schedule,
+            clip_norm=config.optimizer.clip_norm or None,
+            sharding=replicated(mesh),
+            narrow_weights=frozen_dtype.itemsize < 4,
+        )
+        tuning = _Run(config, workdir, start, batches, step, validation)
+        tuning.begin(create_state(start.trainable, optimizer))
+        tuning.tune(
+            batch_sharding(mesh),
+            threads=config.data.threads,
+            ahead=config.data.ahead,
+            workers=config.data.workers,
+        )
+    return workdir
+
+
+class _Run:
+    """The loop and what it writes; `begin` finds the first step, `tune` makes the others."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        start: Start,
+        batches: TrainBatches,
+        step: Step,
+        validation: setup.Validation | None,
+    ):
+        self.workdir, self.batches, self.step, self.validation = workdir, batches, step, validation
+        self.frozen = start.frozen
+        self.steps, self.log_every = config.train.steps, config.train.log_every
+        self.save_every = config.checkpoints.every
+        self.checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoints.keep)
+        self.seed = config.seed
+        self.meta: Meta = {
+            "variant": start.variant.to_dict(),
+            "trainable": sorted(start.trainable),
+            "base": start.base,
+            "text": {name: getattr(batches.text, name) for name in _TEXT_LIMITS},
+        }
+        self.document = {"kind": "run", **self.meta, "config": json.loads(config.to_json())}
+
+    def begin(self, state: TrainState) -> None:
+        """Takes `state`, or what the newest checkpoint holds instead."""
+        self.state, self.rng = state, jax.random.key(self.seed)
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        saved = self.checkpoints.steps()
+        self.first = saved[-1] if saved else 0
+        if saved:
+            self.state, self.rng, found = self.checkpoints.restore(
+                saved[-1], state, self.rng, self.meta
+            )
+            _compare_cursors(
+                self.checkpoints.path(saved[-1]), found["data"], self.cursor(saved[-1])
+            )
+            _say(f"resuming {self.workdir} at step {self.first} of {self.steps}")
+            _say(*_changes(self.workdir / "config.json", self.document["config"]))
+        if jax.process_index() == 0:
+            text = json.dumps({"format": 1, **self.document}, indent=1)
+            (self.workdir / "config.json").write_text(text + "\n")
+
+    def cursor(self, step: int) -> dict[str, Any]:
+        """Where the data stand at that step."""
+        return {"step": step, "seed": self.seed, "fingerprint": self.batches.fingerprint()}
+
+    def tune(self, sharding: jax.sharding.NamedSharding, **reading: int) -> None:
+        """Makes the remaining steps; `reading` is how batches are read ahead."""
+        self.writer = MetricsWriter(self.workdir, start=self.first)
+        self.window = _Window()
+        try:
+            if self.first == 0 and self.validation and self.validation.first:
+                self.validate(0)
+            if self.first < self.steps:
+                self._loop(loader.load(self.batches, sharding, start=self.first, **reading))
+            self.checkpoints.wait()
+        finally:
+            self.writer.close()
+
+    def _loop(self, loaded: Iterator[tuple[loader.DeviceBatch, loader.Counts]]) -> None:
+        waiting: tuple[int, Metrics, loader.Counts] | None = None
+        with Progress(self.steps - self.first, "tuning", "steps") as progress:
+            for number, (batch, counts) in enumerate(loaded, start=self.first + 1):
+                self.state, metrics = self.step(self.state, self.frozen, batch, self.rng)
+                # The numbers of the step before are fetched while the device makes this one.
+                if waiting is not None:
+                    progress.update(note=self.record(*waiting))
+                waiting = number, metrics, counts
+                self.checkpoints.check()
+                ends = number == self.steps
+                validates = self.validation and (ends or number % self.validation.every == 0)
+                if validates or ends or number % self.save_every == 0:
+                    progress.update(note=self.record(*waiting))
+                    waiting = None
+                    score = self.validate(number) if validates else None
+                    self.save(number, score)
+
+    def record(self, number: int, metrics: Metrics, counts: loader.Counts) -> str:
+        """Writes down the numbers of a step, if it is time to; returns a note for the line.
+
+        Raises:
+            ValueError: the loss is not finite.
+        """
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+            saved = self.checkpoints.steps()
+            raise ValueError(
+                f"step {number}: loss {values['loss']}, gradient norm {values['gradient_norm']}, "
+                "and nothing after it can be trusted. Its samples: "
+                f"{', '.join(self.batches.ids(number - 1))}. Newest checkpoint: "
+                f"{self.checkpoints.path(saved[-1]) if saved else 'none'}; lower "
+                "config.optimizer.learning_rate or set config.optimizer.clip_norm"
+            )
+        self.window.add(values, counts)
+        if number % self.log_every == 0 or number in (1, self.steps):
+            self.writer.write(number, self.window.close())
+        return f"loss {values['loss']:.3f}"
+
+    def validate(self, number: int) -> float:
+        """The accuracy of the weights after that step, which is written down and printed."""
+        assert self.validation is not None
+        began = time.monotonic()
+        scores = self.validation.measure({**self.frozen, **self.state.params})
+        self.window.skip(time.monotonic() - began)
+        self.writer.write(number, {f"validation/{name}": value for name, value in scores.items()})
+        when = f"step {number}" if number else "before tuning"
+        _say(f"validation, {when}: accuracy {scores['accuracy']:.1%}")
+        return scores["accuracy"]
+
+    def save(self, number: int, score: float | None) -> None:
+        """Starts saving the state after that step."""
+        meta = self.meta | {"score": score, "data": self.cursor(number)}
+        self.checkpoints.save(self.state, self.rng, meta)
+
+
+class _Window:
+    """The numbers of the steps since the last line of metrics."""
+
+    def __init__(self):
+        self.restart()
+
+    def skip(self, seconds: float) -> None:
+        """Leaves out time that was not spent on steps."""
+        self._began += seconds
+
+    def restart(self) -> None:
+        """Forgets everything."""
+        self._began = time.monotonic()
+        self._steps: list[dict[str, float]] = []
+        self._samples = 0
+        self._counts = {name: 0.0 for name in ("replaced", *TRUNCATED)}
+
+    def add(self, values: dict[str, float], counts: loader.Counts) -> None:
+        """Adds one step."""
+        self._steps.append(values)
+        self._samples += len(counts["replaced"])
+        self._counts["replaced"] += float((counts["replaced"] > 0).sum())
+        for name, count in zip(TRUNCATED, counts["truncated"].sum(axis=0), strict=True):
+            self._counts[name] += float(count)
+
+    def close(self) -> dict[str, float]:
+        """The last step's numbers, but the mean loss of all; rates; counts where not zero."""
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        values = dict(self._steps[-1])
+        values["loss"] = sum(each["loss"] for each in self._steps) / len(self._steps)
+        values["steps_per_second"] = len(self._steps) / seconds
+        values["samples_per_second"] = self._samples * jax.process_count() / seconds
+        names = {"replaced": "replaced", **{name: f"truncated_{name}" for name in TRUNCATED}}
+        values |= {names[name]: count for name, count in self._counts.items() if count}
+        self.restart()
+        return values
+
+
+def _compare_cursors(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises when the checkpoint's data order is not the run's."""
+    wrong = [
+        f"{name} was {found.get(name)}, now {wanted[name]}"
+        for name in ("step", "seed", "fingerprint")
+        if found.get(name) != wanted[name]
+    ]
+    if wrong:
+        raise ValueError(
+            f"{folder} was made with other data: {'; '.join(wrong)}. The fingerprint is of the "
+            "seed, the batch size and the sources (content, weight, templates): restore them, or "
+            "choose another workdir (config.model.init can start it from this run)"
+        )
+
+
+def _changes(path: Path, config: Mapping[str, Any]) -> list[str]:
+    """Which fields have another value than when the run began."""
+    if not path.is_file():
+        return []
+    before, now = (_flat(each) for each in (json.loads(path.read_text())["config"], config))
+    return [
+        f"changed: config.{name} was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return flat
+
+
+def _say(*lines: str) -> None:
+    if jax.process_index() == 0:
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,99 @@
+"""AdamW with the papers' schedule; which leaves decay is decided by their names."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Stacked leaves have one dimension more, so "biases and norms are one-dimensional" cannot decide.
+DECAYED = ("kernel", "embedding", "queries", "cls", "pos_embed", "relative_bias", "temp")
+NOT_DECAYED = ("bias", "scale")
+
+
+def warmup_cosine(
+    *, start: float, peak: float, end: float, warmup_steps: int, total_steps: int
+) -> optax.Schedule:
+    """The learning rate of step s: linear from `start` to `peak`, then half a cosine to `end`.
+
+    The first step (s = 0) gets `start`, step `warmup_steps` gets `peak`, `total_steps` would get
+    `end` (InstructBLIP: 1e-8, 1e-5, 0; 1,000 and 60,000 steps).
+    """
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f"warm-up of {warmup_steps} steps in a run of {total_steps}: the warm-up must end "
+            "before the run does; shorten it or lengthen the run"
+        )
+
+    def rate(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        done = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0.0, 1.0)
+        cosine = end + 0.5 * (peak - end) * (1.0 + jnp.cos(math.pi * done))
+        warm = start + (peak - start) * step / max(warmup_steps, 1)
+        return jnp.where(step < warmup_steps, warm, cosine)
+
+    return rate
+
+
+def staircase_cosine(
+    *,
+    start: float,
+    peak: float,
+    end: float,
+    warmup_steps: int,
+    total_steps: int,
+    epoch_steps: int,
+) -> optax.Schedule:
+    """The learning rate as the LAVIS runner sets it: one step of the cosine per inner epoch.
+
+    Warm-up exists in inner epoch 0 only and stays at `peak` once there; what a longer warm-up
+    would have left is lost. From epoch 1 on the rate is constant within an epoch of
+    `epoch_steps` steps (LAVIS `linear_warmup_cosine_lr`, `iters_per_inner_epoch`).
+    """
+    if epoch_steps < 1 or total_steps < epoch_steps:
+        raise ValueError(f"epochs of {epoch_steps} steps do not fit a run of {total_steps} steps")
+    epochs = total_steps / epoch_steps
+
+    def rate(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        epoch = step // epoch_steps
+        warm = jnp.minimum(peak, start + (peak - start) * step / max(warmup_steps, 1))
+        cosine = end + 0.5 * (peak - end) * (1.0 + jnp.cos(math.pi * epoch / epochs))
+        return jnp.where(epoch == 0, warm, cosine)
+
+    return rate
+
+
+def decays(params: Any) -> Any:
+    """The tree of booleans that says which leaves weight decay pulls at.
+
+    Raises:
+        ValueError: leaves whose names are in neither list, all of them.
+    """
+    names = lambda path: str(getattr(path[-1], "key", path[-1]))  # noqa: E731
+    known = DECAYED + NOT_DECAYED
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    unknown = [jax.tree_util.keystr(path) for path, _ in flat if names(path) not in known]
+    if unknown:
+        raise ValueError(
+            f"no rule says whether weight decay applies to {', '.join(unknown)}: leaf names are "
+            f"{', '.join(known)}"
+        )
+    return jax.tree_util.tree_map_with_path(lambda path, _: names(path) in DECAYED, params)
+
+
+def adamw(
+    schedule: optax.Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.05,
+) -> optax.GradientTransformation:
+    """AdamW as `torch.optim.AdamW` computes it, the decay times the learning rate of the step.
+
+    Clipping is not part of it (the papers have none): `step.train_step` has the gradient's norm at
+    hand anyway.
+    """
+    return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)

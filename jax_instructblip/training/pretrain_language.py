@@ -1,0 +1,261 @@
+"""Trains the language models of the embedded default: a scene in words and a question -> the answer.
+
+Text only: where the visual prompt will stand, a description stands. The curriculum is what matters.
+Looking something up by its key among several things ("Which shape is red?") is learned only if it
+begins with one thing; the later stages add things, word orders and every family of questions.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jax_instructblip.data import shapes, shapes_tasks
+from jax_instructblip.data.progress import Progress
+from jax_instructblip.models.instructblip import LANGUAGE_MODELS
+from jax_instructblip.models.variants import LanguageConfig
+
+IGNORE = -100
+ROUND = 8  # rows are padded to a multiple of this many tokens
+BUCKETS = 4  # groups of like lengths, so that little of a batch is padding
+FAMILIES = {**shapes_tasks.FAMILIES, "detail": shapes_tasks.CAPTION_FAMILIES["detail"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of the curriculum: scenes of up to `things` things, for `steps` steps.
+
+    `relisted` is the part of examples that `relist` makes.
+    """
+
+    things: int
+    steps: int
+    relisted: float
+
+
+CURRICULUM = (Stage(3, 1000, 0.8), Stage(3, 1500, 0.3), Stage(5, 3000, 0.1))
+
+
+def text_example(
+    seed: int, split: str, index: int, things: int, relisted: float = 0.0
+) -> tuple[str, str, str, str] | None:
+    """(family, description, prompt, answer) of a part of a scene; None where the family cannot ask.
+
+    The description lists up to `things` things in random order, sometimes with the words of a thing
+    in another order, or the number of alike things instead of the things.
+    """
+    scene = shapes.sample_scene(seed, split, index)
+    rng = shapes.scene_rng(seed, split, index, use=2)
+    count = int(rng.integers(1, min(things, len(scene.things)) + 1))
+    if things >= 3:
+        count = max(count, int(rng.integers(1, min(things, len(scene.things)) + 1)))
+    chosen = [scene.things[place] for place in rng.permutation(len(scene.things))[:count]]
+    word = scene.word if rng.integers(4) else ""
+    part = dataclasses.replace(scene, things=tuple(chosen), word=word)
+    if rng.random() < relisted:
+        return relist(part, rng)
+    name = list(FAMILIES)[int(rng.integers(len(FAMILIES)))]
+    focus = shapes_tasks.pick_focus(part, "train", rng)
+    question = FAMILIES[name].ask(part, rng, focus)
+    if question is None:
+        return None
+    given = FAMILIES[name].templates
+    prompt = shapes_tasks.templates.render(given[int(rng.integers(len(given)))], **question.fields)
+    description = shapes_tasks.describe(part)
+    if name != "detail" and rng.integers(3) == 0:
+        description = _loosely(part.things, part.word, rng)
+    if name == "count" and rng.integers(3) == 0:
+        asked = question.fields["question"].rstrip("?").split()
+        key = asked[-1] if asked[-2] == "are" else asked[2]
+        key = "shapes" if key == "there" else f"{key} shapes"
+        description = f"{question.answer} {key}"
+    return name, description, prompt, question.answer
+
+
+def relist(scene: shapes.Scene, rng: np.random.Generator) -> tuple[str, str, str, str]:
+    """A scene and the same scene once more, its things and their words in another order.
+
+    After the first word of each thing the others are looked up: the exercise that questions need,
+    several times in one row.
+    """
+    things, word = scene.things, scene.word
+    description = shapes_tasks.describe(scene) if rng.integers(2) else _loosely(things, word, rng)
+    clear = [thing for thing in things if thing in scene.clear]
+    again = [clear[place] for place in rng.permutation(len(clear))] or list(things)
+    answer = []
+    for thing in again:
+        words = [thing.color, thing.shape] if rng.integers(2) else [thing.shape, thing.color]
+        answer.append(" ".join([*words, thing.place]))
+    return "relist", description, "Again:", ", ".join(answer)
+
+
+def _loosely(things, word: str, rng: np.random.Generator) -> str:
+    """A description whose things have their words in any order, as the word and the things do."""
+    parts = []
+    for thing in things:
+        words = [thing.color, thing.shape, thing.place] + ["large"] * thing.large
+        parts.append(" ".join(words[place] for place in rng.permutation(len(words))))
+    parts += [f"word {word}"] * bool(word)
+    return ", ".join(parts[place] for place in rng.permutation(len(parts)))
+
+
+class Tokens:
+    """Turns text examples into rows of ids, laid out as `data/text.py` lays out those of training."""
+
+    def __init__(self, tokenizer: Any, config: LanguageConfig):
+        """Keeps the tokenizer and the special ids of the model."""
+        self._tokenizer, self._config = tokenizer, config
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without special ones."""
+        return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def rows(self, examples: list[tuple[str, str, str, str]]) -> dict[str, np.ndarray]:
+        """All rows in one padded batch; `family` is each row's index in `FAMILIES`."""
+        _, descriptions, prompts, answers = zip(*examples, strict=True)
+        rows = [
+            self._row(*ids)
+            for ids in zip(
+                self.ids(list(descriptions)),
+                self.ids(list(prompts)),
+                self.ids(list(answers)),
+                strict=True,
+            )
+        ]
+        batch = {name: _pad([row[name] for row in rows], name) for name in rows[0]}
+        batch["mask"] = batch.pop("mask").astype(bool)
+        names = [*FAMILIES, "relist"]
+        batch["family"] = np.array([names.index(name) for name, *_ in examples], np.int32)
+        return batch
+
+    def _row(self, description, prompt, answer) -> dict[str, list[int]]:
+        c = self._config
+        if c.kind == "llama":
+            before = [*description, c.bos_id, *prompt]
+            tokens = [*before, *answer]
+            targets = [IGNORE] * (len(before) - 1) + [*answer, c.eos_id]
+            return {"tokens": tokens, "targets": targets, "mask": [1] * len(tokens)}
+        tokens = [*description, *prompt, c.eos_id]
+        targets = [*answer, c.eos_id]
+        shifted = [c.decoder_start_id, *answer]
+        return {
+            "tokens": tokens,
+            "mask": [1] * len(tokens),
+            "targets": targets,
+            "decoder_tokens": shifted,
+        }
+
+
+def _pad(rows: list[list[int]], name: str) -> np.ndarray:
+    length = -(-max(len(row) for row in rows) // ROUND) * ROUND
+    padded = np.full((len(rows), length), IGNORE if name == "targets" else 0, np.int32)
+    for place, row in enumerate(rows):
+        padded[place, : len(row)] = row
+    return padded
+
+
+class Reader(nn.Module):
+    """The language model alone, reading tokens where the visual prompt will stand."""
+
+    config: LanguageConfig
+
+    def setup(self):
+        self.llm = LANGUAGE_MODELS[self.config.kind](self.config, jnp.float32)
+
+    def __call__(self, batch: dict[str, jax.Array], train: bool = False) -> jax.Array:
+        inputs = self.llm.embed(batch["tokens"])
+        return self.llm(inputs, batch["mask"], batch.get("decoder_tokens"), train=train)
+
+
+def pool(
+    tokens: Tokens, seed: int, split: str, start: int, count: int, stage: Stage
+) -> list[dict[str, np.ndarray]]:
+    """About `count` examples of scenes from `start` on, in `BUCKETS` groups of like lengths."""
+    made = (
+        text_example(seed, split, start + index, stage.things, stage.relisted)
+        for index in range(count)
+    )
+    examples = sorted(
+        (example for example in made if example is not None),
+        key=lambda example: sum(text.count(" ") for text in example[1:]),
+    )
+    cuts = [len(examples) * part // BUCKETS for part in range(BUCKETS + 1)]
+    return [tokens.rows(examples[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def train_language(
+    config: LanguageConfig,
+    tokenizer: Any,
+    *,
+    curriculum: tuple[Stage, ...] = CURRICULUM,
+    batch: int = 64,
+    learning_rate: float = 2e-3,
+    examples: int = 24_000,
+    seed: int = 0,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Float32 parameters of the trained model; prints the whole-answer accuracy of each family."""
+    tokens = Tokens(tokenizer, config)
+    model = Reader(config)
+    steps = sum(stage.steps for stage in curriculum)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 200, steps)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02)
+    )
+
+    def loss(params, rows, key):
+        logits = model.apply({"params": params}, rows, train=True, rngs={"dropout": key})
+        real = rows["targets"] != IGNORE
+        each = optax.softmax_cross_entropy_with_integer_labels(
+            logits, jnp.where(real, rows["targets"], 0)
+        )
+        return (each * real).sum() / real.sum()
+
+    @jax.jit
+    def step(params, state, rows, number):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        value, grads = jax.value_and_grad(loss)(params, rows, key)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    @jax.jit
+    def right(params, rows):
+        guess = model.apply({"params": params}, rows).argmax(-1)
+        return ((guess == rows["targets"]) | (rows["targets"] == IGNORE)).all(-1)
+
+    params, state, number, start = None, None, 0, 0
+    rng = np.random.default_rng(seed)
+    with Progress(steps, f"{config.kind} language model", "steps") as progress:
+        for stage in curriculum:
+            data = pool(tokens, seed, "text", start, examples, stage)
+            start += examples
+            if params is None:
+                first = {name: value[:1] for name, value in data[0].items()}
+                params = model.init(jax.random.key(seed), first)["params"]
+                state = optimizer.init(params)
+            for _ in range(stage.steps):
+                bucket = data[rng.integers(BUCKETS)]
+                rows = rng.integers(len(bucket["family"]), size=batch)
+                chosen = {name: value[rows] for name, value in bucket.items()}
+                params, state, value = step(params, state, chosen, number)
+                number += 1
+                progress.update(note=f"loss {float(value):.3f}" if number % 50 == 0 else "")
+            held = pool(tokens, seed, "validation", 0, 1500, stage)
+            log(f"{config.kind}, {stage.things} things: {_by_family(right, params, held)}")
+    return params["llm"]
+
+
+def _by_family(right: Callable, params: Any, rows: list[dict[str, np.ndarray]]) -> str:
+    good = np.concatenate([np.asarray(right(params, bucket)) for bucket in rows])
+    family = np.concatenate([bucket["family"] for bucket in rows])
+    found = []
+    for place, name in enumerate([*FAMILIES, "relist"]):
+        these = family == place
+        if these.any():
+            found.append(f"{name} {good[these].mean():.2f}")
+    return f"all {good.mean():.3f}; " + ", ".join(found)

@@ -1,0 +1,150 @@
+"""From the fields of a config to what the loop needs; every complaint about a config is here."""
+
+import operator
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from jax_instructblip.data.mixture import Mixture, Source, TrainBatches
+from jax_instructblip.data.sources import open_records
+from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.models.instructblip import InstructBlip
+from jax_instructblip.training.optimizer import adamw, staircase_cosine, warmup_cosine
+from jax_instructblip.training.start import Start
+
+# Called with model, params, text, records, limit, batch_size and max_new_tokens by name; of what it
+# returns, `accuracy` chooses the best checkpoint.
+Evaluate = Callable[..., dict[str, float]]
+
+
+class Validation(NamedTuple):
+    """Measures the weights in use: `measure(params)` gives `accuracy` and what else there is."""
+
+    measure: Callable[[Any], dict[str, float]]
+    every: int  # steps
+    first: bool  # whether the weights are measured before the first step, too
+
+
+def read_workdir(config: ConfigDict) -> Path:
+    """The run directory; raises a ValueError that lists every field without a usable value."""
+    wrong = [
+        f"config.{name} is not set: {what}"
+        for name, what in (
+            ("workdir", "the folder that the run writes to"),
+            ("model.checkpoint", "a converted checkpoint folder, or shapes_t5 or shapes_llama"),
+            ("model.trainable", "the parts to train, as in ('qformer',)"),
+            ("data.sources", "what to train on, as in configs/custom_jsonl.py"),
+        )
+        if not operator.attrgetter(name)(config)
+    ]
+    for name in (
+        "data.batch_size",
+        "train.steps",
+        "train.log_every",
+        "checkpoints.every",
+        "checkpoints.keep",
+        "validation.every",
+    ):
+        value = operator.attrgetter(name)(config)
+        if value < 1:
+            wrong.append(f"config.{name} is {value}, expected at least 1")
+    if config.optimizer.schedule not in ("cosine", "staircase"):
+        wrong.append(
+            f"config.optimizer.schedule is {config.optimizer.schedule!r}, expected 'cosine' or "
+            "'staircase'"
+        )
+    for name, source in config.data.sources.items():
+        fields = {"path", "split", "weight", "templates"}
+        if set(source) != fields:
+            wrong.append(
+                f"config.data.sources.{name} has the fields {sorted(source)}, expected "
+                f"{sorted(fields)}: make it with common.source()"
+            )
+    if wrong:
+        raise ValueError("this config cannot be run:\n  " + "\n  ".join(wrong))
+    return Path(config.workdir)
+
+
+def read_mixture(config: ConfigDict) -> Mixture:
+    """The sources of `config.data`, opened; raises a ValueError that lists all that cannot be."""
+    sources, wrong = [], []
+    for name, given in sorted(config.data.sources.items()):
+        try:
+            records, digest = open_records(given.path, given.split)
+            sources.append(Source(name, records, digest, given.weight, given.templates))
+        except (ValueError, OSError) as error:
+            wrong.append(f"config.data.sources.{name}: {error}")
+    if wrong:
+        raise ValueError("some sources cannot be used:\n  " + "\n  ".join(wrong))
+    return Mixture(sources, config.seed)
+
+
+def read_batches(
+    config: ConfigDict, mixture: Mixture, start: Start, rows: np.ndarray
+) -> TrainBatches:
+    """The batches of the run, of which this host makes `rows`."""
+    return TrainBatches(
+        mixture,
+        TextProcessor.load(start.folder, start.variant, **config.text),
+        batch_size=config.data.batch_size,
+        steps=config.train.steps,
+        buckets=tuple(config.data.buckets),
+        augment=config.data.augment,
+        rows=rows,
+    )
+
+
+def read_variant_fields(config: ConfigDict) -> dict[str, Any]:
+    """The fields of the variant that `config.model` changes."""
+    fields: dict[str, Any] = {}
+    if not config.model.instruction_aware:
+        fields["qformer.instruction_aware"] = False
+    for tower in ("qformer", "llm"):
+        if config.model[f"{tower}_dropout"] >= 0:
+            fields[f"{tower}.dropout"] = config.model[f"{tower}_dropout"]
+    return fields
+
+
+def read_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of `config.optimizer`, and the learning rate of each step."""
+    given = config.optimizer
+    rates = dict(
+        start=given.warmup_learning_rate,
+        peak=given.learning_rate,
+        end=given.final_learning_rate,
+        warmup_steps=given.warmup_steps,
+        total_steps=config.train.steps,
+    )
+    if given.schedule == "staircase":
+        schedule = staircase_cosine(**rates, epoch_steps=given.epoch_steps)
+    else:
+        schedule = warmup_cosine(**rates)
+    made = adamw(schedule, b1=given.b1, b2=given.b2, eps=given.eps, weight_decay=given.weight_decay)
+    return made, schedule
+
+
+def read_validation(
+    config: ConfigDict, evaluate: Evaluate | None, model: InstructBlip, text: TextProcessor
+) -> Validation | None:
+    """What `config.validation` asks for; None where nothing is to be validated."""
+    given = config.validation
+    if evaluate is None or not given.path:
+        return None
+    records, _ = open_records(given.path, given.split)  # now: not after hours of tuning
+
+    def measure(params: Any) -> dict[str, float]:
+        return evaluate(
+            model=model,
+            params=params,
+            text=text,
+            records=records,
+            limit=given.limit,
+            batch_size=given.batch_size,
+            max_new_tokens=given.max_new_tokens,
+        )
+
+    return Validation(measure, given.every, given.first)

@@ -1,0 +1,121 @@
+"""What a run starts from: frozen weights, the weights to train, and where they came from."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+
+from jax_instructblip import checkpoint
+from jax_instructblip.inference.source import base_digest, read_params, read_source
+from jax_instructblip.models.instructblip import param_shapes
+from jax_instructblip.models.variants import Variant
+from jax_instructblip.training.state import Params, partition
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A model ready to be tuned.
+
+    Attributes:
+      variant: its sizes, with the changes asked for.
+      trainable: the top-level trees to train, float32.
+      frozen: the others.
+      base: where they lie: `name` as given, absolute `path`, `sha256` of its manifest.
+      folder: the base's folder, which has the tokenizers.
+      notes: what a person should know about where the weights came from, one sentence each.
+    """
+
+    variant: Variant
+    trainable: Params
+    frozen: Params
+    base: dict[str, str]
+    folder: Path
+    notes: tuple[str, ...]
+
+
+def read_start(
+    base: str | os.PathLike,
+    *,
+    init: str | os.PathLike = "",
+    trainable: tuple[str, ...] = ("qformer",),
+    fields: Mapping[str, Any] | None = None,
+    frozen_dtype: Any = jnp.bfloat16,
+    sharding: Sharding | None = None,
+) -> Start:
+    """The weights of the checkpoint `base`, of which `trainable` come from `init` where given.
+
+    `base` is a checkpoint folder or an embedded name; `init` may also be a run or a Hugging Face
+    folder of the same sizes. `fields` are changes of the variant (`{"qformer.dropout": 0.0}`).
+    With `qformer.instruction_aware` False the text branch of the Q-Former is left out.
+
+    Raises:
+        ValueError: a change that the weights do not allow, or an `init` of other sizes.
+        CheckpointError: a damaged checkpoint.
+    """
+    source = read_source(base)
+    digest = base_digest(source)
+    variant = source.variant.replace(**(fields or {}))
+    notes = [f"frozen weights: {source.folder} (sha256 {digest[:12]}...)"]
+
+    def place(path: str, array: np.ndarray) -> jax.Array | None:
+        """The leaf on its devices in its dtype; None where it comes from `init`."""
+        trains = path.partition("/")[0] in trainable
+        if trains and init:
+            return None
+        floats = jnp.issubdtype(array.dtype, jnp.floating)
+        dtype = array.dtype if not floats else (jnp.float32 if trains else frozen_dtype)
+        return jax.device_put(array.astype(dtype, copy=False), sharding)
+
+    chosen, frozen = partition(read_params(source, place), trainable)
+    found = source.variant
+    if init:
+        other = read_source(init)
+        found = other.variant
+
+        def place_init(path: str, array: np.ndarray) -> jax.Array | None:
+            if path.partition("/")[0] not in trainable:
+                return None
+            return jax.device_put(array.astype(np.float32), sharding)
+
+        chosen = partition(read_params(other, place_init), trainable)[0]
+    notes.append(f"{', '.join(trainable)} starts from: {init or source.folder}")
+    kept, dropped = _fit(chosen, variant, found, trainable)
+    if dropped:
+        notes.append(
+            f"not instruction-aware: left out {len(dropped)} leaves of the text branch "
+            f"({', '.join(sorted({_branch(path) for path in dropped}))})"
+        )
+    where = {"name": os.fspath(base), "path": str(source.folder.absolute()), "sha256": digest}
+    return Start(variant, kept, frozen, where, source.folder, tuple(notes))
+
+
+def _fit(
+    chosen: Params, variant: Variant, found: Variant, trainable: tuple[str, ...]
+) -> tuple[Params, list[str]]:
+    """The leaves that `variant` has, and the paths of those that it does without."""
+    shapes = param_shapes(variant)
+    expected = checkpoint.flatten({name: shapes[name] for name in trainable})
+    leaves = checkpoint.flatten(chosen)
+    blind = found.qformer.instruction_aware and not variant.qformer.instruction_aware
+    dropped = sorted(leaves.keys() - expected.keys()) if blind else []
+    wrong = []
+    for path in sorted((leaves.keys() | expected.keys()) - set(dropped)):
+        have = leaves[path].shape if path in leaves else "nothing"
+        want = expected[path].shape if path in expected else "nothing"
+        if have != want:
+            wrong.append(f"{path}: found {have}, expected {want}")
+    if wrong:
+        raise checkpoint.CheckpointError(
+            "\n  ".join([f"these weights do not fit the model to train ({len(wrong)}):", *wrong])
+        )
+    return checkpoint.unflatten({path: leaves[path] for path in expected}), dropped
+
+
+def _branch(path: str) -> str:
+    return next(word for word in path.split("/") if word.startswith(("text_", "position_")))

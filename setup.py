@@ -1,0 +1,69 @@
+"""Metadata and dependencies of jax_instructblip, each with the reason it is there.
+
+Lower bounds are the versions the tests ran on. Upper bounds stand only where a reason is given.
+Python 3.11 ends at jax 0.10 and flax 0.12.8; 3.12 gets newer ones.
+"""
+
+from pathlib import Path
+
+import setuptools
+
+DEPENDENCIES = [
+    # The networks and their training.
+    "jax>=0.10",  # arrays, jit, sharding
+    "flax>=0.12.8",  # linen modules
+    "optax>=0.2.8",  # AdamW and its schedules
+    "orbax-checkpoint>=0.12.8",  # checkpoints, saved leaf by leaf (experimental.v1.partial)
+    "jaxtyping>=0.3.11",  # shapes in the signatures of models/
+    "numpy>=2.0",  # examples, one at a time, before they become batches
+    # Released checkpoints: their configurations, tokenizers and tensors.
+    "transformers>=5.0,<6",  # tokenizers and configurations; a new major version renames classes
+    "sentencepiece>=0.2",  # T5 and LLaMA vocabularies (spiece.model, tokenizer.model)
+    "protobuf>=5",  # transformers parses those vocabularies with it and does not ask for it itself
+    "safetensors>=0.6",  # Hugging Face shards, written on export
+    # Data.
+    "pillow>=11.3",  # decodes and resizes images
+    "tensorflow-datasets>=4.9.9",  # dataset builder; works without TensorFlow
+    "importlib_resources>=6",  # tensorflow-datasets imports it and asks for it only before 3.9
+    "array_record>=0.8",  # record files with random access
+    "grain>=0.2.12",  # shuffles, mixes and batches by index
+    # Commands and what they leave behind.
+    "absl-py>=2.1",  # flags, which ml_collections configurations are built on
+    "ml_collections>=1.1",  # configurations in Python files, changed by --config.field=value
+    "tensorboardX>=2.6.4",  # TensorBoard files without TensorFlow
+    "matplotlib>=3.10",  # curves of report.html
+]
+
+EXTRAS = {
+    "gpu": ["jax[cuda12]>=0.10"],  # CUDA 12 runs on older drivers (525) than CUDA 13 does (580)
+    "tpu": ["jax[tpu]>=0.10"],  # libtpu; also compiles for a TPU on a machine without one
+    "eval": ["pycocoevalcap>=1.2"],  # CIDEr, BLEU and ROUGE as the papers count them
+    "demo": ["gradio>=5"],  # the page in the browser
+    # The original implementation, for parity tests and for .pth files; its rounding differs from
+    # version to version, so the tests' tolerances hold for this one.
+    "torch": ["torch==2.13.0"],
+    "dev": [
+        "pytest>=9",  # tests
+        "pytest-xdist>=3.8",  # tests on several cores: -n 4
+        "beartype>=0.22",  # checks the shapes of models/ while tests run
+        "ruff>=0.15",  # style and format
+        "pyright[nodejs]>=1.1.400",  # types; [nodejs] is a wheel of node
+        "pre-commit>=4",  # the checks of .ci/run at each commit
+    ],
+}
+
+setuptools.setup(
+    name="jax_instructblip",
+    version="0.1.0",
+    description="InstructBLIP in JAX: convert, instruction-tune, evaluate, answer",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["jax_instructblip", "jax_instructblip.*"]),
+    # `embedded` holds shipped checkpoints: nested folders whose file names Orbax chooses, some of
+    # them hidden, which `**` alone leaves out.
+    package_data={"jax_instructblip": ["embedded/**", "embedded/**/.*", "**/*.json"]},
+    install_requires=DEPENDENCIES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["jax-instructblip = jax_instructblip.__main__:main"]},
+)

@@ -1,0 +1,160 @@
+import json
+
+import pytest
+from PIL import Image
+
+from jax_instructblip.__main__ import main
+from jax_instructblip.commands import check
+from jax_instructblip.data import text
+from jax_instructblip.models.variants import get_variant
+
+
+@pytest.fixture(scope="module")
+def checkpoint(shared, tmp_path_factory):
+    """`checkpoint("t5")` is a checkpoint folder with real tokenizers, and without weights."""
+    files = shared / "data" / "tokenizers"
+    made = {}
+
+    def checkpoint(kind):
+        if kind not in made:
+            folder = made[kind] = tmp_path_factory.mktemp(kind)
+            variant = get_variant({"t5": "tiny-t5", "llama": "tiny-vicuna"}[kind])
+            config = {"format": 1, "variant": variant.to_dict()}
+            (folder / "config.json").write_text(json.dumps(config))
+            (folder / "manifest.json").write_text("{}")
+            llm, bert = text.load_tokenizers(files / kind, files / "bert-base-uncased", kind)
+            llm.save_pretrained(folder / "tokenizer")
+            bert.save_pretrained(folder / "qformer_tokenizer")
+        return str(made[kind])
+
+    return checkpoint
+
+
+@pytest.fixture
+def data(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    return tmp_path
+
+
+def write(folder, *lines):
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
+    return path
+
+
+GOOD = {"image": "a.png", "prompt": "What is on the table?", "answer": "a cup"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        (
+            "t5",
+            [
+                "Q-Former reads  [CLS] what is on the table ? [SEP]",
+                "encoder reads   ▁What ▁is ▁on ▁the ▁table ? </s>",
+                "decoder writes  [▁ a ▁cup </s>]",
+            ],
+        ),
+        (
+            "llama",
+            [
+                "Q-Former reads  [CLS] what is on the table ? [SEP]",
+                "LLM reads       </s> ▁What ▁is ▁on ▁the ▁table ? [▁a ▁cup </s>]",
+            ],
+        ),
+    ],
+)
+def test_good_file(checkpoint, data, capsys, kind, rows):
+    path = write(data, GOOD, GOOD | {"answer": "one large red cup of tea beside a small plate"})
+    assert main(["check", str(path), "--checkpoint", checkpoint(kind)]) == 0
+    out = capsys.readouterr().out
+    assert f"{path}: 2 good lines, 0 bad" in out
+    for row in rows:
+        assert f"    {row}\n" in out
+    assert "data.jsonl:2" in out
+    assert "instruction for the Q-Former: 8 to 8 tokens, median 8" in out
+    assert "      1-8        2 ########################################" in out
+    low = 4 if kind == "t5" else 3
+    assert f"answer: {low} to " in out
+    assert "lose tokens" not in out
+
+
+def test_every_bad_line_is_reported_and_the_exit_code_is_one(checkpoint, data, capsys):
+    path = write(
+        data,
+        GOOD,
+        "{",
+        GOOD | {"image": "none.png"},
+        {"images": ["b.png", "broken.png"], "prompt": "What?", "answer": "a cup"},
+        GOOD | {"prompt": "<image>\nWhat?"},
+        GOOD | {"answer": ""},
+        GOOD,
+        {"image": "broken.png", "prompt": "What?", "answer": "a cup"},
+    )
+    assert main(["check", str(path), "--checkpoint", checkpoint("t5"), "--samples", "1"]) == 1
+    out = capsys.readouterr().out
+    assert f"{path}: 2 good lines, 6 bad" in out
+    for reason in (
+        "2: not valid JSON",
+        "3: image 'none.png' does not exist",
+        f"4: {data / 'broken.png'}: ",
+        "5: the text '<image>\\nWhat?' contains <image>",
+        "6: answer is empty",
+        f"8: {data / 'broken.png'}: ",
+    ):
+        assert f"  {path}:{reason}" in out
+    assert out.count("Q-Former reads") == 1
+
+
+def test_every_answer_counts_and_cuts_are_told(checkpoint, data, capsys):
+    long = " ".join(["dog"] * 300)
+    path = write(data, GOOD, {"image": "a.png", "prompt": long, "answers": ["a", long]})
+    assert main(["check", str(path), "--checkpoint", checkpoint("llama")]) == 0
+    out = capsys.readouterr().out
+    assert "2 of 3 samples lose tokens of their instruction to its limit" in out
+    assert "2 of 3 samples lose tokens of their prompt to its limit" in out
+    assert "1 of 3 samples lose tokens of their answer to its limit" in out
+    assert "answer: 2 to 255 tokens, median 3" in out
+
+
+def test_empty_file_is_bad(checkpoint, data, capsys):
+    path = write(data)
+    assert main(["check", str(path), "--checkpoint", checkpoint("t5")]) == 1
+    assert "holds no records" in capsys.readouterr().out
+
+
+def test_missing_file_is_an_error_of_one_line(checkpoint, data, capsys):
+    assert main(["check", str(data / "no.jsonl"), "--checkpoint", checkpoint("t5")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "no.jsonl" in error and error.count("\n") == 1
+
+
+def test_each_image_is_opened_once(data, monkeypatch):
+    opened = []
+    monkeypatch.setattr(check, "decode", opened.append)
+    assert check.open_images(["a", "b", "a"]) == {}
+    assert sorted(opened) == ["a", "b"]
+
+
+def test_histogram_by_hand():
+    assert check.histogram("answer", [1, 8, 9, 40]) == [
+        "answer: 1 to 40 tokens, median 8.5",
+        "        1-8        2 ########################################",
+        "       9-16        1 ####################",
+        "      17-32        0",
+        "      33-64        1 ####################",
+    ]
+
+
+def test_brackets_enclose_runs():
+    pieces = [("a", False), ("]", True), ("[", True), ("b", False), ("c", True)]
+    assert check.render(pieces) == "a [] [] b [c]"
+
+
+def test_help_is_of_this_verb(capsys):
+    with pytest.raises(SystemExit):
+        main(["check", "--help"])
+    assert "jax-instructblip check" in capsys.readouterr().out

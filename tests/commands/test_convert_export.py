@@ -1,0 +1,111 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from jax_instructblip import checkpoint
+from jax_instructblip.__main__ import main
+from jax_instructblip.commands import convert as convert_command
+from jax_instructblip.models.variants import Variant
+from tests.convert.folders import bits, copy, tensors
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
+
+FLAN = "instructblip-flan-t5-xl"
+
+
+def test_convert_and_export(forge, tmp_path, capsys):
+    source, ours, back = forge(FLAN, "bfloat16"), tmp_path / "ours", tmp_path / "back"
+    assert main(["convert", str(source), "--out", str(ours), "--variant", "tiny-t5"]) == 0
+    out = capsys.readouterr().out
+    assert f"{ours}: tiny-t5, 230 tensors bfloat16 -> 111 leaves, 0.01 GB" in out
+    assert sorted(path.name for path in ours.iterdir()) == [
+        "config.json",
+        "manifest.json",
+        "params",
+        "qformer_tokenizer",
+        "tokenizer",
+    ]
+    config = checkpoint.read_config(ours)
+    assert Variant.from_dict(config["variant"]).qformer.image_norm_eps == 1e-6
+    assert config["source"]["dtypes"] == {"bfloat16": 230}
+    assert config["source"]["config"] == json.loads((source / "config.json").read_text())
+
+    words = ["export", str(ours), "--format", "hf", "--out", str(back), "--shard_bytes", "2000000"]
+    assert main(words) == 0
+    assert "Hugging Face's layout" in capsys.readouterr().out
+    found, wanted = tensors(back), tensors(source)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(bits(found[key]), bits(wanted[key])) for key in wanted)
+
+
+def test_existing_folder_is_not_overwritten(forge, tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    for verb, folder in (("convert", forge(FLAN)), ("export", tmp_path)):
+        assert main([verb, str(folder), "--out", str(tmp_path)]) == 1
+        assert "exists and is not overwritten" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_wrong_variant_and_wrong_folder_are_one_error(forge, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["convert", str(forge(FLAN)), "--out", str(out), "--variant", "tiny-vicuna"]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "is not tiny-vicuna; it fits tiny-t5" in error
+    assert main(["convert", str(tmp_path), "--out", str(out)]) == 1
+    assert "config.json cannot be read" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), "--out", str(out)]) == 1
+    assert "no checkpoint folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_room_is_said_before_anything_is_written(forge, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(convert_command, "free_bytes", lambda folder: 1_000_000)
+    assert main(["convert", str(forge(FLAN)), "--out", str(tmp_path / "out")]) == 1
+    assert "needs 0.03 GB, 0.00 GB are free there" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_that_fills_up_leaves_nothing(forge, tmp_path):
+    """As `tests/test_checkpoint.py`: the system refuses to write past a limit."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+        "from jax_instructblip.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    (tmp_path / "old").mkdir()
+    for verb, folder in (("convert", forge(FLAN)), ("export", None)):
+        if folder is None:
+            folder = tmp_path / "old" / "ours"
+            assert main(["convert", str(forge(FLAN)), "--out", str(folder)]) == 0
+        words = [verb, str(folder), "--out", str(tmp_path / "new")]
+        process = subprocess.run(
+            [sys.executable, "-c", code, *words], capture_output=True, text=True
+        )
+        assert process.returncode == 1
+        assert process.stderr.startswith("error: ") and "File too large" in process.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_folder_without_tokenizers_is_converted_with_a_warning(forge, tmp_path, capsys):
+    folder = copy(forge(FLAN), tmp_path / "bare")
+    for path in [*folder.glob("tokenizer*"), *folder.glob("spiece*")]:
+        path.unlink()
+    for path in folder.glob("qformer_tokenizer/*"):
+        path.unlink()
+    assert main(["convert", str(folder), "--out", str(tmp_path / "ours")]) == 0
+    error = capsys.readouterr().err
+    assert "no tokenizer in" in error and "no qformer_tokenizer in" in error
+
+
+def test_tied_head_and_dropped_tensors_are_reported(forge, tmp_path, capsys):
+    def change(state):
+        del state["language_model.lm_head.weight"]
+        state["qformer.embeddings.position_ids"] = torch.arange(512)[None]
+
+    folder = copy(forge(FLAN), tmp_path / "tied", change=change)
+    assert main(["convert", str(folder), "--out", str(tmp_path / "ours")]) == 0
+    out = capsys.readouterr().out
+    assert "left out qformer.embeddings.position_ids: a buffer" in out
+    assert "filled from the tied embedding" in out

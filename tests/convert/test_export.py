@@ -1,0 +1,237 @@
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jax_instructblip import checkpoint
+from jax_instructblip.convert import hf
+from jax_instructblip.convert.export import export_hf
+from jax_instructblip.models.instructblip import param_shapes
+from jax_instructblip.models.variants import get_variant
+from tests.convert.folders import bits, copy, edit_config, tensors
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
+
+FLAN, VICUNA = "instructblip-flan-t5-xl", "instructblip-vicuna-7b"
+
+
+def convert(folder, out):
+    variant, source, leaves = hf.convert_hf(folder)
+
+    def extra(temporary):
+        checkpoint.write_config(temporary, {"variant": variant.to_dict(), "source": source})
+        hf.copy_tokenizers(folder, temporary)
+
+    checkpoint.write_tree(out, leaves, extra=extra)
+    return out
+
+
+def random_checkpoint(out, variant, dtype=np.float32):
+    """A checkpoint that never was a Hugging Face folder."""
+    rng = np.random.default_rng(0)
+    leaves = {
+        path: (0.1 * rng.normal(size=leaf.shape)).astype(dtype)
+        for path, leaf in checkpoint.flatten(param_shapes(variant)).items()
+    }
+    checkpoint.write_tree(
+        out,
+        leaves.items(),
+        extra=lambda folder: checkpoint.write_config(folder, {"variant": variant.to_dict()}),
+    )
+    return out
+
+
+def assert_same_tensors(found, wanted, dropped=()):
+    found, wanted = tensors(found), tensors(wanted)
+    assert found.keys() == wanted.keys() - set(dropped)
+    for key, tensor in found.items():
+        assert (tensor.dtype, tensor.shape) == (wanted[key].dtype, wanted[key].shape), key
+        assert torch.equal(bits(tensor), bits(wanted[key])), key
+
+
+def load_in_transformers(folder):
+    """The stock model, which must find each of its tensors in the folder and nothing else."""
+    import transformers
+
+    with pytest.warns() if False else warnings_ignored():
+        model, info = transformers.InstructBlipForConditionalGeneration.from_pretrained(
+            folder, output_loading_info=True
+        )
+    assert not any(info.values()), info
+    return model
+
+
+def warnings_ignored():
+    import warnings
+
+    manager = warnings.catch_warnings()
+    manager.__enter__()
+    warnings.simplefilter("ignore")
+    return manager
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", [FLAN, VICUNA])
+def test_there_and_back_is_bit_equal(forge, tmp_path, name, dtype):
+    source = forge(name, dtype)
+    ours = convert(source, tmp_path / "ours")
+    seen = []
+    assert export_hf(ours, tmp_path / "back", progress=seen.append) == []
+    assert_same_tensors(tmp_path / "back", source)
+    assert sum(seen) == checkpoint.manifest_bytes(checkpoint.read_manifest(ours)) + (
+        4 * 88 * np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize  # the zeros of the key biases
+    )
+    again = convert(tmp_path / "back", tmp_path / "again")
+    assert checkpoint.manifest_digest(again) == checkpoint.manifest_digest(ours)
+
+
+@pytest.mark.parametrize("name", [FLAN, VICUNA])
+def test_stock_transformers_loads_it(forge, tmp_path, name):
+    source = forge(name)
+    export_hf(convert(source, tmp_path / "ours"), tmp_path / "back", shard_bytes=3_000_000)
+    assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 2
+    model = load_in_transformers(tmp_path / "back")
+    wanted = tensors(source)
+    state = model.state_dict()
+    for key, tensor in wanted.items():
+        assert torch.equal(state[key], tensor), key
+    files = {path.name for path in source.rglob("*") if path.suffix != ".safetensors"}
+    assert files <= {path.name for path in (tmp_path / "back").rglob("*")}
+    for path in source.glob("qformer_tokenizer/*"):
+        assert (
+            tmp_path / "back" / "qformer_tokenizer" / path.name
+        ).read_bytes() == path.read_bytes()
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config.items() >= json.loads((source / "config.json").read_text()).items()
+    assert config["architectures"] == ["InstructBlipForConditionalGeneration"]
+
+
+def test_mixed_dtypes_come_back(forge, tmp_path):
+    """The released folders keep the query tokens in float32, and old ones T5's `wo` too."""
+
+    def widen(state):
+        for key in state:
+            if key == "query_tokens" or key.endswith(".wo.weight"):
+                state[key] = state[key].float()
+
+    source = copy(forge(FLAN, "float16"), tmp_path / "mixed", change=widen)
+    ours = convert(source, tmp_path / "ours")
+    manifest = checkpoint.read_manifest(ours)
+    assert manifest["qformer/queries"]["dtype"] == "float32"
+    assert manifest["llm/decoder/layers/mlp/out/kernel"]["dtype"] == "float32"
+    assert manifest["llm/decoder/layers/mlp/in/kernel"]["dtype"] == "float16"
+    export_hf(ours, tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", source)
+
+
+def test_odd_bits_come_back(forge, tmp_path):
+    """Infinities, negative zeros and NaN payloads are bits like others."""
+
+    def odd(state):
+        tensor = state["language_projection.weight"].view(torch.int16)
+        tensor.view(-1)[:5] = torch.tensor([0x7FC1, -32768, 0x7F80, -128, 0x0001]).short()
+
+    source = copy(forge(VICUNA, "bfloat16"), tmp_path / "odd", change=odd)
+    export_hf(convert(source, tmp_path / "ours"), tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", source)
+
+
+def test_dropped_buffers_stay_away_and_the_key_bias_is_zero(forge, tmp_path):
+    def add(state):
+        state["qformer.embeddings.position_ids"] = torch.arange(512)[None]
+
+    source = copy(forge(FLAN), tmp_path / "source", change=add)
+    export_hf(convert(source, tmp_path / "ours"), tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", source, ["qformer.embeddings.position_ids"])
+    for key, tensor in tensors(tmp_path / "back").items():
+        if key.endswith("qkv.bias"):
+            assert not tensor[88:176].any() and tensor[:88].all() and tensor[176:].all()
+
+
+def test_tied_head_stays_tied_until_it_is_trained(forge, tmp_path):
+    def tie(state):
+        del state["language_model.lm_head.weight"]
+
+    source = copy(forge(FLAN, "bfloat16"), tmp_path / "tied", change=tie)
+    ours = convert(source, tmp_path / "ours")
+    export_hf(ours, tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", source)
+
+    leaves = dict(checkpoint.read_leaves(ours))
+    leaves["llm/head/kernel"] = -leaves["llm/head/kernel"]
+    config = checkpoint.read_config(ours)
+    checkpoint.write_tree(
+        tmp_path / "trained",
+        leaves.items(),
+        extra=lambda folder: checkpoint.write_config(folder, config),
+    )
+    export_hf(tmp_path / "trained", tmp_path / "untied")
+    state = tensors(tmp_path / "untied")
+    wanted = -state["language_model.shared.weight"]
+    assert torch.equal(state["language_model.lm_head.weight"], wanted)
+
+
+@pytest.mark.parametrize("name", ["tiny-t5", "tiny-vicuna"])
+def test_checkpoint_without_a_past_is_exported_too(tmp_path, name):
+    variant = get_variant(name).replace(**{"qformer.image_norm_eps": 1e-6})
+    ours = random_checkpoint(tmp_path / "ours", variant)
+    notes = export_hf(ours, tmp_path / "hf")
+    assert [note.split(":")[0] for note in notes] == [
+        "the checkpoint has no tokenizer",
+        "the checkpoint has no qformer_tokenizer",
+        "the tokenizer has no <image> token",
+    ]
+    model = load_in_transformers(tmp_path / "hf")
+    if name == "tiny-t5":
+        assert model.config.text_config.dense_act_fn == "gelu"
+        assert not model.config.text_config.scale_decoder_outputs
+    found, params = hf.read_hf(tmp_path / "hf")
+    assert found == variant
+    for path, array in checkpoint.read_leaves(ours):
+        np.testing.assert_array_equal(checkpoint.flatten(params)[path], array)
+
+
+def test_notes_say_what_the_format_cannot_hold(tmp_path):
+    ours = random_checkpoint(tmp_path / "ours", get_variant("tiny-vicuna"))
+    notes = export_hf(ours, tmp_path / "hf")
+    assert any("eps is 1e-05" in note and "1e-06" in note for note in notes)
+
+
+def test_q_former_without_text_is_refused(tmp_path):
+    variant = get_variant("tiny-t5").replace(**{"qformer.instruction_aware": False})
+    ours = random_checkpoint(tmp_path / "ours", variant)
+    with pytest.raises(ValueError, match="without the instruction branch"):
+        export_hf(ours, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_damaged_checkpoint_leaves_no_export(tmp_path):
+    ours = random_checkpoint(tmp_path / "ours", get_variant("tiny-t5"))
+    (victim,) = (ours / "params" / "state" / "llm.decoder.layers.mlp.in.kernel").glob("[0-9]*")
+    raw = bytearray(victim.read_bytes())
+    raw[7] ^= 1
+    victim.write_bytes(raw)
+    with pytest.raises(checkpoint.CheckpointError, match="llm/decoder/layers/mlp/in/kernel"):
+        export_hf(ours, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint folder"):
+        export_hf(tmp_path, tmp_path / "hf")
+
+
+def test_existing_folder_is_refused(tmp_path):
+    ours = random_checkpoint(tmp_path / "ours", get_variant("tiny-t5"))
+    with pytest.raises(FileExistsError, match="not overwritten"):
+        export_hf(ours, ours)
+
+
+def test_edited_source_config_is_what_comes_back(forge, tmp_path):
+    source = copy(forge(VICUNA), tmp_path / "source")
+    edit_config(source, lambda config: config.update(remark="kept as it was"))
+    (source / "generation_config.json").write_text('{"max_length": 7}')
+    export_hf(convert(source, tmp_path / "ours"), tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back["remark"] == "kept as it was"
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == {
+        "max_length": 7
+    }

@@ -1,0 +1,212 @@
+import json
+
+import numpy as np
+import pytest
+
+from jax_instructblip.convert.safetensors import (
+    NAMES,
+    ConversionError,
+    Tensor,
+    Writer,
+    fingerprint,
+    open_folder,
+)
+from tests.convert.folders import INDEX, save_file, tensors
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
+
+STATE = {
+    "a": torch.arange(12, dtype=torch.float32).reshape(3, 4),
+    "b": torch.arange(6, dtype=torch.bfloat16).reshape(6, 1),
+    "c": torch.arange(5, dtype=torch.float16),
+    "scalar": torch.tensor(2.5),
+    "ids": torch.arange(4, dtype=torch.int64),
+    "empty": torch.zeros(0, 3),
+}
+
+
+@pytest.fixture
+def single(tmp_path):
+    save_file(STATE, tmp_path / "model.safetensors", {"format": "pt"})
+    return tmp_path
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    parts = {"model-1.safetensors": ("a", "ids"), "model-2.safetensors": ("b", "c")}
+    index = {}
+    for name, keys in parts.items():
+        save_file({key: STATE[key] for key in keys}, tmp_path / name)
+        index |= dict.fromkeys(keys, name)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
+    return tmp_path
+
+
+def failures(folder):
+    with pytest.raises(ConversionError) as error:
+        open_folder(folder)
+    assert all(line in str(error.value) for line in error.value.failures)
+    return error.value.failures
+
+
+def rewrite_header(path, change):
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    made = json.dumps(header).encode()
+    path.write_bytes(len(made).to_bytes(8, "little") + made + raw[8 + length :])
+
+
+def test_reads_what_the_usual_library_wrote(single):
+    found = open_folder(single)
+    assert found.keys() == STATE.keys()
+    for key, wanted in STATE.items():
+        array = found[key].read()
+        assert array.shape == tuple(wanted.shape)
+        assert str(wanted.dtype) == f"torch.{array.dtype.name}"
+        np.testing.assert_array_equal(array.astype(np.float64), wanted.to(torch.float64).numpy())
+
+
+def test_reads_a_part_along_the_first_axis(single):
+    found = open_folder(single)["b"]
+    np.testing.assert_array_equal(found.read(1, 3).astype(np.float32), [[2], [3]])
+
+
+def test_reads_shards(sharded):
+    found = open_folder(sharded)
+    assert sorted(found) == ["a", "b", "c", "ids"]
+    np.testing.assert_array_equal(found["c"].read(), np.arange(5))
+    assert {name: entry["bytes"] for name, entry in fingerprint(found).items()} == {
+        path.name: path.stat().st_size for path in sharded.glob("*.safetensors")
+    }
+
+
+def test_no_weights(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_text("")
+    (line,) = failures(tmp_path)
+    assert "only safetensors are read" in line and "pytorch_model.bin" in line
+    assert "no folder" in failures(tmp_path / "nowhere")[0]
+
+
+def test_truncated_file(single):
+    path = single / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    (line,) = failures(single)
+    assert line.startswith("model.safetensors: ") and line.endswith(": truncated")
+    path.write_bytes(path.read_bytes()[:40])
+    assert "truncated" in failures(single)[0]
+    path.write_bytes(b"1234")
+    assert "4 bytes" in failures(single)[0]
+    path.write_bytes(b"\x08" + bytes(7) + b"not json")
+    assert "header cannot be read" in failures(single)[0]
+
+
+def test_bytes_left_over(single):
+    path = single / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b"x")
+    assert failures(single)[0].endswith("bytes left over")
+
+
+def test_lying_header_lists_every_lie(single):
+    def lie(header):
+        header["a"]["shape"] = [3, 5]
+        header["c"]["dtype"] = "F7"
+        header["b"]["data_offsets"] = [10**9, 10**9 + 12]
+
+    rewrite_header(single / "model.safetensors", lie)
+    lines = failures(single)
+    assert any("a: [3, 5] F32 takes 60 bytes" in line and "hold 48" in line for line in lines)
+    assert any("b: begins at 1000000000" in line and "hole" in line for line in lines)
+    assert any("c: entry" in line and "F7" in line for line in lines)
+    assert any(line.endswith("truncated") for line in lines)
+
+
+def test_overlapping_tensors(single):
+    def overlap(header):
+        begin, end = header["a"]["data_offsets"]
+        header["again"] = {"dtype": "F32", "shape": [3, 4], "data_offsets": [begin, end]}
+
+    rewrite_header(single / "model.safetensors", overlap)
+    assert any("overlaps the tensor before it" in line for line in failures(single))
+
+
+def test_shards_and_index_that_disagree_are_all_listed(sharded):
+    document = json.loads((sharded / INDEX).read_text())
+    index = document["weight_map"]
+    del index["ids"]  # in the shard, not in the index
+    index["ghost"] = "model-1.safetensors"  # in the index, not in the shard
+    index["lost"] = "model-3.safetensors"  # no such shard
+    index["c"] = "model-1.safetensors"  # in another shard
+    index["out"] = "../model-1.safetensors"
+    (sharded / INDEX).write_text(json.dumps(document))
+    save_file({"x": STATE["a"]}, sharded / "model-9.safetensors")  # a shard that no key is in
+    lines = failures(sharded)
+    for words in (
+        ("model-1.safetensors: holds ids, which the index does not name",),
+        ("model-1.safetensors: the index promises ghost",),
+        ("model-1.safetensors: the index promises c,",),
+        ("model-2.safetensors: holds c, which the index places in model-1.safetensors",),
+        ("model-3.safetensors: the index names this shard, but there is no such file", "lost"),
+        ("../model-1.safetensors: the index names this shard",),
+        ("model-9.safetensors: the index does not name this file",),
+    ):
+        assert any(all(word in line for word in words) for line in lines), (words, lines)
+    assert len(lines) == 7
+
+
+def test_damaged_index(sharded):
+    (sharded / INDEX).write_text("{}")
+    assert "no readable weight_map" in failures(sharded)[0]
+
+
+def test_file_that_shrinks_while_it_is_read(single):
+    found = open_folder(single)
+    path = single / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(OSError, match="ended while a tensor was read"):
+        for tensor in found.values():
+            tensor.read()
+
+
+@pytest.mark.parametrize("shard_bytes", [10**6, 60, 1])
+def test_writer_is_read_by_the_usual_library(tmp_path, shard_bytes):
+    specs = {}
+    arrays = {}
+    save_file(STATE, tmp_path / "model.safetensors")
+    for key, tensor in open_folder(tmp_path).items():
+        arrays[key] = tensor.read()
+        specs[key] = (tensor.dtype, tensor.shape)
+    out = tmp_path / "out"
+    out.mkdir()
+    writer = Writer(out, specs, shard_bytes)
+    for key in reversed(list(arrays)):
+        writer.write(key, arrays[key])
+    writer.close()
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) == {10**6: 1, 60: 3, 1: 6}[shard_bytes]
+    assert (out / INDEX).exists() == (len(files) > 1)
+    found = tensors(out)
+    assert found.keys() == STATE.keys()
+    for key, wanted in STATE.items():
+        assert found[key].dtype == wanted.dtype and torch.equal(found[key], wanted)
+    for tensor in open_folder(out).values():  # and by this one, each aligned to its own width
+        assert tensor.offset % tensor.dtype.itemsize == 0
+
+
+def test_writer_refuses_what_does_not_fit(tmp_path):
+    writer = Writer(
+        tmp_path, {"a": (np.dtype("float32"), (2, 3)), "b": (np.dtype("int8"), (1,))}, 99
+    )
+    with pytest.raises(ValueError, match="a: "):
+        writer.write("a", np.zeros((3, 2), np.float32))
+    writer.write("a", np.zeros((2, 3), np.float32))
+    with pytest.raises(ValueError, match="taken"):
+        writer.write("a", np.zeros((2, 3), np.float32))
+    with pytest.raises(ValueError, match="never written: b"):
+        writer.close()
+
+
+def test_every_dtype_has_one_name():
+    assert len(NAMES) == 10
+    assert Tensor(None, np.dtype("float16"), (3, 4), 0).nbytes == 24

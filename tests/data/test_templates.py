@@ -1,0 +1,50 @@
+"""Templates: complete, fillable, and strict about their placeholders."""
+
+import pytest
+
+from jax_instructblip.data import templates
+
+FIELDS = {
+    "caption": {},
+    "detail": {},
+    "question": {"question": "What is this?"},
+    "question_generation": {"answer": "two cups"},
+    "choice": {"question": "What is this?", "options": "(a) a cup (b) a cat"},
+}
+
+
+def test_the_papers_numbers_of_templates():
+    found = [len(group) for group in (templates.CAPTION, templates.QUESTION)]
+    assert [*found, len(templates.QUESTION_GENERATION)] == [13, 10, 6]
+
+
+@pytest.mark.parametrize("kind", sorted(templates.TEMPLATES))
+def test_every_template_takes_the_fields_of_its_kind(kind):
+    group = templates.TEMPLATES[kind]
+    assert len(group) >= 4
+    assert len(set(group)) == len(group)
+    for template in group:
+        text = templates.render(template, **FIELDS[kind])
+        assert "{" not in text
+        assert all(value in text for value in FIELDS[kind].values())
+
+
+def test_options_are_lettered():
+    assert templates.render_options(("blue", "yellow", "pink")) == "(a) blue (b) yellow (c) pink"
+
+
+def test_no_options_and_too_many_are_refused():
+    with pytest.raises(ValueError, match="0 choices"):
+        templates.render_options(())
+    with pytest.raises(ValueError, match="27 choices"):
+        templates.render_options(("x",) * 27)
+
+
+@pytest.mark.parametrize("fields", [{}, {"question": "Q?", "answer": "A"}, {"answer": "A"}])
+def test_wrong_fields_are_named(fields):
+    with pytest.raises(ValueError, match=r"\['question'\]"):
+        templates.render("Question: {question}", **fields)
+
+
+def test_braces_in_a_question_are_only_text():
+    assert templates.render("{question}", question="What is {x}?") == "What is {x}?"

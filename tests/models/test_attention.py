@@ -1,0 +1,140 @@
+"""Attention against loops over float64 numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_instructblip.models.attention import Attention, attend, attend_cached, write_tail
+from jax_instructblip.models.masks import causal_mask, padding_mask, written_mask
+from tests.numerics import error, jit
+
+B, T, S, N, K, R = 2, 3, 5, 2, 4, 3
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape, np.float32))
+
+
+def slow_attend(query, key, value, mask, bias, scale):
+    """[T, K] of one sample and head."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    scores = query @ key.T * scale + bias
+    weights = np.where(mask, np.exp(scores - scores[mask].max()), 0.0)
+    return weights / weights.sum(-1, keepdims=True) @ value
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_attend_is_a_masked_softmax_average(scale):
+    query, key, value = draw(B, T, N, K), draw(B, S, N, K, seed=1), draw(B, S, N, K, seed=2)
+    bias = draw(1, N, T, S)
+    mask = jnp.arange(S)[None, None, None] < jnp.array([S, 3])[:, None, None, None]
+    found = attend(query, key, value, mask, bias, scale)
+    for b in range(B):
+        for n in range(N):
+            expected = slow_attend(
+                query[b, :, n],
+                key[b, :, n],
+                value[b, :, n],
+                np.broadcast_to(mask[b, 0], (T, S)),
+                bias[0, n],
+                scale or K**-0.5,
+            )
+            assert error(found[b, :, n], expected) < 1e-6
+
+
+def test_a_row_without_any_visible_key_is_finite():
+    query, key = draw(1, T, N, K), draw(1, S, N, K)
+    found = attend(query, key, key, jnp.zeros((1, 1, 1, S), bool))
+    assert jnp.isfinite(found).all()
+
+
+def test_drop_is_applied_to_the_weights():
+    query, key = draw(1, T, N, K), draw(1, S, N, K)
+    whole = attend(query, key, key)
+    np.testing.assert_array_equal(attend(query, key, key, drop=lambda x: 2 * x), 2 * whole)
+
+
+def test_bfloat16_scores_and_softmax_are_float32():
+    # Scores near 1000 have steps of 4 in bfloat16: a softmax of rounded scores would be far off.
+    query = jnp.asarray(30 * draw(1, 4, N, 16), jnp.bfloat16)
+    key = jnp.asarray(draw(1, 32, N, 16, seed=1), jnp.bfloat16)
+    value = jnp.asarray(draw(1, 32, N, 16, seed=2), jnp.bfloat16)
+    found = attend(query, key, value, scale=1.0)
+    expected = attend(*(x.astype(jnp.float32) for x in (query, key, value)), scale=1.0)
+    assert found.dtype == jnp.bfloat16
+    assert error(found, expected) < 0.01  # two roundings to 8 bits, of the weights and the result
+
+
+@pytest.mark.parametrize("with_prefix", [True, False])
+def test_a_cached_step_is_the_last_position_of_a_whole_row(with_prefix):
+    step, length = 2, 4
+    query = draw(B, R, N, K)
+    token = {"key": draw(B, R, N, K, seed=1), "value": draw(B, R, N, K, seed=2)}
+    # Slots from `step` on hold what an earlier use left there: it must not be seen.
+    tail = {"key": draw(B, R, length, N, K, seed=3), "value": draw(B, R, length, N, K, seed=4)}
+    prefix = {"key": draw(B, S, N, K, seed=5), "value": draw(B, S, N, K, seed=6)}
+    real = jnp.array([[True] * S, [True] * 2 + [False] * (S - 2)])
+    bias = None if with_prefix else jnp.asarray(draw(N, length + 1))
+    found = attend_cached(
+        query,
+        token,
+        tail,
+        written_mask(jnp.int32(step), length),
+        prefix if with_prefix else None,
+        padding_mask(real) if with_prefix else None,
+        bias,
+    )
+    for b in range(B):
+        for r in range(R):
+            rows = {
+                name: jnp.concatenate(
+                    [
+                        prefix[name][b][real[b]][: S if with_prefix else 0],
+                        tail[name][b, r, :step],
+                        token[name][b, r][None],
+                    ]
+                )[None]
+                for name in ("key", "value")
+            }
+            seen = None
+            if bias is not None:
+                seen = jnp.concatenate([bias[:, :step], bias[:, -1:]], axis=1)[None, :, None]
+            expected = attend(query[b, r][None, None], rows["key"], rows["value"], bias=seen)
+            assert error(found[b, r], expected[0, 0]) < 1e-6
+
+
+def test_write_tail_fills_one_slot_of_all_layers():
+    tail = {name: jnp.asarray(draw(2, B, R, 4, N, K)) for name in ("key", "value")}
+    token = {name: jnp.asarray(draw(2, B, R, N, K)) for name in ("key", "value")}
+    found = write_tail(tail, token, jnp.int32(1))
+    for name, leaf in found.items():
+        np.testing.assert_array_equal(leaf[:, :, :, 1], token[name])
+        kept = np.delete(leaf, 1, axis=3), np.delete(tail[name], 1, axis=3)
+        np.testing.assert_array_equal(*kept)
+
+
+def test_attention_projects_each_head_and_joins_them():
+    module = Attention(width=6, heads=N, head_width=K, dtype=jnp.float32, biases=("query", "out"))
+    x, context = draw(B, T, 6), draw(B, S, 5)
+    variables = jax.jit(module.init)(jax.random.key(0), x, context)
+    shapes = jax.tree.map(lambda leaf: leaf.shape, variables["params"])
+    assert shapes == {
+        "query": {"kernel": (6, N, K), "bias": (N, K)},
+        "key": {"kernel": (5, N, K)},
+        "value": {"kernel": (5, N, K)},
+        "out": {"kernel": (N, K, 6), "bias": (6,)},
+    }
+    params = jax.tree.map(lambda leaf: np.asarray(draw(*leaf.shape)), variables["params"])
+    into = lambda x, name: np.einsum("bsd,dnk->bsnk", x, params[name]["kernel"])  # noqa: E731
+    query = into(x, "query") + params["query"]["bias"]
+    mixed = attend(*map(jnp.asarray, (query, into(context, "key"), into(context, "value"))))
+    expected = np.einsum("btnk,nkd->btd", mixed, params["out"]["kernel"]) + params["out"]["bias"]
+    assert error(jit(module.apply)({"params": params}, x, context), expected) < 1e-6
+
+
+def test_a_padded_position_of_a_causal_row_sees_real_keys_only():
+    query, key = draw(1, 4, N, K), draw(1, 4, N, K, seed=1)
+    mask = causal_mask(jnp.array([[True, True, False, False]]))
+    found = attend(query, key, key, mask)
+    assert error(found[:, 3:], attend(query[:, 3:], key[:, :2], key[:, :2])) < 1e-6

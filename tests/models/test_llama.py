@@ -1,0 +1,118 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_instructblip.models.llama import Llama, rotary, rotate
+from tests.numerics import error, jit, random_params, small
+
+CONFIG = small("vicuna").llm
+PARAMS = jax.tree.map(jnp.asarray, random_params(small("vicuna"))["llm"])
+MODEL = Llama(CONFIG, jnp.float32)
+DRAW = np.random.default_rng(0)
+INPUTS = jnp.asarray(DRAW.standard_normal((3, 9, CONFIG.width), np.float32))
+LENGTHS = (5, 9, 7)
+
+
+@functools.cache
+def call(skip=0):
+    return jit(
+        lambda inputs, real: MODEL.apply({"params": PARAMS}, inputs, real, None, skip=skip)
+    )
+
+
+@jit
+def prefill(inputs, real):
+    return MODEL.apply({"params": PARAMS}, inputs, real, 3, method="prefill")
+
+
+@jit
+def step(token, cache):
+    return MODEL.apply({"params": PARAMS}, token, cache, method="decode_step")
+
+
+def real(lengths, width):
+    return jnp.arange(width)[None] < jnp.array(lengths)[:, None]
+
+
+def test_rotary_turns_pair_k_by_position_over_theta_to_the_2k():
+    positions = jnp.array([[0, 1, 7, 2047]])
+    cosine, sine = rotary(positions, 8, 10_000.0, jnp.float32)
+    assert cosine.shape == sine.shape == (1, 4, 8)
+    x = DRAW.standard_normal((1, 4, 1, 8)).astype(np.float32)
+    pairs = x[..., :4] + 1j * x[..., 4:]  # (k, k + K/2)
+    angle = np.array([0, 1, 7, 2047])[:, None] * 10_000.0 ** (-2 * np.arange(4) / 8)
+    turned = pairs * np.exp(1j * angle)[None, :, None]
+    expected = np.concatenate([turned.real, turned.imag], axis=-1)
+    # 1e-4: float32 angles near 2047 are 1e-4 apart, in PyTorch as well.
+    assert error(rotate(jnp.asarray(x), (cosine, sine)), expected) < 1e-4
+    assert error(rotate(jnp.asarray(x), (cosine, sine))[:, :3], expected[:, :3]) < 1e-6
+
+
+def test_scores_depend_on_the_distance_alone():
+    query, key = (jnp.asarray(DRAW.standard_normal((1, 1, 1, 8), np.float32)) for _ in range(2))
+    score = []
+    for start in (0, 100):
+        at = lambda position: rotary(jnp.array([[position]]), 8, 10_000.0, jnp.float32)  # noqa: E731
+        score.append((rotate(query, at(start + 5)) * rotate(key, at(start))).sum())
+    assert abs(score[0] - score[1]) < 1e-4
+
+
+def test_rotary_is_computed_in_float32():
+    # bfloat16 cannot tell position 257 from 256.
+    cosine, _ = rotary(jnp.array([[256, 257]]), 8, 10_000.0, jnp.bfloat16)
+    assert cosine.dtype == jnp.bfloat16
+    assert error(cosine[0, :, 0], np.cos([256.0, 257.0])) < 0.01
+
+
+def test_skipped_positions_get_no_logits():
+    whole = call()(INPUTS, real(LENGTHS, 9))
+    assert whole.shape == (3, 9, CONFIG.vocab) and whole.dtype == jnp.float32
+    np.testing.assert_allclose(call(4)(INPUTS, real(LENGTHS, 9)), whole[:, 4:], atol=1e-5)
+
+
+def test_a_position_sees_nothing_after_it():
+    whole = call()(INPUTS, real((9, 9, 9), 9))
+    changed = call()(INPUTS.at[:, 6:].add(1), real((9, 9, 9), 9))
+    assert error(changed[:, :6], whole[:, :6]) < 1e-6
+    assert error(changed[:, 6:], whole[:, 6:]) > 1e-2
+
+
+def test_padding_is_invisible():
+    together = call()(INPUTS, real(LENGTHS, 9))
+    longer = jnp.pad(INPUTS, ((0, 0), (0, 4), (0, 0)), constant_values=3.0)
+    longer = call()(longer, real(LENGTHS, 13))
+    for row, length in enumerate(LENGTHS):
+        alone = call()(INPUTS[row : row + 1, :length], jnp.ones((1, length), bool))
+        assert error(together[row, :length], alone[0]) < 1e-5
+        assert error(longer[row, :length], alone[0]) < 1e-5
+
+
+def test_cached_steps_are_whole_rows():
+    """Prefill and two steps at two padded lengths, with three rows of their own a sample."""
+    tokens = jnp.asarray(DRAW.integers(0, CONFIG.vocab, (3, 3, 2)))  # [B, R, steps]
+    embedding = PARAMS["embed"]["embedding"]
+    for width in (9, 11):
+        inputs = jnp.pad(INPUTS, ((0, 0), (0, width - 9), (0, 0)), constant_values=3.0)
+        first, cache = prefill(inputs, real(LENGTHS, width))
+        assert first.shape == (3, 1, CONFIG.vocab)
+        assert cache["prefix"]["key"].shape == (3, 3, width, CONFIG.heads, CONFIG.head_width)
+        assert cache["tail"]["key"].shape == (3, 3, 1, 3, CONFIG.heads, CONFIG.head_width)
+        tails = jax.tree.map(lambda leaf: jnp.repeat(leaf, 3, axis=2), cache["tail"])
+        second, cache = step(tokens[..., 0], {**cache, "tail": tails})
+        third, cache = step(tokens[..., 1], cache)
+        assert cache["step"] == 2
+        for b, r in ((0, 0), (1, 2), (2, 1)):
+            row = jnp.concatenate([INPUTS[b, : LENGTHS[b]], embedding[tokens[b, r]]])[None]
+            row = jnp.pad(row, ((0, 0), (0, 11 - row.shape[1]), (0, 0)))
+            expected = call()(row, real([LENGTHS[b] + 2], 11))[0, LENGTHS[b] - 1 :]
+            found = jnp.stack([first[b, 0], second[b, r], third[b, r]])
+            assert error(found, expected[:3]) < 1e-5
+
+
+def test_bfloat16_survives_large_activations():
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    apply = jit(Llama(CONFIG, jnp.bfloat16).apply)
+    found = apply({"params": params}, jnp.asarray(1e5 * INPUTS, jnp.bfloat16), real(LENGTHS, 9))
+    assert found.dtype == jnp.float32 and jnp.isfinite(found).all()

@@ -1,0 +1,34 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_instructblip.models.masks import causal_mask, padding_mask, written_mask
+
+
+def drawn(picture: str) -> np.ndarray:
+    return np.array([[mark == "#" for mark in line.split()] for line in picture.split("\n")])
+
+
+def real(lengths, width):
+    return jnp.arange(width)[None, :] < jnp.array(lengths)[:, None]
+
+
+def test_padding_mask_shows_every_real_key_to_everybody():
+    mask = padding_mask(real([3, 1], 4))
+    assert mask.shape == (2, 1, 1, 4)
+    assert (np.broadcast_to(mask[0, 0], (2, 4)) == drawn("# # # .\n# # # .")).all()
+    assert (np.broadcast_to(mask[1, 0], (2, 4)) == drawn("# . . .\n# . . .")).all()
+
+
+def test_causal_mask_hides_what_comes_and_what_is_padding():
+    mask = causal_mask(real([3, 4], 4))
+    assert mask.shape == (2, 1, 4, 4)
+    assert (mask[0, 0] == drawn("# . . .\n# # . .\n# # # .\n# # # .")).all()
+    assert (mask[1, 0] == drawn("# . . .\n# # . .\n# # # .\n# # # #")).all()
+
+
+@pytest.mark.parametrize("step, picture", [(0, ". . . ."), (2, "# # . ."), (4, "# # # #")])
+def test_written_mask_shows_the_slots_before_the_step(step, picture):
+    mask = written_mask(jnp.int32(step), 4)
+    assert mask.shape == (1, 1, 1, 4)
+    assert (mask[0, 0] == drawn(picture)).all()

@@ -1,0 +1,130 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_instructblip.models.t5 import T5, relative_bucket
+from tests.numerics import error, jit, random_params, small
+
+CONFIG = small("t5").llm
+PARAMS = jax.tree.map(jnp.asarray, random_params(small("t5"))["llm"])
+MODEL = T5(CONFIG, jnp.float32)
+DRAW = np.random.default_rng(0)
+INPUTS = jnp.asarray(DRAW.standard_normal((3, 9, CONFIG.width), np.float32))
+LENGTHS = (5, 9, 7)
+ANSWERS = jnp.asarray(DRAW.integers(0, CONFIG.vocab, (3, 4)))
+
+
+@functools.cache
+def call(config=CONFIG):
+    model = T5(config, jnp.float32)
+    return jit(lambda inputs, real, answers: model.apply({"params": PARAMS}, inputs, real, answers))
+
+
+@jit
+def prefill(inputs, real):
+    return MODEL.apply({"params": PARAMS}, inputs, real, 3, method="prefill")
+
+
+@jit
+def step(token, cache):
+    return MODEL.apply({"params": PARAMS}, token, cache, method="decode_step")
+
+
+def real(lengths, width):
+    return jnp.arange(width)[None] < jnp.array(lengths)[:, None]
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("buckets, furthest", [(32, 128), (8, 20)])
+def test_relative_buckets_are_those_of_pytorch(bidirectional, buckets, furthest):
+    torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    distance = np.arange(-700, 701)
+    expected = T5Attention._relative_position_bucket(
+        torch.tensor(distance), bidirectional, buckets, furthest
+    )
+    found = relative_bucket(jnp.asarray(distance), buckets, furthest, bidirectional)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_near_distances_have_buckets_of_their_own():
+    distance = jnp.arange(-3, 4)
+    assert relative_bucket(distance, 32, 128, True).tolist() == [3, 2, 1, 0, 17, 18, 19]
+    assert relative_bucket(distance, 32, 128, False).tolist() == [3, 2, 1, 0, 0, 0, 0]
+
+
+def test_the_encoder_looks_both_ways_the_decoder_back():
+    whole = call()(INPUTS, real((9, 9, 9), 9), ANSWERS)
+    assert whole.shape == (3, 4, CONFIG.vocab) and whole.dtype == jnp.float32
+    changed = call()(INPUTS.at[:, 8].add(1), real((9, 9, 9), 9), ANSWERS)
+    assert error(changed[:, 0], whole[:, 0]) > 1e-3
+    changed = call()(INPUTS, real((9, 9, 9), 9), ANSWERS.at[:, 2:].set(0))
+    assert error(changed[:, :2], whole[:, :2]) < 1e-6
+    assert error(changed[:, 2:], whole[:, 2:]) > 1e-2
+
+
+def test_padding_is_invisible():
+    answered = (1, 4, 3)
+    together = call()(INPUTS, real(LENGTHS, 9), ANSWERS)
+    longer = jnp.pad(INPUTS, ((0, 0), (0, 4), (0, 0)), constant_values=3.0)
+    answers = jnp.pad(ANSWERS, ((0, 0), (0, 2)), constant_values=7)
+    longer = call()(longer, real(LENGTHS, 13), answers)
+    for row, (length, count) in enumerate(zip(LENGTHS, answered, strict=True)):
+        inputs = INPUTS[row : row + 1, :length]
+        alone = call()(inputs, jnp.ones((1, length), bool), ANSWERS[row : row + 1, :count])
+        assert error(together[row, :count], alone[0]) < 1e-5
+        assert error(longer[row, :count], alone[0]) < 1e-5
+
+
+def test_cached_steps_are_whole_rows():
+    """Prefill and two steps at two padded lengths, with three rows of their own a sample."""
+    tokens = jnp.asarray(DRAW.integers(0, CONFIG.vocab, (3, 3, 2)))  # [B, R, steps]
+    for width in (9, 11):
+        inputs = jnp.pad(INPUTS, ((0, 0), (0, width - 9), (0, 0)), constant_values=3.0)
+        first, cache = prefill(inputs, real(LENGTHS, width))
+        assert first.shape == (3, 1, CONFIG.vocab)
+        assert cache["prefix"]["key"].shape == (2, 3, width, CONFIG.heads, CONFIG.head_width)
+        assert cache["tail"]["key"].shape == (2, 3, 1, 4, CONFIG.heads, CONFIG.head_width)
+        tails = jax.tree.map(lambda leaf: jnp.repeat(leaf, 3, axis=2), cache["tail"])
+        second, cache = step(tokens[..., 0], {**cache, "tail": tails})
+        third, cache = step(tokens[..., 1], cache)
+        assert cache["step"] == 3  # the start id and two tokens
+        for r in range(3):
+            start = jnp.full((3, 1), CONFIG.decoder_start_id)
+            answers = jnp.concatenate([start, tokens[:, r]], axis=1)
+            expected = call()(INPUTS, real(LENGTHS, 9), answers)
+            found = jnp.stack([first[:, 0], second[:, r], third[:, r]], axis=1)
+            assert error(found, expected) < 1e-5
+
+
+def test_scaled_outputs_and_activations_are_fields():
+    whole = call()(INPUTS, real(LENGTHS, 9), ANSWERS)
+    scaled = call(dataclasses.replace(CONFIG, scale_decoder_outputs=True))
+    found = scaled(INPUTS, real(LENGTHS, 9), ANSWERS)
+    assert error(found * CONFIG.width**0.5, whole) < 1e-5
+    tanh = call(dataclasses.replace(CONFIG, activation="gelu_new"))
+    assert 1e-6 < error(tanh(INPUTS, real(LENGTHS, 9), ANSWERS), whole) < 1e-2
+
+
+def test_dropout_of_the_frozen_model_is_drawn_in_training():
+    apply = jit(functools.partial(MODEL.apply, train=True))
+    rows = INPUTS, real(LENGTHS, 9), ANSWERS
+    found = [
+        apply({"params": PARAMS}, *rows, rngs={"dropout": jax.random.key(seed)})
+        for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert error(found[2], found[0]) > 1e-2
+
+
+def test_bfloat16_survives_large_activations():
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    apply = jit(T5(CONFIG, jnp.bfloat16).apply)
+    inputs = jnp.asarray(1e5 * INPUTS, jnp.bfloat16)
+    found = apply({"params": params}, inputs, real(LENGTHS, 9), ANSWERS)
+    assert found.dtype == jnp.float32 and jnp.isfinite(found).all()

@@ -1,0 +1,93 @@
+import json
+
+import jax
+import pytest
+
+from jax_instructblip.models.instructblip import param_shapes
+from jax_instructblip.models.variants import VARIANTS, Variant, get_variant
+
+# FlanT5-XL, FlanT5-XXL, Vicuna-7B and Vicuna-13B have 2.850, 11.135, 6.738 and 13.016 billion.
+RELEASED = {
+    "instructblip-flan-t5-xl": (187_262_464, 2_849_757_184),
+    "instructblip-flan-t5-xxl": (188_837_376, 11_135_332_352),
+    "instructblip-vicuna-7b": (188_837_376, 6_738_423_808),
+    "instructblip-vicuna-13b": (189_624_832, 13_015_874_560),
+}
+LEAF_NAMES = "kernel bias scale embedding queries cls pos_embed relative_bias temp".split()
+
+
+def count(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_variants_have_the_published_sizes(name):
+    shapes = param_shapes(get_variant(name))
+    found = {tower: count(tree) for tower, tree in shapes.items()}
+    qformer, llm = RELEASED[name]
+    assert found == {"vision": 985_894_528, "qformer": qformer, "llm": llm}
+    for path, _ in jax.tree_util.tree_leaves_with_path(shapes):
+        assert path[-1].key in LEAF_NAMES
+
+
+@pytest.mark.parametrize("kind", ["t5", "vicuna"])
+def test_layers_are_stacked_on_axis_0(kind):
+    variant = get_variant(f"tiny-{kind}")
+    shapes = param_shapes(variant)
+    layers = {leaf.shape[0] for leaf in jax.tree.leaves(shapes["vision"]["layers"])}
+    assert layers == {variant.vision.layers}
+    layers = {leaf.shape[0] for leaf in jax.tree.leaves(shapes["qformer"]["layers"])}
+    assert layers == {variant.qformer.layers // 2}  # pairs: with and without cross-attention
+    assert "key" in shapes["vision"]["layers"]["attention"]
+    assert "bias" not in shapes["vision"]["layers"]["attention"]["key"]
+
+
+def test_a_blind_qformer_has_no_text_branch():
+    variant = get_variant("instructblip-flan-t5-xl").replace(**{"qformer.instruction_aware": False})
+    shapes = param_shapes(variant)["qformer"]
+    assert count(shapes) == 106_739_968  # the trainable part of stage 2 for FlanT5-XL
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    assert not [path for path in paths if "text" in path or "position" in path]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_to_dict_survives_json(name):
+    variant = get_variant(name)
+    assert Variant.from_dict(json.loads(json.dumps(variant.to_dict()))) == variant
+
+
+def test_from_dict_names_unknown_and_missing_fields():
+    fields = get_variant("tiny-vicuna").to_dict()
+    fields["llm"]["depth"] = fields["llm"].pop("layers")
+    with pytest.raises(ValueError, match=r"llm: unknown fields \['depth'\], missing .*'layers'"):
+        Variant.from_dict(fields)
+    with pytest.raises(ValueError, match="llm.kind is 'gpt'.*llama, t5"):
+        Variant.from_dict({**fields, "llm": {"kind": "gpt"}})
+
+
+def test_replace_changes_dotted_fields_and_suggests_names():
+    variant = get_variant("tiny-t5").replace(**{"qformer.dropout": 0.0, "llm.dropout": 0.3})
+    assert (variant.qformer.dropout, variant.llm.dropout) == (0.0, 0.3)
+    with pytest.raises(ValueError, match="'qformer.dropuot'; did you mean qformer.dropout"):
+        variant.replace(**{"qformer.dropuot": 0.0})
+
+
+def test_towers_that_do_not_fit_are_all_listed():
+    with pytest.raises(ValueError) as caught:
+        get_variant("tiny-vicuna").replace(
+            **{"vision.width": 90, "vision.image_size": 60, "qformer.layers": 3, "llm.width": 66}
+        )
+    for part in (
+        "qformer.vision_width 88 != vision.width 90",
+        "qformer.llm_width 64 != llm.width 66",
+        "qformer.layers 3 is odd",
+        "vision.image_size 60 is no multiple of patch_size 14",
+        "vision.width 90 is not divisible by 4 heads",
+        "llm.width 66 is not divisible by 4 heads",
+    ):
+        assert part in str(caught.value)
+
+
+def test_an_unknown_name_suggests_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'instructblip-vicuna-7b'"):
+        get_variant("instructblip-vicuna7b")

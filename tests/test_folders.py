@@ -1,0 +1,66 @@
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from jax_instructblip.folders import atomic_folder, free_bytes, refuse_existing
+
+
+def test_folder_appears_whole(tmp_path):
+    with atomic_folder(tmp_path / "a" / "b") as temporary:
+        (temporary / "file").write_text("x")
+        assert not (tmp_path / "a" / "b").exists()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    assert (tmp_path / "a" / "b" / "file").read_text() == "x"
+
+
+def test_nothing_is_left_after_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match="boom"), atomic_folder(tmp_path / "b") as temporary:
+        (temporary / "file").write_text("x")
+        raise RuntimeError("boom")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_folder_is_refused_and_kept(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "file").write_text("old")
+    with pytest.raises(FileExistsError, match="not overwritten"), atomic_folder(tmp_path / "b"):
+        raise AssertionError("must not be entered")
+    assert (tmp_path / "b" / "file").read_text() == "old"
+    with pytest.raises(FileExistsError):
+        refuse_existing(tmp_path / "b")
+
+
+def test_folder_that_appears_meanwhile_is_kept(tmp_path):
+    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "b"):
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "file").write_text("another writer's")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert (tmp_path / "b" / "file").read_text() == "another writer's"
+
+
+def test_empty_folder_is_filled(tmp_path):
+    with atomic_folder(tmp_path) as temporary:
+        (temporary / "file").write_text("x")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_remains_of_a_killed_writer_are_removed_but_not_those_of_a_living_one(tmp_path):
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
+    )
+    host = socket.gethostname()
+    left = tmp_path / f".b.partial-{host}-{int(dead.stdout)}"
+    living = tmp_path / f".b.partial-{host}-{os.getppid()}"
+    other = tmp_path / f".c.partial-{host}-{int(dead.stdout)}"
+    for folder in (left, living, other):
+        folder.mkdir()
+    with atomic_folder(tmp_path / "b"):
+        pass
+    assert (left.exists(), living.exists(), other.exists()) == (False, True, True)
+
+
+def test_free_bytes_of_a_folder_not_yet_made(tmp_path):
+    assert free_bytes(tmp_path / "a" / "b" / "c") > 0

@@ -1,0 +1,163 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jax_instructblip import __main__ as cli
+from jax_instructblip import commands
+
+
+@pytest.fixture
+def verbs(tmp_path, monkeypatch):
+    """Replaces the verbs by those written with `verbs(name="source of main")`."""
+    monkeypatch.setattr(commands, "__path__", [str(tmp_path)])
+
+    def write(**bodies: str) -> None:
+        for name, body in bodies.items():
+            source = f'"""Does {name}.\n\nMore.\n"""\n\ndef main(argv):\n    {body}\n'
+            (tmp_path / f"{name}.py").write_text(source)
+            monkeypatch.delitem(sys.modules, f"{commands.__name__}.{name}", raising=False)
+
+    yield write
+    for module in tmp_path.glob("*.py"):
+        sys.modules.pop(f"{commands.__name__}.{module.stem}", None)
+
+
+def test_runs_the_verb_with_the_words_after_it(verbs, capsys):
+    verbs(greet="print(argv); return 7")
+    assert cli.main(["greet", "--loud", "you"]) == 7
+    assert capsys.readouterr().out == "['--loud', 'you']\n"
+
+
+def test_help_lists_every_verb_without_importing_one(verbs, tmp_path, capsys):
+    verbs(greet="return 0", wave="return 0")
+    with (tmp_path / "wave.py").open("a") as module:
+        module.write("raise RuntimeError('imported')\n")
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "  greet  Does greet.\n  wave   Does wave.\n" in out
+    assert "More" not in out
+
+
+def test_only_the_verb_asked_for_is_imported(verbs, tmp_path):
+    verbs(greet="return 0", wave="return 0")
+    with (tmp_path / "wave.py").open("a") as module:
+        module.write("raise RuntimeError('imported')\n")
+    assert cli.main(["greet"]) == 0
+    with pytest.raises(RuntimeError, match="imported"):
+        cli.main(["wave"])
+
+
+def test_no_verb_shows_the_usage_on_stderr(capsys):
+    assert cli.main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("usage: jax-instructblip VERB")
+
+
+def test_unknown_verb_suggests_the_nearest(verbs, capsys):
+    verbs(greet="return 0", wave="return 0")
+    assert cli.main(["great"]) == 2
+    message = "error: unknown verb 'great'; did you mean 'greet'? known: greet, wave\n"
+    assert capsys.readouterr().err == message
+    assert cli.main(["xyz"]) == 2
+    assert capsys.readouterr().err == "error: unknown verb 'xyz'; known: greet, wave\n"
+
+
+# A verb stands outside the package in these tests, so "raised by this package" needs a function
+# of the package that raises.
+DELIBERATE = "from jax_instructblip.models.variants import get_variant; get_variant('nobody')"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("open('/nowhere/photo.jpg')", "/nowhere/photo.jpg"),
+        (DELIBERATE, "error: unknown variant 'nobody'"),
+    ],
+)
+def test_an_error_for_the_user_is_one_line(verbs, capsys, monkeypatch, body, message):
+    monkeypatch.delenv("JAX_INSTRUCTBLIP_TRACEBACK", raising=False)
+    verbs(fail=body)
+    assert cli.main(["fail"]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_the_variable_keeps_the_traceback(verbs, monkeypatch):
+    monkeypatch.setenv("JAX_INSTRUCTBLIP_TRACEBACK", "1")
+    verbs(fail=DELIBERATE)
+    with pytest.raises(ValueError, match="nobody"):
+        cli.main(["fail"])
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ("len(3)", TypeError),
+        ("{}['key']", KeyError),
+        ("import jax_instructblip; jax_instructblip.laod", AttributeError),  # raised by the package
+        ("import numpy; numpy.zeros(2).reshape(3)", ValueError),
+    ],
+)
+def test_a_defect_keeps_its_traceback(verbs, body, error):
+    verbs(fail=body)
+    with pytest.raises(error):
+        cli.main(["fail"])
+
+
+def test_interrupt_ends_with_130(verbs, capsys):
+    verbs(wait="raise KeyboardInterrupt")
+    assert cli.main(["wait"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def _run(body: str, *words: str, **options) -> subprocess.Popen:
+    """`python -m jax_instructblip WORDS`, after the Python of `body`."""
+    code = f"import runpy, sys\n{body}\nsys.argv[1:] = {list(words)!r}\n"
+    code += "runpy.run_module('jax_instructblip', run_name='__main__', alter_sys=True)"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    return subprocess.Popen([sys.executable, "-c", code], text=True, env=environment, **options)
+
+
+def test_as_a_program():
+    with _run("", "nonsense", stderr=subprocess.PIPE) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.startswith("error: unknown verb 'nonsense'")
+
+
+@pytest.mark.parametrize("words", [1, 10_000])
+def test_a_reader_that_leaves_costs_no_traceback(tmp_path, words):
+    (tmp_path / "talk.py").write_text(
+        "import sys\ndef main(argv):\n    print('ready', flush=True)\n    sys.stdin.read()\n"
+        f"    for _ in range({words}):\n        print('word')\n    return 0\n"
+    )
+    body = f"from jax_instructblip import commands; commands.__path__ = [{str(tmp_path)!r}]"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with _run(body, "talk", **pipes) as process:
+        assert process.stdin and process.stdout and process.stderr
+        assert process.stdout.readline() == "ready\n"
+        process.stdout.close()
+        process.stdin.close()  # lets it write the rest
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_interrupted_program(tmp_path):
+    (tmp_path / "wait.py").write_text(
+        "import time\ndef main(argv):\n    print('ready', flush=True)\n    time.sleep(60)\n"
+    )
+    body = f"from jax_instructblip import commands; commands.__path__ = [{str(tmp_path)!r}]"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with _run(body, "wait", **pipes) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "interrupted\n"
+    assert process.returncode == 130

@@ -1,0 +1,27 @@
+"""What the documents point at is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from jax_instructblip import __main__ as cli
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "launch/README.md")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_file_named_is_there(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    named = re.findall(r"(?:jax_instructblip|configs|tests|benchmarks|launch)/[\w./]*\w", text)
+    written_for_you = {"tests/a/test_b.py"}  # stands for any file
+    missing = {path for path in named if not (ROOT / path).exists()} - written_for_you
+    assert missing == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_verb_named_is_there(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    named = set(re.findall(r"^jax-instructblip ([a-z]+)|`jax-instructblip ([a-z]+)", text, re.M))
+    assert {a or b for a, b in named} <= set(cli.find_verbs())

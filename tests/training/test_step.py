@@ -1,0 +1,227 @@
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_instructblip.models.instructblip import InstructBlip, example_batch, param_shapes
+from jax_instructblip.models.variants import get_variant
+from jax_instructblip.training.optimizer import adamw
+from jax_instructblip.training.state import create_state, partition
+from jax_instructblip.training.step import compile_step, summed_loss, train_step
+from tests.training import flops
+from tests.training.conftest import make_batch, micro
+
+KINDS = ("llama", "t5")
+# A micro step compiles in seconds; unoptimised it compiles in half of them.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def compiled(settings, **more):
+    step = functools.partial(train_step, **settings, **more)
+    return jax.jit(step, compiler_options=QUICK)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trains_the_chosen_part_and_leaves_the_rest_alone(tuning, kind):
+    settings, state, frozen, batch = tuning(kind)
+    before = jax.tree.map(np.array, (state.params, frozen))
+    step, losses = compiled(settings), []
+    for _ in range(8):
+        state, metrics = step(state, frozen, batch, jax.random.key(1))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[1] - 0.5
+    assert int(state.step) == 8
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), frozen, before[1]))
+    still = [
+        jax.tree_util.keystr(path)
+        for path, same in jax.tree_util.tree_leaves_with_path(
+            jax.tree.map(lambda a, b: bool((a == b).all()), state.params, before[0])
+        )
+        if same
+    ]
+    # The text branch of the last layer is computed but nobody looks at what comes out of it.
+    assert all("text_mlp" in path and "plain" in path for path in still), still
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_holds_moments_of_the_trained_leaves_only(tuning, kind):
+    _, state, _, _ = tuning(kind)
+    sizes = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    counters = 2
+    assert sizes(state.optimizer) == 2 * sizes(state.params) + counters
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(state)]
+    assert not any("llm" in path or "vision" in path for path in paths)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {np.dtype("float32"), np.dtype("int32")}
+
+
+GOLDEN = {  # one step from numpy-drawn weights, without dropout, at learning rate 1e-2
+    "llama": {"loss": 0.0, "gradient_norm": 0.0, "change": 0.0},
+    "t5": {"loss": 0.0, "gradient_norm": 0.0, "change": 0.0},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_golden_numbers(kind):
+    variant = micro(kind, **{"qformer.dropout": 0.0, "llm.dropout": 0.0})
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.array(0.3 * draw.standard_normal(leaf.shape), jnp.float32),
+        param_shapes(variant),
+    )
+    chosen, frozen = partition(params, ("qformer",))
+    rate = lambda _: 1e-2  # noqa: E731
+    optimizer = adamw(rate)
+    state = create_state(chosen, optimizer)
+    step = compiled(dict(model=InstructBlip(variant), optimizer=optimizer, schedule=rate))
+    after, metrics = step(state, frozen, make_batch(variant), jax.random.key(0))
+    change = jax.tree.map(lambda a, b: jnp.abs(a - b).sum(), after.params, chosen)
+    found = {
+        "loss": float(metrics["loss"]),
+        "gradient_norm": float(metrics["gradient_norm"]),
+        "change": float(sum(jax.tree.leaves(change))),
+    }
+    assert found == pytest.approx(GOLDEN[kind], rel=1e-4)
+
+
+def traced(kind, function=None, variant=None):
+    """FLOPs, shapes of products and analytic FLOPs of a step, or of `function` in its place."""
+    variant = variant or micro(kind)
+    rows, text, answer = 3, 11, 10
+    batch = jax.eval_shape(lambda: make_shaped(variant, rows, text, answer))
+    chosen, frozen = partition(param_shapes(variant), ("qformer",))
+    rate = lambda _: 1e-2  # noqa: E731
+    optimizer = adamw(rate)
+    state = jax.eval_shape(lambda tree: create_state(tree, optimizer), chosen)
+    model = InstructBlip(variant)
+    step = functools.partial(train_step, model=model, optimizer=optimizer, schedule=rate)
+    function = step if function is None else functools.partial(function, model)
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    found, shapes = flops.counted(function, state, frozen, batch, rng)
+    return found, shapes, flops.analytic(variant, rows, text, text, answer), frozen
+
+
+def make_shaped(variant, rows, text, answer):
+    batch = example_batch(variant, rows, text)
+    if variant.llm.kind == "t5":
+        batch["targets"] = batch["decoder_tokens"] = jnp.zeros((rows, answer), jnp.int32)
+    return batch
+
+
+def gradient_of_everything(model, state, frozen, batch, rng):
+    """What the step must not be: zeroing the gradient of frozen weights after computing it."""
+    params = {**frozen, **state.params}
+    return jax.grad(lambda p: summed_loss(p, {}, batch, rng, model)[0])(params)
+
+
+def frozen_gradients(shapes, frozen):
+    """Shapes of products that a frozen weight's gradient would have, whatever its axes' order."""
+    alike = lambda shape: tuple(sorted(size for size in shape if size > 1))  # noqa: E731
+    weights = {
+        alike(leaf.shape[1:] if any(k.key == "layers" for k in path) else leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(frozen)
+        if path[-1].key == "kernel"
+    }
+    return [shape for shape in shapes if alike(shape) in weights]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_computes_no_gradient_of_a_frozen_weight(kind):
+    found, shapes, expected, frozen = traced(kind)
+    assert 0.95 * expected < found <= 1.05 * expected
+    assert frozen_gradients(shapes, frozen) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_count_sees_a_gradient_of_everything(kind):
+    found, shapes, expected, frozen = traced(kind, gradient_of_everything)
+    assert found > 1.05 * expected
+    assert len(frozen_gradients(shapes, frozen)) >= 10
+
+
+@pytest.mark.parametrize("name", ["instructblip-flan-t5-xl", "instructblip-vicuna-13b"])
+def test_full_size_needs_no_more_than_the_analytic_count(name):
+    found, _, expected, _ = traced("", variant=get_variant(name))
+    assert 0.99 * expected < found <= 1.01 * expected
+
+
+def test_clips_the_gradient_to_a_norm(tuning):
+    settings, state, frozen, batch = tuning("llama", **{"qformer.dropout": 0.0})
+    rng = jax.random.key(0)
+    _, free = compiled(settings)(state, frozen, batch, rng)
+    norm = float(free["gradient_norm"])
+    after, metrics = compiled(settings, clip_norm=norm / 4)(state, frozen, batch, rng)
+    assert metrics["gradient_norm"] == pytest.approx(norm)  # what it was before
+    first = after.optimizer[0].mu  # 0.1 x the gradient after one step
+    clipped = np.sqrt(sum(float(jnp.square(leaf).sum()) for leaf in jax.tree.leaves(first)))
+    assert clipped == pytest.approx(0.1 * norm / 4, rel=1e-4)
+
+
+def test_dropout_is_drawn_from_the_key_and_the_step(tuning):
+    settings, state, frozen, batch = tuning("t5")
+    step = compiled(settings)
+    loss = lambda number, seed: float(  # noqa: E731
+        step(state._replace(step=jnp.int32(number)), frozen, batch, jax.random.key(seed))[1]["loss"]
+    )
+    assert loss(0, 0) == loss(0, 0)
+    assert len({loss(0, 0), loss(1, 0), loss(0, 1)}) == 3
+
+
+def test_metrics(tuning):
+    settings, state, frozen, batch = tuning("llama")
+    parameters = np.sqrt(sum(float(jnp.square(p).sum()) for p in jax.tree.leaves(state.params)))
+    state = state._replace(step=jnp.int32(1))
+    _, metrics = compiled(settings)(state, frozen, batch, jax.random.key(0))
+    assert metrics["tokens"] == (batch["targets"] >= 0).sum()
+    assert metrics["parameter_norm"] == pytest.approx(parameters, rel=1e-5)
+    assert metrics["learning_rate"] == pytest.approx(1e-2)
+    assert {leaf.dtype for leaf in metrics.values()} == {np.dtype("float32")}
+
+
+def test_takes_over_the_buffers_of_the_state_and_keeps_the_frozen_ones(tuning):
+    settings, state, frozen, batch = tuning("llama")
+    step = compile_step(**settings)
+    old = state.params["qformer"]["queries"]
+    state, _ = step(state, frozen, batch, jax.random.key(0))
+    assert old.is_deleted()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
+    compiled_once = step._cache_size()
+    step(state, frozen, batch, jax.random.key(0))
+    assert step._cache_size() == compiled_once == 1
+
+
+def test_narrow_frozen_weights_are_not_widened_ahead_of_the_scan():
+    variant = get_variant("tiny-vicuna").replace(**{"llm.layers": 12, "llm.mlp": 3000})
+    chosen, frozen = partition(param_shapes(variant), ("qformer",))
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), frozen)
+    rate = lambda _: 1e-2  # noqa: E731
+    optimizer = adamw(rate)
+    state = jax.eval_shape(lambda tree: create_state(tree, optimizer), chosen)
+    batch = jax.eval_shape(lambda: example_batch(variant, 1, 4))
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    temporary = {}
+    for narrow in (False, True):
+        step = compile_step(
+            model=InstructBlip(variant, jnp.bfloat16),
+            optimizer=optimizer,
+            schedule=rate,
+            narrow_weights=narrow,
+        )
+        analysis = step.lower(state, frozen, batch, rng).compile().memory_analysis()
+        temporary[narrow] = analysis.temp_size_in_bytes
+    tower = 4 * sum(leaf.size for leaf in jax.tree.leaves(frozen["llm"]["layers"]))
+    assert temporary[False] - temporary[True] > 0.8 * tower
+
+
+def test_imports_without_what_a_bare_machine_lacks():
+    absent = ["grain", "ml_collections", "tensorboardX", "tensorflow_datasets", "array_record"]
+    code = f"""
+import sys
+for name in {absent + ["matplotlib", "torch", "tensorflow"]}:
+    sys.modules[name] = None
+import jax_instructblip.training.step, jax_instructblip.training.checkpoints
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
