@@ -9,14 +9,19 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from jax_instructblip.data.images import ImageError, decode
 from jax_instructblip.inference.pipeline import BATCH_SIZE, load
 from jax_instructblip.inference.questions import pair
+from jax_instructblip.inference.source import resolve_checkpoint
 
 
 def main(argv: list[str]) -> int:
     """Prints image, prompt, answer and log-probability of each question; returns 0."""
     flags = _parser().parse_args(argv)
-    questions = pair(flags.image, flags.prompt)  # a mistake here should not wait for the weights
+    # Mistakes here should not wait for the weights, nor bad images for the answers to good ones.
+    questions = pair(flags.image, flags.prompt)
+    resolve_checkpoint(flags.checkpoint)
+    _check_images(flags.image)
     blip = load(flags.checkpoint, dtype=flags.dtype)
     answers = blip.generate(
         flags.image,
@@ -42,6 +47,18 @@ def main(argv: list[str]) -> int:
         for line in [json.dumps(found, ensure_ascii=False)] if flags.json else _lines(found):
             print(line)
     return 0
+
+
+def _check_images(paths: list[str]) -> None:
+    """Raises an ImageError that names every image that cannot be used."""
+    wrong = []
+    for path in paths:
+        try:
+            decode(path)
+        except ImageError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ImageError("; ".join(wrong))
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:

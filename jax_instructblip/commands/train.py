@@ -1,6 +1,8 @@
 """Tunes the Q-Former (or other parts) as a config file says."""
 
+import argparse
 import difflib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,19 +16,15 @@ from jax_instructblip.training import loop
 # The configs of the repository share `configs/common.py`, whatever the working directory is.
 _ROOT = Path(__file__).resolve().parents[2]
 
-_USAGE = """usage: jax-instructblip train --config FILE [--config.FIELD=VALUE ...]
+_HELP = """A workdir that has checkpoints is taken up where the newest stands. Any field of
+configs/common.py can be changed:
 
-FILE is a Python file with get_config() (see configs/), FIELD any field of configs/common.py:
   jax-instructblip train --config configs/quickstart.py --config.workdir=runs/mine
-  jax-instructblip train --config configs/custom_jsonl.py --config.optimizer.learning_rate=1e-4
-A workdir that has checkpoints is taken up where the newest stands."""
+  jax-instructblip train --config configs/custom_jsonl.py --config.optimizer.learning_rate=1e-4"""
 
 
 def main(argv: list[str]) -> int:
     """Runs the training; returns 0."""
-    if not argv or "--help" in argv or "-h" in argv:
-        print(_USAGE, file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else 2
     workdir = loop.run(read_config(argv), evaluate=harness.evaluate)
     print(f"trained: {workdir}")
     return 0
@@ -39,38 +37,68 @@ def read_config(argv: list[str]) -> ConfigDict:
         ValueError: an unknown flag or field, with the nearest name, or a value of the wrong type.
         OSError: the file cannot be read.
     """
-    if str(_ROOT) not in sys.path and (_ROOT / "configs" / "common.py").is_file():
-        sys.path.insert(0, str(_ROOT))
-    own = flags.FlagValues()  # not absl's global ones: a process may call this twice
-    words = ["train", *argv]
-    config_flags.DEFINE_config_file(
-        "config", help_string="config file", flag_values=own, lock_config=True, sys_argv=words
+    parser = argparse.ArgumentParser(
+        prog="jax-instructblip train",
+        usage="%(prog)s --config FILE [--config.FIELD=VALUE ...]",
+        description=__doc__,
+        epilog=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    parser.add_argument("--config", metavar="FILE", required=True, help="has get_config()")
+    given, overrides = parser.parse_known_args(argv)
+    config = load_config(given.config)
+    _refuse_unknown(config, overrides)
+    own = flags.FlagValues()  # not absl's global ones: a process may call this twice
+    words = ["train", *overrides]
     try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=own, sys_argv=words)
         rest = own(words)
-    except (AttributeError, KeyError) as error:
-        raise ValueError(_unknown_field(argv) or f"in the config file: {error}") from error
     except flags.Error as error:
         raise ValueError(str(error)) from error
     if rest[1:]:
         raise ValueError(f"unexpected {' '.join(rest[1:])!r}: values are given as --FIELD=VALUE")
-    if own["config"].value is None:
-        raise ValueError("--config FILE is missing, for example --config configs/quickstart.py")
     return own["config"].value
 
 
-def _unknown_field(argv: list[str]) -> str:
-    """What is wrong with the first override of a field that the config has not; "" if none is."""
-    known = list(_fields(read_config([word for word in argv if not word.startswith("--config.")])))
-    for word in argv:
-        name = word.removeprefix("--config.").partition("=")[0]
-        if name != word.partition("=")[0] and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            last = name.rpartition(".")[2]
-            near = near or [field for field in known if field.rpartition(".")[2] == last]
-            hint = f"; did you mean config.{near[0]}?" if near else ""
-            return f"unknown field config.{name}{hint} (configs/common.py has all of them)"
-    return ""
+def load_config(path: str) -> ConfigDict:
+    """What `get_config()` of the file returns.
+
+    Raises:
+        ValueError: the file has no such function, or it sets a field that there is not.
+        OSError: the file cannot be read.
+    """
+    if str(_ROOT) not in sys.path and (_ROOT / "configs" / "common.py").is_file():
+        sys.path.insert(0, str(_ROOT))
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no config file {path} (those of this project are in configs/)")
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no Python file: a config is one, with get_config()")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no get_config(): see configs/custom_jsonl.py for one")
+    try:
+        return module.get_config()
+    except (AttributeError, KeyError, TypeError) as error:
+        # ml_collections refuses fields and types that common.get_config() does not have.
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _refuse_unknown(config: ConfigDict, overrides: list[str]) -> None:
+    """Raises a ValueError that lists every override of a field that the config has not."""
+    known, wrong = list(_fields(config)), []
+    for word in overrides:
+        name = word.lstrip("-").removeprefix("config.").partition("=")[0]
+        if not word.startswith("--config.") or name in known:
+            continue
+        last = [field for field in known if field.rpartition(".")[2] == name.rpartition(".")[2]]
+        near = difflib.get_close_matches(name, known, n=1) or last
+        hint = f"; did you mean config.{near[0]}?" if near else ""
+        wrong.append(f"unknown field config.{name}{hint}")
+    if wrong:
+        raise ValueError("\n  ".join(["configs/common.py has all fields:", *wrong]))
 
 
 def _fields(config: ConfigDict, prefix: str = "") -> Iterator[str]:

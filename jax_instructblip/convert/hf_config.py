@@ -212,6 +212,7 @@ class _ConfigReader:
             self.failures.append(
                 f"text_config.dense_act_fn is {activation!r}; supported: gelu, gelu_new, relu, silu"
             )
+            activation = "gelu"  # reading goes on, to report the rest as well
         return T5Config(
             width=text["d_model"],
             head_width=text["d_kv"],

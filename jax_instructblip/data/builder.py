@@ -43,7 +43,8 @@ class JaxInstructblipRecords(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     # Also keeps TFDS from looking for a README and checksums beside this file.
-    pkg_dir_path = pathlib.Path(__file__).parent / "absent"
+    pkg_dir_path: Any = pathlib.Path(__file__).parent / "absent"
+    builder_config: RecordsConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features
@@ -90,11 +91,10 @@ class RecordSource:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}: {self!r}")
         row = self._rows[int(index)]
-        return Record(
-            images=tuple(bytes(image) for image in row["images"]),
-            **{name: row[name].decode("utf-8") for name in TEXTS},
-            **{name: tuple(text.decode("utf-8") for text in row[name]) for name in LISTS},
-        )
+        fields: dict[str, Any] = {name: row[name].decode("utf-8") for name in TEXTS}
+        for name in LISTS:
+            fields[name] = tuple(text.decode("utf-8") for text in row[name])
+        return Record(images=tuple(bytes(image) for image in row["images"]), **fields)
 
     def __repr__(self) -> str:
         """Names the split: Grain uses it to recognise a source."""
@@ -149,9 +149,7 @@ def source(
         known = ", ".join(sorted(builder.info.splits))
         raise ValueError(f"{name} has no split {split!r}; its splits: {known}")
     with _quiet():
-        rows = builder.as_data_source(
-            split, decoders={"images": KeepEncoded()}
-        )
+        rows = builder.as_data_source(split=split, decoders={"images": KeepEncoded()})
     return RecordSource(rows, f"{path}:{split}")
 
 

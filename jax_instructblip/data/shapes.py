@@ -7,11 +7,11 @@ with a color and a shape, and a word over two cells:
     .  .  C  .        exactly one thing is large: what a caption speaks of
     w  w  .  t        at least two things are *clear*: no other has their color, none their shape,
     .  .  .  .        so a question may name them by either
-    s  .  .  c        the place of a thing is its quadrant: `top left` ... `bottom right`
+    s  .  .  c        the place of a thing is its quadrant: `top-left` ... `bottom-right`
 
-Some pairs of color and shape (`HELD_OUT_PAIRS`) are drawn only in the split `test_pairs`: neither the
-Q-Former nor the frozen vision tower has seen them (the language models have read of all pairs, as
-scenes of the split `text`, which is never drawn). What is asked about a scene stands in
+Some pairs of color and shape (`HELD_OUT_PAIRS`) are drawn only in the split `test_pairs`: neither
+the Q-Former nor the frozen vision tower has seen them (the language models have read of all pairs,
+as scenes of the split `text`, which is never drawn). What is asked about a scene stands in
 `data/shapes_tasks.py`.
 """
 
@@ -35,12 +35,12 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "pink": (246, 140, 190),
     "black": (28, 28, 28),
 }
-SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "diamond", "cross", "ring")
 WORDS = tuple(
     "bird boat book cake coin corn door fish gate hill king lamp "
     "leaf milk moon nest rain ship snow song tree wind wolf wood".split()
 )
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
 # One shape a color, so that a color or a shape alone says nothing about a pair being held out.
 HELD_OUT_PAIRS = frozenset(
     [
@@ -127,7 +127,7 @@ def scene_rng(seed: int, split: str, index: int, use: int = 0) -> np.random.Gene
 def sample_scene(seed: int, split: str, index: int) -> Scene:
     """The scene of that seed, split and index, always the same.
 
-    No picture has a held-out pair but those of `test_pairs`: there the large thing is one, and clear.
+    Held-out pairs are drawn in `test_pairs` alone: there the large thing is one, and it is clear.
     """
     rng = scene_rng(seed, split, index)
     while True:
@@ -151,20 +151,22 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
         for thing, cell, off in zip(things, cells, offsets, strict=True)
     ]
     word = WORDS[rng.integers(len(WORDS))]
-    shade = rng.integers(222, 252, 3)
+    red, green, blue = (int(value) for value in rng.integers(222, 252, 3))
     # Reading order, so that the order of the tuple says nothing that the picture does not.
     placed.sort(key=lambda thing: (thing.row, thing.column))
-    return Scene(tuple(placed), word, (row, column), tuple(int(value) for value in shade))
+    return Scene(tuple(placed), word, (row, column), (red, green, blue))
 
 
 def draw(scene: Scene) -> Image.Image:
     """The picture of a scene: RGB, `SIZE` pixels a side; the same scene gives the same pixels."""
-    canvas = Image.new("RGB", (SIZE * SUPERSAMPLE,) * 2, scene.background)
+    canvas = Image.new("RGB", (SIZE * SUPERSAMPLE, SIZE * SUPERSAMPLE), scene.background)
     pen = ImageDraw.Draw(canvas)
     for thing in scene.things:
         x = (thing.column + 0.5) * CELL + thing.dx
         y = (thing.row + 0.5) * CELL + thing.dy
-        _draw_shape(pen, thing.shape, x, y, RADIUS[thing.large], COLORS[thing.color], scene.background)
+        _draw_shape(
+            pen, thing.shape, x, y, RADIUS[thing.large], COLORS[thing.color], scene.background
+        )
     picture = canvas.resize((SIZE, SIZE), Image.Resampling.BOX)
     row, column = scene.word_cell
     # The bitmap font is part of Pillow itself: 6 x 11 pixels a letter, the same on every machine.
@@ -182,7 +184,7 @@ def encode(picture: Image.Image) -> bytes:
 
 
 def _sample_things(rng: np.random.Generator) -> list[Thing]:
-    """Three to five things without a cell yet, the first one large; some share a color or a shape."""
+    """Three to five things without a cell yet, the first one large; some are alike."""
     count = int(rng.integers(FEWEST, MOST + 1))
     colors = rng.integers(len(COLORS), size=count)
     shapes = rng.integers(len(SHAPES), size=count)

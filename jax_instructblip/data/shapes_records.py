@@ -2,12 +2,12 @@
 
     shapes            train, validation     held-in families
                       test                  held-in families, other scenes
-                      test_pairs            held-in families, about held-out pairs of color and shape
+                      test_pairs            held-in families, about held-out pairs
                       test_families         held-out families, the scenes of `test`
     shapes-captions   train, validation     captions: what the Q-Former is pre-trained on
 
-Both are drawn and written in some seconds, where they are absent, into a cache folder: the one given,
-else `$JAX_INSTRUCTBLIP_CACHE`, else `runs/data`.
+Both are drawn and written in some seconds, where they are absent, into a cache folder: the one
+given, else `$JAX_INSTRUCTBLIP_CACHE`, else `runs/data`.
 """
 
 import os
@@ -19,7 +19,7 @@ from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.shapes_tasks import CAPTION_FAMILIES, FAMILIES, HELD_IN, HELD_OUT, Family
 
-VERSION = "1.0.0"  # of the drawn world: raise it where a scene, a picture or a question changes
+VERSION = "1.1.0"  # of the drawn world: raise it where a scene, a picture or a question changes
 SEED = 0
 
 _IN = {name: FAMILIES[name] for name in HELD_IN}

@@ -110,7 +110,7 @@ def ask_question_generation(
 
 
 def ask_choice(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """A question about color, shape or position with options; the wrong ones are of other things."""
+    """A question with options, the wrong ones of other things where there are enough."""
     if focus is None:
         return None
     kind = _pick(["color", "shape", "position"], rng)
@@ -183,7 +183,7 @@ HELD_OUT = tuple(name for name, family in FAMILIES.items() if not family.held_in
 
 
 def describe(scene: Scene) -> str:
-    """The whole scene in words: `red circle top left, large blue ring bottom right, word lamp`."""
+    """The whole scene in words: `red circle top-left, large blue ring bottom-right, word lamp`."""
     parts = [
         f"{'large ' if thing.large else ''}{thing.color} {thing.shape} {thing.place}"
         for thing in scene.things

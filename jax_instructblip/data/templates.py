@@ -1,8 +1,8 @@
 """Instruction templates, as data: the sentences that turn a question into a prompt.
 
-Those of captioning, question answering and question generation are InstructBLIP's (arXiv 2305.06500,
-appendix C), in the paper's order and spelling; a placeholder is filled by `render`. Which template a
-sample gets is a function of the caller's random number, never of a global state.
+Those of captioning, question answering and question generation are InstructBLIP's (arXiv
+2305.06500, appendix C), in the paper's order and spelling; a placeholder is filled by `render`.
+Which template a sample gets is a function of the caller's random number, never of a global state.
 """
 
 import string
@@ -30,7 +30,8 @@ QUESTION = (
     "Question: {question} Short answer:",
     "Given the image, answer the following question with no more than three words. {question}",
     "Based on the image, respond to this question with a short answer: {question}. Answer:",
-    "Use the provided image to answer the question: {question} Provide your answer as short as possible:",
+    "Use the provided image to answer the question: {question} "
+    "Provide your answer as short as possible:",
     'What is the answer to the following question? "{question}"',
     'The question "{question}" can be answered using the image. A short answer is',
 )
@@ -76,7 +77,9 @@ def render_options(choices: tuple[str, ...]) -> str:
     if not 1 <= len(choices) <= len(string.ascii_lowercase):
         raise ValueError(f"{len(choices)} choices, expected 1 to {len(string.ascii_lowercase)}")
     letters = string.ascii_lowercase
-    return " ".join(f"({letter}) {choice}" for letter, choice in zip(letters, choices, strict=False))
+    return " ".join(
+        f"({letter}) {choice}" for letter, choice in zip(letters, choices, strict=False)
+    )
 
 
 def render(template: str, **fields: str) -> str:

@@ -1,12 +1,12 @@
 """The embedded checkpoints: sizes, files, and the way from three trainings to one folder.
 
     tokenizers, vision tower, language model --write_checkpoint--> BASE     Q-Former random
-    BASE --caption phase: an ordinary run on `shapes-captions`--> RUN       queries alone, as stage 2
+    BASE --caption phase: an ordinary run on `shapes-captions`--> RUN       queries alone
     BASE, RUN --merge_captioned--> embedded/shapes_llama, shapes_t5         text branch added
 
-The caption phase knows no instruction, as in BLIP-2's second stage. What reads the instruction starts
-so: the text feed-forwards and their norms are copies of the query ones (the rule of the first stage,
-the other way round), words and positions are random.
+The caption phase knows no instruction, as in BLIP-2's second stage. What reads the instruction
+starts so: the text feed-forwards and norms are copies of the query ones (the rule of the first
+stage, the other way round), words and positions are random.
 """
 
 import os
@@ -68,10 +68,10 @@ def shapes_variant(llm: LanguageConfig, qformer_vocab: int) -> Variant:
 
 def write_checkpoint(
     folder: str | os.PathLike[str],
-    kind: str,
     params: dict[str, Any],
     made: dict[str, Any],
     *,
+    kind: str,
     seed: int = 0,
 ) -> None:
     """Writes the checkpoint folder of an embedded model, bfloat16, with its tokenizers.
@@ -96,19 +96,21 @@ def write_checkpoint(
     checkpoint.write_tree(folder, narrow, extra=add)
 
 
+def _keep(path: str, array: np.ndarray) -> np.ndarray:
+    return array
+
+
 def merge_captioned(
-    base: str | os.PathLike[str],
-    run: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    kind: str,
-    made: dict[str, Any],
+    base: str | os.PathLike[str], run: str | os.PathLike[str], out: str | os.PathLike[str]
 ) -> None:
     """Writes `out`: the towers of `base` with the Q-Former that `run` captioned."""
-    params = read_params(read_source(base))
-    learned = checkpoint.flatten(read_params(read_source(run))["qformer"])
+    source = read_source(base)
+    params = read_params(source, _keep)
+    learned = checkpoint.flatten(read_params(read_source(run), _keep)["qformer"])
     merged = {**checkpoint.flatten(params["qformer"]), **learned}
     for path, leaf in learned.items():
         if "query_mlp" in path:
             merged[path.replace("query_mlp", "text_mlp")] = leaf
     params["qformer"] = checkpoint.unflatten(merged)
-    write_checkpoint(out, kind, params, made)
+    made = {**checkpoint.read_config(source.folder)["source"], "qformer": "captioned on shapes"}
+    write_checkpoint(out, params, made, kind=source.variant.llm.kind)

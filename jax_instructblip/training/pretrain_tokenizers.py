@@ -11,6 +11,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import BertTokenizer, LlamaTokenizer, T5Tokenizer
@@ -19,12 +20,13 @@ from jax_instructblip.data import shapes, shapes_tasks, templates
 
 # Words that a reader may try, beyond those of the world itself.
 GENERIC = (
-    "I you it he she we they this that these those a an the and or not no yes of in on at to from by "
-    "with for as is are was be has have do does can could there here one two three four five six seven "
-    "eight nine ten zero big small large little left right top bottom above below next between first "
-    "last more less most same other color colour shape word letter picture image photo thing things "
-    "see show tell say look read write name find what which who where when why how many much true "
-    "false white grey brown line dot star animal man woman day night light dark near far"
+    "I you it he she we they this that these those a an the and or not no yes of in on at to "
+    "from by with for as is are was be has have do does can could there here one two three four "
+    "five six seven eight nine ten zero big small large little left right top bottom above "
+    "below next between first last more less most same other color colour shape word letter "
+    "picture image photo thing things see show tell say look read write name find what which "
+    "who where when why how many much true false white grey brown line dot star animal man "
+    "woman day night light dark near far"
 ).split()
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 SCENES = 400  # enough to meet every word of the world
@@ -44,8 +46,8 @@ def world_text() -> list[str]:
 
 
 def count_words(text: Iterable[str]) -> Counter:
-    """How often each word, mark and option label such as `(a)` occurs."""
-    pattern = re.compile(r"\([a-z]\)|\w+|[^\w\s]")
+    """How often each word (`top-left` is one), mark and option label such as `(a)` occurs."""
+    pattern = re.compile(r"\([a-z]\)|\w+(?:-\w+)*|[^\w\s]")
     words = Counter()
     for line in text:
         line = re.sub(r"\{\w+\}", " ", line)
@@ -70,13 +72,13 @@ def make_t5(text: list[str]) -> T5Tokenizer:
 
 
 def make_llama(text: list[str]) -> LlamaTokenizer:
-    """A BPE tokenizer, trained: unk 0, bos 1, eos 2, and `[PAD]` added at the end as Vicuna's is."""
+    """A trained BPE tokenizer: bos = eos = unk = `</s>` 2, `[PAD]` last, as released."""
     specials = ["<unk>", "<s>", "</s>"]
     draft = Tokenizer(models.BPE(unk_token="<unk>"))
     draft.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(split=False),
-            pre_tokenizers.Split(Regex(r"▁?\([a-z]\)|▁?\w+|▁?[^\w\s]"), "isolated"),
+            pre_tokenizers.Split(Regex(r"▁?\([a-z]\)|▁?\w+(?:-\w+)*|▁?[^\w\s]"), "isolated"),
         ]
     )
     trainer = trainers.BpeTrainer(
@@ -90,14 +92,14 @@ def make_llama(text: list[str]) -> LlamaTokenizer:
     draft.train_from_iterator(lines, trainer)
     vocab, merges = _prune(draft, lines, specials)
     # bos = eos = unk = </s>, as the released InstructBLIP sets them.
-    end = dict(bos_token="</s>", eos_token="</s>", unk_token="</s>")
+    end: dict[str, Any] = dict(bos_token="</s>", eos_token="</s>", unk_token="</s>")
     tokenizer = LlamaTokenizer(vocab=vocab, merges=merges, **end)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     return tokenizer
 
 
 def make_bert(text: list[str]) -> BertTokenizer:
-    """A lower-casing WordPiece tokenizer: `[PAD]` 0, `[UNK]` 1, `[CLS]` 2, `[SEP]` 3, `[DEC]` last."""
+    """A lower-casing WordPiece tokenizer: `[PAD]` 0, `[CLS]` 2, `[SEP]` 3, `[DEC]` last."""
     # BERT splits at every mark, so an option label is three pieces.
     words = {
         part for word in count_words(text) for part in re.findall(r"\w+|[^\w\s]", word.lower())

@@ -89,6 +89,7 @@ class Probed(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
+        """Logits of every label: of cells `[B, 16, classes]`, of pictures `[B, n, classes]`."""
         x = VisionTransformer(self.config, jnp.float32, name="vision")(images)
         x = nn.LayerNorm(name="probe_norm")(x)
         logits = {
@@ -126,12 +127,12 @@ def train_vision(
     seed: int = 0,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Float32 parameters of the trained tower; prints the accuracy of each label on unseen scenes."""
+    """Float32 parameters of the trained tower; prints each label's accuracy on unseen scenes."""
     data = labelled_scenes(seed, "backbones", scenes)
     held = labelled_scenes(seed, "validation", 512)
     pairs = labelled_scenes(seed, "test_pairs", 512)
-    model = Probed(config)
-    params = model.init(jax.random.key(seed), data["images"][:1])["params"]
+    model: Any = Probed(config)
+    params: Any = model.init(jax.random.key(seed), data["images"][:1])["params"]
     # Positions as small as in a released tower (0.02) are learned too slowly for a run this short.
     params["vision"]["pos_embed"] *= 10.0
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 100, steps)

@@ -53,12 +53,12 @@ def train_step(
     (total, tokens), gradient = value_and_gradient(state.params, frozen, batch, rng, model)
     count = jnp.maximum(tokens, 1.0)  # a batch without any target gives a loss of 0, not NaN
     gradient = jax.tree.map(lambda leaf: leaf / count, gradient)
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     metrics = {
         "loss": total / count,
         "tokens": tokens,
         "gradient_norm": norm,
-        "parameter_norm": optax.global_norm(state.params),
+        "parameter_norm": optax.tree.norm(state.params),
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
     }
     if clip_norm is not None:

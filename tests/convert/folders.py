@@ -10,7 +10,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def save_file(*args, **kwargs):
-    """`safetensors.torch.save_file`, imported late: where there is no torch, its tests are skipped."""
+    """`safetensors.torch.save_file`, imported late: without torch the tests are skipped."""
     from safetensors.torch import save_file
 
     save_file(*args, **kwargs)

@@ -21,13 +21,13 @@ VISION_LAYER = "vision_model.encoder.layers."
 
 
 @pytest.fixture(scope="module")
-def flan(forge):
-    return forge(FLAN)
+def flan(small):
+    return small(FLAN)
 
 
 @pytest.fixture(scope="module")
-def vicuna(forge):
-    return forge(VICUNA)
+def vicuna(small):
+    return small(VICUNA)
 
 
 def failures(folder, **kwargs):
@@ -49,8 +49,8 @@ def float32(tensor):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", [FLAN, VICUNA])
-def test_every_leaf_has_the_shape_of_the_network_and_the_dtype_of_the_source(forge, name, dtype):
-    variant, params = hf.read_hf(forge(name, dtype))
+def test_every_leaf_has_the_shape_of_the_network_and_the_dtype_of_the_source(small, name, dtype):
+    variant, params = hf.read_hf(small(name, dtype))
     expected = checkpoint.flatten(param_shapes(variant))
     found = checkpoint.flatten(params)
     assert found.keys() == expected.keys()
@@ -105,8 +105,8 @@ def test_leaves_hold_the_numbers_they_should(flan):
 
 
 @pytest.mark.parametrize("name", [FLAN, VICUNA])
-def test_shards_make_the_same_leaves(forge, tmp_path, name):
-    folder = forge(name, "bfloat16")
+def test_shards_make_the_same_leaves(small, tmp_path, name):
+    folder = small(name, "bfloat16")
     sharded = copy(folder, tmp_path / "sharded", shards=3)
     assert len(list(sharded.glob("*.safetensors"))) == 3
     one, many = hf.convert_hf(folder), hf.convert_hf(sharded)
@@ -130,14 +130,15 @@ def test_place_takes_each_leaf_as_it_comes(flan):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float16")}
 
 
-def test_sizes_are_those_of_the_folder(flan, vicuna):
-    for folder, name in ((flan, "tiny-t5"), (vicuna, "tiny-vicuna")):
-        variant, source, _ = hf.convert_hf(folder, name)
-        wanted = get_variant(name).replace(**{"qformer.image_norm_eps": 1e-6})
-        if name == "tiny-vicuna":
-            wanted = wanted.replace(**{"llm.vocab": 32003})
-        assert variant == wanted
-        assert hf_config.name_of(variant) == name
+def test_sizes_and_ids_are_those_of_the_folder(forge):
+    for name, wanted in ((FLAN, "tiny-t5"), (VICUNA, "tiny-vicuna")):
+        folder = forge(name)
+        variant, source, _ = hf.convert_hf(folder, wanted)
+        expected = get_variant(wanted).replace(**{"qformer.image_norm_eps": 1e-6})
+        if wanted == "tiny-vicuna":
+            expected = expected.replace(**{"llm.vocab": 32003})
+        assert variant == expected
+        assert hf_config.name_of(variant) == wanted
         assert source["config"] == json.loads((folder / "config.json").read_text())
         assert str(folder) not in json.dumps(source)
 
@@ -195,12 +196,12 @@ def test_missing_extra_and_misshapen_tensors_are_reported_together(flan, tmp_pat
 
 def test_config_that_disagrees_with_the_tensors(vicuna, tmp_path):
     def lie(config):
-        config["text_config"]["vocab_size"] = 32001
+        config["text_config"]["vocab_size"] = 301
         config["vision_config"]["num_hidden_layers"] = 5
 
     lines = failures(copy(vicuna, tmp_path / "lying", config=lie))
-    assert any("lm_head.weight" in x and "[32001, 64], found [32003, 64]" in x for x in lines)
-    assert any("embed_tokens.weight" in x and "[32001, 64], found [32003, 64]" in x for x in lines)
+    assert any("lm_head.weight" in x and "[301, 64], found [300, 64]" in x for x in lines)
+    assert any("embed_tokens.weight" in x and "[301, 64], found [300, 64]" in x for x in lines)
     assert any(VISION_LAYER + "4.mlp.fc1.weight: missing" in x for x in lines)
 
 
@@ -325,7 +326,9 @@ def test_image_norm_takes_the_eps_of_the_vision_tower(flan, tmp_path):
     assert variant.qformer.image_norm_eps == variant.vision.norm_eps == 1e-5
 
 
-def test_llama_ids_are_those_of_the_tokenizer(vicuna, tmp_path):
+def test_llama_ids_are_those_of_the_tokenizer(forge, tmp_path):
+    vicuna = forge(VICUNA)
+
     def wrong(config):
         config["text_config"].update(bos_token_id=0, eos_token_id=1, pad_token_id=-1)
 
@@ -402,7 +405,8 @@ def test_defaults_are_those_of_transformers():
     assert transformers.LlamaConfig().rope_parameters["rope_theta"] == 10_000.0
 
 
-def test_tokenizers_are_copied(vicuna, tmp_path):
+def test_tokenizers_are_copied(forge, tmp_path):
+    vicuna = forge(VICUNA)
     assert hf.copy_tokenizers(vicuna, tmp_path) == []
     assert (tmp_path / "tokenizer" / "tokenizer.model").is_file()
     assert (tmp_path / "qformer_tokenizer" / "tokenizer.json").is_file()

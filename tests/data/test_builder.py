@@ -135,7 +135,7 @@ def test_of_two_processes_one_writes(tmp_path):
     runs = [subprocess.Popen(command) for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0]
     (folder,) = (tmp_path / builder.BUILDER).iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == [".lock", "1.0.0"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", shapes_records.VERSION]
 
 
 def test_tensorflow_stays_out(tmp_path):

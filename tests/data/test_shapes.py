@@ -129,7 +129,7 @@ def test_every_answer_is_the_only_right_one(split):
             main = scene.main
             assert answer == f"a large {main.color} {main.shape} and the word {scene.word}"
         elif record.task == "question_generation":
-            given = re.search(r"[:\"] ?([a-z ]+)[.\"]", record.prompt).group(1)
+            given = re.search(r"[:\"] ?([a-z-]+)[.\"]", record.prompt).group(1)
             assert oracle(scene, answer) == {given}, (record.prompt, answer)
         else:
             assert oracle(scene, question_of(record)) == {answer}, record.prompt

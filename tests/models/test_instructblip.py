@@ -110,7 +110,9 @@ def test_bfloat16_stays_near_float32(kind):
     bfloat16, an accumulation) shows as tens of percent.
     """
     stored = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params(kind))
-    exact = run(kind)(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), stored), mixed_batch(kind))
+    exact = run(kind)(
+        jax.tree.map(lambda leaf: leaf.astype(jnp.float32), stored), mixed_batch(kind)
+    )
     found = run(kind, jnp.bfloat16)(stored, mixed_batch(kind))
     for ours, expected in zip(found, exact, strict=True):
         assert ours.dtype == jnp.float32
@@ -133,9 +135,8 @@ def test_released_sizes_give_logits(name):
     assert (logits.shape, logits.dtype) == ((2, 5, variant.llm.vocab), jnp.float32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_initial_parameters_give_finite_logits(kind):
-    made = jit(functools.partial(init_params, small(kind)))(jax.random.key(0))
-    logits, *_ = run(kind)(made, mixed_batch(kind))
+def test_initial_parameters_give_finite_logits():
+    made = jit(functools.partial(init_params, small("t5")))(jax.random.key(0))
+    logits, *_ = run("t5")(made, mixed_batch("t5"))
     assert jnp.isfinite(logits).all()
     assert jnp.abs(logits).max() < 100

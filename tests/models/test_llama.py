@@ -17,9 +17,7 @@ LENGTHS = (5, 9, 7)
 
 @functools.cache
 def call(skip=0):
-    return jit(
-        lambda inputs, real: MODEL.apply({"params": PARAMS}, inputs, real, None, skip=skip)
-    )
+    return jit(lambda inputs, real: MODEL.apply({"params": PARAMS}, inputs, real, None, skip=skip))
 
 
 @jit

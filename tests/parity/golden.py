@@ -1,6 +1,6 @@
 """The golden files of the original code as our variants, parameters, gradients and batches.
 
-A small rename of the LAVIS names, apart from the package's converters, so that the two can disagree.
+A small rename of the LAVIS names, apart from the package's converters: the two can disagree.
 The files hold rows of the original layout; `batch` compacts them into ours.
 """
 
@@ -114,8 +114,7 @@ def batch(case: str, tag: str) -> dict[str, np.ndarray]:
     table = params(case)["llm"]["embed"]["embedding"]
     ids = {row.tobytes(): index for index, row in enumerate(table)}
     rows = [
-        [ids[x.tobytes()] for x in row[seen][skip:]]
-        for row, seen in zip(inputs, real, strict=True)
+        [ids[x.tobytes()] for x in row[seen][skip:]] for row, seen in zip(inputs, real, strict=True)
     ]
     made = {"images": frames, "tokens": pad(rows, 0)}
     made["mask"] = pad([[True] * len(row) for row in rows], False)
@@ -131,10 +130,7 @@ def batch(case: str, tag: str) -> dict[str, np.ndarray]:
             made["decoder_tokens"] = np.where(shifted == IGNORE, 0, shifted)
         else:  # position t is to tell the token after it
             made["targets"] = pad(
-                [
-                    [*row[seen][skip + 1 :], IGNORE]
-                    for row, seen in zip(labels, real, strict=True)
-                ],
+                [[*row[seen][skip + 1 :], IGNORE] for row, seen in zip(labels, real, strict=True)],
                 IGNORE,
             )
     return made

@@ -1,0 +1,83 @@
+"""Trains the frozen towers of the embedded checkpoints, and puts the parts together.
+
+`launch/backbones.sh` calls it: first `towers`, then (after the caption runs) `merge`.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jax_instructblip import checkpoint
+from jax_instructblip.training import backbones
+from jax_instructblip.training.pretrain_language import CURRICULUM, Stage, train_language
+from jax_instructblip.training.pretrain_tokenizers import make_tokenizers
+from jax_instructblip.training.pretrain_vision import train_vision
+
+KINDS = tuple(backbones.LANGUAGE)
+VISION_STEPS = 1500
+
+
+def main(argv: list[str]) -> int:
+    """Runs one of the two parts; returns 0."""
+    parser = argparse.ArgumentParser(prog="jax-instructblip backbones", description=__doc__)
+    parts = parser.add_subparsers(dest="part", required=True)
+    towers = parts.add_parser("towers", help="train vision tower and language models: WORK/base_*")
+    towers.add_argument("work", type=Path, help="folder for what is made; finished parts are kept")
+    towers.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    towers.add_argument("--seed", type=int, default=0)
+    towers.add_argument(
+        "--scale", type=float, default=1.0, help="of all step counts (default: %(default)s)"
+    )
+    merge = parts.add_parser("merge", help="towers of BASE and Q-Former of RUN: OUT, replaced")
+    merge.add_argument("base", type=Path)
+    merge.add_argument("run", type=Path, help="run directory of the caption phase")
+    merge.add_argument("out", type=Path)
+    flags = parser.parse_args(argv)
+    if flags.part == "merge":
+        _merge(flags.base, flags.run, flags.out)
+    else:
+        _train_towers(flags.work, flags.kinds, flags.seed, flags.scale)
+    return 0
+
+
+def _train_towers(work: Path, kinds: list[str], seed: int, scale: float) -> None:
+    vision = work / "vision"
+    if not vision.is_dir():
+        steps = _scaled(VISION_STEPS, scale)
+        tower = train_vision(backbones.VISION, steps=steps, seed=seed)
+        checkpoint.write_tree(vision, checkpoint.flatten(_on_host(tower)).items())
+    for kind in kinds:
+        base = work / f"base_{kind}"
+        if base.is_dir():
+            continue
+        tokenizer, _ = make_tokenizers(kind)
+        config = backbones.language_config(kind, tokenizer)
+        curriculum = tuple(
+            Stage(stage.things, _scaled(stage.steps, scale), stage.relisted) for stage in CURRICULUM
+        )
+        llm = train_language(config, tokenizer, curriculum=curriculum, seed=seed)
+        params = {"vision": checkpoint.read_tree(vision), "llm": _on_host(llm)}
+        made = {"vision": "trained on shapes", "llm": "trained on text", "qformer": "random"}
+        backbones.write_checkpoint(base, params, made, kind=kind, seed=seed)
+        print(f"written: {base}")
+
+
+def _merge(base: Path, run: Path, out: Path) -> None:
+    draft = out.with_name(f".{out.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    backbones.merge_captioned(base, run, draft)
+    shutil.rmtree(out, ignore_errors=True)
+    draft.rename(out)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"written: {out}, {size / 1e6:.1f} MB")
+
+
+def _scaled(steps: int, scale: float) -> int:
+    return max(2, round(steps * scale))
+
+
+def _on_host(tree):
+    return jax.tree.map(np.asarray, tree)

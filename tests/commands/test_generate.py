@@ -1,0 +1,76 @@
+import json
+
+import pytest
+
+import jax_instructblip
+from jax_instructblip.__main__ import main
+from tests.small_checkpoint import write_checkpoint
+
+PROMPTS = ["What is this?", "Is there a dog in the picture?"]
+NEW = 4
+
+
+@pytest.fixture(scope="module")
+def folder(shared, tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "t5", "t5", shared)
+
+
+@pytest.fixture(scope="module")
+def photographs(shared):
+    return [str(path) for path in sorted((shared / "data" / "images" / "coco").glob("*.jpg"))[:2]]
+
+
+def words(folder, images, prompts, *more):
+    asked = [word for prompt in prompts for word in ("--prompt", prompt)]
+    given = ["generate", "--checkpoint", str(folder), "--image", *images, *asked]
+    return [*given, "--max_new_tokens", str(NEW), *more]
+
+
+def test_json_has_what_the_library_answers(folder, photographs, capsys):
+    assert main(words(folder, photographs, PROMPTS, "--json")) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    blip = jax_instructblip.load(folder)
+    expected = blip.generate(photographs, PROMPTS, max_new_tokens=NEW)
+    assert found == [
+        {
+            "image": image,
+            "prompt": prompt,
+            "answer": answer.text,
+            "logprob": answer.logprob,
+            "tokens": list(answer.tokens),
+        }
+        for image, prompt, answer in zip(photographs, PROMPTS, expected, strict=True)
+    ]
+
+
+def test_text_for_many_prompts_of_one_image(folder, photographs, capsys):
+    sampling = ["--temperature", "2", "--top_k", "50", "--top_p", "0.9", "--seed", "1"]
+    assert main(words(folder, photographs[:1], PROMPTS, *sampling)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        *("image", "prompt", "answer", "log-probability", ""),
+    ] * 2
+    assert [line.partition(":")[2].strip() for line in lines[1::5]] == PROMPTS
+    assert float(lines[3].split()[1]) < 0
+
+
+@pytest.mark.parametrize(
+    ("images", "more", "message"),
+    [
+        (["a.jpg", "b.jpg", "c.jpg"], [], "3 images and 2 prompts do not match"),
+        (["a.jpg", "b.jpg"], [], "a.jpg: no such file; b.jpg: no such file"),
+        (["a.jpg"], ["--checkpoint", "nowhere"], "no checkpoint 'nowhere'"),
+    ],
+)
+def test_errors_are_one_line(folder, images, more, message, capsys):
+    assert main(words(folder, images, PROMPTS, *more)) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and message in printed.err and printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+
+
+def test_wrong_usage(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["generate", "--image", "a.jpg"])
+    assert left.value.code == 2
+    assert "--checkpoint" in capsys.readouterr().err

@@ -1,0 +1,121 @@
+import importlib
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from jax_instructblip.commands import train
+
+CONFIGS = Path(train.__file__).resolve().parents[2] / "configs"
+PAPERS = {"flan_t5_xl": 192, "vicuna_7b": 128, "flan_t5_xxl": 64, "vicuna_13b": 64}
+
+
+def read(*words, name="quickstart"):
+    return train.read_config(["--config", str(CONFIGS / f"{name}.py"), *words])
+
+
+def test_fields_are_changed_from_the_command_line():
+    config = read(
+        "--config.optimizer.learning_rate=3e-4",
+        "--config.data.buckets=(8,16)",
+        "--config.model.instruction_aware=False",
+        "--config.data.sources.shapes.weight=2",
+        "--config.workdir=/tmp/x y",
+    )
+    assert config.optimizer.learning_rate == 3e-4
+    assert config.data.buckets == (8, 16)
+    assert config.model.instruction_aware is False
+    assert config.data.sources.shapes.weight == 2.0
+    assert config.workdir == "/tmp/x y"
+
+
+def test_can_be_called_again():
+    assert read("--config.seed=1").seed == 1
+    assert read("--config.seed=2").seed == 2
+    assert read().seed == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--config.optimizer.learning_rat=1", "did you mean config.optimizer.learning_rate?"),
+        ("--config.optimzer.learning_rate=1", "did you mean config.optimizer.learning_rate?"),
+        ("--config.learning_rate=1", "did you mean config.optimizer.learning_rate?"),
+        ("--config.data.sources.shape.path=x", "did you mean config.data.sources.shapes.path?"),
+        ("--config.train.steps=1e3", "config.train.steps=1e3: invalid literal"),
+        ("--confg.seed=1", "confg.seed"),
+        ("stray", "unexpected 'stray'"),
+    ],
+)
+def test_a_mistake_is_said_with_the_nearest_name(word, message):
+    with pytest.raises(ValueError) as error:
+        read(word)
+    assert message in str(error.value)
+
+
+def test_a_misspelt_field_in_a_config_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from configs import common\n"
+        "def get_config():\n"
+        "    config = common.get_config()\n"
+        "    config.optimizer.learning_rat = 1.0\n"
+        "    return config\n"
+    )
+    with pytest.raises(ValueError, match="learning_rat"):
+        train.read_config([f"--config={path}"])
+
+
+def test_no_config_and_no_file(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.read_config([])
+    assert "--config" in capsys.readouterr().err
+    with pytest.raises(OSError, match="no config file /nowhere.py"):
+        train.read_config(["--config=/nowhere.py"])
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ValueError, match=r"has no get_config\(\)"):
+        train.read_config([f"--config={tmp_path / 'empty.py'}"])
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--help"])
+    assert ended.value.code == 0
+    assert "--config.FIELD=VALUE" in capsys.readouterr().out
+
+
+def test_every_config_has_the_fields_of_common_and_no_others():
+    common = importlib.import_module("configs.common").get_config()
+    seen = set()
+    for path in CONFIGS.glob("*.py"):
+        module = importlib.import_module(f"configs.{path.stem}")
+        if path.stem in ("common", "paper"):
+            continue
+        config = module.get_config()
+        seen.add(path.stem)
+        assert isinstance(config, ConfigDict) and config.is_locked
+        for name, value in common.items():
+            if isinstance(value, ConfigDict):
+                assert set(config[name]) == set(value), (path.stem, name)
+                for field, given in value.items():
+                    assert type(config[name][field]) is type(given), (path.stem, name, field)
+        assert set(config) == set(common)
+        for source in config.data.sources.values():
+            assert set(source) == {"path", "split", "weight", "templates"}
+    assert {"quickstart", "custom_jsonl", *(f"paper_{name}" for name in PAPERS)} <= seen
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_recipe(name):
+    config = read(name=f"paper_{name}")
+    assert config.data.batch_size == PAPERS[name]
+    assert config.train.steps == 60_000
+    optimizer = config.optimizer
+    rates = optimizer.warmup_learning_rate, optimizer.learning_rate, optimizer.final_learning_rate
+    assert rates == (1e-8, 1e-5, 0.0)
+    assert (optimizer.warmup_steps, optimizer.schedule) == (1_000, "cosine")
+    assert (optimizer.b1, optimizer.b2, optimizer.weight_decay) == (0.9, 0.999, 0.05)
+    assert optimizer.clip_norm == 0.0
+    assert config.validation.every == 3_000
+    assert len(config.data.sources) == 13
+    assert config.model.checkpoint == ""  # must be given: it is where the run starts from

@@ -1,0 +1,343 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import jax_instructblip
+from jax_instructblip import checkpoint
+from jax_instructblip.data.batch import IGNORE, collate
+from jax_instructblip.inference.pipeline import Answer, InstructBlipPipeline
+from jax_instructblip.inference.questions import pair
+from jax_instructblip.inference.source import resolve_checkpoint
+from tests.compile_counter import count_compiles
+from tests.small_checkpoint import KINDS, write_checkpoint
+
+NEW = 12  # tokens of an answer
+PROMPTS = [
+    "What color is the dog?",
+    "Describe the picture in detail.",
+    "Question: how many birds are in the image? Short answer:",
+    "Why?",
+    "Is there a cat on the table, or a dog on the river, or two birds in the small tree? Answer:",
+]
+
+
+@pytest.fixture(scope="module")
+def folders(shared, tmp_path_factory):
+    return {
+        kind: write_checkpoint(tmp_path_factory.mktemp("checkpoints") / kind, kind, shared)
+        for kind in KINDS
+    }
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def blip(request, folders):
+    return jax_instructblip.load(folders[request.param])
+
+
+@pytest.fixture(scope="module")
+def t5(folders):
+    return jax_instructblip.load(folders["t5"])
+
+
+def images(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (40 + 9 * i, 70, 3), np.uint8) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def answers(blip):
+    return blip.generate(images(5), PROMPTS, max_new_tokens=NEW)
+
+
+def assert_same(found, expected):
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in expected]
+    assert [answer.text for answer in found] == [answer.text for answer in expected]
+    np.testing.assert_allclose(
+        [answer.logprob for answer in found],
+        [answer.logprob for answer in expected],
+        rtol=0,
+        atol=1e-4,
+    )
+
+
+def test_answers(blip, answers):
+    llm = blip.variant.llm
+    assert len(answers) == 5 and len({answer.tokens for answer in answers}) > 1
+    for answer in answers:
+        assert isinstance(answer, Answer)
+        assert answer.text == blip.text.decode(answer.tokens)
+        assert 1 <= len(answer.tokens) <= NEW and llm.eos_id not in answer.tokens[:-1]
+        assert len(answer.tokens) == NEW or answer.tokens[-1] == llm.eos_id
+        assert answer.logprob < 0
+
+
+def test_an_answer_does_not_depend_on_its_neighbours_or_on_the_batch_size(blip, answers):
+    for size in (1, 3, 8):
+        found = blip.generate(images(5), PROMPTS, max_new_tokens=NEW, batch_size=size)
+        assert_same(found, answers)
+    sample = {"max_new_tokens": NEW, "temperature": 1.0, "top_p": 0.9, "seed": 3}
+    expected = blip.generate(images(5), PROMPTS, **sample)
+    assert_same(blip.generate(images(5), PROMPTS, batch_size=3, **sample), expected)
+    assert expected != answers
+    assert blip.generate(images(5), PROMPTS, **(sample | {"seed": 4})) != expected
+
+
+def test_logprob_is_that_of_the_whole_answer(blip, answers):
+    """Against `logits` of a training batch that has the answer as its target."""
+    llm, examples = blip.variant.llm, []
+    for prompt, answer, image in zip(PROMPTS, answers, images(5), strict=True):
+        example = blip.text.prompt(prompt)
+        tokens = list(answer.tokens)
+        if llm.kind == "t5":
+            example["targets"] = np.array(tokens)
+            example["decoder_tokens"] = np.array([llm.decoder_start_id, *tokens[:-1]])
+        else:
+            before = example["tokens"]
+            example["tokens"] = np.array([*before, *tokens])
+            example["targets"] = np.array([*[IGNORE] * (len(before) - 1), *tokens, IGNORE])
+        pixels = Image.fromarray(image).resize((56, 56), Image.Resampling.BICUBIC)
+        examples.append({"images": np.asarray(pixels)[None], **example})
+    batch = collate(examples)
+    del batch["truncated"]
+    logprobs = np.asarray(jax.nn.log_softmax(blip.logits(batch)))
+    targets = batch["targets"]
+    own = np.take_along_axis(logprobs, np.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(
+        np.where(targets == IGNORE, 0, own).sum(1),
+        [answer.logprob for answer in answers],
+        rtol=1e-4,
+    )
+
+    # The same rows padded on the left: compacted at the border, targets too.
+    moved = dict(batch)
+    for mask, names in {
+        "mask": ["mask", "tokens", *(["targets"] if llm.kind == "llama" else [])],
+        "qformer_mask": ["qformer_mask", "qformer_tokens"],
+    }.items():
+        order = np.argsort(batch[mask], axis=1, kind="stable")
+        moved |= {name: np.take_along_axis(batch[name], order, axis=1) for name in names}
+    assert not moved["mask"][:, 0].all()
+    real = batch["mask"] if llm.kind == "llama" else targets != IGNORE
+    np.testing.assert_array_equal(blip.logits(moved)[real], blip.logits(batch)[real])
+
+
+def test_nothing_compiles_after_the_warm_up(t5):
+    ask = lambda count, prompts, **settings: t5.generate(  # noqa: E731
+        images(count), prompts, max_new_tokens=NEW, **settings
+    )
+    ask(5, PROMPTS)
+    ask(5, PROMPTS, temperature=0.5)
+    with count_compiles() as compiled:
+        ask(5, PROMPTS[::-1], repetition_penalty=1.5)
+        ask(6, [PROMPTS[4]] * 6, min_new_tokens=2)
+        ask(7, [f"{PROMPTS[4]} {i}" for i in range(7)], seed=5)
+        ask(8, PROMPTS[4:], top_k=3, seed=1)
+        ask(20, PROMPTS[4:], top_p=0.3, batch_size=8)
+    assert len(compiled) == 0
+    with count_compiles() as compiled:
+        t5.generate(images(5), PROMPTS, max_new_tokens=NEW + 1)
+    assert len(compiled) > 0
+
+
+def test_one_image_or_one_prompt_serves_the_others(t5):
+    image, prompt = images(1), PROMPTS[:1]
+    assert_same(
+        t5.generate(image, PROMPTS, max_new_tokens=NEW),
+        t5.generate(image * 5, PROMPTS, max_new_tokens=NEW),
+    )
+    assert_same(
+        t5.generate(images(5), prompt, max_new_tokens=NEW),
+        t5.generate(images(5), prompt * 5, max_new_tokens=NEW),
+    )
+
+
+def test_images_of_every_kind(t5, tmp_path):
+    array = images(1)[0]
+    path = tmp_path / "image.png"
+    Image.fromarray(array).save(path)
+    kinds = [array, Image.fromarray(array), path, str(path), path.read_bytes()]
+    seen = t5.features(kinds, PROMPTS[:1])
+    assert seen.shape == (5, 8, 40) and seen.dtype == np.float32
+    for row in seen[1:]:
+        np.testing.assert_allclose(row, seen[0], rtol=0, atol=1e-5)
+
+
+def test_features_of_a_video_are_those_of_its_frames(t5):
+    frames = images(3)
+    video = t5.features([frames, frames[::-1]], PROMPTS[:1])
+    assert video.shape == (2, 3 * 8, 40)
+    each = t5.features(frames, PROMPTS[:1])
+    np.testing.assert_allclose(video[0], each.reshape(24, 40), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(video[1], each[::-1].reshape(24, 40), rtol=0, atol=1e-5)
+    assert len(t5.generate([frames], ["Why?"], max_new_tokens=2)[0].tokens) <= 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (([], ["a"]), "images is empty"),
+        ((["a"], []), "prompts is empty"),
+        ((["a"] * 2, ["a"] * 3), "2 images and 3 prompts do not match"),
+        (("a.jpg", ["a"]), "images is a str, expected a list"),
+        ((["a.jpg"], "a"), "prompts is a str, expected a list"),
+        ((np.zeros((2, 2, 3), np.uint8), ["a"]), "images is a ndarray, expected a list"),
+        ((["a", ["b", "c"]], ["a"]), r"same number of frames .* in order, \[1, 2\]"),
+        (([[]], ["a"]), r"at least one; found, in order, \[0\]"),
+        ((["a"], ["a", None, 3]), r"prompts must be strings; those at \[1, 2\] are not"),
+    ],
+)
+def test_pair_refuses(given, message):
+    with pytest.raises(ValueError, match=message):
+        pair(*given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 5}, "num_beams is 5, expected 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
+        ({"min_new_tokens": 31}, "min_new_tokens is 31, expected 0 to max_new_tokens"),
+        ({"temperature": 0.0}, "temperature is 0.0, expected above 0 .*greedy"),
+        ({"top_p": 1.5, "top_k": 0}, "top_p is 1.5, .*; top_k is 0, expected at least 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0, expected above 0"),
+        ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
+    ],
+)
+def test_generate_refuses(t5, settings, message):
+    with pytest.raises(ValueError, match=message):
+        t5.generate(images(1), ["a"], **settings)
+
+
+def test_a_bad_image_is_named(t5, tmp_path):
+    with pytest.raises(ValueError, match="nowhere.jpg: no such file"):
+        t5.generate([tmp_path / "nowhere.jpg"], ["a"])
+
+
+def test_a_prompt_over_the_limit(folders):
+    llama = jax_instructblip.load(folders["llama"])
+    limit = llama.variant.llm.max_positions - 8 - 30
+    with pytest.raises(ValueError, match=f"may have {limit} tokens .*: prompt 1 has"):
+        llama.generate(images(1), ["a", "dog " * limit])
+
+
+def test_a_prompt_that_the_qformer_cannot_read_whole_is_reported(t5, caplog):
+    t5.features(images(1), ["dog " * 200])
+    assert "1 of 1 prompts have more than 128 tokens: the Q-Former reads" in caplog.text
+
+
+def test_load_casts(folders):
+    with pytest.raises(ValueError, match="T5 cannot compute in float16"):
+        jax_instructblip.load(folders["t5"], dtype=jnp.float16)
+    half = jax_instructblip.load(folders["llama"], dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.params)} == {"bfloat16"}
+    assert half.logits(text_batch(half)).dtype == np.float32
+    whole = jax_instructblip.load(folders["llama"])
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(whole.params)} == {"float32"}
+
+
+def text_batch(blip):
+    example = {"images": np.zeros((1, 56, 56, 3), np.uint8), **blip.text.prompt("Why?")}
+    batch = collate([example])
+    del batch["truncated"]
+    return batch
+
+
+def test_unknown_checkpoints(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint 'shapes_x'.*does not exist"):
+        resolve_checkpoint("shapes_x")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileNotFoundError, match="is a file"):
+        resolve_checkpoint(tmp_path / "file")
+    with pytest.raises(ValueError, match="of no known kind: found file; expected a Hugging Face"):
+        jax_instructblip.load(tmp_path)
+
+
+def make_run(folder, frozen, *, step=3, scale=2.0, **meta):
+    """A run directory as the training writes it, of a Q-Former whose projection is scaled."""
+    qformer = checkpoint.read_tree(frozen)["qformer"]
+    qformer["projection"]["kernel"] = qformer["projection"]["kernel"] * np.float32(scale)
+    place = folder / "checkpoints" / str(step)
+    place.mkdir(parents=True)
+    checkpoint.write_tree(place / "trainable", checkpoint.flatten({"qformer": qformer}).items())
+    found = {
+        "variant": json.loads((frozen / "config.json").read_text())["variant"],
+        "trainable": ["qformer"],
+        "base": {"path": str(frozen), "sha256": checkpoint.manifest_digest(frozen)},
+        **meta,
+    }
+    (place / "meta.json").write_text(json.dumps(found))
+
+
+def test_a_run_is_its_base_with_the_newest_weights_over_it(folders, t5, tmp_path):
+    make_run(tmp_path, folders["t5"], step=9, scale=3.0, text={"qformer_limit": 64})
+    make_run(tmp_path, folders["t5"], step=10, scale=2.0)
+    (tmp_path / "checkpoints" / "11").mkdir()  # still being written
+    for path, factor in ((tmp_path, 2.0), (tmp_path / "checkpoints" / "9", 3.0)):
+        tuned = jax_instructblip.load(path)
+        expected = checkpoint.flatten(t5.params)
+        expected["qformer/projection/kernel"] = expected["qformer/projection/kernel"] * factor
+        found = checkpoint.flatten(tuned.params)
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[path], expected[path]) for path in expected)
+    assert tuned.text.qformer_limit == 64
+
+
+def test_a_run_of_another_base_is_refused(folders, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(folders["t5"], base)
+    make_run(tmp_path / "run", base)
+    manifest = json.loads((base / "manifest.json").read_text())
+    manifest["llm/head/kernel"]["sha256"] = "0" * 64
+    (base / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(checkpoint.CheckpointError, match="was tuned on another base: .*put that"):
+        jax_instructblip.load(tmp_path / "run")
+    shutil.rmtree(base)
+    with pytest.raises(FileNotFoundError, match="the base that .* is gone: looked for"):
+        jax_instructblip.load(tmp_path / "run")
+
+
+def test_a_base_is_found_by_name_where_its_path_is_gone(folders, tmp_path, monkeypatch):
+    base = {"path": str(tmp_path / "gone"), "name": os.path.relpath(folders["t5"], tmp_path)}
+    base["sha256"] = checkpoint.manifest_digest(folders["t5"])
+    make_run(tmp_path / "run", folders["t5"], base=base)
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(jax_instructblip.load("run"), InstructBlipPipeline)
+
+
+def test_a_run_without_a_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match="has not saved anything"):
+        jax_instructblip.load(tmp_path)
+
+
+def test_over_a_mesh(folders, t5):
+    """Two devices, in a process of their own: the same answers."""
+    code = f"""
+import json, numpy as np, jax, jax_instructblip
+from jax_instructblip.parallel.mesh import make_mesh
+from tests.inference.test_pipeline import PROMPTS, images
+assert jax.device_count() == 2
+blip = jax_instructblip.load({str(folders["t5"])!r}, mesh=make_mesh())
+found = blip.generate(images(3), PROMPTS[:3], max_new_tokens={NEW}, batch_size=3)
+print(json.dumps([answer.tokens for answer in found]))
+"""
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "XLA_FLAGS": flags},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = t5.generate(images(3), PROMPTS[:3], max_new_tokens=NEW)
+    assert json.loads(done.stdout) == [list(answer.tokens) for answer in expected]

@@ -1,0 +1,263 @@
+"""Whole runs of a micro model: they learn, stop, go on, and refuse what does not fit."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+
+from configs import common
+from jax_instructblip import checkpoint
+from jax_instructblip.training import loop
+from jax_instructblip.training.metrics import read_metrics
+from tests.micro import compile_cache, write_base, write_data
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    with compile_cache(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loop")
+    return write_base(folder / "base"), write_data(folder / "data")
+
+
+def make_config(files, workdir, **fields):
+    base, data = files
+    config = common.get_config()
+    with config.unlocked():
+        config.data.sources = {"colors": common.source(str(data))}
+    values = {
+        "workdir": str(workdir),
+        "model.checkpoint": str(base),
+        "model.dtype": "float32",
+        "model.frozen_dtype": "float32",
+        "data.batch_size": 4,
+        "data.buckets": (),
+        "data.threads": 1,
+        "text.qformer_limit": 12,
+        "text.prompt_limit": 12,
+        "text.answer_limit": 6,
+        "train.steps": 4,
+        "train.log_every": 1,
+        "optimizer.learning_rate": 1e-2,
+        "optimizer.warmup_steps": 1,
+        "checkpoints.every": 2,
+    }
+    config.update_from_flattened_dict(values | fields)
+    return config
+
+
+def losses(workdir):
+    return {line["step"]: line["loss"] for line in read_metrics(workdir) if "loss" in line}
+
+
+def manifests(workdir, step):
+    folder = workdir / "checkpoints" / str(step)
+    return [checkpoint.read_manifest(folder / part) for part in ("trainable", "optimizer")]
+
+
+def test_a_run_learns_and_leaves_its_files(files, tmp_path, capsys):
+    workdir = loop.run(make_config(files, tmp_path / "run", **{"train.steps": 30}))
+    found = losses(workdir)
+    assert sorted(found) == list(range(1, 31))
+    assert np.mean([found[step] for step in range(26, 31)]) < 0.7 * found[1]
+    assert sorted(os.listdir(workdir / "checkpoints"), key=int) == ["26", "28", "30"]
+    document = json.loads((workdir / "config.json").read_text())
+    assert document["variant"]["llm"]["kind"] == "llama"
+    assert document["config"]["optimizer"]["learning_rate"] == 1e-2
+    assert document["base"]["sha256"] == checkpoint.manifest_digest(files[0])
+    said = capsys.readouterr().err
+    assert "colors" in said and "100.00%" in said  # the table of sources
+    assert f"qformer starts from: {files[0]}" in said
+
+
+# Ends its process when the checkpoint of step 2 is on the disk, as a pre-empted machine would.
+INTERRUPTED = """
+import os, sys
+from jax_instructblip.training import loop
+from jax_instructblip.commands.train import read_config
+
+save = loop._Run.save
+
+def save_and_die(self, number, score):
+    save(self, number, score)
+    self.checkpoints.wait()
+    if number == 2:
+        os._exit(9)
+
+loop._Run.save = save_and_die
+loop.run(read_config(sys.argv[1:]))
+"""
+
+
+def test_train_4_is_train_2_and_resume_2_in_a_new_process(files, tmp_path):
+    fields = {"data.augment": True, "model.qformer_dropout": 0.2}
+    whole = loop.run(make_config(files, tmp_path / "whole", **fields, **{"checkpoints.every": 9}))
+
+    config = make_config(files, tmp_path / "parts", **fields)
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        f"get_config = lambda: ConfigDict({config.to_dict()!r}).lock()\n"
+    )
+    words = [f"--config={path}"]
+    first = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(INTERRUPTED), *words], timeout=600
+    )
+    assert first.returncode == 9
+    parts = tmp_path / "parts"
+    assert os.listdir(parts / "checkpoints") == ["2"]
+    second = subprocess.run(
+        [sys.executable, "-m", "jax_instructblip", "train", *words],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert second.returncode == 0, second.stderr
+    assert f"resuming {parts} at step 2 of 4" in second.stderr
+
+    assert manifests(parts, 4) == manifests(whole, 4)  # sha256 of every leaf: bit for bit
+    assert losses(parts) == losses(whole)
+    cursors = [
+        json.loads((run / "checkpoints" / "4" / "meta.json").read_text())["data"]
+        for run in (whole, parts)
+    ]
+    assert cursors[0] == cursors[1] and cursors[0]["step"] == 4
+
+
+def test_a_finished_run_is_left_as_it_is(files, tmp_path):
+    config = make_config(files, tmp_path / "run", **{"train.steps": 2})
+    loop.run(config)
+    before = manifests(tmp_path / "run", 2), losses(tmp_path / "run")
+    loop.run(config)
+    assert (manifests(tmp_path / "run", 2), losses(tmp_path / "run")) == before
+
+
+def test_a_changed_field_is_said_and_other_data_are_refused(files, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    loop.run(make_config(files, workdir, **{"train.steps": 2}))
+    capsys.readouterr()
+    loop.run(make_config(files, workdir, **{"train.steps": 3, "optimizer.b2": 0.99}))
+    said = capsys.readouterr().err
+    assert "changed: config.optimizer.b2 was 0.999, now 0.99" in said
+    assert "changed: config.train.steps was 2, now 3" in said
+    with pytest.raises(ValueError, match="other data: seed was 0, now 1; fingerprint was"):
+        loop.run(make_config(files, workdir, **{"seed": 1}))
+    with pytest.raises(ValueError, match="fingerprint was"):
+        loop.run(make_config(files, workdir, **{"data.batch_size": 2}))
+
+
+def test_another_frozen_base_or_variant_is_refused(files, tmp_path):
+    workdir = tmp_path / "run"
+    loop.run(make_config(files, workdir, **{"train.steps": 2}))
+    leaves = checkpoint.flatten(checkpoint.read_tree(files[0]))
+    leaves["llm/norm/scale"] = leaves["llm/norm/scale"] * 2
+    other = tmp_path / "other"
+
+    def add(partial):
+        shutil.copytree(files[0], partial, dirs_exist_ok=True, ignore=_only_extras)
+
+    checkpoint.write_tree(other, leaves.items(), extra=add)
+    with pytest.raises(checkpoint.CheckpointError, match="tuned on the frozen base"):
+        loop.run(make_config(files, workdir, **{"model.checkpoint": str(other)}))
+    with pytest.raises(checkpoint.CheckpointError, match="instruction_aware is True, .* has False"):
+        loop.run(make_config(files, workdir, **{"model.instruction_aware": False}))
+
+
+def _only_extras(folder, names):
+    return [name for name in names if name in ("params", "manifest.json")]
+
+
+def test_validation_chooses_the_best_checkpoint(files, tmp_path):
+    scores = iter([0.1, 0.3, 0.9, 0.2, 0.4])
+    seen = []
+
+    def evaluate(*, model, params, text, records, limit, batch_size, max_new_tokens):
+        seen.append((sorted(params), len(records), limit, batch_size, max_new_tokens))
+        return {"accuracy": next(scores), "accuracy/color": 0.5}
+
+    fields = {"validation.path": str(files[1]), "validation.every": 1, "validation.limit": 7}
+    fields |= {"checkpoints.keep": 1, "validation.max_new_tokens": 5}
+    workdir = loop.run(make_config(files, tmp_path / "run", **fields), evaluate=evaluate)
+    assert seen == [(["llm", "qformer", "vision"], 12, 7, 64, 5)] * 5
+    lines = {
+        line["step"]: line["validation/accuracy"]
+        for line in read_metrics(workdir)
+        if "validation/accuracy" in line
+    }
+    assert lines == {0: 0.1, 1: 0.3, 2: 0.9, 3: 0.2, 4: 0.4}
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["2", "4"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path):
+    config = make_config(files, tmp_path / "run", **{"optimizer.learning_rate": 1e30})
+    with pytest.raises(ValueError, match=r"step \d: loss .*samples: train:\d+, .*learning_rate"):
+        loop.run(config)
+    steps = [int(name) for name in os.listdir(tmp_path / "run" / "checkpoints")]
+    for step in steps:  # nothing that cannot be trusted was saved
+        tree = checkpoint.read_tree(tmp_path / "run" / "checkpoints" / str(step) / "trainable")
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
+def test_compiles_nothing_after_the_first_steps(files, tmp_path, monkeypatch):
+    compiled, at_step = [0], []
+
+    def count(event, duration, **_):
+        compiled[0] += event == COMPILED
+
+    make = loop.compile_step
+    steps = []
+
+    def counting(**settings):
+        step = make(**settings)
+
+        def call(*arguments):
+            at_step.append(compiled[0])
+            return step(*arguments)
+
+        steps.append(step)
+        return call
+
+    monkeypatch.setattr(loop, "compile_step", counting)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        loop.run(make_config(files, tmp_path / "run", **{"train.steps": 8, "train.log_every": 2}))
+        assert len(at_step) == 8
+        assert at_step[7] == at_step[3] > at_step[0]
+        before = compiled[0]
+        jax.jit(lambda x: x * 1.5 + at_step[7])(np.ones(7, np.float32))
+        assert compiled[0] > before  # a forced one is seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"workdir": ""}, "config.workdir is not set"),
+        ({"model.checkpoint": ""}, "config.model.checkpoint is not set"),
+        ({"train.steps": 0, "data.batch_size": 0}, r"batch_size is 0.*\n.*steps is 0"),
+        ({"optimizer.schedule": "linear"}, "'linear', expected 'cosine' or 'staircase'"),
+        ({"optimizer.warmup_steps": 9}, "warm-up of 9 steps in a run of 4"),
+        ({"data.sources.colors.path": "/nowhere.jsonl"}, "config.data.sources.colors: .*nowhere"),
+        ({"data.sources.colors.templates": "questions"}, "templates is 'questions'"),
+        ({"model.trainable": ("qformr",)}, "did you mean 'qformer'"),
+        ({"text.qformer_limit": 200}, "qformer_limit is 200"),
+        ({"mesh.tensor": 3}, "does not use the"),
+    ],
+)
+def test_refuses_a_config_that_cannot_be_run(files, tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        loop.run(make_config(files, tmp_path / "run", **fields))
+    assert not (tmp_path / "run").exists()

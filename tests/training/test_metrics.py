@@ -1,0 +1,45 @@
+import json
+
+from jax_instructblip.training.metrics import FILE, MetricsWriter, read_metrics
+
+
+def steps(folder):
+    return [line["step"] for line in read_metrics(folder)]
+
+
+def test_lines_and_tensorboard(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"loss": 2.5, "tokens": 3.0})
+    writer.write(2, {"validation/accuracy": 0.5})
+    assert steps(tmp_path) == [1, 2]  # there before the writer is closed
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert lines[0]["loss"] == 2.5 and lines[0]["time"] > 1e9
+    assert "loss" not in lines[1] and lines[1]["validation/accuracy"] == 0.5
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2, 3, 4):
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    writer = MetricsWriter(tmp_path, start=2)
+    writer.write(3, {"loss": 30.0})
+    writer.close()
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+    ]
+
+
+def test_a_last_line_cut_short_is_left_out(tmp_path):
+    (tmp_path / FILE).write_text('{"step": 1, "loss": 2}\n{"step": 2, "lo')
+    assert steps(tmp_path) == [1]
+    MetricsWriter(tmp_path, start=1).close()
+    assert (tmp_path / FILE).read_text() == '{"step": 1, "loss": 2}\n'
+
+
+def test_no_file_is_no_lines(tmp_path):
+    assert read_metrics(tmp_path) == []
