@@ -102,6 +102,7 @@ def write_tree(
             array = np.asarray(leaf, order="C")
             del leaf  # here and below: the next leaf is made while no name holds the last one
             manifest[path] = _entry(path, array)
+            unflatten(dict.fromkeys(manifest))  # refuses a leaf below a leaf
             group[path] = array
             del array
             if sum(each.nbytes for each in group.values()) >= GROUP_BYTES:
@@ -111,7 +112,6 @@ def write_tree(
             _save(temporary, group, Path(folder))
         if not manifest:
             raise ValueError(f"no leaves to write to {folder}")
-        unflatten(manifest)  # refuses a leaf below a leaf
         with _writing(Path(folder), "closing the checkpoint"):
             ocp.partial.finalize(str(temporary / PARAMS))
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")

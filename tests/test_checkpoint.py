@@ -111,14 +111,22 @@ def test_one_leaf_is_held_at_a_time(tmp_path, monkeypatch):
 
     checkpoint.write_tree(tmp_path / "ck", leaves())
     born.clear()
+    load = checkpoint._load
+
+    def watched(*args):
+        assert alive() == 0, "a leaf is read while another is held"
+        yield from load(*args)
 
     def place(path, array):
-        assert alive() == 0, f"{path} is read while another is held"
         born.append(weakref.ref(array))
         return float(array[0, 0])
 
+    monkeypatch.setattr(checkpoint, "_load", watched)
     found = checkpoint.read_tree(tmp_path / "ck", place=place)
     assert found == {f"leaf{i}": float(i) for i in range(5)}
+    for path, array in checkpoint.read_leaves(tmp_path / "ck"):
+        place(path, array)
+        del array
 
 
 def test_leaves_come_in_the_order_asked_for(folder):
@@ -237,6 +245,7 @@ def test_config_of_another_format_is_refused(tmp_path):
         checkpoint.read_config(tmp_path)
 
 
+@pytest.mark.parametrize("group", [1, checkpoint.GROUP_BYTES])
 @pytest.mark.parametrize(
     ("leaves", "message"),
     [
@@ -246,7 +255,10 @@ def test_config_of_another_format_is_refused(tmp_path):
         ([], "no leaves"),
     ],
 )
-def test_unwritable_leaves_are_refused_and_leave_nothing(tmp_path, leaves, message):
+def test_unwritable_leaves_are_refused_and_leave_nothing(
+    tmp_path, monkeypatch, leaves, message, group
+):
+    monkeypatch.setattr(checkpoint, "GROUP_BYTES", group)
     with pytest.raises(ValueError, match=message):
         checkpoint.write_tree(tmp_path / "ck", leaves)
     assert list(tmp_path.iterdir()) == []

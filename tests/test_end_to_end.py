@@ -65,18 +65,24 @@ def test_convert_train_resume_answer(forge, photographs, tmp_path, capsys, varia
         "--config.text.answer_limit=24",
         "--config.model.dtype=float32",
         "--config.model.frozen_dtype=float32",
-        "--config.optimizer.learning_rate=3e-3",
+        "--config.optimizer.learning_rate=1e-2",
         "--config.optimizer.warmup_steps=2",
+        "--config.model.qformer_dropout=0",  # its noise is larger than what a few steps gain
+        "--config.model.llm_dropout=0",
         "--config.train.log_every=1",
         "--config.checkpoints.every=10",
     ]
-    assert main([*train, "--config.train.steps=20"]) == 0
+    assert main([*train, "--config.train.steps=30"]) == 0
     loss = {line["step"]: line["loss"] for line in read_metrics(run) if "loss" in line}
-    assert np.mean([loss[step] for step in range(16, 21)]) < loss[1] - 0.3
+    first, last = (
+        np.mean([loss[step] for step in steps]) for steps in (range(1, 6), range(26, 31))
+    )
+    # The towers are random, so little can be learned through them, T5's least of all.
+    assert last < first - 0.2
 
-    assert main([*train, "--config.train.steps=22"]) == 0
-    assert f"resuming {run} at step 20 of 22" in capsys.readouterr().err
-    assert sorted(os.listdir(run / "checkpoints"), key=int) == ["10", "20", "22"]
+    assert main([*train, "--config.train.steps=32"]) == 0
+    assert f"resuming {run} at step 30 of 32" in capsys.readouterr().err
+    assert sorted(os.listdir(run / "checkpoints"), key=int) == ["20", "30", "32"]
 
     image = json.loads(photographs.read_text().splitlines()[0])["image"]
     ask = ["--image", image, "--prompt", "what is this?", "--max_new_tokens", "4", "--json"]

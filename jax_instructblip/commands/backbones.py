@@ -17,7 +17,8 @@ from jax_instructblip.training.pretrain_tokenizers import make_tokenizers
 from jax_instructblip.training.pretrain_vision import train_vision
 
 KINDS = tuple(backbones.LANGUAGE)
-VISION_STEPS = 1500
+VISION_STEPS, VISION_SCENES = 1500, 16_000
+TEXT_EXAMPLES = 24_000  # a stage of the curriculum
 
 
 def main(argv: list[str]) -> int:
@@ -47,7 +48,8 @@ def _train_towers(work: Path, kinds: list[str], seed: int, scale: float) -> None
     vision = work / "vision"
     if not vision.is_dir():
         steps = _scaled(VISION_STEPS, scale)
-        tower = train_vision(backbones.VISION, steps=steps, seed=seed)
+        scenes = _scaled(VISION_SCENES, min(scale, 1.0), least=256)
+        tower = train_vision(backbones.VISION, steps=steps, scenes=scenes, seed=seed)
         checkpoint.write_tree(vision, checkpoint.flatten(_on_host(tower)).items())
     for kind in kinds:
         base = work / f"base_{kind}"
@@ -58,7 +60,8 @@ def _train_towers(work: Path, kinds: list[str], seed: int, scale: float) -> None
         curriculum = tuple(
             Stage(stage.things, _scaled(stage.steps, scale), stage.relisted) for stage in CURRICULUM
         )
-        llm = train_language(config, tokenizer, curriculum=curriculum, seed=seed)
+        examples = _scaled(TEXT_EXAMPLES, min(scale, 1.0), least=512)
+        llm = train_language(config, tokenizer, curriculum=curriculum, examples=examples, seed=seed)
         params = {"vision": checkpoint.read_tree(vision), "llm": _on_host(llm)}
         made = {"vision": "trained on shapes", "llm": "trained on text", "qformer": "random"}
         backbones.write_checkpoint(base, params, made, kind=kind, seed=seed)
@@ -75,8 +78,8 @@ def _merge(base: Path, run: Path, out: Path) -> None:
     print(f"written: {out}, {size / 1e6:.1f} MB")
 
 
-def _scaled(steps: int, scale: float) -> int:
-    return max(2, round(steps * scale))
+def _scaled(count: int, scale: float, least: int = 2) -> int:
+    return max(least, round(count * scale))
 
 
 def _on_host(tree):

@@ -101,6 +101,10 @@ class Checkpoints:
         if saving is not None:
             saving.result()
 
+    def close(self) -> None:
+        """Lets the save going on end; what it raises is left to `wait`."""
+        self._writer.shutdown(wait=True)
+
     def restore(
         self, step: int, like: TrainState, rng: Array, meta: Meta
     ) -> tuple[TrainState, Array, Meta]:

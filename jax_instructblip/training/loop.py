@@ -76,7 +76,8 @@ def run(config: ConfigDict, *, evaluate: setup.Evaluate | None = None) -> Path:
             narrow_weights=frozen_dtype.itemsize < 4,
         )
         tuning = _Run(config, workdir, start, batches, step, validation)
-        tuning.begin(create_state(start.trainable, optimizer))
+        state = create_state(start.trainable, optimizer)
+        tuning.begin(jax.device_put(state, replicated(mesh)))
         tuning.tune(
             batch_sharding(mesh),
             threads=config.data.threads,
@@ -146,6 +147,7 @@ class _Run:
                 self._loop(loader.load(self.batches, sharding, start=self.first, **reading))
             self.checkpoints.wait()
         finally:
+            self.checkpoints.close()
             self.writer.close()
 
     def _loop(self, loaded: Iterator[tuple[loader.DeviceBatch, loader.Counts]]) -> None:

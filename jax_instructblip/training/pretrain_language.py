@@ -236,7 +236,7 @@ def train_language(
     tokens = Tokens(tokenizer, config)
     model: Any = Reader(config)
     steps = sum(stage.steps for stage in curriculum)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 200, steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(200, steps // 2), steps)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02)
     )

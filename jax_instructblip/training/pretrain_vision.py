@@ -135,7 +135,7 @@ def train_vision(
     params: Any = model.init(jax.random.key(seed), data["images"][:1])["params"]
     # Positions as small as in a released tower (0.02) are learned too slowly for a run this short.
     params["vision"]["pos_embed"] *= 10.0
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 100, steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(100, steps // 2), steps)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.05)
     )

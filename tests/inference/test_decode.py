@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,12 +21,16 @@ from tests.numerics import random_params, small
 
 NEW = 16  # tokens of an answer
 LENGTHS = (3, 9, 1, 6)  # tokens of the prompts
-EOS = {"t5": 13, "vicuna": 9}  # what these random models say now and then
+# What these random models say now and then.
+IDS = {
+    "t5": {"llm.eos_id": 13, "llm.decoder_start_id": 55},
+    "vicuna": {"llm.eos_id": 9},
+}
 
 
 @pytest.fixture(scope="module", params=("t5", "vicuna"))
 def model(request):
-    variant = small(request.param).replace(**{"llm.eos_id": EOS[request.param], "llm.pad_id": 0})
+    variant = small(request.param).replace(**IDS[request.param], **{"llm.pad_id": 0})
     return InstructBlip(variant), random_params(variant)
 
 
@@ -105,12 +111,16 @@ def test_the_loop_stops_when_all_rows_have_ended(model, greedy):
     assert greedy["steps"] == lengths.max()
 
 
-def test_tokens_and_logprobs_are_those_of_the_whole_rows(model, greedy):
-    """The cached steps against one pass over prompt and answer."""
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 3.0, "min_new_tokens": NEW}])
+def test_tokens_and_logprobs_are_those_of_the_whole_rows(model, settings):
+    """The cached steps against one pass over prompt and answer; logprobs whatever the settings."""
     network, params = model
-    batch, tokens = make_batch(), greedy["tokens"][:, 0]
-    if network.variant.llm.kind == "t5":
-        batch["decoder_tokens"] = np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
+    made = generate(model, make_batch(), **settings)
+    batch, tokens = make_batch(), made["tokens"][:, 0]
+    llm = network.variant.llm
+    if llm.kind == "t5":
+        start = llm.decoder_start_id
+        batch["decoder_tokens"] = np.pad(tokens, ((0, 0), (1, 0)), constant_values=start)[:, :-1]
         after = np.tile(np.arange(NEW), (len(LENGTHS), 1))
     else:
         rows = [
@@ -120,13 +130,19 @@ def test_tokens_and_logprobs_are_those_of_the_whole_rows(model, greedy):
         batch["tokens"] = np.array([[*row, *[0] * (width - len(row))] for row in rows])
         batch["mask"] = np.arange(width) < np.array([len(row) for row in rows])[:, None]
         after = np.array(LENGTHS)[:, None] - 1 + np.arange(NEW)
-    logits = jax.jit(network.apply)({"params": params}, batch)
-    logits = np.take_along_axis(np.asarray(logits), after[..., None], axis=1)  # [B, NEW, V]
+    logits = np.asarray(whole_rows(network, params, batch))
+    logits = np.take_along_axis(logits, after[..., None], axis=1)  # [B, NEW, V]
     logprobs = np.asarray(jax.nn.log_softmax(logits))
-    for row, length in enumerate(greedy["lengths"][:, 0]):
-        assert logits[row].argmax(-1)[:length].tolist() == tokens[row, :length].tolist()
+    for row, length in enumerate(made["lengths"][:, 0]):
         own = np.take_along_axis(logprobs[row], tokens[row][:, None], axis=-1)[:length, 0]
-        np.testing.assert_allclose(greedy["logprobs"][row, 0, :length], own, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(made["logprobs"][row, 0, :length], own, rtol=0, atol=1e-5)
+        if not settings:
+            assert logits[row].argmax(-1)[:length].tolist() == tokens[row, :length].tolist()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def whole_rows(network, params, batch):
+    return network.apply({"params": params}, batch)
 
 
 def test_a_row_does_not_depend_on_its_neighbours_or_on_padding(model, greedy):
@@ -172,6 +188,10 @@ def test_repetition_penalty_counts_what_was_generated(model, greedy):
     made = generate(model, make_batch(), repetition_penalty=1e4)
     assert max(repeats) > 0
     assert all(len(set(row[:n])) == n for row, n in of_rows(made))
+    llm = model[0].variant.llm
+    if llm.kind == "t5":  # its start id counts as generated
+        assert (greedy["tokens"] == llm.decoder_start_id).any()
+        assert not (made["tokens"] == llm.decoder_start_id).any()
 
 
 def of_rows(made):
@@ -238,10 +258,12 @@ def test_draws_follow_the_distribution():
 def test_sampling(model, greedy):
     """All in one test: they share one program."""
     batch = make_batch()
-    sample = lambda batch, seed=0, **s: jax.tree.map(  # noqa: E731
-        np.asarray,
-        generate_tokens(*model, batch, keys(4, seed), max_new_tokens=NEW, sample=True, **s),
-    )
+
+    def sample(batch, seed=0, params=model[1], **settings):
+        settings |= {"max_new_tokens": NEW, "sample": True}
+        made = generate_tokens(model[0], params, batch, keys(4, seed), **settings)
+        return jax.tree.map(np.asarray, made)
+
     assert_same(sample(batch, top_k=1), greedy)
     assert_same(sample(batch, top_p=1e-6), greedy)
     assert_same(sample(batch, temperature=1e-4), greedy)
@@ -256,9 +278,11 @@ def test_sampling(model, greedy):
     # Equal rows draw differently, the second time as well.
     same = sample(rows_of(batch, [0, 0, 0, 0]), temperature=1.5)["tokens"][:, 0]
     assert len({tuple(row[:4]) for row in same.tolist()}) > 1
-    # logprobs are the model's own: hotter draws are less likely, not less hot.
-    hot = sample(batch, temperature=1e4, min_new_tokens=NEW)["logprobs"]
-    assert hot.mean() < drawn["logprobs"][drawn["logprobs"] < 0].mean()
+    # Each step draws anew: of tokens that are all as likely, not the same one for ever.
+    blank = jax.tree.map(np.zeros_like, model[1]["llm"]["head"])
+    level = {**model[1], "llm": {**model[1]["llm"], "head": blank}}
+    made = sample(batch, params=level, min_new_tokens=NEW)["tokens"][:, 0]
+    assert all(len(set(row)) > NEW // 2 for row in made.tolist())
 
 
 def test_one_program_for_all_settings(model, greedy):

@@ -32,13 +32,13 @@ def files(tmp_path_factory):
     return write_base(folder / "base"), write_data(folder / "data")
 
 
-def make_config(files, workdir, **fields):
+def make_config(files, folder, **fields):
     base, data = files
     config = common.get_config()
     with config.unlocked():
         config.data.sources = {"colors": common.source(str(data))}
     values = {
-        "workdir": str(workdir),
+        "workdir": str(folder),
         "model.checkpoint": str(base),
         "model.dtype": "float32",
         "model.frozen_dtype": "float32",
@@ -71,7 +71,7 @@ def test_a_run_learns_and_leaves_its_files(files, tmp_path, capsys):
     workdir = loop.run(make_config(files, tmp_path / "run", **{"train.steps": 30}))
     found = losses(workdir)
     assert sorted(found) == list(range(1, 31))
-    assert np.mean([found[step] for step in range(26, 31)]) < 0.7 * found[1]
+    assert np.mean([found[step] for step in range(26, 31)]) < 0.8 * found[1]
     assert sorted(os.listdir(workdir / "checkpoints"), key=int) == ["26", "28", "30"]
     document = json.loads((workdir / "config.json").read_text())
     assert document["variant"]["llm"]["kind"] == "llama"
@@ -232,11 +232,12 @@ def test_compiles_nothing_after_the_first_steps(files, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "compile_step", counting)
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
-        loop.run(make_config(files, tmp_path / "run", **{"train.steps": 8, "train.log_every": 2}))
-        assert len(at_step) == 8
-        assert at_step[7] == at_step[3] > at_step[0]
+        loop.run(make_config(files, tmp_path / "run", **{"train.log_every": 2}))
+        assert len(at_step) == 4
+        assert at_step[3] == at_step[2] > at_step[0]
+        assert steps[0]._cache_size() == 1
         before = compiled[0]
-        jax.jit(lambda x: x * 1.5 + at_step[7])(np.ones(7, np.float32))
+        jax.jit(lambda x: x * 1.5 + at_step[3])(np.ones(7, np.float32))
         assert compiled[0] > before  # a forced one is seen
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
