@@ -71,7 +71,7 @@ def get_config() -> ConfigDict:
     config.validation.split = "validation"
     config.validation.every = 3_000  # steps
     config.validation.first = True  # whether the weights are validated before the first step
-    config.validation.limit = 1_000  # questions, evenly spread over the split; 0: all
+    config.validation.limit = 1_000  # questions, always the same ones; 0: all
     config.validation.batch_size = 64  # questions answered at once
     config.validation.max_new_tokens = 30  # of an answer
 

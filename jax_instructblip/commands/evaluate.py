@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     run = _read_run(Path(args.checkpoint))
-    data = args.data or (run and run["config"]["validation"]["path"])
+    data: str = args.data or (run["config"]["validation"]["path"] if run else "")
     out = args.out or (Path(args.checkpoint) if run else None)
     if not data or out is None:
         missing = " and ".join(

@@ -58,7 +58,9 @@ def read_config(argv: list[str]) -> ConfigDict:
         raise ValueError(str(error)) from error
     if rest[1:]:
         raise ValueError(f"unexpected {' '.join(rest[1:])!r}: values are given as --FIELD=VALUE")
-    return own["config"].value
+    config = own["config"].value
+    assert config is not None
+    return config
 
 
 def load_config(path: str) -> ConfigDict:

@@ -144,12 +144,12 @@ def source(
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist: prepare the dataset {name!r} first")
     with _quiet():
-        builder = tfds.builder_from_directory(path)
+        builder: Any = tfds.builder_from_directory(path)
     if split not in builder.info.splits:
         known = ", ".join(sorted(builder.info.splits))
         raise ValueError(f"{name} has no split {split!r}; its splits: {known}")
     with _quiet():
-        rows = builder.as_data_source(split=split, decoders={"images": KeepEncoded()})
+        rows = builder.as_data_source(split, decoders={"images": KeepEncoded()})
     return RecordSource(rows, f"{path}:{split}")
 
 

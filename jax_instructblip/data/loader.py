@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import grain
 import jax
@@ -34,7 +35,7 @@ def load(
     (a program that asks for them must have an `if __name__ == "__main__"`). Neither changes what
     a batch holds: each is made whole, from its number alone.
     """
-    numbered = grain.MapDataset.source(batches)[start:]
+    numbered = grain.MapDataset.source(cast(Any, batches))[start:]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     made = numbered.to_iter_dataset(options)
     if workers:
@@ -56,7 +57,7 @@ def put(
     """Global arrays `[batch_size, ...]` of which this process holds `rows`, given as `batch`."""
 
     def place(local: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             wanted = np.arange(batch_size)[index[0]]
             return local[np.searchsorted(rows, wanted)]
 

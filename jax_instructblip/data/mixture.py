@@ -14,7 +14,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -88,7 +88,7 @@ class Mixture:
 
     def record(self, place: int, attempt: int = 0) -> tuple[Source, Record]:
         """The record at that place; `attempt` > 0 gives others of the same source instead."""
-        number, index = self._order[place]
+        number, index = cast(tuple[int, int], self._order[place])
         source = self.sources[number]
         if attempt:
             index = int(self.rng(place, attempt, use="replace").integers(len(source.records)))
@@ -155,13 +155,13 @@ class TrainBatches:
         fixed = all(len(sizes) == 1 for sizes in self.buckets.values())
         rows = self.rows if fixed else range(self.batch_size)
         # The text of all rows is looked at by all hosts, which so agree on the shapes.
-        found = {row: self._text(first + row) for row in rows}
+        found = {int(row): self._text(first + int(row)) for row in rows}
         lengths = {
             name: bucket(max(len(example[name]) for _, _, example in found.values()), sizes, name)
             for name, sizes in self.buckets.items()
         }
         examples, replaced = [], []
-        for row in self.rows:
+        for row in map(int, self.rows):
             attempt, example = self._whole(first + row, *found[row], lengths)
             examples.append(example)
             replaced.append(attempt)
@@ -170,7 +170,7 @@ class TrainBatches:
             examples,
             lengths=lengths,
             pad_id=llm.pad_id,
-            qformer_pad_id=self.text.qformer.pad_token_id or 0,
+            qformer_pad_id=cast(int, self.text.qformer.pad_token_id or 0),
         )
         return batch | {"replaced": np.array(replaced, np.int32)}
 

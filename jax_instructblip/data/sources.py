@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from jax_instructblip.data import shapes_records
 from jax_instructblip.data.records import Record, RecordError, read_jsonl
@@ -23,6 +24,8 @@ def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record],
     if name in shapes_records.DATASETS:
         records = shapes_records.shapes_source(None, split, name)
         facts = [name, shapes_records.VERSION, split, len(records), records[0]]
+        # It has what is asked of a sequence here, length and index, but is none by name.
+        records = cast(Sequence[Record], records)
         return records, hashlib.sha256(repr(facts).encode()).hexdigest()
     if not name.endswith((".jsonl", ".json")):
         raise ValueError(

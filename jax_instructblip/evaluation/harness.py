@@ -55,7 +55,7 @@ def evaluate(
     """`accuracy`, the mean over the task families, and `accuracy/FAMILY`.
 
     It is exact match of whole answers, and what a training run validates with. `limit` questions
-    are taken, evenly spread; 0 takes all.
+    are taken (`pick`); 0 takes all.
     """
     blip = InstructBlipPipeline(model.variant, params, text, dtype=model.dtype)
     predictions = answer(
@@ -69,11 +69,16 @@ def evaluate(
 
 
 def pick(records: Sequence[Record], limit: int) -> list[Record]:
-    """`limit` of the records, evenly spread over their order; all of them for 0."""
+    """`limit` of the records, always the same ones, in their order; all of them for 0.
+
+    They are drawn at random: every n-th would meet only some of the families where records of one
+    image follow each other.
+    """
     if limit < 0:
         raise ValueError(f"limit is {limit}, expected 0 (all) or more")
     count = min(limit or len(records), len(records))
-    return [records[index * len(records) // count] for index in range(count)]
+    chosen = np.random.default_rng(0).permutation(len(records))[:count]
+    return [records[int(index)] for index in np.sort(chosen)]
 
 
 def answer(

@@ -105,6 +105,7 @@ def attend_cached(
         past, own = past + bias[None, :, None, :-1], own + bias[None, :, None, -1:]
     parts = [jnp.where(tail_mask, past, MASKED), own]
     if prefix is not None:
+        assert prefix_mask is not None
         seen = score("BRNK,BSNK->BNRS", query, prefix["key"])
         parts.append(jnp.where(prefix_mask, seen, MASKED))
     weights = jax.nn.softmax(jnp.concatenate(parts, axis=-1), axis=-1).astype(query.dtype)

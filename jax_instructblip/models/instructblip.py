@@ -109,7 +109,7 @@ def example_batch(variant: Variant, batch: int = 1, text: int = 4) -> Batch:
 
 def init_params(variant: Variant, key: Array) -> dict[str, Any]:
     """Random float32 parameters: {'vision': ..., 'qformer': ..., 'llm': ...}."""
-    return InstructBlip(variant).init(key, example_batch(variant))["params"]
+    return dict(InstructBlip(variant).init(key, example_batch(variant))["params"])
 
 
 def param_shapes(variant: Variant) -> dict[str, Any]:

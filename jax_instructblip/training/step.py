@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.sharding import Sharding
 
 from jax_instructblip.models.instructblip import Batch, InstructBlip
 from jax_instructblip.training.loss import cross_entropy
-from jax_instructblip.training.state import TrainState
+from jax_instructblip.training.state import Params, TrainState
 
 Metrics = dict[str, Array]
 Step = Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Metrics]]
@@ -24,7 +24,7 @@ def summed_loss(
     """The summed loss of the batch and its target tokens; dropout is drawn from `rng`."""
     params = {**frozen, **trainable}
     logits = model.apply({"params": params}, batch, train=True, rngs={"dropout": rng})
-    return cross_entropy(logits, batch["targets"])
+    return cross_entropy(cast(Array, logits), batch["targets"])
 
 
 def train_step(
@@ -65,7 +65,7 @@ def train_step(
         factor = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
         gradient = jax.tree.map(lambda leaf: leaf * factor, gradient)
     updates, moments = optimizer.update(gradient, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = cast(Params, optax.apply_updates(state.params, updates))
     return TrainState(state.step + 1, params, moments), metrics
 
 

@@ -93,10 +93,15 @@ def test_accuracies_are_by_family_and_families_count_alike():
     assert harness.majority_accuracies(found) == {"a": 1.0, "b": 0.5}
 
 
-def test_pick_is_spread_evenly():
-    records = [record(value) for value in range(10)]
-    assert [each.id for each in harness.pick(records, 3)] == ["r0", "r3", "r6"]
-    assert len(harness.pick(records, 0)) == len(harness.pick(records, 99)) == 10
+def test_pick_takes_some_of_every_family():
+    """Eight questions about each image, one of each family: every tenth would meet only four."""
+    records = [record(index, task=f"family{index % 8}") for index in range(800)]
+    chosen = harness.pick(records, 80)
+    assert len({each.id for each in chosen}) == 80
+    assert {each.task for each in chosen} == {f"family{n}" for n in range(8)}
+    assert chosen == harness.pick(records, 80)
+    assert [int(each.id[1:]) for each in chosen] == sorted(int(each.id[1:]) for each in chosen)
+    assert harness.pick(records, 0) == harness.pick(records, 9999) == records
     with pytest.raises(ValueError, match="limit is -1"):
         harness.pick(records, -1)
 
