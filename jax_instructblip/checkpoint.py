@@ -31,54 +31,20 @@ import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
 from jax_instructblip.folders import atomic_folder, free_bytes
+from jax_instructblip.trees import Tree, flatten, unflatten
 
 FORMAT = 1
 CONFIG, MANIFEST = "config.json", "manifest.json"
 PARAMS = "params"
-GROUP_BYTES = (
-    64 * 2**20
-)  # small leaves travel together up to here: each Orbax call costs about 50 ms
+GROUP_BYTES = 64 * 2**20  # small leaves travel together: each Orbax call costs about 50 ms
 
 SETTLE_SECONDS = 0.3  # after a failure, for the leaves of the same group to end
 
-Tree = dict[str, Any]
 Place = Callable[[str, np.ndarray], Any]
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is damaged, or is not the one expected; the message lists every reason."""
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of a nested dict by path: `{"llm/embed/embedding": leaf}`."""
-    flat = {}
-    for key, value in tree.items():
-        if not isinstance(key, str) or not key or "/" in key:
-            raise ValueError(
-                f"key {key!r} under {prefix or 'the root'}: keys are words without '/'"
-            )
-        flat.update(
-            flatten(value, f"{prefix}{key}/")
-            if isinstance(value, Mapping)
-            else {prefix + key: value}
-        )
-    return flat
-
-
-def unflatten(leaves: Mapping[str, Any]) -> Tree:
-    """The nested dict whose leaves `flatten` listed."""
-    tree: Tree = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"leaf {path!r} lies below another leaf")
-        if name in node:
-            raise ValueError(f"leaf {path!r} is given twice, or lies above another leaf")
-        node[name] = leaf
-    return tree
 
 
 def write_tree(
@@ -114,6 +80,8 @@ def write_tree(
             raise ValueError(f"no leaves to write to {folder}")
         with _writing(Path(folder), "closing the checkpoint"):
             ocp.partial.finalize(str(temporary / PARAMS))
+            # Orbax notes there where it wrote: a path of this machine, which nobody reads again.
+            (temporary / PARAMS / "commit_success.txt").write_text("committed\n")
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         if extra is not None:
             extra(temporary)

@@ -16,6 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "models": 0,
     "folders": 0,
+    "trees": 0,
     "data": 1,
     "checkpoint": 1,
     "parallel": 1,

@@ -73,10 +73,8 @@ def read_start(
         return jax.device_put(array.astype(dtype, copy=False), sharding)
 
     chosen, frozen = partition(read_params(source, place), trainable)
-    found = source.variant
     if init:
         other = read_source(init)
-        found = other.variant
 
         def place_init(path: str, array: np.ndarray) -> jax.Array | None:
             if path.partition("/")[0] not in trainable:
@@ -85,7 +83,7 @@ def read_start(
 
         chosen = partition(read_params(other, place_init), trainable)[0]
     notes.append(f"{', '.join(trainable)} starts from: {init or source.folder}")
-    kept, dropped = _fit(chosen, variant, found, trainable)
+    kept, dropped = _fit(chosen, variant, trainable)
     if dropped:
         notes.append(
             f"not instruction-aware: left out {len(dropped)} leaves of the text branch "
@@ -95,15 +93,14 @@ def read_start(
     return Start(variant, kept, frozen, where, source.folder, tuple(notes))
 
 
-def _fit(
-    chosen: Params, variant: Variant, found: Variant, trainable: tuple[str, ...]
-) -> tuple[Params, list[str]]:
+def _fit(chosen: Params, variant: Variant, trainable: tuple[str, ...]) -> tuple[Params, list[str]]:
     """The leaves that `variant` has, and the paths of those that it does without."""
     shapes = param_shapes(variant)
     expected = checkpoint.flatten({name: shapes[name] for name in trainable})
     leaves = checkpoint.flatten(chosen)
-    blind = found.qformer.instruction_aware and not variant.qformer.instruction_aware
-    dropped = sorted(leaves.keys() - expected.keys()) if blind else []
+    dropped = []
+    if not variant.qformer.instruction_aware:
+        dropped = sorted(path for path in leaves.keys() - expected.keys() if _branch(path))
     wrong = []
     for path in sorted((leaves.keys() | expected.keys()) - set(dropped)):
         have = leaves[path].shape if path in leaves else "nothing"
@@ -118,4 +115,5 @@ def _fit(
 
 
 def _branch(path: str) -> str:
-    return next(word for word in path.split("/") if word.startswith(("text_", "position_")))
+    """The part of the Q-Former's text branch that a leaf belongs to; "" if to none."""
+    return next((word for word in path.split("/") if word.startswith(("text_", "position_"))), "")

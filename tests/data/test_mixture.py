@@ -72,7 +72,7 @@ def test_every_record_comes_once_an_epoch_in_another_order():
 
 def test_another_source_does_not_change_the_order_within_one():
     alone = ids(Mixture([source("a", 30)], 0), 30)
-    beside = ids(Mixture([source("a", 30), source("b", 30)], 0), 60)
+    beside = ids(Mixture([source("b", 30), source("a", 30)], 0), 60)
     assert [name for name in beside if name.startswith("a")] == alone
 
 
