@@ -154,6 +154,8 @@ def test_interrupted_program(tmp_path):
         "import time\ndef main(argv):\n    print('ready', flush=True)\n    time.sleep(60)\n"
     )
     body = f"from jax_instructblip import commands; commands.__path__ = [{str(tmp_path)!r}]"
+    # A shell's background job ignores SIGINT and hands that down: this test must not depend on it.
+    body += "; import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with _run(body, "wait", **pipes) as process:
         assert process.stdout and process.stderr

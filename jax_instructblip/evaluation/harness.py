@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_instructblip.data.images import decode, resize_squash
 from jax_instructblip.data.records import Record
@@ -48,6 +49,7 @@ def evaluate(
     params: dict[str, Any],
     text: TextProcessor,
     records: Sequence[Record],
+    mesh: Mesh | None = None,
     limit: int = 0,
     batch_size: int = 64,
     max_new_tokens: int = 30,
@@ -57,7 +59,7 @@ def evaluate(
     It is exact match of whole answers, and what a training run validates with. `limit` questions
     are taken (`pick`); 0 takes all.
     """
-    blip = InstructBlipPipeline(model.variant, params, text, dtype=model.dtype)
+    blip = InstructBlipPipeline(model.variant, params, text, dtype=model.dtype, mesh=mesh)
     predictions = answer(
         blip, pick(records, limit), batch_size=batch_size, max_new_tokens=max_new_tokens
     )

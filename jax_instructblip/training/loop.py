@@ -65,7 +65,7 @@ def run(config: ConfigDict, *, evaluate: setup.Evaluate | None = None) -> Path:
     _say(*start.notes)
     batches = setup.read_batches(config, mixture, start, rows)
     model = InstructBlip(start.variant, jnp.dtype(config.model.dtype))
-    validation = setup.read_validation(config, evaluate, model, batches.text)
+    validation = setup.read_validation(config, evaluate, model=model, text=batches.text, mesh=mesh)
     with jax.set_mesh(mesh):
         step = compile_step(
             model=model,

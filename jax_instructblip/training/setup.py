@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_instructblip.data.mixture import Mixture, Source, TrainBatches
@@ -16,8 +17,8 @@ from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.training.optimizer import adamw, staircase_cosine, warmup_cosine
 from jax_instructblip.training.start import Start
 
-# Called with model, params, text, records, limit, batch_size and max_new_tokens by name; of what it
-# returns, `accuracy` chooses the best checkpoint.
+# Called with model, params, text, records, mesh, limit, batch_size and max_new_tokens by name; of
+# what it returns, `accuracy` chooses the best checkpoint.
 Evaluate = Callable[..., dict[str, float]]
 
 
@@ -128,7 +129,12 @@ def read_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
 
 
 def read_validation(
-    config: ConfigDict, evaluate: Evaluate | None, model: InstructBlip, text: TextProcessor
+    config: ConfigDict,
+    evaluate: Evaluate | None,
+    *,
+    model: InstructBlip,
+    text: TextProcessor,
+    mesh: Mesh,
 ) -> Validation | None:
     """What `config.validation` asks for; None where nothing is to be validated."""
     given = config.validation
@@ -142,6 +148,7 @@ def read_validation(
             params=params,
             text=text,
             records=records,
+            mesh=mesh,
             limit=given.limit,
             batch_size=given.batch_size,
             max_new_tokens=given.max_new_tokens,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jax_instructblip.checkpoint import flatten
+from jax_instructblip.trees import flatten
 
 pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
 from tests.parity import towers  # noqa: E402
