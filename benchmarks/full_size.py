@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_instructblip
-from jax_instructblip import checkpoint
+from jax_instructblip import checkpoint, trees
 from jax_instructblip.data.batch import collate
 from jax_instructblip.data.images import decode, resize_squash
 from jax_instructblip.data.text import TextProcessor
@@ -126,7 +126,7 @@ def ours(flags: argparse.Namespace) -> dict[str, Any]:
     def run(tower: str, stage, *values):
         """`stage` of one tower, whose weights are read for it and dropped after it."""
         leaves = [path for path in paths if path.startswith(f"{tower}/")]
-        params = checkpoint.unflatten(
+        params = trees.unflatten(
             {
                 path: jnp.asarray(array, jnp.float32)
                 for path, array in checkpoint.read_leaves(flags.checkpoint, leaves)
