@@ -203,10 +203,8 @@ class _ConfigReader:
                 f"text_config.feed_forward_proj is {text['feed_forward_proj']!r}; only gated T5 "
                 "(v1.1, FlanT5) is supported"
             )
-        if activation == "gelu":
-            activation = (
-                "gelu_new"  # what transformers makes of 'gated-gelu' where no key says more
-            )
+        if activation == "gelu":  # what transformers makes of 'gated-gelu' where no key says more
+            activation = "gelu_new"
         activation = text.get("dense_act_fn", activation)
         if activation not in ("gelu", "gelu_new", "relu", "silu"):
             self.failures.append(

@@ -40,10 +40,10 @@ def test_convert_and_export(forge, tmp_path, capsys):
     assert all(torch.equal(bits(found[key]), bits(wanted[key])) for key in wanted)
 
 
-def test_existing_folder_is_not_overwritten(forge, tmp_path, capsys):
+def test_existing_folder_is_refused_before_anything_is_read(tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
-    for verb, folder in (("convert", forge(FLAN, "bfloat16")), ("export", tmp_path)):
-        assert main([verb, str(folder), "--out", str(tmp_path)]) == 1
+    for verb in ("convert", "export"):
+        assert main([verb, str(tmp_path / "nowhere"), "--out", str(tmp_path)]) == 1
         assert "exists and is not overwritten" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
