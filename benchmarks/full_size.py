@@ -237,7 +237,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         results = {name: run_stage(name, flags, pathlib.Path(work)) for name in flags.stages}
     document = {
-        "command": " ".join(["python -m benchmarks.full_size", *map(os.path.basename, sys.argv[1:])]),
+        "command": "python -m benchmarks.full_size "
+        + " ".join(map(os.path.basename, sys.argv[1:])),
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "jax": jax.__version__,

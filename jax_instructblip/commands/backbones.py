@@ -13,7 +13,6 @@ import numpy as np
 from jax_instructblip import checkpoint
 from jax_instructblip.training import backbones
 from jax_instructblip.training.pretrain_language import CURRICULUM, Stage, train_language
-from jax_instructblip.training.pretrain_tokenizers import make_tokenizers
 from jax_instructblip.training.pretrain_vision import train_vision
 
 KINDS = tuple(backbones.LANGUAGE)
@@ -55,13 +54,13 @@ def _train_towers(work: Path, kinds: list[str], seed: int, scale: float) -> None
         base = work / f"base_{kind}"
         if base.is_dir():
             continue
-        tokenizer, _ = make_tokenizers(kind)
-        config = backbones.language_config(kind, tokenizer)
         curriculum = tuple(
             Stage(stage.things, _scaled(stage.steps, scale), stage.relisted) for stage in CURRICULUM
         )
         examples = _scaled(TEXT_EXAMPLES, min(scale, 1.0), least=512)
-        llm = train_language(config, tokenizer, curriculum=curriculum, examples=examples, seed=seed)
+        llm = train_language(
+            backbones.text_processor(kind), curriculum=curriculum, examples=examples, seed=seed
+        )
         params = {"vision": checkpoint.read_tree(vision), "llm": _on_host(llm)}
         made = {"vision": "trained on shapes", "llm": "trained on text", "qformer": "random"}
         backbones.write_checkpoint(base, params, made, kind=kind, seed=seed)

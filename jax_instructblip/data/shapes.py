@@ -9,9 +9,10 @@ with a color and a shape, and a word over two cells:
     .  .  .  .        so a question may name them by either
     s  .  .  c        the place of a thing is its quadrant: `top-left` ... `bottom-right`
 
-Some pairs of color and shape (`HELD_OUT_PAIRS`) are drawn only in the split `test_pairs`: neither
-the Q-Former nor the frozen vision tower has seen them (the language models have read of all pairs,
-as scenes of the split `text`, which is never drawn). What is asked about a scene stands in
+Some pairs of color and shape (`HELD_OUT_PAIRS`) are kept from all that the Q-Former is trained on,
+captions and questions alike, and are asked about in the split `test_pairs`. The frozen towers do
+know them, as released ones know the web: the vision tower has seen scenes of the split `vision`,
+the language models have read scenes of the split `text`. What is asked about a scene stands in
 `data/shapes_tasks.py`.
 """
 
@@ -55,7 +56,16 @@ HELD_OUT_PAIRS = frozenset(
     ]
 )
 # The stream of random numbers of each split; a new split takes a new number.
-SPLITS = {"train": 0, "validation": 1, "test": 2, "test_pairs": 3, "backbones": 4, "text": 5}
+SPLITS = {
+    "train": 0,
+    "validation": 1,
+    "test": 2,
+    "test_pairs": 3,
+    "captions": 4,
+    "text": 5,
+    "vision": 6,
+}
+OPEN_SPLITS = ("text", "vision")  # of the frozen towers: every pair of color and shape
 
 FEWEST, MOST = 3, 5  # things in a scene
 RADIUS = {False: 3.6, True: 5.6}  # pixels: small, large
@@ -127,7 +137,8 @@ def scene_rng(seed: int, split: str, index: int, use: int = 0) -> np.random.Gene
 def sample_scene(seed: int, split: str, index: int) -> Scene:
     """The scene of that seed, split and index, always the same.
 
-    Held-out pairs are drawn in `test_pairs` alone: there the large thing is one, and it is clear.
+    Where the Q-Former is concerned held-out pairs are drawn in `test_pairs` alone: there the large
+    thing is one, and it is clear.
     """
     rng = scene_rng(seed, split, index)
     while True:
@@ -135,7 +146,7 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
         if split == "test_pairs":
             if not (is_held_out(things[0]) and _unique(things[0], things)):
                 continue
-        elif split != "text" and any(is_held_out(thing) for thing in things):
+        elif split not in OPEN_SPLITS and any(is_held_out(thing) for thing in things):
             continue
         if sum(_unique(thing, things) for thing in things) >= 2:
             break

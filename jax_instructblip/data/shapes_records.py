@@ -34,7 +34,7 @@ DATASETS: dict[str, dict[str, tuple[str, int, dict[str, Family]]]] = {
         "test_families": ("test", 400, _OUT),
     },
     "shapes-captions": {
-        "train": ("backbones", 16_000, CAPTION_FAMILIES),
+        "train": ("captions", 16_000, CAPTION_FAMILIES),
         "validation": ("validation", 250, CAPTION_FAMILIES),
     },
 }

@@ -18,10 +18,10 @@ import ml_dtypes
 import numpy as np
 
 from jax_instructblip import checkpoint
+from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.source import read_params, read_source
 from jax_instructblip.models.instructblip import init_params
 from jax_instructblip.models.variants import (
-    LanguageConfig,
     LlamaConfig,
     QFormerConfig,
     T5Config,
@@ -50,20 +50,15 @@ LANGUAGE: dict[str, dict[str, Any]] = {
 WORD_STD, POSITION_STD = 0.5, 0.1
 
 
-def language_config(kind: str, tokenizer: Any) -> LanguageConfig:
-    """The sizes of the language model of `kind` 'llama' or 't5' over that tokenizer."""
-    sizes = LANGUAGE[kind]
-    if kind == "t5":
-        return T5Config(**sizes, vocab=len(tokenizer))
-    return LlamaConfig(**sizes, vocab=len(tokenizer), pad_id=tokenizer.pad_token_id)
-
-
-def shapes_variant(llm: LanguageConfig, qformer_vocab: int) -> Variant:
-    """The sizes of the embedded model with that language model."""
-    qformer = QFormerConfig(
-        vision_width=VISION.width, llm_width=llm.width, vocab=qformer_vocab, **QFORMER
+def text_processor(kind: str) -> TextProcessor:
+    """Tokenizers and sizes of the embedded model whose LLM is of `kind` 'llama' or 't5'."""
+    llm, qformer = make_tokenizers(kind)
+    sizes = {**LANGUAGE[kind], "vocab": len(llm)}
+    config = T5Config(**sizes) if kind == "t5" else LlamaConfig(**sizes, pad_id=llm.pad_token_id)
+    queries = QFormerConfig(
+        vision_width=VISION.width, llm_width=config.width, vocab=len(qformer), **QFORMER
     )
-    return Variant(VISION, qformer, llm)
+    return TextProcessor(Variant(VISION, queries, config), llm, qformer)
 
 
 def write_checkpoint(
@@ -79,18 +74,18 @@ def write_checkpoint(
     `params` are the towers that are trained; a tower that is missing stays random. `made` says in
     `config.json` where they come from.
     """
-    llm, qformer = make_tokenizers(kind)
-    variant = shapes_variant(language_config(kind, llm), len(qformer))
+    processor = text_processor(kind)
+    variant = processor.variant
     start = init_params(variant, jax.random.key(seed))
-    text = start["qformer"]
-    text["text_embed"]["embedding"] *= WORD_STD / 0.02
-    text["position_embed"]["embedding"] *= POSITION_STD / 0.02
+    queries = start["qformer"]
+    queries["text_embed"]["embedding"] *= WORD_STD / 0.02
+    queries["position_embed"]["embedding"] *= POSITION_STD / 0.02
     leaves = checkpoint.flatten({**start, **params})
 
     def add(temporary: Path) -> None:
         checkpoint.write_config(temporary, {"variant": variant.to_dict(), "source": made})
-        llm.save_pretrained(temporary / "tokenizer")
-        qformer.save_pretrained(temporary / "qformer_tokenizer")
+        processor.llm.save_pretrained(temporary / "tokenizer")
+        processor.qformer.save_pretrained(temporary / "qformer_tokenizer")
 
     narrow = ((path, np.asarray(leaf).astype(ml_dtypes.bfloat16)) for path, leaf in leaves.items())
     checkpoint.write_tree(folder, narrow, extra=add)

@@ -16,15 +16,17 @@ import numpy as np
 import optax
 
 from jax_instructblip.data import shapes, shapes_tasks
+from jax_instructblip.data.batch import IGNORE, collate
 from jax_instructblip.data.progress import Progress
+from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.models.instructblip import LANGUAGE_MODELS
 from jax_instructblip.models.variants import LanguageConfig, T5Config
 
-IGNORE = -100
 ROUND = 8  # rows are padded to a multiple of this many tokens
 BUCKETS = 4  # groups of like lengths, so that little of a batch is padding
 TERSE = ("color", "shape", "position", "count", "multiple_choice")
 FAMILIES = {**shapes_tasks.FAMILIES, "detail": shapes_tasks.CAPTION_FAMILIES["detail"]}
+NAMES = (*FAMILIES, "relist")  # of the kinds of examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,59 +114,27 @@ def _loosely(things, word: str, rng: np.random.Generator) -> str:
     return ", ".join(parts[place] for place in rng.permutation(len(parts)))
 
 
-class Tokens:
-    """Turns text examples into rows of ids, laid out as `data/text.py` does for training."""
+def text_rows(
+    text: TextProcessor, examples: list[tuple[str, str, str, str]]
+) -> dict[str, np.ndarray]:
+    """All examples in one padded batch; `family` is each one's index in `NAMES`.
 
-    def __init__(self, tokenizer: Any, config: LanguageConfig):
-        """Keeps the tokenizer and the special ids of the model."""
-        self._tokenizer, self._config = tokenizer, config
-
-    def ids(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without special ones."""
-        return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-    def rows(self, examples: list[tuple[str, str, str, str]]) -> dict[str, np.ndarray]:
-        """All rows in one padded batch; `family` is each row's index in `FAMILIES`."""
-        _, descriptions, prompts, answers = zip(*examples, strict=True)
-        rows = [
-            self._row(*ids)
-            for ids in zip(
-                self.ids(list(descriptions)),
-                self.ids(list(prompts)),
-                self.ids(list(answers)),
-                strict=True,
-            )
-        ]
-        batch = {name: _pad([row[name] for row in rows], name) for name in rows[0]}
-        batch["mask"] = batch.pop("mask").astype(bool)
-        names = [*FAMILIES, "relist"]
-        batch["family"] = np.array([names.index(name) for name, *_ in examples], np.int32)
-        return batch
-
-    def _row(self, description, prompt, answer) -> dict[str, list[int]]:
-        c = self._config
-        if c.kind == "llama":
-            before = [*description, c.bos_id, *prompt]
-            tokens = [*before, *answer]
-            targets = [IGNORE] * (len(before) - 1) + [*answer, c.eos_id]
-            return {"tokens": tokens, "targets": targets, "mask": [1] * len(tokens)}
-        tokens = [*description, *prompt, c.eos_id]
-        targets = [*answer, c.eos_id]
-        shifted = [c.decoder_start_id, *answer]
-        return {
-            "tokens": tokens,
-            "mask": [1] * len(tokens),
-            "targets": targets,
-            "decoder_tokens": shifted,
-        }
-
-
-def _pad(rows: list[list[int]], name: str) -> np.ndarray:
-    length = -(-max(len(row) for row in rows) // ROUND) * ROUND
-    padded = np.full((len(rows), length), IGNORE if name == "targets" else 0, np.int32)
-    for place, row in enumerate(rows):
-        padded[place, : len(row)] = row
-    return padded
+    A row is that of a training example (`data/batch.py`) behind its description.
+    """
+    rows = []
+    for _, description, prompt, answer in examples:
+        row = text.example(prompt, answer)
+        row = {name: row[name] for name in ("tokens", "targets", "decoder_tokens") if name in row}
+        seen = text.llm.backend_tokenizer.encode(description, add_special_tokens=False).ids
+        row["tokens"] = np.concatenate([seen, row["tokens"]])
+        if "decoder_tokens" not in row:
+            row["targets"] = np.concatenate([np.full(len(seen), IGNORE), row["targets"]])
+        rows.append(row)
+    longest = {name: max(len(row[name]) for row in rows) for name in ("tokens", "targets")}
+    lengths = {name: -(-length // ROUND) * ROUND for name, length in longest.items()}
+    batch = collate(rows, lengths=lengths, pad_id=text.variant.llm.pad_id)
+    batch["family"] = np.array([NAMES.index(name) for name, *_ in examples], np.int32)
+    return batch
 
 
 class Reader(nn.Module):
@@ -183,7 +153,7 @@ class Reader(nn.Module):
 
 
 def pool(
-    tokens: Tokens, seed: int, split: str, start: int, count: int, stage: Stage
+    text: TextProcessor, seed: int, split: str, start: int, count: int, stage: Stage
 ) -> list[dict[str, np.ndarray]]:
     """About `count` examples of scenes from `start` on, in `BUCKETS` groups of like lengths."""
     made = (
@@ -192,10 +162,10 @@ def pool(
     )
     examples = sorted(
         (example for example in made if example is not None),
-        key=lambda example: sum(text.count(" ") for text in example[1:]),
+        key=lambda example: sum(part.count(" ") for part in example[1:]),
     )
     cuts = [len(examples) * part // BUCKETS for part in range(BUCKETS + 1)]
-    return [tokens.rows(examples[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [text_rows(text, examples[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
 def start_t5(params: dict[str, Any], config: T5Config) -> dict[str, Any]:
@@ -222,8 +192,7 @@ def start_t5(params: dict[str, Any], config: T5Config) -> dict[str, Any]:
 
 
 def train_language(
-    config: LanguageConfig,
-    tokenizer: Any,
+    text: TextProcessor,
     *,
     curriculum: tuple[Stage, ...] = CURRICULUM,
     batch: int = 64,
@@ -232,8 +201,8 @@ def train_language(
     seed: int = 0,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Float32 parameters of the trained model; prints the whole-answer accuracy of each family."""
-    tokens = Tokens(tokenizer, config)
+    """Float32 parameters of `text.variant.llm`, trained; prints each family's accuracy."""
+    config = text.variant.llm
     model: Any = Reader(config)
     steps = sum(stage.steps for stage in curriculum)
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(200, steps // 2), steps)
@@ -266,7 +235,7 @@ def train_language(
     rng = np.random.default_rng(seed)
     with Progress(steps, f"{config.kind} language model", "steps") as progress:
         for stage in curriculum:
-            data = pool(tokens, seed, "text", start, examples, stage)
+            data = pool(text, seed, "text", start, examples, stage)
             start += examples
             if params is None:
                 first = {name: value[:1] for name, value in data[0].items()}
@@ -281,7 +250,7 @@ def train_language(
                 params, state, value = step(params, state, chosen, number)
                 number += 1
                 progress.update(note=f"loss {float(value):.3f}" if number % 50 == 0 else "")
-            held = pool(tokens, seed, "validation", 0, 1500, stage)
+            held = pool(text, seed, "validation", 0, 1500, stage)
             log(f"{config.kind}, {stage.things} things: {_by_family(right, params, held)}")
     return params["llm"]
 
@@ -290,7 +259,7 @@ def _by_family(right: Callable, params: Any, rows: list[dict[str, np.ndarray]]) 
     good = np.concatenate([np.asarray(right(params, bucket)) for bucket in rows])
     family = np.concatenate([bucket["family"] for bucket in rows])
     found = []
-    for place, name in enumerate([*FAMILIES, "relist"]):
+    for place, name in enumerate(NAMES):
         these = family == place
         if these.any():
             found.append(f"{name} {good[these].mean():.2f}")

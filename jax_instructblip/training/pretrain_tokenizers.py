@@ -38,8 +38,8 @@ def world_text() -> list[str]:
     text += [" ".join(names) for names in (shapes.COLORS, shapes.SHAPES, shapes.WORDS)]
     families = {**shapes_tasks.FAMILIES, **shapes_tasks.CAPTION_FAMILIES}
     for index in range(SCENES):
-        scene = shapes.sample_scene(0, "backbones", index)
-        rng = shapes.scene_rng(0, "backbones", index, use=1)
+        scene = shapes.sample_scene(0, "captions", index)
+        rng = shapes.scene_rng(0, "captions", index, use=1)
         for _, prompt, question in shapes_tasks.scene_questions(scene, "train", rng, families):
             text += [prompt, question.answer]
     return text + [" ".join(shapes_tasks.NUMBERS)] + [" ".join(GENERIC)] * 2

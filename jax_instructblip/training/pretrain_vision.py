@@ -105,8 +105,8 @@ class Probed(nn.Module):
 def some_grey(images: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Normalised pixels, a part of the pictures in grey, and float `[B]`: 1 where colors are left.
 
-    A shape must be known without its color: otherwise the tower learns the pairs that it has seen
-    by heart, and a held-out pair of color and shape is taken for another.
+    A shape must be known without its color: otherwise the tower tells pairs of color and shape,
+    and nobody can learn from some pairs how to read another.
     """
     pixels = normalise(images)
     which, mix = jax.random.split(key)
@@ -128,7 +128,7 @@ def train_vision(
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Float32 parameters of the trained tower; prints each label's accuracy on unseen scenes."""
-    data = labelled_scenes(seed, "backbones", scenes)
+    data = labelled_scenes(seed, "vision", scenes)
     held = labelled_scenes(seed, "validation", 512)
     pairs = labelled_scenes(seed, "test_pairs", 512)
     model: Any = Probed(config)
@@ -171,7 +171,7 @@ def train_vision(
             chosen = {name: value[rows] for name, value in data.items()}
             params, state, value = step(params, state, chosen, number)
             progress.update(note=f"loss {float(value):.3f}" if number % 50 == 0 else "")
-    for name, rows in (("unseen scenes", held), ("held-out pairs", pairs)):
+    for name, rows in (("unseen scenes", held), ("scenes of held-out pairs", pairs)):
         found = ", ".join(f"{key} {float(hit):.3f}" for key, hit in hits(params, rows).items())
         log(f"vision tower on {name}: {found}")
     return params["vision"]
