@@ -44,7 +44,7 @@ EXTRAS = {
     "torch": ["torch==2.13.0"],
     "dev": [
         "pytest>=9",  # tests
-        "pytest-xdist>=3.8",  # tests on several cores: -n 4
+        "pytest-xdist>=3.8",  # tests on several cores
         "beartype>=0.22",  # checks the shapes of models/ while tests run
         "ruff>=0.15",  # style and format
         "pyright[nodejs]>=1.1.400",  # types; [nodejs] is a wheel of node

@@ -45,7 +45,10 @@ def random_batch(variant: Variant, size: int, lengths: Lengths, training: bool) 
     """`size` full-length rows (no padding), on the device."""
     rng = np.random.default_rng(0)
     side, m = variant.vision.image_size, variant.llm
-    ids = lambda width, vocab: rng.integers(3, vocab, (size, width)).astype(np.int32)  # noqa: E731
+
+    def ids(width: int, vocab: int) -> np.ndarray:
+        return rng.integers(3, vocab, (size, width)).astype(np.int32)
+
     answer = ids(lengths.answer, min(m.vocab, 32000))
     tokens = ids(lengths.prompt, min(m.vocab, 32000))
     batch = {

@@ -238,7 +238,7 @@ def train_language(
             data = pool(text, seed, "text", start, examples, stage)
             start += examples
             if params is None:
-                first = {name: value[:1] for name, value in data[0].items()}
+                first = {name: jnp.asarray(value[:1]) for name, value in data[0].items()}
                 params = model.init(jax.random.key(seed), first)["params"]
                 if config.kind == "t5":
                     params["llm"] = start_t5(params["llm"], config)

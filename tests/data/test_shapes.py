@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from jax_instructblip.data import shapes, shapes_tasks
+from jax_instructblip.data import shapes, shapes_records, shapes_tasks
 from jax_instructblip.data.images import decode
 
 SCENES = 150
@@ -74,8 +74,14 @@ def test_held_out_pairs_stay_in_their_split(split):
         held_out = [thing for thing in scene.things if shapes.is_held_out(thing)]
         if split == "test_pairs":
             assert scene.main in held_out and scene.main in scene.clear
-        elif split != "text":
+        elif split not in shapes.OPEN_SPLITS:
             assert not held_out
+
+
+def test_what_the_qformer_is_trained_on_shows_no_held_out_pair():
+    streams = {splits["train"][0] for splits in shapes_records.DATASETS.values()}
+    assert streams == {"train", "captions"}
+    assert streams.isdisjoint({"test_pairs", *shapes.OPEN_SPLITS})
 
 
 @pytest.mark.parametrize("split", sorted(shapes.SPLITS))

@@ -1,0 +1,122 @@
+"""The trainers of the embedded towers: their labels, their rows, and the way to one checkpoint."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jax_instructblip import checkpoint
+from jax_instructblip.__main__ import main
+from jax_instructblip.data import shapes
+from jax_instructblip.data.batch import IGNORE
+from jax_instructblip.data.shapes import Scene, Thing
+from jax_instructblip.inference.source import read_params, read_source
+from jax_instructblip.training import pretrain_language, pretrain_vision
+from jax_instructblip.training.backbones import text_processor, write_checkpoint
+from jax_instructblip.training.checkpoints import Checkpoints
+from jax_instructblip.training.pretrain_language import Stage, text_example, text_rows
+from jax_instructblip.training.start import read_start
+from jax_instructblip.training.state import create_state
+
+SCENE = Scene(
+    things=(
+        Thing("red", "circle", 0, 3, large=True, dx=0.0, dy=0.0),
+        Thing("red", "ring", 2, 1, large=False, dx=0.0, dy=0.0),
+    ),
+    word="lamp",
+    word_cell=(3, 2),
+    background=(240, 240, 240),
+)
+
+
+def test_labels_of_cells_and_picture():
+    labels = pretrain_vision.scene_labels(SCENE)
+    colors, forms = list(shapes.COLORS), list(shapes.SHAPES)
+    nothing = {name: classes - 1 for name, classes in pretrain_vision.CELL_HEADS.items()}
+    large, small, word = 3, 9, (14, 15)  # cells in reading order
+    assert labels["color"][[large, small]].tolist() == [colors.index("red")] * 2
+    assert labels["shape"][[large, small]].tolist() == [forms.index("circle"), forms.index("ring")]
+    assert labels["size"][[large, small, 0]].tolist() == [1, 0, nothing["size"]]
+    for name, full in (("color", {large, small}), ("word", set(word))):
+        assert set(np.flatnonzero(labels[name] != nothing[name])) == full
+    assert (labels["row"][small], labels["column"][small]) == (2, 1)
+    assert labels["picture colors"].tolist() == [2] + [0] * (len(colors) - 1)
+    assert labels["picture things"].tolist() == [2]
+    assert labels["picture main shape"].tolist() == [forms.index("circle")]
+
+
+def test_grey_pictures_have_no_color_and_are_said_to_have_none():
+    images = np.asarray([shapes.draw(SCENE)] * 32)
+    pixels, colored = pretrain_vision.some_grey(jnp.asarray(images), jax.random.key(0))
+    spread = np.ptp(np.asarray(pixels), axis=-1).max(axis=(1, 2))
+    np.testing.assert_array_equal(spread > 1e-6, np.asarray(colored) == 1)
+    assert 0 < colored.sum() < len(images)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_row_is_the_description_and_a_training_example(kind):
+    text = text_processor(kind)
+    examples = [text_example(0, "text", index, things=5) for index in range(20)]
+    examples = [example for example in examples if example is not None]
+    batch = text_rows(text, examples)
+    for row, (_, description, prompt, answer) in enumerate(examples):
+        read = text.decode(batch["tokens"][row][batch["mask"][row]])
+        learned = batch["targets"][row][batch["targets"][row] != IGNORE]
+        assert learned[-1] == text.variant.llm.eos_id
+        assert text.decode(learned) == answer
+        expected = [description, prompt, *([answer] if kind == "llama" else [])]
+        assert read.split() == " ".join(expected).split()
+
+
+@pytest.mark.parametrize("things", [3, 5])
+def test_what_is_relisted_can_be_read_in_the_description(things):
+    for index in range(50):
+        name, description, prompt, answer = text_example(0, "text", index, things, relisted=1.0)
+        assert (name, prompt) == ("relist", "Again:")
+        told = [set(part.split()) for part in description.split(", ")]
+        for part in answer.split(", "):
+            assert any(set(part.split()) <= each for each in told), (description, answer)
+
+
+def test_a_language_model_learns_from_text():
+    lines = []
+    stages = (Stage(1, 80, relisted=0.0),)
+    pretrain_language.train_language(
+        text_processor("llama"), curriculum=stages, examples=256, log=lines.append
+    )
+    (line,) = lines
+    assert float(line.split("all ")[1].split(";")[0]) > 0.1  # before any step: 0.0
+    assert "reading" in line and "color" in line
+
+
+def save_run(base, folder):
+    """A run over `base` that has changed every leaf of a Q-Former without text branch."""
+    start = read_start(base, fields={"qformer.instruction_aware": False})
+    optimizer = optax.sgd(0.0)
+    changed = jax.tree.map(lambda leaf: leaf + 1.0, start.trainable)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    meta = {"variant": start.variant.to_dict(), "trainable": ["qformer"], "base": start.base}
+    checkpoints.save(create_state(changed, optimizer), jax.random.key(0), {**meta, "data": None})
+    checkpoints.wait()
+    return checkpoint.flatten(changed)
+
+
+def test_captioned_queries_come_over_their_base_and_into_its_text_branch(tmp_path):
+    base, run, out = tmp_path / "base", tmp_path / "run", tmp_path / "out"
+    write_checkpoint(base, {}, {"qformer": "random"}, kind="llama")
+    learned = save_run(base, run)
+    assert main(["backbones", "merge", str(base), str(run), str(out)]) == 0
+    before, after = (
+        checkpoint.flatten(read_params(read_source(folder), lambda _, leaf: leaf))
+        for folder in (base, out)
+    )
+    assert before.keys() == after.keys()
+    kept = []
+    for path, leaf in after.items():
+        twin = path.replace("text_mlp", "query_mlp")
+        expected = learned.get(twin, before[path])
+        kept += [path] * (twin not in learned and path.startswith("qformer"))
+        same = np.asarray(expected).astype(leaf.dtype) == leaf
+        assert same.all(), path
+    assert {path.split("/")[1] for path in kept} == {"text_embed", "position_embed"}
