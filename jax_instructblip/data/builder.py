@@ -20,13 +20,14 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from jax_instructblip.data.records import Record
 
 BUILDER = "jax_instructblip_records"  # the folder of TFDS's own naming
-TEXTS = ("id", "prompt", "task", "split")
-LISTS = ("answers", "choices")
+TEXTS = ("id", "prompt", "task", "split", "context")
+LISTS = ("answers", "choices", "ocr")
 
 Splits = Mapping[str, Callable[[], Iterable[Record]]]
 
@@ -55,6 +56,9 @@ class JaxInstructblipRecords(tfds.core.GeneratorBasedBuilder):
                 {
                     **{name: features.Text() for name in TEXTS},
                     **{name: features.Sequence(features.Text()) for name in LISTS},
+                    "correct": features.Scalar(np.int64),
+                    "history": features.Sequence(features.Text()),  # question, answer, question ...
+                    "times": features.Sequence(np.float64),
                     "images": features.Sequence(features.Image()),
                 }
             ),
@@ -94,6 +98,10 @@ class RecordSource:
         fields: dict[str, Any] = {name: row[name].decode("utf-8") for name in TEXTS}
         for name in LISTS:
             fields[name] = tuple(text.decode("utf-8") for text in row[name])
+        turns = [text.decode("utf-8") for text in row["history"]]
+        fields["history"] = tuple(zip(turns[::2], turns[1::2], strict=True))
+        fields["correct"] = int(row["correct"])
+        fields["times"] = tuple(map(float, row["times"]))
         return Record(images=tuple(bytes(image) for image in row["images"]), **fields)
 
     def __repr__(self) -> str:
@@ -155,9 +163,11 @@ def source(
 
 def _examples(records: Iterable[Record]) -> Iterator[tuple[int, dict[str, Any]]]:
     for index, record in enumerate(records):
-        images = [_file(image) for image in record.images]
-        fields = {name: getattr(record, name) for name in TEXTS}
-        yield index, {**fields, **{n: list(getattr(record, n)) for n in LISTS}, "images": images}
+        row: dict[str, Any] = {name: getattr(record, name) for name in (*TEXTS, "correct")}
+        row |= {name: list(getattr(record, name)) for name in (*LISTS, "times")}
+        row["history"] = [text for turn in record.history for text in turn]
+        row["images"] = [_file(image) for image in record.images]
+        yield index, row
 
 
 def _file(image: Any) -> Any:

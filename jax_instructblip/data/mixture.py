@@ -13,7 +13,7 @@ import functools
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import grain
@@ -28,6 +28,19 @@ from jax_instructblip.models.variants import T5Config
 ATTEMPTS = 100  # replacements tried for one row before the run stops
 WARNINGS = 10  # replaced rows that are named one by one
 
+# Weight of a source of n records: the paper's, and the two it was compared with.
+SAMPLING: dict[str, Callable[[int], float]] = {
+    "sqrt": math.sqrt,
+    "uniform": lambda n: 1.0,
+    "proportional": float,
+}
+# What stands before the input: a template, or as in the paper's ablation nothing, or task and name.
+INSTRUCTIONS: dict[str, Callable[["Source"], str | None]] = {
+    "templates": lambda source: None,
+    "plain": lambda source: "",
+    "tag": lambda source: f"[{':'.join(filter(None, (source.family, source.name)))}]",
+}
+
 Example = dict[str, np.ndarray]
 
 
@@ -39,8 +52,9 @@ class Source:
       name: what tables and metrics call it.
       records: anything with `len` and `[i]`.
       digest: stands for the content; a run refuses to resume on another one.
-      weight: its share, relative to the other weights; 0 means the square root of its size.
+      weight: its share, relative to the other weights; 0 means what `SAMPLING` makes of its size.
       templates: the name of a list in `templates.TEMPLATES`; without, prompts are used as they are.
+      family: the kind of task, for `INSTRUCTIONS` that name it.
     """
 
     name: str
@@ -48,6 +62,7 @@ class Source:
     digest: str
     weight: float = 0.0
     templates: str = ""
+    family: str = ""
 
     def __post_init__(self):
         wrong = []
@@ -67,14 +82,28 @@ class Source:
 class Mixture:
     """The endless order of samples: `mixture.record(k)` is what stands at place k."""
 
-    def __init__(self, sources: Sequence[Source], seed: int):
-        """Raises `ValueError` without sources or with two of one name."""
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        seed: int,
+        *,
+        sampling: str = "sqrt",
+        instructions: str = "templates",
+    ):
+        """Raises `ValueError` without sources, with two of one name, or for an unknown rule."""
+        for name, value, known in (
+            ("sampling", sampling, SAMPLING),
+            ("instructions", instructions, INSTRUCTIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
         names = [source.name for source in sources]
         if not sources or len(set(names)) < len(names):
             raise ValueError(f"sources {names}: expected at least one, and different names")
         self.sources = tuple(sources)
-        self.seed = seed
-        weights = [source.weight or math.sqrt(len(source.records)) for source in sources]
+        self.seed, self.sampling, self.instructions = seed, sampling, instructions
+        size = SAMPLING[sampling]
+        weights = [source.weight or size(len(source.records)) for source in sources]
         self.shares = [weight / sum(weights) for weight in weights]
         parts = [
             # Seeded by name, so that another source beside it does not change a source's order.
@@ -104,7 +133,11 @@ class Mixture:
             [s.name, s.digest, len(s.records), s.templates, f"{share:.9f}"]
             for s, share in zip(self.sources, self.shares, strict=True)
         ]
-        return _digest([self.seed, *rows])
+        return _digest([self.seed, self.instructions, *rows])
+
+    def instruct(self, source: Source, record: Record, rng: np.random.Generator) -> tuple[str, str]:
+        """Prompt and answer of a record of that source, by the mixture's kind of instructions."""
+        return instruct(record, source.templates, rng, INSTRUCTIONS[self.instructions](source))
 
     def table(self) -> str:
         """The sources, their sizes and their shares, for people."""
@@ -189,7 +222,7 @@ class TrainBatches:
             source, record = self.mixture.record(place, attempt)
             try:
                 rng = self.mixture.rng(place, attempt, use="text")
-                prompt, answer = instruct(record, source.templates, rng)
+                prompt, answer = self.mixture.instruct(source, record, rng)
                 return attempt, record, self.text.example(prompt, answer)
             except ValueError as error:
                 attempt = self._next(source, record, attempt, error)
@@ -235,27 +268,28 @@ class TrainBatches:
         return attempt + 1
 
 
-def instruct(record: Record, kind: str, rng: np.random.Generator) -> tuple[str, str]:
+def instruct(
+    record: Record, kind: str, rng: np.random.Generator, tag: str | None = None
+) -> tuple[str, str]:
     """Prompt and answer of a training sample.
 
-    The answer is drawn evenly from the distinct ones (as the released code does); the prompt is the
-    record's, dressed in a template of the list `kind` where one is named. For `question_generation`
-    the record's prompt is the answer.
+    The answer is drawn evenly from the distinct ones (as the released code does), the template
+    evenly from the list `kind`; without `kind` the record's prompt is an instruction already. For
+    `question_generation` question and answer change places. With a `tag` no template is used: the
+    prompt is the tag and the bare input, as in the paper's ablation of instructions.
     """
     if not record.answers:
         raise ValueError("it has no answer")
     distinct = tuple(dict.fromkeys(record.answers))
     answer = distinct[int(rng.integers(len(distinct)))]
-    if not kind:
-        return record.prompt, answer
-    choices = templates.TEMPLATES[kind]
-    template = choices[int(rng.integers(len(choices)))]
-    fields = {"question": record.prompt, "answer": answer}
-    if "{options}" in template:
-        fields["options"] = templates.render_options(record.choices)
-    fields = {name: value for name, value in fields.items() if "{" + name + "}" in template}
-    prompt = templates.render(template, **fields)
-    return (prompt, record.prompt) if kind == "question_generation" else (prompt, answer)
+    turned = kind == "question_generation"
+    if tag is not None:
+        bare = templates.dress("{answer}" if turned else "{question}", record, answer)
+        prompt = f"{tag} {bare}".strip()
+    else:
+        choices = templates.TEMPLATES[kind] if kind else ("{question}",)
+        prompt = templates.dress(choices[int(rng.integers(len(choices)))], record, answer)
+    return prompt, record.prompt if turned else answer
 
 
 def _limits(text: TextProcessor) -> dict[str, int]:

@@ -6,7 +6,8 @@ A JSON-lines file has one object a line:
 
 Fields: `image`, or `images` for the frames of one video (absolute paths, or relative to the file's
 folder); `prompt`; `answer`, or `answers` where several are right; optionally `id`, `task`,
-`choices`, `split`. Blank lines are skipped; anything else that is not such an object is an error.
+`choices`, `correct`, `context`, `ocr`, `split`. Blank lines are skipped; anything else that is not
+such an object is an error.
 """
 
 import dataclasses
@@ -21,7 +22,10 @@ from PIL import Image
 
 ImageSource = str | bytes | Image.Image
 
-_FIELDS = ("id", "image", "images", "prompt", "answer", "answers", "task", "choices", "split")
+_FIELDS = (
+    *("id", "image", "images", "prompt", "answer", "answers", "task", "choices", "correct"),
+    *("context", "ocr", "split"),
+)
 
 
 class RecordError(ValueError):
@@ -37,9 +41,20 @@ class RecordError(ValueError):
 class Record:
     """One question about one image (or about the frames of one video), with its right answers.
 
-    `images` are paths, encoded bytes or PIL images, in the order of time if there are several.
-    `answers` may be empty where nothing is known (then the record cannot train); `choices` are the
-    candidates of a multiple-choice question; `task` and `split` name where the record belongs.
+    Attributes:
+      id: names the record within its dataset.
+      images: paths, encoded bytes or PIL images, in the order of time if there are several.
+      prompt: what is asked, before a template dresses it.
+      answers: one for each annotator, alike ones repeated; empty where nothing is known (then the
+        record cannot train).
+      task: the dataset, or the kind of question.
+      choices: the candidates of a multiple-choice question.
+      split: where the record belongs.
+      correct: index of the right one of `choices`; -1 where it is not known.
+      context: a text that belongs to the question: a hint, a caption, the text of a meme.
+      ocr: words read in the image by a machine, in its order.
+      history: earlier rounds of a dialogue, each a question and its answer.
+      times: seconds of each image from the start of its video; empty for still images.
     """
 
     id: str
@@ -49,13 +64,20 @@ class Record:
     task: str = ""
     choices: tuple[str, ...] = ()
     split: str = ""
+    correct: int = -1
+    context: str = ""
+    ocr: tuple[str, ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
+    times: tuple[float, ...] = ()
 
     def __post_init__(self):
         problems = []
-        for name in ("id", "prompt", "task", "split"):
+        for name in ("id", "prompt", "task", "split", "context"):
             if not isinstance(getattr(self, name), str):
                 problems.append(f"{name} is {_kind(getattr(self, name))}, expected text")
-        for name in ("images", "answers", "choices"):
+        if not isinstance(self.correct, int) or isinstance(self.correct, bool):
+            problems.append(f"correct is {_kind(self.correct)}, expected a whole number")
+        for name in ("images", "answers", "choices", "ocr", "history", "times"):
             if not isinstance(getattr(self, name), tuple):
                 problems.append(f"{name} is {_kind(getattr(self, name))}, expected a tuple")
         if not problems:
@@ -71,12 +93,20 @@ class Record:
                 yield f"images[{index}] is {_kind(image)}, expected a path, bytes or a PIL image"
             elif isinstance(image, str) and not image:
                 yield f"images[{index}] is an empty path"
-        for name in ("answers", "choices"):
+        for name in ("answers", "choices", "ocr"):
             for index, text in enumerate(getattr(self, name)):
                 if not isinstance(text, str):
                     yield f"{name}[{index}] is {_kind(text)}, expected text"
                 elif not text.strip():
                     yield f"{name}[{index}] is empty"
+        if not -1 <= self.correct < len(self.choices):
+            count = len(self.choices)
+            yield f"correct is {self.correct}, expected the index of one of {count} choices, or -1"
+        for index, turn in enumerate(self.history):
+            if len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+                yield f"history[{index}] is {turn!r}, expected a question and its answer"
+        if self.times and len(self.times) != len(self.images):
+            yield f"times has {len(self.times)} numbers for {len(self.images)} images"
 
 
 def read_jsonl(
@@ -178,8 +208,16 @@ def _record(
         task=_text(fields, "task", reasons),
         choices=_texts(fields, None, "choices", reasons),
         split=_text(fields, "split", reasons),
+        correct=fields.get("correct", -1),
+        context=_text(fields, "context", reasons),
+        ocr=_texts(fields, None, "ocr", reasons),
     )
-    return (None, reasons) if reasons else (Record(**record), [])
+    if reasons:
+        return None, reasons
+    try:
+        return Record(**record), []
+    except RecordError as error:
+        return None, error.problems
 
 
 def _text(fields: dict[str, Any], name: str, reasons: list[str], needed: bool = False) -> str:

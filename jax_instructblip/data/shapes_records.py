@@ -19,7 +19,7 @@ from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.shapes_tasks import CAPTION_FAMILIES, FAMILIES, HELD_IN, HELD_OUT, Family
 
-VERSION = "1.1.0"  # of the drawn world: raise it where a scene, a picture or a question changes
+VERSION = "1.2.0"  # raise it where a scene, a picture, a question or a stored field changes
 SEED = 0
 
 _IN = {name: FAMILIES[name] for name in HELD_IN}

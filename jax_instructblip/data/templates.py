@@ -7,6 +7,10 @@ Which template a sample gets is a function of the caller's random number, never 
 
 import string
 
+from jax_instructblip.data.records import Record
+
+OCR_TOKENS = 30  # of those read in the image, how many stand in a prompt (as the released code)
+
 CAPTION = (
     "A short image caption:",
     "A short image description:",
@@ -88,10 +92,43 @@ def render(template: str, **fields: str) -> str:
     Raises:
         ValueError: a placeholder has no field, or a field no placeholder; both are named.
     """
-    wanted = {name for _, name, _, _ in string.Formatter().parse(template) if name}
+    wanted = placeholders(template)
     if wanted != set(fields):
         raise ValueError(
             f"template {template!r} has the placeholders {sorted(wanted)}, "
             f"but was given {sorted(fields)}"
         )
     return template.format(**fields)
+
+
+def placeholders(template: str) -> set[str]:
+    """The names in braces."""
+    return {name for _, name, _, _ in string.Formatter().parse(template) if name}
+
+
+def dress(template: str, record: Record, answer: str = "") -> str:
+    """The prompt of a record: the template, filled with what the record holds.
+
+    Placeholders: `{question}` the record's prompt, `{answer}`, `{options}`, `{context}`, `{ocr}`,
+    `{history}`. Words read in the image and earlier rounds of a dialogue stand in front of a
+    template that does not place them.
+
+    Raises:
+        ValueError: the template has another placeholder, or wants options of a record without.
+    """
+    named = placeholders(template)
+    fields = {
+        "question": record.prompt,
+        "answer": answer,
+        "context": record.context,
+        "ocr": ", ".join(record.ocr[:OCR_TOKENS]),
+        "history": " ".join(text for turn in record.history for text in turn),
+    }
+    if "options" in named:
+        fields["options"] = render_options(record.choices)
+    prompt = render(template, **{name: fields[name] for name in named & fields.keys()})
+    if record.history and "history" not in named:
+        prompt = f"{fields['history']} {prompt}"
+    if record.ocr and "ocr" not in named:
+        prompt = f"OCR tokens: {fields['ocr']}. {prompt}"
+    return prompt

@@ -94,6 +94,14 @@ def test_shares_are_square_roots_of_sizes_unless_a_weight_is_given():
     assert table[2].split() == ["b", "900", "50.00%"]
 
 
+@pytest.mark.parametrize(
+    ("sampling", "expected"), [("uniform", [0.5, 0.5]), ("proportional", [0.1, 0.9])]
+)
+def test_other_sampling_rules(sampling, expected):
+    sources = [source("a", 100), source("b", 900)]
+    assert Mixture(sources, 0, sampling=sampling).shares == pytest.approx(expected)
+
+
 def test_the_fingerprint_is_of_seed_sources_content_and_shares(text):
     def fingerprint(seed=0, digest="x", weight=0.0, batch_size=4, count=5):
         made = Source("a", records("a", count), digest=digest, weight=weight)
@@ -122,6 +130,13 @@ def test_the_fingerprint_is_of_seed_sources_content_and_shares(text):
 def test_refuses_mixtures(sources, message):
     with pytest.raises(ValueError, match=message):
         Mixture([source(name, 3) for name in sources], 0)
+
+
+def test_refuses_unknown_rules():
+    with pytest.raises(ValueError, match="sampling is 'root', expected one of sqrt, uniform"):
+        Mixture([source("a", 3)], 0, sampling="root")
+    with pytest.raises(ValueError, match="instructions is 'none', expected one of templates, pl"):
+        Mixture([source("a", 3)], 0, instructions="none")
 
 
 def test_refuses_sources():
@@ -157,6 +172,22 @@ def test_templates_dress_the_prompt():
     prompts = {prompt for prompt, _ in found["question_generation"]}
     assert {answer for _, answer in found["question_generation"]} == {"what is it?"}
     assert all("red" in prompt for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "kind", "expected"),
+    [
+        ("plain", "question", ("what is it?", "red")),
+        ("plain", "question_generation", ("red", "what is it?")),
+        ("tag", "question", ("[image question answering:vqav2] what is it?", "red")),
+        ("tag", "question_generation", ("[image question answering:vqav2] red", "what is it?")),
+    ],
+)
+def test_the_ablations_have_no_template(instructions, kind, expected):
+    record = Record("a", (RED,), "what is it?", ("red",))
+    made = Source("vqav2", [record], "", templates=kind, family="image question answering")
+    mixture = Mixture([made], 0, instructions=instructions)
+    assert mixture.instruct(made, record, np.random.default_rng(0)) == expected
 
 
 # Batches

@@ -84,6 +84,9 @@ BAD = [
     ({"image": "a.png", "prompt": "?", "answers": ["a", ""]}, "answers[1] is empty"),
     (GOOD | {"choices": "ab"}, "choices is text, expected a list"),
     (GOOD | {"split": None}, "split is null, expected text"),
+    (GOOD | {"choices": ["a"], "correct": 1}, "correct is 1, expected the index of one of 1 choi"),
+    (GOOD | {"correct": "a"}, "correct is text, expected a whole number"),
+    (GOOD | {"ocr": "STOP"}, "ocr is text, expected a list of texts"),
 ]
 
 
@@ -166,4 +169,8 @@ def test_record_lists_all_that_is_wrong_with_it():
         Record("r1", (3,), "What?", ())
     with pytest.raises(RecordError, match=r"images\[1\] is an empty path"):
         Record("r1", (b"x", ""), "What?", ())
+    with pytest.raises(RecordError, match=r"history\[0\] is \('a\?',\), expected a question and"):
+        Record("r1", (b"x",), "What?", (), history=(("a?",),))
+    with pytest.raises(RecordError, match=r"times has 1 numbers for 2 images"):
+        Record("r1", (b"x", b"y"), "What?", (), times=(0.0,))
     Record("r1", (b"x", Image.new("L", (1, 1)), "a.png"), "", ())

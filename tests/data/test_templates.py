@@ -3,6 +3,7 @@
 import pytest
 
 from jax_instructblip.data import templates
+from jax_instructblip.data.records import Record
 
 FIELDS = {
     "caption": {},
@@ -48,3 +49,41 @@ def test_wrong_fields_are_named(fields):
 
 def test_braces_in_a_question_are_only_text():
     assert templates.render("{question}", question="What is {x}?") == "What is {x}?"
+
+
+RECORD = Record(
+    "a",
+    (b"x",),
+    "Why?",
+    ("so",),
+    choices=("yes", "no"),
+    context="A hint.",
+    ocr=("STOP", "4 {x}"),
+    history=(("Who?", "a man"), ("Where?", "here")),
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{history} {ocr} {question}", "Who? a man Where? here STOP, 4 {x} Why?"),
+        ("{question}", "OCR tokens: STOP, 4 {x}. Who? a man Where? here Why?"),
+        (
+            "{history}: OCR tokens: {ocr}. {context} {question} {options} {answer}",
+            "Who? a man Where? here: OCR tokens: STOP, 4 {x}. A hint. Why? (a) yes (b) no so",
+        ),
+    ],
+)
+def test_a_record_dresses_a_template(template, expected):
+    assert templates.dress(template, RECORD, "so") == expected
+
+
+def test_only_the_first_thirty_words_of_an_image_are_told():
+    words = tuple(f"w{index}" for index in range(40))
+    prompt = templates.dress("{question}", Record("a", (b"x",), "Why?", (), ocr=words))
+    assert prompt == f"OCR tokens: {', '.join(words[:30])}. Why?"
+
+
+def test_a_template_cannot_ask_for_what_no_record_has():
+    with pytest.raises(ValueError, match=r"placeholders \['caption'\]"):
+        templates.dress("{caption}", RECORD)
