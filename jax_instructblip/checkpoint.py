@@ -244,7 +244,9 @@ def _save(temporary: Path, group: dict[str, np.ndarray], folder: Path) -> None:
     options.array.saving.use_zarr3 = False
     options.array.saving.use_compression = False  # float weights shrink by a tenth, in minutes
     tree = unflatten(group)
-    with _writing(folder, f"writing {', '.join(group)}"), options:
+    first, *others = group
+    doing = f"writing {first}" + (f" and {len(others)} other leaves" if others else "")
+    with _writing(folder, doing), options:
         ocp.partial.save(str(temporary / PARAMS), tree)
 
 

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and never replace another."""
+"""Folders and files that appear whole or not at all, and never replace another."""
 
 import contextlib
 import os
@@ -28,6 +28,13 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes a file that appears whole: after `kill -9` or on a full disk the old one stands."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def refuse_existing(folder: str | os.PathLike) -> None:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from jax_instructblip.folders import atomic_folder, free_bytes, refuse_existing
+from jax_instructblip.folders import atomic_folder, free_bytes, refuse_existing, write_file
 
 
 def test_folder_appears_whole(tmp_path):
@@ -64,3 +64,13 @@ def test_remains_of_a_killed_writer_are_removed_but_not_those_of_a_living_one(tm
 
 def test_free_bytes_of_a_folder_not_yet_made(tmp_path):
     assert free_bytes(tmp_path / "a" / "b" / "c") > 0
+
+
+def test_a_file_appears_whole(tmp_path):
+    path = tmp_path / "config.json"
+    write_file(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_file(path, "new \ud800")  # stands for whatever ends a write half way
+    assert path.read_text() == "old"
+    write_file(path, "new")
+    assert path.read_text() == "new"

@@ -14,7 +14,9 @@ from jax_instructblip.data.sources import open_records
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import harness
 from jax_instructblip.evaluation.report import write_report
+from jax_instructblip.folders import write_file
 from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
+from jax_instructblip.inference.source import read_json
 from jax_instructblip.training.metrics import read_metrics
 from jax_instructblip.training.start import read_start
 
@@ -50,6 +52,7 @@ def main(argv: list[str]) -> int:
     splits = args.split.split(",") if args.split else _test_splits(data)
     opened = {split: harness.pick(open_records(data, split)[0], args.limit) for split in splits}
 
+    out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written: now, not afterwards
     blip = load(args.checkpoint)
     before = _before(run, blip) if run and not args.no_baselines else None
     settings = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
@@ -76,7 +79,7 @@ def main(argv: list[str]) -> int:
         print(_table(split, results[split]))
     facts = {"checkpoint": str(args.checkpoint), "data": str(data), "scoring": "exact match"}
     document = {**facts, "splits": results}
-    (out / "results.json").write_text(json.dumps(document, indent=1) + "\n")
+    write_file(out / "results.json", json.dumps(document, indent=1) + "\n")
     write_report(
         out / "report.html",
         title=f"{Path(args.checkpoint).name} on {Path(data).name}",
@@ -94,7 +97,7 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not (folder / "checkpoints").is_dir() or not path.is_file():
         return None
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def _test_splits(data: str) -> list[str]:

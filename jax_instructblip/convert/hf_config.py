@@ -88,7 +88,15 @@ LLAMA_DEFAULTS = dict(
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of an InstructBLIP folder; ConversionError where it is another model's."""
+    wanted = "a Hugging Face folder: config.json, *.safetensors and tokenizers"
+    if not folder.is_dir():
+        there = "is a file" if folder.exists() else "does not exist"
+        raise ConversionError(f"{folder} {there}", [f"expected {wanted}"])
     config = read_json(folder / "config.json")
+    if "format" in config and "variant" in config:
+        raise ConversionError(
+            f"{folder} is converted already", [f"found a checkpoint folder, expected {wanted}"]
+        )
     architectures = config.get("architectures") or []
     named = architectures or [config.get("model_type")]
     if named not in ([ARCHITECTURE], [MODEL_TYPE]):

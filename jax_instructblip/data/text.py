@@ -84,11 +84,12 @@ def load_tokenizers(
     if special is None:
         bare = not (llm_folder / "tokenizer_config.json").exists()
         special = RELEASED_SPECIAL[kind] if bare else {}
-    llm = _CLASSES[kind].from_pretrained(llm_folder, **special)
+    llm = _read(_CLASSES[kind], llm_folder, "language model's", **special)
     if kind == "llama":
         _as_sentencepiece(llm, llm_folder)
     # [DEC] starts the captions of the first pre-training stage; it makes the vocabulary 30,523.
-    qformer = transformers.BertTokenizer.from_pretrained(qformer_folder, bos_token="[DEC]")
+    bert = transformers.BertTokenizer
+    qformer = _read(bert, qformer_folder, "Q-Former's", bos_token="[DEC]")
     for tokenizer in (llm, qformer):
         # A tokenizer.json may carry a length limit or padding of its own.
         tokenizer.backend_tokenizer.no_truncation()
@@ -337,6 +338,16 @@ def _require(folder: pathlib.Path, names: Sequence[str], whose: str) -> None:
             f"the {whose} tokenizer is missing: expected one of {', '.join(names)} in {folder}, "
             f"found {found}"
         )
+
+
+def _read(kind: type[Tokenizer], folder: pathlib.Path, whose: str, **special: Any) -> Tokenizer:
+    try:
+        return kind.from_pretrained(folder, **special)
+    except Exception as error:  # of damaged files: whatever the libraries below raise
+        raise ValueError(
+            f"the {whose} tokenizer in {folder} cannot be read ({type(error).__name__}: {error}): "
+            "copy its files again"
+        ) from error
 
 
 def _keep_left(ids: list[int], limit: int) -> tuple[list[int], bool]:

@@ -16,7 +16,9 @@ from jax_instructblip.data.images import decode, resize_squash
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation.exact_match import is_correct, majority_answer
+from jax_instructblip.folders import write_file
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
+from jax_instructblip.inference.questions import prompt_limit
 from jax_instructblip.models.instructblip import InstructBlip
 
 CHUNK_BATCHES = 8  # batches whose images are in memory at once
@@ -96,13 +98,15 @@ def answer(
     `blind` shows black images instead: what is right then was guessed from the question. A record
     whose image or prompt cannot be used is answered with nothing, and wrong.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     found: dict[int, Prediction] = {}
     for chunk in _chunks(records, batch_size * CHUNK_BATCHES):
         asked, images = [], []
         for index in chunk:
             try:
                 frames = _frames(blip, records[index], blind)
-                blip.text.prompt(records[index].prompt)  # raises for text that cannot be asked
+                _check_prompt(blip, records[index], max_new_tokens)
             except ValueError as error:
                 found[index] = _prediction(records[index], "", 0.0, problem=str(error))
                 continue
@@ -149,11 +153,8 @@ def write_predictions(path: str | os.PathLike, predictions: Sequence[Prediction]
     """Writes them as JSON lines, the file appearing whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for prediction in predictions:
-            file.write(json.dumps(dataclasses.asdict(prediction), ensure_ascii=False) + "\n")
-    temporary.replace(path)
+    lines = (json.dumps(dataclasses.asdict(each), ensure_ascii=False) for each in predictions)
+    write_file(path, "".join(line + "\n" for line in lines))
 
 
 def _chunks(records: Sequence[Record], size: int) -> Iterator[list[int]]:
@@ -173,6 +174,14 @@ def _frames(blip: InstructBlipPipeline, record: Record, blind: bool) -> list[np.
     if blind:
         return [np.zeros((size, size, 3), np.uint8) for _ in record.images]
     return [resize_squash(decode(image), size) for image in record.images]
+
+
+def _check_prompt(blip: InstructBlipPipeline, record: Record, room: int) -> None:
+    """Raises a ValueError where the prompt cannot be asked."""
+    count = len(blip.text.prompt(record.prompt)["tokens"])
+    limit = prompt_limit(blip.variant, len(record.images), room)
+    if count > limit:
+        raise ValueError(f"the prompt has {count} tokens, the model holds {limit}: shorten it")
 
 
 def _prediction(record: Record, text: str, logprob: float, problem: str = "") -> Prediction:

@@ -17,6 +17,7 @@ from PIL import Image
 from jax_instructblip.data.images import ImageError, decode
 from jax_instructblip.data.records import Record
 from jax_instructblip.evaluation.harness import Prediction
+from jax_instructblip.folders import write_file
 
 GRID = 24  # pictures shown of each split
 PICTURE = 224  # pixels a side
@@ -74,9 +75,7 @@ def write_report(
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
         f"<body>{''.join(parts)}</body></html>\n"
     )
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_file(Path(path), page)
 
 
 def _facts(facts: Mapping[str, str]) -> str:

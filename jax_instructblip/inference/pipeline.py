@@ -134,7 +134,8 @@ class InstructBlipPipeline:
 
         Raises:
           ValueError: no images or no prompts, counts that do not match, a setting out of its range,
-            a prompt too long for the model, an image that cannot be used (`ImageError`).
+            a prompt too long for the model, an image that cannot be used (`ImageError`), scores
+            that are not finite.
         """
         _check_settings(
             max_new_tokens, min_new_tokens, num_beams, repetition_penalty, temperature, top_p, top_k
@@ -156,7 +157,14 @@ class InstructBlipPipeline:
 
         questions = pair(images, prompts)
         parts = self._run("answering", decode, questions, batch_size, room=max_new_tokens)
-        return [self._answer(made, row) for made, count in parts for row in range(count)]
+        answers = [self._answer(made, row) for made, count in parts for row in range(count)]
+        if wrong := [i for i, answer in enumerate(answers) if not math.isfinite(answer.logprob)]:
+            raise ValueError(
+                f"the model's scores of questions {wrong} are not finite, so its answers mean "
+                f"nothing: its weights are damaged, or overflow in {self.model.dtype} (as float16 "
+                "does first)"
+            )
+        return answers
 
     def features(
         self, images: Sequence[Picture], prompts: Sequence[str], batch_size: int = BATCH_SIZE

@@ -16,7 +16,7 @@ from PIL import Image
 from jax_instructblip.data.batch import IGNORE, Batch, collate
 from jax_instructblip.data.images import decode, resize_squash
 from jax_instructblip.data.text import TextProcessor, compact
-from jax_instructblip.models.variants import LlamaConfig
+from jax_instructblip.models.variants import LlamaConfig, Variant
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens
 
@@ -111,6 +111,13 @@ def make_parts(
         yield Part(numbers, len(rows), batch)
 
 
+def prompt_limit(variant: Variant, frames: int, room: int) -> int:
+    """Most tokens of a prompt about `frames` frames, `room` new tokens behind it."""
+    if not isinstance(variant.llm, LlamaConfig):  # T5 has no last position
+        return LENGTHS[-1]
+    return min(LENGTHS[-1], variant.llm.max_positions - frames * variant.qformer.queries - room)
+
+
 def compacted(batch: Batch) -> Batch:
     """A copy of `batch` with the padding of both texts at the end, and LLaMA's targets alike."""
     batch = dict(batch)
@@ -138,15 +145,13 @@ def _check_lengths(
     text: TextProcessor, examples: Sequence[Example], frames: int, room: int
 ) -> None:
     """Refuses prompts that are too long; reports those of which the Q-Former reads only the end."""
-    llm, limit = text.variant.llm, LENGTHS[-1]
+    limit = prompt_limit(text.variant, frames, room)
     seen = frames * text.variant.qformer.queries
-    if isinstance(llm, LlamaConfig):  # T5 has no last position
-        limit = min(limit, llm.max_positions - seen - room)
     lengths = [len(example["tokens"]) for example in examples]
     if wrong := [f"prompt {i} has {n}" for i, n in enumerate(lengths) if n > limit]:
         raise ValueError(
             f"a prompt may have {limit} tokens (beside {seen} of the image and {room} of the "
-            f"answer): {', '.join(wrong)}"
+            f"answer): {', '.join(wrong)}; shorten it"
         )
     if cut := sum(int(example["truncated"][0]) for example in examples):
         logging.getLogger(__name__).warning(

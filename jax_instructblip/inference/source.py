@@ -58,7 +58,7 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
     if os.fspath(path) in names:
         return EMBEDDED / path
     near = difflib.get_close_matches(os.fspath(path), names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
     reason = "is a file" if folder.exists() else "does not exist"
     raise FileNotFoundError(
         f"no checkpoint {os.fspath(path)!r}: the folder {folder.absolute()} {reason}, and the "
@@ -82,7 +82,7 @@ def read_source(path: str | os.PathLike) -> Source:
         return _run_source(_latest_step(folder / "checkpoints"))
     if (folder / checkpoint.MANIFEST).is_file():
         return Source(folder, Variant.from_dict(checkpoint.read_config(folder)["variant"]))
-    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if "architectures" in config or "model_type" in config:
         variant, _, leaves = convert_hf(folder)
         return Source(folder, variant, leaves)
@@ -117,7 +117,7 @@ def read_params(source: Source, place: checkpoint.Place) -> checkpoint.Tree:
 
 
 def _run_source(step: Path) -> Source:
-    meta = _read_json(step / "meta.json")
+    meta = read_json(step / "meta.json")
     base = read_source(_base_folder(step, meta["base"]))
     found, wanted = base_digest(base), meta["base"]["sha256"]
     if found != wanted:
@@ -164,11 +164,12 @@ def _latest_step(folder: Path) -> Path:
 
 def _read_trained(step: Path, variant: Variant, place: checkpoint.Place) -> checkpoint.Tree:
     shapes = param_shapes(variant)
-    expected = {name: shapes[name] for name in _read_json(step / "meta.json")["trainable"]}
+    expected = {name: shapes[name] for name in read_json(step / "meta.json")["trainable"]}
     return checkpoint.read_tree(step / "trainable", expected=expected, place=place)
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file of ours holds; ValueError where it is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:

@@ -53,7 +53,7 @@ WORD_STD, POSITION_STD = 0.5, 0.1
 def text_processor(kind: str) -> TextProcessor:
     """Tokenizers and sizes of the embedded model whose LLM is of `kind` 'llama' or 't5'."""
     llm, qformer = make_tokenizers(kind)
-    sizes = {**LANGUAGE[kind], "vocab": len(llm)}
+    sizes: dict[str, Any] = {**LANGUAGE[kind], "vocab": len(llm)}
     config = T5Config(**sizes) if kind == "t5" else LlamaConfig(**sizes, pad_id=llm.pad_token_id)
     queries = QFormerConfig(
         vision_width=VISION.width, llm_width=config.width, vocab=len(qformer), **QFORMER

@@ -115,17 +115,15 @@ class Checkpoints:
         """
         found = self.meta(step)
         _compare(self.path(step), found, meta)
-        trainable = checkpoint.read_tree(
-            self.path(step) / "trainable", expected=like.params, strict_dtype=True
-        )
-        rest_like = dict(_optimizer_leaves(like, rng))
-        rest = checkpoint.flatten(
-            checkpoint.read_tree(
-                self.path(step) / "optimizer",
-                expected=checkpoint.unflatten(rest_like),
-                strict_dtype=True,
-            )
-        )
+        rest_like = checkpoint.unflatten(dict(_optimizer_leaves(like, rng)))
+        try:
+            trainable = self._read(step, "trainable", like.params)
+            rest = checkpoint.flatten(self._read(step, "optimizer", rest_like))
+        except checkpoint.CheckpointError as error:
+            before = [each for each in self.steps() if each < step]
+            way = f"go on from step {before[-1]}" if before else "start over"
+            message = f"{error}\n  remove {self.path(step)} to {way}"
+            raise checkpoint.CheckpointError(message) from error
         place = lambda leaf, old: jax.device_put(leaf, old.sharding)  # noqa: E731
         params = jax.tree.map(place, trainable, like.params)
         flat, treedef = jax.tree_util.tree_flatten_with_path(like.optimizer)
@@ -138,11 +136,22 @@ class Checkpoints:
         key = jax.random.wrap_key_data(jnp.asarray(rest["rng"]), impl=jax.random.key_impl(rng))
         return state, key, found
 
+    def _read(self, step: int, part: str, like: Any) -> checkpoint.Tree:
+        return checkpoint.read_tree(self.path(step) / part, expected=like, strict_dtype=True)
+
     def _write(self, step: int, trainable: Any, rest: Mapping[str, np.ndarray], meta: Meta) -> None:
-        with checkpoint.atomic_folder(self.path(step)) as partial:
-            checkpoint.write_tree(partial / "trainable", checkpoint.flatten(trainable).items())
-            checkpoint.write_tree(partial / "optimizer", rest.items())
-            (partial / META).write_text(json.dumps(meta, indent=1) + "\n")
+        try:
+            with checkpoint.atomic_folder(self.path(step)) as partial:
+                checkpoint.write_tree(partial / "trainable", checkpoint.flatten(trainable).items())
+                checkpoint.write_tree(partial / "optimizer", rest.items())
+                (partial / META).write_text(json.dumps(meta, indent=1) + "\n")
+        except OSError as error:
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise OSError(
+                error.errno,
+                f"the checkpoint of step {step} was not saved ({error.strerror or error}); intact "
+                f"in {self.folder}: {there}. Make room and start the run again",
+            ) from error
         keep = {*self.steps()[-self._keep :], self.best()}
         for old in self.steps():
             if old not in keep:

@@ -24,6 +24,8 @@ from jax_instructblip.data import loader
 from jax_instructblip.data.mixture import TrainBatches
 from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.text import TRUNCATED
+from jax_instructblip.folders import write_file
+from jax_instructblip.inference.source import read_json
 from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.parallel.mesh import batch_sharding, local_rows, make_mesh, replicated
 from jax_instructblip.training import setup
@@ -53,18 +55,19 @@ def run(config: ConfigDict, *, evaluate: setup.Evaluate | None = None) -> Path:
     optimizer, schedule = setup.read_optimizer(config)
     mixture = setup.read_mixture(config)
     _say(mixture.table())
-    frozen_dtype = jnp.dtype(config.model.frozen_dtype)
+    dtype, frozen_dtype = jnp.dtype(config.model.dtype), jnp.dtype(config.model.frozen_dtype)
     start = read_start(
         config.model.checkpoint,
         init=config.model.init,
         trainable=tuple(config.model.trainable),
         fields=setup.read_variant_fields(config),
+        dtype=dtype,
         frozen_dtype=frozen_dtype,
         sharding=replicated(mesh),
     )
     _say(*start.notes)
     batches = setup.read_batches(config, mixture, start, rows)
-    model = InstructBlip(start.variant, jnp.dtype(config.model.dtype))
+    model = InstructBlip(start.variant, dtype)
     validation = setup.read_validation(config, evaluate, model=model, text=batches.text, mesh=mesh)
     with jax.set_mesh(mesh):
         step = compile_step(
@@ -130,7 +133,7 @@ class _Run:
             _say(*_changes(self.workdir / "config.json", self.document["config"]))
         if jax.process_index() == 0:
             text = json.dumps({"format": 1, **self.document}, indent=1)
-            (self.workdir / "config.json").write_text(text + "\n")
+            write_file(self.workdir / "config.json", text + "\n")
 
     def cursor(self, step: int) -> dict[str, Any]:
         """Where the data stand at that step."""
@@ -263,7 +266,7 @@ def _changes(path: Path, config: Mapping[str, Any]) -> list[str]:
     """Which fields have another value than when the run began."""
     if not path.is_file():
         return []
-    before, now = (_flat(each) for each in (json.loads(path.read_text())["config"], config))
+    before, now = (_flat(each) for each in (read_json(path)["config"], config))
     return [
         f"changed: config.{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from jax_instructblip.folders import write_file
+
 FILE = "metrics.jsonl"
 FOLDER = "tensorboard"
 
@@ -22,9 +24,7 @@ class MetricsWriter:
         """Opens the files in `folder`; lines of steps after `start` are removed."""
         path = Path(folder) / FILE
         lines = [line for line in read_metrics(folder) if line["step"] <= start]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        temporary.replace(path)
+        write_file(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = path.open("a", buffering=1)  # a line at a time, so that a kill loses none
         self._board = SummaryWriter(str(Path(folder) / FOLDER), purge_step=start + 1)
 

@@ -17,6 +17,8 @@ from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.training.optimizer import adamw, staircase_cosine, warmup_cosine
 from jax_instructblip.training.start import Start
 
+_DTYPES = ("float32", "bfloat16", "float16")
+
 # Called with model, params, text, records, mesh, limit, batch_size and max_new_tokens by name; of
 # what it returns, `accuracy` chooses the best checkpoint.
 Evaluate = Callable[..., dict[str, float]]
@@ -49,10 +51,16 @@ def read_workdir(config: ConfigDict) -> Path:
         "checkpoints.every",
         "checkpoints.keep",
         "validation.every",
+        "validation.batch_size",
+        "validation.max_new_tokens",
     ):
         value = operator.attrgetter(name)(config)
         if value < 1:
             wrong.append(f"config.{name} is {value}, expected at least 1")
+    for name in ("model.dtype", "model.frozen_dtype"):
+        value = operator.attrgetter(name)(config)
+        if value not in _DTYPES:
+            wrong.append(f"config.{name} is {value!r}, expected one of {', '.join(_DTYPES)}")
     if config.optimizer.schedule not in ("cosine", "staircase"):
         wrong.append(
             f"config.optimizer.schedule is {config.optimizer.schedule!r}, expected 'cosine' or "

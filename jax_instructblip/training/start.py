@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 
 from jax_instructblip import checkpoint
 from jax_instructblip.inference.source import base_digest, read_params, read_source
-from jax_instructblip.models.instructblip import param_shapes
+from jax_instructblip.models.instructblip import InstructBlip, param_shapes
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.training.state import Params, partition
 
@@ -45,6 +45,7 @@ def read_start(
     init: str | os.PathLike = "",
     trainable: tuple[str, ...] = ("qformer",),
     fields: Mapping[str, Any] | None = None,
+    dtype: Any = jnp.float32,
     frozen_dtype: Any = jnp.bfloat16,
     sharding: Sharding | None = None,
 ) -> Start:
@@ -52,15 +53,19 @@ def read_start(
 
     `base` is a checkpoint folder or an embedded name; `init` may also be a run or a Hugging Face
     folder of the same sizes. `fields` are changes of the variant (`{"qformer.dropout": 0.0}`).
-    With `qformer.instruction_aware` False the text branch of the Q-Former is left out.
+    With `qformer.instruction_aware` False the text branch of the Q-Former is left out. `dtype` is
+    what the model will compute in.
 
     Raises:
-        ValueError: a change that the weights do not allow, or an `init` of other sizes.
+        ValueError: a change that the weights do not allow, an `init` of other sizes, or a `dtype`
+            that the model cannot compute in.
         CheckpointError: a damaged checkpoint.
     """
     source = read_source(base)
     digest = base_digest(source)
     variant = source.variant.replace(**(fields or {}))
+    # The model refuses a dtype when it is bound: now, before gigabytes are read.
+    _ = InstructBlip(variant, jnp.dtype(dtype)).bind({}).vision
     notes = [f"frozen weights: {source.folder} (sha256 {digest[:12]}...)"]
 
     def place(path: str, array: np.ndarray) -> jax.Array | None:
@@ -98,9 +103,9 @@ def _fit(chosen: Params, variant: Variant, trainable: tuple[str, ...]) -> tuple[
     shapes = param_shapes(variant)
     expected = checkpoint.flatten({name: shapes[name] for name in trainable})
     leaves = checkpoint.flatten(chosen)
-    dropped = []
-    if not variant.qformer.instruction_aware:
-        dropped = sorted(path for path in leaves.keys() - expected.keys() if _branch(path))
+    # What the same variant with instructions has on top: nothing else can be dropped.
+    aware = param_shapes(variant.replace(**{"qformer.instruction_aware": True}))
+    dropped = sorted(leaves.keys() & (checkpoint.flatten(aware).keys() - expected.keys()))
     wrong = []
     for path in sorted((leaves.keys() | expected.keys()) - set(dropped)):
         have = leaves[path].shape if path in leaves else "nothing"

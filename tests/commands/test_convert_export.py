@@ -61,6 +61,21 @@ def test_wrong_variant_and_wrong_folder_are_one_error(forge, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_of_another_kind_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "ours").mkdir()
+    checkpoint.write_config(tmp_path / "ours", {"variant": {}})
+    for name, message in (
+        ("nowhere", "does not exist"),
+        ("file", "is a file"),
+        ("ours", "is converted already"),
+    ):
+        folder = tmp_path / name
+        assert main(["convert", str(folder), "--out", str(tmp_path / "out")]) == 1
+        error = capsys.readouterr().err
+        assert f"error: {folder} {message}" in error and "a Hugging Face folder" in error
+
+
 def test_too_little_room_is_said_before_anything_is_written(forge, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(convert_command, "free_bytes", lambda folder: 1_000_000)
     assert main(["convert", str(forge(FLAN, "bfloat16")), "--out", str(tmp_path / "out")]) == 1
@@ -84,9 +99,10 @@ def test_disk_that_fills_up_leaves_nothing(forge, tmp_path):
             [sys.executable, "-c", code, *words], capture_output=True, text=True
         )
         assert process.returncode == 1
-        (line,) = process.stderr.splitlines()  # and not a word of Orbax
+        *progress, line = process.stderr.splitlines()  # and not a word of Orbax
+        assert all(each.startswith(("converting: ", "exporting: ")) for each in progress)
         assert line.startswith("error: ")
-        assert "File too large" in line
+        assert "File too large" in line and len(line) < 1000  # not the name of every leaf
         assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 

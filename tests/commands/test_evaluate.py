@@ -25,6 +25,13 @@ def test_an_unknown_split_is_refused_before_weights_are_read(files, tmp_path):
         evaluate.main([*words, "--out", str(tmp_path)])
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_weights_are_read(files, tmp_path):
+    (tmp_path / "file").write_text("")
+    words = ["--checkpoint", "/nowhere", "--data", str(files[1])]
+    with pytest.raises(FileExistsError, match="file"):
+        evaluate.main([*words, "--out", str(tmp_path / "file")])
+
+
 def test_a_checkpoint_folder_is_measured_on_a_file(files, tmp_path, capsys):
     base, data = files
     broken = tmp_path / "data"

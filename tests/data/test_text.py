@@ -348,6 +348,16 @@ def test_missing_tokenizer_names_folder_and_files(tmp_path):
         text.load_tokenizers(tmp_path, tmp_path, "opt")
 
 
+@pytest.mark.parametrize("whose", ["language model", "Q-Former"])
+def test_damaged_tokenizer_names_its_folder(shared, tmp_path, whose):
+    files = shared / "data" / "tokenizers"
+    folders = {"language model": files / "t5", "Q-Former": files / "bert-base-uncased"}
+    folders[whose] = tmp_path
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=f"the {whose}'s tokenizer in {tmp_path} cannot be read"):
+        text.load_tokenizers(*folders.values(), "t5")
+
+
 def test_processor_survives_pickling(real):
     for processor in real.values():
         copy = pickle.loads(pickle.dumps(processor))

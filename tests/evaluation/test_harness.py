@@ -22,6 +22,7 @@ class Parrot:
     def prompt(self, text):
         if "<image>" in text:
             raise ValueError("the text contains <image>")
+        return {"tokens": text.split()}
 
     def generate(self, images, prompts, max_new_tokens, batch_size):
         assert len(images) == len(prompts)
@@ -58,6 +59,11 @@ def test_images_are_read_a_chunk_at_a_time(monkeypatch):
     assert [count for count, _, _ in parrot.calls] == [4, 4, 3]
 
 
+def test_a_batch_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="batch_size is 0, expected at least 1"):
+        harness.answer(Parrot(), [record(1)], batch_size=0)
+
+
 def test_blind_shows_black():
     found = harness.answer(Parrot(), [record(10), record(0)], blind=True)
     assert [each.text for each in found] == ["0", "0"]
@@ -70,11 +76,13 @@ def test_what_cannot_be_asked_is_wrong_and_says_why():
         record(2),
         record(3, prompt="an <image>"),
         record(4, answers=()),
+        record(5, prompt="how " * 3000),
     ]
     found = harness.answer(Parrot(), records)
-    assert [each.correct for each in found] == [False, True, False, False]
+    assert [each.correct for each in found] == [False, True, False, False, False]
     assert "image of 8 bytes" in found[0].problem
     assert "<image>" in found[2].problem and "no answer" in found[3].problem
+    assert found[4].problem == "the prompt has 3000 tokens, the model holds 2048: shorten it"
     assert found[1].problem == "" and found[0].text == ""
 
 

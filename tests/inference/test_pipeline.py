@@ -15,7 +15,7 @@ import jax_instructblip
 from jax_instructblip import checkpoint
 from jax_instructblip.data.batch import IGNORE, collate
 from jax_instructblip.inference.pipeline import Answer, InstructBlipPipeline
-from jax_instructblip.inference.questions import make_parts, pair
+from jax_instructblip.inference.questions import compacted, make_parts, pair
 from jax_instructblip.inference.source import resolve_checkpoint
 from tests.compile_counter import count_compiles
 from tests.small_checkpoint import KINDS, write_checkpoint
@@ -94,6 +94,14 @@ def test_a_draw_depends_on_the_seed_and_on_the_place_alone(t5):
     assert [answer.tokens for answer in draw(4, 8)] != [answer.tokens for answer in expected]
 
 
+def spread(mask, left):
+    """Columns that put the padding of each row first, or anywhere, and keep the tokens in order."""
+    place = np.sort(mask) if left else np.random.default_rng(0).permuted(mask, axis=1)
+    order = np.argsort(~mask, axis=1, kind="stable")  # tokens, then padding
+    back = np.argsort(np.argsort(~place, axis=1, kind="stable"), axis=1)
+    return np.take_along_axis(order, back, axis=1)
+
+
 def test_logprob_is_that_of_the_whole_answer(blip, answers):
     """Against `logits` of a training batch that has the answer as its target."""
     llm, examples = blip.variant.llm, []
@@ -120,17 +128,20 @@ def test_logprob_is_that_of_the_whole_answer(blip, answers):
         rtol=1e-4,
     )
 
-    # The same rows padded on the left: compacted at the border, targets too.
-    moved = dict(batch)
-    for mask, names in {
-        "mask": ["mask", "tokens", *(["targets"] if llm.kind == "llama" else [])],
-        "qformer_mask": ["qformer_mask", "qformer_tokens"],
-    }.items():
-        order = np.argsort(batch[mask], axis=1, kind="stable")
-        moved |= {name: np.take_along_axis(batch[name], order, axis=1) for name in names}
-    assert not moved["mask"][:, 0].all()
+    # The same rows padded on the left, and between tokens: compacted at the border, targets too.
     real = batch["mask"] if llm.kind == "llama" else targets != IGNORE
-    np.testing.assert_array_equal(blip.logits(moved)[real], blip.logits(batch)[real])
+    for left in (True, False):
+        moved = dict(batch)
+        for mask, names in {
+            "mask": ["mask", "tokens", *(["targets"] if llm.kind == "llama" else [])],
+            "qformer_mask": ["qformer_mask", "qformer_tokens"],
+        }.items():
+            order = spread(batch[mask], left)
+            moved |= {name: np.take_along_axis(batch[name], order, axis=1) for name in names}
+        assert (np.diff(moved["mask"].astype(int)) > 0).any()
+        for name, leaf in compacted(moved).items():
+            np.testing.assert_array_equal(leaf, batch[name], name)
+        np.testing.assert_array_equal(blip.logits(moved)[real], blip.logits(batch)[real])
 
 
 def test_nothing_compiles_after_the_warm_up(t5):
@@ -217,6 +228,13 @@ def test_pair_refuses(given, message):
 def test_generate_refuses(t5, settings, message):
     with pytest.raises(ValueError, match=message):
         t5.generate(images(1), ["a"], **settings)
+
+
+def test_scores_that_are_not_finite_are_an_error(t5):
+    llm = {**t5.params["llm"], "head": {"kernel": t5.params["llm"]["head"]["kernel"] * np.nan}}
+    broken = InstructBlipPipeline(t5.variant, {**t5.params, "llm": llm}, t5.text)
+    with pytest.raises(ValueError, match=r"questions \[0, 1\] are not finite.* damaged"):
+        broken.generate(images(2), ["a"])
 
 
 def test_a_bad_image_is_named(t5, tmp_path):

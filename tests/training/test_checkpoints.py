@@ -155,7 +155,11 @@ def test_a_flipped_bit_is_found(tmp_path, part):
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
-    with pytest.raises(checkpoint.CheckpointError, match="mlp/in/kernel"):
+    with pytest.raises(checkpoint.CheckpointError, match="mlp/in/kernel") as error:
+        manager.restore(1, make_state(), RNG, make_meta())
+    assert str(error.value).endswith(f"remove {tmp_path / '1'} to start over")
+    save(manager, 0)
+    with pytest.raises(checkpoint.CheckpointError, match=r"remove .*/1 to go on from step 0$"):
         manager.restore(1, make_state(), RNG, make_meta())
 
 
@@ -171,7 +175,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "write_tree", full)
     manager.save(make_state(2), RNG, make_meta())
-    with pytest.raises(OSError, match="No space left"):
+    message = rf"checkpoint of step 2 was not saved \(No space left.*\); intact in {tmp_path}: 1\."
+    with pytest.raises(OSError, match=message):
         manager.wait()
     assert manager.steps() == [1]
     assert os.listdir(tmp_path) == ["1"]

@@ -210,6 +210,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
+def test_what_was_cut_or_replaced_is_counted():
+    window = loop._Window()
+    for replaced in ([0, 3], [0, 0]):
+        counts = {"replaced": np.array(replaced), "truncated": np.array([[1, 0, 1], [1, 0, 0]])}
+        window.add({"loss": 1.0}, counts)
+    values = window.close()
+    assert {name: values[name] for name in values if "replaced" in name or "trunc" in name} == {
+        "replaced": 1,
+        "truncated_instruction": 4,
+        "truncated_answer": 2,
+    }
+
+
 def test_compiles_nothing_after_the_first_steps(files, tmp_path, monkeypatch):
     compiled, at_step = [0], []
 
@@ -256,6 +269,9 @@ def test_compiles_nothing_after_the_first_steps(files, tmp_path, monkeypatch):
         ({"model.trainable": ("qformr",)}, "did you mean 'qformer'"),
         ({"text.qformer_limit": 200}, "qformer_limit is 200"),
         ({"mesh.tensor": 3}, "does not use the"),
+        ({"model.dtype": "float15"}, "model.dtype is 'float15', expected one of float32, bfloat16"),
+        ({"model.frozen_dtype": "int8"}, "model.frozen_dtype is 'int8', expected one of float32"),
+        ({"validation.batch_size": 0}, "validation.batch_size is 0, expected at least 1"),
     ],
 )
 def test_refuses_a_config_that_cannot_be_run(files, tmp_path, fields, message):

@@ -1,10 +1,13 @@
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jax_instructblip import checkpoint
-from jax_instructblip.training.start import read_start
+from jax_instructblip.models.instructblip import param_shapes
+from jax_instructblip.training.start import _fit, read_start
 from tests.micro import write_base
 
 
@@ -78,6 +81,28 @@ def test_without_instructions_the_text_branch_is_left_out(base):
     assert f"left out {len(everything) - len(paths)} leaves" in start.notes[2]
     for name in ("text_embed", "position_embed", "text_mlp", "text_mlp_norm"):
         assert name in start.notes[2]
+
+
+def test_nothing_but_the_text_branch_is_left_out(base):
+    start = read_start(base)
+    blind = start.variant.replace(**{"qformer.instruction_aware": False})
+    leaves = checkpoint.flatten(start.trainable)
+    kept, dropped = _fit(start.trainable, blind, ("qformer",))
+    wanted = checkpoint.flatten({"qformer": param_shapes(blind)["qformer"]})
+    assert checkpoint.flatten(kept).keys() == wanted.keys()
+    assert set(dropped) == leaves.keys() - wanted.keys()
+    leaves["qformer/text_more/kernel"] = leaves.pop("qformer/queries")
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        _fit(checkpoint.unflatten(leaves), blind, ("qformer",))
+    assert "qformer/queries: found nothing, expected (1, 7, 16)" in str(error.value)
+    assert "qformer/text_more/kernel: found (1, 7, 16), expected nothing" in str(error.value)
+
+
+def test_float16_is_refused_for_t5_before_weights_are_read(tmp_path):
+    folder = write_base(tmp_path / "t5", "t5")
+    shutil.rmtree(folder / "params")
+    with pytest.raises(ValueError, match="T5 cannot compute in float16"):
+        read_start(folder, dtype=jnp.float16)
 
 
 def test_a_text_branch_cannot_be_made_up(tmp_path):
