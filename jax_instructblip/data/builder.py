@@ -29,7 +29,33 @@ BUILDER = "jax_instructblip_records"  # the folder of TFDS's own naming
 TEXTS = ("id", "prompt", "task", "split", "context")
 LISTS = ("answers", "choices", "ocr")
 
+DESCRIPTION = "Questions about images, with their answers."
+
 Splits = Mapping[str, Callable[[], Iterable[Record]]]
+
+
+def record_features() -> tfds.features.FeaturesDict:
+    """How TFDS stores a record."""
+    features = tfds.features
+    return features.FeaturesDict(
+        {
+            **{name: features.Text() for name in TEXTS},
+            **{name: features.Sequence(features.Text()) for name in LISTS},
+            "correct": features.Scalar(np.int64),
+            "history": features.Sequence(features.Text()),  # question, answer, question ...
+            "times": features.Sequence(np.float64),
+            "images": features.Sequence(features.Image()),
+        }
+    )
+
+
+def record_row(record: Record) -> dict[str, Any]:
+    """The record as `record_features` wants it, its images as paths or as files of bytes."""
+    row: dict[str, Any] = {name: getattr(record, name) for name in (*TEXTS, "correct")}
+    row |= {name: list(getattr(record, name)) for name in (*LISTS, "times")}
+    row["history"] = [text for turn in record.history for text in turn]
+    row["images"] = [_file(image) for image in record.images]
+    return row
 
 
 @dataclasses.dataclass
@@ -48,25 +74,18 @@ class JaxInstructblipRecords(tfds.core.GeneratorBasedBuilder):
     builder_config: RecordsConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Questions about images, with their answers.",
-            features=features.FeaturesDict(
-                {
-                    **{name: features.Text() for name in TEXTS},
-                    **{name: features.Sequence(features.Text()) for name in LISTS},
-                    "correct": features.Scalar(np.int64),
-                    "history": features.Sequence(features.Text()),  # question, answer, question ...
-                    "times": features.Sequence(np.float64),
-                    "images": features.Sequence(features.Image()),
-                }
-            ),
+            description=DESCRIPTION,
+            features=record_features(),
             disable_shuffling=True,  # the mixture shuffles; here the order is the reader's
         )
 
-    def _split_generators(self, download_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
-        return {name: _examples(records()) for name, records in self.builder_config.splits.items()}
+    def _split_generators(self, download_manager: Any) -> dict[str, Iterable[tuple[int, dict]]]:
+        return {
+            name: enumerate(map(record_row, records()))
+            for name, records in self.builder_config.splits.items()
+        }
 
     def _generate_examples(self) -> None:
         raise NotImplementedError("each split has its own generator")
@@ -117,19 +136,19 @@ def prepare(
     A run that is killed leaves a folder of another name, which the next run removes; the dataset is
     there whole or not at all. Of several processes one writes and the others wait.
     """
-    with _quiet():
+    with quiet():
         config = RecordsConfig(name=name, version=version, splits=splits)
         builder = JaxInstructblipRecords(config=config, data_dir=os.fspath(folder))
     done = pathlib.Path(builder.data_path)
     if done.is_dir():
         return done
     done.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(done.parent / ".lock"):
+    with locked(done.parent / ".lock"):
         for rest in done.parent.glob("incomplete.*"):
             shutil.rmtree(rest, ignore_errors=True)
         if done.is_dir():  # another process made it meanwhile
             return done
-        with _quiet():
+        with quiet():
             builder.download_and_prepare(
                 file_format="array_record",
                 download_config=tfds.download.DownloadConfig(
@@ -151,23 +170,23 @@ def source(
     path = pathlib.Path(folder) / BUILDER / name / version
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist: prepare the dataset {name!r} first")
-    with _quiet():
+    return open_folder(path, split)
+
+
+def open_folder(path: str | os.PathLike[str], split: str) -> RecordSource:
+    """The records of one split of the TFDS folder `path`, whichever program wrote it.
+
+    Raises:
+        ValueError: it has no such split; the message lists those that it has.
+    """
+    with quiet():
         builder: Any = tfds.builder_from_directory(path)
     if split not in builder.info.splits:
         known = ", ".join(sorted(builder.info.splits))
-        raise ValueError(f"{name} has no split {split!r}; its splits: {known}")
-    with _quiet():
+        raise ValueError(f"{path} has no split {split!r}; its splits: {known}")
+    with quiet():
         rows = builder.as_data_source(split, decoders={"images": KeepEncoded()})
     return RecordSource(rows, f"{path}:{split}")
-
-
-def _examples(records: Iterable[Record]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for index, record in enumerate(records):
-        row: dict[str, Any] = {name: getattr(record, name) for name in (*TEXTS, "correct")}
-        row |= {name: list(getattr(record, name)) for name in (*LISTS, "times")}
-        row["history"] = [text for turn in record.history for text in turn]
-        row["images"] = [_file(image) for image in record.images]
-        yield index, row
 
 
 def _file(image: Any) -> Any:
@@ -182,7 +201,7 @@ def _file(image: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
+def locked(path: pathlib.Path) -> Iterator[None]:
     """One process at a time; the lock of a killed one is gone with it."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -190,7 +209,7 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps TFDS's own progress bars and info lines out of the output."""
     log = logging.getLogger("absl")
     level = log.level

@@ -1,0 +1,328 @@
+"""From the original files of a dataset to ArrayRecord shards: by worker processes, resumable.
+
+    reader --chunks of records--> workers --> OUT/NAME/incomplete.VERSION/NAME-SPLIT.array_record-*
+    all shards there --TFDS metadata, report--> OUT/NAME/VERSION/      what `open_folder` reads
+
+A shard appears whole, by renaming, with a note of what is in it; a run that is killed goes on at
+the first shard that is not there, and ends with the same bytes. (TFDS's own writer starts over.)
+Records whose image is missing or damaged are left out, counted and listed.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import example_serializer, file_adapters, naming
+
+from jax_instructblip.data import builder
+from jax_instructblip.data.images import ImageError, decode
+from jax_instructblip.data.progress import Progress
+from jax_instructblip.data.readers.dataset import Dataset
+from jax_instructblip.data.readers.files import AnnotationError
+from jax_instructblip.data.records import Record
+from jax_instructblip.folders import write_file
+
+VERSION = "1.0.0"  # of the layout: raise it where what is stored changes
+REPORT = "prepared.json"
+LISTED = 1000  # records left out that the report names, of each split
+
+
+class PrepareError(ValueError):
+    """A dataset cannot be prepared as asked; shards that are finished stay for the next run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """What a first reading of one split found."""
+
+    name: str
+    records: int
+    digest: str
+
+    def shards(self, size: int) -> int:
+        """How many shards of `size` records it takes."""
+        return max(1, -(-self.records // size))
+
+
+def prepare(
+    dataset: Dataset,
+    raw: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    splits: Sequence[str] = (),
+    workers: int = 0,
+    shard_size: int = 1000,
+    max_missing: float = 0.01,
+) -> pathlib.Path:
+    """The folder of the prepared dataset, `OUT/NAME/VERSION`; it is written if it is not there yet.
+
+    Args:
+      dataset: a row of the table.
+      raw: the folder that holds its original files and images.
+      out: where prepared datasets go.
+      splits: which; all that the table knows if none is named.
+      workers: processes that read images and write shards; 0 uses this one alone.
+      shard_size: records of a shard.
+      max_missing: the part of a split's records that may lack a usable image.
+
+    Raises:
+        AnnotationError: a file is missing, of another release, or has a row that cannot be used.
+        PrepareError: too many images cannot be used, or OUT holds another beginning.
+    """
+    raw, out = pathlib.Path(raw), pathlib.Path(out)
+    done = out / dataset.name / VERSION
+    if done.is_dir():
+        return done
+    names = list(splits or dataset.files)
+    if unknown := sorted(set(names) - set(dataset.files)):
+        raise PrepareError(f"{dataset.name} has no splits {unknown}; known: {list(dataset.files)}")
+    if not raw.is_dir():
+        raise PrepareError(f"{raw} is no folder: it should hold the files of {dataset.name}")
+    read = {name: _survey(dataset, raw, name) for name in names}
+    draft = done.with_name(f"incomplete.{VERSION}")
+    draft.mkdir(parents=True, exist_ok=True)
+    with builder.locked(done.parent / ".lock"):
+        if done.is_dir():  # another process made it meanwhile
+            return done
+        _begin(draft, {"shard_size": shard_size, "splits": {n: s.digest for n, s in read.items()}})
+        report: dict[str, Any] = {"name": dataset.name, "version": VERSION, "splits": {}}
+        for split in read.values():
+            notes = _write_split(dataset, raw, draft, split, workers, shard_size, max_missing)
+            report["splits"][split.name] = _summary(dataset, split, notes)
+        _finish(draft, dataset.name, report)
+        draft.rename(done)
+    return done
+
+
+def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `prepare` noted of a finished dataset: counts, digests, records left out."""
+    return json.loads((pathlib.Path(folder) / REPORT).read_text())
+
+
+def _survey(dataset: Dataset, raw: pathlib.Path, name: str) -> Split:
+    """Reads the annotations once: bad rows end the run before anything is written."""
+    digest, count = hashlib.sha256(), 0
+    with Progress(dataset.counts.get(name), f"reading {dataset.name} {name}", "records") as line:
+        for record in dataset.read(raw, name):
+            images = tuple(os.path.relpath(str(image), raw) for image in record.images)
+            digest.update(repr(dataclasses.replace(record, images=images)).encode())
+            count += 1
+            line.update()
+    if not count:
+        raise AnnotationError(f"{raw}: {dataset.name} has no record of the split {name!r}")
+    return Split(name, count, digest.hexdigest())
+
+
+def _begin(draft: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Makes the folder of an unfinished run, or goes on in one that began alike."""
+    path = draft / "settings.json"
+    if path.is_file():
+        if json.loads(path.read_text()) != settings:
+            raise PrepareError(
+                f"{draft} was begun with other files, splits or shard size: finish it with those, "
+                "or remove it"
+            )
+        return
+    draft.mkdir(exist_ok=True)
+    write_file(path, json.dumps(settings))
+
+
+def _write_split(
+    dataset: Dataset,
+    raw: pathlib.Path,
+    draft: pathlib.Path,
+    split: Split,
+    workers: int,
+    size: int,
+    max_missing: float,
+) -> list[dict[str, Any]]:
+    """Writes the shards of a split that are not there yet; the notes of all of them, in order."""
+    count = split.shards(size)
+    paths = [
+        draft / f"{dataset.name}-{split.name}.array_record-{number:05d}-of-{count:05d}"
+        for number in range(count)
+    ]
+    notes: dict[int, dict[str, Any]] = {}
+    label = f"writing {dataset.name} {split.name}"
+    allowed = max_missing * split.records
+
+    def take(number: int, note: dict[str, Any], line: Progress) -> None:
+        notes[number] = note
+        left_out = sum(len(each["left_out"]) for each in notes.values())
+        line.update(note["read"], note=f"{left_out} left out" if left_out else "")
+        if left_out > allowed:
+            worst = list(itertools.chain(*(each["left_out"] for each in notes.values())))
+            raise PrepareError(
+                f"{dataset.name} {split.name}: {left_out} of {split.records} records have no "
+                f"usable image, more than {max_missing:.1%}; finished shards stay. The first:\n  "
+                + "\n  ".join(f"{id}: {reason}" for id, reason in worst[:10])
+                + "\ncomplete the images, or raise --max_missing"
+            )
+
+    with Progress(split.records, label, "records") as line, _pool(workers) as pool:
+        running: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
+        chunks = _chunks(dataset.read(raw, split.name), size)
+        for number, (path, chunk) in enumerate(zip(paths, chunks, strict=True)):
+            if (note := _read_note(path)) is not None:
+                take(number, note, line)
+                continue
+            running.append((number, pool.submit(write_shard, path, chunk)))
+            if len(running) > 2 * max(workers, 1):  # so that the records of a few shards are held
+                number, future = running.popleft()
+                take(number, future.result(), line)
+        for number, future in running:
+            take(number, future.result(), line)
+    return [notes[number] for number in range(count)]
+
+
+def write_shard(path: pathlib.Path, records: Sequence[Record]) -> dict[str, Any]:
+    """Writes one shard, which appears whole, and beside it a note of what is in it."""
+    left_out: list[tuple[str, str]] = []
+    sizes: list[int] = []
+    features = builder.record_features()
+    stored: Any = features.get_serialized_info()
+    serializer = example_serializer.ExampleSerializer(stored)
+
+    def rows() -> Iterator[tuple[int, bytes]]:
+        for index, record in enumerate(records):
+            try:
+                usable = with_pixels(record)
+            except (ImageError, OSError) as error:
+                left_out.append((record.id, str(error)))
+                continue
+            example: Any = serializer.get_tf_example(
+                features.encode_example(builder.record_row(usable))
+            )
+            row = example.SerializeToString(deterministic=True)  # maps have no order otherwise
+            sizes.append(len(row))
+            yield index, row
+
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    with builder.quiet():
+        file_adapters.ArrayRecordFileAdapter.write_examples(temporary, rows())
+    note = {"read": len(records), "records": len(sizes), "bytes": sum(sizes), "left_out": left_out}
+    with temporary.open("rb") as file:
+        note["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    temporary.replace(path)
+    write_file(_note_path(path), json.dumps(note))
+    return note
+
+
+def with_pixels(record: Record) -> Record:
+    """The record with the encoded bytes of its images, each decoded once to see that it can be.
+
+    Raises:
+        ImageError: an image that is damaged, or of no known kind.
+        OSError: a file that is missing.
+    """
+    images = []
+    for image in record.images:
+        if isinstance(image, str):
+            image = pathlib.Path(image).read_bytes()
+        decode(image)
+        images.append(image)
+    return dataclasses.replace(record, images=tuple(images))
+
+
+def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    records = iter(records)
+    while chunk := list(itertools.islice(records, size)):
+        yield chunk
+
+
+def _note_path(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _read_note(path: pathlib.Path) -> dict[str, Any] | None:
+    """The note of a finished shard; None where it is still to be written."""
+    if not (path.is_file() and _note_path(path).is_file()):
+        return None
+    return json.loads(_note_path(path).read_text())
+
+
+def _summary(dataset: Dataset, split: Split, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    left_out = list(itertools.chain(*(note["left_out"] for note in notes)))
+    return {
+        "records": sum(note["records"] for note in notes),
+        "bytes": sum(note["bytes"] for note in notes),
+        "read": split.records,
+        "expected": dataset.counts.get(split.name),
+        "annotations": split.digest,
+        "shards": [[note["records"], note["sha256"]] for note in notes],
+        "left_out_count": len(left_out),
+        "left_out": left_out[:LISTED],
+    }
+
+
+def _finish(draft: pathlib.Path, name: str, report: dict[str, Any]) -> None:
+    """Writes TFDS's metadata and the report, and removes the notes."""
+    folder: Any = draft
+    template = naming.ShardedFileTemplate(
+        data_dir=folder, dataset_name=name, filetype_suffix="array_record"
+    )
+    infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[records for records, _ in found["shards"]],
+            num_bytes=found["bytes"],
+            filename_template=template.replace(split=split),
+        )
+        for split, found in report["splits"].items()
+    ]
+    with builder.quiet():
+        tfds.folder_dataset.write_metadata(
+            data_dir=folder,
+            features=builder.record_features(),
+            split_infos=infos,
+            filename_template=template,
+            version=VERSION,
+            check_data=False,
+            description=builder.DESCRIPTION,
+        )
+    write_file(draft / REPORT, json.dumps(report, indent=1) + "\n")
+    for note in draft.glob("*.array_record-*.json"):
+        note.unlink()
+    (draft / "settings.json").unlink(missing_ok=True)
+
+
+class _Inline(concurrent.futures.Executor):
+    """Runs what is submitted at once, in this process."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def _pool(workers: int) -> concurrent.futures.Executor:
+    if not workers:
+        return _Inline()
+    # Fresh processes: a forked one would inherit locks of whatever threads run here.
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_end_with_parent
+    )
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the process that started it is killed."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

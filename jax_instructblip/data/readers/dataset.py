@@ -1,0 +1,63 @@
+"""What the table of datasets says of one dataset."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+
+from jax_instructblip.data.records import Record
+
+# The 11 categories of InstructBLIP (arXiv 2305.06500).
+FAMILIES = (
+    "image captioning",
+    "captioning with reading comprehension",
+    "visual reasoning",
+    "image QA",
+    "knowledge-grounded image QA",
+    "image QA with reading comprehension",
+    "image question generation",
+    "video QA",
+    "visual conversational QA",
+    "image classification",
+    "LLaVA-Instruct-150K",
+)
+
+Reader = Callable[[pathlib.Path, str], Iterator[Record]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """One dataset: data, not code.
+
+    Attributes:
+      name: what configurations and folders call it.
+      family: one of `FAMILIES`.
+      held_in: whether InstructBLIP was trained on it.
+      read: yields the records of one split of a folder that holds the original files.
+      files: for each split the annotation files that `read` needs, relative to that folder.
+      counts: expected number of records of a split, where it is known.
+      templates: the list of `data/templates.py` that dresses a training prompt; "" for a dataset
+        that brings its own instructions.
+      prompt: the zero-shot prompt; placeholders are those of `templates.dress`.
+      metric: how answers are scored; "" where nothing is.
+      ranking: whether an answer is chosen among candidates instead of generated.
+      licence: of annotations or images, as the source states it.
+      source: where to get the files.
+      notes: what is dead, differs between releases, or could not be verified.
+      rerelease: files of another release (LAVIS's, if nothing else is said), which `read` takes
+        where those of `files` are not there.
+    """
+
+    name: str
+    family: str
+    held_in: bool
+    read: Reader
+    files: Mapping[str, tuple[str, ...]]
+    counts: Mapping[str, int]
+    templates: str
+    prompt: str
+    metric: str
+    ranking: bool
+    licence: str
+    source: str
+    notes: str = ""
+    rerelease: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)

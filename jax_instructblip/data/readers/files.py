@@ -1,0 +1,174 @@
+"""Annotation files, read with errors that name file, row and field."""
+
+import csv
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from jax_instructblip.data.records import Record
+
+Layout = Mapping[str, tuple[str, ...]]  # for each split the files that it needs
+
+_KINDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+class AnnotationError(ValueError):
+    """An annotation file is missing, is of another release, or has a row that cannot be used."""
+
+
+def read_text(path: pathlib.Path) -> str:
+    """The text of a UTF-8 file, without byte order mark, its lines ended by newlines alone."""
+    try:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AnnotationError(
+            f"{path} does not exist: `jax-instructblip prepare --list` says where to get it"
+        ) from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise AnnotationError(
+            f"{path} is not UTF-8: {error.reason} at byte {error.start}; convert it or get it again"
+        ) from error
+    return text.replace("\r\n", "\n")
+
+
+def read_json(path: pathlib.Path, kind: type = object) -> Any:
+    """The document of a JSON file; `kind` (list or dict) is what its top level must be."""
+    try:
+        document = json.loads(read_text(path))
+    except RecursionError as error:
+        raise AnnotationError(f"{path} is not valid JSON: nested too deeply") from error
+    except json.JSONDecodeError as error:
+        raise AnnotationError(
+            f"{path} is not valid JSON: {error}; it may have been cut off, get it again"
+        ) from error
+    if not isinstance(document, kind):
+        raise AnnotationError(
+            f"{path}: found {_kind(document)} at the top, expected {_KINDS[kind]}: "
+            "is it another release of the file?"
+        )
+    return document
+
+
+def read_json_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`FILE:LINE`, object) of each line that is not blank."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise AnnotationError(f"{where}: not valid JSON: {error}") from error
+        yield where, require(row, dict, where)
+
+
+def read_csv(path: pathlib.Path, columns: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """(`FILE:LINE`, row) of a CSV file with a header, which must have `columns`."""
+    reader = csv.DictReader(read_text(path).splitlines())
+    missing = sorted(set(columns) - set(reader.fieldnames or ()))
+    if missing:
+        raise AnnotationError(
+            f"{path}: no columns {', '.join(missing)}; found {', '.join(reader.fieldnames or ())}"
+        )
+    for row in reader:
+        yield f"{path}:{reader.line_num}", row
+
+
+def field(row: dict[str, Any], name: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """`row[name]`, which must be of that kind (str, int, float, list, dict)."""
+    if name not in row:
+        raise AnnotationError(
+            f"{where}: no field {name!r}; found {', '.join(map(str, row)) or 'none'}: "
+            "is it another release of the file?"
+        )
+    return require(row[name], kind, f"{where}: {name}")
+
+
+def require(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
+    """`value`, which must be of that kind; a truth value is no number."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        expected = " or ".join(_KINDS[each] for each in kinds)
+        raise AnnotationError(f"{where}: found {_kind(value)}, expected {expected}")
+    return value
+
+
+def inside(raw: pathlib.Path, *parts: str, where: str = "") -> str:
+    """The path of a file below `raw`; an annotation that leads out of it is an error."""
+    path = pathlib.PurePosixPath(*parts)
+    if path.is_absolute() or ".." in path.parts:
+        raise AnnotationError(f"{where or raw}: the path {str(path)!r} leads out of the folder")
+    return str(raw / path)
+
+
+def pick_layout(raw: pathlib.Path, split: str, *layouts: Layout) -> tuple[int, list[pathlib.Path]]:
+    """Number and files of the first of the layouts whose files of that split are all in `raw`."""
+    known = sorted(set().union(*layouts))
+    if split not in known:
+        raise AnnotationError(f"split {split!r} is not known, expected one of {', '.join(known)}")
+    missing = []
+    for number, layout in enumerate(layouts):
+        if split not in layout:
+            continue
+        paths = [raw / name for name in layout[split]]
+        absent = [path.relative_to(raw).as_posix() for path in paths if not path.exists()]
+        if not absent:
+            return number, paths
+        missing.append(" and ".join(absent))
+    raise AnnotationError(
+        f"{raw} lacks files of split {split!r}: {', or else '.join(missing)}: "
+        "`jax-instructblip prepare --list` says where to get it"
+    )
+
+
+def text_of(row: dict[str, Any], name: str, where: str) -> str:
+    """`row[name]`, a text that is not blank, without white space around it."""
+    text = field(row, name, str, where).strip()
+    if not text:
+        raise AnnotationError(f"{where}: {name} is blank: correct the row or delete it")
+    return text
+
+
+def texts_of(row: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
+    """`row[name]`, a list of texts, without the blank ones; at least one must be left.
+
+    Official files hold answers that an annotator left blank (A-OKVQA val has one).
+    """
+    texts = field(row, name, list, where)
+    for index, text in enumerate(texts):
+        require(text, str, f"{where}: {name}[{index}]")
+    kept = tuple(text for text in texts if text.strip())
+    if not kept:
+        raise AnnotationError(
+            f"{where}: {name} holds {'only blank texts' if texts else 'nothing'}, expected at "
+            "least one text: correct the row or delete it"
+        )
+    return kept
+
+
+def unique(records: Iterable[Record]) -> Iterator[Record]:
+    """The records, of which no two may have the same id."""
+    seen: dict[str, int] = {}
+    for number, record in enumerate(records):
+        before = seen.setdefault(record.id, number)
+        if before != number:
+            raise AnnotationError(
+                f"id {record.id!r} of {record.task} {record.split} is used twice: by records "
+                f"{before} and {number}"
+            )
+        yield record
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(type(value), repr(value)[:40])

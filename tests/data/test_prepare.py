@@ -1,0 +1,172 @@
+"""Datasets are prepared whole, go on after a kill, and leave out what cannot be seen."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from jax_instructblip.data import builder, prepare
+from jax_instructblip.data.readers.dataset import Dataset
+from jax_instructblip.data.readers.files import AnnotationError
+from jax_instructblip.data.records import Record
+
+COUNT, SIZE = 25, 10
+
+
+def read(raw, split):
+    """A reader whose pictures are 0.png ... 4.png in turn."""
+    for index in range(COUNT):
+        image = str(raw / f"{index % 5}.png")
+        yield Record(f"r{index}", (image,), f"what is {index}?", ("a",), task="toy", split=split)
+
+
+TOY = Dataset(
+    name="toy",
+    family="image question answering",
+    held_in=True,
+    read=read,
+    files={"train": ("toy.json",), "test": ("toy.json",)},
+    counts={"train": COUNT},
+    templates="question",
+    prompt="{question}",
+    metric="accuracy",
+    ranking=False,
+    licence="",
+    source="",
+)
+
+
+@pytest.fixture
+def raw(tmp_path):
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for value in range(5):
+        Image.new("RGB", (8, 6), (value, 0, 0)).save(folder / f"{value}.png")
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_records_are_stored_in_order_with_their_pictures(raw, tmp_path, workers):
+    folder = prepare.prepare(TOY, raw, tmp_path / "out", workers=workers, shard_size=SIZE)
+    found = builder.open_folder(folder, "train")
+    assert [record.id for record in found] == [f"r{index}" for index in range(COUNT)]
+    assert found[7].images == ((raw / "2.png").read_bytes(),)
+    report = prepare.read_report(folder)["splits"]
+    assert [count for count, _ in report["train"]["shards"]] == [10, 10, 5]
+    assert (report["train"]["expected"], report["test"]["expected"]) == (COUNT, None)
+    assert {path.suffix for path in folder.iterdir()} <= {".json"} | {
+        path.suffix for path in folder.glob("*.array_record*")
+    }
+    assert not list(folder.parent.glob("incomplete*"))
+
+
+def test_a_second_run_writes_nothing(raw, tmp_path):
+    folder = prepare.prepare(TOY, raw, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    shutil.rmtree(raw)
+    assert prepare.prepare(TOY, raw, tmp_path / "out") == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    from jax_instructblip.data import prepare
+    from tests.data.test_prepare import SIZE, TOY
+
+    real = prepare.write_shard
+
+    def write_shard(path, records):
+        if "00001" in path.name and "train" in path.name:
+            path.with_name(path.name + ".tmp").write_bytes(b"half a shard")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(path, records)
+
+    prepare.write_shard = write_shard
+    prepare.prepare(TOY, Path(sys.argv[1]), Path(sys.argv[2]), shard_size=SIZE)
+"""
+
+
+def test_a_killed_run_is_taken_up_and_ends_with_the_same_bytes(raw, tmp_path):
+    unbroken = prepare.prepare(TOY, raw, tmp_path / "unbroken", shard_size=SIZE)
+    words = [sys.executable, "-c", textwrap.dedent(KILLED), str(raw), str(tmp_path / "out")]
+    root = Path(__file__).parents[2]
+    ended = subprocess.run(words, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    assert ended.returncode == -signal.SIGKILL
+    (draft,) = (tmp_path / "out" / "toy").glob("incomplete.*")
+    (first,) = draft.glob("toy-train.array_record-00000-of-00003")
+    written = first.stat().st_mtime_ns
+    assert not (tmp_path / "out" / "toy" / prepare.VERSION).exists()
+
+    folder = prepare.prepare(TOY, raw, tmp_path / "out", shard_size=SIZE)
+    assert (folder / first.name).stat().st_mtime_ns == written  # that shard was not written again
+    assert contents(folder) == contents(unbroken)
+
+
+def test_few_missing_pictures_are_left_out_and_listed(raw, tmp_path):
+    (raw / "1.png").unlink()
+    (raw / "3.png").write_bytes((raw / "3.png").read_bytes()[:40])
+    with pytest.raises(
+        prepare.PrepareError, match=r"of 25 records have no usable image, more"
+    ) as e:
+        prepare.prepare(TOY, raw, tmp_path / "out", shard_size=SIZE)
+    assert "r1: " in str(e.value) and "raise --max_missing" in str(e.value)
+
+    folder = prepare.prepare(TOY, raw, tmp_path / "out", shard_size=SIZE, max_missing=0.4)
+    found = prepare.read_report(folder)["splits"]["train"]
+    assert (found["read"], found["records"], found["left_out_count"]) == (COUNT, 15, 10)
+    reasons = dict(found["left_out"])
+    assert "1.png" in reasons["r1"] and set(reasons) == {
+        f"r{i}" for i in range(25) if i % 5 in (1, 3)
+    }
+    assert [record.id for record in builder.open_folder(folder, "train")][:4] == [
+        *("r0", "r2", "r4", "r5")
+    ]
+
+
+def test_another_beginning_is_not_mixed_in(raw, tmp_path):
+    (raw / "1.png").unlink()
+    with pytest.raises(prepare.PrepareError):
+        prepare.prepare(TOY, raw, tmp_path / "out", shard_size=SIZE)
+    with pytest.raises(prepare.PrepareError, match="begun with other files, splits or shard size"):
+        prepare.prepare(TOY, raw, tmp_path / "out", shard_size=5, max_missing=1.0)
+
+
+def empty(raw, split):
+    yield from ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "error", "message"),
+    [
+        ({}, {"splits": ["tset"]}, prepare.PrepareError, r"no splits \['tset'\]; known: \['train'"),
+        ({"read": empty}, {}, AnnotationError, "toy has no record of the split 'train'"),
+    ],
+)
+def test_refuses(raw, tmp_path, changes, settings, error, message):
+    with pytest.raises(error, match=message):
+        prepare.prepare(dataclasses.replace(TOY, **changes), raw, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_raw_folder_is_named(tmp_path):
+    with pytest.raises(prepare.PrepareError, match="nowhere is no folder: it should hold"):
+        prepare.prepare(TOY, tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_the_report_names_no_folder_of_this_machine(raw, tmp_path):
+    folder = prepare.prepare(TOY, raw, tmp_path / "out")
+    for path in folder.glob("*.json"):
+        assert str(tmp_path) not in json.dumps(json.loads(path.read_text())), path.name
