@@ -81,9 +81,7 @@ def random_inputs(variant: Variant, size: int, lengths: Lengths, training: bool,
     """The tensors of `ours.random_batch`, in the layout that transformers wants."""
     generator = torch.Generator().manual_seed(0)
     v, q, m = variant.vision, variant.qformer, variant.llm
-    ids = lambda width, vocab: torch.randint(  # noqa: E731
-        3, vocab, (size, width), generator=generator
-    )
+    ids = lambda width, vocab: torch.randint(3, vocab, (size, width), generator=generator)
     vocab = min(m.vocab, 32000)
     image = torch.full((size, q.queries), m.vocab - 1)
     tokens = torch.cat([image, ids(lengths.prompt, vocab - 1)], dim=1)

@@ -48,7 +48,7 @@ def make_batch(variant: Variant, rows: int = 4, text: int = 9, answer: int = 6, 
     """Random ids and pixels, of several lengths."""
     rng = np.random.default_rng(seed)
     size = variant.vision.image_size
-    ids = lambda vocab, *shape: rng.integers(3, vocab - 1, shape).astype(np.int32)  # noqa: E731
+    ids = lambda vocab, *shape: rng.integers(3, vocab - 1, shape).astype(np.int32)
     mask = np.arange(text) < rng.integers(answer, text + 1, (rows, 1))
     batch = {
         "images": rng.integers(0, 256, (rows, 1, size, size, 3)).astype(np.uint8),

@@ -83,7 +83,7 @@ class Checkpoints:
         self.wait()
         step = int(state.step)
         # Real copies: on the CPU arrays may be views of buffers that the next step takes over.
-        copy = lambda leaf: np.array(leaf, copy=True)  # noqa: E731
+        copy = lambda leaf: np.array(leaf, copy=True)
         trainable = jax.tree.map(copy, state.params)
         rest = {path: copy(leaf) for path, leaf in _optimizer_leaves(state, rng)}
         meta = {"format": FORMAT, "step": step, "score": None} | meta
@@ -124,7 +124,7 @@ class Checkpoints:
             way = f"go on from step {before[-1]}" if before else "start over"
             message = f"{error}\n  remove {self.path(step)} to {way}"
             raise checkpoint.CheckpointError(message) from error
-        place = lambda leaf, old: jax.device_put(leaf, old.sharding)  # noqa: E731
+        place = lambda leaf, old: jax.device_put(leaf, old.sharding)
         params = jax.tree.map(place, trainable, like.params)
         flat, treedef = jax.tree_util.tree_flatten_with_path(like.optimizer)
         moments = [place(rest[_leaf_path(path)], old) for path, old in flat]

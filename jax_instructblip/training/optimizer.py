@@ -71,7 +71,7 @@ def decays(params: Any) -> Any:
     Raises:
         ValueError: leaves whose names are in neither list, all of them.
     """
-    names = lambda path: str(getattr(path[-1], "key", path[-1]))  # noqa: E731
+    names = lambda path: str(getattr(path[-1], "key", path[-1]))
     known = DECAYED + NOT_DECAYED
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     unknown = [jax.tree_util.keystr(path) for path, _ in flat if names(path) not in known]

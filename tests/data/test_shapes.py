@@ -33,7 +33,7 @@ def oracle(scene, question):
     """Every answer that the scene allows to a question, worked out from its words alone."""
     things = scene.things
     words = question.rstrip("?").split()
-    with_word = lambda name: [t for t in things if name in (t.color, t.shape)]  # noqa: E731
+    with_word = lambda name: [t for t in things if name in (t.color, t.shape)]
     if question == "What word is written?":
         return {scene.word}
     if question == "How many shapes are there?":

@@ -86,9 +86,7 @@ def test_an_answer_does_not_depend_on_its_neighbours_or_on_the_batch_size(blip, 
 
 def test_a_draw_depends_on_the_seed_and_on_the_place_alone(t5):
     sample = {"max_new_tokens": NEW, "temperature": 1.0, "top_p": 0.9}
-    draw = lambda seed, size: t5.generate(  # noqa: E731
-        images(5), PROMPTS, seed=seed, batch_size=size, **sample
-    )
+    draw = lambda seed, size: t5.generate(images(5), PROMPTS, seed=seed, batch_size=size, **sample)
     expected = draw(3, 8)
     assert_same(draw(3, 3), expected)
     assert [answer.tokens for answer in draw(4, 8)] != [answer.tokens for answer in expected]
@@ -145,7 +143,7 @@ def test_logprob_is_that_of_the_whole_answer(blip, answers):
 
 
 def test_nothing_compiles_after_the_warm_up(t5):
-    ask = lambda count, prompts, **settings: t5.generate(  # noqa: E731
+    ask = lambda count, prompts, **settings: t5.generate(
         images(count), prompts, max_new_tokens=NEW, **settings
     )
     ask(5, PROMPTS)

@@ -126,7 +126,7 @@ def test_attention_projects_each_head_and_joins_them():
         "out": {"kernel": (N, K, 6), "bias": (6,)},
     }
     params = jax.tree.map(lambda leaf: np.asarray(draw(*leaf.shape)), variables["params"])
-    into = lambda x, name: np.einsum("bsd,dnk->bsnk", x, params[name]["kernel"])  # noqa: E731
+    into = lambda x, name: np.einsum("bsd,dnk->bsnk", x, params[name]["kernel"])
     query = into(x, "query") + params["query"]["bias"]
     mixed = attend(*map(jnp.asarray, (query, into(context, "key"), into(context, "value"))))
     expected = np.einsum("btnk,nkd->btd", mixed, params["out"]["kernel"]) + params["out"]["bias"]

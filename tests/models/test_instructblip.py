@@ -130,7 +130,7 @@ def test_float16_is_refused_for_t5():
 def test_released_sizes_give_logits(name):
     variant = get_variant(name)
     model, batch = InstructBlip(variant, jnp.bfloat16), example_batch(variant, batch=2, text=5)
-    apply = lambda params, batch: model.apply({"params": params}, batch)  # noqa: E731
+    apply = lambda params, batch: model.apply({"params": params}, batch)
     logits = jax.eval_shape(apply, param_shapes(variant), batch)
     assert (logits.shape, logits.dtype) == ((2, 5, variant.llm.vocab), jnp.float32)
 

@@ -34,7 +34,7 @@ def test_layer_norm(eps, size):
 
 
 def test_layer_norm_eps_is_visible_at_low_variance():
-    apply = lambda eps: LayerNorm(eps).apply({"params": LEAVES}, 1e-3 * X)  # noqa: E731
+    apply = lambda eps: LayerNorm(eps).apply({"params": LEAVES}, 1e-3 * X)
     assert error(apply(1e-5), apply(1e-6)) > 0.1
 
 

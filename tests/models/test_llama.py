@@ -52,7 +52,7 @@ def test_scores_depend_on_the_distance_alone():
     query, key = (jnp.asarray(DRAW.standard_normal((1, 1, 1, 8), np.float32)) for _ in range(2))
     score = []
     for start in (0, 100):
-        at = lambda position: rotary(jnp.array([[position]]), 8, 10_000.0, jnp.float32)  # noqa: E731
+        at = lambda position: rotary(jnp.array([[position]]), 8, 10_000.0, jnp.float32)
         score.append((rotate(query, at(start + 5)) * rotate(key, at(start))).sum())
     assert abs(score[0] - score[1]) < 1e-4
 

@@ -151,7 +151,7 @@ def _vision(tensors: dict, c: VisionConfig) -> dict:
     def layer(i: int) -> dict:
         own = f"visual_encoder.blocks.{i}"
         query, key, value = np.split(tensors[f"{own}.attn.qkv.weight"], 3)
-        bias = lambda name: tensors[f"{own}.attn.{name}_bias"].reshape(c.heads, -1)  # noqa: E731
+        bias = lambda name: tensors[f"{own}.attn.{name}_bias"].reshape(c.heads, -1)
         attention = {
             "query": {"kernel": _split(query, c.heads), "bias": bias("q")},
             "key": {"kernel": _split(key, c.heads)},

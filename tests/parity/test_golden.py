@@ -67,7 +67,7 @@ class Case:
 
 
 def test_the_tree_is_the_one_the_model_asks_for(case):
-    shape = lambda leaf: leaf.shape  # noqa: E731
+    shape = lambda leaf: leaf.shape
     assert jax.tree.map(shape, case.params) == jax.tree.map(shape, param_shapes(case.variant))
 
 
