@@ -54,7 +54,9 @@ def text_processor(kind: str) -> TextProcessor:
     """Tokenizers and sizes of the embedded model whose LLM is of `kind` 'llama' or 't5'."""
     llm, qformer = make_tokenizers(kind)
     sizes: dict[str, Any] = {**LANGUAGE[kind], "vocab": len(llm)}
-    config = T5Config(**sizes) if kind == "t5" else LlamaConfig(**sizes, pad_id=llm.pad_token_id)
+    if kind == "llama":
+        sizes["pad_id"] = llm.pad_token_id
+    config = LlamaConfig(**sizes) if kind == "llama" else T5Config(**sizes)
     queries = QFormerConfig(
         vision_width=VISION.width, llm_width=config.width, vocab=len(qformer), **QFORMER
     )
