@@ -39,6 +39,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],  # libtpu; also compiles for a TPU on a machine without one
     "eval": ["pycocoevalcap>=1.2"],  # CIDEr, BLEU and ROUGE as the papers count them
     "demo": ["gradio>=5"],  # the page in the browser
+    "video": ["av>=18"],  # frames of videos, by FFmpeg, which its wheels bring along
     # The original implementation, for parity tests and for .pth files; its rounding differs from
     # version to version, so the tests' tolerances hold for this one.
     "torch": ["torch==2.13.0"],
@@ -46,6 +47,7 @@ EXTRAS = {
         "pytest>=9",  # tests
         "pytest-xdist>=3.8",  # tests on several cores
         "beartype>=0.22",  # checks the shapes of models/ while tests run
+        "av>=18",  # the tests of data/video.py
         "ruff>=0.15",  # style and format
         "pyright[nodejs]>=1.1.400",  # types; [nodejs] is a wheel of node
         "pre-commit>=4",  # the checks of .ci/run at each commit

@@ -7,9 +7,10 @@ def source(path: str, split: str = "train", weight: float = 0.0, templates: str 
     """One source of training data.
 
     Args:
-      path: a file of JSON lines, or the name of a prepared dataset (`shapes`).
+      path: a file of JSON lines, a folder of `jax-instructblip prepare`, or a drawn dataset
+        (`shapes`).
       split: which of its records.
-      weight: its share, relative to the other weights; 0 means the square root of its size.
+      weight: its share, relative to the other weights; 0 means what `data.sampling` says.
       templates: a list of `data/templates.py` that dresses the prompts; "" takes them as they are.
     """
     return ConfigDict(dict(path=path, split=split, weight=weight, templates=templates))
@@ -37,6 +38,9 @@ def get_config() -> ConfigDict:
     config.data.buckets = (64,)  # tokens that rows are padded to, besides the limits below
     config.data.augment = True  # random crop (half to all of the area) and mirroring
     config.data.threads = 8  # that make batches
+    config.data.sampling = "sqrt"  # of sizes; ablations: "uniform", "proportional"
+    config.data.instructions = "templates"  # ablations: "plain" input, or "tag" of task and dataset
+    config.data.allow_held_out = ()  # names of sources that may be of a held-out dataset
     config.data.ahead = 4  # batches made before they are asked for
     config.data.workers = 0  # processes that make batches; 0: threads of this one
 

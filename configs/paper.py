@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-# Held-in datasets as files of JSON lines, and the templates of the paper's appendix C.
+# Held-in datasets as `jax-instructblip prepare NAME --raw ... --out data` makes them, and the
+# templates of the paper's appendix C.
 HELD_IN = {
     "coco_caption": "caption",
     "web_capfilt": "caption",
@@ -39,7 +40,7 @@ def get_config(name: str, batch_size: int) -> ConfigDict:
     # never published: set `weight` here to do so.
     config.data.sources = ConfigDict(
         {
-            dataset: common.source(f"data/{dataset}.jsonl", templates=templates)
+            dataset: common.source(f"data/{dataset}", templates=templates)
             for dataset, templates in HELD_IN.items()
         }
     )

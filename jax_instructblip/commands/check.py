@@ -8,24 +8,18 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
-import itertools
 import os
 import pathlib
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from jax_instructblip.data.batch import IGNORE
 from jax_instructblip.data.images import ImageError, decode
 from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.records import Record, scan_jsonl
+from jax_instructblip.data.samples import histogram, render, token_counts, token_rows
 from jax_instructblip.data.text import TRUNCATED, TextProcessor
 from jax_instructblip.inference.source import read_source
-from jax_instructblip.models.variants import T5Config
-
-_BAR = 40  # characters of the longest bar
-Pieces = list[tuple[str, bool]]
 
 _WORKERS = min(8, os.cpu_count() or 1)  # Pillow decodes outside of Python's lock
 
@@ -137,51 +131,3 @@ def open_images(paths: Iterable[str]) -> dict[str, str]:
             if why is not None:
                 found[path] = why
     return found
-
-
-def token_counts(example: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """How many tokens the Q-Former reads, the language model reads, and the loss asks for."""
-    return {
-        "instruction for the Q-Former": len(example["qformer_tokens"]),
-        "tokens of the language model": len(example["tokens"]),
-        "answer": int((example["targets"] != IGNORE).sum()),
-    }
-
-
-def histogram(name: str, counts: Sequence[int]) -> list[str]:
-    """Lines of text: how many samples have up to 8, 16, 32 ... tokens."""
-    lines = [f"{name}: {min(counts)} to {max(counts)} tokens, median {statistics.median(counts):g}"]
-    # 1..8 -> 8, 9..16 -> 16: the padded lengths that a bucket would have.
-    bins = collections.Counter(max(8, 1 << (count - 1).bit_length()) for count in counts)
-    top = min(bins)
-    while top <= max(bins):
-        low = 1 if top == 8 else top // 2 + 1
-        bar = "#" * -(-_BAR * bins[top] // max(bins.values()))
-        lines.append(f"  {f'{low}-{top}':>9} {bins[top]:>8} {bar}".rstrip())
-        top *= 2
-    return lines
-
-
-def token_rows(example: Mapping[str, np.ndarray], text: TextProcessor) -> dict[str, Pieces]:
-    """The token rows of an example: pieces, each with whether the loss asks for it."""
-    pieces = text.llm.convert_ids_to_tokens(example["tokens"].tolist())
-    instruction = text.qformer.convert_ids_to_tokens(example["qformer_tokens"].tolist())
-    rows = {"Q-Former reads": [(piece, False) for piece in instruction]}
-    if isinstance(text.variant.llm, T5Config):
-        answer = text.llm.convert_ids_to_tokens(example["targets"].tolist())
-        rows["encoder reads"] = [(piece, False) for piece in pieces]
-        rows["decoder writes"] = [(piece, True) for piece in answer]
-    else:
-        # A target stands on the token before the one that it asks for.
-        asked = np.roll(example["targets"] != IGNORE, 1).tolist()
-        rows["LLM reads"] = list(zip(pieces, asked, strict=True))
-    return rows
-
-
-def render(pieces: Pieces) -> str:
-    """The pieces on one line, brackets around every run of them that the loss asks for."""
-    runs = []
-    for asked, run in itertools.groupby(pieces, key=lambda pair: pair[1]):
-        words = " ".join(piece for piece, _ in run)
-        runs.append(f"[{words}]" if asked else words)
-    return " ".join(runs)

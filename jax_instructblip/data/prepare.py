@@ -12,6 +12,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -30,10 +31,13 @@ from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.readers.files import AnnotationError
 from jax_instructblip.data.records import Record
+from jax_instructblip.data.video import VideoError, read_frames
 from jax_instructblip.folders import write_file
 
 VERSION = "1.0.0"  # of the layout: raise it where what is stored changes
 REPORT = "prepared.json"
+VIDEO = "video QA"  # the family whose files are videos
+JPEG_QUALITY = 95  # of the frames of a video
 LISTED = 1000  # records left out that the report names, of each split
 
 
@@ -63,6 +67,7 @@ def prepare(
     workers: int = 0,
     shard_size: int = 1000,
     max_missing: float = 0.01,
+    frames: int = 4,
 ) -> pathlib.Path:
     """The folder of the prepared dataset, `OUT/NAME/VERSION`; it is written if it is not there yet.
 
@@ -74,6 +79,7 @@ def prepare(
       workers: processes that read images and write shards; 0 uses this one alone.
       shard_size: records of a shard.
       max_missing: the part of a split's records that may lack a usable image.
+      frames: how many are kept of each video, evenly spread over it.
 
     Raises:
         AnnotationError: a file is missing, of another release, or has a row that cannot be used.
@@ -94,10 +100,14 @@ def prepare(
     with builder.locked(done.parent / ".lock"):
         if done.is_dir():  # another process made it meanwhile
             return done
-        _begin(draft, {"shard_size": shard_size, "splits": {n: s.digest for n, s in read.items()}})
+        frames = frames if dataset.family == VIDEO else 0
+        settings = {"shard_size": shard_size, "frames": frames}
+        _begin(draft, {**settings, "splits": {name: each.digest for name, each in read.items()}})
         report: dict[str, Any] = {"name": dataset.name, "version": VERSION, "splits": {}}
         for split in read.values():
-            notes = _write_split(dataset, raw, draft, split, workers, shard_size, max_missing)
+            notes = _write_split(
+                dataset, raw, draft, split, workers, shard_size, max_missing, frames
+            )
             report["splits"][split.name] = _summary(dataset, split, notes)
         _finish(draft, dataset.name, report)
         draft.rename(done)
@@ -145,6 +155,7 @@ def _write_split(
     workers: int,
     size: int,
     max_missing: float,
+    frames: int,
 ) -> list[dict[str, Any]]:
     """Writes the shards of a split that are not there yet; the notes of all of them, in order."""
     count = split.shards(size)
@@ -176,7 +187,7 @@ def _write_split(
             if (note := _read_note(path)) is not None:
                 take(number, note, line)
                 continue
-            running.append((number, pool.submit(write_shard, path, chunk)))
+            running.append((number, pool.submit(write_shard, path, chunk, frames)))
             if len(running) > 2 * max(workers, 1):  # so that the records of a few shards are held
                 number, future = running.popleft()
                 take(number, future.result(), line)
@@ -185,7 +196,7 @@ def _write_split(
     return [notes[number] for number in range(count)]
 
 
-def write_shard(path: pathlib.Path, records: Sequence[Record]) -> dict[str, Any]:
+def write_shard(path: pathlib.Path, records: Sequence[Record], frames: int = 0) -> dict[str, Any]:
     """Writes one shard, which appears whole, and beside it a note of what is in it."""
     left_out: list[tuple[str, str]] = []
     sizes: list[int] = []
@@ -196,9 +207,10 @@ def write_shard(path: pathlib.Path, records: Sequence[Record]) -> dict[str, Any]
     def rows() -> Iterator[tuple[int, bytes]]:
         for index, record in enumerate(records):
             try:
-                usable = with_pixels(record)
-            except (ImageError, OSError) as error:
-                left_out.append((record.id, str(error)))
+                usable = with_frames(record, frames) if frames else with_pixels(record)
+            except (ImageError, VideoError) as error:
+                file = str(record.images[0])  # without its folder: reports are the same anywhere
+                left_out.append((record.id, str(error).replace(file, pathlib.Path(file).name)))
                 continue
             example: Any = serializer.get_tf_example(
                 features.encode_example(builder.record_row(usable))
@@ -223,16 +235,34 @@ def with_pixels(record: Record) -> Record:
     """The record with the encoded bytes of its images, each decoded once to see that it can be.
 
     Raises:
-        ImageError: an image that is damaged, or of no known kind.
-        OSError: a file that is missing.
+        ImageError: an image that is missing, damaged, or of no known kind.
     """
     images = []
     for image in record.images:
         if isinstance(image, str):
-            image = pathlib.Path(image).read_bytes()
+            try:
+                image = pathlib.Path(image).read_bytes()
+            except OSError as error:
+                name = pathlib.Path(image).name
+                raise ImageError(f"{name}: {error.strerror}") from error
         decode(image)
         images.append(image)
     return dataclasses.replace(record, images=tuple(images))
+
+
+def with_frames(record: Record, frames: int) -> Record:
+    """The record of a video with JPEGs of `frames` of its frames, and their seconds.
+
+    Raises:
+        VideoError: a file that is missing, damaged, too short, or holds no video.
+    """
+    images, times = read_frames(str(record.images[0]), frames)
+    encoded = []
+    for image in images:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+        encoded.append(buffer.getvalue())
+    return dataclasses.replace(record, images=tuple(encoded), times=times)
 
 
 def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:

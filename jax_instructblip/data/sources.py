@@ -1,4 +1,4 @@
-"""The records behind a path: your own JSON lines, or a dataset that the package prepares."""
+"""The records behind a path: your own JSON lines, a prepared folder, or a dataset drawn here."""
 
 import hashlib
 import os
@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from jax_instructblip.data import shapes_records
+from jax_instructblip.data import builder, prepare, shapes_records
 from jax_instructblip.data.records import Record, RecordError, read_jsonl
 
 
 def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record], str]:
     """The records of one split with random access, and a digest that stands for their content.
 
-    `path` is a file of JSON lines or the name of a prepared dataset (`shapes`), which is drawn
-    first where it is absent. Of a file whose lines name no split, every line is of any split.
+    `path` is a file of JSON lines, a folder that `jax-instructblip prepare` wrote, or the name of a
+    drawn dataset (`shapes`), which is drawn first where it is absent. Of a file whose lines name no
+    split, every line is of any split.
 
     Raises:
         ValueError: there is no such dataset or split; what there is is listed.
@@ -27,10 +28,14 @@ def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record],
         # It has what is asked of a sequence here, length and index, but is none by name.
         records = cast(Sequence[Record], records)
         return records, hashlib.sha256(repr(facts).encode()).hexdigest()
+    if (folder := prepared_folder(name)) is not None:
+        records = cast(Sequence[Record], builder.open_folder(folder, split))
+        content = (folder / prepare.REPORT).read_bytes()
+        return records, f"{hashlib.sha256(content).hexdigest()}-{split}"
     if not name.endswith((".jsonl", ".json")):
         raise ValueError(
-            f"no records at {name!r}: expected a file of JSON lines (.jsonl) or one of "
-            f"{', '.join(shapes_records.DATASETS)}"
+            f"no records at {name!r}: expected a file of JSON lines (.jsonl), a folder that "
+            f"`jax-instructblip prepare` wrote, or one of {', '.join(shapes_records.DATASETS)}"
         )
     records = read_jsonl(name)
     splits = sorted({record.split for record in records})
@@ -41,3 +46,15 @@ def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record],
     with Path(name).open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     return records, f"{content}-{split}"
+
+
+def prepared_folder(path: str | os.PathLike) -> Path | None:
+    """The prepared dataset that `path` is, or has below its version; None where there is none."""
+    places = (Path(path), Path(path, prepare.VERSION))
+    return next((each for each in places if (each / prepare.REPORT).is_file()), None)
+
+
+def dataset_name(path: str | os.PathLike) -> str:
+    """Which dataset of the table a prepared folder holds; "" for anything else."""
+    folder = prepared_folder(path)
+    return "" if folder is None else prepare.read_report(folder)["name"]

@@ -3,24 +3,19 @@
 Self-contained: pictures and curves are inside it, so that it can be sent around.
 """
 
-import base64
 import html
 import io
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
-from PIL import Image
 
-from jax_instructblip.data.images import ImageError, decode
 from jax_instructblip.data.records import Record
+from jax_instructblip.evaluation import page
 from jax_instructblip.evaluation.harness import Prediction
-from jax_instructblip.folders import write_file
 
 GRID = 24  # pictures shown of each split
-PICTURE = 224  # pixels a side
 COLUMNS = ("tuned", "before", "blind", "majority")
 MEANING = {
     "tuned": "the model evaluated",
@@ -28,20 +23,6 @@ MEANING = {
     "blind": "the model evaluated, shown black images",
     "majority": "the best constant answer of each family",
 }
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 64em; margin: 2em auto; padding: 0 1em;
-       color: #222; background: #fff }
-h1, h2 { font-weight: 600 } h2 { margin-top: 2em }
-table { border-collapse: collapse } th, td { padding: .25em .8em; text-align: right }
-th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #888 }
-tbody tr:last-child { border-top: 1px solid #888; font-weight: 600 }
-.bar { display: inline-block; height: .7em; background: #4c78a8; vertical-align: baseline }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(14em, 1fr)); gap: 1em }
-.card { border: 1px solid #ccc; border-radius: 6px; padding: .6em; font-size: 13px }
-.card img { width: 100%; image-rendering: pixelated; border-radius: 4px }
-.right { border-left: 6px solid #54a24b } .wrong { border-left: 6px solid #e45756 }
-.note { color: #666; font-size: 13px } img.curve { max-width: 100% }
-"""
 
 
 def write_report(
@@ -64,18 +45,13 @@ def write_report(
       metrics: lines of `metrics.jsonl`; with none there are no curves.
       facts: a table of names and values for the head of the page.
     """
-    parts = [f"<h1>{html.escape(title)}</h1>", _facts(facts or {})]
+    parts = [_facts(facts or {})]
     if any("loss" in line for line in metrics):
         parts += ["<h2>Training</h2>", _curves(metrics)]
     for split, scores in splits.items():
         parts += [f"<h2>{html.escape(split)}</h2>", _table(scores)]
         parts.append(_grid(samples.get(split, ())))
-    page = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
-        f"<body>{''.join(parts)}</body></html>\n"
-    )
-    write_file(Path(path), page)
+    page.write(path, title, parts)
 
 
 def _facts(facts: Mapping[str, str]) -> str:
@@ -101,7 +77,7 @@ def _curves(metrics: Sequence[Mapping[str, float]]) -> str:
         axis.grid(alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    return f"<img class='curve' alt='loss and accuracy' src='{_inline(buffer.getvalue())}'>"
+    return f"<img class='curve' alt='loss and accuracy' src='{page.inline(buffer.getvalue())}'>"
 
 
 def _table(scores: Mapping[str, Any]) -> str:
@@ -132,7 +108,7 @@ def _grid(samples: Sequence[tuple[Record, Prediction]]) -> str:
 
 
 def _card(record: Record, prediction: Prediction) -> str:
-    pictures = "".join(_picture(source) for source in record.images[:1])
+    pictures = "".join(page.picture(source) for source in record.images[:1])
     frames = f" <i>({len(record.images)} frames)</i>" if len(record.images) > 1 else ""
     truth = " / ".join(dict.fromkeys(record.answers))
     given = prediction.problem or prediction.text
@@ -143,20 +119,3 @@ def _card(record: Record, prediction: Prediction) -> str:
         f"<div class='note'>{html.escape(prediction.task)}, log-probability "
         f"{prediction.logprob:.2f}</div></div>"
     )
-
-
-def _picture(source: Any) -> str:
-    try:
-        image = decode(source)
-    except ImageError as error:
-        return f"<p class='note'>{html.escape(str(error))}</p>"
-    image.thumbnail((PICTURE, PICTURE), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    small = image.width * image.height <= 64 * 64  # drawn pictures are smaller as PNG, and sharp
-    image.save(buffer, "PNG" if small else "JPEG")
-    kind = "png" if small else "jpeg"
-    return f"<img alt='' src='{_inline(buffer.getvalue(), kind)}'>"
-
-
-def _inline(data: bytes, kind: str = "png") -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

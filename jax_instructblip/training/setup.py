@@ -10,8 +10,9 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.mixture import Mixture, Source, TrainBatches
-from jax_instructblip.data.sources import open_records
+from jax_instructblip.data.sources import dataset_name, open_records
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.training.optimizer import adamw, staircase_cosine, warmup_cosine
@@ -84,12 +85,26 @@ def read_mixture(config: ConfigDict) -> Mixture:
     for name, given in sorted(config.data.sources.items()):
         try:
             records, digest = open_records(given.path, given.split)
-            sources.append(Source(name, records, digest, given.weight, given.templates))
+            dataset = DATASETS.get(dataset_name(given.path))
+            family = dataset.family if dataset else ""
+            sources.append(Source(name, records, digest, given.weight, given.templates, family))
         except (ValueError, OSError) as error:
             wrong.append(f"config.data.sources.{name}: {error}")
+            continue
+        if dataset and not dataset.held_in and name not in config.data.allow_held_out:
+            wrong.append(
+                f"config.data.sources.{name}: {dataset.name} is held out, to be evaluated without "
+                f"training on it; to train on it all the same, add {name!r} to "
+                "config.data.allow_held_out"
+            )
     if wrong:
         raise ValueError("some sources cannot be used:\n  " + "\n  ".join(wrong))
-    return Mixture(sources, config.seed)
+    return Mixture(
+        sources,
+        config.seed,
+        sampling=config.data.sampling,
+        instructions=config.data.instructions,
+    )
 
 
 def read_batches(

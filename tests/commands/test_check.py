@@ -139,21 +139,6 @@ def test_each_image_is_opened_once(data, monkeypatch):
     assert sorted(opened) == ["a", "b"]
 
 
-def test_histogram_by_hand():
-    assert check.histogram("answer", [1, 8, 9, 40]) == [
-        "answer: 1 to 40 tokens, median 8.5",
-        "        1-8        2 ########################################",
-        "       9-16        1 ####################",
-        "      17-32        0",
-        "      33-64        1 ####################",
-    ]
-
-
-def test_brackets_enclose_runs():
-    pieces = [("a", False), ("]", True), ("[", True), ("b", False), ("c", True)]
-    assert check.render(pieces) == "a [] [] b [c]"
-
-
 def test_help_is_of_this_verb(capsys):
     with pytest.raises(SystemExit):
         main(["check", "--help"])

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from jax_instructblip.data import builder, prepare
+from jax_instructblip.data.images import decode
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.readers.files import AnnotationError
 from jax_instructblip.data.records import Record
@@ -88,11 +89,11 @@ KILLED = """
 
     real = prepare.write_shard
 
-    def write_shard(path, records):
+    def write_shard(path, records, frames):
         if "00001" in path.name and "train" in path.name:
             path.with_name(path.name + ".tmp").write_bytes(b"half a shard")
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(path, records)
+        return real(path, records, frames)
 
     prepare.write_shard = write_shard
     prepare.prepare(TOY, Path(sys.argv[1]), Path(sys.argv[2]), shard_size=SIZE)
@@ -170,3 +171,24 @@ def test_the_report_names_no_folder_of_this_machine(raw, tmp_path):
     folder = prepare.prepare(TOY, raw, tmp_path / "out")
     for path in folder.glob("*.json"):
         assert str(tmp_path) not in json.dumps(json.loads(path.read_text())), path.name
+
+
+def test_frames_of_videos_are_kept_with_their_times(shared, tmp_path):
+    pytest.importorskip("av", reason="needs PyAV: pip install -e .[video]")
+    names = ("realshort.mp4", "corrupted.mp4", "cockatoo.mp4")
+
+    def read(raw, split):
+        for name in names:
+            yield Record(name, (str(raw / name),), "what happens?", ("a",), split=split)
+
+    toy = dataclasses.replace(TOY, family="video QA", read=read, files={"train": ()})
+    raw = shared / "data" / "videos"
+    folder = prepare.prepare(toy, raw, tmp_path, max_missing=0.5, frames=3)
+    found = list(builder.open_folder(folder, "train"))
+    assert [record.id for record in found] == ["realshort.mp4", "cockatoo.mp4"]
+    for record in found:
+        assert len(record.images) == 3 and list(record.times) == sorted(set(record.times))
+        assert record.times[0] == 0.0
+        assert len({decode(image).size for image in record.images}) == 1
+    ((name, reason),) = prepare.read_report(folder)["splits"]["train"]["left_out"]
+    assert name == "corrupted.mp4" and reason.startswith("corrupted.mp4 cannot be read")

@@ -22,7 +22,7 @@ def tuning():
         key = kind, tuple(fields.items())
         if key not in made:
             variant = micro(kind, **fields)
-            schedule = lambda _: RATE  # noqa: E731
+            schedule = lambda _: RATE
             settings = dict(
                 model=InstructBlip(variant), optimizer=adamw(schedule), schedule=schedule
             )

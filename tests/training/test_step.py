@@ -58,7 +58,7 @@ def test_trains_the_chosen_part_and_leaves_the_rest_alone(tuning, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_holds_moments_of_the_trained_leaves_only(tuning, kind):
     _, state, _, _ = tuning(kind)
-    sizes = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    sizes = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     counters = 2
     assert sizes(state.optimizer) == 2 * sizes(state.params) + counters
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(state)]
@@ -96,7 +96,7 @@ def traced(kind, function=None, variant=None):
     rows, text, answer = 3, 11, 10
     batch = jax.eval_shape(lambda: make_shaped(variant, rows, text, answer))
     chosen, frozen = partition(param_shapes(variant), ("qformer",))
-    rate = lambda _: 1e-2  # noqa: E731
+    rate = lambda _: 1e-2
     optimizer = adamw(rate)
     state = jax.eval_shape(lambda tree: create_state(tree, optimizer), chosen)
     model = InstructBlip(variant)
@@ -122,7 +122,7 @@ def gradient_of_everything(model, state, frozen, batch, rng):
 
 def frozen_gradients(shapes, frozen):
     """Shapes of products that a frozen weight's gradient would have, whatever its axes' order."""
-    alike = lambda shape: tuple(sorted(size for size in shape if size > 1))  # noqa: E731
+    alike = lambda shape: tuple(sorted(size for size in shape if size > 1))
     weights = {
         alike(leaf.shape[1:] if any(k.key == "layers" for k in path) else leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(frozen)
@@ -166,7 +166,7 @@ def test_clips_the_gradient_to_a_norm(tuning):
 def test_dropout_is_drawn_from_the_key_and_the_step(tuning):
     settings, state, frozen, batch = tuning("t5")
     step = compiled(settings)
-    loss = lambda number, seed: float(  # noqa: E731
+    loss = lambda number, seed: float(
         step(state._replace(step=jnp.int32(number)), frozen, batch, jax.random.key(seed))[1]["loss"]
     )
     assert loss(0, 0) == loss(0, 0)
@@ -199,7 +199,7 @@ def test_narrow_frozen_weights_are_not_widened_ahead_of_the_scan():
     variant = micro("llama", **{"llm.layers": 12, "llm.mlp": 3000})
     chosen, frozen = partition(param_shapes(variant), ("qformer",))
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), frozen)
-    rate = lambda _: 1e-2  # noqa: E731
+    rate = lambda _: 1e-2
     optimizer = adamw(rate)
     state = jax.eval_shape(lambda tree: create_state(tree, optimizer), chosen)
     batch = jax.eval_shape(lambda: example_batch(variant, 1, 4))

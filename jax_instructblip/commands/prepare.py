@@ -1,0 +1,116 @@
+"""Turns the original files of a dataset into shards that training and evaluation read.
+
+prepare DATASET --raw DIR --out DIR    reads DIR as it was downloaded, writes OUT/DATASET/VERSION
+prepare --list                         every dataset: family, files, counts, metric, licence, source
+prepare DATASET --raw DIR --preview --out PAGE.html    20 samples in pictures, and the lengths
+"""
+
+import argparse
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+
+from jax_instructblip.data import datasets
+from jax_instructblip.data.mixture import Source
+from jax_instructblip.data.prepare import prepare, read_report
+from jax_instructblip.data.progress import Progress
+from jax_instructblip.data.readers.dataset import Dataset
+from jax_instructblip.data.records import Record
+from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.evaluation.preview import draw, write_preview
+from jax_instructblip.inference.source import read_source
+
+SAMPLES = 1000  # drawn for the page: the lengths are those of as many
+
+
+def main(argv: list[str]) -> int:
+    """Prepares one dataset and prints what was found; returns 0."""
+    parser = argparse.ArgumentParser(
+        prog="jax-instructblip prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("dataset", nargs="?", help="a name that --list prints")
+    parser.add_argument("--list", action="store_true", help="print the table and end")
+    parser.add_argument("--preview", action="store_true", help="write a page, prepare nothing")
+    parser.add_argument("--raw", type=pathlib.Path, help="folder of its original files and images")
+    parser.add_argument("--out", type=pathlib.Path, help="folder of prepared datasets")
+    parser.add_argument("--split", help="one or more, with commas (default: all)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes that write shards (default: %(default)s; 0: none besides this one)",
+    )
+    parser.add_argument("--shard_size", type=int, default=1000, help="records (default: 1000)")
+    parser.add_argument("--frames", type=int, default=4, help="of each video (default: 4)")
+    parser.add_argument(
+        "--max_missing",
+        type=float,
+        default=0.01,
+        help="part of the records that may have no usable image (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="shapes_t5",
+        help="whose tokenizers --preview shows: a folder, a run or an embedded name",
+    )
+    flags = parser.parse_args(argv)
+    if flags.list:
+        print(datasets.table())
+        return 0
+    missing = [f"--{name}" for name in ("raw", "out") if getattr(flags, name) is None]
+    if flags.dataset is None or missing:
+        parser.error(f"expected {' and '.join(['DATASET'] * (flags.dataset is None) + missing)}")
+    if flags.workers < 0 or min(flags.shard_size, flags.frames) < 1:
+        parser.error("expected --workers 0 or more, --shard_size and --frames 1 or more")
+    if not 0 <= flags.max_missing <= 1:
+        parser.error(f"--max_missing is {flags.max_missing}, expected a part from 0 to 1")
+    dataset = datasets.get_dataset(flags.dataset)
+    splits = flags.split.split(",") if flags.split else ()
+    if flags.preview:
+        _preview(dataset, flags.raw, (splits or tuple(dataset.files))[0], flags)
+        print(f"written: {flags.out}")
+        return 0
+    folder = prepare(
+        dataset,
+        flags.raw,
+        flags.out,
+        splits=splits,
+        workers=flags.workers,
+        shard_size=flags.shard_size,
+        max_missing=flags.max_missing,
+        frames=flags.frames,
+    )
+    for name, split in read_report(folder)["splits"].items():
+        print(f"{flags.dataset} {name}: {_counts(split)}")
+    print(f"prepared: {folder}")
+    return 0
+
+
+def _preview(dataset: Dataset, raw: pathlib.Path, split: str, flags: argparse.Namespace) -> None:
+    """Writes the page about a draw of the records of one split."""
+    base = read_source(flags.checkpoint)
+    text = TextProcessor.load(base.folder, base.variant, **base.limits)
+    with Progress(dataset.counts.get(split), f"reading {dataset.name} {split}", "records") as line:
+        drawn = draw(_counted(dataset.read(raw, split), line), SAMPLES)
+    if not drawn:
+        raise ValueError(f"{raw}: {dataset.name} has no record of the split {split!r}")
+    source = Source(f"{dataset.name} {split}", drawn, "", templates=dataset.templates)
+    write_preview(flags.out, source, text)
+
+
+def _counted(records: Iterable[Record], line: Progress) -> Iterator[Record]:
+    for record in records:
+        yield record
+        line.update()
+
+
+def _counts(split: dict) -> str:
+    """What was found, against what the table expects."""
+    said = f"{split['records']} records"
+    if split["left_out_count"]:
+        said += f", {split['left_out_count']} left out (named in prepared.json)"
+    if split["expected"] not in (None, split["read"]):
+        said += f"; {split['expected']} were expected, {split['read']} are in the annotations"
+    return said

@@ -1,0 +1,59 @@
+"""The datasets of InstructBLIP: one table, joined from the modules of `data/readers`."""
+
+import difflib
+
+from jax_instructblip.data.readers import (
+    captioning,
+    choices,
+    dialogue,
+    memes,
+    reading,
+    reasoning,
+    video,
+    vqa,
+)
+from jax_instructblip.data.readers.dataset import FAMILIES, Dataset
+
+_MODULES = (captioning, reasoning, vqa, choices, reading, video, dialogue, memes)
+
+# In the order of the families, then as the modules have them.
+DATASETS: dict[str, Dataset] = {
+    dataset.name: dataset
+    for dataset in sorted(
+        (dataset for module in _MODULES for dataset in module.DATASETS),
+        key=lambda dataset: FAMILIES.index(dataset.family),
+    )
+}
+
+
+def get_dataset(name: str) -> Dataset:
+    """The dataset of that name.
+
+    Raises:
+      ValueError: there is none; the message names those that are spelled most alike, or all.
+    """
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(DATASETS)}"
+        raise ValueError(f"unknown dataset {name!r}; {hint}")
+    return DATASETS[name]
+
+
+def table() -> str:
+    """All datasets for people: the use of each, what files it needs, and where they come from."""
+    lines = []
+    for dataset in DATASETS.values():
+        use = "held in" if dataset.held_in else "held out"
+        scored = f", scored by {dataset.metric}" if dataset.metric else ""
+        ranked = ", ranked" if dataset.ranking else ""
+        lines.append(f"{dataset.name}: {dataset.family}, {use}{scored}{ranked}")
+        for split, names in dataset.files.items():
+            count = f"{dataset.counts[split]:,} records" if split in dataset.counts else ""
+            again = " and ".join(dataset.rerelease.get(split, ()))
+            needs = " and ".join(names) + (f", or {again}" if again else "")
+            lines.append(f"  {split:12} {count:18} {needs}")
+        lines.append(f"  licence: {dataset.licence}")
+        lines.append(f"  from: {dataset.source}")
+        if dataset.notes:
+            lines.append(f"  note: {dataset.notes}")
+    return "\n".join(lines)

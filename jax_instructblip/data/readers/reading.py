@@ -1,0 +1,178 @@
+"""Questions about text in images, with the words that a machine read there: TextVQA and OCR-VQA."""
+
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from jax_instructblip.data.readers.dataset import Dataset
+from jax_instructblip.data.readers.files import (
+    AnnotationError,
+    field,
+    inside,
+    pick_layout,
+    read_json,
+    require,
+    text_of,
+    texts_of,
+    unique,
+)
+from jax_instructblip.data.readers.rosetta import read_rosetta
+from jax_instructblip.data.records import Record
+
+TEXTVQA = {
+    split: (f"TextVQA_0.5.1_{split}.json", f"TextVQA_Rosetta_OCR_v0.2_{split}.json")
+    for split in ("train", "val", "test")
+}
+TEXTVQA_TOOLS = {
+    split: (
+        f"{split}_questions_vqa_format.json",
+        f"TextVQA_Rosetta_OCR_v0.2_{split}.json",
+        f"{split}_annotations_vqa_format.json",
+    )
+    for split in ("train", "val")
+}
+OCRVQA_NUMBERS = {"train": 1, "val": 2, "test": 3}
+OCRVQA = {split: ("dataset.json",) for split in OCRVQA_NUMBERS}
+OCRVQA_LAVIS = {split: ("ocrvqa.json",) for split in OCRVQA_NUMBERS}
+
+# Where a row stands, the row, and its answers.
+_Asked = Iterable[tuple[str, dict[str, Any], tuple[str, ...]]]
+
+
+def read_textvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
+    """TextVQA with Rosetta's words, from its own files or from those of the VQA tools.
+
+    Images: `train_images/003a8ae2ef43b901.jpg` for train and val, `test_images/...` for test, whose
+    answers are not public.
+    """
+    layout, paths = pick_layout(raw, split, TEXTVQA, TEXTVQA_TOOLS)
+    asked = _textvqa(paths[0], split) if layout == 0 else _tools(paths[0], paths[2])
+    return unique(_textvqa_records(raw, split, asked, paths[1]))
+
+
+def read_ocrvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
+    """OCR-VQA: the questions about each book cover, one after the other.
+
+    Images: `images/KEY.jpg`. The dataset has no words of its own, and what InstructBLIP read the
+    covers with is not known; your own may stand in `ocr_tokens.json`, in the layout of Rosetta's
+    files. A missing answer (a book without author) leaves a question without answers.
+    """
+    _, (path,) = pick_layout(raw, split, OCRVQA, OCRVQA_LAVIS)
+    ocr = raw / "ocr_tokens.json"
+    words = read_rosetta(ocr) if ocr.is_file() else {}
+    for key, row in read_json(path, dict).items():
+        where = f"{path}: {key}"
+        number = field(require(row, dict, where), "split", int, where)
+        if number not in OCRVQA_NUMBERS.values():
+            raise AnnotationError(f"{where}: split is {number}, expected 1, 2 or 3")
+        if number != OCRVQA_NUMBERS[split]:
+            continue
+        questions = field(row, "questions", list, where)
+        answers = field(row, "answers", list, where)
+        if len(questions) != len(answers):
+            raise AnnotationError(f"{where}: {len(questions)} questions, {len(answers)} answers")
+        for index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+            spot = f"{where}: [{index}]"
+            pair = {"question": question, "answer": answer}
+            yield Record(
+                id=f"{key}:{index}",
+                images=(inside(raw, "images", f"{key}.jpg", where=where),),
+                prompt=text_of(pair, "question", spot),
+                answers=tuple(filter(str.strip, (field(pair, "answer", str, spot),))),
+                task="ocrvqa",
+                split=split,
+                ocr=words.get(key, ()),
+            )
+
+
+def _textvqa_records(
+    raw: pathlib.Path, split: str, asked: _Asked, ocr: pathlib.Path
+) -> Iterator[Record]:
+    words = read_rosetta(ocr)
+    folder = "test_images" if split == "test" else "train_images"
+    for where, row, answers in asked:
+        image = text_of(row, "image_id", where)
+        # A question without its words is another, harder one: silence would cost ten points.
+        if image not in words:
+            raise AnnotationError(
+                f"{where}: {ocr} has no words of image {image!r}: is it of another split?"
+            )
+        yield Record(
+            id=str(field(row, "question_id", (int, str), where)),
+            images=(inside(raw, folder, f"{image}.jpg", where=where),),
+            prompt=text_of(row, "question", where),
+            answers=answers,
+            task="textvqa",
+            split=split,
+            ocr=words[image],
+        )
+
+
+def _textvqa(path: pathlib.Path, split: str) -> _Asked:
+    """`{"data": [{"question_id", "question", "image_id", "answers": [10 texts]}]}`."""
+    for where, row in _rows(path, "data"):
+        yield where, row, () if split == "test" else texts_of(row, "answers", where)
+
+
+def _tools(questions: pathlib.Path, annotations: pathlib.Path) -> _Asked:
+    """Questions and, in another file, `{"question_id", "answers": [{"answer"}]}` of each."""
+    answers = {}
+    for where, row in _rows(annotations, "annotations"):
+        given = [
+            field(require(each, dict, f"{where}: answers"), "answer", str, f"{where}: answers")
+            for each in field(row, "answers", list, where)
+        ]
+        key = field(row, "question_id", (int, str), where)
+        answers[key] = texts_of({"answers": given}, "answers", where)
+    for where, row in _rows(questions, "questions"):
+        key = field(row, "question_id", (int, str), where)
+        if key not in answers:
+            raise AnnotationError(f"{where}: {annotations} has no answers to question {key}")
+        yield where, row, answers[key]
+
+
+def _rows(path: pathlib.Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, row in enumerate(field(read_json(path, dict), name, list, str(path))):
+        where = f"{path}: {name}[{number}]"
+        yield where, require(row, dict, where)
+
+
+DATASETS: tuple[Dataset, ...] = (
+    Dataset(
+        name="textvqa",
+        family="image QA with reading comprehension",
+        held_in=False,
+        read=read_textvqa,
+        files=TEXTVQA,
+        rerelease=TEXTVQA_TOOLS,
+        counts={"train": 34_602, "val": 5_000, "test": 5_734},
+        templates="question",
+        prompt="OCR tokens: {ocr}. Question: {question} Short answer:",
+        metric="vqa_accuracy",
+        ranking=False,
+        licence="CC BY 4.0 (annotations); images from Open Images, CC BY 2.0",
+        source="https://textvqa.org/dataset (annotations, Rosetta OCR v0.2, train_val_images.zip)",
+        notes="Images in train_images/ (train and val) and test_images/. Scored on val; test "
+        "answers are not public. Without the words of Rosetta scores fall by about ten points. The "
+        "other release is in the files of the VQA tools.",
+    ),
+    Dataset(
+        name="ocrvqa",
+        family="image QA with reading comprehension",
+        held_in=True,
+        read=read_ocrvqa,
+        files=OCRVQA,
+        rerelease=OCRVQA_LAVIS,
+        counts={},
+        templates="question",
+        prompt="Question: {question} Short answer:",
+        metric="exact_match",
+        ranking=False,
+        licence="UNVERIFIED (copies say Apache 2.0); book covers belong to their publishers",
+        source="https://ocr-vqa.github.io (dataset.json and loadDataset.py, which fetches covers)",
+        notes="Images in images/, KEY.jpg. Many addresses of covers are dead: use an archive of "
+        "them. About 798,250 training questions, 1,002,146 in all. UNVERIFIED: with which "
+        "program InstructBLIP read the covers; ocr_tokens.json, in the layout of Rosetta's files, "
+        "brings your own words.",
+    ),
+)

@@ -1,0 +1,24 @@
+"""Words that the Rosetta system read in the images of TextVQA, which are those of TextCaps too.
+
+TextVQA_Rosetta_OCR_v0.2_{train,val,test}.json
+{"data": [{"image_id": "0054c91397f2fe05", "ocr_tokens": ["NOKIA", "7"], ...}, ...]}
+"""
+
+import pathlib
+
+from jax_instructblip.data.readers.files import AnnotationError, field, read_json, require, text_of
+
+
+def read_rosetta(path: pathlib.Path) -> dict[str, tuple[str, ...]]:
+    """For each image id the words in the file's order, blank ones left out."""
+    words: dict[str, tuple[str, ...]] = {}
+    for number, row in enumerate(field(read_json(path, dict), "data", list, str(path))):
+        where = f"{path}: data[{number}]"
+        image = text_of(require(row, dict, where), "image_id", where)
+        if image in words:
+            raise AnnotationError(f"{where}: image_id {image!r} is used twice")
+        tokens = field(row, "ocr_tokens", list, where)
+        for index, token in enumerate(tokens):
+            require(token, str, f"{where}: ocr_tokens[{index}]")
+        words[image] = tuple(token for token in tokens if token.strip())
+    return words

@@ -1,0 +1,291 @@
+"""Questions with free answers: VQAv2, OK-VQA, VizWiz, and questions to be generated.
+
+`vqa_tool` reads the layout of the VQA tools, in which many datasets are given. Answers are those of
+the annotators, in their order; one that was left blank is left out.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jax_instructblip.data.readers.dataset import Dataset
+from jax_instructblip.data.readers.files import (
+    AnnotationError,
+    field,
+    inside,
+    pick_layout,
+    read_json,
+    require,
+    text_of,
+    texts_of,
+    unique,
+)
+from jax_instructblip.data.records import Record
+
+VQAV2 = {
+    "train": (
+        "v2_OpenEnded_mscoco_train2014_questions.json",
+        "v2_mscoco_train2014_annotations.json",
+    ),
+    "val": ("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"),
+    "test-dev": ("v2_OpenEnded_mscoco_test-dev2015_questions.json",),
+    "test": ("v2_OpenEnded_mscoco_test2015_questions.json",),
+}
+VQAV2_LAVIS = {split: (f"vqa_{split}.json",) for split in ("train", "val")}
+OKVQA = {
+    split: (
+        f"OpenEnded_mscoco_{split}2014_questions.json",
+        f"mscoco_{split}2014_annotations.json",
+    )
+    for split in ("train", "val")
+}
+OKVQA_LAVIS = {"train": ("okvqa_train.json",)}
+VIZWIZ = {split: (f"Annotations/{split}.json",) for split in ("train", "val", "test")}
+VIZWIZ_TOOL = {
+    split: (f"{split}_questions_vqa_format.json", f"{split}_annotations_vqa_format.json")
+    for split in ("train", "val")
+}
+
+
+def vqa_tool(
+    raw: pathlib.Path,
+    split: str,
+    task: str,
+    paths: list[pathlib.Path],
+    image: Callable[[dict[str, Any], str], str],
+) -> Iterator[Record]:
+    """Records of a question file and, if it is there, an annotation file of the VQA tools.
+
+        {"questions": [{"question_id", "image_id", "question"}]}
+        {"annotations": [{"question_id", "answers": [{"answer"}]}]}
+
+    Args:
+      raw: the folder of the dataset.
+      split: where the records belong.
+      task: their dataset.
+      paths: the question file; the annotation file, unless the answers are hidden.
+      image: path below `raw` of the image of a question's row; also gets words for errors.
+
+    Raises:
+      AnnotationError: a question has no annotation, or an annotation no question.
+    """
+    answers = _tool_answers(paths[1]) if len(paths) > 1 else None
+    asked = set()
+    for row in _rows(paths[0], "questions"):
+        name = _number(row, "question_id", str(paths[0]))
+        where = f"{paths[0]}: question {name}"
+        asked.add(name)
+        if answers is not None and name not in answers:
+            raise AnnotationError(
+                f"{where} has no annotation in {paths[1]}: get both files of one release"
+            )
+        yield Record(
+            id=name,
+            images=(inside(raw, image(row, where), where=where),),
+            prompt=text_of(row, "question", where),
+            answers=answers[name] if answers is not None else (),
+            task=task,
+            split=split,
+        )
+    stray = sorted((answers or {}).keys() - asked)
+    if stray:
+        raise AnnotationError(
+            f"{paths[1]}: {len(stray)} annotations have no question in {paths[0]}, such as "
+            f"{stray[0]}: get both files of one release"
+        )
+
+
+def read_vqav2(raw: pathlib.Path, split: str, task: str = "vqav2") -> Iterator[Record]:
+    """VQAv2, as released for the VQA tools or by LAVIS; no answers of test and test-dev.
+
+    Images: `train2014/COCO_train2014_000000000009.jpg` and so on.
+    """
+    layout, paths = pick_layout(raw, split, VQAV2, VQAV2_LAVIS)
+    if layout == 1:
+        return unique(_lavis(raw, split, task, paths[0]))
+    folder = {"train": "train2014", "val": "val2014"}.get(split, "test2015")
+    return unique(vqa_tool(raw, split, task, paths, functools.partial(_coco_image, folder)))
+
+
+def read_okvqa(raw: pathlib.Path, split: str, task: str = "okvqa") -> Iterator[Record]:
+    """OK-VQA, as released for the VQA tools, or LAVIS's file of train.
+
+    Images: `train2014/COCO_train2014_000000000009.jpg` and so on.
+    """
+    layout, paths = pick_layout(raw, split, OKVQA, OKVQA_LAVIS)
+    if layout == 1:
+        return unique(_lavis(raw, split, task, paths[0]))
+    image = functools.partial(_coco_image, f"{split}2014")
+    return unique(vqa_tool(raw, split, task, paths, image))
+
+
+def read_vizwiz(raw: pathlib.Path, split: str) -> Iterator[Record]:
+    """VizWiz-VQA as released (LAVIS has the same rows), or rewritten for the VQA tools.
+
+    Images: `val/VizWiz_val_00000000.jpg` and so on. A question is named by its image, of which it
+    is the only one; rewritten files have their own numbers.
+    """
+    layout, paths = pick_layout(raw, split, VIZWIZ, VIZWIZ_TOOL)
+    if layout == 1:
+        image = functools.partial(_file_in, split)
+        return unique(vqa_tool(raw, split, "vizwiz", paths, image))
+    return unique(_vizwiz(raw, split, paths[0]))
+
+
+def _tool_answers(path: pathlib.Path) -> dict[str, tuple[str, ...]]:
+    answers: dict[str, tuple[str, ...]] = {}
+    for row in _rows(path, "annotations"):
+        name = _number(row, "question_id", str(path))
+        where = f"{path}: question {name}"
+        if name in answers:
+            raise AnnotationError(f"{where} is annotated twice")
+        answers[name] = _annotators(row, where)
+    return answers
+
+
+def _annotators(row: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The texts of `[{"answer"}, ...]`."""
+    texts = [
+        field(require(each, dict, f"{where}: answers"), "answer", str, f"{where}: answers")
+        for each in field(row, "answers", list, where)
+    ]
+    return texts_of({"answers": texts}, "answers", where)
+
+
+def _lavis(raw: pathlib.Path, split: str, task: str, path: pathlib.Path) -> Iterator[Record]:
+    """LAVIS's `[{"question_id", "question", "answer": [text], "image"}]`."""
+    for number, row in enumerate(read_json(path, list)):
+        where = f"{path}: row {number}"
+        yield Record(
+            id=_number(require(row, dict, where), "question_id", where),
+            images=(inside(raw, text_of(row, "image", where), where=where),),
+            prompt=text_of(row, "question", where),
+            answers=texts_of(row, "answer", where),
+            task=task,
+            split=split,
+        )
+
+
+def _vizwiz(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
+    """`[{"image", "question", "answers": [{"answer"}]}]`, in test without answers."""
+    for number, row in enumerate(read_json(path, list)):
+        where = f"{path}: row {number}"
+        name = text_of(require(row, dict, where), "image", where)
+        yield Record(
+            id=pathlib.PurePosixPath(name).stem,
+            images=(inside(raw, split, name, where=where),),
+            prompt=text_of(row, "question", where),
+            answers=() if split == "test" else _annotators(row, where),
+            task="vizwiz",
+            split=split,
+        )
+
+
+def _rows(path: pathlib.Path, name: str) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(field(read_json(path, dict), name, list, str(path))):
+        yield require(row, dict, f"{path}: {name}[{number}]")
+
+
+def _number(row: dict[str, Any], name: str, where: str) -> str:
+    return str(field(row, name, (int, str), where))
+
+
+def _coco_image(folder: str, row: dict[str, Any], where: str) -> str:
+    return f"{folder}/COCO_{folder}_{field(row, 'image_id', int, where):012d}.jpg"
+
+
+def _file_in(folder: str, row: dict[str, Any], where: str) -> str:
+    return f"{folder}/{text_of(row, 'image_id', where)}"
+
+
+# Appendix E names it for GQA, VizWiz and the video sets; VQAv2 and OK-VQA are asked the same way.
+SHORT_ANSWER = "Question: {question} Short answer:"
+_VQA_LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/datasets"
+_COCO_IMAGES = "https://cocodataset.org/#download"
+
+_VQAV2 = Dataset(
+    name="vqav2",
+    family="image QA",
+    held_in=True,
+    read=read_vqav2,
+    files=VQAV2,
+    rerelease=VQAV2_LAVIS,
+    counts={"train": 443_757, "val": 214_354},
+    templates="question",
+    prompt=SHORT_ANSWER,
+    metric="vqa_accuracy",
+    ranking=False,
+    licence="annotations CC BY 4.0; images: terms of Flickr",
+    source=f"https://visualqa.org/download.html; LAVIS: {_VQA_LAVIS}/vqav2/vqa_train.json, "
+    f"vqa_val.json; images: {_COCO_IMAGES}",
+    notes="Images in train2014/, val2014/ and test2015/. Test answers are not public. "
+    "InstructBLIP's mixture holds train alone, to go by its published ratios.",
+)
+_OKVQA = Dataset(
+    name="okvqa",
+    family="knowledge-grounded image QA",
+    held_in=True,
+    read=read_okvqa,
+    files=OKVQA,
+    rerelease=OKVQA_LAVIS,
+    counts={"train": 9_009, "val": 5_046},
+    templates="question",
+    prompt=SHORT_ANSWER,
+    metric="vqa_accuracy",
+    ranking=False,
+    licence="annotations CC BY 4.0; images: terms of Flickr",
+    source=f"https://okvqa.allenai.org/download.html; LAVIS: {_VQA_LAVIS}/okvqa/okvqa_train.json; "
+    f"images: {_COCO_IMAGES}",
+    notes="Images in train2014/ and val2014/. val is what papers call test. Releases 1.0 and 1.1 "
+    "have other stems of the same answers: do not mix their files.",
+)
+
+
+def as_questions(answering: Dataset, read: Callable[..., Iterator[Record]]) -> Dataset:
+    """The dataset in which a question is to be generated from an image and an answer.
+
+    Its records are those of the answering one; its templates make question and answer change
+    places.
+    """
+    name = f"{answering.name}_questions"
+    return dataclasses.replace(
+        answering,
+        name=name,
+        family="image question generation",
+        held_in=True,
+        read=functools.partial(read, task=name),
+        files={"train": answering.files["train"]},
+        rerelease={k: v for k, v in answering.rerelease.items() if k == "train"},
+        counts={k: v for k, v in answering.counts.items() if k == "train"},
+        templates="question_generation",
+        prompt="Given the image, generate a question whose answer is: {answer}. Question:",
+        metric="",
+        notes=f"The files of {answering.name}, train alone: the paper does not score it.",
+    )
+
+
+DATASETS = (
+    _VQAV2,
+    Dataset(
+        name="vizwiz",
+        family="image QA",
+        held_in=False,
+        read=read_vizwiz,
+        files=VIZWIZ,
+        rerelease=VIZWIZ_TOOL,
+        counts={"val": 4_319},
+        templates="question",
+        prompt=SHORT_ANSWER,
+        metric="vqa_accuracy",
+        ranking=False,
+        licence="CC BY 4.0",
+        source="https://vizwiz.org/tasks-and-datasets/vqa",
+        notes="Images in train/, val/ and test/. Test answers are not public: the paper's figure "
+        "is test-dev of the EvalAI server. The other release is that of Open Flamingo.",
+    ),
+    _OKVQA,
+    as_questions(_VQAV2, read_vqav2),
+    as_questions(_OKVQA, read_okvqa),
+)

@@ -1,0 +1,116 @@
+"""A few frames of a video: which ones, and their pixels and times.
+
+PyAV decodes them; it is installed with `pip install -e .[video]`.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from jax_instructblip.data.images import MAX_PIXELS
+
+if TYPE_CHECKING:
+    import av
+
+# Files that hold a video themselves: none that is a list of other files or addresses.
+_OPTIONS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif",
+    "protocol_whitelist": "file",
+}
+
+
+class VideoError(ValueError):
+    """A video cannot be used; the message names the file and the reason."""
+
+
+def sample_indices(count: int, wanted: int, how: str = "uniform") -> tuple[int, ...]:
+    """The numbers of `wanted` frames out of `count`, rising; the same in every call.
+
+    `uniform` takes the first frame of equal segments (as LAVIS does when it trains and the paper
+    evaluates), `middle` their middle ones, `headtail` the first frame, the last and equal steps
+    between (as LAVIS does since). Three of nine:
+
+        frame      0  1  2  3  4  5  6  7  8
+        uniform    x        x        x
+        middle        x        x        x
+        headtail   x           x           x
+
+    Raises:
+        ValueError: there are fewer frames than wanted, or no such way.
+    """
+    if not 1 <= wanted <= count:
+        raise ValueError(f"{count} frames, but {wanted} are wanted: ask for 1 to {count}")
+    if how == "uniform":
+        return tuple(index * count // wanted for index in range(wanted))
+    if how == "middle":
+        return tuple((2 * index + 1) * count // (2 * wanted) for index in range(wanted))
+    if how == "headtail":
+        step = count // max(1, wanted - 1)
+        inner = tuple(index * step for index in range(1, wanted - 1))
+        return ((0,) + inner + (count - 1,))[:wanted]
+    raise ValueError(f"frames are taken {how!r}, expected 'uniform', 'middle' or 'headtail'")
+
+
+def read_frames(
+    path: str | os.PathLike[str], wanted: int, how: str = "uniform"
+) -> tuple[list[Image.Image], tuple[float, ...]]:
+    """RGB images of `sample_indices` of an mp4, mkv, webm, avi or gif, and their seconds.
+
+    Seconds count from the first frame. Of several video streams the one that FFmpeg finds best is
+    taken (decord, which LAVIS reads with, does the same). The video is decoded twice, for what the
+    container says of the number of its frames is not always true.
+
+    Raises:
+        VideoError: no such file, none with a video, damaged, larger than `images.MAX_PIXELS`, of
+            fewer frames than wanted; or PyAV is not installed.
+    """
+    times = [_seconds(path, frame) for frame in _decode(path)]
+    try:
+        chosen = sample_indices(len(times), wanted, how)
+    except ValueError as error:
+        raise VideoError(f"{path}: {error}") from error
+    images = []
+    for number, frame in enumerate(_decode(path)):
+        if number in chosen:
+            images.append(frame.to_image())
+        if number == chosen[-1]:
+            break
+    return images, tuple(times[number] - times[0] for number in chosen)
+
+
+def _decode(path: str | os.PathLike[str]) -> Iterator["av.VideoFrame"]:
+    """All frames in the order in which they are shown."""
+    try:
+        import av
+        import av.error
+    except ImportError as error:
+        raise VideoError(f"{path}: videos need PyAV: pip install -e .[video]") from error
+    done = 0
+    try:
+        with av.open(os.fspath(path), options=_OPTIONS) as container:
+            best = container.streams.best("video")
+            if best is None:
+                raise VideoError(f"{path} holds no video")
+            stream = next(each for each in container.streams.video if each.index == best.index)
+            if stream.width * stream.height > MAX_PIXELS:
+                raise VideoError(
+                    f"{path}: frames of {stream.width} x {stream.height} pixels, expected at most "
+                    f"{MAX_PIXELS}"
+                )
+            stream.thread_type = "AUTO"
+            for frame in container.decode(stream):
+                yield frame
+                done += 1
+    except av.error.FFmpegError as error:
+        hint = "" if isinstance(error, OSError) else "; it may have been cut off, get it again"
+        raise VideoError(
+            f"{path} cannot be read after {done} frames: {error.strerror}{hint}"
+        ) from error
+
+
+def _seconds(path: str | os.PathLike[str], frame: "av.VideoFrame") -> float:
+    if frame.time is None:
+        raise VideoError(f"{path}: a frame has no time: write the video anew, as mp4")
+    return frame.time

@@ -1,0 +1,71 @@
+"""A page of training samples: picture, instruction, tokens, what the loss asks for, lengths."""
+
+import collections
+import html
+import os
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from jax_instructblip.data.mixture import Mixture, Source
+from jax_instructblip.data.records import Record
+from jax_instructblip.data.samples import Pieces, histogram, token_counts, token_rows
+from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.evaluation import page
+
+
+def draw(records: Iterable[Record], count: int, seed: int = 0) -> list[Record]:
+    """`count` of the records, each as likely as any other, in their order; one pass."""
+    rng, kept = np.random.default_rng(seed), []
+    for number, record in enumerate(records):
+        if len(kept) < count:
+            kept.append((number, record))
+        elif (place := int(rng.integers(number + 1))) < count:
+            kept[place] = (number, record)
+    return [record for _, record in sorted(kept, key=lambda pair: pair[0])]
+
+
+def write_preview(
+    path: str | os.PathLike, source: Source, text: TextProcessor, *, shown: int = 20, seed: int = 0
+) -> None:
+    """Writes the page of a source: `shown` of its records in pictures, the lengths of all."""
+    mixture, cards = Mixture([source], seed), []
+    lengths: dict[str, list[int]] = collections.defaultdict(list)
+    for number, record in enumerate(source.records):
+        try:
+            instruction = mixture.instruct(source, record, mixture.rng(number, 0, use="text"))
+            example = text.example(*instruction)
+        except ValueError as error:
+            cards.append(_card(record, {"cannot be used": [(str(error), False)]}, {}))
+            continue
+        counts = token_counts(example)
+        for name, value in counts.items():
+            lengths[name].append(value)
+        cards.append(_card(record, token_rows(example, text), counts))
+    chart = [line for name, counts in lengths.items() for line in [*histogram(name, counts), ""]]
+    parts = [
+        "<p class='note'>Marked tokens are those that the loss asks for.</p>",
+        f"<div class='grid'>{''.join(cards[:shown])}</div>",
+        f"<h2>Lengths of {len(cards)} samples</h2><pre>{html.escape(chr(10).join(chart))}</pre>",
+    ]
+    page.write(path, source.name, parts)
+
+
+def _card(record: Record, rows: Mapping[str, Pieces], counts: Mapping[str, int]) -> str:
+    pictures = "".join(page.picture(image) for image in record.images[:1])
+    frames = f" <i>({len(record.images)} frames)</i>" if len(record.images) > 1 else ""
+    told = "".join(
+        f"<div><b>{html.escape(name)}</b>: {_tokens(pieces)}</div>" for name, pieces in rows.items()
+    )
+    numbers = ", ".join(f"{name}: {count}" for name, count in counts.items())
+    return (
+        f"<div class='card'>{pictures}{frames}{told}"
+        f"<div class='note'>{html.escape(record.id)}; {html.escape(numbers)}</div></div>"
+    )
+
+
+def _tokens(pieces: Pieces) -> str:
+    return " ".join(
+        f"<mark>{html.escape(piece)}</mark>" if asked else html.escape(piece)
+        for piece, asked in pieces
+    )

@@ -1,0 +1,84 @@
+"""The verb `prepare`, on memes: the smallest of the original layouts."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from jax_instructblip.__main__ import main
+from jax_instructblip.data.sources import open_records
+
+
+@pytest.fixture
+def raw(tmp_path):
+    folder = tmp_path / "raw"
+    (folder / "img").mkdir(parents=True)
+    rows = []
+    for number in range(6):
+        Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(folder / "img" / f"{number}.png")
+        row = {"id": number, "img": f"img/{number}.png", "label": number % 2, "text": "ha"}
+        rows.append(json.dumps(row) + "\n")
+    (folder / "train.jsonl").write_text("".join(rows))
+    return folder
+
+
+def words(raw, out, *more):
+    return ["prepare", "hateful_memes", "--raw", str(raw), "--out", str(out), *more]
+
+
+def test_prepares_and_says_what_differs_from_the_table(raw, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(words(raw, out, "--split", "train", "--workers", "0")) == 0
+    said = capsys.readouterr().out
+    assert "train: 6 records; 8500 were expected, 6 are in the annotations" in said
+    records, _ = open_records(out / "hateful_memes", "train")
+    assert [record.answers for record in records][:2] == [("no",), ("yes",)]
+    assert records[3].context == "ha" and records[3].correct == 0
+
+
+def test_missing_images_end_the_run_unless_they_are_allowed(raw, tmp_path, capsys):
+    (raw / "img" / "3.png").unlink()
+    chosen = ["--split", "train", "--workers", "0"]
+    assert main(words(raw, tmp_path / "out", *chosen)) == 1
+    assert "3.png: No such file" in capsys.readouterr().err
+    assert main(words(raw, tmp_path / "out", *chosen, "--max_missing", "0.2")) == 0
+    assert "5 records, 1 left out (named in prepared.json)" in capsys.readouterr().out
+
+
+def test_a_page_shows_samples_and_prepares_nothing(raw, tmp_path):
+    page = tmp_path / "page.html"
+    assert main(words(raw, page, "--preview")) == 0
+    assert page.read_text().count("<img ") == 6
+    assert not (tmp_path / "hateful_memes").exists()
+
+
+def test_the_table_is_printed(capsys):
+    assert main(["prepare", "--list"]) == 0
+    said = capsys.readouterr().out
+    assert "hateful_memes: image classification, held out" in said and "vqav2: image QA" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({1: "hatefull_memes"}, "unknown dataset 'hatefull_memes'; did you mean hateful_memes"),
+        ({3: "nowhere"}, "nowhere is no folder: it should hold the files of hateful_memes"),
+        ({7: "tarin"}, "has no splits ['tarin']; known: ['train'"),
+        ({7: "val"}, "dev_seen.jsonl"),
+    ],
+)
+def test_mistakes_are_one_line(raw, tmp_path, capsys, change, message):
+    given = words(raw, tmp_path / "out", "--split", "train")
+    for place, word in change.items():
+        given[place] = word
+    assert main(given) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out" / "hateful_memes" / "1.0.0").exists()
+
+
+@pytest.mark.parametrize("given", [[], ["vqav2"], ["--raw", "a", "--out", "b"]])
+def test_wrong_usage_is_said(given, capsys):
+    with pytest.raises(SystemExit):
+        main(["prepare", *given])
+    assert "expected" in capsys.readouterr().err
