@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--preview", action="store_true", help="write a page, prepare nothing")
     parser.add_argument("--raw", type=pathlib.Path, help="folder of its original files and images")
     parser.add_argument("--out", type=pathlib.Path, help="folder of prepared datasets")
-    parser.add_argument("--split", help="one or more, with commas (default: all)")
+    parser.add_argument("--split", help="with commas (default: all whose files are there)")
     parser.add_argument(
         "--workers",
         type=int,
@@ -69,7 +69,8 @@ def main(argv: list[str]) -> int:
     dataset = datasets.get_dataset(flags.dataset)
     splits = flags.split.split(",") if flags.split else ()
     if flags.preview:
-        _preview(dataset, flags.raw, (splits or tuple(dataset.files))[0], flags)
+        chosen = [*splits, *dataset.present(flags.raw), *dataset.files][0]
+        _preview(dataset, flags.raw, chosen, flags)
         print(f"written: {flags.out}")
         return 0
     folder = prepare(
@@ -82,8 +83,11 @@ def main(argv: list[str]) -> int:
         max_missing=flags.max_missing,
         frames=flags.frames,
     )
-    for name, split in read_report(folder)["splits"].items():
+    prepared = read_report(folder)["splits"]
+    for name, split in prepared.items():
         print(f"{flags.dataset} {name}: {_counts(split)}")
+    if absent := [name for name in dataset.files if name not in prepared]:
+        print(f"not prepared: {', '.join(absent)}")
     print(f"prepared: {folder}")
     return 0
 

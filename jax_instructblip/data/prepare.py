@@ -75,7 +75,7 @@ def prepare(
       dataset: a row of the table.
       raw: the folder that holds its original files and images.
       out: where prepared datasets go.
-      splits: which; all that the table knows if none is named.
+      splits: which; if none is named, all whose annotation files are there.
       workers: processes that read images and write shards; 0 uses this one alone.
       shard_size: records of a shard.
       max_missing: the part of a split's records that may lack a usable image.
@@ -89,7 +89,8 @@ def prepare(
     done = out / dataset.name / VERSION
     if done.is_dir():
         return done
-    names = list(splits or dataset.files)
+    # With no files at all: the first split, whose reader says what is missing.
+    names = list(splits) or dataset.present(raw) or list(dataset.files)[:1]
     if unknown := sorted(set(names) - set(dataset.files)):
         raise PrepareError(f"{dataset.name} has no splits {unknown}; known: {list(dataset.files)}")
     if not raw.is_dir():

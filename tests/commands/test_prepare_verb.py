@@ -34,11 +34,12 @@ def test_prepares_and_says_what_differs_from_the_table(raw, tmp_path, capsys):
     records, _ = open_records(out / "hateful_memes", "train")
     assert [record.answers for record in records][:2] == [("no",), ("yes",)]
     assert records[3].context == "ha" and records[3].correct == 0
+    assert "not prepared: val, test, val_unseen, test_unseen" in said
 
 
 def test_missing_images_end_the_run_unless_they_are_allowed(raw, tmp_path, capsys):
     (raw / "img" / "3.png").unlink()
-    chosen = ["--split", "train", "--workers", "0"]
+    chosen = ["--workers", "0"]
     assert main(words(raw, tmp_path / "out", *chosen)) == 1
     assert "3.png: No such file" in capsys.readouterr().err
     assert main(words(raw, tmp_path / "out", *chosen, "--max_missing", "0.2")) == 0
@@ -64,7 +65,7 @@ def test_the_table_is_printed(capsys):
         ({1: "hatefull_memes"}, "unknown dataset 'hatefull_memes'; did you mean hateful_memes"),
         ({3: "nowhere"}, "nowhere is no folder: it should hold the files of hateful_memes"),
         ({7: "tarin"}, "has no splits ['tarin']; known: ['train'"),
-        ({7: "val"}, "dev_seen.jsonl"),
+        ({7: "val"}, "lacks files of split 'val': dev_seen.jsonl, or else dev.jsonl"),
     ],
 )
 def test_mistakes_are_one_line(raw, tmp_path, capsys, change, message):

@@ -49,6 +49,7 @@ TOY = Dataset(
 def raw(tmp_path):
     folder = tmp_path / "raw"
     folder.mkdir()
+    (folder / "toy.json").touch()
     for value in range(5):
         Image.new("RGB", (8, 6), (value, 0, 0)).save(folder / f"{value}.png")
     return folder

@@ -61,3 +61,12 @@ class Dataset:
     source: str
     notes: str = ""
     rerelease: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def present(self, raw: pathlib.Path) -> list[str]:
+        """The splits whose annotation files, of one release or the other, are all in `raw`."""
+
+        def there(layout: Mapping[str, tuple[str, ...]], split: str) -> bool:
+            return split in layout and all((raw / name).exists() for name in layout[split])
+
+        layouts = (self.files, self.rerelease)
+        return [split for split in self.files if any(there(each, split) for each in layouts)]

@@ -30,7 +30,7 @@ VQAV2 = {
         "v2_mscoco_train2014_annotations.json",
     ),
     "val": ("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"),
-    "test-dev": ("v2_OpenEnded_mscoco_test-dev2015_questions.json",),
+    "testdev": ("v2_OpenEnded_mscoco_test-dev2015_questions.json",),
     "test": ("v2_OpenEnded_mscoco_test2015_questions.json",),
 }
 VQAV2_LAVIS = {split: (f"vqa_{split}.json",) for split in ("train", "val")}

@@ -99,9 +99,9 @@ def test_vqav2_as_released_and_by_lavis(tmp_path):
     assert list(read_vqav2(tmp_path, "val")) == records
 
 
-@pytest.mark.parametrize("split", ["test-dev", "test"])
-def test_hidden_answers_of_vqav2(tmp_path, split):
-    name = f"v2_OpenEnded_mscoco_{split}2015_questions.json"
+@pytest.mark.parametrize(("split", "part"), [("testdev", "test-dev"), ("test", "test")])
+def test_hidden_answers_of_vqav2(tmp_path, split, part):
+    name = f"v2_OpenEnded_mscoco_{part}2015_questions.json"
     first, _ = read_vqav2(write(tmp_path, {name: QUESTIONS}), split)
     assert first.answers == ()
     assert first.images == (str(tmp_path / "test2015/COCO_test2015_000000000042.jpg"),)
