@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.text.answer_limit = 12
 
     config.train.steps = 1_500
-    config.optimizer.learning_rate = 1.5e-3
+    config.optimizer.learning_rate = 8e-4
     config.optimizer.warmup_steps = 100
     config.optimizer.clip_norm = 1.0
     config.checkpoints.every = 250

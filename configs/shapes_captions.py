@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.text.answer_limit = 40  # five things and a word
 
     config.train.steps = 2_500
+    config.optimizer.learning_rate = 1.5e-3  # the queries start from nothing
     config.checkpoints.every = 500
     config.validation.path = "shapes-captions"
     config.validation.every = 500

@@ -13,12 +13,9 @@ work=${WORK:-runs/backbones} out=${OUT:-jax_instructblip/embedded} scale=${SCALE
 
 prepare "${EXTRAS:-}"
 "$python" -m jax_instructblip backbones towers "$work" --scale "$scale"
-# Captioned for longer, the LLaMA-like model's Q-Former answers captions better and learns to follow
-# instructions worse; the T5-like model's learns both more slowly.
-declare -A caption_steps=([llama]=800 [t5]=2500)
+steps=$("$python" -c "import sys; print(max(25, round(2500 * float(sys.argv[1]))))" "$scale")
 mkdir -p "$out"
 for kind in llama t5; do
-  steps=$("$python" -c "print(max(25, round(${caption_steps[$kind]} * $scale)))")
   "$python" -m jax_instructblip train --config configs/shapes_captions.py \
     --config.model.checkpoint="$work/base_$kind" --config.workdir="$work/captions_$kind" \
     --config.train.steps="$steps" --config.optimizer.warmup_steps="$((steps / 25))"
