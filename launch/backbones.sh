@@ -2,7 +2,7 @@
 # Rebuilds the embedded checkpoints (jax_instructblip/embedded/shapes_llama and shapes_t5) from nothing:
 # tokenizers, vision tower, both language models, then the caption phase of the Q-Former.
 #
-#   bash launch/backbones.sh            about half an hour on two idle cores
+#   bash launch/backbones.sh            less than an hour on two cores
 #
 #   WORK   folder for the parts (default: runs/backbones); finished parts in it are kept
 #   OUT    where the checkpoints go (default: jax_instructblip/embedded; what is there is replaced)
