@@ -39,3 +39,13 @@ def small(forge, tmp_path_factory):
         return made[name, dtype]
 
     return small
+
+
+@pytest.fixture(scope="module")
+def flan(small):
+    return small("instructblip-flan-t5-xl")
+
+
+@pytest.fixture(scope="module")
+def vicuna(small):
+    return small("instructblip-vicuna-7b")
