@@ -1,0 +1,111 @@
+"""The quickstart for every language model, with and without instructions, over several seeds.
+
+python -m benchmarks.quickstart [--work DIR] [--seeds 0 1 2] [--limit 800] [--out FILE]
+
+Runs that are finished in DIR are taken as they are; the others take about five minutes each.
+Prints a table and writes one JSON file.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+import jax
+
+KINDS, SPLITS = ("llama", "t5"), ("test", "test_pairs", "test_families")
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def run(folder: pathlib.Path, kind: str, aware: bool, seed: int, limit: int) -> dict[str, Any]:
+    """What `results.json` of the run says; it is trained and evaluated first where it is not."""
+    if not (folder / "results.json").is_file():
+        program = [sys.executable, "-m", "jax_instructblip"]
+        fields = {
+            "workdir": folder,
+            "model.checkpoint": f"shapes_{kind}",
+            "model.instruction_aware": aware,
+            "seed": seed,
+        }
+        words = [f"--config.{name}={value}" for name, value in fields.items()]
+        train = [*program, "train", "--config", "configs/quickstart.py", *words]
+        measure = [*program, "evaluate", "--checkpoint", str(folder), "--limit", str(limit)]
+        # Baselines do not depend on the seed.
+        measure += ["--out", str(folder)] + ["--no_baselines"] * (seed != 0)
+        for command in (train, measure):
+            subprocess.run(command, check=True, cwd=ROOT)
+    return json.loads((folder / "results.json").read_text())
+
+
+def summary(work: pathlib.Path, seeds: list[int], limit: int) -> list[dict[str, Any]]:
+    """One row a language model, with or without instructions, and split."""
+    rows = []
+    for kind in KINDS:
+        for aware in (True, False):
+            found = [
+                run(work / f"{kind}_{aware}_{seed}", kind, aware, seed, limit) for seed in seeds
+            ]
+            for split in SPLITS:
+                means = [each["splits"][split]["mean"] for each in found]
+                tuned = [mean["tuned"] for mean in means]
+                baselines = {name: means[0][name] for name in means[0] if name != "tuned"}
+                rows.append(
+                    {
+                        "llm": kind,
+                        "instruction_aware": aware,
+                        "split": split,
+                        "questions": found[0]["splits"][split]["count"],
+                        "tuned": tuned,
+                        "tuned_mean": statistics.mean(tuned),
+                        **baselines,
+                    }
+                )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for people, in percent."""
+    lines = [f"{'llm':6} {'aware':6} {'split':14} {'tuned':>24} {'mean':>6}  baselines"]
+    for row in rows:
+        tuned = " / ".join(f"{100 * value:.1f}" for value in row["tuned"])
+        others = ", ".join(
+            f"{name} {100 * row[name]:.1f}" for name in ("majority", "blind", "before")
+        )
+        lines.append(
+            f"{row['llm']:6} {row['instruction_aware']!s:6} {row['split']:14} {tuned:>24} "
+            f"{100 * row['tuned_mean']:6.1f}  {others}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs what is missing, prints the table, writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/benchmark"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--limit", type=int, default=800, help="questions a split")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "quickstart.json"
+    )
+    flags = parser.parse_args()
+    rows = summary(flags.work.absolute(), flags.seeds, flags.limit)
+    print(table(rows))
+    document = {
+        "command": f"python -m benchmarks.quickstart --seeds {' '.join(map(str, flags.seeds))}",
+        "scoring": "exact match of whole answers, mean of the families of questions",
+        "seeds": flags.seeds,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "jax": jax.__version__,
+        "results": rows,
+    }
+    flags.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"written to {flags.out}")
+
+
+if __name__ == "__main__":
+    main()
