@@ -13,9 +13,12 @@ work=${WORK:-runs/backbones} out=${OUT:-jax_instructblip/embedded} scale=${SCALE
 
 prepare "${EXTRAS:-}"
 "$python" -m jax_instructblip backbones towers "$work" --scale "$scale"
-steps=$("$python" -c "import sys; print(max(25, round(2500 * float(sys.argv[1]))))" "$scale")
+# The T5-like model's queries learn to caption more slowly. The longer they caption, the more of a
+# picture they tell whatever is asked: better on pairs never seen, worse at following instructions.
+declare -A caption_steps=([llama]=1500 [t5]=5000)
 mkdir -p "$out"
 for kind in llama t5; do
+  steps=$("$python" -c "print(max(25, round(${caption_steps[$kind]} * $scale)))")
   "$python" -m jax_instructblip train --config configs/shapes_captions.py \
     --config.model.checkpoint="$work/base_$kind" --config.workdir="$work/captions_$kind" \
     --config.train.steps="$steps" --config.optimizer.warmup_steps="$((steps / 25))"
