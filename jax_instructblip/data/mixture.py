@@ -13,7 +13,7 @@ import functools
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import grain
@@ -172,7 +172,10 @@ class TrainBatches:
         Rows are padded to the smallest of `buckets` that holds the longest text of the *global*
         batch, or else to the text's limit. `augment` crops and mirrors; without, the whole image is
         squashed to the model's size (mirrored images would spoil reading, left and right).
+
+        Raises `ValueError` if sources differ in how many images their (first) records have.
         """
+        _same_frames((source.name, source.records[0]) for source in mixture.sources)
         self.mixture, self.text = mixture, text
         self.batch_size, self.steps = batch_size, steps
         self.augment = augment
@@ -189,6 +192,7 @@ class TrainBatches:
         rows = self.rows if fixed else range(self.batch_size)
         # The text of all rows is looked at by all hosts, which so agree on the shapes.
         found = {int(row): self._text(first + int(row)) for row in rows}
+        _same_frames((record.id, record) for _, record, _ in found.values())
         lengths = {
             name: bucket(max(len(example[name]) for _, _, example in found.values()), sizes, name)
             for name, sizes in self.buckets.items()
@@ -290,6 +294,21 @@ def instruct(
         choices = templates.TEMPLATES[kind] if kind else ("{question}",)
         prompt = templates.dress(choices[int(rng.integers(len(choices)))], record, answer)
     return prompt, record.prompt if turned else answer
+
+
+def _same_frames(named: Iterable[tuple[str, Record]]) -> None:
+    """Raises a `ValueError` if the records cannot share a batch, whose images are one array."""
+    found: dict[int, list[str]] = {}
+    for name, record in named:
+        found.setdefault(len(record.images), []).append(name)
+    if len(found) > 1:
+        rows = [f"{count}: {', '.join(names[:13])}" for count, names in sorted(found.items())]
+        raise ValueError(
+            "all records of a training must have equally many images (a video: frames), found\n  "
+            + "\n  ".join(rows)
+            + "\ntrain on images and on videos in runs of their own, or prepare videos with "
+            "--frames 1"
+        )
 
 
 def _limits(text: TextProcessor) -> dict[str, int]:
