@@ -1,5 +1,7 @@
 """Questions about text in images, with the words that a machine read there: TextVQA and OCR-VQA."""
 
+import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -17,6 +19,7 @@ from jax_instructblip.data.readers.files import (
     unique,
 )
 from jax_instructblip.data.readers.rosetta import read_rosetta
+from jax_instructblip.data.readers.vqa import vqa_tool
 from jax_instructblip.data.records import Record
 
 TEXTVQA = {
@@ -35,9 +38,6 @@ OCRVQA_NUMBERS = {"train": 1, "val": 2, "test": 3}
 OCRVQA = {split: ("dataset.json",) for split in OCRVQA_NUMBERS}
 OCRVQA_LAVIS = {split: ("ocrvqa.json",) for split in OCRVQA_NUMBERS}
 
-# Where a row stands, the row, and its answers.
-_Asked = Iterable[tuple[str, dict[str, Any], tuple[str, ...]]]
-
 
 def read_textvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
     """TextVQA with Rosetta's words, from its own files or from those of the VQA tools.
@@ -46,8 +46,12 @@ def read_textvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
     answers are not public.
     """
     layout, paths = pick_layout(raw, split, TEXTVQA, TEXTVQA_TOOLS)
-    asked = _textvqa(paths[0], split) if layout == 0 else _tools(paths[0], paths[2])
-    return unique(_textvqa_records(raw, split, asked, paths[1]))
+    if layout == 1:
+        image = functools.partial(_textvqa_image, split)
+        records = vqa_tool(raw, split, "textvqa", [paths[0], paths[2]], image)
+    else:
+        records = _textvqa(raw, split, paths[0])
+    return unique(_with_words(records, paths[1]))
 
 
 def read_ocrvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
@@ -85,56 +89,38 @@ def read_ocrvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
             )
 
 
-def _textvqa_records(
-    raw: pathlib.Path, split: str, asked: _Asked, ocr: pathlib.Path
-) -> Iterator[Record]:
-    words = read_rosetta(ocr)
-    folder = "test_images" if split == "test" else "train_images"
-    for where, row, answers in asked:
-        image = text_of(row, "image_id", where)
+def _with_words(records: Iterable[Record], path: pathlib.Path) -> Iterator[Record]:
+    """The records with what Rosetta read in their images."""
+    words = read_rosetta(path)
+    for record in records:
+        image = pathlib.PurePath(str(record.images[0])).stem
         # A question without its words is another, harder one: silence would cost ten points.
         if image not in words:
             raise AnnotationError(
-                f"{where}: {ocr} has no words of image {image!r}: is it of another split?"
+                f"question {record.id}: {path} has no words of image {image!r}: is it of another "
+                "split?"
             )
+        yield dataclasses.replace(record, ocr=words[image])
+
+
+def _textvqa(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
+    """`{"data": [{"question_id", "question", "image_id", "answers": [10 texts]}]}`."""
+    for number, row in enumerate(field(read_json(path, dict), "data", list, str(path))):
+        where = f"{path}: data[{number}]"
+        row = require(row, dict, where)
         yield Record(
             id=str(field(row, "question_id", (int, str), where)),
-            images=(inside(raw, folder, f"{image}.jpg", where=where),),
+            images=(inside(raw, _textvqa_image(split, row, where), where=where),),
             prompt=text_of(row, "question", where),
-            answers=answers,
+            answers=() if split == "test" else texts_of(row, "answers", where),
             task="textvqa",
             split=split,
-            ocr=words[image],
         )
 
 
-def _textvqa(path: pathlib.Path, split: str) -> _Asked:
-    """`{"data": [{"question_id", "question", "image_id", "answers": [10 texts]}]}`."""
-    for where, row in _rows(path, "data"):
-        yield where, row, () if split == "test" else texts_of(row, "answers", where)
-
-
-def _tools(questions: pathlib.Path, annotations: pathlib.Path) -> _Asked:
-    """Questions and, in another file, `{"question_id", "answers": [{"answer"}]}` of each."""
-    answers = {}
-    for where, row in _rows(annotations, "annotations"):
-        given = [
-            field(require(each, dict, f"{where}: answers"), "answer", str, f"{where}: answers")
-            for each in field(row, "answers", list, where)
-        ]
-        key = field(row, "question_id", (int, str), where)
-        answers[key] = texts_of({"answers": given}, "answers", where)
-    for where, row in _rows(questions, "questions"):
-        key = field(row, "question_id", (int, str), where)
-        if key not in answers:
-            raise AnnotationError(f"{where}: {annotations} has no answers to question {key}")
-        yield where, row, answers[key]
-
-
-def _rows(path: pathlib.Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, row in enumerate(field(read_json(path, dict), name, list, str(path))):
-        where = f"{path}: {name}[{number}]"
-        yield where, require(row, dict, where)
+def _textvqa_image(split: str, row: dict[str, Any], where: str) -> str:
+    folder = "test_images" if split == "test" else "train_images"
+    return f"{folder}/{text_of(row, 'image_id', where)}.jpg"
 
 
 DATASETS: tuple[Dataset, ...] = (

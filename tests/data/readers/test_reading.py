@@ -91,7 +91,7 @@ BAD_TEXTVQA = [
     ([ASKED | {"image_id": "../ab"}], [WORDS | {"image_id": "../ab"}], "leads out of the folder"),
     ([ASKED | {"question": " "}], [WORDS], "data[0]: question is blank"),
     ([ASKED | {"answers": []}], [WORDS], "data[0]: answers holds nothing"),
-    ([{"question_id": 7}], [WORDS], "no field 'answers'; found question_id"),
+    ([{"question_id": 7}], [WORDS], "no field 'image_id'; found question_id"),
     ([ASKED | {"question_id": 1.5}], [WORDS], "question_id: found a number, expected a whole"),
     ([3], [WORDS], "data[0]: found a whole number, expected an object"),
     ([ASKED], [{"image_id": "ab"}], "no field 'ocr_tokens'; found image_id"),
@@ -127,7 +127,7 @@ def test_a_question_of_the_tools_without_answers(tmp_path):
         val_annotations_vqa_format={"annotations": []},
         **{"TextVQA_Rosetta_OCR_v0.2_val": {"data": [WORDS]}},
     )
-    with pytest.raises(AnnotationError, match="has no answers to question 7"):
+    with pytest.raises(AnnotationError, match="question 7 has no annotation in"):
         list(read_textvqa(tmp_path, "val"))
 
 
