@@ -2,7 +2,7 @@
 # Tunes a Q-Former on the world the package draws, evaluates it on images it never saw and writes
 # runs/quickstart/report.html.
 #
-#   bash launch/quickstart.sh              about ten minutes on two cores, downloads included
+#   bash launch/quickstart.sh              five minutes on two idle cores, downloads included
 #   bash launch/quickstart.sh --config.train.steps=500        any fields of configs/quickstart.py
 #
 #   WORKDIR  the run's folder (default: runs/quickstart). An interrupted run in it is taken up where
