@@ -88,6 +88,12 @@ def prepare(
     raw, out = pathlib.Path(raw), pathlib.Path(out)
     done = out / dataset.name / VERSION
     if done.is_dir():
+        held = read_report(done)["splits"]
+        if lacking := sorted(set(splits) - set(held)):
+            raise PrepareError(
+                f"{done} was prepared without {', '.join(lacking)} (it has {', '.join(held)}): "
+                "remove it and name all splits, or prepare into another folder"
+            )
         return done
     # With no files at all: the first split, whose reader says what is missing.
     names = list(splits) or dataset.present(raw) or list(dataset.files)[:1]
@@ -135,7 +141,7 @@ def _survey(dataset: Dataset, raw: pathlib.Path, name: str) -> Split:
 
 
 def _begin(draft: pathlib.Path, settings: dict[str, Any]) -> None:
-    """Makes the folder of an unfinished run, or goes on in one that began alike."""
+    """Notes how an unfinished run began, or goes on in one that began alike."""
     path = draft / "settings.json"
     if path.is_file():
         if json.loads(path.read_text()) != settings:
@@ -144,7 +150,6 @@ def _begin(draft: pathlib.Path, settings: dict[str, Any]) -> None:
                 "or remove it"
             )
         return
-    draft.mkdir(exist_ok=True)
     write_file(path, json.dumps(settings))
 
 
@@ -176,24 +181,32 @@ def _write_split(
             worst = list(itertools.chain(*(each["left_out"] for each in notes.values())))
             raise PrepareError(
                 f"{dataset.name} {split.name}: {left_out} of {split.records} records have no "
-                f"usable image, more than {max_missing:.1%}; finished shards stay. The first:\n  "
+                f"usable image, more than {max_missing:.1%}; whole shards stay. The first:\n  "
                 + "\n  ".join(f"{id}: {reason}" for id, reason in worst[:10])
                 + "\ncomplete the images, or raise --max_missing"
             )
 
-    with Progress(split.records, label, "records") as line, _pool(workers) as pool:
-        running: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
-        chunks = _chunks(dataset.read(raw, split.name), size)
-        for number, (path, chunk) in enumerate(zip(paths, chunks, strict=True)):
-            if (note := _read_note(path)) is not None:
-                take(number, note, line)
-                continue
-            running.append((number, pool.submit(write_shard, path, chunk, frames)))
-            if len(running) > 2 * max(workers, 1):  # so that the records of a few shards are held
-                number, future = running.popleft()
+    try:
+        with Progress(split.records, label, "records") as line, _pool(workers) as pool:
+            running: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
+            chunks = _chunks(dataset.read(raw, split.name), size)
+            for number, (path, chunk) in enumerate(zip(paths, chunks, strict=True)):
+                if (note := _read_note(path)) is not None:
+                    take(number, note, line)
+                    continue
+                running.append((number, pool.submit(write_shard, path, chunk, frames)))
+                if len(running) > 2 * max(
+                    workers, 1
+                ):  # so that the records of a few shards are held
+                    number, future = running.popleft()
+                    take(number, future.result(), line)
+            for number, future in running:
                 take(number, future.result(), line)
-        for number, future in running:
-            take(number, future.result(), line)
+    except PrepareError:  # by now no worker writes any more
+        for path in paths:
+            if (note := _read_note(path)) is not None and note["left_out"]:
+                _note_path(path).unlink()  # written again: its images may be there by then
+        raise
     return [notes[number] for number in range(count)]
 
 

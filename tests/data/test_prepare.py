@@ -138,6 +138,22 @@ def test_few_missing_pictures_are_left_out_and_listed(raw, tmp_path):
     ]
 
 
+def test_images_completed_after_a_refusal_are_taken_in(raw, tmp_path):
+    picture = (raw / "1.png").read_bytes()
+    (raw / "1.png").unlink()
+    with pytest.raises(prepare.PrepareError):
+        prepare.prepare(TOY, raw, tmp_path / "out", shard_size=SIZE)
+    (raw / "1.png").write_bytes(picture)
+    folder = prepare.prepare(TOY, raw, tmp_path / "out", shard_size=SIZE)
+    assert len(builder.open_folder(folder, "train")) == COUNT
+
+
+def test_a_split_that_was_left_away_is_not_passed_over(raw, tmp_path):
+    prepare.prepare(TOY, raw, tmp_path / "out", splits=["train"])
+    with pytest.raises(prepare.PrepareError, match=r"prepared without test \(it has train\): rem"):
+        prepare.prepare(TOY, raw, tmp_path / "out", splits=["train", "test"])
+
+
 def test_another_beginning_is_not_mixed_in(raw, tmp_path):
     (raw / "1.png").unlink()
     with pytest.raises(prepare.PrepareError):
