@@ -4,10 +4,12 @@ Everything is done with Pillow on one image, so that pixels are bit-equal to the
 the normalisation with the CLIP mean and standard deviation happens on the device.
 """
 
+import contextlib
 import io
 import math
 import os
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -19,6 +21,8 @@ MAX_PIXELS = 89_478_485
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 Image.init()
 _KNOWN_FORMATS = tuple(name for name in _FORMATS if name in Image.OPEN)
+
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations of pictures whose width and height are exchanged
 
 # EXIF orientation -> what makes the picture upright; 1 is upright already.
 _UPRIGHT = {
@@ -32,15 +36,14 @@ _UPRIGHT = {
 }
 
 
+Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+
+
 class ImageError(ValueError):
     """An image cannot be used; the message names the file and the reason."""
 
 
-def decode(
-    source: str | os.PathLike[str] | bytes | Image.Image | np.ndarray,
-    *,
-    max_pixels: int = MAX_PIXELS,
-) -> Image.Image:
+def decode(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An upright RGB image of 8 bits a channel, or an `ImageError` with file name and reason.
 
     `source` is a path, the bytes of an image file, a PIL image or a uint8 array [H, W],
@@ -49,29 +52,8 @@ def decode(
     released code); 16-bit gray keeps its high byte, as Pillow does for 16-bit colour. The number of
     pixels is compared with `max_pixels` before any pixel is decoded.
     """
-    name = _name(source)
-    try:
-        if isinstance(source, np.ndarray):
-            return _upright_rgb(_from_array(source), max_pixels)
-        if isinstance(source, Image.Image):
-            return _upright_rgb(source, max_pixels)
-        if isinstance(source, bytes):
-            with Image.open(io.BytesIO(source), formats=_KNOWN_FORMATS) as image:
-                return _upright_rgb(image, max_pixels)
-        path = pathlib.Path(source)
-        if not path.is_file():  # opening a pipe or a device could wait for ever
-            raise _UnusableError("is not a file" if path.exists() else "no such file")
-        with path.open("rb") as file, Image.open(file, formats=_KNOWN_FORMATS) as image:
-            return _upright_rgb(image, max_pixels)
-    except _UnusableError as error:
-        reason = str(error)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        reason = f"too large even for Pillow: {error}"
-    except Image.UnidentifiedImageError:
-        reason = f"not an image that can be read (known: {', '.join(_KNOWN_FORMATS)})"
-    except Exception as error:  # of damaged files: anything from OSError to IndexError
-        reason = f"damaged or unreadable: {error or type(error).__name__}"
-    raise ImageError(f"{name}: {reason}")
+    with _opened(source, max_pixels) as image:
+        return _upright_rgb(image)
 
 
 def resize_squash(image: Image.Image, size: int) -> np.ndarray:
@@ -83,20 +65,43 @@ def resize_squash(image: Image.Image, size: int) -> np.ndarray:
 
 
 def random_resized_crop_flip(
-    image: Image.Image,
+    source: Source,
     size: int,
     rng: np.random.Generator,
+    *,
     scale: tuple[float, float] = (0.5, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    least: float = math.inf,
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """Pixels [size, size, 3] uint8 of a random part of the image, mirrored half of the time.
 
     `scale` bounds the part's share of the area, `ratio` its width / height; the released
     `blip2_image_train` (torchvision's RandomResizedCrop, bicubic, and RandomHorizontalFlip).
+
+    A JPEG is decoded at a half, a quarter or an eighth of its sides where the part then still has
+    `least` times size x size pixels; inf: never. The part is the same one, its pixels differ a
+    little (the decoder averages blocks, and with `least` below 1 a part may be enlarged again).
+    Sources and errors are as in `decode`.
     """
-    left, top, width, height = _random_box(image.width, image.height, rng, scale, ratio)
+    with _opened(source, max_pixels) as image:
+        # The header of a JPEG tells its size; a TIFF turns itself while it is decoded.
+        reducible = image.format == "JPEG" and image is not source and least < math.inf
+        if not reducible:
+            image = _upright_rgb(image)
+        width, height = image.size
+        if reducible and _orientation(image) in _SIDEWAYS:
+            width, height = height, width
+        box = _random_box(width, height, rng, scale, ratio)
+        if reducible:
+            factor = _reduction(box[2] * box[3], least * size * size)
+            image.draft(None, (image.width // factor, image.height // factor))  # pyright: ignore
+            image = _upright_rgb(image)
+    across, down = image.width / width, image.height / height  # 1, or less where it is reduced
+    left, top = round(box[0] * across), round(box[1] * down)
+    right, bottom = round((box[0] + box[2]) * across), round((box[1] + box[3]) * down)
     # Cropping first matters: resize(box=...) would look at pixels outside of the box.
-    part = image.crop((left, top, left + width, top + height))
+    part = image.crop((left, top, right, bottom))
     part = part.resize((size, size), Image.Resampling.BICUBIC)
     if rng.random() < 0.5:
         part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -105,6 +110,50 @@ def random_resized_crop_flip(
 
 class _UnusableError(Exception):
     """The reason why an image cannot be used, before its name is known."""
+
+
+@contextlib.contextmanager
+def _opened(source: Source, max_pixels: int) -> Iterator[Image.Image]:
+    """The image behind `source`, its size checked, its pixels not decoded yet.
+
+    Whatever goes wrong in the body becomes an `ImageError` that names the source.
+    """
+    name = _name(source)
+    try:
+        with contextlib.ExitStack() as files:
+            image = _open(source, files)
+            _check_size(image, max_pixels)
+            yield image
+            return
+    except _UnusableError as error:
+        reason = str(error)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        reason = f"too large even for Pillow: {error}"
+    except Image.UnidentifiedImageError:
+        reason = f"not an image that can be read (known: {', '.join(_KNOWN_FORMATS)})"
+    except Exception as error:  # of damaged files: anything from OSError to IndexError
+        reason = f"damaged or unreadable: {error or type(error).__name__}"
+    raise ImageError(f"{name}: {reason}")
+
+
+def _open(source: Source, files: contextlib.ExitStack) -> Image.Image:
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, bytes):
+        file = io.BytesIO(source)
+    else:
+        path = pathlib.Path(source)
+        if not path.is_file():  # opening a pipe or a device could wait for ever
+            raise _UnusableError("is not a file" if path.exists() else "no such file")
+        file = files.enter_context(path.open("rb"))
+    return files.enter_context(Image.open(file, formats=_KNOWN_FORMATS))
+
+
+def _reduction(pixels: int, least: float) -> int:
+    """By how much a JPEG's sides can be divided so that `least` of `pixels` are left."""
+    return next(by for by in (8, 4, 2, 1) if by == 1 or pixels >= least * by * by)
 
 
 def _random_box(
@@ -133,7 +182,7 @@ def _random_box(
     return (image_width - width) // 2, (image_height - height) // 2, width, height
 
 
-def _upright_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
+def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise _UnusableError(f"has no pixels ({width} x {height})")
@@ -142,6 +191,9 @@ def _upright_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
             f"{width} x {height} pixels, more than the limit of {max_pixels}: make it smaller, or "
             "raise max_pixels if it can be trusted"
         )
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
     # After load(): the TIFF reader turns the image itself and then forgets the orientation.
     turn = _UPRIGHT.get(_orientation(image))

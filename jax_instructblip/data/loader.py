@@ -58,8 +58,9 @@ def put(
 
     def place(local: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
-            wanted = np.arange(batch_size)[index[0]]
-            return local[np.searchsorted(rows, wanted)]
+            start, stop, _ = index[0].indices(batch_size)
+            first = int(np.searchsorted(rows, start))
+            return local[first : first + stop - start]
 
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
 

@@ -165,6 +165,7 @@ class TrainBatches:
         steps: int,
         buckets: Sequence[int] = (),
         augment: bool = True,
+        least_pixels: float = math.inf,
         rows: np.ndarray | None = None,
     ):
         """`batch_size` is the global one; `rows` are the numbers of this host's rows of it.
@@ -172,13 +173,14 @@ class TrainBatches:
         Rows are padded to the smallest of `buckets` that holds the longest text of the *global*
         batch, or else to the text's limit. `augment` crops and mirrors; without, the whole image is
         squashed to the model's size (mirrored images would spoil reading, left and right).
+        `least_pixels`: `least` of `images.random_resized_crop_flip`.
 
         Raises `ValueError` if sources differ in how many images their (first) records have.
         """
         _same_frames((source.name, source.records[0]) for source in mixture.sources)
         self.mixture, self.text = mixture, text
         self.batch_size, self.steps = batch_size, steps
-        self.augment = augment
+        self.augment, self.least_pixels = augment, least_pixels
         self.rows = np.arange(batch_size) if rows is None else rows
         self.buckets = {name: _cut(buckets, limit) for name, limit in _limits(text).items()}
         self._warned = 0
@@ -251,13 +253,13 @@ class TrainBatches:
         size = self.text.variant.vision.image_size
         frames = []
         for source in record.images:
-            image = images.decode(source)
             if self.augment:
                 # The same numbers for every frame: a video is cropped alike throughout.
                 rng = self.mixture.rng(place, attempt, use="image")
-                frames.append(images.random_resized_crop_flip(image, size, rng))
+                crop = images.random_resized_crop_flip
+                frames.append(crop(source, size, rng, least=self.least_pixels))
             else:
-                frames.append(images.resize_squash(image, size))
+                frames.append(images.resize_squash(images.decode(source), size))
         return np.stack(frames)
 
     def _next(self, source: Source, record: Record, attempt: int, error: Exception | None) -> int:

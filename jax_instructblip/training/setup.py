@@ -118,6 +118,7 @@ def read_batches(
         steps=config.train.steps,
         buckets=tuple(config.data.buckets),
         augment=config.data.augment,
+        least_pixels=config.data.least_pixels,
         rows=rows,
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from jax_instructblip.data import images
 from jax_instructblip.data.images import ImageError, decode
@@ -313,3 +313,69 @@ def test_random_crop_is_a_function_of_its_generator_and_keeps_its_bounds():
     assert 0.49 < share.min() < 0.52 and 0.9 < share.max() <= 1.0
     assert 0.74 < ratio.min() < 0.8 and 1.25 < ratio.max() < 1.35
     assert {left.min(), top.min()} == {0} and (left + width).max() == 200
+
+
+def waves(width, height):
+    """Smooth, and different everywhere: pixels of another part would be far off."""
+    y, x = np.mgrid[:height, :width] / max(width, height)
+    pixels = [np.sin(4 * x) ** 2, np.sin(5 * y) ** 2, (x + y) / 2]
+    return Image.fromarray((255 * np.stack(pixels, axis=-1)).astype(np.uint8))
+
+
+def decoded_sizes(monkeypatch):
+    """The sizes of the images that are decoded from now on."""
+    sizes, upright = [], images._upright_rgb
+
+    def spy(image):
+        sizes.append(image.size)
+        return upright(image)
+
+    monkeypatch.setattr(images, "_upright_rgb", spy)
+    return sizes
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(("size", "by"), [(200, 2), (100, 4), (50, 8), (400, 1)])
+def test_a_reduced_crop_is_the_same_part(monkeypatch, size, by, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    photo = encoded(waves(901, 603), format="JPEG", exif=exif, quality=95)
+    for seed in range(10):
+        rngs = [np.random.default_rng(seed) for _ in range(2)]
+        exact = images.random_resized_crop_flip(photo, size, rngs[0])
+        sizes = decoded_sizes(monkeypatch)
+        reduced = images.random_resized_crop_flip(photo, size, rngs[1], least=1.0)
+        assert sizes == [(-(-901 // by), -(-603 // by))]
+        # Edges are rounded to decoded pixels, and one of the photo is worth about 1.
+        assert np.abs(exact.astype(int) - reduced).mean() < 0.5 * by
+        assert (exact != reduced).any() == (by > 1)
+        assert rngs[0].random() == rngs[1].random()
+
+
+def test_only_jpeg_files_are_reduced_and_the_callers_image_is_not():
+    picture = waves(300, 200)
+    for source in (picture, encoded(picture, format="PNG")):
+        found = [
+            images.random_resized_crop_flip(source, 16, np.random.default_rng(0), least=least)
+            for least in (np.inf, 0.1)
+        ]
+        np.testing.assert_array_equal(*found)
+    with Image.open(io.BytesIO(encoded(picture, format="JPEG"))) as opened:
+        images.random_resized_crop_flip(opened, 16, np.random.default_rng(0), least=0.1)
+        assert opened.size == (300, 200)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "least", "by"),
+    [(400, 100, 2), (399, 100, 1), (1600, 100, 4), (6400, 100, 8), (9**9, 100, 8), (9, np.inf, 1)],
+)
+def test_reduction_keeps_the_least(pixels, least, by):
+    assert images._reduction(pixels, least) == by
+
+
+def test_a_damaged_jpeg_is_named_when_reduced():
+    photo = encoded(waves(600, 400), format="JPEG")
+    with pytest.raises(ImageError, match="damaged"):
+        images.random_resized_crop_flip(
+            photo[: len(photo) // 2], 16, np.random.default_rng(0), least=1.0
+        )
