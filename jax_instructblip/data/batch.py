@@ -119,6 +119,17 @@ def pad_to(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:
     return out
 
 
+def text_positions(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[2] int64: how many positions of the batch's texts hold a token, and how many there are.
+
+    Counted is what a tower works on: the instruction, the prompt and, for T5, the answer.
+    """
+    held = [batch["qformer_mask"], batch["mask"]]
+    if "decoder_tokens" in batch:
+        held.append(batch["targets"] != IGNORE)
+    return np.array([sum(each.sum() for each in held), sum(each.size for each in held)], np.int64)
+
+
 def validate_batch(batch: Mapping[str, np.ndarray], *, training: bool = False) -> None:
     """Raises a `ValueError` that lists everything in which `batch` is not what the top says."""
     wrong = _wrong_arrays(batch, training)

@@ -10,6 +10,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
+from jax_instructblip.data.batch import text_positions
 from jax_instructblip.data.mixture import TrainBatches
 
 # Keys of a batch that only the host looks at.
@@ -28,7 +29,9 @@ def load(
     ahead: int = 4,
     workers: int = 0,
 ) -> Iterator[tuple[DeviceBatch, Counts]]:
-    """The batches from number `start` on, each with the host's own counts (`HOST_KEYS`).
+    """The batches from number `start` on, each with the host's own counts.
+
+    Those are `HOST_KEYS`, and of `text` how many positions hold a token and how many there are.
 
     The place in the data is nothing but the number of the next batch. `threads` threads make
     batches, `ahead` of them before they are asked for; with `workers` > 0 as many processes do
@@ -44,7 +47,7 @@ def load(
         made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     waiting: collections.deque[tuple[DeviceBatch, Counts]] = collections.deque()
     for batch in made:
-        counts = {name: batch.pop(name) for name in HOST_KEYS}
+        counts = {name: batch.pop(name) for name in HOST_KEYS} | {"text": text_positions(batch)}
         waiting.append((put(batch, sharding, batches.rows, batches.batch_size), counts))
         if len(waiting) > 1:  # one is on its way to the device while another is worked on
             yield waiting.popleft()

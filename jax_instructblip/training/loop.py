@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from jax_instructblip.data import loader
@@ -225,22 +226,29 @@ class _Window:
         self._steps: list[dict[str, float]] = []
         self._samples = 0
         self._counts = {name: 0.0 for name in ("replaced", *TRUNCATED)}
+        self._text = np.zeros(2, np.int64)
 
     def add(self, values: dict[str, float], counts: loader.Counts) -> None:
         """Adds one step."""
         self._steps.append(values)
         self._samples += len(counts["replaced"])
         self._counts["replaced"] += float((counts["replaced"] > 0).sum())
+        self._text += counts["text"]
         for name, count in zip(TRUNCATED, counts["truncated"].sum(axis=0), strict=True):
             self._counts[name] += float(count)
 
     def close(self) -> dict[str, float]:
-        """The last step's numbers, but the mean loss of all; rates; counts where not zero."""
+        """The last step's numbers, but the mean loss of all; rates; counts where not zero.
+
+        `padding_share` is the share of this host's text positions that hold no token.
+        """
         seconds = max(time.monotonic() - self._began, 1e-9)
         values = dict(self._steps[-1])
         values["loss"] = sum(each["loss"] for each in self._steps) / len(self._steps)
         values["steps_per_second"] = len(self._steps) / seconds
         values["samples_per_second"] = self._samples * jax.process_count() / seconds
+        held, positions = self._text
+        values["padding_share"] = 1 - held / positions
         names = {"replaced": "replaced", **{name: f"truncated_{name}" for name in TRUNCATED}}
         values |= {names[name]: count for name, count in self._counts.items() if count}
         self.restart()

@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from jax_instructblip.data.batch import IGNORE, bucket, collate, pad_to, validate_batch
+from jax_instructblip.data.batch import (
+    IGNORE,
+    bucket,
+    collate,
+    pad_to,
+    text_positions,
+    validate_batch,
+)
 
 
 def ids(*values):
@@ -51,6 +58,13 @@ def test_t5_batch_pads_answers_by_themselves():
     np.testing.assert_array_equal(batch["targets"], [[7, 8, 9, 1], [7, 1, -100, -100]])
     np.testing.assert_array_equal(batch["decoder_tokens"], [[0, 7, 8, 9], [0, 7, 0, 0]])
     assert batch["tokens"].shape == (2, 5)
+
+
+def test_positions_that_hold_a_token_are_counted():
+    llama = collate([example([1, 2, 3], [IGNORE, 3, 9]), example([1], [9])])
+    assert text_positions(llama).tolist() == [3 + 1 + 2 + 2, 6 + 4]
+    t5 = collate([example([1, 2, 3], [7, 9], decoder=[0, 7]), example([1], [9], decoder=[0])])
+    assert text_positions(t5).tolist() == [3 + 1 + 2 + 2 + 2 + 1, 6 + 4 + 4]
 
 
 def test_buckets_take_the_smallest_that_fits():

@@ -45,6 +45,9 @@ def test_yields_every_batch_in_order(batches, settings):
     assert len(loaded) == 6 - start
     for step, (batch, counts) in enumerate(loaded, start=start):
         expected = batches[step]
+        held, positions = counts.pop("text")
+        assert held == sum(expected[name].sum() for name in ("mask", "qformer_mask"))
+        assert positions == expected["tokens"].size + expected["qformer_tokens"].size
         assert set(counts) == set(HOST_KEYS)
         assert set(batch) | set(counts) == set(expected)
         for key, value in batch.items():

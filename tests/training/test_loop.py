@@ -214,8 +214,9 @@ def test_what_was_cut_or_replaced_is_counted():
     window = loop._Window()
     for replaced in ([0, 3], [0, 0]):
         counts = {"replaced": np.array(replaced), "truncated": np.array([[1, 0, 1], [1, 0, 0]])}
-        window.add({"loss": 1.0}, counts)
+        window.add({"loss": 1.0}, counts | {"text": np.array([3, 8])})
     values = window.close()
+    assert values["padding_share"] == 0.625
     assert {name: values[name] for name in values if "replaced" in name or "trunc" in name} == {
         "replaced": 1,
         "truncated_instruction": 4,
