@@ -40,6 +40,7 @@ EXTRAS = {
     "eval": ["pycocoevalcap>=1.2"],  # CIDEr, BLEU and ROUGE as the papers count them
     "demo": ["gradio>=5"],  # the page in the browser
     "video": ["av>=18"],  # frames of videos, by FFmpeg, which its wheels bring along
+    "beam": ["apache-beam>=2.60"],  # prepares datasets on a cluster
     # The original implementation, for parity tests and for .pth files; its rounding differs from
     # version to version, so the tests' tolerances hold for this one.
     "torch": ["torch==2.13.0"],

@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Iterable, Iterator
 
 from jax_instructblip.data import datasets
+from jax_instructblip.data.beam import prepare_with_beam
 from jax_instructblip.data.mixture import Source
 from jax_instructblip.data.prepare import prepare, read_report
 from jax_instructblip.data.progress import Progress
@@ -55,7 +56,14 @@ def main(argv: list[str]) -> int:
         default="shapes_t5",
         help="whose tokenizers --preview shows: a folder, a run or an embedded name",
     )
-    flags = parser.parse_args(argv)
+    parser.add_argument(
+        "--beam_runner",
+        help="let Apache Beam write the shards, on a cluster (`FlinkRunner`) or here "
+        "(`DirectRunner`); flags that are unknown here are the runner's",
+    )
+    flags, options = parser.parse_known_args(argv)
+    if options and not flags.beam_runner:
+        parser.error(f"unknown flags: {' '.join(options)}")
     if flags.list:
         print(datasets.table())
         return 0
@@ -73,16 +81,16 @@ def main(argv: list[str]) -> int:
         _preview(dataset, flags.raw, chosen, flags)
         print(f"written: {flags.out}")
         return 0
-    folder = prepare(
-        dataset,
-        flags.raw,
-        flags.out,
-        splits=splits,
-        workers=flags.workers,
-        shard_size=flags.shard_size,
-        max_missing=flags.max_missing,
-        frames=flags.frames,
-    )
+    common = {"splits": splits, "max_missing": flags.max_missing, "frames": flags.frames}
+    if flags.beam_runner:
+        folder = prepare_with_beam(
+            dataset, flags.raw, flags.out, runner=flags.beam_runner, options=options, **common
+        )
+    else:
+        size = flags.shard_size
+        folder = prepare(
+            dataset, flags.raw, flags.out, workers=flags.workers, shard_size=size, **common
+        )
     prepared = read_report(folder)["splits"]
     for name, split in prepared.items():
         print(f"{flags.dataset} {name}: {_counts(split)}")

@@ -62,9 +62,13 @@ def record_row(record: Record) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class RecordsConfig(tfds.core.BuilderConfig):
-    """One dataset: its name and, for each split, a function that iterates over its records."""
+    """One dataset: its name and, for each split, a function that iterates over its records.
+
+    With `beam` the function returns an Apache Beam transform that gives (number, row) instead.
+    """
 
     splits: Splits = dataclasses.field(default_factory=dict)
+    beam: bool = False
 
 
 class JaxInstructblipRecords(tfds.core.GeneratorBasedBuilder):
@@ -83,9 +87,9 @@ class JaxInstructblipRecords(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,  # the mixture shuffles; here the order is the reader's
         )
 
-    def _split_generators(self, download_manager: Any) -> dict[str, Iterable[tuple[int, dict]]]:
+    def _split_generators(self, download_manager: Any) -> dict[str, Any]:
         return {
-            name: enumerate(map(record_row, records()))
+            name: records() if self.builder_config.beam else enumerate(map(record_row, records()))
             for name, records in self.builder_config.splits.items()
         }
 

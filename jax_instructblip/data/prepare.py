@@ -95,13 +95,8 @@ def prepare(
                 "remove it and name all splits, or prepare into another folder"
             )
         return done
-    # With no files at all: the first split, whose reader says what is missing.
-    names = list(splits) or dataset.present(raw) or list(dataset.files)[:1]
-    if unknown := sorted(set(names) - set(dataset.files)):
-        raise PrepareError(f"{dataset.name} has no splits {unknown}; known: {list(dataset.files)}")
-    if not raw.is_dir():
-        raise PrepareError(f"{raw} is no folder: it should hold the files of {dataset.name}")
-    read = {name: _survey(dataset, raw, name) for name in names}
+    names = choose_splits(dataset, raw, splits)
+    read = {name: survey(dataset, raw, name) for name in names}
     draft = done.with_name(f"incomplete.{VERSION}")
     draft.mkdir(parents=True, exist_ok=True)
     with builder.locked(done.parent / ".lock"):
@@ -115,7 +110,7 @@ def prepare(
             notes = _write_split(
                 dataset, raw, draft, split, workers, shard_size, max_missing, frames
             )
-            report["splits"][split.name] = _summary(dataset, split, notes)
+            report["splits"][split.name] = summary(dataset, split, notes)
         _finish(draft, dataset.name, report)
         draft.rename(done)
     return done
@@ -126,7 +121,22 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return json.loads((pathlib.Path(folder) / REPORT).read_text())
 
 
-def _survey(dataset: Dataset, raw: pathlib.Path, name: str) -> Split:
+def choose_splits(dataset: Dataset, raw: pathlib.Path, splits: Sequence[str]) -> list[str]:
+    """The splits asked for, else those whose files are there; a PrepareError for unknown ones."""
+    if unknown := sorted(set(splits) - set(dataset.files)):
+        raise PrepareError(f"{dataset.name} has no splits {unknown}; known: {list(dataset.files)}")
+    if not raw.is_dir():
+        raise PrepareError(f"{raw} is no folder: it should hold the files of {dataset.name}")
+    # With no files at all: the first split, whose reader says what is missing.
+    return list(splits) or dataset.present(raw) or list(dataset.files)[:1]
+
+
+def write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
+    """Writes what `read_report` reads."""
+    write_file(folder / REPORT, json.dumps(report, indent=1) + "\n")
+
+
+def survey(dataset: Dataset, raw: pathlib.Path, name: str) -> Split:
     """Reads the annotations once: bad rows end the run before anything is written."""
     digest, count = hashlib.sha256(), 0
     with Progress(dataset.counts.get(name), f"reading {dataset.name} {name}", "records") as line:
@@ -296,7 +306,8 @@ def _read_note(path: pathlib.Path) -> dict[str, Any] | None:
     return json.loads(_note_path(path).read_text())
 
 
-def _summary(dataset: Dataset, split: Split, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(dataset: Dataset, split: Split, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the report says of a split."""
     left_out = list(itertools.chain(*(note["left_out"] for note in notes)))
     return {
         "records": sum(note["records"] for note in notes),
@@ -335,7 +346,7 @@ def _finish(draft: pathlib.Path, name: str, report: dict[str, Any]) -> None:
             check_data=False,
             description=builder.DESCRIPTION,
         )
-    write_file(draft / REPORT, json.dumps(report, indent=1) + "\n")
+    write_report(draft, report)
     for note in draft.glob("*.array_record-*.json"):
         note.unlink()
     (draft / "settings.json").unlink(missing_ok=True)

@@ -156,6 +156,14 @@ class TextProcessor:
             "truncated": _int32([cut, False, False]),
         }
 
+    def candidate(self, answer: str) -> np.ndarray:
+        """Ids [T] int32 of an answer to be ranked: T5's ends with eos, LLaMA's does not.
+
+        As released: nothing is cut, and no white space taken away as it is in training.
+        """
+        llm, ids = self.variant.llm, self._llm_ids(answer)
+        return _int32([*ids, llm.eos_id] if isinstance(llm, T5Config) else ids)
+
     def instruction(self, prompt: str) -> np.ndarray:
         """Ids [L] int32 that the Q-Former reads: [CLS] prompt [SEP], cut on the left."""
         return self._instruction(prompt)[0]

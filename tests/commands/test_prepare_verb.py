@@ -1,6 +1,7 @@
 """The verb `prepare`, on memes: the smallest of the original layouts."""
 
 import json
+import sys
 
 import pytest
 from PIL import Image
@@ -51,6 +52,18 @@ def test_a_page_shows_samples_and_prepares_nothing(raw, tmp_path):
     assert main(words(raw, page, "--preview")) == 0
     assert page.read_text().count("<img ") == 6
     assert not (tmp_path / "hateful_memes").exists()
+
+
+def test_flags_that_nobody_knows_are_refused(raw, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(words(raw, tmp_path / "out", "--workes", "2"))
+    assert "unknown flags: --workes 2" in capsys.readouterr().err
+
+
+def test_without_beam_it_says_what_to_install(raw, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    assert main(words(raw, tmp_path / "out", "--beam_runner", "DirectRunner")) == 1
+    assert "pip install 'jax_instructblip[beam]'" in capsys.readouterr().err
 
 
 def test_the_table_is_printed(capsys):

@@ -1,0 +1,124 @@
+"""From the original files of a dataset to ArrayRecord shards on a cluster, by Apache Beam.
+
+    reader --records--> Beam's workers: images read and checked --TFDS--> OUT/NAME/VERSION/
+
+What it writes holds the same records in the same order as `prepare.py` does; how they are cut into
+shards is TFDS's choice. RAW and OUT must be seen by every worker under the same path.
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from jax_instructblip.data import builder, prepare
+from jax_instructblip.data.images import ImageError
+from jax_instructblip.data.readers.dataset import Dataset
+from jax_instructblip.data.records import Record
+from jax_instructblip.data.video import VideoError
+
+
+def prepare_with_beam(
+    dataset: Dataset,
+    raw: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    runner: str,
+    options: Sequence[str] = (),
+    splits: Sequence[str] = (),
+    max_missing: float = 0.01,
+    frames: int = 4,
+) -> pathlib.Path:
+    """The folder of the prepared dataset, `OUT/NAME/VERSION`; it is written if it is not there yet.
+
+    The pipeline runs where `runner` says: `DirectRunner` (here), `FlinkRunner`, `DataflowRunner`
+    ...; `options` are flags of that runner (`--flink_master=host:8081`). The others are as of
+    `prepare.prepare`.
+
+    Raises:
+        AnnotationError: a file is missing, of another release, or has a row that cannot be used.
+        PrepareError: Beam is not installed, or too many images cannot be used; nothing is left.
+    """
+    try:
+        import apache_beam as beam  # pyright: ignore (an extra that tests do without)
+        from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore
+    except ImportError as error:
+        raise prepare.PrepareError(
+            "Apache Beam is not installed: pip install 'jax_instructblip[beam]', here and on the "
+            "workers"
+        ) from error
+
+    raw, out = pathlib.Path(raw), pathlib.Path(out)
+    done = out / dataset.name / prepare.VERSION
+    if done.is_dir():
+        return done
+    names = prepare.choose_splits(dataset, raw, splits)
+    read = {name: prepare.survey(dataset, raw, name) for name in names}
+    rows = functools.partial(_rows, frames=frames if dataset.family == prepare.VIDEO else 0)
+
+    def transform(name: str) -> Any:
+        numbered = list(enumerate(dataset.read(raw, name)))
+        return beam.Create(numbered) | beam.Reshuffle() | beam.FlatMapTuple(rows)
+
+    config = builder.RecordsConfig(
+        name=dataset.name,
+        version=prepare.VERSION,
+        splits={name: functools.partial(transform, name) for name in names},
+        beam=True,
+    )
+    draft = done.parent / "beam"
+    shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
+    try:
+        made = builder.JaxInstructblipRecords(config=config, data_dir=os.fspath(draft))
+        with builder.quiet():
+            made.download_and_prepare(
+                file_format="array_record",
+                download_config=tfds.download.DownloadConfig(
+                    compute_stats=tfds.download.ComputeStatsMode.SKIP,
+                    try_download_gcs=False,
+                    beam_runner=runner,
+                    beam_options=PipelineOptions(list(options)),
+                ),
+            )
+        folder = pathlib.Path(made.data_path)
+        report: dict[str, Any] = {"name": dataset.name, "version": prepare.VERSION, "splits": {}}
+        for split in read.values():
+            found = prepare.summary(dataset, split, _notes(made.info.splits[split.name]))
+            found["left_out_count"] = split.records - found["records"]
+            if found["left_out_count"] > max_missing * split.records:
+                raise prepare.PrepareError(
+                    f"{dataset.name} {split.name}: {found['left_out_count']} of {split.records} "
+                    f"records have no usable image, more than {max_missing:.1%}; complete the "
+                    "images, or raise --max_missing (without Beam the report names them)"
+                )
+            report["splits"][split.name] = found
+        prepare.write_report(folder, report)
+        folder.rename(done)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return done
+
+
+def _rows(number: int, record: Record, *, frames: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The numbered row of a record; nothing where its image cannot be used."""
+    try:
+        usable = prepare.with_frames(record, frames) if frames else prepare.with_pixels(record)
+    except (ImageError, VideoError):
+        return
+    yield number, builder.record_row(usable)
+
+
+def _notes(split: Any) -> list[dict[str, Any]]:
+    """What the report needs to know of each shard of a split that TFDS wrote."""
+    notes = []
+    for path, records in zip(split.filepaths, split.shard_lengths, strict=True):
+        with pathlib.Path(path).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = pathlib.Path(path).stat().st_size
+        notes.append({"records": records, "bytes": size, "sha256": digest, "left_out": []})
+    return notes
