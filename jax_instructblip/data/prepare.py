@@ -245,8 +245,14 @@ def write_shard(path: pathlib.Path, records: Sequence[Record], frames: int = 0) 
 
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.unlink(missing_ok=True)
-    with builder.quiet():
-        file_adapters.ArrayRecordFileAdapter.write_examples(temporary, rows())
+    try:
+        with builder.quiet():
+            file_adapters.ArrayRecordFileAdapter.write_examples(temporary, rows())
+    except RuntimeError as error:  # what the writer makes of a full disk, and of nothing else
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} cannot be written ({error}); finished shards stay: make room and run it again"
+        ) from error
     note = {"read": len(records), "records": len(sizes), "bytes": sum(sizes), "left_out": left_out}
     with temporary.open("rb") as file:
         note["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -209,3 +210,17 @@ def test_frames_of_videos_are_kept_with_their_times(shared, tmp_path):
         assert len({decode(image).size for image in record.images}) == 1
     ((name, reason),) = prepare.read_report(folder)["splits"]["train"]["left_out"]
     assert name == "corrupted.mp4" and reason.startswith("corrupted.mp4 cannot be read")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_without_room_is_named_and_the_next_run_goes_on(raw, tmp_path, workers):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))  # of any file: notes fit, shards do not
+    try:
+        with pytest.raises(OSError, match=r"00000-of-00003 cannot be written .*make room"):
+            prepare.prepare(TOY, raw, tmp_path, splits=("train",), shard_size=SIZE, workers=workers)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "toy").rglob("*.tmp"))
+    folder = prepare.prepare(TOY, raw, tmp_path, splits=("train",), shard_size=SIZE)
+    assert len(builder.open_folder(folder, "train")) == COUNT
