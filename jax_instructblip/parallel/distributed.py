@@ -1,0 +1,283 @@
+"""Several processes that work on one run: who they are, the roll call, and the order to stop.
+
+Every process of a run starts the same command. Where it stands among them is told by flags, by the
+environment (`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`) or by Slurm; on a TPU
+pod JAX finds out (`--coordinator auto`). With none of these a process works alone.
+
+    find_cluster --Cluster--> roll_call (who is absent?) --> jax.distributed --> one mesh of all
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+from jax.experimental import multihost_utils
+
+AUTO = "auto"  # let JAX find out, as it can on a TPU pod
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+PORT = 12_321  # of the coordinator under Slurm; the roll call takes the next one
+RETRY_SECONDS = 0.2
+
+
+class ClusterError(ValueError):
+    """The processes of a run did not find together; the message names those that are absent."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """A process among those of its run.
+
+    Attributes:
+      coordinator: HOST:PORT at which process 0 answers, or `AUTO`.
+      count: how many processes there are.
+      index: which of them this one is.
+    """
+
+    coordinator: str
+    count: int
+    index: int
+
+    def __post_init__(self):
+        if self.coordinator == AUTO:
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        wrong = []
+        if not host or not port.isdecimal():
+            wrong.append(f"coordinator is {self.coordinator!r}, expected HOST:PORT")
+        if self.count < 1:
+            wrong.append(f"processes is {self.count}, expected at least 1")
+        elif not 0 <= self.index < self.count:
+            wrong.append(f"process is {self.index}, expected 0 to {self.count - 1}")
+        if wrong:
+            raise ClusterError("; ".join(wrong))
+
+    def roll_call_address(self) -> tuple[str, int]:
+        """Where process 0 takes the roll: one port above the coordinator's."""
+        host, _, port = self.coordinator.rpartition(":")
+        return host, int(port) + 1
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a verb that runs on several processes."""
+    group = parser.add_argument_group("several processes (the launchers in launch/ set these)")
+    group.add_argument("--coordinator", default="", help=f"HOST:PORT of process 0, or {AUTO!r}")
+    group.add_argument("--processes", type=int, default=0, help="how many there are")
+    group.add_argument("--process", type=int, default=-1, help="which of them this one is")
+    group.add_argument(
+        "--wait_limit", type=float, default=300.0, help="seconds to wait for the others (300)"
+    )
+
+
+def find_cluster(
+    coordinator: str = "",
+    processes: int = 0,
+    process: int = -1,
+    environ: Mapping[str, str] | None = None,
+) -> Cluster | None:
+    """This process among those of its run, as flags, environment or Slurm say; None: it is alone.
+
+    Raises:
+        ClusterError: they say a part of it only, or what cannot be.
+    """
+    environ = os.environ if environ is None else environ
+    if coordinator == AUTO:
+        return Cluster(AUTO, 0, 0)
+    given = (coordinator, str(processes or ""), str(process if process >= 0 else ""))
+    for source, names in (
+        (given, ("--coordinator", "--processes", "--process")),
+        (tuple(environ.get(name, "") for name in VARIABLES), VARIABLES),
+    ):
+        if not any(source):
+            continue
+        missing = [name for name, value in zip(names, source, strict=True) if not value]
+        if missing:
+            raise ClusterError(f"{' and '.join(missing)}: needed beside the others of {names}")
+        if not (source[1].isdecimal() and source[2].isdecimal()):
+            raise ClusterError(f"{names[1]} is {source[1]!r}, {names[2]} is {source[2]!r}")
+        return Cluster(source[0], int(source[1]), int(source[2]))
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "SLURM_PROCID" in environ and int(tasks) > 1:
+        host = first_host(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
+        # Jobs that share a node need ports of their own.
+        port = PORT + 2 * (int(environ.get("SLURM_JOB_ID", "0")) % 10_000)
+        return Cluster(f"{host}:{port}", int(tasks), int(environ["SLURM_PROCID"]))
+    return None
+
+
+def first_host(nodes: str) -> str:
+    """The first node of Slurm's list: `gpu[07-09,12],login1` -> `gpu07`."""
+    found = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
+    if found is None:
+        raise ClusterError(f"Slurm's list of nodes is {nodes!r}: no host in it")
+    return found[1] + (found[2] or "")
+
+
+@contextlib.contextmanager
+def joined(cluster: Cluster | None, limit: float = 300.0) -> Iterator[None]:
+    """The time in which this process is one of its run; `limit` seconds are waited for the others.
+
+    Says on stderr which process this is and what devices there are.
+
+    Raises:
+        ClusterError: not all came within the limit; the absent ones are named.
+    """
+    if cluster is None:
+        yield
+        return
+    if cluster.coordinator == AUTO:
+        jax.distributed.initialize(initialization_timeout=int(limit))
+    else:
+        roll_call(cluster, limit)
+        jax.distributed.initialize(
+            cluster.coordinator, cluster.count, cluster.index, initialization_timeout=int(limit)
+        )
+    me = f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
+    devices = f"{jax.local_device_count()} of {jax.device_count()} devices"
+    print(f"{me}: {devices} ({jax.devices()[0].device_kind})", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        jax.distributed.shutdown()
+
+
+def roll_call(cluster: Cluster, limit: float) -> None:
+    """Returns when all processes are here.
+
+    JAX ends a process that waited too long without saying for whom; so they meet before.
+
+    Raises:
+        ClusterError: they are not all here after `limit` seconds, or two say that they are the
+            same. Those that are here all raise it.
+    """
+    deadline = time.monotonic() + limit
+    if cluster.index:
+        _answer(cluster, deadline, limit)
+    else:
+        _call(cluster, deadline, limit)
+
+
+def _call(cluster: Cluster, deadline: float, limit: float) -> None:
+    """Process 0: hears the others, then tells all of them how it went."""
+    here: dict[int, tuple[socket.socket, str]] = {}
+    problem = ""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(_listen(cluster.roll_call_address()[1]))
+        while len(here) < cluster.count - 1 and not problem:
+            listener.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                connection, address = listener.accept()
+            except TimeoutError:
+                absent = sorted(set(range(1, cluster.count)) - here.keys())
+                problem = (
+                    f"after {limit:g} seconds {len(here) + 1} of {cluster.count} processes are "
+                    f"here, absent: {', '.join(map(str, absent))}; here: 0 on "
+                    + "".join(
+                        [socket.gethostname(), *(f", {i} on {here[i][1]}" for i in sorted(here))]
+                    )
+                )
+                break
+            stack.enter_context(connection)
+            problem = _hear(cluster, connection, here) or problem
+        for connection, _ in here.values():
+            with contextlib.suppress(OSError):  # it left again: JAX will notice
+                connection.sendall(f"{problem}\n".encode())
+    if problem:
+        raise ClusterError(problem)
+
+
+def _hear(
+    cluster: Cluster, connection: socket.socket, here: dict[int, tuple[socket.socket, str]]
+) -> str:
+    """Takes down who is at the other end; what is wrong with it, or ""."""
+    connection.settimeout(5.0)
+    try:
+        words = connection.makefile().readline().split()
+    except OSError:
+        words = []
+    if len(words) != 4 or words[0] != "jax_instructblip":
+        return ""  # somebody else knocked at this port
+    count, index, host = int(words[1]), int(words[2]), words[3]
+    if count != cluster.count:
+        problem = f"process {index} on {host} was told of {count} processes, not {cluster.count}"
+    elif index in here or index == 0:
+        other = here[index][1] if index in here else socket.gethostname()
+        problem = f"two processes say that they are process {index}: on {other} and on {host}"
+    else:
+        here[index] = connection, host
+        return ""
+    here[-1] = connection, host  # it is told, too
+    return problem
+
+
+def _answer(cluster: Cluster, deadline: float, limit: float) -> None:
+    """The others: report to process 0, as soon as it listens, and wait for its word."""
+    address = cluster.roll_call_address()
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise ClusterError(
+                f"process {cluster.index}: nobody answers at {address[0]}:{address[1]} after "
+                f"{limit:g} seconds; absent: 0 (is its host right, is the port open?)"
+            )
+        try:
+            connection = socket.create_connection(address, timeout=left)
+            break
+        except OSError:
+            time.sleep(RETRY_SECONDS)
+    with connection:
+        word = f"jax_instructblip {cluster.count} {cluster.index} {socket.gethostname()}\n"
+        # Process 0 gives up by its own clock, and says so.
+        connection.settimeout(deadline - time.monotonic() + 10.0)
+        try:
+            connection.sendall(word.encode())
+            answer = connection.makefile().readline()
+        except OSError:
+            answer = ""
+    if answer != "\n":
+        raise ClusterError(answer.strip() or "process 0 left before all were here")
+
+
+def _listen(port: int) -> socket.socket:
+    try:
+        return socket.create_server(("", port), backlog=1024)
+    except OSError as error:
+        raise ClusterError(
+            f"port {port} of {socket.gethostname()} cannot be used ({error.strerror}): choose "
+            "another for --coordinator"
+        ) from error
+
+
+class StopOrder:
+    """Whether the run is to stop: somebody sent SIGTERM to it, or to another of its processes.
+
+    A cluster sends it before it takes machines back (preemption). All processes learn of it at the
+    same step, a little later, so that they save the same state.
+    """
+
+    def __init__(self):
+        """Takes over SIGTERM from now on; with several processes JAX has done so already."""
+        self._ordered = False
+        self._alone = jax.process_count() == 1
+        if self._alone:
+            self._before = signal.signal(signal.SIGTERM, self._take)
+
+    def _take(self, number: int, frame: object) -> None:
+        del number, frame
+        self._ordered = True
+
+    def reached(self, step: int) -> bool:
+        """Whether `step`, the same in every process, is the last one."""
+        return self._ordered if self._alone else multihost_utils.reached_preemption_sync_point(step)
+
+    def close(self) -> None:
+        """Gives SIGTERM back."""
+        if self._alone:
+            signal.signal(signal.SIGTERM, self._before)
