@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 
 from jax_instructblip import checkpoint
 from jax_instructblip.training.state import TrainState
@@ -32,15 +33,19 @@ Meta = dict[str, Any]
 class Checkpoints:
     """The folder `checkpoints/` of a run; one save at a time goes on in a thread.
 
-    Old ones are removed after a save: the newest `keep` stay, and the best by score.
+    Old ones are removed after a save: the newest `keep` stay, the best by score, and with
+    `keep_every` those whose step is a multiple of it. Of several processes, which all see the
+    folder, the first one writes.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, keep: int = 3):
-        """`keep` is at least 1; the folder need not exist yet."""
-        if keep < 1:
-            raise ValueError(f"keep is {keep}, expected at least 1")
+    def __init__(self, folder: str | os.PathLike, *, keep: int = 3, keep_every: int = 0):
+        """`keep` is at least 1, `keep_every` 0 for none; the folder need not exist yet."""
+        if keep < 1 or keep_every < 0:
+            raise ValueError(
+                f"keep is {keep}, expected at least 1; keep_every {keep_every}, expected 0 or more"
+            )
         self.folder = Path(folder)
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
 
@@ -50,6 +55,11 @@ class Checkpoints:
             return []
         names = [path.name for path in self.folder.iterdir() if (path / META).is_file()]
         return sorted(int(name) for name in names if name.isdecimal())
+
+    def newest(self) -> int:
+        """The newest step, as process 0 sees it (a shared folder may show up late); 0: none."""
+        steps = self.steps() if jax.process_index() == 0 else []
+        return int(multihost_utils.broadcast_one_to_all(np.int64(steps[-1] if steps else 0)))
 
     def path(self, step: int) -> Path:
         """The folder of that step."""
@@ -77,17 +87,25 @@ class Checkpoints:
     def save(self, state: TrainState, rng: Array, meta: Meta) -> None:
         """Starts writing the checkpoint of `state.step`; returns when it is copied to the host.
 
-        What an earlier save raised (a full disk) is raised here, in `check` or in `wait`. `meta`
-        must have `variant`, `trainable`, `base` and `data`; `score` is what `best` compares.
+        Every process calls it, with its part of the state. What an earlier save raised (a full
+        disk) is raised here, in `check` or in `wait`. `meta` must have `variant`, `trainable`,
+        `base` and `data`; `score` is what `best` compares.
+
+        Raises:
+            FileExistsError: the folder holds this step or a later one: of another run.
         """
         self.wait()
         step = int(state.step)
-        # Real copies: on the CPU arrays may be views of buffers that the next step takes over.
-        copy = lambda leaf: np.array(leaf, copy=True)
-        trainable = jax.tree.map(copy, state.params)
-        rest = {path: copy(leaf) for path, leaf in _optimizer_leaves(state, rng)}
+        if later := [each for each in self.steps() if each >= step]:
+            raise FileExistsError(
+                f"{self.folder} holds the checkpoints {later}, made by another run than the one at "
+                f"step {step}: choose another workdir"
+            )
+        writes = jax.process_index() == 0
+        trainable = jax.tree.map(lambda leaf: _whole(leaf, writes), state.params)
+        rest = {path: _whole(leaf, writes) for path, leaf in _optimizer_leaves(state, rng)}
         meta = {"format": FORMAT, "step": step, "score": None} | meta
-        if jax.process_index() == 0:  # the state is the same in every process
+        if writes:
             self._saving = self._writer.submit(self._write, step, trainable, rest, meta)
 
     def check(self) -> None:
@@ -124,7 +142,9 @@ class Checkpoints:
             way = f"go on from step {before[-1]}" if before else "start over"
             message = f"{error}\n  remove {self.path(step)} to {way}"
             raise checkpoint.CheckpointError(message) from error
-        place = lambda leaf, old: jax.device_put(leaf, old.sharding)
+        place = lambda leaf, old: jax.make_array_from_callback(
+            old.shape, old.sharding, lambda part: np.asarray(leaf)[part]
+        )
         params = jax.tree.map(place, trainable, like.params)
         flat, treedef = jax.tree_util.tree_flatten_with_path(like.optimizer)
         moments = [place(rest[_leaf_path(path)], old) for path, old in flat]
@@ -139,7 +159,7 @@ class Checkpoints:
     def _read(self, step: int, part: str, like: Any) -> checkpoint.Tree:
         return checkpoint.read_tree(self.path(step) / part, expected=like, strict_dtype=True)
 
-    def _write(self, step: int, trainable: Any, rest: Mapping[str, np.ndarray], meta: Meta) -> None:
+    def _write(self, step: int, trainable: Any, rest: Mapping[str, Any], meta: Meta) -> None:
         try:
             with checkpoint.atomic_folder(self.path(step)) as partial:
                 checkpoint.write_tree(partial / "trainable", checkpoint.flatten(trainable).items())
@@ -154,12 +174,24 @@ class Checkpoints:
             ) from error
         keep = {*self.steps()[-self._keep :], self.best()}
         for old in self.steps():
-            if old not in keep:
+            if old not in keep and not (self._keep_every and old % self._keep_every == 0):
                 # Renamed first: a removal cut short must not leave half a numbered folder.
                 doomed = self.folder / f".{old}.removed"
                 shutil.rmtree(doomed, ignore_errors=True)
                 self.path(old).rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _whole(leaf: Array, wanted: bool) -> np.ndarray | None:
+    """A host's copy of the leaf, whichever devices of all processes hold its parts.
+
+    Every process must ask; None where it is not `wanted`.
+    """
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+        # A real copy: on the CPU the array may be a view of a buffer that the next step takes over.
+        return np.array(leaf, copy=True) if wanted else None
+    gathered = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(gathered) if wanted else None
 
 
 def _optimizer_leaves(state: TrainState, rng: Array) -> Iterator[tuple[str, Array]]:

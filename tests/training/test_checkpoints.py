@@ -91,6 +91,21 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["2", "4", "5"]
 
 
+def test_keeps_every_so_many_steps(tmp_path):
+    manager = Checkpoints(tmp_path, keep=1, keep_every=4)
+    for step in range(2, 15, 2):
+        save(manager, step)
+    assert manager.steps() == [4, 8, 12, 14]
+
+
+def test_a_folder_that_holds_a_later_run_is_refused(tmp_path):
+    save(Checkpoints(tmp_path), 7)
+    for step in (3, 7):
+        with pytest.raises(FileExistsError, match=rf"holds the checkpoints \[7\].* step {step}"):
+            save(Checkpoints(tmp_path), step)
+    assert Checkpoints(tmp_path).newest() == 7
+
+
 def test_of_equal_scores_the_later_is_best(tmp_path):
     manager = Checkpoints(tmp_path)
     save(manager, 1, 0.5)
@@ -158,9 +173,11 @@ def test_a_flipped_bit_is_found(tmp_path, part):
     with pytest.raises(checkpoint.CheckpointError, match="mlp/in/kernel") as error:
         manager.restore(1, make_state(), RNG, make_meta())
     assert str(error.value).endswith(f"remove {tmp_path / '1'} to start over")
-    save(manager, 0)
-    with pytest.raises(checkpoint.CheckpointError, match=r"remove .*/1 to go on from step 0$"):
-        manager.restore(1, make_state(), RNG, make_meta())
+    (tmp_path / "1").rename(tmp_path / "2")
+    save(Checkpoints(tmp_path / "other"), 1)
+    (tmp_path / "other" / "1").rename(tmp_path / "1")
+    with pytest.raises(checkpoint.CheckpointError, match=r"remove .*/2 to go on from step 1$"):
+        manager.restore(2, make_state(), RNG, make_meta())
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
