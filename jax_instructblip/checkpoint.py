@@ -31,6 +31,7 @@ import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
 from jax_instructblip.folders import atomic_folder, free_bytes
+from jax_instructblip.stored_leaf import StoredLeaf
 from jax_instructblip.trees import Tree, flatten, unflatten
 
 FORMAT = 1
@@ -148,6 +149,40 @@ def read_tree(
             kept[path] = array if place is None else place(path, array)
         del array  # before the next one is read
     _refuse_damaged(folder, damaged)
+    return unflatten(kept)
+
+
+def read_parts(
+    folder: str | os.PathLike,
+    *,
+    process: int,
+    processes: int,
+    expected: Mapping[str, Any] | None = None,
+    place: Callable[[str, StoredLeaf], Any],
+) -> Tree:
+    """As `read_tree`, for one of several processes, each of which holds parts of the leaves.
+
+    `place(path, leaf)` slices the leaf where its devices need it, and only that is read. Of the
+    hashes, which are of whole leaves, each process compares its share: all are, by all together.
+    """
+    folder = Path(folder).absolute()
+    manifest, stored = _open(folder)
+    if expected is not None:
+        claim = "this is not the checkpoint that was expected"
+        wanted = _describe(flatten(expected), False)
+        _compare(folder, claim, _described(manifest, False), wanted)
+    largest_first = sorted(stored, key=lambda path: -math.prod(stored[path].shape))
+    damaged: list[str] = []
+    for _ in _read(
+        folder, {p: stored[p] for p in largest_first[process::processes]}, manifest, damaged
+    ):
+        pass
+    _refuse_damaged(folder, damaged)
+    kept = {}
+    for path, entry in manifest.items():
+        name = ".".join("0" * max(len(entry["shape"]), 1))  # of Zarr's only chunk
+        file = folder / PARAMS / "state" / path.replace("/", ".") / name
+        kept[path] = place(path, StoredLeaf(file, entry["shape"], entry["dtype"]))
     return unflatten(kept)
 
 

@@ -93,21 +93,30 @@ def read_source(path: str | os.PathLike) -> Source:
     )
 
 
-def read_params(source: Source, place: checkpoint.Place) -> checkpoint.Tree:
+def read_params(
+    source: Source, place: checkpoint.Place, *, process: int = 0, processes: int = 1
+) -> checkpoint.Tree:
     """The parameters of `source`; of each leaf what `place(path, array)` makes of it is kept.
 
     Every leaf is compared with the variant's shapes, and with its hash in checkpoints of ours. Of a
-    run, the trained trees come from its step and the others from the base.
+    run, the trained trees come from its step and the others from the base. As one of several
+    `processes` it reads of a checkpoint what `place` slices, and compares a share of the hashes.
     """
     trained = {} if source.step is None else _read_trained(source.step, source.variant, place)
 
-    def place_frozen(path: str, array: np.ndarray) -> Any:
+    def place_frozen(path: str, array: Any) -> Any:
         return None if path.partition("/")[0] in trained else place(path, array)
 
     if source.leaves is None:
         # A run may tune a tower of another shape than its base's, whose hash was compared already.
         expected = param_shapes(source.variant) if source.step is None else None
-        base = checkpoint.read_tree(source.folder, expected=expected, place=place_frozen)
+        if processes > 1:
+            share: Any = {"process": process, "processes": processes}
+            base = checkpoint.read_parts(
+                source.folder, **share, expected=expected, place=place_frozen
+            )
+        else:
+            base = checkpoint.read_tree(source.folder, expected=expected, place=place_frozen)
         return {**base, **trained}
     kept = {}
     for path, array in source.leaves:

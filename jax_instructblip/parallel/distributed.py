@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 AUTO = "auto"  # let JAX find out, as it can on a TPU pod
@@ -253,6 +254,22 @@ def _listen(port: int) -> socket.socket:
             f"port {port} of {socket.gethostname()} cannot be used ({error.strerror}): choose "
             "another for --coordinator"
         ) from error
+
+
+def agree(problem: Exception | None) -> None:
+    """Raises in every process where one has a problem; each calls it at the same place.
+
+    Raises:
+        Exception: the process's own `problem`.
+        ClusterError: another process has one; which, and where to look.
+    """
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.array(problem is not None))
+        if problem is None and failed.any():
+            names = ", ".join(map(str, np.flatnonzero(failed)))
+            raise ClusterError(f"process {names} cannot go on: what it says tells why")
+    if problem is not None:
+        raise problem
 
 
 class StopOrder:
