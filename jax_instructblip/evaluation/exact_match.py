@@ -3,6 +3,26 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from jax_instructblip.data.records import Record
+from jax_instructblip.evaluation import vqa_text
+from jax_instructblip.evaluation.metric import Response, Scores, align, summarise
+
+
+def score_exact_match(responses: Sequence[Response], records: Sequence[Record]) -> Scores:
+    """The share of answers that equal a right one, by two normalisations.
+
+        exact_match  that of the VQA tools on both sides, as LAVIS scores GQA and video questions
+        plain_match  lower case and outer white space alone (`is_correct`)
+
+    How InstructBLIP normalised the answers of OCR-VQA is not known; its official rule is equality.
+    """
+    exact, plain = [], []
+    for response, record in align(responses, records):
+        right = {vqa_text.normalise(answer) for answer in record.answers}
+        exact.append(float(vqa_text.normalise(response.text) in right))
+        plain.append(float(is_correct(response.text, record.answers)))
+    return summarise({"exact_match": exact, "plain_match": plain})
+
 
 def normalise(text: str) -> str:
     """`text` in lower case without outer white space."""

@@ -1,0 +1,169 @@
+"""CIDEr, BLEU, ROUGE-L, METEOR and SPICE, by COCO's caption tools (pycocoevalcap).
+
+All count the words of Stanford's PTBTokenizer, a Java program that the tools bring along, as they
+do METEOR and SPICE. Without Java the words come from `ptb.py`, and the other two are left out; the
+notes of the scores say so.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax_instructblip.data.records import Record
+from jax_instructblip.evaluation import ptb
+from jax_instructblip.evaluation.metric import MetricError, Response, Scores, align
+
+TOOLS = "pycocoevalcap"
+TOKENISER = "tokenizer/stanford-corenlp-3.4.1.jar"
+# SPICE parses with a model of 0.3 GB, which the tools would fetch on their own.
+SPICE_MODEL = "spice/lib/stanford-corenlp-3.6.0-models.jar"
+# What the tools throw away; brackets stay, as they come in lower case.
+PUNCTUATION = frozenset(
+    ("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-")
+    + (".", "?", "!", ",", ":", "-", "--", "...", ";")
+)
+
+Captions = Mapping[str, list[str]]  # of each image, its tokens joined by spaces
+
+
+def score_captions(
+    responses: Sequence[Response],
+    records: Sequence[Record],
+    *,
+    full: bool = False,
+    java: bool | None = None,
+) -> Scores:
+    """CIDEr (CIDEr-D, as everybody reports it), BLEU-1 to 4 and ROUGE-L.
+
+    `full` adds METEOR, which takes some 20 seconds to start and 2 GB, and SPICE, where they can
+    run; a note says why one cannot.
+
+    CIDEr weighs words by how many of the records' images have them in a reference, so it depends on
+    which records are scored: score whole splits. Of a single image it is 0.
+
+    `java` demands Java or does without; by default it is used where there is one.
+
+    Raises:
+      MetricError: the caption tools are not installed, or Java is demanded and is not there.
+    """
+    folder = _tools()
+    pairs = align(responses, records)
+    found = shutil.which("java") is not None
+    if java and not found:
+        raise MetricError("there is no `java` on the PATH: install a Java runtime (17 works)")
+    java = found if java is None else java
+    references, candidates = _tokenised(pairs, tokenise_stanford if java else ptb.tokenise)
+
+    values: dict[str, float] = {}
+    samples: dict[str, tuple[float, ...]] = {}
+    notes = [] if java else [f"no Java: words are those of {ptb.__name__}, not PTBTokenizer's"]
+    if len(pairs) == 1:
+        notes.append("CIDEr of a single image is 0: no word is rarer than another")
+    for names, score in (_SCORERS | _JAVA_SCORERS if full else _SCORERS).items():
+        if reason := _obstacle(names, folder, java):
+            notes.append(f"{names[0]} is left out: {reason}")
+            continue
+        for name, (value, of_each) in zip(names, score(references, candidates), strict=True):
+            values[name] = float(value)
+            samples[name] = tuple(map(float, of_each))
+    return Scores(values, samples, tuple(notes))
+
+
+def tokenise_stanford(captions: Sequence[str]) -> list[str]:
+    """The tokens of each caption by PTBTokenizer, as the caption tools use it.
+
+    Raises:
+      MetricError: Java fails, or answers with another number of lines than it was given.
+    """
+    lines = [" ".join(caption.split()) for caption in captions]
+    jar = _tools() / TOKENISER
+    command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+    done = subprocess.run(
+        [*command, "-preserveLines", "-lowerCase", "-encoding", "utf-8"],
+        input="".join(line + "\n" for line in lines).encode(),
+        capture_output=True,
+    )
+    found = done.stdout.decode("utf-8", "replace").split("\n")[:-1]
+    if done.returncode or len(found) != len(lines):
+        raise MetricError(
+            f"PTBTokenizer made {len(found)} lines of {len(lines)} captions and ended with "
+            f"{done.returncode}: {done.stderr.decode('utf-8', 'replace')[-500:]}"
+        )
+    return [" ".join(w for w in line.split(" ") if w and w not in PUNCTUATION) for line in found]
+
+
+def _tokenised(
+    pairs: Sequence[tuple[Response, Record]], split: Callable[[Sequence[str]], list[str]]
+) -> tuple[Captions, Captions]:
+    """The references and the one candidate of each image."""
+    given = iter(split([response.text for response, _ in pairs]))
+    said = iter(split([answer for _, record in pairs for answer in record.answers]))
+    references = {record.id: [next(said) for _ in record.answers] for _, record in pairs}
+    return references, {record.id: [next(given)] for _, record in pairs}
+
+
+def _tools() -> Path:
+    """The folder of the caption tools."""
+    spec = importlib.util.find_spec(TOOLS)
+    if spec is None or not spec.submodule_search_locations:
+        raise MetricError(
+            f"captions are scored with {TOOLS}, which is not installed: "
+            "pip install 'jax_instructblip[eval]'"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _obstacle(names: tuple[str, ...], folder: Path, java: bool) -> str:
+    """Why a scorer cannot run; "" if it can."""
+    if names in _JAVA_SCORERS and not java:
+        return "it needs Java"
+    if names[0] == "spice" and not (folder / SPICE_MODEL).is_file():
+        return (
+            f"its language model is not there; `python -m {TOOLS}.spice.get_stanford_models` "
+            "fetches it"
+        )
+    return ""
+
+
+def _cider(references: Captions, candidates: Captions) -> Iterator[tuple[float, Any]]:
+    yield _scorer("cider.cider", "Cider")().compute_score(references, candidates)
+
+
+def _bleu(references: Captions, candidates: Captions) -> Iterator[tuple[float, Any]]:
+    scorer = _scorer("bleu.bleu", "Bleu")(4)
+    values, of_each = scorer.compute_score(references, candidates, verbose=0)
+    yield from zip(values, of_each, strict=True)
+
+
+def _rouge(references: Captions, candidates: Captions) -> Iterator[tuple[float, Any]]:
+    yield _scorer("rouge.rouge", "Rouge")().compute_score(references, candidates)
+
+
+def _meteor(references: Captions, candidates: Captions) -> Iterator[tuple[float, Any]]:
+    scorer = _scorer("meteor.meteor", "Meteor")()
+    with contextlib.closing(scorer.meteor_p.stdout), contextlib.closing(scorer.meteor_p.stderr):
+        yield scorer.compute_score(references, candidates)
+
+
+def _spice(references: Captions, candidates: Captions) -> Iterator[tuple[float, Any]]:
+    value, of_each = _scorer("spice.spice", "Spice")().compute_score(references, candidates)
+    # It answers in the order of sorted ids.
+    by_id = dict(zip(sorted(references), (each["All"]["f"] for each in of_each), strict=True))
+    yield value, [by_id[name] for name in references]
+
+
+def _scorer(module: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"{TOOLS}.{module}"), name)
+
+
+_SCORERS = {
+    ("cider",): _cider,
+    tuple(f"bleu_{n}" for n in range(1, 5)): _bleu,
+    ("rouge_l",): _rouge,
+}
+_JAVA_SCORERS = {("meteor",): _meteor, ("spice",): _spice}

@@ -1,0 +1,164 @@
+"""Answers chosen among candidates: accuracy, AUROC, and the yes and no of POPE."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jax_instructblip.data.records import Record
+from jax_instructblip.evaluation.exact_match import normalise
+from jax_instructblip.evaluation.metric import MetricError, Response, Scores, align, mean, summarise
+
+# Words that answer a question which is asked with the other pair.
+_SAME = {"yes": "true", "no": "false"}
+POSITIVE = ("true", "yes")  # the class whose scores AUROC ranks
+
+
+def score_accuracy(responses: Sequence[Response], records: Sequence[Record]) -> Scores:
+    """The share of records whose right choice was chosen: ScienceQA, IconQA, VSR, A-OKVQA.
+
+    Of a ranking, the choice with the highest score was chosen, the first of equals. A generated
+    answer has chosen the choice that it equals in lower case ("yes" counts as "true", "no" as
+    "false"), or none.
+    """
+    pairs = with_choices(responses, records)
+    return summarise({"accuracy": [float(_chosen(*pair) == pair[1].correct) for pair in pairs]})
+
+
+def score_auroc(responses: Sequence[Response], records: Sequence[Record]) -> Scores:
+    """The area under the ROC curve, and accuracy: Hateful Memes.
+
+    A record has two choices, one of them "yes" or "true". What is ranked is how far its score lies
+    above that of the other, for log-probabilities a monotone function of its probability among the
+    two. Ties count half. Where no scores were given the answer counts as wrong as can be.
+    """
+    pairs = with_choices(responses, records)
+    margins, positives = [], []
+    for response, record in pairs:
+        yes = _positive(record)
+        positives.append(record.correct == yes)
+        if len(response.scores):
+            margins.append(float(response.scores[yes]) - float(response.scores[1 - yes]))
+        elif response.text:
+            raise MetricError(f"{response.id!r} was generated; AUROC needs scores of both choices")
+        else:
+            margins.append(-np.inf if positives[-1] else np.inf)
+    right = tuple(float(_chosen(*pair) == pair[1].correct) for pair in pairs)
+    values = {"auroc": auroc(margins, positives), "accuracy": mean(right)}
+    return Scores(values, {"accuracy": right, "margin": tuple(margins)})
+
+
+def auroc(scores: Sequence[float], positives: Sequence[bool]) -> float:
+    """How likely a positive has a higher score than a negative; ties count half.
+
+    Raises:
+      MetricError: only one of the two kinds is there.
+    """
+    labels = np.asarray(positives, bool)
+    count, others = int(labels.sum()), int((~labels).sum())
+    if not count or not others:
+        raise MetricError(
+            f"AUROC of {count} positive and {others} negative records is not defined: it needs both"
+        )
+    _, places, repeats = np.unique(np.asarray(scores), return_inverse=True, return_counts=True)
+    # The rank of a value that is there more than once is the middle one of its ranks.
+    ranks = np.cumsum(repeats) - (repeats - 1) / 2
+    above = ranks[places][labels].sum() - count * (count + 1) / 2
+    return float(above / (count * others))
+
+
+def class_scores(scores: Sequence[float], words: Sequence[Sequence[str]]) -> tuple[float, ...]:
+    """For each choice the log of the probability of any of the words that stand for it.
+
+    `scores` are the log-probabilities of all `words`, one after the other (`Preset.words`). How
+    InstructBLIP made one score of several words is not known; this is their sum.
+    """
+    if len(scores) != sum(map(len, words)):
+        raise MetricError(f"{len(scores)} scores of {sum(map(len, words))} words: one each")
+    bounds = np.cumsum([0, *map(len, words)])
+    groups = zip(bounds[:-1], bounds[1:], strict=True)
+    return tuple(float(np.logaddexp.reduce(scores[start:end])) for start, end in groups)
+
+
+def score_yes_no(responses: Sequence[Response], records: Sequence[Record]) -> Scores:
+    """POPE: F1, precision and recall of "yes", accuracy, how often "yes" was said, and the counts.
+
+    The first sentence of a generated answer says no if it has the word no or not, and yes otherwise
+    (as LLaVA's scorer reads answers); that is why an empty answer says yes.
+    """
+    pairs = align(responses, records)
+    said = np.array([_says_yes(response.text) for response, _ in pairs])
+    true = np.array([_truth(record) for _, record in pairs])
+    hits, right = int((said & true).sum()), said == true
+    precision = hits / said.sum() if said.any() else 0.0
+    recall = hits / true.sum() if true.any() else 0.0
+    values = {
+        "f1": float(2 * precision * recall / (precision + recall)) if hits else 0.0,
+        "accuracy": float(right.mean()),
+        "precision": float(precision),
+        "recall": float(recall),
+        "yes_ratio": float(said.mean()),
+        "true_positives": float(hits),
+        "false_positives": float((said & ~true).sum()),
+        "true_negatives": float((~said & ~true).sum()),
+        "false_negatives": float((~said & true).sum()),
+    }
+    return Scores(values, {"accuracy": tuple(right.astype(float).tolist())})
+
+
+def with_choices(
+    responses: Sequence[Response], records: Sequence[Record]
+) -> list[tuple[Response, Record]]:
+    """The pairs of `align`, whose records say which choice is right.
+
+    Raises:
+      MetricError: a record has no choices or hides the right one, or a response has another number
+        of scores than its record has choices.
+    """
+    pairs = align(responses, records, need_answers=False)
+    hidden = [record.id for _, record in pairs if record.correct < 0]
+    if hidden:
+        raise MetricError(
+            f"{len(hidden)} records have no choices, or do not say which is right, such as "
+            f"{hidden[0]!r}"
+        )
+    for response, record in pairs:
+        if len(response.scores) not in (0, len(record.choices)):
+            raise MetricError(
+                f"{response.id!r} has {len(response.scores)} scores, but {len(record.choices)} "
+                "choices: one score a choice, in their order"
+            )
+    return pairs
+
+
+def _chosen(response: Response, record: Record) -> int:
+    """The index of the choice; -1 for none of them."""
+    if len(response.scores):
+        return int(np.argmax(response.scores))
+    meanings = [_meaning(choice) for choice in record.choices]
+    answer = _meaning(response.text)
+    return meanings.index(answer) if answer in meanings else -1
+
+
+def _meaning(text: str) -> str:
+    return _SAME.get(normalise(text), normalise(text))
+
+
+def _positive(record: Record) -> int:
+    found = [i for i, choice in enumerate(record.choices) if normalise(choice) in POSITIVE]
+    if len(record.choices) != 2 or len(found) != 1:
+        raise MetricError(
+            f"{record.id!r} has the choices {list(record.choices)}; AUROC expects two, one of them "
+            f"{' or '.join(POSITIVE)}"
+        )
+    return found[0]
+
+
+def _says_yes(text: str) -> bool:
+    words = text.partition(".")[0].replace(",", "").split(" ")
+    return not {"No", "not", "no"} & set(words)
+
+
+def _truth(record: Record) -> bool:
+    if record.answers[0] not in ("yes", "no"):
+        raise MetricError(f"{record.id!r} is answered {record.answers[0]!r}, expected yes or no")
+    return record.answers[0] == "yes"

@@ -1,0 +1,37 @@
+"""Every metric, by the name that the table of datasets uses (`Dataset.metric`)."""
+
+import difflib
+import functools
+
+from jax_instructblip.evaluation.captioning import score_captions
+from jax_instructblip.evaluation.choices import score_accuracy, score_auroc, score_yes_no
+from jax_instructblip.evaluation.dialogue import score_ranks
+from jax_instructblip.evaluation.exact_match import score_exact_match
+from jax_instructblip.evaluation.metric import Metric
+from jax_instructblip.evaluation.vqa import score_direct_answer, score_ivqa, score_vqa
+
+METRICS: dict[str, Metric] = {
+    "accuracy": score_accuracy,
+    "auroc": score_auroc,
+    "captions": functools.partial(score_captions, full=True),
+    "cider": score_captions,
+    "direct_answer": score_direct_answer,
+    "exact_match": score_exact_match,
+    "ivqa_accuracy": score_ivqa,
+    "mrr": score_ranks,
+    "vqa_accuracy": score_vqa,
+    "yes_no": score_yes_no,
+}
+
+
+def get_metric(name: str) -> Metric:
+    """The metric of that name.
+
+    Raises:
+      ValueError: there is none; the message names those that are spelled most alike, or all.
+    """
+    if name not in METRICS:
+        near = difflib.get_close_matches(name, METRICS, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(METRICS)}"
+        raise ValueError(f"unknown metric {name!r}; {hint}")
+    return METRICS[name]
