@@ -15,7 +15,6 @@ a model.
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import math
@@ -26,26 +25,53 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes  # noqa: F401 - teaches numpy the name bfloat16
 import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
+from jax_instructblip import processes
 from jax_instructblip.folders import atomic_folder, free_bytes
+from jax_instructblip.manifest import (
+    MANIFEST,
+    CheckpointError,
+    compare,
+    describe,
+    described,
+    entry_of,
+    listed,
+    manifest_bytes,
+    manifest_digest,
+    read_manifest,
+)
 from jax_instructblip.stored_leaf import StoredLeaf
 from jax_instructblip.trees import Tree, flatten, unflatten
 
 FORMAT = 1
-CONFIG, MANIFEST = "config.json", "manifest.json"
+CONFIG = "config.json"
 PARAMS = "params"
 GROUP_BYTES = 64 * 2**20  # small leaves travel together: each Orbax call costs about 50 ms
 
 SETTLE_SECONDS = 0.3  # after a failure, for the leaves of the same group to end
 
+__all__ = [
+    "CheckpointError",
+    "atomic_folder",
+    "flatten",
+    "manifest_bytes",
+    "manifest_digest",
+    "read_config",
+    "read_leaves",
+    "read_manifest",
+    "read_parts",
+    "read_tree",
+    "unflatten",
+    "write_config",
+    "write_tree",
+    "write_tree_apart",
+]
+
 Place = Callable[[str, np.ndarray], Any]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, or is not the one expected; the message lists every reason."""
 
 
 def write_tree(
@@ -68,7 +94,7 @@ def write_tree(
                 raise ValueError(f"leaf {path!r} is given twice")
             array = np.asarray(leaf, order="C")
             del leaf  # here and below: the next leaf is made while no name holds the last one
-            manifest[path] = _entry(path, array)
+            manifest[path] = entry_of(path, array)
             unflatten(dict.fromkeys(manifest))  # refuses a leaf below a leaf
             group[path] = array
             del array
@@ -80,7 +106,8 @@ def write_tree(
         if not manifest:
             raise ValueError(f"no leaves to write to {folder}")
         with _writing(Path(folder), "closing the checkpoint"):
-            ocp.partial.finalize(str(temporary / PARAMS))
+            with _alone():
+                ocp.partial.finalize(str(temporary / PARAMS))
             # Orbax notes there where it wrote: a path of this machine, which nobody reads again.
             (temporary / PARAMS / "commit_success.txt").write_text("committed\n")
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
@@ -89,32 +116,19 @@ def write_tree(
     return manifest
 
 
-def read_manifest(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
-    """The manifest of a checkpoint folder: leaf path -> shape, dtype, sha256."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is no checkpoint folder: it has no {MANIFEST}")
-    try:
-        manifest = json.loads(path.read_text())
-        for leaf, entry in manifest.items():
-            if set(entry) != {"shape", "dtype", "sha256"}:
-                raise ValueError(f"entry {leaf!r} has fields {sorted(entry)}")
-    except (ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    return manifest
+def write_tree_apart(
+    folder: str | os.PathLike, leaves: Iterable[tuple[str, np.ndarray]]
+) -> dict[str, dict[str, Any]]:
+    """As `write_tree`, in a process of its own, of leaves that are all in memory.
+
+    For one of several processes of a run: Orbax would wait for the others to write with it.
+    """
+    with processes.pool(1, _without_accelerator) as pool:
+        return pool.submit(write_tree, folder, list(leaves)).result()
 
 
-def manifest_bytes(manifest: Mapping[str, Any]) -> int:
-    """Bytes of all leaves of a manifest."""
-    return sum(
-        math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize for entry in manifest.values()
-    )
-
-
-def manifest_digest(folder: str | os.PathLike) -> str:
-    """The sha256 (hex) of the manifest, which stands for every byte of the parameters."""
-    canonical = json.dumps(read_manifest(folder), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+def _without_accelerator() -> None:
+    jax.config.update("jax_platforms", "cpu")  # the run holds the others
 
 
 def read_tree(
@@ -136,11 +150,11 @@ def read_tree(
     folder = Path(folder).absolute()
     manifest, stored = _open(folder)
     if expected is not None:
-        _compare(
+        compare(
             folder,
             "this is not the checkpoint that was expected",
-            _described(manifest, strict_dtype),
-            _describe(flatten(expected), strict_dtype),
+            described(manifest, strict_dtype),
+            describe(flatten(expected), strict_dtype),
         )
     kept: dict[str, Any] = {}
     damaged: list[str] = []
@@ -169,8 +183,8 @@ def read_parts(
     manifest, stored = _open(folder)
     if expected is not None:
         claim = "this is not the checkpoint that was expected"
-        wanted = _describe(flatten(expected), False)
-        _compare(folder, claim, _described(manifest, False), wanted)
+        wanted = describe(flatten(expected), False)
+        compare(folder, claim, described(manifest, False), wanted)
     largest_first = sorted(stored, key=lambda path: -math.prod(stored[path].shape))
     damaged: list[str] = []
     for _ in _read(
@@ -195,7 +209,7 @@ def read_leaves(
     paths = list(stored if paths is None else paths)
     unknown = sorted(set(paths) - stored.keys())
     if unknown:
-        raise CheckpointError(_listed(f"{folder} has no such leaves", unknown))
+        raise CheckpointError(listed(f"{folder} has no such leaves", unknown))
     damaged: list[str] = []
     for path, array in _read(folder, {path: stored[path] for path in paths}, manifest, damaged):
         _refuse_damaged(folder, damaged)
@@ -237,7 +251,7 @@ def _open(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     manifest = read_manifest(folder)
     stored = _stored(folder, manifest)
     claim = f"Orbax's metadata and {MANIFEST} disagree"
-    _compare(folder, claim, _describe(stored, True), _described(manifest, True))
+    compare(folder, claim, describe(stored, True), described(manifest, True))
     return manifest, stored
 
 
@@ -247,7 +261,7 @@ def _read(
     """The leaves in that order; those that differ from the manifest are named in `damaged`."""
     for group in _groups(stored):
         for path, array in _load(folder, group, damaged):
-            if path in manifest and _entry(path, array) != manifest[path]:
+            if path in manifest and entry_of(path, array) != manifest[path]:
                 damaged.append(f"{path}: its bytes have another sha256 than {MANIFEST} says")
             else:
                 yield path, array
@@ -257,23 +271,12 @@ def _read(
 def _refuse_damaged(folder: Path, damaged: list[str]) -> None:
     if damaged:
         raise CheckpointError(
-            _listed(f"{folder} is damaged; copy or convert it again", sorted(damaged))
+            listed(f"{folder} is damaged; copy or convert it again", sorted(damaged))
         )
 
 
-def _entry(path: str, array: np.ndarray) -> dict[str, Any]:
-    if array.dtype.hasobject or array.dtype.kind in "USM":
-        raise ValueError(f"leaf {path!r} has dtype {array.dtype}: only numbers can be stored")
-    raw = array.reshape(-1).view(np.uint8).data
-    return {
-        "shape": list(array.shape),
-        "dtype": array.dtype.name,
-        "sha256": hashlib.sha256(raw).hexdigest(),
-    }
-
-
 def _save(temporary: Path, group: dict[str, np.ndarray], folder: Path) -> None:
-    options = ocp.Context()
+    options = _alone()
     # One plain file a leaf: damage can be named, and 90 leaves take 0.1 s where OCDBT takes 2.
     options.array.saving.use_ocdbt = False
     options.array.saving.use_zarr3 = False
@@ -283,6 +286,16 @@ def _save(temporary: Path, group: dict[str, np.ndarray], folder: Path) -> None:
     doing = f"writing {first}" + (f" and {len(others)} other leaves" if others else "")
     with _writing(folder, doing), options:
         ocp.partial.save(str(temporary / PARAMS), tree)
+
+
+def _alone() -> ocp.Context:
+    """Options of a process that reads or writes by itself, whatever the others of its run do."""
+    options, me = ocp.Context(), jax.process_index()
+    if jax.process_count() > 1:
+        options.multiprocessing.primary_host = me
+        options.multiprocessing.active_processes = {me}
+        options.multiprocessing.barrier_sync_key_prefix = f"alone_{me}"
+    return options
 
 
 @contextlib.contextmanager
@@ -332,7 +345,7 @@ def _reason(error: Exception) -> str:
 def _stored(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Orbax's own description of each leaf, which also asks for it as a numpy array."""
     try:
-        with _quiet():
+        with _quiet(), _alone():
             found = ocp.metadata(str(folder / PARAMS)).metadata
             if not isinstance(found, Mapping):
                 raise ValueError("Orbax cannot read its metadata")
@@ -345,47 +358,8 @@ def _stored(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         for _ in _load(folder, {path: zero}, damaged):
             pass
     raise CheckpointError(
-        _listed(f"{folder / PARAMS} is damaged; copy or convert it again", damaged or [reason])
+        listed(f"{folder / PARAMS} is damaged; copy or convert it again", damaged or [reason])
     )
-
-
-def _describe(leaves: Mapping[str, Any], dtypes: bool) -> dict[str, tuple]:
-    return {
-        path: (tuple(leaf.shape), np.dtype(leaf.dtype).name if dtypes else None)
-        for path, leaf in leaves.items()
-    }
-
-
-def _described(manifest: Mapping[str, Any], dtypes: bool) -> dict[str, tuple]:
-    return {
-        path: (tuple(entry["shape"]), entry["dtype"] if dtypes else None)
-        for path, entry in manifest.items()
-    }
-
-
-def _compare(
-    folder: Path, claim: str, found: Mapping[str, tuple], wanted: Mapping[str, tuple]
-) -> None:
-    """Raises when keys, shapes or (where described) dtypes differ, with all differences."""
-    reasons = []
-    for path in sorted(found.keys() | wanted.keys()):
-        if path not in found:
-            reasons.append(f"{path}: missing, expected {_words(wanted[path])}")
-        elif path not in wanted:
-            reasons.append(f"{path}: unexpected, found {_words(found[path])}")
-        elif found[path] != wanted[path]:
-            reasons.append(f"{path}: found {_words(found[path])}, expected {_words(wanted[path])}")
-    if reasons:
-        raise CheckpointError(_listed(f"{folder}: {claim}", reasons))
-
-
-def _words(description: tuple) -> str:
-    shape, dtype = description
-    return " ".join(filter(None, ("[" + ", ".join(map(str, shape)) + "]", dtype)))
-
-
-def _listed(title: str, reasons: list[str]) -> str:
-    return "\n  ".join([f"{title} ({len(reasons)}):", *reasons])
 
 
 def _groups(stored: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -406,7 +380,7 @@ def _load(
     folder: Path, group: Mapping[str, Any], damaged: list[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The arrays of a group; a leaf that cannot be read is added to `damaged` by name."""
-    options = ocp.Context()
+    options = _alone()
     options.pytree.loading.partial_load = True
     try:
         with _quiet(), options:

@@ -15,16 +15,15 @@ import hashlib
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import pathlib
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, file_adapters, naming
 
+from jax_instructblip import processes
 from jax_instructblip.data import builder
 from jax_instructblip.data.images import ImageError, decode
 from jax_instructblip.data.progress import Progress
@@ -368,22 +367,4 @@ class _Inline(concurrent.futures.Executor):
 
 
 def _pool(workers: int) -> concurrent.futures.Executor:
-    if not workers:
-        return _Inline()
-    # Fresh processes: a forked one would inherit locks of whatever threads run here.
-    context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_end_with_parent
-    )
-
-
-def _end_with_parent() -> None:
-    """Ends this worker when the process that started it is killed."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    return processes.pool(workers) if workers else _Inline()

@@ -1,5 +1,6 @@
 """A progress line with rate and time left, for anything longer than two seconds."""
 
+import math
 import sys
 import time
 
@@ -20,12 +21,15 @@ class Progress:
                 progress.update()
     """
 
-    def __init__(self, total: int | None, label: str, unit: str = "items"):
-        """Starts the clock; `total` None means that the amount of work is not known."""
+    def __init__(self, total: int | None, label: str, unit: str = "items", *, silent: bool = False):
+        """Starts the clock; `total` None means that the amount of work is not known.
+
+        `silent` prints nothing: of several processes that do the same, one speaks.
+        """
         self._total, self._label, self._unit = total, label, unit
         self._done, self._note = 0, ""
         self._start = time.monotonic()
-        self._due = self._start + QUIET_SECONDS
+        self._due = math.inf if silent else self._start + QUIET_SECONDS
         self._printed = False
 
     def update(self, done: int = 1, note: str = "") -> None:

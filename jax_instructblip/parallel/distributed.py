@@ -10,11 +10,13 @@ pod JAX finds out (`--coordinator auto`). With none of these a process works alo
 import argparse
 import contextlib
 import dataclasses
+import faulthandler
 import os
 import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 
@@ -75,6 +77,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--wait_limit", type=float, default=300.0, help="seconds to wait for the others (300)"
     )
+
+
+def read_flags(flags: argparse.Namespace) -> tuple[Cluster | None, float]:
+    """What `joined` wants to know, from the flags of `add_flags` and the environment."""
+    return find_cluster(flags.coordinator, flags.processes, flags.process), flags.wait_limit
 
 
 def find_cluster(
@@ -272,6 +279,26 @@ def agree(problem: Exception | None) -> None:
         raise problem
 
 
+class Watchdog:
+    """Prints what every thread is doing when nothing has happened for `limit` seconds.
+
+    A process that waits for another one hangs without a word; its stack says in which call. The
+    process is not ended: the other one may come back.
+    """
+
+    def __init__(self, limit: float):
+        """Starts when `alive` is called first."""
+        self._limit = limit
+
+    def alive(self) -> None:
+        """Something has happened."""
+        faulthandler.dump_traceback_later(self._limit)
+
+    def close(self) -> None:
+        """Ends the watch."""
+        faulthandler.cancel_dump_traceback_later()
+
+
 class StopOrder:
     """Whether the run is to stop: somebody sent SIGTERM to it, or to another of its processes.
 
@@ -283,7 +310,9 @@ class StopOrder:
         """Takes over SIGTERM from now on; with several processes JAX has done so already."""
         self._ordered = False
         self._alone = jax.process_count() == 1
-        if self._alone:
+        # Python allows it in the main thread alone; elsewhere a run is stopped by other means.
+        self._takes = self._alone and threading.current_thread() is threading.main_thread()
+        if self._takes:
             self._before = signal.signal(signal.SIGTERM, self._take)
 
     def _take(self, number: int, frame: object) -> None:
@@ -296,5 +325,5 @@ class StopOrder:
 
     def close(self) -> None:
         """Gives SIGTERM back."""
-        if self._alone:
+        if self._takes:
             signal.signal(signal.SIGTERM, self._before)

@@ -161,9 +161,11 @@ class Checkpoints:
 
     def _write(self, step: int, trainable: Any, rest: Mapping[str, Any], meta: Meta) -> None:
         try:
+            alone = jax.process_count() == 1
+            write_tree = checkpoint.write_tree if alone else checkpoint.write_tree_apart
             with checkpoint.atomic_folder(self.path(step)) as partial:
-                checkpoint.write_tree(partial / "trainable", checkpoint.flatten(trainable).items())
-                checkpoint.write_tree(partial / "optimizer", rest.items())
+                write_tree(partial / "trainable", checkpoint.flatten(trainable).items())
+                write_tree(partial / "optimizer", rest.items())
                 (partial / META).write_text(json.dumps(meta, indent=1) + "\n")
         except OSError as error:
             there = ", ".join(map(str, self.steps())) or "none"

@@ -20,8 +20,14 @@ class MetricsWriter:
     step stands there once.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, start: int = 0):
-        """Opens the files in `folder`; lines of steps after `start` are removed."""
+    def __init__(self, folder: str | os.PathLike, *, start: int = 0, silent: bool = False):
+        """Opens the files in `folder`; lines of steps after `start` are removed.
+
+        `silent` writes nothing: of several processes that measure the same, one does.
+        """
+        self._silent = silent
+        if silent:
+            return
         path = Path(folder) / FILE
         lines = [line for line in read_metrics(folder) if line["step"] <= start]
         write_file(path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -30,6 +36,8 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Adds the numbers of one step."""
+        if self._silent:
+            return
         self._file.write(
             json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n"
         )
@@ -38,6 +46,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Writes out what is buffered."""
+        if self._silent:
+            return
         self._file.close()
         self._board.close()
 

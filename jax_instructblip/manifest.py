@@ -1,0 +1,100 @@
+"""What a checkpoint folder says of its leaves: `manifest.json`, and how two such lists differ."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401 - teaches numpy the name bfloat16
+import numpy as np
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or is not the one expected; the message lists every reason."""
+
+
+def read_manifest(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """The manifest of a checkpoint folder: leaf path -> shape, dtype, sha256."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no checkpoint folder: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(path.read_text())
+        for leaf, entry in manifest.items():
+            if set(entry) != {"shape", "dtype", "sha256"}:
+                raise ValueError(f"entry {leaf!r} has fields {sorted(entry)}")
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return manifest
+
+
+def manifest_bytes(manifest: Mapping[str, Any]) -> int:
+    """Bytes of all leaves of a manifest."""
+    return sum(
+        math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize for entry in manifest.values()
+    )
+
+
+def manifest_digest(folder: str | os.PathLike) -> str:
+    """The sha256 (hex) of the manifest, which stands for every byte of the parameters."""
+    canonical = json.dumps(read_manifest(folder), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def entry_of(path: str, array: np.ndarray) -> dict[str, Any]:
+    """What a manifest says of this leaf; ValueError where it does not hold numbers."""
+    if array.dtype.hasobject or array.dtype.kind in "USM":
+        raise ValueError(f"leaf {path!r} has dtype {array.dtype}: only numbers can be stored")
+    raw = array.reshape(-1).view(np.uint8).data
+    return {
+        "shape": list(array.shape),
+        "dtype": array.dtype.name,
+        "sha256": hashlib.sha256(raw).hexdigest(),
+    }
+
+
+def describe(leaves: Mapping[str, Any], dtypes: bool) -> dict[str, tuple]:
+    """Shape and (with `dtypes`) dtype of each leaf, for `compare`."""
+    return {
+        path: (tuple(leaf.shape), np.dtype(leaf.dtype).name if dtypes else None)
+        for path, leaf in leaves.items()
+    }
+
+
+def described(manifest: Mapping[str, Any], dtypes: bool) -> dict[str, tuple]:
+    """The same of the leaves that a manifest lists."""
+    return {
+        path: (tuple(entry["shape"]), entry["dtype"] if dtypes else None)
+        for path, entry in manifest.items()
+    }
+
+
+def compare(
+    folder: Path, claim: str, found: Mapping[str, tuple], wanted: Mapping[str, tuple]
+) -> None:
+    """Raises when keys, shapes or (where described) dtypes differ, with all differences."""
+    reasons = []
+    for path in sorted(found.keys() | wanted.keys()):
+        if path not in found:
+            reasons.append(f"{path}: missing, expected {_words(wanted[path])}")
+        elif path not in wanted:
+            reasons.append(f"{path}: unexpected, found {_words(found[path])}")
+        elif found[path] != wanted[path]:
+            reasons.append(f"{path}: found {_words(found[path])}, expected {_words(wanted[path])}")
+    if reasons:
+        raise CheckpointError(listed(f"{folder}: {claim}", reasons))
+
+
+def _words(description: tuple) -> str:
+    shape, dtype = description
+    return " ".join(filter(None, ("[" + ", ".join(map(str, shape)) + "]", dtype)))
+
+
+def listed(title: str, reasons: list[str]) -> str:
+    """A message of one line a reason."""
+    return "\n  ".join([f"{title} ({len(reasons)}):", *reasons])
