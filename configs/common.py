@@ -31,6 +31,10 @@ def get_config() -> ConfigDict:
     config.model.llm_dropout = -1.0  # probability, in the frozen model too; -1: as the checkpoint
     config.model.dtype = "bfloat16"  # of the computation; norms, softmax and loss are float32
     config.model.frozen_dtype = "bfloat16"  # of the frozen weights; trained ones are float32
+    # What a backward pass computes again to save memory: "none"; "dots", all of a layer but its
+    # products with weights (little to compute); "full", whole layers (a second forward pass). The
+    # vision tower has no backward pass unless it is trained.
+    config.model.remat = ConfigDict(dict(vision="none", qformer="none", llm="none"))
 
     config.data = ConfigDict()
     config.data.sources = ConfigDict()  # name -> source(...)
@@ -55,6 +59,8 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = 60_000
     config.train.log_every = 10  # steps between lines of metrics
+    config.train.hang_limit = 1_800.0  # seconds without a step after which stacks are printed
+    config.train.accumulate = 1  # parts of a batch that are worked on one after the other
 
     config.optimizer = ConfigDict()
     config.optimizer.schedule = "cosine"  # or "staircase": one step of the cosine an epoch (LAVIS)
@@ -72,6 +78,7 @@ def get_config() -> ConfigDict:
     config.checkpoints = ConfigDict()
     config.checkpoints.every = 3_000  # steps
     config.checkpoints.keep = 3  # newest ones that stay, besides the best
+    config.checkpoints.keep_every = 0  # steps of which each multiple stays, too; 0: none
 
     config.validation = ConfigDict()
     config.validation.path = ""  # records to validate on, as in source(); "": no validation
@@ -86,4 +93,7 @@ def get_config() -> ConfigDict:
     config.mesh.data = -1  # devices that hold whole copies of the weights; -1: all that are left
     config.mesh.fsdp = 1  # devices that also split the batch
     config.mesh.tensor = 1  # devices that share every sample
+
+    config.parallel = ConfigDict()
+    config.parallel.mode = "jit"  # or "pmap": whole copies of everything, on one host's devices
     return config.lock()

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     # Mistakes here should not wait for the weights, nor bad images for the answers to good ones.
     questions = pair(flags.image, flags.prompt)
     resolve_checkpoint(flags.checkpoint)
-    _check_images(flags.image)
+    check_images(flags.image)
     blip = load(flags.checkpoint, dtype=flags.dtype)
     answers = blip.generate(
         flags.image,
@@ -35,6 +35,8 @@ def main(argv: list[str]) -> int:
         top_k=flags.top_k,
         seed=flags.seed,
         batch_size=flags.batch_size,
+        length_penalty=flags.length_penalty,
+        num_return_sequences=flags.num_return_sequences,
     )
     for question, answer in zip(questions, answers, strict=True):
         found = {
@@ -43,13 +45,14 @@ def main(argv: list[str]) -> int:
             "answer": answer.text,
             "logprob": answer.logprob,
             "tokens": list(answer.tokens),
+            "alternatives": [each.text for each in answer.alternatives],
         }
         for line in [json.dumps(found, ensure_ascii=False)] if flags.json else _lines(found):
             print(line)
     return 0
 
 
-def _check_images(paths: list[str]) -> None:
+def check_images(paths: list[str]) -> None:
     """Raises an ImageError that names every image that cannot be used."""
     wrong = []
     for path in paths:
@@ -66,6 +69,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"prompt:           {found['prompt']}"
     yield f"answer:           {found['answer']}"
     yield f"log-probability:  {found['logprob']:.3f}  ({len(found['tokens'])} tokens)"
+    for text in found["alternatives"]:
+        yield f"or:               {text}"
     yield ""
 
 
@@ -85,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", required=True, action="append", help="the question; may be given again")
     add("--max_new_tokens", type=int, default=30, help="of an answer (default: %(default)s)")
     add("--min_new_tokens", type=int, default=0, help="no answer ends before (default: 0)")
-    add("--num_beams", type=int, default=1, help="1: there is no beam search")
+    add("--num_beams", type=int, default=1, help="rows of a beam search (default: 1, greedy)")
+    add("--length_penalty", type=float, default=1.0, help="of beams; below 0: shorter (default: 1)")
+    add("--num_return_sequences", type=int, default=1, help="answers to show of a beam search")
     add("--temperature", type=float, help="above 0; draws instead of taking the best token")
     add("--top_k", type=int, help="draws among the k best tokens only")
     add("--top_p", type=float, help="draws among the best tokens that together reach p only")

@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jax_instructblip.evaluation import harness
+from jax_instructblip.parallel import distributed
 from jax_instructblip.training import loop
 
 # The configs of the repository share `configs/common.py`, whatever the working directory is.
@@ -24,9 +25,12 @@ configs/common.py can be changed:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the training; returns 0."""
-    workdir = loop.run(read_config(argv), evaluate=harness.evaluate)
-    print(f"trained: {workdir}")
+    """Runs the training; returns 0, also when it was told to stop and has saved."""
+    flags, _ = _parser().parse_known_args(argv)
+    config = read_config(argv)
+    with distributed.joined(*distributed.read_flags(flags)):
+        workdir = loop.run(config, evaluate=harness.evaluate)
+        print(f"run: {workdir}")
     return 0
 
 
@@ -37,16 +41,7 @@ def read_config(argv: list[str]) -> ConfigDict:
         ValueError: an unknown flag or field, with the nearest name, or a value of the wrong type.
         OSError: the file cannot be read.
     """
-    parser = argparse.ArgumentParser(
-        prog="jax-instructblip train",
-        usage="%(prog)s --config FILE [--config.FIELD=VALUE ...]",
-        description=__doc__,
-        epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", required=True, help="has get_config()")
-    given, overrides = parser.parse_known_args(argv)
+    given, overrides = _parser().parse_known_args(argv)
     config = load_config(given.config)
     _refuse_unknown(config, overrides)
     own = flags.FlagValues()  # not absl's global ones: a process may call this twice
@@ -61,6 +56,20 @@ def read_config(argv: list[str]) -> ConfigDict:
     config = own["config"].value
     assert config is not None
     return config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jax-instructblip train",
+        usage="%(prog)s --config FILE [--config.FIELD=VALUE ...]",
+        description=__doc__,
+        epilog=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", required=True, help="has get_config()")
+    distributed.add_flags(parser)
+    return parser
 
 
 def load_config(path: str) -> ConfigDict:

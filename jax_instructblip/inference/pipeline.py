@@ -21,8 +21,18 @@ from jax.sharding import Mesh
 from jax_instructblip.data.batch import Batch
 from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.inference.beam import beam_tokens
 from jax_instructblip.inference.decode import generate_tokens
 from jax_instructblip.inference.questions import Picture, Question, compacted, make_parts, pair
+from jax_instructblip.inference.ranking import (
+    make_plan,
+    pair_logprobs,
+    score,
+    stack_scores,
+    tokenise,
+)
+from jax_instructblip.inference.scores import LengthRule
+from jax_instructblip.inference.settings import check_search, check_settings
 from jax_instructblip.inference.source import read_params, read_source
 from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.models.layers import BATCH_AXES
@@ -41,11 +51,15 @@ class Answer:
       tokens: the new ids alone; the last one is eos unless `max_new_tokens` cut the answer off.
       logprob: the sum over `tokens` (eos included) of their natural log-probabilities under the
         model itself, before temperature, truncation and penalties.
+      logprobs: of each token.
+      alternatives: of a beam search with `num_return_sequences` > 1, the next best answers.
     """
 
     text: str
     tokens: tuple[int, ...]
     logprob: float
+    logprobs: tuple[float, ...] = ()
+    alternatives: tuple["Answer", ...] = ()
 
 
 def load(
@@ -105,6 +119,10 @@ class InstructBlipPipeline:
         top_k: int | None = None,
         seed: int = 0,
         batch_size: int = BATCH_SIZE,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
+        num_return_sequences: int = 1,
+        length_rule: LengthRule = "released",
     ) -> list[Answer]:
         """An answer to each prompt about the image beside it, in order.
 
@@ -112,9 +130,10 @@ class InstructBlipPipeline:
         the one as of the other. Each image is a path, the bytes of an image file, a PIL image or a
         uint8 array [H, W, 3]; a list of these is a video, all of one call equally long.
 
-        Decoding is greedy. With any of `temperature`, `top_p` and `top_k` it draws from the
-        distribution that they leave, in the order temperature, top-k, top-p; an answer then depends
-        on `seed` and on its place in the call, not on the other questions or on `batch_size`.
+        Decoding is greedy, or with `num_beams` > 1 a beam search. With any of `temperature`,
+        `top_p` and `top_k` it draws from the distribution that they leave, in the order
+        temperature, top-k, top-p; an answer then depends on `seed` and on its place in the call,
+        not on the other questions or on `batch_size`.
 
         Args:
           images: what the questions are about.
@@ -123,7 +142,7 @@ class InstructBlipPipeline:
           max_new_tokens: most tokens of an answer, eos included; the prompt does not count. Another
             value compiles another program.
           min_new_tokens: no answer ends before this many tokens.
-          num_beams: 1, there is no beam search.
+          num_beams: rows of the beam search; 1 is greedy. Not together with drawing.
           repetition_penalty: divides the positive scores of tokens that the answer has already, and
             multiplies the negative ones.
           temperature: above 0; divides the scores. Close to 0 is close to greedy.
@@ -131,33 +150,57 @@ class InstructBlipPipeline:
           top_k: at least 1; only that many of the best tokens are drawn.
           seed: of the random draws.
           batch_size: questions that are answered at once.
+          length_penalty: of a beam search: answers are ranked by the sum of their scores over
+            length^length_penalty. Above 0 it favours long answers, below 0 short ones.
+          early_stopping: of a beam search, when it ends: True, as soon as there are `num_beams`
+            answers; False, when a better one is unlikely; "never", when there can be none.
+          num_return_sequences: answers to keep of a beam search; the others are `alternatives`.
+          length_rule: how lengths and repetitions are counted: "released" as the original code
+            does, "transformers5" as `generate` of transformers 5 (`scores.py`, `beam.py`).
 
         Raises:
           ValueError: no images or no prompts, counts that do not match, a setting out of its range,
             a prompt too long for the model, an image that cannot be used (`ImageError`), scores
             that are not finite.
         """
-        _check_settings(
+        sample = not (temperature is None and top_p is None and top_k is None)
+        check_settings(
             max_new_tokens, min_new_tokens, num_beams, repetition_penalty, temperature, top_p, top_k
         )
+        check_search(num_beams, sample, early_stopping, num_return_sequences, length_rule)
         key = jax.random.key(seed)
-        settings = {
+        common: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
-            "sample": not (temperature is None and top_p is None and top_k is None),
             "min_new_tokens": min_new_tokens,
             "repetition_penalty": repetition_penalty,
+            "length_rule": length_rule,
+        }
+        drawing = {
             "temperature": 1.0 if temperature is None else temperature,
             "top_k": 0 if top_k is None else top_k,
             "top_p": 1.0 if top_p is None else top_p,
         }
+        search = {
+            "num_beams": num_beams,
+            "length_penalty": length_penalty,
+            "early_stopping": early_stopping,
+        }
 
         def decode(batch: Batch, rows: np.ndarray) -> dict[str, jax.Array]:
+            if num_beams > 1:
+                return beam_tokens(self.model, self.params, batch, **common, **search)
             keys = self._on_devices(_row_keys(key, rows))
-            return generate_tokens(self.model, self.params, batch, keys, **settings)
+            return generate_tokens(
+                self.model, self.params, batch, keys, sample=sample, **common, **drawing
+            )
 
         questions = pair(images, prompts)
         parts = self._run("answering", decode, questions, batch_size, room=max_new_tokens)
-        answers = [self._answer(made, row) for made, count in parts for row in range(count)]
+        answers = [
+            self._best(made, row, num_return_sequences)
+            for made, count in parts
+            for row in range(count)
+        ]
         if wrong := [i for i, answer in enumerate(answers) if not math.isfinite(answer.logprob)]:
             raise ValueError(
                 f"the model's scores of questions {wrong} are not finite, so its answers mean "
@@ -165,6 +208,57 @@ class InstructBlipPipeline:
                 "does first)"
             )
         return answers
+
+    def rank(
+        self,
+        images: Sequence[Picture],
+        prompts: Sequence[str],
+        candidates: Sequence[str] | Sequence[Sequence[str]],
+        length_normalise: bool = False,
+        batch_size: int = BATCH_SIZE,
+    ) -> np.ndarray:
+        """Scores `[B, C]` float32 of every candidate answer to each question; the best is largest.
+
+        A score is the natural log-probability of the candidate after the image and the prompt: the
+        sum over its tokens, for T5 with the closing eos, for LLaMA without one (as released).
+        Softmax over the candidates makes probabilities. What candidates begin with in common is
+        computed once: long lists of short answers cost little more than their distinct beginnings.
+
+        Args:
+          images: what the questions are about, as in `generate`.
+          prompts: the questions, as in `generate`.
+          candidates: one list for all questions, or a list for each; a shorter one's row ends with
+            -inf. One that is given twice has the same score twice.
+          length_normalise: divide each score by its number of tokens; without, short candidates
+            are favoured.
+          batch_size: questions that are ranked at once.
+
+        Raises:
+          ValueError: as `generate`; no candidates, or one that is empty or too long.
+        """
+        questions = pair(images, prompts)
+        lists = tokenise(self.text, candidates, len(questions))
+        shared, plans = (make_plan(lists) if len(lists) == 1 else None), []
+
+        def look(batch: Batch, rows: np.ndarray) -> list[jax.Array]:
+            plans.append(shared or make_plan([lists[row] for row in rows]))
+            chunks = plans[-1].chunks if shared else self._on_devices(plans[-1].chunks)
+            return pair_logprobs(self.model, self.params, batch, chunks)
+
+        longest = max(len(ids) for each in lists for ids in each)
+        parts = self._run("ranking", look, questions, batch_size, room=longest)
+        scores = stack_scores(
+            [
+                score(plan, logprobs, length_normalise)[:count]
+                for plan, (logprobs, count) in zip(plans, parts, strict=True)
+            ]
+        )
+        if wrong := np.flatnonzero(np.isnan(scores).any(axis=1)).tolist():
+            raise ValueError(
+                f"the model's scores of questions {wrong} are not finite, so they rank nothing: "
+                f"its weights are damaged, or overflow in {self.model.dtype} (float16 does first)"
+            )
+        return scores
 
     def features(
         self, images: Sequence[Picture], prompts: Sequence[str], batch_size: int = BATCH_SIZE
@@ -191,11 +285,17 @@ class InstructBlipPipeline:
         with self._mesh():
             return np.asarray(_logits(self.model, self.params, self._on_devices(compacted(batch))))
 
-    def _answer(self, made: dict[str, np.ndarray], row: int) -> Answer:
-        length = made["lengths"][row, 0]
-        tokens = made["tokens"][row, 0, :length].tolist()
-        logprob = float(made["logprobs"][row, 0, :length].sum(dtype=np.float64))
-        return Answer(self.text.decode(tokens), tuple(tokens), logprob)
+    def _best(self, made: dict[str, np.ndarray], row: int, count: int) -> Answer:
+        """The first of the row's answers, with the next `count - 1` as its alternatives."""
+        first, *others = [self._answer(made, row, place) for place in range(count)]
+        return dataclasses.replace(first, alternatives=tuple(others))
+
+    def _answer(self, made: dict[str, np.ndarray], row: int, place: int) -> Answer:
+        length = made["lengths"][row, place]
+        tokens = made["tokens"][row, place, :length].tolist()
+        logprobs = made["logprobs"][row, place, :length]
+        logprob = float(logprobs.sum(dtype=np.float64))
+        return Answer(self.text.decode(tokens), tuple(tokens), logprob, tuple(logprobs.tolist()))
 
     def _run(
         self,
@@ -261,39 +361,3 @@ def _place(path: str, array: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.A
     if jnp.issubdtype(array.dtype, jnp.floating):
         array = array.astype(dtype, copy=False)
     return jax.device_put(array, None if mesh is None else replicated(mesh))
-
-
-def _check_settings(
-    max_new_tokens: int,
-    min_new_tokens: int,
-    num_beams: int,
-    repetition_penalty: float,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-) -> None:
-    """Raises a ValueError that lists every setting out of its range."""
-    demands = [
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        (
-            "min_new_tokens",
-            min_new_tokens,
-            0 <= min_new_tokens <= max_new_tokens,
-            f"0 to max_new_tokens ({max_new_tokens})",
-        ),
-        ("num_beams", num_beams, num_beams == 1, "1: there is no beam search"),
-        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "above 0"),
-        (
-            "temperature",
-            temperature,
-            temperature is None or temperature > 0,
-            "above 0 (leave it out for greedy decoding)",
-        ),
-        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
-        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
-    ]
-    wrong = [
-        f"{name} is {value}, expected {want}" for name, value, good, want in demands if not good
-    ]
-    if wrong:
-        raise ValueError("; ".join(wrong))

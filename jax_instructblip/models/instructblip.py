@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_instructblip.models.layers import constrain
+from jax_instructblip.models.layers import Scans, constrain
 from jax_instructblip.models.llama import Llama
 from jax_instructblip.models.qformer import QFormer
 from jax_instructblip.models.t5 import T5
@@ -36,10 +36,14 @@ Batch = dict[str, Array]
 
 
 class InstructBlip(nn.Module):
-    """The whole model; `dtype` is what it computes in, whatever its parameters are stored in."""
+    """The whole model; `dtype` is what it computes in, whatever its parameters are stored in.
+
+    `scans` is how its layers are run, which changes no value: `layers.Scan`.
+    """
 
     variant: Variant
     dtype: Any = jnp.float32
+    scans: Scans = Scans()
 
     def setup(self):
         if self.variant.llm.kind == "t5" and self.dtype == jnp.float16:
@@ -47,9 +51,10 @@ class InstructBlip(nn.Module):
                 "T5 cannot compute in float16: its feed-forwards overflow (activations near 1e5); "
                 "use bfloat16 or float32"
             )
-        self.vision = VisionTransformer(self.variant.vision, self.dtype)
-        self.qformer = QFormer(self.variant.qformer, self.dtype)
-        self.llm = LANGUAGE_MODELS[self.variant.llm.kind](self.variant.llm, self.dtype)
+        v, scans = self.variant, self.scans
+        self.vision = VisionTransformer(v.vision, self.dtype, scans.vision)
+        self.qformer = QFormer(v.qformer, self.dtype, scans.qformer)
+        self.llm = LANGUAGE_MODELS[v.llm.kind](v.llm, self.dtype, scans.llm)
 
     def __call__(self, batch: Batch, train: bool = False) -> Float[Array, "B T V"]:
         """Float32 logits, aligned with the batch's targets."""
@@ -90,6 +95,20 @@ class InstructBlip(nn.Module):
     ) -> tuple[Float[Array, "B R V"], dict[str, Any]]:
         """Logits of the token after `token`, and the cache one token longer."""
         return self.llm.decode_step(token, cache)
+
+    def decode_tree(
+        self,
+        tokens: Int[Array, "#B T"],
+        depths: Int[Array, "#B T"],
+        ends: Int[Array, "#B T"],
+        cache: dict[str, Any],
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of a tree of continuations in depth-first order, as the LLM says."""
+        return self.llm.decode_tree(tokens, depths, ends, cache)
+
+    def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Float32 vocabulary logits of the LLM's hidden states."""
+        return self.llm.logits(x)
 
 
 def example_batch(variant: Variant, batch: int = 1, text: int = 4) -> Batch:

@@ -1,7 +1,9 @@
 """What several towers share: norms, feed-forwards, the head, the scan over layers, `constrain`."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +13,14 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 BATCH_AXES = ("data", "fsdp")  # mesh axes that split the batch
+FLAGS = ("keep", "train")  # arguments of a layer that are Python booleans
+
+# What a backward pass computes again instead of keeping it since the forward pass.
+REMAT: dict[str, Callable[..., bool] | None] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # scores, softmax, norms ...
+    "full": None,  # the whole layer, from its input
+}
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),  # erf, as PyTorch's default
@@ -20,18 +30,63 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def constrain(x: Array) -> Array:
-    """`x` with its first axis split over the batch axes of the ambient mesh.
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """How the layers of a tower are run; no value depends on it.
 
-    The identity where no mesh is set, or where its axes are not `Auto` (inside pmap and shard_map),
-    so that a layer runs alone as well.
+    Attributes:
+      remat: a name of `REMAT`. "full" keeps the input of each layer alone and computes the forward
+        pass twice; "dots" keeps the products with weights, too, and repeats little.
+      weights: what is done to the weights of each layer where they are taken out of their stack
+        (`parallel.rules.constrain_layer`); None for nothing.
+    """
+
+    remat: str = "none"
+    weights: Callable[[Any], Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scans:
+    """How the layers of each tower are run."""
+
+    vision: Scan = Scan()
+    qformer: Scan = Scan()
+    llm: Scan = Scan()
+
+
+def constrain(x: Array) -> Array:
+    """`x` with its first axis split over the batch axes of the ambient mesh, and no other axis.
+
+    Every residual sum goes through it, embeddings too. Where XLA is left to choose, it may split
+    the width of a sum over the devices that share the heads, and then hand rows to wrong devices
+    (seen in jaxlib 0.10.2, with all three axes above 1 and one or two rows a device).
+
+    The identity for a row that all samples share, and where no mesh is set or its axes are not
+    `Auto` (inside pmap and shard_map), so that a layer runs alone as well.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
+    if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names) or x.shape[0] == 1:
         return x
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+class Dropout(nn.Module):
+    """Dropout as `nn.Dropout`, but the mask is made before it is used, not where.
+
+    XLA for TPUs would compute the random bits inside of the products around them, and compare the
+    tilings of those until its time or stack runs out (libtpu 0.0.42, FlanT5-XL).
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        if self.rate == 0 or deterministic:
+            return x
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+        return jnp.where(jax.lax.optimization_barrier(keep), x / (1 - self.rate), 0)
 
 
 class LayerNorm(nn.Module):
@@ -97,7 +152,7 @@ class GatedMlp(nn.Module):
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
         gate = ACTIVATIONS[self.activation](dense(self.hidden, name="gate")(x))
         hidden = gate * dense(self.hidden, name="in")(x)
-        hidden = nn.Dropout(self.dropout)(hidden, deterministic=not train)
+        hidden = Dropout(self.dropout)(hidden, deterministic=not train)
         return dense(self.width, name="out")(hidden)
 
 
@@ -114,7 +169,9 @@ class Head(nn.Module):
         return jnp.einsum("...D,DV->...V", x, kernel, preferred_element_type=jnp.float32)
 
 
-def scan_layers(block: type[nn.Module], length: int, **broadcast: int) -> Callable[..., Any]:
+def scan_layers(
+    block: type[nn.Module], length: int, scan: Scan, **broadcast: int
+) -> Callable[..., Any]:
     """`block` repeated `length` times by `nn.scan`, its parameters stacked on axis 0.
 
     `broadcast` names the methods that are scanned (`call` is `__call__`) and how many arguments of
@@ -131,7 +188,36 @@ def scan_layers(block: type[nn.Module], length: int, **broadcast: int) -> Callab
         }
 
     methods = {"__call__" if name == "call" else name: lift(n) for name, n in broadcast.items()}
+    names = inspect.signature(block.__call__).parameters
+    flags = tuple(index for index, name in enumerate(names) if name in FLAGS)
+    if scan.weights is not None:
+        change = functools.partial(_change, scan.weights)
+        block = nn.map_variables(
+            block, "params", trans_in_fn=change, init=True, methods=list(methods)
+        )
+    if scan.remat != "none" or scan.weights is not None:
+        # Only `__call__` has a backward pass. Inside a scan nothing need be kept from merging.
+        policy = _policy(scan.remat)
+        block = nn.remat(block, policy=policy, static_argnums=flags, prevent_cse=False)
     return nn.scan(block, methods=methods)
+
+
+def _change(weights: Callable[[Any], Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of one layer, `{"params": tree}`, after `weights`."""
+    return {name: weights(tree) for name, tree in found.items()}
+
+
+def _policy(remat: str) -> Callable[..., bool] | None:
+    """That of `REMAT`, but what a constraint returns is never kept: it is the same array again.
+
+    Kept, the weights of every layer would be stored a second time until the backward pass.
+    """
+    policy = REMAT[remat]
+    if policy is None:
+        return None
+    return lambda primitive, *given, **more: (
+        primitive.name != "sharding_constraint" and policy(primitive, *given, **more)
+    )
 
 
 def _rank_of(leaf: Array, x: Array) -> Array:

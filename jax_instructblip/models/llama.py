@@ -11,8 +11,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_instructblip.models.attention import Attention, attend, attend_cached, write_tail
-from jax_instructblip.models.layers import GatedMlp, Head, RMSNorm, constrain, scan_layers
-from jax_instructblip.models.masks import causal_mask, padding_mask, written_mask
+from jax_instructblip.models.layers import (
+    Dropout,
+    GatedMlp,
+    Head,
+    RMSNorm,
+    Scan,
+    constrain,
+    scan_layers,
+)
+from jax_instructblip.models.masks import causal_mask, padding_mask, tree_mask, written_mask
 from jax_instructblip.models.variants import LlamaConfig
 
 Rotation = tuple[Array, Array]  # cosine and sine, each [B or 1, T, K]
@@ -49,7 +57,7 @@ class LlamaLayer(nn.Module):
         self.attention = Attention(c.width, c.heads, c.head_width, self.dtype)
         self.mlp_norm = RMSNorm(c.norm_eps)
         self.mlp = GatedMlp(c.width, c.mlp, self.dtype, "silu")
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
 
     def __call__(self, x, _, mask, rotation, keep, train):
         """Whole rows; the keys and values come back where `keep` asks for them (prefill)."""
@@ -57,7 +65,7 @@ class LlamaLayer(nn.Module):
         y, own = self.attention_norm(x), self.attention
         key, value = rotate(own.key(y), rotation), own.value(y)
         mixed = attend(rotate(own.query(y), rotation), key, value, mask, drop=drop)
-        x = x + own.out(mixed)
+        x = constrain(x + own.out(mixed))
         x = constrain(x + self.mlp(self.mlp_norm(x)))
         return x, ({"key": key, "value": value} if keep else None)
 
@@ -67,8 +75,17 @@ class LlamaLayer(nn.Module):
         token = {"key": rotate(own.key(y), rotation), "value": own.value(y)}
         query = rotate(own.query(y), rotation)
         mixed = attend_cached(query, token, cache["tail"], tail_mask, cache["prefix"], prefix_mask)
-        x = x + own.out(mixed)
-        return x + self.mlp(self.mlp_norm(x)), token
+        x = constrain(x + own.out(mixed))
+        return constrain(x + self.mlp(self.mlp_norm(x))), token
+
+    def tree(self, x, prefix, mask, rotation):
+        """A tree of tokens `[B, T, D]` behind the prompt; nothing is stored."""
+        y, own = self.attention_norm(x), self.attention
+        key = jnp.concatenate([prefix["key"], rotate(own.key(y), rotation)], axis=1)
+        value = jnp.concatenate([prefix["value"], own.value(y)], axis=1)
+        mixed = attend(rotate(own.query(y), rotation), key, value, mask)
+        x = constrain(x + own.out(mixed))
+        return constrain(x + self.mlp(self.mlp_norm(x))), None
 
 
 class Llama(nn.Module):
@@ -76,6 +93,7 @@ class Llama(nn.Module):
 
     config: LlamaConfig
     dtype: Any
+    scan: Scan = Scan()
 
     def setup(self):
         c = self.config
@@ -83,13 +101,18 @@ class Llama(nn.Module):
         self.embedding = nn.Embed(
             c.vocab, c.width, embedding_init=unit, dtype=self.dtype, name="embed"
         )
-        self.layers = scan_layers(LlamaLayer, c.layers, call=4, step=3)(c, self.dtype)
+        layers = scan_layers(LlamaLayer, c.layers, self.scan, call=4, step=3, tree=2)
+        self.layers = layers(c, self.dtype)
         self.norm = RMSNorm(c.norm_eps)
         self.head = Head(c.vocab, self.dtype)
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Token embeddings in the compute dtype."""
-        return self.embedding(tokens)
+        return constrain(self.embedding(tokens))
+
+    def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Float32 vocabulary logits of normed hidden states."""
+        return self.head(x)
 
     def hidden(self, inputs: Array, real: Array, keep: bool, train: bool) -> tuple[Array, Any]:
         """Normed hidden states `[B, S, D]`; keys and values `[Y, B, S, N, K]` where `keep`."""
@@ -158,3 +181,28 @@ class Llama(nn.Module):
         )
         tail = write_tail(cache["tail"], new, step)
         return self.head(self.norm(x)), {**cache, "tail": tail, "step": step + 1}
+
+    def decode_tree(
+        self,
+        tokens: Int[Array, "#B T"],
+        depths: Int[Array, "#B T"],
+        ends: Int[Array, "#B T"],
+        cache: dict[str, Any],
+    ) -> Float[Array, "B T D"]:
+        """Normed hidden states of a tree of continuations; `logits` makes logits of them.
+
+        The tree stands in depth-first order. Each token sees the prompt, the tokens that lead to it
+        (`tree_mask(ends)`) and itself; its depth is 1 where it follows the prompt. `cache` is that
+        of `prefill`, before any step, and is only read.
+        """
+        real = cache["prefix_mask"]
+        (batch, length), inner = real.shape, tokens.shape[1]
+        seen = jnp.broadcast_to(padding_mask(real), (batch, 1, inner, length))
+        own = jnp.broadcast_to(tree_mask(ends), (batch, 1, inner, inner))
+        x, _ = self.layers.tree(
+            constrain(jnp.broadcast_to(self.embed(tokens), (batch, inner, self.config.width))),
+            cache["prefix"],
+            jnp.concatenate([seen, own], axis=-1),
+            self.rotation(real.sum(axis=1, keepdims=True) + depths - 1),
+        )
+        return self.norm(x)

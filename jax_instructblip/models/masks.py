@@ -35,6 +35,24 @@ def causal_mask(real: Bool[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
     return (index[:, None] >= index[None, :])[None, None] & padding_mask(real)
 
 
+def tree_mask(ends: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
+    """Each token of a tree sees itself and what leads to it: the candidates of a ranking.
+
+    The tree stands in depth-first order, and `ends` says where what hangs below each token stops.
+    For ends = 4 3 3 4 6 6, which is the tree (0 (1 2) 3) (4 5):
+
+        # . . . . .
+        # # . . . .
+        # # # . . .
+        # . . # . .
+        . . . . # .
+        . . . . # #
+    """
+    index = jnp.arange(ends.shape[1])
+    still_open = index[None, :, None] < ends[:, None, :]
+    return ((index[:, None] >= index[None, :])[None] & still_open)[:, None]
+
+
 def written_mask(step: Int[Array, ""], length: int) -> Bool[Array, "1 1 1 {length}"]:
     """A new token sees the cache slots written before it; it sees itself apart from the cache.
 

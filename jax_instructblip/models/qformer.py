@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_instructblip.models.attention import Attention
-from jax_instructblip.models.layers import LayerNorm, Mlp, constrain, scan_layers
+from jax_instructblip.models.layers import Dropout, LayerNorm, Mlp, Scan, constrain, scan_layers
 from jax_instructblip.models.masks import padding_mask
 from jax_instructblip.models.variants import QFormerConfig
 
@@ -36,7 +36,7 @@ class QFormerLayer(nn.Module):
         train: bool,
     ) -> Float[Array, "B T D"]:
         c = self.config
-        dropout = nn.Dropout(c.dropout)
+        dropout = Dropout(c.dropout)
         drop = functools.partial(dropout, deterministic=not train)
         norm = functools.partial(LayerNorm, c.norm_eps)
         mlp = functools.partial(Mlp, c.width, c.mlp, self.dtype)
@@ -45,16 +45,16 @@ class QFormerLayer(nn.Module):
         )
 
         y = attention(name="attention")(x, x, mask, drop=drop)
-        x = norm(name="attention_norm")(x + drop(y))
+        x = norm(name="attention_norm")(constrain(x + drop(y)))
         queries, text = x[:, : c.queries], x[:, c.queries :]
         if self.cross:
             y = attention(name="cross_attention")(queries, image, drop=drop)
-            queries = norm(name="cross_attention_norm")(queries + drop(y))
+            queries = norm(name="cross_attention_norm")(constrain(queries + drop(y)))
         y = mlp(name="query_mlp")(queries)
-        queries = norm(name="query_mlp_norm")(queries + drop(y))
+        queries = norm(name="query_mlp_norm")(constrain(queries + drop(y)))
         if c.instruction_aware:
             y = mlp(name="text_mlp")(text)
-            text = norm(name="text_mlp_norm")(text + drop(y))
+            text = norm(name="text_mlp_norm")(constrain(text + drop(y)))
         return constrain(jnp.concatenate([queries, text], axis=1))
 
 
@@ -76,6 +76,7 @@ class QFormer(nn.Module):
 
     config: QFormerConfig
     dtype: Any
+    scan: Scan = Scan()
 
     @nn.compact
     def __call__(
@@ -111,9 +112,9 @@ class QFormer(nn.Module):
             seen = jnp.concatenate([jnp.ones((x.shape[0], c.queries), bool), real], axis=1)
             mask = padding_mask(seen)
         x = LayerNorm(c.norm_eps, name="embed_norm")(x)
-        x = nn.Dropout(c.dropout)(x, deterministic=not train)
-        pairs = scan_layers(QFormerPair, c.layers // 2, call=3)(c, self.dtype, name="layers")
-        x, _ = pairs(x, None, mask, image, train)
+        x = Dropout(c.dropout)(x, deterministic=not train)
+        pairs = scan_layers(QFormerPair, c.layers // 2, self.scan, call=3)
+        x, _ = pairs(c, self.dtype, name="layers")(x, None, mask, image, train)
         return nn.Dense(c.llm_width, dtype=self.dtype, name="projection")(x[:, : c.queries])
 
     def embed_text(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
@@ -126,4 +127,4 @@ class QFormer(nn.Module):
         places = nn.Embed(
             c.max_positions, c.width, embedding_init=table, dtype=self.dtype, name="position_embed"
         )
-        return words(tokens) + places(jnp.arange(tokens.shape[1]))[None]
+        return constrain(words(tokens) + places(jnp.arange(tokens.shape[1]))[None])

@@ -18,8 +18,16 @@ from jax_instructblip.models.attention import (
     attend_cached,
     write_tail,
 )
-from jax_instructblip.models.layers import GatedMlp, Head, RMSNorm, constrain, scan_layers
-from jax_instructblip.models.masks import causal_mask, padding_mask, written_mask
+from jax_instructblip.models.layers import (
+    Dropout,
+    GatedMlp,
+    Head,
+    RMSNorm,
+    Scan,
+    constrain,
+    scan_layers,
+)
+from jax_instructblip.models.masks import causal_mask, padding_mask, tree_mask, written_mask
 from jax_instructblip.models.variants import T5Config
 
 
@@ -61,17 +69,17 @@ class T5Layer(nn.Module):
             self.cross_attention = attention()
         self.mlp_norm = RMSNorm(c.norm_eps)
         self.mlp = GatedMlp(c.width, c.mlp, self.dtype, c.activation, c.dropout)
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
 
     def __call__(self, x, _, mask, bias, encoded, encoded_mask, train):
         """Whole rows; `encoded`, its mask beside it, is what a decoder layer looks at."""
         drop = functools.partial(self.drop, deterministic=not train)
         y = self.attention_norm(x)
-        x = x + drop(self.attention(y, y, mask, bias, scale=1.0, drop=drop))
+        x = constrain(x + drop(self.attention(y, y, mask, bias, scale=1.0, drop=drop)))
         if self.decoder:
             y = self.cross_attention_norm(x)
             y = self.cross_attention(y, encoded, encoded_mask, scale=1.0, drop=drop)
-            x = x + drop(y)
+            x = constrain(x + drop(y))
         return constrain(x + drop(self.mlp(self.mlp_norm(x), train))), None
 
     def look_at(self, carry, _, encoded):
@@ -84,12 +92,24 @@ class T5Layer(nn.Module):
         y, own = self.attention_norm(x), self.attention
         token = {"key": own.key(y), "value": own.value(y)}
         mixed = attend_cached(own.query(y), token, cache["tail"], tail_mask, bias=bias, scale=1.0)
-        x = x + own.out(mixed)
+        x = constrain(x + own.out(mixed))
         y, cross, prefix = self.cross_attention_norm(x), self.cross_attention, cache["prefix"]
         # The R rows stand where a whole row has its T queries: the prefix is not repeated for them.
         mixed = attend(cross.query(y), prefix["key"], prefix["value"], prefix_mask, scale=1.0)
-        x = x + cross.out(mixed)
-        return x + self.mlp(self.mlp_norm(x)), token
+        x = constrain(x + cross.out(mixed))
+        return constrain(x + self.mlp(self.mlp_norm(x))), token
+
+    def tree(self, x, cache, prefix_mask, mask, bias):
+        """A tree of tokens `[B, T, D]` behind the written tail; nothing is stored."""
+        y, own, tail = self.attention_norm(x), self.attention, cache["tail"]
+        key = jnp.concatenate([tail["key"][:, 0], own.key(y)], axis=1)
+        value = jnp.concatenate([tail["value"][:, 0], own.value(y)], axis=1)
+        mixed = attend(own.query(y), key, value, mask, bias, scale=1.0)
+        x = constrain(x + own.out(mixed))
+        y, cross, prefix = self.cross_attention_norm(x), self.cross_attention, cache["prefix"]
+        mixed = attend(cross.query(y), prefix["key"], prefix["value"], prefix_mask, scale=1.0)
+        x = constrain(x + cross.out(mixed))
+        return constrain(x + self.mlp(self.mlp_norm(x))), None
 
 
 class T5Stack(nn.Module):
@@ -98,16 +118,18 @@ class T5Stack(nn.Module):
     config: T5Config
     dtype: Any
     decoder: bool
+    scan: Scan = Scan()
 
     def setup(self):
         c = self.config
         shape = (c.relative_buckets, c.heads)
         self.relative_bias = self.param("relative_bias", nn.initializers.normal(0.02), shape)
         length = c.decoder_layers if self.decoder else c.encoder_layers
-        methods = {"call": 5, "look_at": 1, "step": 3} if self.decoder else {"call": 5}
-        self.layers = scan_layers(T5Layer, length, **methods)(c, self.dtype, self.decoder)
+        methods = {"call": 5, "look_at": 1, "step": 3, "tree": 3} if self.decoder else {"call": 5}
+        layers = scan_layers(T5Layer, length, self.scan, **methods)
+        self.layers = layers(c, self.dtype, self.decoder)
         self.norm = RMSNorm(c.norm_eps)
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
 
     def bias(self, distance: Int[Array, "*T S"]) -> Float[Array, "N *T S"]:
         """The bias of every head for `distance` = key position - query position, float32."""
@@ -143,12 +165,30 @@ class T5Stack(nn.Module):
         )
         return self.norm(x), token
 
+    def tree(self, x, depths, ends, cache):
+        """A tree of tokens `[B, T, D]` through all layers and the norm, behind the written tail."""
+        length, step = cache["tail"]["key"].shape[3], cache["step"]
+        own = tree_mask(ends)
+        behind = jnp.broadcast_to(written_mask(step, length), (*own.shape[:3], length))
+        places = step - 1 + depths
+        slots = jnp.broadcast_to(jnp.arange(length), (places.shape[0], length))
+        distance = jnp.concatenate([slots, places], axis=1)[:, None, :] - places[:, :, None]
+        x, _ = self.layers.tree(
+            x,
+            {"prefix": cache["prefix"], "tail": cache["tail"]},
+            padding_mask(cache["prefix_mask"]),
+            jnp.concatenate([behind, own], axis=-1),
+            jnp.moveaxis(self.bias(distance), 0, 1),
+        )
+        return self.norm(x)
+
 
 class T5(nn.Module):
     """The whole language model; same methods as `llama.Llama`."""
 
     config: T5Config
     dtype: Any
+    scan: Scan = Scan()
 
     def setup(self):
         c = self.config
@@ -156,13 +196,13 @@ class T5(nn.Module):
         self.embedding = nn.Embed(
             c.vocab, c.width, embedding_init=unit, dtype=self.dtype, name="embed"
         )
-        self.encoder = T5Stack(c, self.dtype, decoder=False)
-        self.decoder = T5Stack(c, self.dtype, decoder=True)
+        self.encoder = T5Stack(c, self.dtype, decoder=False, scan=self.scan)
+        self.decoder = T5Stack(c, self.dtype, decoder=True, scan=self.scan)
         self.head = Head(c.vocab, self.dtype)
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Token embeddings in the compute dtype."""
-        return self.embedding(tokens)
+        return constrain(self.embedding(tokens))
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 vocabulary logits of hidden states."""
@@ -218,3 +258,20 @@ class T5(nn.Module):
         x, new = self.decoder.step(self.embed(token), cache)
         tail = write_tail(cache["tail"], new, cache["step"])
         return self.logits(x), {**cache, "tail": tail, "step": cache["step"] + 1}
+
+    def decode_tree(
+        self,
+        tokens: Int[Array, "#B T"],
+        depths: Int[Array, "#B T"],
+        ends: Int[Array, "#B T"],
+        cache: dict[str, Any],
+    ) -> Float[Array, "B T D"]:
+        """Normed hidden states of a tree of continuations; `logits` makes logits of them.
+
+        The tree stands in depth-first order. Each token sees the prompt, the start id, the tokens
+        that lead to it (`tree_mask(ends)`) and itself; its depth is 1 where it follows the start
+        id. `cache` is that of `prefill`, before any further step, and is only read.
+        """
+        shape = (cache["prefix_mask"].shape[0], tokens.shape[1], self.config.width)
+        x = constrain(jnp.broadcast_to(self.embed(tokens), shape))
+        return self.decoder.tree(x, depths, ends, cache)

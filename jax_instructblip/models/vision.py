@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from jax_instructblip.models.attention import Attention
-from jax_instructblip.models.layers import LayerNorm, Mlp, constrain, scan_layers
+from jax_instructblip.models.layers import LayerNorm, Mlp, Scan, constrain, scan_layers
 from jax_instructblip.models.variants import VisionConfig
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in 0..1
@@ -46,7 +46,7 @@ class VisionBlock(nn.Module):
             name="attention",
         )
         y = LayerNorm(c.norm_eps, name="attention_norm")(x)
-        x = x + attention(y, y)
+        x = constrain(x + attention(y, y))
         y = LayerNorm(c.norm_eps, name="mlp_norm")(x)
         x = x + Mlp(c.width, c.mlp, self.dtype, name="mlp")(y)
         return constrain(x), None
@@ -57,6 +57,7 @@ class VisionTransformer(nn.Module):
 
     config: VisionConfig
     dtype: Any
+    scan: Scan = Scan()
 
     @nn.compact
     def __call__(self, images: Array) -> Float[Array, "B P D"]:
@@ -87,5 +88,5 @@ class VisionTransformer(nn.Module):
         positions = self.param("pos_embed", small, (1, c.tokens, c.width)).astype(self.dtype)
         cls = jnp.broadcast_to(cls, (images.shape[0], 1, c.width))
         x = constrain(jnp.concatenate([cls, patches], axis=1) + positions)
-        layers = scan_layers(VisionBlock, c.layers, call=0)(c, self.dtype, name="layers")
+        layers = scan_layers(VisionBlock, c.layers, self.scan, call=0)(c, self.dtype, name="layers")
         return layers(x, None)[0]

@@ -292,7 +292,8 @@ class Watchdog:
 
     def alive(self) -> None:
         """Something has happened."""
-        faulthandler.dump_traceback_later(self._limit)
+        if sys.__stderr__ is not None:  # sys.stderr may be no file, in a notebook
+            faulthandler.dump_traceback_later(self._limit, file=sys.__stderr__)
 
     def close(self) -> None:
         """Ends the watch."""

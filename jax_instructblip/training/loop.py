@@ -8,6 +8,7 @@
 The config ends here (`setup.py` reads it): everything below takes keyword arguments.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -28,7 +29,8 @@ from jax_instructblip.data.text import TRUNCATED
 from jax_instructblip.folders import write_file
 from jax_instructblip.inference.source import read_json
 from jax_instructblip.models.instructblip import InstructBlip
-from jax_instructblip.parallel.mesh import batch_sharding, local_rows, make_mesh, replicated
+from jax_instructblip.parallel.distributed import StopOrder, Watchdog
+from jax_instructblip.parallel.mesh import batch_sharding
 from jax_instructblip.training import setup
 from jax_instructblip.training.checkpoints import Checkpoints, Meta
 from jax_instructblip.training.metrics import MetricsWriter
@@ -51,8 +53,8 @@ def run(config: ConfigDict, *, evaluate: setup.Evaluate | None = None) -> Path:
         OSError: a checkpoint could not be written; the ones before it are intact.
     """
     workdir = setup.read_workdir(config)
-    mesh = make_mesh(**config.mesh)
-    rows = local_rows(batch_sharding(mesh), config.data.batch_size)
+    mesh = setup.read_mesh(config)
+    rows = setup.read_rows(config, mesh)
     optimizer, schedule = setup.read_optimizer(config)
     mixture = setup.read_mixture(config)
     _say(mixture.table())
@@ -64,24 +66,30 @@ def run(config: ConfigDict, *, evaluate: setup.Evaluate | None = None) -> Path:
         fields=setup.read_variant_fields(config),
         dtype=dtype,
         frozen_dtype=frozen_dtype,
-        sharding=replicated(mesh),
+        mesh=mesh,
     )
     _say(*start.notes)
     batches = setup.read_batches(config, mixture, start, rows)
-    model = InstructBlip(start.variant, dtype)
+    model = InstructBlip(start.variant, dtype, setup.read_scans(config))
     validation = setup.read_validation(config, evaluate, model=model, text=batches.text, mesh=mesh)
-    with jax.set_mesh(mesh):
-        step = compile_step(
-            model=model,
-            optimizer=optimizer,
-            schedule=schedule,
-            clip_norm=config.optimizer.clip_norm or None,
-            sharding=replicated(mesh),
-            narrow_weights=frozen_dtype.itemsize < 4,
-        )
-        tuning = _Run(config, workdir, start, batches, step, validation)
-        state = create_state(start.trainable, optimizer)
-        tuning.begin(jax.device_put(state, replicated(mesh)))
+    state = create_state(start.trainable, optimizer, mesh)
+    step = compile_step(
+        like=state,
+        mesh=mesh,
+        mode=config.parallel.mode,
+        narrow_weights=frozen_dtype.itemsize < 4,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        clip_norm=config.optimizer.clip_norm or None,
+        accumulate=config.train.accumulate,
+    )
+    tuning = _Run(config, workdir, start, batches, step, validation)
+    del start  # its trainable weights have been copied
+    # Under pmap every device runs a program of its own, which knows of no mesh.
+    with jax.set_mesh(mesh) if config.parallel.mode == "jit" else contextlib.nullcontext():
+        tuning.begin(state)
+        del state  # a checkpoint may have taken its place
         tuning.tune(
             batch_sharding(mesh),
             threads=config.data.threads,
@@ -106,8 +114,12 @@ class _Run:
         self.workdir, self.batches, self.step, self.validation = workdir, batches, step, validation
         self.frozen = start.frozen
         self.steps, self.log_every = config.train.steps, config.train.log_every
-        self.save_every = config.checkpoints.every
-        self.checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoints.keep)
+        self.save_every, self.hang_limit = config.checkpoints.every, config.train.hang_limit
+        self.checkpoints = Checkpoints(
+            workdir / "checkpoints",
+            keep=config.checkpoints.keep,
+            keep_every=config.checkpoints.keep_every,
+        )
         self.seed = config.seed
         self.meta: Meta = {
             "variant": start.variant.to_dict(),
@@ -121,14 +133,13 @@ class _Run:
         """Takes `state`, or what the newest checkpoint holds instead."""
         self.state, self.rng = state, jax.random.key(self.seed)
         self.workdir.mkdir(parents=True, exist_ok=True)
-        saved = self.checkpoints.steps()
-        self.first = saved[-1] if saved else 0
-        if saved:
+        self.first = self.checkpoints.newest()
+        if self.first:
             self.state, self.rng, found = self.checkpoints.restore(
-                saved[-1], state, self.rng, self.meta
+                self.first, state, self.rng, self.meta
             )
             _compare_cursors(
-                self.checkpoints.path(saved[-1]), found["data"], self.cursor(saved[-1])
+                self.checkpoints.path(self.first), found["data"], self.cursor(self.first)
             )
             _say(f"resuming {self.workdir} at step {self.first} of {self.steps}")
             _say(*_changes(self.workdir / "config.json", self.document["config"]))
@@ -142,8 +153,10 @@ class _Run:
 
     def tune(self, sharding: jax.sharding.NamedSharding, **reading: int) -> None:
         """Makes the remaining steps; `reading` is how batches are read ahead."""
-        self.writer = MetricsWriter(self.workdir, start=self.first)
+        self.silent = jax.process_index() > 0
+        self.writer = MetricsWriter(self.workdir, start=self.first, silent=self.silent)
         self.window = _Window()
+        self.stop_order, self.watchdog = StopOrder(), Watchdog(self.hang_limit)
         try:
             if self.first == 0 and self.validation and self.validation.first:
                 self.validate(0)
@@ -151,26 +164,36 @@ class _Run:
                 self._loop(loader.load(self.batches, sharding, start=self.first, **reading))
             self.checkpoints.wait()
         finally:
+            self.watchdog.close()
+            self.stop_order.close()
             self.checkpoints.close()
             self.writer.close()
 
     def _loop(self, loaded: Iterator[tuple[loader.DeviceBatch, loader.Counts]]) -> None:
         waiting: tuple[int, Metrics, loader.Counts] | None = None
-        with Progress(self.steps - self.first, "tuning", "steps") as progress:
-            for number, (batch, counts) in enumerate(loaded, start=self.first + 1):
+        left = self.steps - self.first
+        with Progress(left, "tuning", "steps", silent=self.silent) as progress:
+            for number in range(self.first + 1, self.steps + 1):
+                with self.window.timed("data"):
+                    batch, counts = next(loaded)
                 self.state, metrics = self.step(self.state, self.frozen, batch, self.rng)
                 # The numbers of the step before are fetched while the device makes this one.
                 if waiting is not None:
                     progress.update(note=self.record(*waiting))
                 waiting = number, metrics, counts
                 self.checkpoints.check()
-                ends = number == self.steps
+                self.watchdog.alive()
+                ends, stops = number == self.steps, self.stop_order.reached(number)
                 validates = self.validation and (ends or number % self.validation.every == 0)
-                if validates or ends or number % self.save_every == 0:
+                if validates or ends or stops or number % self.save_every == 0:
                     progress.update(note=self.record(*waiting))
                     waiting = None
                     score = self.validate(number) if validates else None
                     self.save(number, score)
+                if stops and not ends:
+                    self.checkpoints.wait()
+                    _say(f"told to stop: saved step {number}; the same command goes on from there")
+                    break
 
     def record(self, number: int, metrics: Metrics, counts: loader.Counts) -> str:
         """Writes down the numbers of a step, if it is time to; returns a note for the line.
@@ -207,7 +230,8 @@ class _Run:
     def save(self, number: int, score: float | None) -> None:
         """Starts saving the state after that step."""
         meta = self.meta | {"score": score, "data": self.cursor(number)}
-        self.checkpoints.save(self.state, self.rng, meta)
+        with self.window.timed("checkpoint"):
+            self.checkpoints.save(self.state, self.rng, meta)
 
 
 class _Window:
@@ -220,8 +244,18 @@ class _Window:
         """Leaves out time that was not spent on steps."""
         self._began += seconds
 
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Counts the time of the block as spent on `what`; the rest is the device's."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._spent[what] += time.monotonic() - began
+
     def restart(self) -> None:
         """Forgets everything."""
+        self._spent: dict[str, float] = {"data": 0.0, "checkpoint": 0.0}
         self._began = time.monotonic()
         self._steps: list[dict[str, float]] = []
         self._samples = 0
@@ -240,13 +274,16 @@ class _Window:
     def close(self) -> dict[str, float]:
         """The last step's numbers, but the mean loss of all; rates; counts where not zero.
 
-        `padding_share` is the share of this host's text positions that hold no token.
+        `padding_share` is the share of this host's text positions that hold no token;
+        `data_share` and `checkpoint_share` are shares of the time: waiting for a batch, and
+        copying a state to be saved.
         """
         seconds = max(time.monotonic() - self._began, 1e-9)
         values = dict(self._steps[-1])
         values["loss"] = sum(each["loss"] for each in self._steps) / len(self._steps)
         values["steps_per_second"] = len(self._steps) / seconds
         values["samples_per_second"] = self._samples * jax.process_count() / seconds
+        values |= {f"{what}_share": spent / seconds for what, spent in self._spent.items()}
         held, positions = self._text
         values["padding_share"] = 1 - held / positions
         names = {"replaced": "replaced", **{name: f"truncated_{name}" for name in TRUNCATED}}

@@ -15,10 +15,20 @@ from jax_instructblip.data.mixture import Mixture, Source, TrainBatches
 from jax_instructblip.data.sources import dataset_name, open_records
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.models.instructblip import InstructBlip
+from jax_instructblip.models.layers import REMAT, Scan, Scans
+from jax_instructblip.parallel import pmap, rules
+from jax_instructblip.parallel.mesh import batch_sharding, local_rows, make_mesh
 from jax_instructblip.training.optimizer import adamw, staircase_cosine, warmup_cosine
 from jax_instructblip.training.start import Start
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_CHOICES = {
+    "optimizer.schedule": ("cosine", "staircase"),
+    "parallel.mode": ("jit", "pmap"),
+    "model.dtype": _DTYPES,
+    "model.frozen_dtype": _DTYPES,
+    **{f"model.remat.{tower}": tuple(REMAT) for tower in ("vision", "qformer", "llm")},
+}
 
 # Called with model, params, text, records, mesh, limit, batch_size and max_new_tokens by name; of
 # what it returns, `accuracy` chooses the best checkpoint.
@@ -49,6 +59,7 @@ def read_workdir(config: ConfigDict) -> Path:
         "data.batch_size",
         "train.steps",
         "train.log_every",
+        "train.accumulate",
         "checkpoints.every",
         "checkpoints.keep",
         "validation.every",
@@ -58,15 +69,10 @@ def read_workdir(config: ConfigDict) -> Path:
         value = operator.attrgetter(name)(config)
         if value < 1:
             wrong.append(f"config.{name} is {value}, expected at least 1")
-    for name in ("model.dtype", "model.frozen_dtype"):
+    for name, choices in _CHOICES.items():
         value = operator.attrgetter(name)(config)
-        if value not in _DTYPES:
-            wrong.append(f"config.{name} is {value!r}, expected one of {', '.join(_DTYPES)}")
-    if config.optimizer.schedule not in ("cosine", "staircase"):
-        wrong.append(
-            f"config.optimizer.schedule is {config.optimizer.schedule!r}, expected 'cosine' or "
-            "'staircase'"
-        )
+        if value not in choices:
+            wrong.append(f"config.{name} is {value!r}, expected one of {', '.join(choices)}")
     for name, source in config.data.sources.items():
         fields = {"path", "split", "weight", "templates"}
         if set(source) != fields:
@@ -77,6 +83,37 @@ def read_workdir(config: ConfigDict) -> Path:
     if wrong:
         raise ValueError("this config cannot be run:\n  " + "\n  ".join(wrong))
     return Path(config.workdir)
+
+
+def read_mesh(config: ConfigDict) -> Mesh:
+    """The mesh of all devices; raises a ValueError where its sizes do not suit."""
+    mesh = make_mesh(**config.mesh)
+    if config.parallel.mode == "pmap":
+        pmap.check(mesh)
+    return mesh
+
+
+def read_rows(config: ConfigDict, mesh: Mesh) -> np.ndarray:
+    """The numbers of the rows of each batch that this host's devices work on.
+
+    Raises:
+        ValueError: the batch cannot be divided among the devices and the parts of a step.
+    """
+    size, parts = config.data.batch_size, config.train.accumulate
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if size % (devices * parts):
+        raise ValueError(
+            f"config.data.batch_size is {size}; to be worked on in {parts} parts "
+            f"(config.train.accumulate) by data x fsdp = {devices} devices it must be a multiple "
+            f"of {devices * parts}"
+        )
+    return local_rows(batch_sharding(mesh), size)
+
+
+def read_scans(config: ConfigDict) -> Scans:
+    """How the layers of each tower are run: what is computed again, and where weights lie."""
+    scan = lambda tower: Scan(config.model.remat[tower], rules.constrain_layer)
+    return Scans(vision=scan("vision"), qformer=scan("qformer"), llm=scan("llm"))
 
 
 def read_mixture(config: ConfigDict) -> Mixture:

@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh
 
-from jax_instructblip import checkpoint
+from jax_instructblip import checkpoint, stored_leaf
 from jax_instructblip.inference.source import base_digest, read_params, read_source
 from jax_instructblip.models.instructblip import InstructBlip, param_shapes
 from jax_instructblip.models.variants import Variant
+from jax_instructblip.parallel import rules
 from jax_instructblip.training.state import Params, partition
 
 
@@ -47,14 +48,15 @@ def read_start(
     fields: Mapping[str, Any] | None = None,
     dtype: Any = jnp.float32,
     frozen_dtype: Any = jnp.bfloat16,
-    sharding: Sharding | None = None,
+    mesh: Mesh | None = None,
 ) -> Start:
     """The weights of the checkpoint `base`, of which `trainable` come from `init` where given.
 
     `base` is a checkpoint folder or an embedded name; `init` may also be a run or a Hugging Face
     folder of the same sizes. `fields` are changes of the variant (`{"qformer.dropout": 0.0}`).
     With `qformer.instruction_aware` False the text branch of the Q-Former is left out. `dtype` is
-    what the model will compute in.
+    what the model will compute in. With a `mesh` each leaf goes straight to where the rules put
+    it, device by device.
 
     Raises:
         ValueError: a change that the weights do not allow, an `init` of other sizes, or a `dtype`
@@ -67,6 +69,9 @@ def read_start(
     # The model refuses a dtype when it is bound: now, before gigabytes are read.
     _ = InstructBlip(variant, jnp.dtype(dtype)).bind({}).vision
     notes = [f"frozen weights: {source.folder} (sha256 {digest[:12]}...)"]
+    if mesh is not None:  # what it cannot divide is told now, too
+        rules.shardings(param_shapes(variant), mesh)
+        notes += rules.remarks(param_shapes(variant), mesh)
 
     def place(path: str, array: np.ndarray) -> jax.Array | None:
         """The leaf on its devices in its dtype; None where it comes from `init`."""
@@ -75,18 +80,23 @@ def read_start(
             return None
         floats = jnp.issubdtype(array.dtype, jnp.floating)
         dtype = array.dtype if not floats else (jnp.float32 if trains else frozen_dtype)
-        return jax.device_put(array.astype(dtype, copy=False), sharding)
+        return _place(path, array, dtype, mesh)
 
-    chosen, frozen = partition(read_params(source, place), trainable)
+    share = {"process": jax.process_index(), "processes": jax.process_count()}
+    chosen, frozen = partition(read_params(source, place, **share), trainable)
+    if jax.process_count() > 1:
+        megabytes = checkpoint.manifest_bytes(checkpoint.read_manifest(source.folder)) / 1e6
+        read = stored_leaf.bytes_read() / 1e6
+        notes.append(f"this process read {read:.3f} of {megabytes:.3f} MB of the base")
     if init:
         other = read_source(init)
 
         def place_init(path: str, array: np.ndarray) -> jax.Array | None:
             if path.partition("/")[0] not in trainable:
                 return None
-            return jax.device_put(array.astype(np.float32), sharding)
+            return _place(path, array, jnp.float32, mesh)
 
-        chosen = partition(read_params(other, place_init), trainable)[0]
+        chosen = partition(read_params(other, place_init, **share), trainable)[0]
     notes.append(f"{', '.join(trainable)} starts from: {init or source.folder}")
     kept, dropped = _fit(chosen, variant, trainable)
     if dropped:
@@ -96,6 +106,12 @@ def read_start(
         )
     where = {"name": os.fspath(base), "path": str(source.folder.absolute()), "sha256": digest}
     return Start(variant, kept, frozen, where, source.folder, tuple(notes))
+
+
+def _place(path: str, array: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.Array:
+    if mesh is None:
+        return jax.device_put(array.astype(dtype, copy=False))
+    return rules.place(path, array, mesh, dtype)
 
 
 def _fit(chosen: Params, variant: Variant, trainable: tuple[str, ...]) -> tuple[Params, list[str]]:

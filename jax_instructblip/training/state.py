@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh
+
+from jax_instructblip.parallel import rules
 
 Params = dict[str, Any]
 
@@ -42,10 +45,21 @@ def partition(params: Params, trainable: tuple[str, ...]) -> tuple[Params, Param
     return chosen, {name: tree for name, tree in params.items() if name not in trainable}
 
 
-def create_state(trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def create_state(
+    trainable: Params, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+) -> TrainState:
     """The state before the first step; `trainable` is copied to float32, whatever it was stored in.
 
-    Copied, because the step gives the state's buffers away.
+    Copied, because the step gives the state's buffers away. With a `mesh` every leaf, the moments
+    too, is made where the rules put it; left to itself the compiler would make moments whole on
+    every device.
     """
-    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trainable)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    def make(trainable: Params) -> TrainState:
+        params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trainable)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    if mesh is None:
+        return make(trainable)
+    placed = rules.shardings(jax.eval_shape(make, trainable), mesh)
+    return jax.jit(make, out_shardings=placed)(trainable)

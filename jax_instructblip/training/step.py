@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Sharding
+from jax.sharding import Mesh
 
 from jax_instructblip.models.instructblip import Batch, InstructBlip
+from jax_instructblip.parallel import pmap
+from jax_instructblip.parallel.mesh import replicated
 from jax_instructblip.training.loss import cross_entropy
 from jax_instructblip.training.state import Params, TrainState
 
 Metrics = dict[str, Array]
 Step = Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Metrics]]
+Sums = tuple[Array, Array, Any]  # loss, target tokens, gradient of the loss: sums, not means
 
 
 def summed_loss(
@@ -37,20 +40,38 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     clip_norm: float | None = None,
+    accumulate: int = 1,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """The state after one step, and what is worth knowing about it as float32 scalars.
 
     The gradient is asked for with respect to `state.params` alone, so none of a frozen weight is
     ever computed. `rng` is the run's key, the same at every step: the step number is folded in.
-    `clip_norm` is the largest norm that the gradient may have (None: no clipping).
+
+    Args:
+      state: before the step.
+      frozen: the weights that are not trained.
+      batch: as `models/instructblip.py` draws it, targets included.
+      rng: of dropout.
+      model: what computes the logits.
+      optimizer: what makes updates of gradients.
+      schedule: the learning rate of each step, for the metrics.
+      clip_norm: the largest norm that the gradient may have (None: no clipping).
+      accumulate: parts of the batch that are worked on one after the other. They add up to the
+        same step: losses and tokens are summed over all before they are divided.
+      axis_name: of the mapped axis under `jax.pmap`, where each device is given its own rows.
 
     Metrics: `loss` (mean over the global batch's target tokens), `tokens` (how many those are),
     `gradient_norm` (before clipping), `parameter_norm` (trainable, before the update) and
     `learning_rate`.
     """
     rng = jax.random.fold_in(rng, state.step)
-    value_and_gradient = jax.value_and_grad(summed_loss, has_aux=True)
-    (total, tokens), gradient = value_and_gradient(state.params, frozen, batch, rng, model)
+    if axis_name is not None:
+        rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+    sums = _sums(state.params, frozen, batch, rng, model, accumulate)
+    if axis_name is not None:
+        sums = jax.lax.psum(sums, axis_name)
+    total, tokens, gradient = sums
     count = jnp.maximum(tokens, 1.0)  # a batch without any target gives a loss of 0, not NaN
     gradient = jax.tree.map(lambda leaf: leaf / count, gradient)
     norm = optax.tree.norm(gradient)
@@ -71,23 +92,67 @@ def train_step(
 
 def compile_step(
     *,
-    model: InstructBlip,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    clip_norm: float | None = None,
-    sharding: Sharding | None = None,
+    like: TrainState | None = None,
+    mesh: Mesh | None = None,
+    mode: str = "jit",
     narrow_weights: bool = False,
+    **settings: Any,
 ) -> Step:
-    """`train_step` of these settings under `jax.jit`; it takes the old state's buffers over.
+    """`train_step` of these settings, compiled; it takes the old state's buffers over.
 
-    `sharding` is where state and metrics lie afterwards (a state that came back elsewhere would be
-    compiled for anew). `narrow_weights` says that frozen weights are narrower than float32: XLA for
-    CPUs would widen a whole stacked tower ahead of its scan, several times the model's memory.
+    `settings` are the keyword arguments of `train_step`. With a `mesh` the state comes back as
+    `like` lies (one that came back elsewhere would be compiled for anew), the metrics whole on
+    every device. `mode` is "jit", where XLA divides one program for the whole batch, or "pmap",
+    where every device runs the program of its own rows on weights of its own. `narrow_weights`
+    says that frozen weights are narrower than float32: XLA for CPUs would widen a whole stacked
+    tower ahead of its scan, several times the model's memory.
     """
-    step = functools.partial(
-        train_step, model=model, optimizer=optimizer, schedule=schedule, clip_norm=clip_norm
-    )
+    step = functools.partial(train_step, **settings)
+    if mode == "pmap":
+        assert mesh is not None
+        return pmap.compile_step(functools.partial(step, axis_name=pmap.AXIS), mesh)
+    placed = None
+    if mesh is not None:
+        placed = jax.tree.map(lambda leaf: leaf.sharding, like), replicated(mesh)
     options = None
     if narrow_weights and jax.default_backend() == "cpu":
         options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
-    return jax.jit(step, donate_argnums=0, out_shardings=sharding, compiler_options=options)
+    return jax.jit(step, donate_argnums=0, out_shardings=placed, compiler_options=options)
+
+
+def _sums(
+    trainable: Any, frozen: Any, batch: Batch, rng: Array, model: InstructBlip, parts: int
+) -> Sums:
+    """Loss, target tokens and gradient of the batch, each summed over its `parts`."""
+
+    def sums(rows: Batch, rng: Array) -> Sums:
+        both = jax.value_and_grad(summed_loss, has_aux=True)
+        (total, tokens), gradient = both(trainable, frozen, rows, rng, model)
+        return total, tokens, gradient
+
+    if parts == 1:
+        return sums(batch, rng)
+
+    def add(so_far: Sums, part: tuple[Array, Batch]) -> tuple[Sums, None]:
+        number, rows = part
+        found = sums(rows, jax.random.fold_in(rng, number))
+        return jax.tree.map(jnp.add, so_far, found), None
+
+    zero = jnp.zeros((), jnp.float32)
+    nothing = zero, zero, jax.tree.map(jnp.zeros_like, trainable)
+    return jax.lax.scan(add, nothing, (jnp.arange(parts), _split(batch, parts)))[0]
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+    """`[B, ...]` to `[parts, B / parts, ...]`: part i takes every parts-th row from i on.
+
+    So each device keeps the rows that it has; runs of rows would have to move between devices.
+    """
+    rows = next(iter(batch.values())).shape[0]
+    if rows % parts:
+        raise ValueError(
+            f"{rows} rows cannot be worked on in {parts} equal parts: choose a batch size that "
+            "accumulate divides"
+        )
+    split = lambda leaf: leaf.reshape(rows // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
+    return jax.tree.map(split, batch)

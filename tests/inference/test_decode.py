@@ -7,14 +7,8 @@ import pytest
 
 from jax_instructblip.data.text import compact
 from jax_instructblip.inference import decode
-from jax_instructblip.inference.decode import (
-    Settings,
-    draw,
-    first_eos,
-    generate_tokens,
-    penalise,
-    truncate,
-)
+from jax_instructblip.inference.decode import generate_tokens
+from jax_instructblip.inference.scores import Settings, draw, first_eos, penalise, truncate
 from jax_instructblip.models.instructblip import InstructBlip
 from tests.compile_counter import count_compiles
 from tests.numerics import random_params, small

@@ -122,7 +122,7 @@ class Doubling(nn.Module):
 
 
 def test_scan_runs_the_stacked_layers_in_order():
-    tower = layers.scan_layers(Doubling, 3, call=1)()
+    tower = layers.scan_layers(Doubling, 3, layers.Scan(), call=1)()
     kernel, own = jnp.array([2.0, 3.0, 5.0]), jnp.array([10.0, 20.0, 30.0])
     x, seen = tower.apply({"params": {"kernel": kernel}}, jnp.float32(1), own, jnp.float32(1))
     # 1 -> 2 + 1 + 10 = 13 -> 39 + 1 + 20 = 60 -> 300 + 1 + 30 = 331
@@ -144,3 +144,9 @@ def test_constrain_splits_the_batch_where_the_mesh_is_automatic(kind, split):
     assert bool(found) == split
     if split:
         assert found[0]["sharding"].spec == PartitionSpec(layers.BATCH_AXES)
+
+
+def test_constrain_leaves_a_row_that_all_samples_share():
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        assert not jax.make_jaxpr(layers.constrain)(jnp.ones((1, 3))).eqns

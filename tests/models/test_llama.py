@@ -109,6 +109,29 @@ def test_cached_steps_are_whole_rows():
             assert error(found, expected[:3]) < 1e-5
 
 
+def test_a_tree_of_tokens_is_whole_rows():
+    """The tree (7 (8 9) 5) behind prompts of several lengths, the prompt padded further."""
+    tokens, depths = jnp.array([[7, 8, 9, 5]]), jnp.array([[1, 2, 3, 2]])
+    ends = jnp.array([[4, 3, 3, 4]])
+    inputs = jnp.pad(INPUTS, ((0, 0), (0, 2), (0, 0)), constant_values=3.0)
+    _, cache = prefill(inputs, real(LENGTHS, 11))
+
+    def read(model, *tree):
+        return model.logits(model.decode_tree(*tree))
+
+    apply = jit(lambda *tree: MODEL.apply({"params": PARAMS}, *tree, method=read))
+    found = apply(tokens, depths, ends, cache)
+    each = apply(*(jnp.tile(leaf, (3, 1)) for leaf in (tokens, depths, ends)), cache)
+    np.testing.assert_allclose(each, found, rtol=0, atol=1e-6)
+    embedding = PARAMS["embed"]["embedding"]
+    for b, length in enumerate(LENGTHS):
+        for line, at in (([7, 8, 9], [0, 1, 2]), ([7, 5], [0, 3])):
+            row = jnp.concatenate([INPUTS[b, :length], embedding[jnp.array(line)]])[None]
+            row = jnp.pad(row, ((0, 0), (0, 12 - row.shape[1]), (0, 0)))
+            expected = call()(row, real([length + len(line)], 12))[0, length : length + len(line)]
+            assert error(found[b, jnp.array(at)], expected) < 1e-5
+
+
 def test_bfloat16_survives_large_activations():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
     apply = jit(Llama(CONFIG, jnp.bfloat16).apply)

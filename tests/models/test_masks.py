@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_instructblip.models.masks import causal_mask, padding_mask, written_mask
+from jax_instructblip.models.masks import causal_mask, padding_mask, tree_mask, written_mask
 
 
 def drawn(picture: str) -> np.ndarray:
@@ -32,3 +32,11 @@ def test_written_mask_shows_the_slots_before_the_step(step, picture):
     mask = written_mask(jnp.int32(step), 4)
     assert mask.shape == (1, 1, 1, 4)
     assert (mask[0, 0] == drawn(picture)).all()
+
+
+def test_tree_mask_shows_each_token_its_ancestors():
+    mask = tree_mask(jnp.array([[4, 3, 3, 4, 6, 6], [1, 2, 3, 4, 5, 6]]))
+    assert mask.shape == (2, 1, 6, 6)
+    picture = "# . . . . .\n# # . . . .\n# # # . . .\n# . . # . .\n. . . . # .\n. . . . # #"
+    assert (mask[0, 0] == drawn(picture)).all()
+    assert (mask[1, 0] == np.eye(6)).all()

@@ -100,6 +100,26 @@ def test_cached_steps_are_whole_rows():
             assert error(found, expected) < 1e-5
 
 
+def test_a_tree_of_tokens_is_whole_rows():
+    """The tree (7 (8 9) 5) behind prompts of several lengths, the prompt padded further."""
+    tokens, depths = jnp.array([[7, 8, 9, 5]]), jnp.array([[1, 2, 3, 2]])
+    ends = jnp.array([[4, 3, 3, 4]])
+    inputs = jnp.pad(INPUTS, ((0, 0), (0, 2), (0, 0)), constant_values=3.0)
+    _, cache = prefill(inputs, real(LENGTHS, 11))
+
+    def read(model, *tree):
+        return model.logits(model.decode_tree(*tree))
+
+    apply = jit(lambda *tree: MODEL.apply({"params": PARAMS}, *tree, method=read))
+    found = apply(tokens, depths, ends, cache)
+    each = apply(*(jnp.tile(leaf, (3, 1)) for leaf in (tokens, depths, ends)), cache)
+    np.testing.assert_allclose(each, found, rtol=0, atol=1e-6)
+    for line, at in (([7, 8, 9], [0, 1, 2]), ([7, 5], [0, 3])):
+        answers = jnp.tile(jnp.array([CONFIG.decoder_start_id, *line]), (3, 1))
+        expected = call(INPUTS, real(LENGTHS, 9), answers)
+        assert error(found[:, jnp.array(at)], expected[:, 1:]) < 1e-5
+
+
 def test_dropout_of_the_frozen_model_is_drawn_in_training():
     apply = jit(functools.partial(MODEL.apply, train=True))
     rows = INPUTS, real(LENGTHS, 9), ANSWERS

@@ -5,6 +5,9 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
+import textwrap
 import time
 
 import pytest
@@ -142,3 +145,29 @@ def test_sigterm_is_an_order_to_stop_and_is_given_back():
     assert order.reached(2) and order.reached(3)
     order.close()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_hang_shows_its_stack_and_a_step_puts_it_off():
+    script = """
+        import time
+        from jax_instructblip.parallel.distributed import Watchdog
+        def stuck():
+            time.sleep(1.5)
+        watchdog = Watchdog(0.5)
+        for _ in range(4):
+            watchdog.alive()
+            time.sleep(0.2)
+        print("so far nothing", flush=True)
+        stuck()
+        watchdog.close()
+        time.sleep(0.8)
+    """
+    made = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert made.stdout == "so far nothing\n"
+    assert made.stderr.count("Timeout (") == 1 and "in stuck" in made.stderr

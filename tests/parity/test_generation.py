@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jax_instructblip
-from jax_instructblip.inference.decode import Settings, generate_tokens, truncate
+from jax_instructblip.inference.decode import generate_tokens
+from jax_instructblip.inference.scores import Settings, truncate
 from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.models.vision import IMAGE_MEAN, IMAGE_STD
 from tests.parity import golden
@@ -111,8 +112,11 @@ def reseeded(folder, out, seed):
     return out
 
 
-def answers_of_transformers(folder, images, llm):
-    """New ids of each answer, up to eos, of one batch in which prompts are padded as released."""
+def answers_of_transformers(folder, images, llm, **settings):
+    """New ids of each answer, up to eos, of one batch in which prompts are padded as released.
+
+    Greedy, unless `settings` of `generate` say otherwise.
+    """
     torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
     transformers = pytest.importorskip("transformers")
     tokenizers = {
@@ -141,9 +145,7 @@ def answers_of_transformers(folder, images, llm):
             qformer_attention_mask=bert.attention_mask,
             input_ids=torch.cat([seen, text.input_ids], dim=1),
             attention_mask=torch.cat([torch.ones_like(seen), text.attention_mask], dim=1),
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=NEW,
+            **{"do_sample": False, "num_beams": 1, "max_new_tokens": NEW} | settings,
         )
     # transformers 5 returns the prompt of a decoder-only model too, and the start id of T5.
     start = 1 if llm.kind == "t5" else seen.shape[1] + text.input_ids.shape[1]

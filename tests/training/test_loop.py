@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import numpy as np
@@ -210,6 +211,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
+def test_time_is_split_and_starts_anew():
+    window = loop._Window()
+    counts = {"replaced": np.zeros(2), "truncated": np.zeros((2, 3)), "text": np.array([1, 2])}
+    for spent in (0.1, 0.0):
+        with window.timed("data"):
+            time.sleep(spent)
+        time.sleep(0.1)
+        window.add({"loss": 1.0}, counts)
+        values = window.close()
+        assert 0.2 < values["data_share"] < 0.8 if spent else values["data_share"] < 0.1
+        assert values["checkpoint_share"] == 0
+
+
 def test_what_was_cut_or_replaced_is_counted():
     window = loop._Window()
     for replaced in ([0, 3], [0, 0]):
@@ -263,7 +277,7 @@ def test_compiles_nothing_after_the_first_steps(files, tmp_path, monkeypatch):
         ({"workdir": ""}, "config.workdir is not set"),
         ({"model.checkpoint": ""}, "config.model.checkpoint is not set"),
         ({"train.steps": 0, "data.batch_size": 0}, r"batch_size is 0.*\n.*steps is 0"),
-        ({"optimizer.schedule": "linear"}, "'linear', expected 'cosine' or 'staircase'"),
+        ({"optimizer.schedule": "linear"}, "'linear', expected one of cosine, staircase"),
         ({"optimizer.warmup_steps": 9}, "warm-up of 9 steps in a run of 4"),
         ({"data.sources.colors.path": "/nowhere.jsonl"}, "config.data.sources.colors: .*nowhere"),
         ({"data.sources.colors.templates": "questions"}, "templates is 'questions'"),
@@ -273,6 +287,10 @@ def test_compiles_nothing_after_the_first_steps(files, tmp_path, monkeypatch):
         ({"model.dtype": "float15"}, "model.dtype is 'float15', expected one of float32, bfloat16"),
         ({"model.frozen_dtype": "int8"}, "model.frozen_dtype is 'int8', expected one of float32"),
         ({"validation.batch_size": 0}, "validation.batch_size is 0, expected at least 1"),
+        ({"train.accumulate": 3}, "batch_size is 4; to be worked on in 3 parts .* a multiple of 3"),
+        ({"train.accumulate": 0}, "train.accumulate is 0, expected at least 1"),
+        ({"parallel.mode": "map"}, "parallel.mode is 'map', expected one of jit, pmap"),
+        ({"model.remat.llm": "some"}, "remat.llm is 'some', expected one of none, dots, full"),
     ],
 )
 def test_refuses_a_config_that_cannot_be_run(files, tmp_path, fields, message):

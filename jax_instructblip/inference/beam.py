@@ -1,0 +1,269 @@
+"""Beam search for every language model, the whole search one compiled program of fixed shapes.
+
+    K running rows of a sample --decode_step--> scores [K, V] --the 2K best--> candidates
+        candidates with eos, among the first K  -->  answers, of which the K best are kept
+        the K best others                       -->  the running rows of the next step
+
+The prompt is read once, by one row; its part of the cache is never repeated. Only the tail is
+widened to K rows, and each step takes from it the rows that the new ones continue. A sample is done
+when no running row can better its K answers, or at `max_new_tokens`, where running rows end as they
+are. The search goes on until all samples are done.
+
+An answer is ranked by the sum of its scores / length^length_penalty. With n new tokens, eos among
+them, the two rules (`scores.py`) differ in
+
+                                       released               transformers5
+    length of an answer with eos       n                      n
+    length of one that was cut off     n + 1                  n
+    cut off, which rows are answers    all K                  those among the first K candidates
+    "can better": a running row        n + 1, and the best    n, and the best
+      is taken to end at length        candidate, also eos    running row
+
+because transformers 4.33 counts an id before the first new one (T5's start, or one that is never
+read) and leaves eos out. Settings are arguments of the program: none of them compiles anew.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_instructblip.inference.decode import check_new_tokens
+from jax_instructblip.inference.scores import LengthRule, Settings, allowed, counted, first_eos
+from jax_instructblip.models.instructblip import InstructBlip
+
+EARLY_STOPPING = (False, True, "never")
+
+
+class Search(NamedTuple):
+    """What ranks and ends answers, as traced arrays."""
+
+    weights: jax.Array  # [max_new_tokens + 1] length^length_penalty of lengths 1, 2, ...
+    stop: jax.Array  # [] place in EARLY_STOPPING
+    farthest: jax.Array  # [] whether "can better" means at the last length, not at this one
+    released: jax.Array  # [] by that rule
+
+
+class Answers(NamedTuple):
+    """The best answers of each sample so far, the best one first."""
+
+    scores: jax.Array  # [B, K] -inf: none yet
+    tokens: jax.Array  # [B, K, T]
+    logprobs: jax.Array  # [B, K, T]
+
+
+class _Candidates(NamedTuple):
+    """Rows that may be continued by a token, the best one first; each `[B, C]`."""
+
+    total: jax.Array  # the sum of their scores
+    parent: jax.Array
+    token: jax.Array
+    logprob: jax.Array
+
+
+class _State(NamedTuple):
+    """What the loop carries."""
+
+    step: jax.Array  # [] new tokens so far
+    tokens: jax.Array  # [B, K, T] of the running rows, the best one first
+    logprobs: jax.Array  # [B, K, T]
+    sums: jax.Array  # [B, K] of their scores
+    first: jax.Array  # [B, K] was among the first K candidates
+    parents: jax.Array  # [B, K] the row of the cache that each continues
+    seen: jax.Array  # [B, K, V] ids that the repetition penalty counts
+    done: jax.Array  # [B]
+    answers: Answers
+    cache: Any  # the language model's, its tail with K rows
+
+
+def beam_tokens(
+    model: InstructBlip,
+    params: dict[str, Any],
+    batch: dict[str, Any],
+    *,
+    max_new_tokens: int,
+    num_beams: int,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
+    length_rule: LengthRule = "released",
+    **settings: float,
+) -> dict[str, jax.Array]:
+    """The `num_beams` = K best answers to every row of `batch`, the best one first.
+
+        tokens    [B, K, max_new_tokens]  int32    padding (the variant's pad_id) after eos
+        lengths   [B, K]                  int32    how many are real, eos included
+        logprobs  [B, K, max_new_tokens]  float32  of the model itself; 0 after eos
+        scores    [B, K]                  float32  what they are ranked by
+        steps     []                      int32    how many the longest search needed
+
+    `early_stopping`: True ends a sample at K answers; False (a guess, as length_penalty > 0 favours
+    longer answers) and "never" (safe) when no running row can better them, at its length or, for
+    "never", at the length that favours it most. `settings` are `min_new_tokens` and
+    `repetition_penalty`, which act on log-probabilities.
+    """
+    check_new_tokens(max_new_tokens)
+    if num_beams < 2:
+        raise ValueError(f"num_beams is {num_beams}, expected at least 2 (1 is greedy)")
+    search = Search(
+        # In double precision, as transformers: no rounding of ours may turn a ranking over.
+        jnp.asarray(np.arange(1.0, max_new_tokens + 2) ** length_penalty, jnp.float32),
+        jnp.asarray(EARLY_STOPPING.index(early_stopping), jnp.int32),
+        jnp.asarray(early_stopping == "never" and length_penalty > 0),
+        jnp.asarray(length_rule == "released"),
+    )
+    chosen = Settings.of(length_rule, **settings)
+    return _search(model, max_new_tokens, num_beams, params, batch, chosen, search)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _search(
+    model: InstructBlip,
+    max_new_tokens: int,
+    num_beams: int,
+    params: dict[str, Any],
+    batch: dict[str, Any],
+    settings: Settings,
+    search: Search,
+) -> dict[str, jax.Array]:
+    llm, variables = model.variant.llm, {"params": params}
+
+    def unfinished(state: _State) -> jax.Array:
+        return (state.step < max_new_tokens) & ~state.done.all()
+
+    def advance(state: _State) -> _State:
+        cache = _take_rows(state.cache, state.parents)
+        newest = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=2, keepdims=False)
+        logits, cache = model.apply(variables, newest, cache, method="decode_step")
+        return _choose(llm.eos_id, settings, search, state._replace(cache=cache), logits)
+
+    # The last token is never fed back, so the tail needs one slot less.
+    tail = max(max_new_tokens - 1, 1)
+    logits, cache = model.apply(variables, batch, tail, method="prefill")
+    state = _initial(llm, num_beams, max_new_tokens, batch, settings, cache)
+    logits = jnp.broadcast_to(logits, state.seen.shape)
+    state = _choose(llm.eos_id, settings, search, state, logits)
+    state = jax.lax.while_loop(unfinished, advance, state)
+    answers = _with_the_cut_off(search, state)
+    return {
+        "tokens": answers.tokens,
+        "lengths": first_eos(answers.tokens, llm.eos_id),
+        "logprobs": answers.logprobs,
+        "scores": answers.scores,
+        "steps": state.step,
+    }
+
+
+def _initial(
+    llm: Any, beams: int, length: int, batch: dict[str, Any], settings: Settings, cache: Any
+) -> _State:
+    """K running rows without any token, of which only the first one counts."""
+    size = len(batch["tokens"])
+    tokens = jnp.full((size, beams, length), llm.pad_id, jnp.int32)
+    logprobs = jnp.zeros((size, beams, length), jnp.float32)
+    seen = counted(llm, batch, settings.prompt_counts)[:, None]
+    return _State(
+        step=jnp.zeros((), jnp.int32),
+        tokens=tokens,
+        logprobs=logprobs,
+        # They are all alike: the candidates of the first step must come from one of them.
+        sums=jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, -1e9), (size, 1)),
+        first=jnp.ones((size, beams), bool),
+        parents=jnp.zeros((size, beams), jnp.int32),
+        seen=jnp.broadcast_to(seen, (size, beams, llm.vocab)),
+        done=jnp.zeros(size, bool),
+        answers=Answers(jnp.full((size, beams), -jnp.inf), tokens, logprobs),
+        cache={**cache, "tail": jax.tree.map(lambda leaf: _widen(leaf, beams), cache["tail"])},
+    )
+
+
+def _choose(
+    eos_id: int, settings: Settings, search: Search, state: _State, logits: jax.Array
+) -> _State:
+    """The state one token longer; `logits` [B, K, V] are those of that token."""
+    beams, vocab = logits.shape[1:]
+    logprobs = jax.nn.log_softmax(logits)
+    scores = allowed(logprobs, state.seen, state.step, eos_id, settings)
+    flat = len(logits), beams * vocab
+    totals, places = jax.lax.top_k((scores + state.sums[..., None]).reshape(flat), 2 * beams)
+    # Or XLA joins this slice with those below, and sorts all K x V scores to take them.
+    totals, places = jax.lax.optimization_barrier((totals, places))
+    logprob = _take(logprobs.reshape(flat), places)
+    found = _Candidates(totals, places // vocab, places % vocab, logprob)
+    ends = found.token == eos_id  # of at most K: each row has one eos
+
+    first = jax.tree.map(lambda leaf: leaf[:, :beams], found)
+    counts = ends[:, :beams] & ~state.done[:, None]
+    ended = jnp.where(counts, first.total / search.weights[state.step], -jnp.inf)
+    answers = _best(state.answers, Answers(ended, *_longer(state, first)))
+
+    ranks = jnp.argsort(ends, axis=1, stable=True)[:, :beams]
+    others = jax.tree.map(lambda leaf: _take(leaf, ranks), found)
+    tokens, chances = _longer(state, others)
+    newest = jax.nn.one_hot(others.token, vocab, dtype=bool)
+    state = state._replace(
+        step=state.step + 1,
+        tokens=tokens,
+        logprobs=chances,
+        sums=others.total,
+        first=ranks < beams,
+        parents=others.parent,
+        seen=_take(state.seen, others.parent) | newest,
+        answers=answers,
+    )
+    best = jnp.where(search.released, totals[:, 0], others.total[:, 0])
+    return state._replace(done=state.done | _cannot_better(search, state, best))
+
+
+def _longer(state: _State, found: _Candidates) -> tuple[jax.Array, jax.Array]:
+    """Tokens and log-probabilities `[B, K, T]` of rows that were continued."""
+    rows = (_take(leaf, found.parent) for leaf in (state.tokens, state.logprobs))
+    new = (found.token, found.logprob)
+    tokens, logprobs = (
+        row.at[..., state.step].set(leaf) for row, leaf in zip(rows, new, strict=True)
+    )
+    return tokens, logprobs
+
+
+def _cannot_better(search: Search, state: _State, best: jax.Array) -> jax.Array:
+    """Samples `[B]` whose K answers stand, `best` `[B]` being the score of what could beat them."""
+    last = state.tokens.shape[-1]
+    length = jnp.where(search.farthest, last, state.step) + search.released
+    worst = state.answers.scores[:, -1]
+    better = best / search.weights[length - 1] > worst
+    stands = (worst > -jnp.inf) & (~better | (search.stop == 1))
+    # At the last step transformers 5 lets rows end as they are before it asks.
+    return stands & (search.released | (state.step < last))
+
+
+def _with_the_cut_off(search: Search, state: _State) -> Answers:
+    """The answers, with the running rows of unfinished samples among them."""
+    length = state.step + search.released
+    scores = state.sums / search.weights[length - 1]
+    ends = (search.released | state.first) & ~state.done[:, None]
+    scores = jnp.where(ends, scores, -jnp.inf)
+    return _best(state.answers, Answers(scores, state.tokens, state.logprobs))
+
+
+def _best(answers: Answers, others: Answers) -> Answers:
+    """The K best of K answers and others; of equal ones the earlier."""
+    pool = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), answers, others)
+    scores, rows = jax.lax.top_k(pool.scores, answers.scores.shape[1])
+    return Answers(scores, _take(pool.tokens, rows), _take(pool.logprobs, rows))
+
+
+def _take(values: jax.Array, rows: jax.Array) -> jax.Array:
+    """`values` `[B, R, ...]` at `rows` `[B, K]`: `[B, K, ...]`."""
+    return jax.vmap(lambda value, row: value[row])(values, rows)
+
+
+def _widen(leaf: jax.Array, beams: int) -> jax.Array:
+    """A tail `[Y, B, 1, T, N, K]` with its one row `beams` times."""
+    return jnp.broadcast_to(leaf, (*leaf.shape[:2], beams, *leaf.shape[3:]))
+
+
+def _take_rows(cache: dict[str, Any], parents: jax.Array) -> dict[str, Any]:
+    """The cache whose tail has the rows `parents` `[B, K]` of each sample."""
+    take = jax.vmap(_take, in_axes=(0, None))
+    return {**cache, "tail": jax.tree.map(lambda leaf: take(leaf, parents), cache["tail"])}

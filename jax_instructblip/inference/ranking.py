@@ -1,0 +1,301 @@
+"""Ranking: how likely the model holds each of many candidate answers.
+
+Candidates are a tree behind the prompt. What many of them begin with is computed once, and a token
+that nothing follows is never read, only looked up in the logits of what stands before it:
+
+    red car, red dog, a red dog        [prompt] -- red -- car
+                                          |         '---- dog
+                                          '-- a --- red -- dog
+
+Here the model reads the prompt once (`prefill`), then red, a and `a red` in one forward pass in
+which each sees its own ancestors alone (`decode_tree`). Work grows with these inner tokens, not
+with candidates x prompt. A list whose tree is large is cut into chunks of about equal size.
+
+A candidate's score is the sum of its tokens' natural log-probabilities, with the closing eos for
+T5 and without one for LLaMA, as the released `predict_class` computes it in one segment.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.models.instructblip import InstructBlip
+
+NODES = 256  # inner tokens of a chunk: its attention grows with their square
+LOGITS = 1 << 22  # vocabulary logits that are held at once: 16 MiB in float32
+LONGEST = 256  # tokens of a candidate, as of an answer in training
+
+Ids = tuple[int, ...]
+
+
+class Tree(NamedTuple):
+    """One chunk: T inner tokens in depth-first order, and E (place, token) pairs to look up.
+
+    X is 1 where all questions have the same candidates, else the size of the batch. All int32.
+    """
+
+    tokens: np.ndarray  # [X, T]
+    depths: np.ndarray  # [X, T] 1 behind the prompt
+    ends: np.ndarray  # [X, T] where what hangs below a token stops
+    places: np.ndarray  # [X, E] 0: behind the prompt; t + 1: behind inner token t
+    targets: np.ndarray  # [X, E] the token whose log-probability is wanted there
+
+
+class Plan(NamedTuple):
+    """The chunks of X lists of candidates, and where each candidate finds its tokens.
+
+    `paths` numbers the pairs of all chunks in a row; what a candidate lacks is -1.
+    """
+
+    chunks: list[Tree]
+    paths: np.ndarray  # [X, C, longest] int32
+    counts: np.ndarray  # [X, C] int32 tokens; 0 where a list has fewer candidates
+
+
+def check_candidates(candidates: Any, questions: int) -> list[list[str]]:
+    """The lists of candidates: one a question, or one alone for all of them.
+
+    Raises a ValueError that names everything that is wrong: no candidates, empty ones, some that
+    are no text, another number of lists than of questions.
+    """
+    if not isinstance(candidates, list | tuple):
+        kind = type(candidates).__name__
+        raise ValueError(f"candidates is a {kind}, expected a list, also of a single one")
+    if not candidates:
+        raise ValueError("candidates is empty: there is nothing to rank")
+    nested = [isinstance(each, list | tuple) for each in candidates]
+    lists = [list(each) for each in candidates] if all(nested) else [list(candidates)]
+    if all(nested) and len(lists) != questions:
+        raise ValueError(
+            f"{len(lists)} lists of candidates and {questions} questions do not match: give a list "
+            "for each question, or one list of strings for all of them"
+        )
+    wrong = []
+    for name, each in _named(lists):
+        if not isinstance(each, str):
+            wrong.append(f"{name} is a {type(each).__name__}, expected a string")
+        elif not each.strip():
+            wrong.append(f"{name} is empty")
+    wrong += [f"question {row} has no candidates" for row, each in enumerate(lists) if not each]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return lists
+
+
+def tokenise(text: TextProcessor, candidates: Any, questions: int) -> list[list[Ids]]:
+    """The ids of the candidates, which are checked, too, for being too long or without a token."""
+    lists = check_candidates(candidates, questions)
+    ids = {each: tuple(text.candidate(each).tolist()) for each in set(itertools.chain(*lists))}
+    least = 1 + (text.variant.llm.kind == "t5")  # eos alone is no candidate
+    wrong = []
+    for name, each in _named(lists):
+        if not least <= len(ids[each]) <= LONGEST:
+            wrong.append(f"{name} ({each[:40]!r}) has {len(ids[each])} tokens")
+    if wrong:
+        raise ValueError(
+            f"a candidate may have {least} to {LONGEST} tokens: {', '.join(wrong)}; change or drop "
+            "them"
+        )
+    return [[ids[each] for each in row] for row in lists]
+
+
+def _named(lists: Sequence[Sequence[Any]]) -> Iterator[tuple[str, Any]]:
+    """Each candidate with what an error calls it."""
+    for row, candidates in enumerate(lists):
+        of = f" of question {row}" if len(lists) > 1 else ""
+        for place, each in enumerate(candidates):
+            yield f"candidate {place}{of}", each
+
+
+class _Chunk:
+    """A tree of one question while it grows, from candidates in sorted order."""
+
+    def __init__(self):
+        self.tokens, self.depths, self.ends = [], [], []
+        self.places, self.targets = [], []
+        self.ids: Ids = ()  # the newest candidate
+        self.path: list[int] = []  # its pairs
+        self.nodes: list[int] = []  # its inner tokens
+
+    def shared(self, ids: Ids) -> int:
+        """How many tokens `ids` begins with as the newest candidate does."""
+        pairs = zip(ids, self.ids, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def growth(self, ids: Ids) -> int:
+        """How many inner tokens `ids` would add."""
+        return len(ids) - 1 - min(self.shared(ids), len(self.nodes))
+
+    def add(self, ids: Ids) -> None:
+        keep = self.shared(ids)
+        self.close(keep)
+        del self.path[keep:]
+        for depth in range(keep, len(ids)):
+            if depth > len(self.nodes):
+                self.nodes.append(len(self.tokens))
+                self.tokens.append(ids[depth - 1])
+                self.depths.append(depth)
+                self.ends.append(0)
+            self.path.append(len(self.targets))
+            self.places.append(self.nodes[depth - 1] + 1 if depth else 0)
+            self.targets.append(ids[depth])
+        self.ids = ids
+
+    def close(self, keep: int = 0) -> None:
+        """Nothing more hangs below the inner tokens after the first `keep`."""
+        for node in self.nodes[keep:]:
+            self.ends[node] = len(self.tokens)
+        del self.nodes[keep:]
+
+
+def make_plan(lists: Sequence[Sequence[Ids]], nodes: int = NODES) -> Plan:
+    """The plan of the candidates of X questions, or of one list for all, in token ids.
+
+    A chunk has at most `nodes` inner tokens, more only for a single candidate that has more. Sizes
+    are rounded up to few, so that one compiled program serves many lists.
+    """
+    grown = [_grow(candidates, nodes) for candidates in lists]
+    count = max(len(chunks) for chunks, _ in grown)
+    rows = [chunks + [_Chunk()] * (count - len(chunks)) for chunks, _ in grown]
+    inner = round_up(max(len(chunk.tokens) for row in rows for chunk in row))
+    pairs = round_up(max(len(chunk.targets) for row in rows for chunk in row))
+    trees = [_stack(column, inner, pairs) for column in zip(*rows, strict=True)]
+    width = max(len(candidates) for candidates in lists)
+    longest = max(len(ids) for candidates in lists for ids in candidates)
+    paths = np.full((len(lists), width, longest), -1, np.int32)
+    counts = np.zeros((len(lists), width), np.int32)
+    for row, (candidates, (_, found)) in enumerate(zip(lists, grown, strict=True)):
+        for place, ids in enumerate(candidates):
+            chunk, path = found[ids]
+            paths[row, place, : len(ids)] = np.add(path, chunk * pairs)
+            counts[row, place] = len(ids)
+    return Plan(trees, paths, counts)
+
+
+def _grow(candidates: Sequence[Ids], limit: int) -> tuple[list[_Chunk], dict[Ids, Any]]:
+    """The chunks of one list, about equally large, and each candidate's chunk and pairs."""
+    ordered = sorted(set(candidates))
+    chunks, found = _cut(ordered, limit)
+    if len(chunks) > 1:
+        even = -(-sum(len(chunk.tokens) for chunk in chunks) // len(chunks))
+        return _cut(ordered, min(limit, even + max(map(len, ordered))))
+    return chunks, found
+
+
+def _cut(ordered: Sequence[Ids], limit: int) -> tuple[list[_Chunk], dict[Ids, Any]]:
+    chunks, found = [_Chunk()], {}
+    for ids in ordered:
+        if chunks[-1].targets and len(chunks[-1].tokens) + chunks[-1].growth(ids) > limit:
+            chunks[-1].close()
+            chunks.append(_Chunk())
+        chunks[-1].add(ids)
+        found[ids] = len(chunks) - 1, tuple(chunks[-1].path)
+    chunks[-1].close()
+    return chunks, found
+
+
+def round_up(count: int) -> int:
+    """The padded size: 0, a power of two from 8 to 64, then a multiple of 64."""
+    if count <= 64:
+        return count and max(8, 1 << (count - 1).bit_length())
+    return -(-count // 64) * 64
+
+
+def _stack(chunks: Sequence[_Chunk], inner: int, pairs: int) -> Tree:
+    """The tree of one chunk a question, padded at the end; padding sees nothing but itself."""
+    shape = (len(chunks), inner)
+    tokens, depths = np.zeros(shape, np.int32), np.ones(shape, np.int32)
+    ends = np.tile(np.arange(1, inner + 1, dtype=np.int32), (len(chunks), 1))
+    places, targets = np.zeros((2, len(chunks), pairs), np.int32)
+    for row, chunk in enumerate(chunks):
+        for array, values in (
+            (tokens, chunk.tokens),
+            (depths, chunk.depths),
+            (ends, chunk.ends),
+            (places, chunk.places),
+            (targets, chunk.targets),
+        ):
+            array[row, : len(values)] = values
+    return Tree(tokens, depths, ends, places, targets)
+
+
+def pair_logprobs(
+    model: InstructBlip, params: dict[str, Any], batch: dict[str, Any], chunks: Sequence[Tree]
+) -> list[jax.Array]:
+    """Log-probabilities `[B, E]` of every chunk's pairs, float32; the prompt is read once."""
+    first, cache = _prefill(model, params, batch)
+    return [tree_logprobs(model, params, first, cache, tree) for tree in chunks]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefill(model: InstructBlip, params: dict[str, Any], batch: dict[str, Any]) -> Any:
+    return model.apply({"params": params}, batch, 0, method="prefill")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def tree_logprobs(
+    model: Any, params: dict[str, Any], first: jax.Array, cache: dict[str, Any], tree: Tree
+) -> jax.Array:
+    """Log-probabilities `[B, E]` of a chunk's pairs, from what `prefill` returned.
+
+    `model` is a whole model or a language model alone. Logits of all inner tokens are never there
+    at once where the vocabulary is large: `LOGITS` of them are made, looked up and dropped.
+    """
+    variables, size, inner = {"params": params}, len(first), tree.tokens.shape[1]
+    spread = lambda leaf: jnp.broadcast_to(leaf, (size, leaf.shape[1]))
+    places, targets = spread(tree.places), spread(tree.targets)
+    found = _look_up(first, jnp.zeros_like(places), targets)
+    if not inner:
+        return found
+    x = model.apply(
+        variables, tree.tokens, tree.depths, tree.ends, cache, method="decode_tree"
+    )  # [B, T, D]
+    count = -(-size * inner * first.shape[-1] // LOGITS)
+    rows = -(-inner // count)
+    x = jnp.pad(x, ((0, 0), (0, count * rows - inner), (0, 0)))
+    x = jnp.moveaxis(x.reshape(size, count, rows, -1), 1, 0)
+
+    def look(found: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        start, x = block
+        logits = model.apply(variables, x, method="logits")
+        row = places - 1 - start
+        here = _look_up(logits, jnp.clip(row, 0, rows - 1), targets)
+        return jnp.where((row >= 0) & (row < rows), here, found), None
+
+    return jax.lax.scan(look, found, (jnp.arange(count) * rows, x))[0]
+
+
+@jax.vmap
+def _look_up(logits: jax.Array, rows: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Log-probabilities `[E]` of `tokens` under the `rows` of `logits` `[T, V]`."""
+    return logits[rows, tokens] - jax.nn.logsumexp(logits, axis=-1)[rows]
+
+
+def score(plan: Plan, logprobs: Sequence[np.ndarray], length_normalise: bool) -> np.ndarray:
+    """Scores `[B, C]` float32 of the plan's candidates: sums, or means a token, over their paths.
+
+    -inf where a list has fewer candidates, NaN where the model's numbers are not finite.
+    """
+    size = len(logprobs[0])
+    # The last column is what a path's -1 finds.
+    table = np.concatenate([*logprobs, np.zeros((size, 1), np.float32)], axis=1, dtype=np.float64)
+    paths = np.broadcast_to(plan.paths, (size, *plan.paths.shape[1:]))
+    found = table[np.arange(size)[:, None, None], paths].sum(axis=-1)
+    counts = np.broadcast_to(plan.counts, found.shape)
+    if length_normalise:
+        found = found / np.maximum(counts, 1)
+    found = np.where(np.isfinite(found), found, np.nan)
+    return np.where(counts > 0, found, -np.inf).astype(np.float32)
+
+
+def stack_scores(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """All rows of the batches' scores in one array, the narrower ones filled up with -inf."""
+    width = max(part.shape[1] for part in parts)
+    fill = [np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-np.inf) for p in parts]
+    return np.concatenate(fill)

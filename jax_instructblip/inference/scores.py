@@ -1,0 +1,118 @@
+"""From logits to the scores that choose a token: what greedy, sampling and beam search share.
+
+Two rules of the repetition penalty and of lengths are followed, named by who computes so:
+
+    released        the original code with its transformers 4.33, which the published figures are of
+    transformers5   `generate` of transformers 5
+
+Both count the ids generated so far, and T5's start id. Of a decoder-only model, `released` counts
+an `<s>` besides, which stands before the answer there though the model never reads it;
+`transformers5` counts the ids of the prompt. `beam.py` tells how they differ in lengths.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_instructblip.models.variants import LanguageConfig
+
+LengthRule = Literal["released", "transformers5"]
+LENGTH_RULES: tuple[LengthRule, ...] = ("released", "transformers5")
+
+# What the released code puts before the new ids of a decoder-only model: `bos_token_id` of the
+# language model's generation config, which for Vicuna is not the bos of its tokenizer (`</s>`).
+_UNREAD_ID = {"llama": 1}
+
+
+class Settings(NamedTuple):
+    """How scores become a token, as traced scalars; the defaults change nothing."""
+
+    min_new_tokens: Any = 0  # eos is masked before
+    repetition_penalty: Any = 1.0
+    prompt_counts: Any = False  # the penalty is by the rule `transformers5`
+    temperature: Any = 1.0
+    top_k: Any = 0  # 0: off
+    top_p: Any = 1.0  # 1: off
+
+    @classmethod
+    def of(cls, length_rule: LengthRule = "released", **values: float) -> "Settings":
+        """Device scalars of one dtype each, so that no value compiles anew."""
+        if length_rule not in LENGTH_RULES:
+            raise ValueError(
+                f"length_rule is {length_rule!r}, expected one of {', '.join(LENGTH_RULES)}"
+            )
+        given = cls(**values)._replace(prompt_counts=length_rule == "transformers5")
+        dtypes = (jnp.int32, jnp.float32, bool, jnp.float32, jnp.int32, jnp.float32)
+        return cls(*(jnp.asarray(value, dtype) for value, dtype in zip(given, dtypes, strict=True)))
+
+
+def counted(llm: LanguageConfig, batch: dict[str, Any], prompt_counts: jax.Array) -> jax.Array:
+    """Ids `[B, V]` that the repetition penalty counts before the first new token."""
+    nothing = jnp.zeros((len(batch["tokens"]), llm.vocab), bool)
+    if llm.kind == "t5":
+        return nothing.at[:, llm.decoder_start_id].set(True)
+    rows = jnp.arange(len(nothing))[:, None]
+    prompt = nothing.at[rows, batch["tokens"]].max(batch["mask"])
+    return jnp.where(
+        prompt_counts, prompt, nothing.at[:, _UNREAD_ID.get(llm.kind, llm.bos_id)].set(True)
+    )
+
+
+def penalise(scores: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+    """`scores`, those of `seen` ids divided by `penalty`, or multiplied where below zero."""
+    return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def allowed(
+    scores: jax.Array, seen: jax.Array, step: jax.Array, eos_id: int, settings: Settings
+) -> jax.Array:
+    """`scores` `[B, R, V]` after the penalty of `seen` ids, without eos before its time."""
+    scores = penalise(scores, seen, settings.repetition_penalty)
+    early = step < settings.min_new_tokens
+    return jnp.where(early & (_places(scores) == eos_id), -jnp.inf, scores)
+
+
+def best(scores: jax.Array) -> jax.Array:
+    """The first place of the largest of `scores` `[..., V]`, as `jnp.argmax`.
+
+    Two plain reductions, which XLA vectorises on a CPU; its argmax takes ten times as long there.
+    """
+    last = scores.shape[-1] - 1
+    largest = scores == scores.max(axis=-1, keepdims=True)
+    return jnp.where(largest, _places(scores), last).min(axis=-1)
+
+
+def first_eos(tokens: jax.Array, eos_id: int) -> jax.Array:
+    """Length of each row of `tokens` `[..., T]` up to and with its first eos; T without one."""
+    is_eos = tokens == eos_id
+    length = jnp.argmax(is_eos, axis=-1) + 1
+    return jnp.where(is_eos.any(axis=-1), length, tokens.shape[-1]).astype(jnp.int32)
+
+
+def draw(key: jax.Array, scores: jax.Array, settings: Settings) -> jax.Array:
+    """One token `[R]` for each row of `scores` `[R, V]`, by temperature, then top-k, then top-p."""
+    order = jnp.argsort(scores, axis=-1, descending=True)
+    ranked = truncate(jnp.take_along_axis(scores, order, axis=-1), settings)
+    pick = jnp.argmax(ranked + jax.random.gumbel(key, ranked.shape), axis=-1)
+    return jnp.take_along_axis(order, pick[..., None], axis=-1)[..., 0]
+
+
+def truncate(ranked: jax.Array, settings: Settings) -> jax.Array:
+    """Scores `[R, V]`, best first, after temperature, with those that must not be drawn at -inf."""
+    ranked = ranked / settings.temperature
+    width = ranked.shape[-1]
+    last = jnp.clip(settings.top_k, 1, width) - 1
+    worst = jax.lax.dynamic_slice_in_dim(ranked, last, 1, axis=-1)
+    ranked = jnp.where((settings.top_k > 0) & (ranked < worst), -jnp.inf, ranked)
+    chance = jax.nn.softmax(ranked, axis=-1)
+    better = jnp.cumsum(chance, axis=-1) - chance  # the probability of all better tokens
+    # With top_p = 1 the rounding of the sum must not drop the last ones; the best one always stays.
+    keep = (better < settings.top_p) | (settings.top_p >= 1)
+    keep = keep.at[..., 0].set(True)
+    return jnp.where(keep, ranked, -jnp.inf)
+
+
+def _places(scores: jax.Array) -> jax.Array:
+    """The id that each of `scores` `[..., V]` is of."""
+    return jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)

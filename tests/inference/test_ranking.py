@@ -1,0 +1,381 @@
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_instructblip
+from jax_instructblip.data.batch import IGNORE, collate
+from jax_instructblip.inference import ranking
+from jax_instructblip.inference.ranking import make_plan, pair_logprobs, round_up, score
+from jax_instructblip.models.instructblip import InstructBlip
+from tests.compile_counter import count_compiles
+from tests.micro import COLORS, QUESTION, make_batch, micro, write_base
+from tests.numerics import jit, random_params
+
+KINDS = ("llama", "t5")
+QUESTIONS, BATCH = 200, 40
+NOISE = 1e-5  # scores that are closer are equal: sums of float32 numbers near 10
+TEXT, LONGEST = 9, 4  # tokens of a prompt, of a candidate
+
+
+def draw(count, seed=0, eos=None):
+    """Distinct candidates of 1 to 4 tokens; many have a beginning in common, or are one."""
+    rng, found = np.random.default_rng(seed), {}
+    while len(found) < count:
+        ids = rng.integers(3, 20, rng.integers(1, LONGEST + 1))
+        found[tuple(ids.tolist())] = None
+    return [ids if eos is None else (*ids, eos) for ids in found]
+
+
+class Small:
+    """A model of one kind, random questions to it, and what it answers by brute force."""
+
+    def __init__(self, kind):
+        self.kind, self.variant = kind, micro(kind)
+        self.model = InstructBlip(self.variant)
+        self.params = jax.tree.map(jnp.asarray, random_params(self.variant))
+        drawn = make_batch(self.variant, rows=QUESTIONS, text=TEXT)
+        names = ("images", "qformer_tokens", "qformer_mask", "tokens", "mask")
+        self.batch = {name: drawn[name] for name in names}
+        seen = jit(functools.partial(self.model.apply, method="visual_prompt"))
+        self.seen = np.asarray(seen({"params": self.params}, self.batch))
+
+    def draw(self, count, seed=0):
+        return draw(count, seed, self.variant.llm.eos_id if self.kind == "t5" else None)
+
+    def rows(self, rows):
+        return {name: leaf[rows] for name, leaf in self.batch.items()}
+
+    def rank(self, lists, nodes=ranking.NODES, batch=None, length_normalise=False):
+        """Scores of the first `BATCH` questions, or of those of `batch`."""
+        plan = make_plan(lists, nodes)
+        batch = self.rows(slice(BATCH)) if batch is None else batch
+        made = pair_logprobs(self.model, self.params, batch, plan.chunks)
+        return score(plan, jax.device_get(made), length_normalise)
+
+    @functools.cached_property
+    def brute(self):
+        """1,000 candidates, and their scores [QUESTIONS, 1000]: whole rows without any cache.
+
+        Each candidate stands behind the whole prompt in a row of its own.
+        """
+        candidates = self.draw(1000, seed=1)
+        parts = []
+        for row in range(QUESTIONS):
+            one = {name: leaf[row : row + 1] for name, leaf in self.batch.items()}
+            del one["images"]
+            one["seen"] = self.seen[row : row + 1]
+            many = {name: np.repeat(leaf, len(candidates), axis=0) for name, leaf in one.items()}
+            parts.append(self.whole_rows(self.params, self.append(many, candidates)))
+        return candidates, np.array(jax.device_get(parts))
+
+    def append(self, many, candidates):
+        longest = LONGEST + (self.kind == "t5")
+        targets = np.full((len(candidates), longest), IGNORE, np.int32)
+        for row, ids in enumerate(candidates):
+            targets[row, : len(ids)] = ids
+        if self.kind == "t5":
+            shifted = np.pad(np.maximum(targets, 0), ((0, 0), (1, 0)))[:, :-1]
+            return {**many, "decoder_tokens": shifted, "targets": targets}
+        count = many["mask"][0].sum()
+        width = ((0, 0), (0, longest))
+        made = {
+            **many,
+            "tokens": np.pad(many["tokens"], width),
+            "mask": np.pad(many["mask"], width),
+        }
+        made["targets"] = np.full_like(made["tokens"], IGNORE)
+        made["tokens"][:, count : count + longest] = np.maximum(targets, 0)
+        made["mask"][:, count : count + longest] = targets != IGNORE
+        made["targets"][:, count - 1 : count - 1 + longest] = targets
+        return made
+
+    @functools.cached_property
+    def whole_rows(self):
+        def run(model, many):
+            inputs = jnp.concatenate([many["seen"], model.llm.embed(many["tokens"])], axis=1)
+            real = jnp.pad(many["mask"], ((0, 0), (many["seen"].shape[1], 0)), constant_values=True)
+            skip = many["seen"].shape[1]
+            logits = model.llm(inputs, real, many.get("decoder_tokens"), skip=skip)
+            targets = many["targets"]
+            found = jnp.take_along_axis(
+                jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[..., None], axis=-1
+            )
+            return jnp.where(targets == IGNORE, 0.0, found[..., 0]).sum(axis=-1)
+
+        return jax.jit(lambda params, many: self.model.apply({"params": params}, many, method=run))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compile():
+    """The programs compile in half the time, and their results are the same."""
+    options = {"xla_backend_optimization_level": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_prefill", "tree_logprobs"):
+            whole = getattr(ranking, name).__wrapped__
+            quick = jax.jit(whole, static_argnums=0, compiler_options=options)
+            patch.setattr(ranking, name, quick)
+        yield
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def small(request):
+    return Small(request.param)
+
+
+def test_plan_as_drawn():
+    car, dog, red, a = 5, 6, 7, 8
+    given = [(red, car), (red, dog), (a, red, dog), (red, car)]
+    plan = make_plan([given])
+    (tree,) = plan.chunks
+    assert tree.tokens[0, :3].tolist() == [red, a, red]
+    assert tree.depths[0, :3].tolist() == [1, 1, 2]
+    assert tree.ends[0, :3].tolist() == [1, 3, 3]
+    pairs = list(zip(tree.places[0].tolist(), tree.targets[0].tolist(), strict=True))
+    assert pairs[:6] == [(0, red), (1, car), (1, dog), (0, a), (2, red), (3, dog)]
+    assert plan.paths[0].tolist() == [[0, 1, -1], [0, 2, -1], [3, 4, 5], [0, 1, -1]]
+    assert plan.counts[0].tolist() == [2, 2, 3, 2]
+
+
+@pytest.mark.parametrize("nodes", [1, 7, 64, 10_000])
+def test_every_candidate_finds_its_tokens_behind_their_ancestors(nodes):
+    given = draw(500)
+    plan = make_plan([given], nodes)
+    pairs = plan.chunks[0].targets.shape[1]
+    for ids, path in zip(given, plan.paths[0], strict=True):
+        for depth, at in enumerate(path[: len(ids)]):
+            tree = plan.chunks[at // pairs]
+            place, target = tree.places[0, at % pairs], tree.targets[0, at % pairs]
+            assert target == ids[depth]
+            before = np.arange(len(tree.tokens[0])) < place  # the place itself is numbered from 1
+            line = before & (tree.ends[0] >= place)
+            assert tree.tokens[0][line].tolist() == list(ids[:depth])
+            assert tree.depths[0][line].tolist() == list(range(1, depth + 1))
+
+
+def test_inner_tokens_are_the_distinct_beginnings():
+    given = draw(500)
+    beginnings = {ids[:depth] for ids in given for depth in range(1, len(ids))}
+    whole = make_plan([given], 10_000)
+    assert inner(whole) == len(beginnings) and len(whole.chunks) == 1
+    cut = make_plan([given], 64)
+    assert all((chunk.tokens > 0).sum() <= 64 for chunk in cut.chunks)
+    # A chunk repeats the ancestors of its first candidate, at most.
+    assert len(beginnings) <= inner(cut) <= len(beginnings) + (LONGEST - 1) * len(cut.chunks)
+
+
+def inner(plan):
+    return sum(int((chunk.tokens > 0).sum()) for chunk in plan.chunks)
+
+
+def test_chunks_are_about_equally_large():
+    plan = make_plan([draw(500)], 128)
+    sizes = [int((chunk.tokens > 0).sum()) for chunk in plan.chunks]
+    assert len(sizes) > 2 and min(sizes) > 0.7 * max(sizes)
+
+
+def test_sizes_are_few():
+    assert [round_up(n) for n in (0, 1, 8, 9, 33, 64, 65, 200)] == [0, 8, 8, 16, 64, 64, 128, 256]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 100, 1000])
+def test_scores_are_those_of_whole_rows(small, count):
+    candidates, expected = small.brute
+    candidates, expected = candidates[:count], expected[:, :count]
+    batches = [slice(start, start + BATCH) for start in range(0, QUESTIONS, BATCH)]
+    found = np.concatenate([small.rank([candidates], batch=small.rows(rows)) for rows in batches])
+    assert found.shape == (QUESTIONS, count) and found.dtype == np.float32
+    assert np.abs(found - expected).max() < 1e-4
+    # The same order for each question, but among candidates that rounding makes equal.
+    ordered = np.take_along_axis(expected, np.argsort(-found, axis=1), axis=1)
+    assert np.diff(ordered, axis=1).max(initial=-np.inf) < NOISE
+    np.testing.assert_array_equal(found.argmax(axis=1), expected.argmax(axis=1))
+    assert count < 100 or len(set(found.argmax(axis=1).tolist())) > 1  # questions differ
+
+
+@pytest.mark.parametrize("nodes", [1, 7, 32])
+def test_chunks_change_nothing(small, nodes):
+    candidates = small.draw(60)
+    expected = small.rank([candidates])
+    found = small.rank([candidates], nodes)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=NOISE)
+
+
+def test_blocks_of_logits_change_nothing(small, monkeypatch):
+    candidates = small.draw(60)
+    expected = small.rank([candidates])
+    ranking.tree_logprobs.clear_cache()
+    # 13 inner tokens a block: the last one is padded.
+    monkeypatch.setattr(ranking, "LOGITS", 13 * BATCH * small.variant.llm.vocab)
+    np.testing.assert_allclose(small.rank([candidates]), expected, rtol=0, atol=NOISE)
+    ranking.tree_logprobs.clear_cache()
+
+
+def test_padding_and_neighbours_change_nothing(small):
+    candidates, batch = small.draw(60), small.rows(slice(BATCH))
+    expected = small.rank([candidates])
+    longer = {
+        name: np.pad(leaf, ((0, 0), (0, 5))) if leaf.ndim == 2 else leaf
+        for name, leaf in batch.items()
+    }
+    longer["tokens"] = np.where(longer["mask"], longer["tokens"], 3)
+    np.testing.assert_allclose(small.rank([candidates], batch=longer), expected, rtol=0, atol=NOISE)
+    others = small.rows(slice(BATCH, 2 * BATCH))
+    mixed = {name: np.concatenate([batch[name][:1], others[name][1:]]) for name in batch}
+    found = small.rank([candidates], batch=mixed)
+    np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=NOISE)
+    assert np.abs(found[1:] - expected[1:]).max() > 0.1
+
+
+def test_each_question_may_have_its_own_candidates(small):
+    """Some have chunks that others lack."""
+    every, rng = small.draw(60), np.random.default_rng(0)
+    picked = [rng.permutation(60)[: rng.integers(1, 40)] for _ in range(BATCH)]
+    found = small.rank([[every[at] for at in each] for each in picked], nodes=16)
+    assert found.shape == (BATCH, max(map(len, picked)))
+    for row, expected in enumerate(small.rank([every])):
+        own = picked[row]
+        np.testing.assert_allclose(found[row, : len(own)], expected[own], rtol=0, atol=NOISE)
+        assert np.all(found[row, len(own) :] == -np.inf)
+
+
+def test_length_normalise_divides_by_the_tokens(small):
+    candidates = small.draw(60)
+    lengths = np.array([len(ids) for ids in candidates], np.float32)
+    found = small.rank([candidates], length_normalise=True)
+    np.testing.assert_allclose(found, small.rank([candidates]) / lengths[None], rtol=1e-6)
+
+
+# -- through load() --
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request, tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base") / request.param, request.param)
+
+
+@pytest.fixture(scope="module")
+def blip(folder):
+    return jax_instructblip.load(folder)
+
+
+def pictures(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (28, 28, 3), np.uint8) for _ in range(count)]
+
+
+def test_rank_is_the_logprob_of_a_training_answer(blip):
+    candidates, images = [*COLORS, "red green", "red green blue"], pictures(2)
+    found = blip.rank(images, [QUESTION], candidates)
+    assert found.shape == (2, 6) and found.dtype == np.float32
+    asked = [(image, candidate) for image in images for candidate in candidates]
+    batch = collate(
+        [{"images": image[None], **blip.text.example(QUESTION, each)} for image, each in asked]
+    )
+    del batch["truncated"]
+    targets = batch["targets"]
+    logprobs = jax.nn.log_softmax(blip.logits(batch))
+    each = jnp.take_along_axis(logprobs, np.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    counted = targets != IGNORE
+    if blip.variant.llm.kind == "llama":  # trained with a closing eos, ranked without
+        counted &= targets != blip.variant.llm.eos_id
+    expected = np.where(counted, each, 0).sum(axis=1).reshape(2, 6)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_lists_batches_and_duplicates(blip):
+    lists = [["red", "green", "red"], ["blue"], ["white", "red green"]]
+    found = blip.rank(pictures(3), [QUESTION], lists, batch_size=2)
+    assert found.shape == (3, 3) and found[0, 0] == found[0, 2]
+    assert np.isneginf(found).tolist() == [[False] * 3, [False, True, True], [False, False, True]]
+    every = ["red", "green", "blue", "white", "red green"]
+    shared = blip.rank(pictures(3), [QUESTION], every, batch_size=2)
+    expected = [[shared[0, 0], shared[0, 1], shared[0, 0]], [shared[1, 2]], shared[2, 3:].tolist()]
+    for row, values in enumerate(expected):
+        np.testing.assert_allclose(found[row, : len(values)], values, rtol=0, atol=NOISE)
+
+
+def test_another_image_and_another_list_compile_nothing(blip):
+    blip.rank(pictures(2), [QUESTION], ["red", "green blue"])
+    with count_compiles() as compiled:
+        blip.rank(pictures(2, seed=1), [QUESTION], ["white red", "blue", "green"])
+    assert len(compiled) == 0
+    with count_compiles() as compiled:  # the guard sees a larger tree
+        blip.rank(pictures(2), [QUESTION], [f"red {' '.join(['blue'] * n)}" for n in range(20)])
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        ("red", "candidates is a str, expected a list"),
+        ([], "candidates is empty"),
+        (["red", " ", ""], "candidate 1 is empty; candidate 2 is empty"),
+        (["red", 3], "candidate 1 is a int, expected a string"),
+        (["red", ["green"]], "candidate 1 is a list, expected a string"),
+        ([["red"]] * 3, "3 lists of candidates and 2 questions do not match"),
+        ([["red"], []], "question 1 has no candidates"),
+        ([["red"], ["", "red"]], "candidate 0 of question 1 is empty"),
+        (
+            ["red", "red" + " red" * 299],
+            r"1 to 256 tokens: candidate 1 \('red red .*'\) has 300 tokens",
+        ),
+    ],
+)
+def test_wrong_candidates_are_named(blip, candidates, message):
+    if "300" in message and blip.variant.llm.kind == "t5":
+        message = message.replace("1 to", "2 to").replace("300 tokens", "301 tokens")
+    with pytest.raises(ValueError, match=message):
+        blip.rank(pictures(2), [QUESTION], candidates)
+
+
+def test_a_candidate_without_words_has_no_token_or_eos_alone(blip, monkeypatch):
+    """As a tokenizer that drops control characters makes of them."""
+    ids = blip.text.candidate("red")[:0]
+    if blip.variant.llm.kind == "t5":
+        ids = np.append(ids, blip.variant.llm.eos_id)
+    monkeypatch.setattr(type(blip.text), "candidate", lambda self, text: ids)
+    with pytest.raises(ValueError, match=rf"candidate 0 \('x'\) has {len(ids)} tokens"):
+        blip.rank(pictures(1), [QUESTION], ["x"])
+
+
+def test_scores_that_are_not_finite_are_an_error(folder):
+    broken = jax_instructblip.load(folder)
+    broken.params["llm"]["head"]["kernel"] *= jnp.nan
+    with pytest.raises(ValueError, match=r"scores of questions \[0, 1\] are not finite"):
+        broken.rank(pictures(2), [QUESTION], ["red", "blue"])
+
+
+def test_over_a_mesh(folder, blip):
+    """Two devices, in a process of their own: the same scores, shared list or not."""
+    if blip.variant.llm.kind == "t5":
+        return  # LLaMA's cache and trees are split in the same way
+    lists = [["red"], ["green", "red blue white"], ["blue red"]]
+    code = f"""
+import json, jax, jax_instructblip
+from jax_instructblip.parallel.mesh import make_mesh
+from tests.inference.test_ranking import QUESTION, pictures
+assert jax.device_count() == 2
+blip = jax_instructblip.load({str(folder)!r}, mesh=make_mesh())
+for candidates in ({lists!r}, {lists[1]!r}):
+    print(json.dumps(blip.rank(pictures(3), [QUESTION], candidates).tolist()))
+"""
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "XLA_FLAGS": flags},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for candidates, line in zip((lists, lists[1]), done.stdout.splitlines(), strict=True):
+        expected = blip.rank(pictures(3), [QUESTION], candidates)
+        np.testing.assert_allclose(json.loads(line), expected, rtol=0, atol=NOISE)

