@@ -214,7 +214,7 @@ def test_pair_refuses(given, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 5}, "num_beams is 5, expected 1"),
+        ({"num_beams": 0}, "num_beams is 0, expected at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
         ({"min_new_tokens": 31}, "min_new_tokens is 31, expected 0 to max_new_tokens"),
         ({"temperature": 0.0}, "temperature is 0.0, expected above 0 .*greedy"),
