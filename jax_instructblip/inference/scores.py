@@ -83,6 +83,29 @@ def best(scores: jax.Array) -> jax.Array:
     return jnp.where(largest, _places(scores), last).min(axis=-1)
 
 
+BLOCK = 128  # scores, of which only the best one is looked at first
+
+
+def best_of_rows(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` best of `scores` `[B, R, V]` of each sample: values and places in R * V.
+
+    As `top_k` of the flat rows, of equal ones the earlier. `top_k` on a CPU looks at every score
+    for long; here it sees the best score of each block, then the `count` blocks that these are of,
+    in which the `count` best must be.
+    """
+    batch, rows, vocab = scores.shape
+    width = -(-vocab // BLOCK)
+    padded = jnp.pad(scores, ((0, 0), (0, 0), (0, width * BLOCK - vocab)), constant_values=-jnp.inf)
+    blocks = padded.reshape(batch, rows * width, BLOCK)
+    _, chosen = jax.lax.top_k(blocks.max(axis=-1), min(count, rows * width))
+    chosen = jnp.sort(chosen, axis=-1)  # so that of equal scores the earlier comes first again
+    found = jnp.take_along_axis(blocks, chosen[..., None], axis=1)
+    values, places = jax.lax.top_k(found.reshape(batch, -1), count)
+    block = jnp.take_along_axis(chosen, places // BLOCK, axis=1)
+    row, column = block // width, block % width * BLOCK + places % BLOCK
+    return values, row * vocab + column
+
+
 def first_eos(tokens: jax.Array, eos_id: int) -> jax.Array:
     """Length of each row of `tokens` `[..., T]` up to and with its first eos; T without one."""
     is_eos = tokens == eos_id

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_instructblip.models.layers import Scans, constrain
+from jax_instructblip.models.layers import Scans, constrain, separate_layers
 from jax_instructblip.models.llama import Llama
 from jax_instructblip.models.qformer import QFormer
 from jax_instructblip.models.t5 import T5
@@ -31,6 +31,8 @@ from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vision import VisionTransformer
 
 LANGUAGE_MODELS = {"t5": T5, "llama": Llama}
+# The layers that decode, whose parameters may be taken apart (`layers.Scan.separate`).
+DECODERS = {"t5": "llm/decoder/layers", "llama": "llm/layers"}
 
 Batch = dict[str, Array]
 
@@ -134,3 +136,24 @@ def init_params(variant: Variant, key: Array) -> dict[str, Any]:
 def param_shapes(variant: Variant) -> dict[str, Any]:
     """Shapes and (float32) dtypes of all parameters, without making any."""
     return jax.eval_shape(lambda key: init_params(variant, key), jax.random.key(0))
+
+
+def separate_decoder(variant: Variant, params: dict[str, Any]) -> dict[str, Any]:
+    """`params` with one tree for each of the `DECODERS` layers, for a model whose `scans` say so.
+
+    Leaves may be tuples of layers instead of stacks.
+    """
+
+    def replace(tree: dict[str, Any], path: list[str]) -> dict[str, Any]:
+        name, *rest = path
+        changed = replace(tree[name], rest) if rest else separate_layers(tree[name])
+        return {**tree, name: changed}
+
+    return replace(params, DECODERS[variant.llm.kind].split("/"))
+
+
+def is_separate(variant: Variant, params: dict[str, Any]) -> bool:
+    """Whether `separate_decoder` made these parameters."""
+    for name in DECODERS[variant.llm.kind].split("/"):
+        params = params[name]
+    return "0" in params

@@ -38,6 +38,7 @@ def test_json_has_what_the_library_answers(folder, photographs, capsys):
             "answer": answer.text,
             "logprob": answer.logprob,
             "tokens": list(answer.tokens),
+            "logprobs": list(answer.logprobs),
             "alternatives": [],
         }
         for image, prompt, answer in zip(photographs, PROMPTS, expected, strict=True)
