@@ -7,7 +7,8 @@
 
 A batch is a dict; training adds the last two rows:
 
-    images          [B, F, H, W, 3]  uint8, or floats that are normalised already
+    images          [B, F, H, W, 3]  uint8, or floats that are normalised already; one row alone
+                                     where all prompts are about one picture
     qformer_tokens  [B, L]  int32    the instruction in BERT ids
     qformer_mask    [B, L]  bool     False on padding, which stands at the end only (everywhere)
     tokens          [B, T]  int32    the instruction (LLaMA in training: and the answer)
@@ -73,13 +74,15 @@ class InstructBlip(nn.Module):
 
         Each frame is looked at with the same instruction; nothing marks its time (as released).
         """
-        frames = batch["images"].shape[1]
+        rows, frames = batch["tokens"].shape[0], batch["images"].shape[1]
         patches = self.encode_image(batch["images"])
+        if len(batch["images"]) != rows:  # one picture of all prompts
+            patches = jnp.tile(patches, (rows, 1, 1))
         text = [batch.get(name) for name in ("qformer_tokens", "qformer_mask")]
         if frames > 1:
             text = [None if leaf is None else jnp.repeat(leaf, frames, axis=0) for leaf in text]
         seen = self.qformer(patches, *text, train=train)
-        return constrain(seen.reshape(batch["images"].shape[0], -1, seen.shape[-1]))
+        return constrain(seen.reshape(rows, -1, seen.shape[-1]))
 
     def prompt(self, batch: Batch, train: bool = False) -> tuple[Array, Array]:
         """The embedded row [visual prompt ; tokens] and which of its positions are real."""
