@@ -86,14 +86,15 @@ def make_parts(
 ) -> Iterator[Part]:
     """The questions in batches of at most `batch_size`, each a multiple of `multiple` rows.
 
-    `room` is how many new tokens must fit behind a prompt. Where all rows of a batch are about one
-    picture, `images` has one row alone, unless the batch is to be split. Everything is checked before the first
-    batch is handed out, except the images, which are opened batch by batch.
+    `room` is how many new tokens must fit behind a prompt. Where all questions are about one
+    picture, `images` has one row alone, unless batches are to be split. Everything is checked
+    before the first batch is handed out, except the images, which are opened batch by batch.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     examples = [text.prompt(question.prompt) for question in questions]
     _check_lengths(text, examples, len(questions[0].frames), room)
+    shared = multiple == 1 and all(each.frames is questions[0].frames for each in questions)
     pixels, opened = np.zeros(0, np.uint8), None
     for start in range(0, len(questions), batch_size):
         rows = range(start, min(start + batch_size, len(questions)))
@@ -108,7 +109,7 @@ def make_parts(
         made += made[-1:] * (size - len(rows))
         batch = collate(made, lengths=_common_length(text, made), pad_id=text.variant.llm.pad_id)
         del batch["truncated"]
-        if multiple == 1 and all(questions[row].frames is opened for row in rows):
+        if shared:
             batch["images"] = batch["images"][:1]  # which the model then looks at once
         numbers = np.pad(np.array(rows, np.int32), (0, size - len(rows)), mode="edge")
         yield Part(numbers, len(rows), batch)
