@@ -4,8 +4,8 @@ python -m benchmarks.generation [--variants NAME ...] [--batches 1 8 32] [--beam
 
 Both sides have the same random weights and questions and make the same number of tokens, in turn in
 one process. Transformers runs in its fastest setting: SDPA attention, its dynamic or its static
-cache, a thread a core or one. A call is image + prompt + all new tokens; `step` is
-the time of a new token after the first one.
+cache, a thread a core or one. A call is image + prompt + all new tokens; a step is a new token
+after the first one.
 """
 
 import argparse
