@@ -95,15 +95,19 @@ def best_of_rows(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """
     batch, rows, vocab = scores.shape
     width = -(-vocab // BLOCK)
-    padded = jnp.pad(scores, ((0, 0), (0, 0), (0, width * BLOCK - vocab)), constant_values=-jnp.inf)
-    blocks = padded.reshape(batch, rows * width, BLOCK)
+    fill = ((0, 0), (0, 0), (0, width * BLOCK - vocab))
+    blocks = jnp.pad(scores, fill, constant_values=-jnp.inf).reshape(batch, rows * width, BLOCK)
     _, chosen = jax.lax.top_k(blocks.max(axis=-1), min(count, rows * width))
     chosen = jnp.sort(chosen, axis=-1)  # so that of equal scores the earlier comes first again
-    found = jnp.take_along_axis(blocks, chosen[..., None], axis=1)
-    values, places = jax.lax.top_k(found.reshape(batch, -1), count)
-    block = jnp.take_along_axis(chosen, places // BLOCK, axis=1)
-    row, column = block // width, block % width * BLOCK + places % BLOCK
-    return values, row * vocab + column
+    columns = (chosen % width * BLOCK)[..., None] + jnp.arange(BLOCK)[None, None]
+    inside = columns < vocab
+    places = (chosen // width * vocab)[..., None] + jnp.where(inside, columns, 0)
+    places = places.reshape(batch, -1)
+    found = jnp.take_along_axis(scores.reshape(batch, -1), places, axis=1)
+    values, picked = jax.lax.top_k(jnp.where(inside.reshape(batch, -1), found, -jnp.inf), count)
+    # Or XLA joins slices of these with those above, and sorts where it need only select.
+    values, picked = jax.lax.optimization_barrier((values, picked))
+    return values, jnp.take_along_axis(places, picked, axis=1)
 
 
 def first_eos(tokens: jax.Array, eos_id: int) -> jax.Array:
