@@ -6,7 +6,6 @@ for answer in blip.generate(["a.jpg", "b.jpg"], ["What is in the picture?"]):
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 import os
@@ -18,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jax_instructblip import checkpoint
 from jax_instructblip.data.batch import Batch
 from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.inference.answers import Answer, best_answer, check_finite
 from jax_instructblip.inference.beam import beam_tokens
-from jax_instructblip.inference.decode import generate_tokens
+from jax_instructblip.inference.decode import generate_tokens, stream_tokens
 from jax_instructblip.inference.questions import Picture, Question, compacted, make_parts, pair
 from jax_instructblip.inference.ranking import (
     make_plan,
@@ -32,34 +33,20 @@ from jax_instructblip.inference.ranking import (
     tokenise,
 )
 from jax_instructblip.inference.scores import LengthRule
-from jax_instructblip.inference.settings import check_search, check_settings
+from jax_instructblip.inference.settings import Drawing, check_search, check_settings
 from jax_instructblip.inference.source import read_params, read_source
-from jax_instructblip.models.instructblip import InstructBlip
-from jax_instructblip.models.layers import BATCH_AXES
+from jax_instructblip.inference.streaming import pieces
+from jax_instructblip.models.instructblip import (
+    DECODERS,
+    InstructBlip,
+    is_separate,
+    separate_decoder,
+)
+from jax_instructblip.models.layers import BATCH_AXES, Scan, Scans
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.parallel.mesh import batch_sharding, replicated
 
 BATCH_SIZE = 8  # questions that are answered at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """One answer.
-
-    Attributes:
-      text: the words, without special tokens and outer white space.
-      tokens: the new ids alone; the last one is eos unless `max_new_tokens` cut the answer off.
-      logprob: the sum over `tokens` (eos included) of their natural log-probabilities under the
-        model itself, before temperature, truncation and penalties.
-      logprobs: of each token.
-      alternatives: of a beam search with `num_return_sequences` > 1, the next best answers.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    logprob: float
-    logprobs: tuple[float, ...] = ()
-    alternatives: tuple["Answer", ...] = ()
 
 
 def load(
@@ -82,7 +69,11 @@ def load(
     _ = InstructBlip(source.variant, jnp.dtype(dtype)).bind({}).vision
     text = TextProcessor.load(source.folder, source.variant, **source.limits)
     place = functools.partial(_place, dtype=jnp.dtype(dtype), mesh=mesh)
-    params = read_params(source, place)
+    if jax.default_backend() == "cpu":
+        params = read_params(source, functools.partial(_place_apart, source.variant, place))
+        params = separate_decoder(source.variant, params)
+    else:
+        params = read_params(source, place)
     return InstructBlipPipeline(source.variant, params, text, dtype=dtype, mesh=mesh)
 
 
@@ -102,9 +93,14 @@ class InstructBlipPipeline:
         dtype: Any = jnp.float32,
         mesh: Mesh | None = None,
     ):
-        """The pipeline of parameters that are on their devices already; `load` reads a folder."""
+        """The pipeline of parameters that are on their devices already; `load` reads a folder.
+
+        The layers that decode may be stacked, as in a checkpoint, or separate
+        (`models.instructblip.separate_decoder`), which on a CPU is faster.
+        """
         self.variant, self.params, self.text, self.mesh = variant, params, text, mesh
-        self.model = InstructBlip(variant, jnp.dtype(dtype))
+        scans = Scans(llm=Scan(separate=is_separate(variant, params)))
+        self.model = InstructBlip(variant, jnp.dtype(dtype), scans)
 
     def generate(
         self,
@@ -163,10 +159,9 @@ class InstructBlipPipeline:
             a prompt too long for the model, an image that cannot be used (`ImageError`), scores
             that are not finite.
         """
-        sample = not (temperature is None and top_p is None and top_k is None)
-        check_settings(
-            max_new_tokens, min_new_tokens, num_beams, repetition_penalty, temperature, top_p, top_k
-        )
+        drawing = Drawing(temperature, top_k, top_p)
+        sample = drawing.asked
+        check_settings(max_new_tokens, min_new_tokens, num_beams, repetition_penalty, drawing)
         check_search(num_beams, sample, early_stopping, num_return_sequences, length_rule)
         key = jax.random.key(seed)
         common: dict[str, Any] = {
@@ -174,11 +169,6 @@ class InstructBlipPipeline:
             "min_new_tokens": min_new_tokens,
             "repetition_penalty": repetition_penalty,
             "length_rule": length_rule,
-        }
-        drawing = {
-            "temperature": 1.0 if temperature is None else temperature,
-            "top_k": 0 if top_k is None else top_k,
-            "top_p": 1.0 if top_p is None else top_p,
         }
         search = {
             "num_beams": num_beams,
@@ -191,23 +181,67 @@ class InstructBlipPipeline:
                 return beam_tokens(self.model, self.params, batch, **common, **search)
             keys = self._on_devices(_row_keys(key, rows))
             return generate_tokens(
-                self.model, self.params, batch, keys, sample=sample, **common, **drawing
+                self.model, self.params, batch, keys, sample=sample, **common, **drawing.values()
             )
 
         questions = pair(images, prompts)
         parts = self._run("answering", decode, questions, batch_size, room=max_new_tokens)
         answers = [
-            self._best(made, row, num_return_sequences)
+            best_answer(self.text, made, row, num_return_sequences)
             for made, count in parts
             for row in range(count)
         ]
-        if wrong := [i for i, answer in enumerate(answers) if not math.isfinite(answer.logprob)]:
-            raise ValueError(
-                f"the model's scores of questions {wrong} are not finite, so its answers mean "
-                f"nothing: its weights are damaged, or overflow in {self.model.dtype} (as float16 "
-                "does first)"
-            )
+        wrong = [i for i, answer in enumerate(answers) if not math.isfinite(answer.logprob)]
+        check_finite(wrong, self.model.dtype)
         return answers
+
+    def stream(
+        self,
+        image: Picture,
+        prompt: str,
+        max_new_tokens: int = 30,
+        min_new_tokens: int = 0,
+        repetition_penalty: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int = 0,
+        length_rule: LengthRule = "released",
+    ) -> Iterator[str]:
+        """The answer of `generate` to one prompt, piece by piece, each as soon as it is there.
+
+        Joined, the pieces are `Answer.text`. Arguments are those of `generate`; there are no beams,
+        of which no token is certain before the end. What `generate` refuses is refused at once,
+        scores that are not finite where they come up.
+        """
+        drawing = Drawing(temperature, top_k, top_p)
+        check_settings(max_new_tokens, min_new_tokens, 1, repetition_penalty, drawing)
+        check_search(1, drawing.asked, False, 1, length_rule)
+        parts = make_parts(self.text, pair([image], [prompt]), 1, self._splits(), max_new_tokens)
+        part = next(parts)
+        made = stream_tokens(
+            self.model,
+            self.params,
+            self._on_devices(part.batch),
+            self._on_devices(_row_keys(jax.random.key(seed), part.rows)),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            sample=drawing.asked,
+            repetition_penalty=repetition_penalty,
+            length_rule=length_rule,
+            **drawing.values(),
+        )
+        return pieces(self.text.decode, self._first_row(made))
+
+    def _first_row(self, made: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[int]:
+        while True:
+            with self._mesh():  # not while the caller has the token
+                newest = next(made, None)
+            if newest is None:
+                return
+            tokens, logprobs = newest
+            check_finite([] if math.isfinite(logprobs[0]) else [0], self.model.dtype)
+            yield int(tokens[0])
 
     def rank(
         self,
@@ -253,11 +287,7 @@ class InstructBlipPipeline:
                 for plan, (logprobs, count) in zip(plans, parts, strict=True)
             ]
         )
-        if wrong := np.flatnonzero(np.isnan(scores).any(axis=1)).tolist():
-            raise ValueError(
-                f"the model's scores of questions {wrong} are not finite, so they rank nothing: "
-                f"its weights are damaged, or overflow in {self.model.dtype} (float16 does first)"
-            )
+        check_finite(np.flatnonzero(np.isnan(scores).any(axis=1)).tolist(), self.model.dtype)
         return scores
 
     def features(
@@ -284,18 +314,6 @@ class InstructBlipPipeline:
         """
         with self._mesh():
             return np.asarray(_logits(self.model, self.params, self._on_devices(compacted(batch))))
-
-    def _best(self, made: dict[str, np.ndarray], row: int, count: int) -> Answer:
-        """The first of the row's answers, with the next `count - 1` as its alternatives."""
-        first, *others = [self._answer(made, row, place) for place in range(count)]
-        return dataclasses.replace(first, alternatives=tuple(others))
-
-    def _answer(self, made: dict[str, np.ndarray], row: int, place: int) -> Answer:
-        length = made["lengths"][row, place]
-        tokens = made["tokens"][row, place, :length].tolist()
-        logprobs = made["logprobs"][row, place, :length]
-        logprob = float(logprobs.sum(dtype=np.float64))
-        return Answer(self.text.decode(tokens), tuple(tokens), logprob, tuple(logprobs.tolist()))
 
     def _run(
         self,
@@ -361,3 +379,10 @@ def _place(path: str, array: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.A
     if jnp.issubdtype(array.dtype, jnp.floating):
         array = array.astype(dtype, copy=False)
     return jax.device_put(array, None if mesh is None else replicated(mesh))
+
+
+def _place_apart(variant: Variant, place: checkpoint.Place, path: str, array: np.ndarray) -> Any:
+    """The leaf on its devices, as a tuple of its layers where it is of a layer that decodes."""
+    if path.startswith(DECODERS[variant.llm.kind] + "/"):
+        return tuple(place(path, layer) for layer in array)
+    return place(path, array)
