@@ -8,6 +8,7 @@ embedded name         a checkpoint folder inside the package
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -183,3 +184,19 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def weights_digest(source: Source) -> str:
+    """A sha256 that stands for all weights; of a Hugging Face folder for its files' names and ages.
+
+    Two checkpoints whose digests are equal give the same answers.
+    """
+    if source.leaves is not None:
+        files = sorted([*source.folder.glob("*.safetensors"), *source.folder.glob("*.bin")])
+        facts = [(each.name, each.stat().st_size, each.stat().st_mtime_ns) for each in files]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+    base = checkpoint.manifest_digest(source.folder)
+    if source.step is None:
+        return base
+    trained = checkpoint.manifest_digest(source.step / "trainable")
+    return hashlib.sha256(f"{base} {trained}".encode()).hexdigest()
