@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jax_instructblip import checkpoint
 from jax_instructblip.data.batch import Batch
 from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.text import TextProcessor
@@ -26,6 +26,7 @@ from jax_instructblip.inference.beam import beam_tokens
 from jax_instructblip.inference.decode import generate_tokens, stream_tokens
 from jax_instructblip.inference.questions import Picture, Question, compacted, make_parts, pair
 from jax_instructblip.inference.ranking import (
+    Sizes,
     make_plan,
     pair_logprobs,
     score,
@@ -34,17 +35,15 @@ from jax_instructblip.inference.ranking import (
 )
 from jax_instructblip.inference.scores import LengthRule
 from jax_instructblip.inference.settings import Drawing, check_search, check_settings
-from jax_instructblip.inference.source import read_params, read_source
+from jax_instructblip.inference.source import load_params, read_source
 from jax_instructblip.inference.streaming import pieces
 from jax_instructblip.models.instructblip import (
-    DECODERS,
     InstructBlip,
     is_separate,
-    separate_decoder,
 )
 from jax_instructblip.models.layers import BATCH_AXES, Scan, Scans
 from jax_instructblip.models.variants import Variant
-from jax_instructblip.parallel.mesh import batch_sharding, replicated
+from jax_instructblip.parallel.mesh import batch_sharding
 
 BATCH_SIZE = 8  # questions that are answered at once
 
@@ -57,8 +56,9 @@ def load(
     Args:
       path: a Hugging Face folder, a checkpoint folder of ours, a run directory (the base it tuned,
         with its latest weights over it), or the name of an embedded checkpoint ("shapes_t5").
-      mesh: devices over which each batch is split, all of them holding all parameters; by default
-        the first device works alone.
+      mesh: devices over which each batch is split, and weights as `parallel/rules.py` says (over
+        `fsdp` and `tensor`); by default the first device works alone. Of a mesh of several
+        processes each calls the same with the same questions, and gets all answers.
       dtype: what weights are held and computed in; by default bfloat16, on a CPU float32. Norms,
         softmax and logits are float32 anyway. float16 is refused for T5, where it overflows.
     """
@@ -68,12 +68,7 @@ def load(
     # The model refuses a dtype when it is bound: now, before gigabytes are read.
     _ = InstructBlip(source.variant, jnp.dtype(dtype)).bind({}).vision
     text = TextProcessor.load(source.folder, source.variant, **source.limits)
-    place = functools.partial(_place, dtype=jnp.dtype(dtype), mesh=mesh)
-    if jax.default_backend() == "cpu":
-        params = read_params(source, functools.partial(_place_apart, source.variant, place))
-        params = separate_decoder(source.variant, params)
-    else:
-        params = read_params(source, place)
+    params = load_params(source, jnp.dtype(dtype), mesh)
     return InstructBlipPipeline(source.variant, params, text, dtype=dtype, mesh=mesh)
 
 
@@ -92,6 +87,7 @@ class InstructBlipPipeline:
         *,
         dtype: Any = jnp.float32,
         mesh: Mesh | None = None,
+        silent: bool = False,
     ):
         """The pipeline of parameters that are on their devices already; `load` reads a folder.
 
@@ -99,6 +95,7 @@ class InstructBlipPipeline:
         (`models.instructblip.separate_decoder`), which on a CPU is faster.
         """
         self.variant, self.params, self.text, self.mesh = variant, params, text, mesh
+        self.silent = silent  # no progress lines
         scans = Scans(llm=Scan(separate=is_separate(variant, params)))
         self.model = InstructBlip(variant, jnp.dtype(dtype), scans)
 
@@ -163,7 +160,7 @@ class InstructBlipPipeline:
         sample = drawing.asked
         check_settings(max_new_tokens, min_new_tokens, num_beams, repetition_penalty, drawing)
         check_search(num_beams, sample, early_stopping, num_return_sequences, length_rule)
-        key = jax.random.key(seed)
+        key = np.asarray(jax.random.key_data(jax.random.key(seed)))
         common: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": min_new_tokens,
@@ -179,7 +176,7 @@ class InstructBlipPipeline:
         def decode(batch: Batch, rows: np.ndarray) -> dict[str, jax.Array]:
             if num_beams > 1:
                 return beam_tokens(self.model, self.params, batch, **common, **search)
-            keys = self._on_devices(_row_keys(key, rows))
+            keys = _row_keys(key, self._on_devices(rows))
             return generate_tokens(
                 self.model, self.params, batch, keys, sample=sample, **common, **drawing.values()
             )
@@ -250,6 +247,7 @@ class InstructBlipPipeline:
         candidates: Sequence[str] | Sequence[Sequence[str]],
         length_normalise: bool = False,
         batch_size: int = BATCH_SIZE,
+        least: Sizes | None = None,
     ) -> np.ndarray:
         """Scores `[B, C]` float32 of every candidate answer to each question; the best is largest.
 
@@ -266,16 +264,18 @@ class InstructBlipPipeline:
           length_normalise: divide each score by its number of tokens; without, short candidates
             are favoured.
           batch_size: questions that are ranked at once.
+          least: sizes that every batch's candidates are padded to, so that calls with different
+            lists share one compiled program; scores do not change.
 
         Raises:
           ValueError: as `generate`; no candidates, or one that is empty or too long.
         """
         questions = pair(images, prompts)
         lists = tokenise(self.text, candidates, len(questions))
-        shared, plans = (make_plan(lists) if len(lists) == 1 else None), []
+        shared, plans = (make_plan(lists, least=least) if len(lists) == 1 else None), []
 
         def look(batch: Batch, rows: np.ndarray) -> list[jax.Array]:
-            plans.append(shared or make_plan([lists[row] for row in rows]))
+            plans.append(shared or make_plan([lists[row] for row in rows], least=least))
             chunks = plans[-1].chunks if shared else self._on_devices(plans[-1].chunks)
             return pair_logprobs(self.model, self.params, batch, chunks)
 
@@ -324,16 +324,24 @@ class InstructBlipPipeline:
         room: int = 0,
     ) -> list[tuple[Any, int]]:
         """What `compute` makes of each batch and its row numbers, and how many rows are real."""
-        parts = make_parts(self.text, questions, batch_size, self._splits(), room)
+        parts = make_parts(self.text, questions, batch_size, self.splits, room)
         made = ((compute(self._on_devices(part.batch), part.rows), part.count) for part in parts)
         results = []
-        with self._mesh(), Progress(len(questions), label, "questions") as progress:
+        line = Progress(len(questions), label, "questions", silent=self.silent)
+        with self._mesh(), line as progress:
             for result, count in _one_ahead(made):
-                results.append((jax.device_get(result), count))
+                results.append((self._fetch(result), count))
                 progress.update(count)
         return results
 
-    def _splits(self) -> int:
+    def _fetch(self, result: Any) -> Any:
+        """The whole of a result on this host, also where other processes hold parts of it."""
+        if self.mesh is None or not self.mesh.is_multi_process:
+            return jax.device_get(result)
+        return multihost_utils.process_allgather(result, tiled=True)
+
+    @property
+    def splits(self) -> int:
         """How many parts the devices make of a batch."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -341,7 +349,13 @@ class InstructBlipPipeline:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _on_devices(self, batch: Any) -> Any:
-        return batch if self.mesh is None else jax.device_put(batch, batch_sharding(self.mesh))
+        """The leaves split by rows; each process of a run has all of them, and gives its own."""
+        if self.mesh is None:
+            return batch
+        sharding = batch_sharding(self.mesh)
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__), batch
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -355,9 +369,9 @@ def _visual_prompt(model: InstructBlip, params: Any, batch: Batch) -> Any:
 
 
 @jax.jit
-def _row_keys(key: jax.Array, rows: np.ndarray) -> jax.Array:
+def _row_keys(key: Any, rows: np.ndarray) -> jax.Array:
     """A random key for each row, from the seed's key and the row's place in the call."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.wrap_key_data(key), rows)
 
 
 def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
@@ -371,18 +385,3 @@ def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
         if len(waiting) > 1:
             yield waiting.pop(0)
     yield from waiting
-
-
-def _place(path: str, array: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.Array:
-    """The leaf on its devices; floats are cast first, so that the wider copy is never there."""
-    del path
-    if jnp.issubdtype(array.dtype, jnp.floating):
-        array = array.astype(dtype, copy=False)
-    return jax.device_put(array, None if mesh is None else replicated(mesh))
-
-
-def _place_apart(variant: Variant, place: checkpoint.Place, path: str, array: np.ndarray) -> Any:
-    """The leaf on its devices, as a tuple of its layers where it is of a layer that decodes."""
-    if path.startswith(DECODERS[variant.llm.kind] + "/"):
-        return tuple(place(path, layer) for layer in array)
-    return place(path, array)

@@ -104,7 +104,8 @@ def make_parts(
                 opened = questions[row].frames
                 pixels = _pixels(opened, text.variant.vision.image_size)
             made.append({"images": pixels, **examples[row]})
-        size = batch_size if len(questions) > batch_size else 1 << (len(rows) - 1).bit_length()
+        few = 1 << (len(rows) - 1).bit_length()
+        size = batch_size if len(questions) > batch_size else min(few, batch_size)
         size += -size % multiple
         made += made[-1:] * (size - len(rows))
         batch = collate(made, lengths=_common_length(text, made), pad_id=text.variant.llm.pad_id)
