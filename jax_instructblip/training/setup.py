@@ -25,6 +25,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _CHOICES = {
     "optimizer.schedule": ("cosine", "staircase"),
     "parallel.mode": ("jit", "pmap"),
+    "train.non_finite": ("stop", "skip"),
     "model.dtype": _DTYPES,
     "model.frozen_dtype": _DTYPES,
     **{f"model.remat.{tower}": tuple(REMAT) for tower in ("vision", "qformer", "llm")},
@@ -60,6 +61,7 @@ def read_workdir(config: ConfigDict) -> Path:
         "train.steps",
         "train.log_every",
         "train.accumulate",
+        "train.non_finite_limit",
         "checkpoints.every",
         "checkpoints.keep",
         "validation.every",
