@@ -6,6 +6,9 @@
       non_finite.jsonl the steps whose loss was no number, with their samples
       checkpoints/     `checkpoints.py`
 
+A workdir in an object store (`gs://bucket/run`) is kept on the local disk while the run goes on:
+checkpoints move there as they are made, the small files are copied at each of them.
+
 The config ends here (`setup.py` reads it): everything below takes keyword arguments.
 """
 
@@ -37,11 +40,12 @@ from jax_instructblip.training.spoilt import Spoilt
 from jax_instructblip.training.start import Start, read_start
 from jax_instructblip.training.state import TrainState, create_state
 from jax_instructblip.training.step import Metrics, Step, compile_step
+from jax_instructblip.training.workdir import Workdir
 
 _TEXT_LIMITS = ("qformer_limit", "prompt_limit", "answer_limit")
 
 
-def run(config: ConfigDict, *, evaluate: setup.Evaluate | None = None) -> Path:
+def run(config: ConfigDict, *, evaluate: setup.Evaluate | None = None) -> str:
     """The run directory, when the run that `config` (configs/common.py) describes has ended.
 
     A directory that has checkpoints is taken up where the newest stands. `evaluate` is what
@@ -53,6 +57,12 @@ def run(config: ConfigDict, *, evaluate: setup.Evaluate | None = None) -> Path:
         OSError: a checkpoint could not be written; the ones before it are intact.
     """
     workdir = setup.read_workdir(config)
+    with Workdir(workdir) as place:
+        _run(config, place, evaluate)
+    return workdir
+
+
+def _run(config: ConfigDict, workdir: Workdir, evaluate: setup.Evaluate | None) -> None:
     mesh = setup.read_mesh(config)
     rows = setup.read_rows(config, mesh)
     optimizer, schedule = setup.read_optimizer(config)
@@ -97,7 +107,6 @@ def run(config: ConfigDict, *, evaluate: setup.Evaluate | None = None) -> Path:
             ahead=config.data.ahead,
             workers=config.data.workers,
         )
-    return workdir
 
 
 class _Run:
@@ -106,23 +115,25 @@ class _Run:
     def __init__(
         self,
         config: ConfigDict,
-        workdir: Path,
+        workdir: Workdir,
         start: Start,
         batches: TrainBatches,
         step: Step,
         validation: setup.Validation | None,
     ):
-        self.workdir, self.batches, self.step, self.validation = workdir, batches, step, validation
+        self.place, self.workdir = workdir, workdir.folder
+        self.batches, self.step, self.validation = batches, step, validation
         self.frozen = start.frozen
         self.steps, self.log_every = config.train.steps, config.train.log_every
         self.save_every, self.hang_limit = config.checkpoints.every, config.train.hang_limit
         self.checkpoints = Checkpoints(
-            workdir / "checkpoints",
+            self.workdir / "checkpoints",
+            store=workdir.store and f"{workdir.store}/checkpoints",
             keep=config.checkpoints.keep,
             keep_every=config.checkpoints.keep_every,
         )
         self.spoilt = Spoilt(
-            workdir,
+            self.workdir,
             skip=config.train.non_finite == "skip",
             limit=config.train.non_finite_limit,
             ids=batches.ids,
@@ -140,16 +151,16 @@ class _Run:
     def begin(self, state: TrainState) -> None:
         """Takes `state`, or what the newest checkpoint holds instead."""
         self.state, self.rng = state, jax.random.key(self.seed)
-        self.workdir.mkdir(parents=True, exist_ok=True)
+        self.place.fetch()
         self.first = self.checkpoints.newest()
         if self.first:
             self.state, self.rng, found = self.checkpoints.restore(
                 self.first, state, self.rng, self.meta
             )
             _compare_cursors(
-                self.checkpoints.path(self.first), found["data"], self.cursor(self.first)
+                self.checkpoints.place(self.first), found["data"], self.cursor(self.first)
             )
-            _say(f"resuming {self.workdir} at step {self.first} of {self.steps}")
+            _say(f"resuming {self.place} at step {self.first} of {self.steps}")
             _say(*_changes(self.workdir / "config.json", self.document["config"]))
         if jax.process_index() == 0:
             text = json.dumps({"format": 1, **self.document}, indent=1)
@@ -177,6 +188,7 @@ class _Run:
             self.stop_order.close()
             self.checkpoints.close()
             self.writer.close()
+            self.place.push()
 
     def _loop(self, loaded: Iterator[tuple[loader.DeviceBatch, loader.Counts]]) -> None:
         waiting: tuple[int, Metrics, loader.Counts] | None = None
@@ -233,9 +245,10 @@ class _Run:
         meta = self.meta | {"score": score, "data": self.cursor(number)}
         with self.window.timed("checkpoint"):
             self.checkpoints.save(self.state, self.rng, meta)
+            self.place.push()
 
 
-def _compare_cursors(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _compare_cursors(folder: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises when the checkpoint's data order is not the run's."""
     wrong = [
         f"{name} was {found.get(name)}, now {wanted[name]}"

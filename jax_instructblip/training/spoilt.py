@@ -49,7 +49,7 @@ class Spoilt:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         saved = self._checkpoints.steps()
-        newest = self._checkpoints.path(saved[-1]) if saved else "none"
+        newest = self._checkpoints.place(saved[-1]) if saved else "none"
         found = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
         if not self._skip:
             raise ValueError(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -59,6 +60,10 @@ def make_config(files, folder, **fields):
     return config
 
 
+def run(config, **more):
+    return Path(loop.run(config, **more))
+
+
 def losses(workdir):
     return {line["step"]: line["loss"] for line in read_metrics(workdir) if "loss" in line}
 
@@ -69,7 +74,7 @@ def manifests(workdir, step):
 
 
 def test_a_run_learns_and_leaves_its_files(files, tmp_path, capsys):
-    workdir = loop.run(make_config(files, tmp_path / "run", **{"train.steps": 30}))
+    workdir = run(make_config(files, tmp_path / "run", **{"train.steps": 30}))
     found = losses(workdir)
     assert sorted(found) == list(range(1, 31))
     assert np.mean([found[step] for step in range(26, 31)]) < 0.8 * found[1]
@@ -104,7 +109,7 @@ loop.run(read_config(sys.argv[1:]))
 
 def test_train_4_is_train_2_and_resume_2_in_a_new_process(files, tmp_path):
     fields = {"data.augment": True, "model.qformer_dropout": 0.2}
-    whole = loop.run(make_config(files, tmp_path / "whole", **fields, **{"checkpoints.every": 9}))
+    whole = run(make_config(files, tmp_path / "whole", **fields, **{"checkpoints.every": 9}))
 
     config = make_config(files, tmp_path / "parts", **fields)
     path = tmp_path / "config.py"
@@ -190,7 +195,7 @@ def test_validation_chooses_the_best_checkpoint(files, tmp_path):
 
     fields = {"validation.path": str(files[1]), "validation.every": 1, "validation.limit": 7}
     fields |= {"checkpoints.keep": 1, "validation.max_new_tokens": 5}
-    workdir = loop.run(make_config(files, tmp_path / "run", **fields), evaluate=evaluate)
+    workdir = run(make_config(files, tmp_path / "run", **fields), evaluate=evaluate)
     assert seen == [(["llm", "qformer", "vision"], 12, 7, 64, 5)] * 5
     lines = {
         line["step"]: line["validation/accuracy"]
