@@ -60,6 +60,8 @@ def get_config() -> ConfigDict:
     config.train.steps = 60_000
     config.train.log_every = 10  # steps between lines of metrics
     config.train.hang_limit = 1_800.0  # seconds without a step after which stacks are printed
+    config.train.non_finite = "stop"  # on a loss that is no number; or "skip": leave the step out
+    config.train.non_finite_limit = 10  # such steps in a row that end a run which skips them
     config.train.accumulate = 1  # parts of a batch that are worked on one after the other
 
     config.optimizer = ConfigDict()

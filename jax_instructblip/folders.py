@@ -46,6 +46,17 @@ def refuse_existing(folder: str | os.PathLike) -> None:
         )
 
 
+def unwritable(folder: str | os.PathLike) -> str:
+    """Why nothing can be written to this folder, which need not exist yet; "" if it can be."""
+    place = Path(folder).absolute()
+    there = next(path for path in (place, *place.parents) if path.exists())
+    if not there.is_dir():
+        return f"{there} is a file"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{there} cannot be written to (read-only, or another user's)"
+    return ""
+
+
 def _remove_abandoned(folder: Path) -> None:
     """Removes what killed writers of the same folder on this machine have left."""
     prefix = f".{folder.name}.partial-{socket.gethostname()}-"

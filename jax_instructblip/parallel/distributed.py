@@ -8,9 +8,11 @@ pod JAX finds out (`--coordinator auto`). With none of these a process works alo
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import faulthandler
+import math
 import os
 import re
 import signal
@@ -23,6 +25,8 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from jax_instructblip.parallel import peers
 
 AUTO = "auto"  # let JAX find out, as it can on a TPU pod
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -77,11 +81,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--wait_limit", type=float, default=300.0, help="seconds to wait for the others (300)"
     )
+    group.add_argument(
+        "--silence_limit",
+        type=float,
+        default=peers.LIMIT,
+        help="seconds after which a process that is not heard of counts as lost (100)",
+    )
 
 
-def read_flags(flags: argparse.Namespace) -> tuple[Cluster | None, float]:
+def read_flags(flags: argparse.Namespace) -> tuple[Cluster | None, float, float]:
     """What `joined` wants to know, from the flags of `add_flags` and the environment."""
-    return find_cluster(flags.coordinator, flags.processes, flags.process), flags.wait_limit
+    cluster = find_cluster(flags.coordinator, flags.processes, flags.process)
+    return cluster, flags.wait_limit, flags.silence_limit
 
 
 def find_cluster(
@@ -129,10 +140,14 @@ def first_host(nodes: str) -> str:
 
 
 @contextlib.contextmanager
-def joined(cluster: Cluster | None, limit: float = 300.0) -> Iterator[None]:
+def joined(
+    cluster: Cluster | None, limit: float = 300.0, silence_limit: float = peers.LIMIT
+) -> Iterator[None]:
     """The time in which this process is one of its run; `limit` seconds are waited for the others.
 
-    Says on stderr which process this is and what devices there are.
+    Says on stderr which process this is and what devices there are. If another process is lost
+    meanwhile, this one says so and ends (`peers.py`; on a TPU pod JAX notices, and aborts); if this
+    one fails, the others are told.
 
     Raises:
         ClusterError: not all came within the limit; the absent ones are named.
@@ -140,24 +155,43 @@ def joined(cluster: Cluster | None, limit: float = 300.0) -> Iterator[None]:
     if cluster is None:
         yield
         return
-    if cluster.coordinator == AUTO:
-        jax.distributed.initialize(initialization_timeout=int(limit))
-    else:
-        roll_call(cluster, limit)
-        jax.distributed.initialize(
-            cluster.coordinator, cluster.count, cluster.index, initialization_timeout=int(limit)
-        )
-    me = f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
-    devices = f"{jax.local_device_count()} of {jax.device_count()} devices"
-    print(f"{me}: {devices} ({jax.devices()[0].device_kind})", file=sys.stderr, flush=True)
+    watch = None
+    # Ours is to notice first: JAX aborts.
+    limits = {
+        "initialization_timeout": int(limit),
+        "heartbeat_timeout_seconds": math.ceil(2 * silence_limit),
+    }
+    place: tuple[str | int, ...] = ()
+    if cluster.coordinator != AUTO:
+        lines = roll_call(cluster, limit)
+        me = f"process {cluster.index} on {socket.gethostname()}"
+        watch = peers.Peers(lines, me, silence_limit)
+        place = cluster.coordinator, cluster.count, cluster.index
     try:
+        jax.distributed.initialize(*place, **limits)  # type: ignore[arg-type]
+        me = f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
+        devices = f"{jax.local_device_count()} of {jax.device_count()} devices"
+        print(f"{me}: {devices} ({jax.devices()[0].device_kind})", file=sys.stderr, flush=True)
         yield
-    finally:
-        jax.distributed.shutdown()
+    except BaseException as error:
+        # JAX would wait for the others while the interpreter ends, and they for this one.
+        atexit.register(_leave)
+        if watch is not None:
+            watch.fail(f"{type(error).__name__}: {error}")
+        raise
+    jax.distributed.shutdown()
+    if watch is not None:
+        watch.close()
 
 
-def roll_call(cluster: Cluster, limit: float) -> None:
-    """Returns when all processes are here.
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def roll_call(cluster: Cluster, limit: float) -> peers.Lines:
+    """Open connections, when all processes are here: of process 0 to all others, of these to it.
 
     JAX ends a process that waited too long without saying for whom; so they meet before.
 
@@ -167,17 +201,15 @@ def roll_call(cluster: Cluster, limit: float) -> None:
     """
     deadline = time.monotonic() + limit
     if cluster.index:
-        _answer(cluster, deadline, limit)
-    else:
-        _call(cluster, deadline, limit)
+        return {0: (_answer(cluster, deadline, limit), cluster.roll_call_address()[0])}
+    return _call(cluster, deadline, limit)
 
 
-def _call(cluster: Cluster, deadline: float, limit: float) -> None:
+def _call(cluster: Cluster, deadline: float, limit: float) -> peers.Lines:
     """Process 0: hears the others, then tells all of them how it went."""
     here: dict[int, tuple[socket.socket, str]] = {}
     problem = ""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(_listen(cluster.roll_call_address()[1]))
+    with _listen(cluster.roll_call_address()[1]) as listener, contextlib.ExitStack() as stack:
         while len(here) < cluster.count - 1 and not problem:
             listener.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
@@ -194,11 +226,15 @@ def _call(cluster: Cluster, deadline: float, limit: float) -> None:
                 break
             stack.enter_context(connection)
             problem = _hear(cluster, connection, here) or problem
+            if connection not in (known for known, _ in here.values()):
+                connection.close()
         for connection, _ in here.values():
             with contextlib.suppress(OSError):  # it left again: JAX will notice
                 connection.sendall(f"{problem}\n".encode())
-    if problem:
-        raise ClusterError(problem)
+        if problem:
+            raise ClusterError(problem)
+        stack.pop_all()  # the connections stay open
+    return here
 
 
 def _hear(
@@ -225,7 +261,7 @@ def _hear(
     return problem
 
 
-def _answer(cluster: Cluster, deadline: float, limit: float) -> None:
+def _answer(cluster: Cluster, deadline: float, limit: float) -> socket.socket:
     """The others: report to process 0, as soon as it listens, and wait for its word."""
     address = cluster.roll_call_address()
     while True:
@@ -240,7 +276,8 @@ def _answer(cluster: Cluster, deadline: float, limit: float) -> None:
             break
         except OSError:
             time.sleep(RETRY_SECONDS)
-    with connection:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(connection)
         word = f"jax_instructblip {cluster.count} {cluster.index} {socket.gethostname()}\n"
         # Process 0 gives up by its own clock, and says so.
         connection.settimeout(deadline - time.monotonic() + 10.0)
@@ -249,8 +286,10 @@ def _answer(cluster: Cluster, deadline: float, limit: float) -> None:
             answer = connection.makefile().readline()
         except OSError:
             answer = ""
-    if answer != "\n":
-        raise ClusterError(answer.strip() or "process 0 left before all were here")
+        if answer != "\n":
+            raise ClusterError(answer.strip() or "process 0 left before all were here")
+        stack.pop_all()  # the connection stays open
+    return connection
 
 
 def _listen(port: int) -> socket.socket:

@@ -5,6 +5,9 @@ checkpoints/
     meta.json           step, variant, frozen base, data cursor, score of the validation
     trainable/          the trained weights: `qformer/...`     (folders of `checkpoint.py`)
     optimizer/          `step`, `rng`, `optimizer/...`          not needed for answering
+
+In an object store, which knows no renaming, a folder is complete when `meta.json` is there: each is
+written on the local disk first and then copied, that file last.
 """
 
 import json
@@ -21,7 +24,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 
-from jax_instructblip import checkpoint
+from jax_instructblip import checkpoint, remote
 from jax_instructblip.training.state import TrainState
 
 META = "meta.json"
@@ -38,23 +41,39 @@ class Checkpoints:
     folder, the first one writes.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, keep: int = 3, keep_every: int = 0):
-        """`keep` is at least 1, `keep_every` 0 for none; the folder need not exist yet."""
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        keep: int = 3,
+        keep_every: int = 0,
+        store: str = "",
+    ):
+        """`keep` is at least 1, `keep_every` 0 for none; the folder need not exist yet.
+
+        With `store`, an address (`gs://bucket/run/checkpoints`), the checkpoints are there, and
+        `folder` has those that are on their way.
+        """
         if keep < 1 or keep_every < 0:
             raise ValueError(
                 f"keep is {keep}, expected at least 1; keep_every {keep_every}, expected 0 or more"
             )
-        self.folder = Path(folder)
+        self.folder, self._store = Path(folder), store
         self._keep, self._keep_every = keep, keep_every
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending."""
-        if not self.folder.is_dir():
-            return []
-        names = [path.name for path in self.folder.iterdir() if (path / META).is_file()]
-        return sorted(int(name) for name in names if name.isdecimal())
+        if self._store:
+            numbers = [name for name in remote.names(self._store) if name.isdecimal()]
+            found = [name for name in numbers if remote.holds(self.place(int(name)), META)]
+        elif self.folder.is_dir():
+            names = [path.name for path in self.folder.iterdir() if (path / META).is_file()]
+            found = [name for name in names if name.isdecimal()]
+        else:
+            found = []
+        return sorted(map(int, found))
 
     def newest(self) -> int:
         """The newest step, as process 0 sees it (a shared folder may show up late); 0: none."""
@@ -62,14 +81,19 @@ class Checkpoints:
         return int(multihost_utils.broadcast_one_to_all(np.int64(steps[-1] if steps else 0)))
 
     def path(self, step: int) -> Path:
-        """The folder of that step."""
+        """The folder of that step on the disk."""
         return self.folder / str(step)
+
+    def place(self, step: int) -> str:
+        """Where that step is kept, on the disk or elsewhere."""
+        return f"{self._store or self.folder}/{step}"
 
     def meta(self, step: int) -> Meta:
         """What `meta.json` of that step says."""
-        path = self.path(step) / META
+        path = f"{self.place(step)}/{META}"
         try:
-            meta = json.loads(path.read_text())
+            text = remote.read(self.place(step), META) if self._store else Path(path).read_bytes()
+            meta = json.loads(text or b"")
         except ValueError as error:
             raise checkpoint.CheckpointError(f"{path} is damaged: {error}") from error
         if meta.get("format") != FORMAT:
@@ -98,8 +122,8 @@ class Checkpoints:
         step = int(state.step)
         if later := [each for each in self.steps() if each >= step]:
             raise FileExistsError(
-                f"{self.folder} holds the checkpoints {later}, made by another run than the one at "
-                f"step {step}: choose another workdir"
+                f"{self._store or self.folder} holds the checkpoints {later}, made by another run "
+                f"than the one at step {step}: choose another workdir"
             )
         writes = jax.process_index() == 0
         trainable = jax.tree.map(lambda leaf: _whole(leaf, writes), state.params)
@@ -132,7 +156,9 @@ class Checkpoints:
         compared first, then keys, shapes and dtypes, then the hash of every leaf.
         """
         found = self.meta(step)
-        _compare(self.path(step), found, meta)
+        _compare(self.place(step), found, meta)
+        if self._store:
+            remote.get(self.place(step), self.path(step))
         rest_like = checkpoint.unflatten(dict(_optimizer_leaves(like, rng)))
         try:
             trainable = self._read(step, "trainable", like.params)
@@ -140,8 +166,11 @@ class Checkpoints:
         except checkpoint.CheckpointError as error:
             before = [each for each in self.steps() if each < step]
             way = f"go on from step {before[-1]}" if before else "start over"
-            message = f"{error}\n  remove {self.path(step)} to {way}"
+            message = f"{error}\n  remove {self.place(step)} to {way}"
             raise checkpoint.CheckpointError(message) from error
+        finally:
+            if self._store:
+                shutil.rmtree(self.path(step), ignore_errors=True)
         place = lambda leaf, old: jax.make_array_from_callback(
             old.shape, old.sharding, lambda part: np.asarray(leaf)[part]
         )
@@ -167,21 +196,44 @@ class Checkpoints:
                 write_tree(partial / "trainable", checkpoint.flatten(trainable).items())
                 write_tree(partial / "optimizer", rest.items())
                 (partial / META).write_text(json.dumps(meta, indent=1) + "\n")
+            if self._store:
+                self._upload(step)
         except OSError as error:
-            there = ", ".join(map(str, self.steps())) or "none"
+            there = self._there()
             raise OSError(
                 error.errno,
                 f"the checkpoint of step {step} was not saved ({error.strerror or error}); intact "
-                f"in {self.folder}: {there}. Make room and start the run again",
+                f"in {self._store or self.folder}: {there}. Make room and start the run again",
             ) from error
         keep = {*self.steps()[-self._keep :], self.best()}
         for old in self.steps():
             if old not in keep and not (self._keep_every and old % self._keep_every == 0):
-                # Renamed first: a removal cut short must not leave half a numbered folder.
-                doomed = self.folder / f".{old}.removed"
-                shutil.rmtree(doomed, ignore_errors=True)
-                self.path(old).rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                self._remove(old)
+
+    def _upload(self, step: int) -> None:
+        """Moves the checkpoint from the disk to the store."""
+        try:
+            remote.remove(self.place(step))  # what a killed process has left
+            remote.put(self.path(step), self.place(step), last=META)
+        finally:
+            shutil.rmtree(self.path(step), ignore_errors=True)
+
+    def _remove(self, step: int) -> None:
+        if self._store:
+            remote.remove(self.place(step), first=META)
+            return
+        # Renamed first: a removal cut short must not leave half a numbered folder.
+        doomed = self.folder / f".{step}.removed"
+        shutil.rmtree(doomed, ignore_errors=True)
+        self.path(step).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _there(self) -> str:
+        """Which steps are complete, for a message; a store that fails may not even tell."""
+        try:
+            return ", ".join(map(str, self.steps())) or "none"
+        except Exception:
+            return "all that were there before"
 
 
 def _whole(leaf: Array, wanted: bool) -> np.ndarray | None:
@@ -211,7 +263,7 @@ def _leaf_path(path: tuple[Any, ...]) -> str:
     return "/".join(map(str, ("optimizer", *words)))
 
 
-def _compare(folder: Path, found: Meta, wanted: Meta) -> None:
+def _compare(folder: str, found: Meta, wanted: Meta) -> None:
     """Raises when the checkpoint is of another model, of other parts of it, or of another base."""
     wrong = []
     variant, expected = (_flat_fields(meta["variant"]) for meta in (found, wanted))

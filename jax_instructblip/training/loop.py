@@ -3,14 +3,17 @@
     workdir/
       config.json      what was run: variant, frozen base, every field of the config
       metrics.jsonl    numbers of the steps and of the validations (and `tensorboard/`)
+      non_finite.jsonl the steps whose loss was no number, with their samples
       checkpoints/     `checkpoints.py`
+
+A workdir in an object store (`gs://bucket/run`) is kept on the local disk while the run goes on:
+checkpoints move there as they are made, the small files are copied at each of them.
 
 The config ends here (`setup.py` reads it): everything below takes keyword arguments.
 """
 
 import contextlib
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -19,29 +22,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from jax_instructblip.data import loader
 from jax_instructblip.data.mixture import TrainBatches
 from jax_instructblip.data.progress import Progress
-from jax_instructblip.data.text import TRUNCATED
 from jax_instructblip.folders import write_file
 from jax_instructblip.inference.source import read_json
 from jax_instructblip.models.instructblip import InstructBlip
+from jax_instructblip.parallel import peers
 from jax_instructblip.parallel.distributed import StopOrder, Watchdog
 from jax_instructblip.parallel.mesh import batch_sharding
 from jax_instructblip.training import setup
 from jax_instructblip.training.checkpoints import Checkpoints, Meta
-from jax_instructblip.training.metrics import MetricsWriter
+from jax_instructblip.training.metrics import MetricsWriter, Window
+from jax_instructblip.training.spoilt import Spoilt
 from jax_instructblip.training.start import Start, read_start
 from jax_instructblip.training.state import TrainState, create_state
 from jax_instructblip.training.step import Metrics, Step, compile_step
+from jax_instructblip.training.workdir import Workdir
 
 _TEXT_LIMITS = ("qformer_limit", "prompt_limit", "answer_limit")
 
 
-def run(config: ConfigDict, *, evaluate: setup.Evaluate | None = None) -> Path:
+def run(config: ConfigDict, *, evaluate: setup.Evaluate | None = None) -> str:
     """The run directory, when the run that `config` (configs/common.py) describes has ended.
 
     A directory that has checkpoints is taken up where the newest stands. `evaluate` is what
@@ -53,6 +57,12 @@ def run(config: ConfigDict, *, evaluate: setup.Evaluate | None = None) -> Path:
         OSError: a checkpoint could not be written; the ones before it are intact.
     """
     workdir = setup.read_workdir(config)
+    with Workdir(workdir) as place:
+        _run(config, place, evaluate)
+    return workdir
+
+
+def _run(config: ConfigDict, workdir: Workdir, evaluate: setup.Evaluate | None) -> None:
     mesh = setup.read_mesh(config)
     rows = setup.read_rows(config, mesh)
     optimizer, schedule = setup.read_optimizer(config)
@@ -83,6 +93,7 @@ def run(config: ConfigDict, *, evaluate: setup.Evaluate | None = None) -> Path:
         schedule=schedule,
         clip_norm=config.optimizer.clip_norm or None,
         accumulate=config.train.accumulate,
+        skip_non_finite=config.train.non_finite == "skip",
     )
     tuning = _Run(config, workdir, start, batches, step, validation)
     del start  # its trainable weights have been copied
@@ -96,7 +107,6 @@ def run(config: ConfigDict, *, evaluate: setup.Evaluate | None = None) -> Path:
             ahead=config.data.ahead,
             workers=config.data.workers,
         )
-    return workdir
 
 
 class _Run:
@@ -105,20 +115,29 @@ class _Run:
     def __init__(
         self,
         config: ConfigDict,
-        workdir: Path,
+        workdir: Workdir,
         start: Start,
         batches: TrainBatches,
         step: Step,
         validation: setup.Validation | None,
     ):
-        self.workdir, self.batches, self.step, self.validation = workdir, batches, step, validation
+        self.place, self.workdir = workdir, workdir.folder
+        self.batches, self.step, self.validation = batches, step, validation
         self.frozen = start.frozen
         self.steps, self.log_every = config.train.steps, config.train.log_every
         self.save_every, self.hang_limit = config.checkpoints.every, config.train.hang_limit
         self.checkpoints = Checkpoints(
-            workdir / "checkpoints",
+            self.workdir / "checkpoints",
+            store=workdir.store and f"{workdir.store}/checkpoints",
             keep=config.checkpoints.keep,
             keep_every=config.checkpoints.keep_every,
+        )
+        self.spoilt = Spoilt(
+            self.workdir,
+            skip=config.train.non_finite == "skip",
+            limit=config.train.non_finite_limit,
+            ids=batches.ids,
+            checkpoints=self.checkpoints,
         )
         self.seed = config.seed
         self.meta: Meta = {
@@ -132,16 +151,16 @@ class _Run:
     def begin(self, state: TrainState) -> None:
         """Takes `state`, or what the newest checkpoint holds instead."""
         self.state, self.rng = state, jax.random.key(self.seed)
-        self.workdir.mkdir(parents=True, exist_ok=True)
+        self.place.fetch()
         self.first = self.checkpoints.newest()
         if self.first:
             self.state, self.rng, found = self.checkpoints.restore(
                 self.first, state, self.rng, self.meta
             )
             _compare_cursors(
-                self.checkpoints.path(self.first), found["data"], self.cursor(self.first)
+                self.checkpoints.place(self.first), found["data"], self.cursor(self.first)
             )
-            _say(f"resuming {self.workdir} at step {self.first} of {self.steps}")
+            _say(f"resuming {self.place} at step {self.first} of {self.steps}")
             _say(*_changes(self.workdir / "config.json", self.document["config"]))
         if jax.process_index() == 0:
             text = json.dumps({"format": 1, **self.document}, indent=1)
@@ -155,8 +174,9 @@ class _Run:
         """Makes the remaining steps; `reading` is how batches are read ahead."""
         self.silent = jax.process_index() > 0
         self.writer = MetricsWriter(self.workdir, start=self.first, silent=self.silent)
-        self.window = _Window()
+        self.window = Window()
         self.stop_order, self.watchdog = StopOrder(), Watchdog(self.hang_limit)
+        peers.on_loss(self.checkpoints.close)
         try:
             if self.first == 0 and self.validation and self.validation.first:
                 self.validate(0)
@@ -168,6 +188,7 @@ class _Run:
             self.stop_order.close()
             self.checkpoints.close()
             self.writer.close()
+            self.place.push()
 
     def _loop(self, loaded: Iterator[tuple[loader.DeviceBatch, loader.Counts]]) -> None:
         waiting: tuple[int, Metrics, loader.Counts] | None = None
@@ -199,18 +220,10 @@ class _Run:
         """Writes down the numbers of a step, if it is time to; returns a note for the line.
 
         Raises:
-            ValueError: the loss is not finite.
+            ValueError: the loss is not finite, and such steps are not skipped, or too many.
         """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-            saved = self.checkpoints.steps()
-            raise ValueError(
-                f"step {number}: loss {values['loss']}, gradient norm {values['gradient_norm']}, "
-                "and nothing after it can be trusted. Its samples: "
-                f"{', '.join(self.batches.ids(number - 1))}. Newest checkpoint: "
-                f"{self.checkpoints.path(saved[-1]) if saved else 'none'}; lower "
-                "config.optimizer.learning_rate or set config.optimizer.clip_norm"
-            )
+        self.spoilt.check(number, values)
         self.window.add(values, counts)
         if number % self.log_every == 0 or number in (1, self.steps):
             self.writer.write(number, self.window.close())
@@ -232,67 +245,10 @@ class _Run:
         meta = self.meta | {"score": score, "data": self.cursor(number)}
         with self.window.timed("checkpoint"):
             self.checkpoints.save(self.state, self.rng, meta)
+            self.place.push()
 
 
-class _Window:
-    """The numbers of the steps since the last line of metrics."""
-
-    def __init__(self):
-        self.restart()
-
-    def skip(self, seconds: float) -> None:
-        """Leaves out time that was not spent on steps."""
-        self._began += seconds
-
-    @contextlib.contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Counts the time of the block as spent on `what`; the rest is the device's."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self._spent[what] += time.monotonic() - began
-
-    def restart(self) -> None:
-        """Forgets everything."""
-        self._spent: dict[str, float] = {"data": 0.0, "checkpoint": 0.0}
-        self._began = time.monotonic()
-        self._steps: list[dict[str, float]] = []
-        self._samples = 0
-        self._counts = {name: 0.0 for name in ("replaced", *TRUNCATED)}
-        self._text = np.zeros(2, np.int64)
-
-    def add(self, values: dict[str, float], counts: loader.Counts) -> None:
-        """Adds one step."""
-        self._steps.append(values)
-        self._samples += len(counts["replaced"])
-        self._counts["replaced"] += float((counts["replaced"] > 0).sum())
-        self._text += counts["text"]
-        for name, count in zip(TRUNCATED, counts["truncated"].sum(axis=0), strict=True):
-            self._counts[name] += float(count)
-
-    def close(self) -> dict[str, float]:
-        """The last step's numbers, but the mean loss of all; rates; counts where not zero.
-
-        `padding_share` is the share of this host's text positions that hold no token;
-        `data_share` and `checkpoint_share` are shares of the time: waiting for a batch, and
-        copying a state to be saved.
-        """
-        seconds = max(time.monotonic() - self._began, 1e-9)
-        values = dict(self._steps[-1])
-        values["loss"] = sum(each["loss"] for each in self._steps) / len(self._steps)
-        values["steps_per_second"] = len(self._steps) / seconds
-        values["samples_per_second"] = self._samples * jax.process_count() / seconds
-        values |= {f"{what}_share": spent / seconds for what, spent in self._spent.items()}
-        held, positions = self._text
-        values["padding_share"] = 1 - held / positions
-        names = {"replaced": "replaced", **{name: f"truncated_{name}" for name in TRUNCATED}}
-        values |= {names[name]: count for name, count in self._counts.items() if count}
-        self.restart()
-        return values
-
-
-def _compare_cursors(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _compare_cursors(folder: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises when the checkpoint's data order is not the run's."""
     wrong = [
         f"{name} was {found.get(name)}, now {wanted[name]}"

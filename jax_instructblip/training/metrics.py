@@ -1,12 +1,19 @@
 """The numbers of a run: JSON lines for programs, TensorBoard for eyes."""
 
+import contextlib
 import json
+import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import numpy as np
 from tensorboardX import SummaryWriter
 
+from jax_instructblip.data import loader
+from jax_instructblip.data.text import TRUNCATED
 from jax_instructblip.folders import write_file
 
 FILE = "metrics.jsonl"
@@ -62,3 +69,69 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, float]]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+class Window:
+    """The numbers of the steps since the last line of metrics."""
+
+    def __init__(self):
+        self.restart()
+
+    def skip(self, seconds: float) -> None:
+        """Leaves out time that was not spent on steps."""
+        self._began += seconds
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Counts the time of the block as spent on `what`; the rest is the device's."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._spent[what] += time.monotonic() - began
+
+    def restart(self) -> None:
+        """Forgets everything."""
+        self._spent: dict[str, float] = {"data": 0.0, "checkpoint": 0.0}
+        self._began = time.monotonic()
+        self._steps: list[dict[str, float]] = []
+        self._skipped = 0.0
+        self._samples = 0
+        self._counts = {name: 0.0 for name in ("replaced", *TRUNCATED)}
+        self._text = np.zeros(2, np.int64)
+
+    def add(self, values: dict[str, float], counts: loader.Counts) -> None:
+        """Adds one step."""
+        self._steps.append(values)
+        self._skipped += values.get("skipped", 0.0)
+        self._samples += len(counts["replaced"])
+        self._counts["replaced"] += float((counts["replaced"] > 0).sum())
+        self._text += counts["text"]
+        for name, count in zip(TRUNCATED, counts["truncated"].sum(axis=0), strict=True):
+            self._counts[name] += float(count)
+
+    def close(self) -> dict[str, float]:
+        """The last step's numbers, but the mean loss of all; rates; counts where not zero.
+
+        `skipped` is how many of the steps were, in a run that skips those of no finite loss; the
+        mean is of the others.
+
+        `padding_share` is the share of this host's text positions that hold no token;
+        `data_share` and `checkpoint_share` are shares of the time: waiting for a batch, and
+        copying a state to be saved.
+        """
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        values = dict(self._steps[-1])
+        finite = [each["loss"] for each in self._steps if math.isfinite(each["loss"])]
+        values["loss"] = sum(finite) / len(finite) if finite else math.nan
+        if "skipped" in values:
+            values["skipped"] = self._skipped
+        values["steps_per_second"] = len(self._steps) / seconds
+        values["samples_per_second"] = self._samples * jax.process_count() / seconds
+        values |= {f"{what}_share": spent / seconds for what, spent in self._spent.items()}
+        held, positions = self._text
+        values["padding_share"] = 1 - held / positions
+        names = {"replaced": "replaced", **{name: f"truncated_{name}" for name in TRUNCATED}}
+        values |= {names[name]: count for name, count in self._counts.items() if count}
+        self.restart()
+        return values

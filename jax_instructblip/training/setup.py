@@ -2,7 +2,6 @@
 
 import operator
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,10 +9,12 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from jax_instructblip import remote
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.mixture import Mixture, Source, TrainBatches
 from jax_instructblip.data.sources import dataset_name, open_records
 from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.folders import unwritable
 from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.models.layers import REMAT, Scan, Scans
 from jax_instructblip.parallel import pmap, rules
@@ -25,6 +26,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _CHOICES = {
     "optimizer.schedule": ("cosine", "staircase"),
     "parallel.mode": ("jit", "pmap"),
+    "train.non_finite": ("stop", "skip"),
     "model.dtype": _DTYPES,
     "model.frozen_dtype": _DTYPES,
     **{f"model.remat.{tower}": tuple(REMAT) for tower in ("vision", "qformer", "llm")},
@@ -43,8 +45,8 @@ class Validation(NamedTuple):
     first: bool  # whether the weights are measured before the first step, too
 
 
-def read_workdir(config: ConfigDict) -> Path:
-    """The run directory; raises a ValueError that lists every field without a usable value."""
+def read_workdir(config: ConfigDict) -> str:
+    """The run directory, a path or an address; ValueError: every field without a usable value."""
     wrong = [
         f"config.{name} is not set: {what}"
         for name, what in (
@@ -60,6 +62,7 @@ def read_workdir(config: ConfigDict) -> Path:
         "train.steps",
         "train.log_every",
         "train.accumulate",
+        "train.non_finite_limit",
         "checkpoints.every",
         "checkpoints.keep",
         "validation.every",
@@ -80,9 +83,26 @@ def read_workdir(config: ConfigDict) -> Path:
                 f"config.data.sources.{name} has the fields {sorted(source)}, expected "
                 f"{sorted(fields)}: make it with common.source()"
             )
+    for name in ("model.checkpoint", "model.init", "validation.path"):
+        wrong += _refuse_remote(name, operator.attrgetter(name)(config))
+    for name, source in config.data.sources.items():
+        wrong += _refuse_remote(f"data.sources.{name}.path", source.get("path", ""))
     if wrong:
         raise ValueError("this config cannot be run:\n  " + "\n  ".join(wrong))
-    return Path(config.workdir)
+    if remote.is_remote(config.workdir):
+        remote.check(config.workdir)
+    elif problem := unwritable(config.workdir):
+        raise ValueError(f"config.workdir is {config.workdir}: {problem}; choose another one")
+    return config.workdir
+
+
+def _refuse_remote(name: str, path: str) -> list[str]:
+    if not remote.is_remote(path):
+        return []
+    return [
+        f"config.{name} is {path}: weights and data are read from a disk; copy the folder there, "
+        "or mount the bucket (gcsfuse, s3fs). config.workdir alone may be an address"
+    ]
 
 
 def read_mesh(config: ConfigDict) -> Mesh:

@@ -41,6 +41,7 @@ def train_step(
     schedule: optax.Schedule,
     clip_norm: float | None = None,
     accumulate: int = 1,
+    skip_non_finite: bool = False,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """The state after one step, and what is worth knowing about it as float32 scalars.
@@ -59,11 +60,13 @@ def train_step(
       clip_norm: the largest norm that the gradient may have (None: no clipping).
       accumulate: parts of the batch that are worked on one after the other. They add up to the
         same step: losses and tokens are summed over all before they are divided.
+      skip_non_finite: whether weights and moments stay as they are where the loss or the gradient
+        is no finite number; the step counts all the same, for the schedule and the data.
       axis_name: of the mapped axis under `jax.pmap`, where each device is given its own rows.
 
     Metrics: `loss` (mean over the global batch's target tokens), `tokens` (how many those are),
-    `gradient_norm` (before clipping), `parameter_norm` (trainable, before the update) and
-    `learning_rate`.
+    `gradient_norm` (before clipping), `parameter_norm` (trainable, before the update),
+    `learning_rate` and, with `skip_non_finite`, `skipped` (1 or 0).
     """
     rng = jax.random.fold_in(rng, state.step)
     if axis_name is not None:
@@ -87,6 +90,16 @@ def train_step(
         gradient = jax.tree.map(lambda leaf: leaf * factor, gradient)
     updates, moments = optimizer.update(gradient, state.optimizer, state.params)
     params = cast(Params, optax.apply_updates(state.params, updates))
+    if skip_non_finite:
+        fine = jnp.isfinite(total) & jnp.isfinite(norm)
+        metrics["skipped"] = 1.0 - fine.astype(jnp.float32)
+        keep = lambda new, old: jnp.where(fine, new, old)
+        params = jax.tree.map(keep, params, state.params)
+        # The optimizer's counts of steps go on: its learning rate is that of the step.
+        counts = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.integer)
+        moments = jax.tree.map(
+            lambda new, old: new if counts(new) else keep(new, old), moments, state.optimizer
+        )
     return TrainState(state.step + 1, params, moments), metrics
 
 

@@ -1,6 +1,7 @@
 """Which process this is, and whether the others are there; real runs are in test_processes.py."""
 
 import concurrent.futures
+import contextlib
 import os
 import re
 import signal
@@ -73,11 +74,15 @@ def test_what_cannot_be_is_refused(given, message):
 
 
 def call(clusters, limit):
-    """What each process of `clusters` is told: None, or the error."""
+    """With whom each process of `clusters` stays connected, or the error."""
 
     def meet(cluster):
         try:
-            return distributed.roll_call(cluster, limit)
+            with contextlib.ExitStack() as stack:
+                lines = distributed.roll_call(cluster, limit)
+                for connection, _ in lines.values():
+                    stack.enter_context(connection)
+                return sorted(lines)
         except ClusterError as error:
             return str(error)
 
@@ -86,7 +91,12 @@ def call(clusters, limit):
 
 
 def test_all_are_here(address):
-    assert call([Cluster(address, 4, index) for index in (2, 3, 1, 0)], 20.0) == [None] * 4
+    assert call([Cluster(address, 4, index) for index in (2, 3, 1, 0)], 20.0) == [
+        [0],
+        [0],
+        [0],
+        [1, 2, 3],
+    ]
 
 
 def test_absent_processes_are_named_to_all_that_are_here(address):
@@ -117,7 +127,7 @@ def test_processes_that_were_started_differently(address, clusters, message):
 
 def test_strangers_at_the_port_do_not_count(address):
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        waiting = pool.submit(distributed.roll_call, Cluster(address, 2, 0), 20.0)
+        waiting = pool.submit(call, [Cluster(address, 2, 0)], 20.0)
         while True:
             try:
                 host, port = Cluster(address, 2, 0).roll_call_address()
@@ -126,8 +136,8 @@ def test_strangers_at_the_port_do_not_count(address):
                 break
             except ConnectionRefusedError:
                 time.sleep(0.05)
-        distributed.roll_call(Cluster(address, 2, 1), 20.0)
-        assert waiting.result() is None
+        assert call([Cluster(address, 2, 1)], 20.0) == [[0]]
+        assert waiting.result() == [[1]]
 
 
 def test_a_port_in_use_is_named(address):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from configs import common
 from jax_instructblip import checkpoint
 from jax_instructblip.training import loop
-from jax_instructblip.training.metrics import read_metrics
+from jax_instructblip.training.metrics import Window, read_metrics
 from tests.micro import compile_cache, write_base, write_data
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -59,6 +60,10 @@ def make_config(files, folder, **fields):
     return config
 
 
+def run(config, **more):
+    return Path(loop.run(config, **more))
+
+
 def losses(workdir):
     return {line["step"]: line["loss"] for line in read_metrics(workdir) if "loss" in line}
 
@@ -69,7 +74,7 @@ def manifests(workdir, step):
 
 
 def test_a_run_learns_and_leaves_its_files(files, tmp_path, capsys):
-    workdir = loop.run(make_config(files, tmp_path / "run", **{"train.steps": 30}))
+    workdir = run(make_config(files, tmp_path / "run", **{"train.steps": 30}))
     found = losses(workdir)
     assert sorted(found) == list(range(1, 31))
     assert np.mean([found[step] for step in range(26, 31)]) < 0.8 * found[1]
@@ -104,7 +109,7 @@ loop.run(read_config(sys.argv[1:]))
 
 def test_train_4_is_train_2_and_resume_2_in_a_new_process(files, tmp_path):
     fields = {"data.augment": True, "model.qformer_dropout": 0.2}
-    whole = loop.run(make_config(files, tmp_path / "whole", **fields, **{"checkpoints.every": 9}))
+    whole = run(make_config(files, tmp_path / "whole", **fields, **{"checkpoints.every": 9}))
 
     config = make_config(files, tmp_path / "parts", **fields)
     path = tmp_path / "config.py"
@@ -192,7 +197,7 @@ def test_validation_chooses_the_best_checkpoint(files, tmp_path):
 
     fields = {"validation.path": str(files[1]), "validation.every": 1, "validation.limit": 7}
     fields |= {"checkpoints.keep": 1, "validation.max_new_tokens": 5}
-    workdir = loop.run(make_config(files, tmp_path / "run", **fields), evaluate=evaluate)
+    workdir = run(make_config(files, tmp_path / "run", **fields), evaluate=evaluate)
     assert seen == [(["llm", "qformer", "vision"], 12, 7, 64, 5)] * 5
     lines = {
         line["step"]: line["validation/accuracy"]
@@ -213,8 +218,40 @@ def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
+def test_spoilt_steps_are_skipped_and_written_down_until_they_are_too_many(
+    files, tmp_path, monkeypatch
+):
+    make, spoilt, calls = loop.compile_step, {2, 3, 6, 7, 8, 9}, [0]
+
+    def spoiling(**settings):
+        step = make(**settings)
+
+        def call(state, frozen, batch, rng):
+            calls[0] += 1
+            if calls[0] in spoilt:
+                frozen = jax.tree.map(lambda leaf: leaf * np.float32("nan"), frozen)
+            return step(state, frozen, batch, rng)
+
+        return call
+
+    monkeypatch.setattr(loop, "compile_step", spoiling)
+    fields = {"train.non_finite": "skip", "train.non_finite_limit": 3, "train.log_every": 2}
+    config = make_config(files, tmp_path / "run", **fields, **{"train.steps": 12})
+    with pytest.raises(ValueError, match=r"step 8: loss nan.* 3 in a row.*checkpoints/6"):
+        loop.run(config)
+    lines = read_metrics(tmp_path / "run")
+    assert [(line["step"], line["skipped"]) for line in lines] == [(1, 0), (2, 1), (4, 1), (6, 1)]
+    assert np.isfinite([line["loss"] for line in lines[2:]]).all() and np.isnan(lines[1]["loss"])
+    noted = (tmp_path / "run" / "non_finite.jsonl").read_text().splitlines()
+    noted = [json.loads(line) for line in noted]
+    assert [each["step"] for each in noted] == [2, 3, 6, 7, 8]
+    assert all(len(each["samples"]) == 4 and each["loss"] == "nan" for each in noted)
+    tree = checkpoint.read_tree(tmp_path / "run" / "checkpoints" / "6" / "trainable")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
 def test_time_is_split_and_starts_anew():
-    window = loop._Window()
+    window = Window()
     counts = {"replaced": np.zeros(2), "truncated": np.zeros((2, 3)), "text": np.array([1, 2])}
     for spent in (0.1, 0.0):
         with window.timed("data"):
@@ -227,7 +264,7 @@ def test_time_is_split_and_starts_anew():
 
 
 def test_what_was_cut_or_replaced_is_counted():
-    window = loop._Window()
+    window = Window()
     for replaced in ([0, 3], [0, 0]):
         counts = {"replaced": np.array(replaced), "truncated": np.array([[1, 0, 1], [1, 0, 0]])}
         window.add({"loss": 1.0}, counts | {"text": np.array([3, 8])})
@@ -291,6 +328,7 @@ def test_compiles_nothing_after_the_first_steps(files, tmp_path, monkeypatch):
         ({"validation.batch_size": 0}, "validation.batch_size is 0, expected at least 1"),
         ({"train.accumulate": 3}, "batch_size is 4; to be worked on in 3 parts .* a multiple of 3"),
         ({"train.accumulate": 0}, "train.accumulate is 0, expected at least 1"),
+        ({"train.non_finite": "go"}, "train.non_finite is 'go', expected one of stop, skip"),
         ({"parallel.mode": "map"}, "parallel.mode is 'map', expected one of jit, pmap"),
         ({"model.remat.llm": "some"}, "remat.llm is 'some', expected one of none, dots, full"),
     ],

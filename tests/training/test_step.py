@@ -228,3 +228,28 @@ for name in {absent + ["matplotlib", "torch", "tensorflow"]}:
 import jax_instructblip.training.step, jax_instructblip.training.checkpoints
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_step_without_a_finite_loss_is_skipped_whole(tuning):
+    settings, state, frozen, batch = tuning("t5")
+    step = compiled(settings, skip_non_finite=True)
+    key = jax.random.key(1)
+    state, metrics = step(state, frozen, batch, key)
+    assert float(metrics["skipped"]) == 0
+    before = jax.tree.map(np.array, state)
+    spoilt = jax.tree.map(lambda leaf: leaf * jnp.nan, frozen)
+    state, metrics = step(state, spoilt, batch, key)
+    assert float(metrics["skipped"]) == 1 and not np.isfinite(metrics["loss"])
+    assert int(state.step) == 2
+    for old, new in zip(jax.tree.leaves(before[1:]), jax.tree.leaves(state[1:]), strict=True):
+        if np.issubdtype(old.dtype, np.integer):  # the schedule's place
+            assert new == old + 1
+        else:
+            np.testing.assert_array_equal(new, old)
+    after, metrics = step(state, frozen, batch, key)
+    assert float(metrics["skipped"]) == 0
+    assert not jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), after.params, state.params))
+    # Without the setting the same batch spoils the weights.
+    plain, metrics = compiled(settings)(state, spoilt, batch, key)
+    assert "skipped" not in metrics
+    assert any(not np.isfinite(leaf).all() for leaf in jax.tree.leaves(plain.params))

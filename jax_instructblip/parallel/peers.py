@@ -1,0 +1,145 @@
+"""What a process does when another one of its run has gone: it says so, and ends.
+
+A collective waits for all processes; one that has died would be waited for in vain, or for minutes.
+So the connections of the roll call stay open, and a thread listens to them:
+
+    process 1 --+
+    process 2 --+-- process 0       each line says that both ends live; process 0 passes losses on
+    process 3 --+
+
+A killed process is known of at once, as its connection closes; a machine that lost its power or its
+network, when it has been silent for a while.
+"""
+
+import contextlib
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+Lines = Mapping[int, tuple[socket.socket, str]]  # process -> connection, its host
+
+LIMIT = 100.0  # seconds of silence after which a process counts as lost
+FINISH_LIMIT = 600.0  # seconds that what is being saved may take to be written out
+SETTLE_SECONDS = 2.0  # in which the loss of another process explains an error of this one
+_ALIVE, _BYE, _LOST = b"alive", b"bye", b"lost"
+
+_callbacks: list[Callable[[], None]] = []
+
+
+def on_loss(callback: Callable[[], None]) -> None:
+    """Calls it before this process ends because another has gone: to end what is being written."""
+    _callbacks.append(callback)
+
+
+class Peers:
+    """Watches the other processes of a run from when it is made until `close` or `fail`."""
+
+    def __init__(self, lines: Lines, me: str, limit: float = LIMIT):
+        """`lines` are taken over; `me` is how the others shall call this process."""
+        self._lines, self._me, self._limit = dict(lines), me, limit
+        self._heard = dict.fromkeys(self._lines, time.monotonic())
+        self._partial = dict.fromkeys(self._lines, b"")
+        self._lost = threading.Event()
+        self._closed = threading.Event()
+        self._sending = threading.Lock()
+        for connection, _ in self._lines.values():
+            connection.settimeout(5.0)
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the watch: this process has done its work, as the others have."""
+        self._closed.set()
+        self._say(_BYE)
+        self._thread.join()
+        for connection, _ in self._lines.values():
+            connection.close()
+
+    def fail(self, reason: str) -> None:
+        """Tells the others that this process ends for that reason.
+
+        Does not return if it is the loss of another process that made this one fail: then the
+        watch says so, and ends it.
+        """
+        if self._lost.wait(SETTLE_SECONDS):
+            self._thread.join()
+        self._closed.set()  # what the others do then is no news
+        self._say(_LOST + f" {self._me} ended: {reason}".encode())
+        self._thread.join()
+
+    def _watch(self) -> None:
+        beat = min(self._limit / 4, 5.0)
+        with selectors.DefaultSelector() as selector:
+            for index, (connection, _) in self._lines.items():
+                selector.register(connection, selectors.EVENT_READ, index)
+            said = time.monotonic()
+            while not self._closed.is_set():
+                for key, _ in selector.select(min(beat, 0.2)):
+                    if not self._hear(key.data):
+                        selector.unregister(key.fileobj)
+                now = time.monotonic()
+                if now - said > beat:
+                    self._say(_ALIVE)
+                    said = now
+                for index, heard in self._heard.items():
+                    if now - heard > self._limit:
+                        silent = f"has been silent for {self._limit:g} seconds"
+                        self._end(f"{self._name(index)} {silent}")
+
+    def _hear(self, index: int) -> bool:
+        """Reads what a process says; whether there may be more to come."""
+        try:
+            data = self._lines[index][0].recv(65_536)
+        except TimeoutError:
+            return True
+        except OSError:
+            data = b""
+        self._heard[index] = time.monotonic()
+        *words, self._partial[index] = (self._partial[index] + data).split(b"\n")
+        for word in words:
+            if word.startswith(_LOST):
+                self._end(word.removeprefix(_LOST).strip().decode(errors="replace"))
+            if word == _BYE:
+                del self._heard[index]
+                return False
+        if not data:
+            self._end(f"{self._name(index)} ended without a word: was it killed?")
+        return bool(data)
+
+    def _end(self, loss: str) -> None:
+        """Ends this process, unless it ends already: it cannot go on without the lost one."""
+        if self._closed.is_set():
+            return
+        self._lost.set()
+        self._say(_LOST + b" " + loss.encode())
+        print(
+            f"\nerror: {loss}\n{self._me} cannot go on without it and ends. Start all processes "
+            "again: they go on from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        finishing = threading.Thread(target=_finish, daemon=True)
+        finishing.start()
+        finishing.join(FINISH_LIMIT)
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        os._exit(1)  # the main thread may be waiting for the lost process, where nothing stops it
+
+    def _say(self, word: bytes) -> None:
+        with self._sending:
+            for connection, _ in self._lines.values():
+                with contextlib.suppress(OSError):  # it has gone: the watch will find out
+                    connection.sendall(b"%s\n" % word.replace(b"\n", b" "))
+
+    def _name(self, index: int) -> str:
+        return f"process {index} on {self._lines[index][1]}"
+
+
+def _finish() -> None:
+    for callback in _callbacks:
+        with contextlib.suppress(Exception):
+            callback()

@@ -1,0 +1,118 @@
+"""Folders of an object store (`gs://`, `s3://`, ...), as far as a run needs them.
+
+A store puts a file whole or not at all, but knows no renaming of folders and no appending. So a
+folder is complete when one file of it is there, which is put last and removed first.
+"""
+
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+TRIES = 3  # of each file: stores fail now and then
+PAUSE_SECONDS = 1.0  # after the first failure; twice as long after the next one
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether it is an address (`gs://bucket/run`) and no path of a disk."""
+    return "://" in os.fspath(path)
+
+
+def check(folder: str) -> None:
+    """Raises a ValueError, with what to do, where the folder cannot be written to and read."""
+    try:
+        probe = epath.Path(folder) / f".probe-{uuid.uuid4().hex}"
+        probe.write_text("probe")
+        found = probe.read_text()
+        probe.unlink()
+    except ImportError as error:
+        library = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}.get(folder.partition("://")[0])
+        how = f"pip install {library}" if library else "known are gs://, s3:// and az://"
+        raise ValueError(f"{folder} cannot be used: {_words(error)} ({how})") from error
+    except Exception as error:  # each store has errors of its own
+        raise ValueError(
+            f"{folder} cannot be written to: {_words(error)}; is the bucket's name right, and may "
+            "this machine write there?"
+        ) from error
+    if found != "probe":
+        raise ValueError(f"{folder} gives back other bytes than were written to it")
+
+
+def names(folder: str) -> list[str]:
+    """The names of what is in the folder; none where it is not there."""
+    place = epath.Path(folder)
+    return sorted(path.name for path in place.iterdir()) if place.exists() else []
+
+
+def holds(folder: str, name: str) -> bool:
+    """Whether there is that file in the folder."""
+    return (epath.Path(folder) / name).exists()
+
+
+def read(folder: str, name: str) -> bytes | None:
+    """The bytes of that file; None where it is not there."""
+    path = epath.Path(folder) / name
+    return path.read_bytes() if path.exists() else None
+
+
+def put(local: Path, folder: str, *, last: str = "") -> None:
+    """Copies all files below `local` into the folder, the one named `last` after all others.
+
+    Raises:
+        OSError: a file could not be copied; `last` is not there then.
+    """
+    files = sorted(path for path in local.rglob("*") if path.is_file())
+    for path in sorted(files, key=lambda path: path == local / last):
+        _try(_copy, path, epath.Path(folder) / path.relative_to(local).as_posix())
+
+
+def put_file(path: Path, folder: str) -> None:
+    """Copies that file into the folder; raises OSError."""
+    _try(_copy, path, epath.Path(folder) / path.name)
+
+
+def get(folder: str, local: Path) -> None:
+    """Copies all files of the folder below `local`; raises OSError."""
+    for path in epath.Path(folder).iterdir():
+        if path.is_dir():
+            get(os.fspath(path), local / path.name)
+        else:
+            _try(_copy, path, local / path.name)
+
+
+def remove(folder: str, *, first: str = "") -> None:
+    """Removes the folder, that file before all others; raises OSError."""
+    place = epath.Path(folder)
+    if first and (place / first).exists():
+        _try((place / first).unlink)
+    if place.exists():
+        _try(place.rmtree)
+
+
+def _copy(source: Any, target: Any) -> None:
+    target = epath.Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    epath.Path(source).copy(target, overwrite=True)
+    wanted, found = (epath.Path(each).stat().length for each in (source, target))
+    if found != wanted:
+        raise OSError(f"{target} has {found} bytes, expected {wanted}")
+
+
+def _try(work: Any, *arguments: Any) -> None:
+    for number in range(1, TRIES + 1):
+        try:
+            return work(*arguments)
+        except Exception as error:  # each store has errors of its own
+            if number == TRIES:
+                where = arguments[-1] if arguments else "removing"
+                raise OSError(
+                    getattr(error, "errno", None), f"{where}: {_words(error)} ({number} tries)"
+                ) from error
+            time.sleep(PAUSE_SECONDS * 2 ** (number - 1))
+
+
+def _words(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
