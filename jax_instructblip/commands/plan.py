@@ -101,7 +101,8 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     """The plan for a person."""
     mesh, memory, flops = report["mesh"], report["memory"], report["flops"]
     texts = ", ".join(f"{name} {length}" for name, length in report["lengths"].items())
-    yield f"{report['model']}, {report['step']} step on {report['topology']}, {report['chips']} chips"
+    where = f"{report['topology']}, {report['chips']} chips"
+    yield f"{report['model']}, {report['step']} step on {where}"
     yield "  mesh         " + ", ".join(f"{name} {size}" for name, size in mesh.items())
     work = f"{report['batch']} samples, {texts}"
     if report["step"] == "train":

@@ -89,14 +89,22 @@ def read_program(text: str, devices: int, loops: int = 1) -> Program:
     `loops` is how often a loop is taken to run of which the text does not tell.
     """
     computations, entry = _computations(text)
-    collectives, unknown, cycles = [], [], []
+    collectives: list[Collective] = []
+    pieces: dict[str, Collective] = {}
+    unknown, cycles = [], []
     for line, times, fused in _walk(computations, entry, 1, unknown, loops):
         if not fused and (found := _CYCLES.search(line.text)):
             cycles.append(int(found[1]) * times)
         if collective := _collective(line, times, devices):
-            collectives.append(collective)
+            channel = re.search(r"channel_id=(\d+)", line.text)
+            if fused and channel:
+                # One that is done piece by piece inside of products; a piece may stand in a loop.
+                known = pieces.get(channel[1], collective)
+                pieces[channel[1]] = min(known, collective, key=lambda each: each.times)
+            else:
+                collectives.append(collective)
     total = sum(cycles) if cycles else None
-    return Program(tuple(collectives), total, tuple(unknown))
+    return Program((*collectives, *pieces.values()), total, tuple(unknown))
 
 
 def _computations(text: str) -> tuple[dict[str, dict[str, Line]], str]:

@@ -15,10 +15,9 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from jax_instructblip import tpu_compiler
+
 GIB = 2**30
-# Products within products make the compiler recurse deeper than the stacks of its threads reach: a
-# layer of 13B ended in a segmentation fault (libtpu 0.0.42). It changes nothing of the program.
-STACK = "--fibers_default_thread_stack_size=4194304"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,16 +114,9 @@ def known() -> list[str]:
     return [f"{kind}:{size}" for kind, chip in CHIPS.items() for size in chip.sizes] + ["cpu:8"]
 
 
-def set_compiler_flags() -> None:
-    """What the compiler of TPUs must be told before it is loaded; harmless where there is none."""
-    given = os.environ.get("LIBTPU_INIT_ARGS", "")
-    if STACK.partition("=")[0] not in given:
-        os.environ["LIBTPU_INIT_ARGS"] = f"{given} {STACK}".strip()
-
-
 def _prepare() -> None:
     """Lets the compiler be loaded where no TPU is, and beside another process that has it."""
-    set_compiler_flags()
+    tpu_compiler.set_flags()
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # asks no cloud what machine this is
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     for name, value in (

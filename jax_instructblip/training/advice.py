@@ -74,15 +74,14 @@ def _changes(job: Job, mesh: Mesh, topology: Topology) -> Iterator[tuple[str, Jo
     ]
     rows = job.batch // (sizes["data"] * sizes["fsdp"])
     if job.step == "train":
-        if job.scans.llm.remat == "none":
-            yield "--config.model.remat.llm=dots", job.with_remat("dots"), mesh
+        dots = " --config.model.remat.llm=dots" if job.scans.llm.remat == "none" else ""
+        kept = job.with_remat("dots") if dots else job
+        if dots:
+            yield dots.strip(), kept, mesh
         for parts in (2, 4, 8, 16):
             if rows % parts == 0 and parts > job.accumulate:
-                what = f"--config.train.accumulate={parts}"
-                for remat in dict.fromkeys((job.scans.llm.remat, "dots")):
-                    more = "" if remat == job.scans.llm.remat else f" --config.model.remat.llm={remat}"
-                    changed = dataclasses.replace(job.with_remat(remat), accumulate=parts)
-                    yield what + more, changed, mesh
+                changed = dataclasses.replace(kept, accumulate=parts)
+                yield f"--config.train.accumulate={parts}{dots}", changed, mesh
         if job.scans.llm.remat != "full":
             yield "--config.model.remat.llm=full", job.with_remat("full"), mesh
     for data, fsdp, tensor in same:

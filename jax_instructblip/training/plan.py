@@ -7,6 +7,7 @@ the longest rows that the config allows.
 
 import dataclasses
 import functools
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -248,8 +249,8 @@ def bytes_per_device(tree: Any) -> int:
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape)
-        size = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
-        total += size * functools.reduce(int.__mul__, shape, 1)
+        size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        total += size * math.prod(shape)
     return total
 
 
@@ -259,7 +260,7 @@ def residuals(jaxpr: Jaxpr) -> int:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
             carried = equation.params["num_carry"]
-            stacked = [each.aval for each in equation.outvars[carried:]]
+            stacked: list[Any] = [each.aval for each in equation.outvars[carried:]]
             total += sum(aval.size * aval.dtype.itemsize for aval in stacked)
         for inner in _inner(equation):
             total += residuals(inner)
@@ -327,12 +328,13 @@ def job_function(job: Job, mesh: Mesh, arguments: tuple[Any, ...]) -> Any:
 
 
 def _compile(lowered: Any, effort: float) -> Any:
-    before = jax.config.jax_exec_time_optimization_effort
-    jax.config.update("jax_exec_time_optimization_effort", effort)
+    name = "jax_exec_time_optimization_effort"
+    before = getattr(jax.config, name)
+    jax.config.update(name, effort)
     try:
         return lowered.compile()
     finally:
-        jax.config.update("jax_exec_time_optimization_effort", before)
+        jax.config.update(name, before)
 
 
 def _refusal(error: Exception) -> tuple[str, int]:
