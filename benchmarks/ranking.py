@@ -127,7 +127,7 @@ def ours_of(twins: Twins, batch: dict[str, Any], candidates: Sequence[Ids], repe
     """Our seconds a question and what grows with them."""
     run = lambda: our_scores(twins, batch, candidates)
     run()
-    seconds = statistics.median(measure(run)[0] for _ in range(repeats))
+    seconds = statistics.median(measure(run).wall for _ in range(repeats))
     inner = len({ids[:depth] for ids in candidates for depth in range(1, len(ids))})
     return {"candidates": len(candidates), "inner_tokens": inner, "seconds": round(seconds, 4)}
 
@@ -140,16 +140,16 @@ def compare(name: str, count: int, repeats: int) -> dict[str, Any]:
     candidates = draw_candidates(twins, count, words)
     some = candidates[: BATCHES[-1]]
     rates = {
-        size: measure(functools.partial(their_scores, twins, given, some, size), tries=1)[0]
+        size: measure(functools.partial(their_scores, twins, given, some, size), tries=1).wall
         for size in BATCHES
     }
     size = min(rates, key=lambda each: rates[each])
     ours = ours_of(twins, batch, candidates, repeats)
     few, boxes = candidates[: max(count // 10, 1)], []
     whole = lambda: boxes.append(their_scores(twins, given, candidates, size))
-    theirs, others = measure(whole, tries=1)
+    others, theirs, _ = measure(whole, tries=1)
     part = lambda: boxes.append(their_forward(twins, given, few, min(size, 64)))
-    forward = measure(part, tries=1)[0]
+    forward = measure(part, tries=1).wall
     found = our_scores(twins, batch, candidates)
     row: dict[str, Any] = {
         "ours": ours,

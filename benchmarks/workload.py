@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax_instructblip.models.variants import (
     LlamaConfig,
@@ -77,20 +77,23 @@ def facts(module: str, words: list[str]) -> dict[str, Any]:
     }
 
 
-def measure(call: Callable[[], object], tries: int = 3, calm: float = 0.1) -> tuple[float, float]:
-    """Wall seconds of `call`, and how many cores other processes kept busy meanwhile.
+class Measured(NamedTuple):
+    """One call: how many cores others kept busy meanwhile, wall seconds, own processor seconds."""
 
-    Where that is more than `calm` it is tried again, and the calmest try counts.
-    """
-    found = []
-    while not found or (min(found)[0] > calm and len(found) < tries):
+    others: float
+    wall: float
+    own: float
+
+
+def measure(call: Callable[[], object], tries: int = 3, calm: float = 0.1) -> Measured:
+    """What `call` takes; where others keep more cores busy than `calm`, the calmest of `tries`."""
+    found: list[Measured] = []
+    while not found or (min(found).others > calm and len(found) < tries):
         busy, own, start = _busy_seconds(), sum(os.times()[:2]), time.perf_counter()
         call()
-        wall = time.perf_counter() - start
-        others = (_busy_seconds() - busy - (sum(os.times()[:2]) - own)) / wall
-        found.append((max(others, 0.0), wall))
-    others, wall = min(found)
-    return wall, others
+        wall, own = time.perf_counter() - start, sum(os.times()[:2]) - own
+        found.append(Measured(max((_busy_seconds() - busy - own) / wall, 0.0), wall, own))
+    return min(found)
 
 
 def _busy_seconds() -> float:
