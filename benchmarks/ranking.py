@@ -140,16 +140,16 @@ def compare(name: str, count: int, repeats: int) -> dict[str, Any]:
     candidates = draw_candidates(twins, count, words)
     some = candidates[: BATCHES[-1]]
     rates = {
-        size: measure(functools.partial(their_scores, twins, given, some, size), tries=1).wall
+        size: measure(functools.partial(their_scores, twins, given, some, size)).wall
         for size in BATCHES
     }
     size = min(rates, key=lambda each: rates[each])
     ours = ours_of(twins, batch, candidates, repeats)
     few, boxes = candidates[: max(count // 10, 1)], []
     whole = lambda: boxes.append(their_scores(twins, given, candidates, size))
-    others, theirs, _ = measure(whole, tries=1)
+    others, theirs, _ = measure(whole)
     part = lambda: boxes.append(their_forward(twins, given, few, min(size, 64)))
-    forward = measure(part, tries=1).wall
+    forward = measure(part).wall
     found = our_scores(twins, batch, candidates)
     row: dict[str, Any] = {
         "ours": ours,

@@ -85,15 +85,12 @@ class Measured(NamedTuple):
     own: float
 
 
-def measure(call: Callable[[], object], tries: int = 3, calm: float = 0.1) -> Measured:
-    """What `call` takes; where others keep more cores busy than `calm`, the calmest of `tries`."""
-    found: list[Measured] = []
-    while not found or (min(found).others > calm and len(found) < tries):
-        busy, own, start = _busy_seconds(), sum(os.times()[:2]), time.perf_counter()
-        call()
-        wall, own = time.perf_counter() - start, sum(os.times()[:2]) - own
-        found.append(Measured(max((_busy_seconds() - busy - own) / wall, 0.0), wall, own))
-    return min(found)
+def measure(call: Callable[[], object]) -> Measured:
+    """What `call` takes."""
+    busy, own, start = _busy_seconds(), sum(os.times()[:2]), time.perf_counter()
+    call()
+    wall, own = time.perf_counter() - start, sum(os.times()[:2]) - own
+    return Measured(max((_busy_seconds() - busy - own) / wall, 0.0), wall, own)
 
 
 def _busy_seconds() -> float:
