@@ -13,7 +13,6 @@ import collections
 import functools
 import itertools
 import json
-import os
 import pathlib
 import statistics
 import sys
@@ -26,13 +25,11 @@ import numpy as np
 import torch
 
 from benchmarks.twins import Twins, make_twins, questions, quiet
-from benchmarks.workload import MIDDLE, Lengths, Measured, facts, measure
+from benchmarks.workload import MIDDLE, THREADS, Lengths, Measured, facts, measure
 from jax_instructblip.inference.beam import beam_tokens
 from jax_instructblip.inference.decode import generate_tokens
 
 CACHES = ("dynamic", "static")
-CORES = os.cpu_count() or 1
-THREADS = (CORES, 1) if CORES > 1 else (1,)  # one is faster where other processes are in the way
 FEW = 4  # tokens, to find their fastest setting
 
 

@@ -37,6 +37,8 @@ MIDDLE = {
         _VISION, _QFORMER, LlamaConfig(width=512, heads=8, mlp=1376, layers=8)
     ),
 }
+CORES = os.cpu_count() or 1
+THREADS = (CORES, 1) if CORES > 1 else (1,)  # one is faster where other processes are in the way
 TRAIN_BATCH = {"instructblip-flan-t5-xl": 192, "instructblip-vicuna-7b": 128}  # the paper's
 
 
