@@ -5,9 +5,9 @@ python -m benchmarks.ranking [--variants NAME ...] [--candidates 1000] [--out FI
 Both sides have the same random weights, question and candidates, of 2 to 4 random tokens (for T5
 and eos). `theirs` scores each candidate in batches of the size that is fastest, as the released
 `predict_class` does: the image, and for T5 the encoder, once a question; behind them each candidate
-in a row of its own, for LLaMA with the prompt, but with logits of the candidate's places alone; with
-a thread a core or one. `their_forward` is the model's own `forward` on image, prompt and candidate,
-on fewer candidates.
+in a row of its own, for LLaMA with the prompt, but with logits of the candidate's places alone. It
+has a thread a core or one. `their_forward` is the model's own `forward` on image, prompt and
+candidate, on fewer candidates.
 
 `growth` has our seconds for other numbers of candidates and other prompts. `inner_tokens` are what
 the model reads behind the prompt: the distinct beginnings of candidates.
@@ -160,10 +160,8 @@ def compare(name: str, count: int, repeats: int) -> dict[str, Any]:
     candidates = draw_candidates(twins, count, words)
     some = candidates[: BATCHES[-1]]
     ways = list(itertools.product(BATCHES, THREADS))
-    tried = {
-        way: measure(functools.partial(their_scores, twins, given, some, *way)) for way in ways
-    }
-    size, threads = min(ways, key=lambda way: tried[way].wall)
+    attempt = lambda way: measure(lambda: their_scores(twins, given, some, *way)).wall
+    size, threads = min(ways, key=attempt)
     ours = ours_of(twins, batch, candidates, repeats)
     few, boxes = candidates[: max(count // 10, 1)], []
     theirs = measure(lambda: boxes.append(their_scores(twins, given, candidates, size, threads)))
