@@ -2,12 +2,11 @@
 
 python -m benchmarks.ranking [--variants NAME ...] [--candidates 1000] [--out FILE]
 
-Both sides have the same random weights, question and candidates, of 2 to 4 random tokens (for T5
-and eos). `theirs` scores each candidate in batches of the size that is fastest, as the released
-`predict_class` does: the image, and for T5 the encoder, once a question; behind them each candidate
-in a row of its own, for LLaMA with the prompt, but with logits of the candidate's places alone. It
-has a thread a core or one. `their_forward` is the model's own `forward` on image, prompt and
-candidate, on fewer candidates.
+Both sides have the same random weights, question and candidates. `theirs` scores each candidate in
+batches of the size that is fastest, as the released `predict_class` does: the image, and for T5 the
+encoder, once a question; behind them each candidate in a row of its own, for LLaMA with the prompt,
+but with logits of the candidate's places alone. It has a thread a core or one. `their_forward` is
+the model's own `forward` on image, prompt and candidate, on fewer candidates.
 
 `growth` has our seconds for other numbers of candidates and other prompts. `inner_tokens` are what
 the model reads behind the prompt: the distinct beginnings of candidates.
@@ -36,13 +35,19 @@ BATCHES = (16, 64, 128)  # rows of candidates that transformers is tried with
 PROMPTS = (16, 128, 512)  # tokens
 
 
-def draw_candidates(twins: Twins, count: int, words: int) -> list[Ids]:
-    """`count` distinct candidates of 2 to 4 of the first `words` ids."""
+def draw_candidates(twins: Twins, count: int, words: int, even: bool = False) -> list[Ids]:
+    """`count` distinct candidates of 2 to 4 tokens of the first `words` ids; T5's end with eos.
+
+    Few ids are frequent and many rare, as words are (the logarithm of an id is drawn evenly), so
+    that some candidates begin alike; with `even` all are as frequent, and hardly any do.
+    """
     rng, found = np.random.default_rng(0), {}
-    t5 = twins.variant.llm.kind == "t5"
+    llm = twins.variant.llm
     while len(found) < count:
-        ids = rng.integers(3, words, rng.integers(2, 5)).tolist()
-        found[tuple(ids + [twins.variant.llm.eos_id] * t5)] = None
+        size = rng.integers(2, 5) - (llm.kind == "t5")
+        drawn = rng.uniform(0, np.log(words - 3), size)
+        ids = rng.integers(3, words, size) if even else 2 + np.exp(drawn).astype(int)
+        found[tuple(ids.tolist() + [llm.eos_id] * (llm.kind == "t5"))] = None
     return list(found)
 
 
@@ -181,8 +186,10 @@ def compare(name: str, count: int, repeats: int) -> dict[str, Any]:
     growth = [
         {"words": limit, "prompt": lengths.prompt}
         | ours_of(twins, batch, draw_candidates(twins, number, limit), repeats)
-        for number, limit in [(n, words) for n in COUNTS] + [(count, 13), (count, 40)]
+        for number, limit in [(n, words) for n in COUNTS] + [(count, 100), (count, 1000)]
     ]
+    worst = draw_candidates(twins, count, words, even=True)
+    row["ours_of_distinct_beginnings"] = ours_of(twins, batch, worst, repeats)
     for length in PROMPTS:
         longer = questions(twins.variant, 1, Lengths(prompt=length))[1]
         growth.append(
