@@ -2,21 +2,20 @@
 
 python -m benchmarks.ranking [--variants NAME ...] [--candidates 1000] [--out FILE]
 
-Both sides have the same random weights, question and candidates, of 2 to 4 random tokens (for T5
-and eos). `theirs` scores each candidate in batches of the size that is fastest, as the released
-`predict_class` does: the image, and for T5 the encoder, once a question; behind them each candidate
-in a row of its own, for LLaMA with the prompt, but with logits of the candidate's places alone.
-`their_forward` is the model's own `forward` on image, prompt and candidate, on fewer candidates.
+Both sides have the same random weights, question and candidates. `theirs` scores each candidate in
+batches of the size that is fastest, as the released `predict_class` does: the image, and for T5 the
+encoder, once a question; behind them each candidate in a row of its own, for LLaMA with the prompt,
+but with logits of the candidate's places alone. It has a thread a core or one. `their_forward` is
+the model's own `forward` on image, prompt and candidate, on fewer candidates.
 
 `growth` has our seconds for other numbers of candidates and other prompts. `inner_tokens` are what
 the model reads behind the prompt: the distinct beginnings of candidates.
 """
 
 import argparse
-import functools
+import itertools
 import json
 import pathlib
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -28,21 +27,27 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 
 from benchmarks.twins import Twins, make_twins, questions
-from benchmarks.workload import MIDDLE, VARIANTS, Lengths, facts, measure
+from benchmarks.workload import MIDDLE, THREADS, VARIANTS, Lengths, Measured, facts, measure
 from jax_instructblip.inference.ranking import make_plan, pair_logprobs, score
 
 Ids = tuple[int, ...]
-BATCHES = (16, 64, 128)  # rows of candidates that transformers is tried with
-PROMPTS = (16, 128, 512)  # tokens
+BATCHES = (16, 64)  # rows of candidates that transformers is tried with
+PROMPTS = (16, 512)  # tokens
 
 
-def draw_candidates(twins: Twins, count: int, words: int) -> list[Ids]:
-    """`count` distinct candidates of 2 to 4 of the first `words` ids."""
+def draw_candidates(twins: Twins, count: int, words: int, even: bool = False) -> list[Ids]:
+    """`count` distinct candidates of 2 to 4 tokens of the first `words` ids; T5's end with eos.
+
+    Few ids are frequent and many rare, as words are (the logarithm of an id is drawn evenly), so
+    that some candidates begin alike; with `even` all are as frequent, and hardly any do.
+    """
     rng, found = np.random.default_rng(0), {}
-    t5 = twins.variant.llm.kind == "t5"
+    llm = twins.variant.llm
     while len(found) < count:
-        ids = rng.integers(3, words, rng.integers(2, 5)).tolist()
-        found[tuple(ids + [twins.variant.llm.eos_id] * t5)] = None
+        size = rng.integers(2, 5) - (llm.kind == "t5")
+        drawn = rng.uniform(0, np.log(words - 3), size)
+        ids = rng.integers(3, words, size) if even else 2 + np.exp(drawn).astype(int)
+        found[tuple(ids.tolist() + [llm.eos_id] * (llm.kind == "t5"))] = None
     return list(found)
 
 
@@ -67,9 +72,14 @@ def targets_of(candidates: Sequence[Ids]) -> torch.Tensor:
 
 @torch.inference_mode()
 def their_scores(
-    twins: Twins, given: dict[str, torch.Tensor], candidates: Sequence[Ids], batch: int
+    twins: Twins,
+    given: dict[str, torch.Tensor],
+    candidates: Sequence[Ids],
+    batch: int,
+    threads: int,
 ) -> np.ndarray:
     """Scores `[C]` of one question, whose image is looked at once; T5 encodes its prompt once."""
+    torch.set_num_threads(threads)
     model, targets = twins.theirs, targets_of(candidates)
     features = model.get_image_features(
         given["pixel_values"],
@@ -107,9 +117,14 @@ def their_scores(
 
 @torch.inference_mode()
 def their_forward(
-    twins: Twins, given: dict[str, torch.Tensor], candidates: Sequence[Ids], batch: int
+    twins: Twins,
+    given: dict[str, torch.Tensor],
+    candidates: Sequence[Ids],
+    batch: int,
+    threads: int,
 ) -> np.ndarray:
     """Scores `[C]` of one question, image and prompt beside each candidate."""
+    torch.set_num_threads(threads)
     parts = []
     for part in targets_of(candidates).split(batch):
         rows = {name: leaf.expand(len(part), *leaf.shape[1:]) for name, leaf in given.items()}
@@ -127,9 +142,19 @@ def ours_of(twins: Twins, batch: dict[str, Any], candidates: Sequence[Ids], repe
     """Our seconds a question and what grows with them."""
     run = lambda: our_scores(twins, batch, candidates)
     run()
-    seconds = statistics.median(measure(run)[0] for _ in range(repeats))
+    found = sorted((measure(run) for _ in range(repeats)), key=lambda each: each.wall)
     inner = len({ids[:depth] for ids in candidates for depth in range(1, len(ids))})
-    return {"candidates": len(candidates), "inner_tokens": inner, "seconds": round(seconds, 4)}
+    sizes = {"candidates": len(candidates), "inner_tokens": inner}
+    return sizes | described(found[repeats // 2])
+
+
+def described(measured: Measured) -> dict[str, float]:
+    """The fields of one measurement."""
+    return {
+        "seconds": round(measured.wall, 4),
+        "processor_seconds": round(measured.own, 4),
+        "cores_of_other_processes": round(measured.others, 2),
+    }
 
 
 def compare(name: str, count: int, repeats: int) -> dict[str, Any]:
@@ -139,29 +164,21 @@ def compare(name: str, count: int, repeats: int) -> dict[str, Any]:
     words = twins.variant.llm.vocab - 2
     candidates = draw_candidates(twins, count, words)
     some = candidates[: BATCHES[-1]]
-    rates = {
-        size: measure(functools.partial(their_scores, twins, given, some, size), tries=1)[0]
-        for size in BATCHES
-    }
-    size = min(rates, key=lambda each: rates[each])
+    ways = list(itertools.product(BATCHES, THREADS))
+    attempt = lambda way: measure(lambda: their_scores(twins, given, some, *way)).wall
+    size, threads = min(ways, key=attempt)
     ours = ours_of(twins, batch, candidates, repeats)
     few, boxes = candidates[: max(count // 10, 1)], []
-    whole = lambda: boxes.append(their_scores(twins, given, candidates, size))
-    theirs, others = measure(whole, tries=1)
-    part = lambda: boxes.append(their_forward(twins, given, few, min(size, 64)))
-    forward = measure(part, tries=1)[0]
-    found = our_scores(twins, batch, candidates)
+    theirs = measure(lambda: boxes.append(their_scores(twins, given, candidates, size, threads)))
+    forward = measure(lambda: boxes.append(their_forward(twins, given, few, size, threads)))
+    found, scaled = our_scores(twins, batch, candidates), forward.wall * count / len(few)
     row: dict[str, Any] = {
         "ours": ours,
-        "theirs": {"seconds": round(theirs, 3), "batch": size},
-        "their_forward": {
-            "seconds_for": len(few),
-            "seconds": round(forward, 3),
-            "seconds_a_question": round(forward * count / len(few), 3),
-        },
-        "cores_of_other_processes": round(others, 2),
-        "ratio": round(theirs / ours["seconds"], 2),
-        "ratio_forward": round(forward * count / len(few) / ours["seconds"], 2),
+        "theirs": {"batch": size, "threads": threads} | described(theirs),
+        "their_forward": {"candidates": len(few)} | described(forward),
+        "ratio": round(theirs.wall / ours["seconds"], 2),
+        "ratio_of_processor_seconds": round(theirs.own / ours["processor_seconds"], 2),
+        "ratio_forward": round(scaled / ours["seconds"], 2),
         "largest_difference": float(np.abs(found - boxes[0]).max()),
         "largest_difference_forward": float(np.abs(found[: len(few)] - boxes[-1]).max()),
         "same_order": bool((np.argsort(-found) == np.argsort(-boxes[0])).all()),
@@ -169,8 +186,10 @@ def compare(name: str, count: int, repeats: int) -> dict[str, Any]:
     growth = [
         {"words": limit, "prompt": lengths.prompt}
         | ours_of(twins, batch, draw_candidates(twins, number, limit), repeats)
-        for number, limit in [(n, words) for n in COUNTS] + [(count, 13), (count, 40)]
+        for number, limit in [(n, words) for n in COUNTS] + [(count, 100), (count, 1000)]
     ]
+    worst = draw_candidates(twins, count, words, even=True)
+    row["ours_of_distinct_beginnings"] = ours_of(twins, batch, worst, repeats)
     for length in PROMPTS:
         longer = questions(twins.variant, 1, Lengths(prompt=length))[1]
         growth.append(
@@ -179,7 +198,7 @@ def compare(name: str, count: int, repeats: int) -> dict[str, Any]:
     return row | {"growth": growth}
 
 
-COUNTS = (1, 125, 250, 500, 1000, 2000)
+COUNTS = (1, 250, 500, 1000, 2000)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax_instructblip.models.variants import (
     LlamaConfig,
@@ -37,6 +37,8 @@ MIDDLE = {
         _VISION, _QFORMER, LlamaConfig(width=512, heads=8, mlp=1376, layers=8)
     ),
 }
+CORES = os.cpu_count() or 1
+THREADS = (CORES, 1) if CORES > 1 else (1,)  # one is faster where other processes are in the way
 TRAIN_BATCH = {"instructblip-flan-t5-xl": 192, "instructblip-vicuna-7b": 128}  # the paper's
 
 
@@ -77,20 +79,20 @@ def facts(module: str, words: list[str]) -> dict[str, Any]:
     }
 
 
-def measure(call: Callable[[], object], tries: int = 3, calm: float = 0.1) -> tuple[float, float]:
-    """Wall seconds of `call`, and how many cores other processes kept busy meanwhile.
+class Measured(NamedTuple):
+    """One call: how many cores others kept busy meanwhile, wall seconds, own processor seconds."""
 
-    Where that is more than `calm` it is tried again, and the calmest try counts.
-    """
-    found = []
-    while not found or (min(found)[0] > calm and len(found) < tries):
-        busy, own, start = _busy_seconds(), sum(os.times()[:2]), time.perf_counter()
-        call()
-        wall = time.perf_counter() - start
-        others = (_busy_seconds() - busy - (sum(os.times()[:2]) - own)) / wall
-        found.append((max(others, 0.0), wall))
-    others, wall = min(found)
-    return wall, others
+    others: float
+    wall: float
+    own: float
+
+
+def measure(call: Callable[[], object]) -> Measured:
+    """What `call` takes."""
+    busy, own, start = _busy_seconds(), sum(os.times()[:2]), time.perf_counter()
+    call()
+    wall, own = time.perf_counter() - start, sum(os.times()[:2]) - own
+    return Measured(max((_busy_seconds() - busy - own) / wall, 0.0), wall, own)
 
 
 def _busy_seconds() -> float:

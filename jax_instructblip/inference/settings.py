@@ -1,6 +1,6 @@
 """Which settings of `generate` can be, each by itself and together."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax_instructblip.inference.beam import EARLY_STOPPING
 from jax_instructblip.inference.scores import LENGTH_RULES
@@ -18,7 +18,7 @@ class Drawing(NamedTuple):
         """Whether tokens are drawn at all."""
         return any(value is not None for value in self)
 
-    def values(self) -> dict[str, float]:
+    def values(self) -> dict[str, Any]:
         """The fields of `scores.Settings`, those left out at what changes nothing."""
         defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         given = {name: value for name, value in self._asdict().items() if value is not None}

@@ -142,9 +142,9 @@ def param_shapes(variant: Variant) -> dict[str, Any]:
 
 
 def separate_decoder(variant: Variant, params: dict[str, Any]) -> dict[str, Any]:
-    """`params` with one tree for each of the `DECODERS` layers, for a model whose `scans` say so.
+    """`params` for a model whose `scans.llm` is `separate`: one tree for each decoding layer.
 
-    Leaves may be tuples of layers instead of stacks.
+    Leaves of these layers may be tuples instead of stacks. The kernel of the head becomes `[V, D]`.
     """
 
     def replace(tree: dict[str, Any], path: list[str]) -> dict[str, Any]:
@@ -152,7 +152,9 @@ def separate_decoder(variant: Variant, params: dict[str, Any]) -> dict[str, Any]
         changed = replace(tree[name], rest) if rest else separate_layers(tree[name])
         return {**tree, name: changed}
 
-    return replace(params, DECODERS[variant.llm.kind].split("/"))
+    found = replace(params, DECODERS[variant.llm.kind].split("/"))
+    head = {"kernel": jnp.asarray(found["llm"]["head"]["kernel"]).T}
+    return {**found, "llm": {**found["llm"], "head": head}}
 
 
 def is_separate(variant: Variant, params: dict[str, Any]) -> bool:

@@ -40,8 +40,9 @@ class Scan:
       weights: what is done to the weights of each layer where they are taken out of their stack
         (`parallel.rules.constrain_layer`); None for nothing.
       separate: the parameters are one tree a layer (`separate_layers`) instead of a stack, and so
-        is what layers are given and return. For decoding on a CPU, where a product with a slice of
-        a stack copies the slice first. Neither of the two fields above applies.
+        is what layers are given and return; the kernel of a head is `[V, D]`. For decoding on a
+        CPU, where a product with a slice of a stack copies the slice first. Neither of the two
+        fields above applies.
     """
 
     remat: str = "none"
@@ -161,16 +162,24 @@ class GatedMlp(nn.Module):
 
 
 class Head(nn.Module):
-    """Vocabulary logits in float32: the product accumulates in float32 whatever `dtype` is."""
+    """Vocabulary logits in float32: the product accumulates in float32 whatever `dtype` is.
+
+    The kernel is `[D, V]`, or `[V, D]` with `by_word`, which few rows at a time are read faster
+    through on a CPU.
+    """
 
     vocab: int
     dtype: Any
+    by_word: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.vocab))
+        shape, axes = (x.shape[-1], self.vocab), "DV"
+        if self.by_word:
+            shape, axes = shape[::-1], "VD"
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        return jnp.einsum("...D,DV->...V", x, kernel, preferred_element_type=jnp.float32)
+        return jnp.einsum(f"...D,{axes}->...V", x, kernel, preferred_element_type=jnp.float32)
 
 
 def scan_layers(

@@ -111,7 +111,7 @@ class Llama(nn.Module):
         layers = scan_layers(LlamaLayer, c.layers, self.scan, call=4, step=3, tree=3)
         self.layers = layers(c, self.dtype)
         self.norm = RMSNorm(c.norm_eps)
-        self.head = Head(c.vocab, self.dtype)
+        self.head = Head(c.vocab, self.dtype, by_word=self.scan.separate)
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Token embeddings in the compute dtype."""

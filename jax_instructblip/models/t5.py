@@ -200,7 +200,7 @@ class T5(nn.Module):
         stacked = dataclasses.replace(self.scan, separate=False)
         self.encoder = T5Stack(c, self.dtype, decoder=False, scan=stacked)
         self.decoder = T5Stack(c, self.dtype, decoder=True, scan=self.scan)
-        self.head = Head(c.vocab, self.dtype)
+        self.head = Head(c.vocab, self.dtype, by_word=self.scan.separate)
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Token embeddings in the compute dtype."""

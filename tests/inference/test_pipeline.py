@@ -225,7 +225,10 @@ def test_pair_refuses(given, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 0}, "num_beams is 0, expected at least 1"),
+        ({"num_beams": 0}, r"num_beams is 0, expected at least 1 \(greedy\)"),
+        ({"num_beams": 5, "top_k": 3}, "num_beams is 5, but a beam search does not draw"),
+        ({"num_return_sequences": 2}, r"num_return_sequences is 2, expected 1 to num_beams \(1\)"),
+        ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping is 'soon', expected one of"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
         ({"min_new_tokens": 31}, "min_new_tokens is 31, expected 0 to max_new_tokens"),
         ({"temperature": 0.0}, "temperature is 0.0, expected above 0 .*greedy"),
