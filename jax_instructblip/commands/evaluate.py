@@ -3,6 +3,7 @@
 evaluate --checkpoint DIR --datasets gqa,vsr --data DIR --out DIR   benchmarks, by their presets
 evaluate --datasets gqa --predictions FILE --data DIR --out DIR     scores of answers made before
 evaluate --compare A B                                              where two runs differ
+evaluate --list                                                     datasets, prompts, settings
 evaluate --checkpoint RUN                                           exact match by task family
 
 `--datasets held_out` is all 13 of table 1. DIR of --data is what `jax-instructblip prepare` wrote,
@@ -25,7 +26,7 @@ from jax_instructblip.data.sources import open_records
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import compare, harness, suite
 from jax_instructblip.evaluation.benchmark_report import line
-from jax_instructblip.evaluation.benchmarks import BENCHMARKS, HELD_OUT, get_benchmark
+from jax_instructblip.evaluation.benchmarks import BENCHMARKS, HELD_OUT, get_benchmark, table
 from jax_instructblip.evaluation.placement import choose_mesh
 from jax_instructblip.evaluation.report import write_report
 from jax_instructblip.evaluation.task import Task, open_task
@@ -47,6 +48,9 @@ _FAMILIES_BATCH, _DATASETS_BATCH = 64, 8  # questions answered at once
 def main(argv: list[str]) -> int:
     """Prints results and writes them; returns 1 where a dataset could not be scored."""
     args = _parser().parse_args(argv)
+    if args.list:
+        print(table())
+        return 0
     if args.compare:
         return _compare(*args.compare)
     if not args.datasets:
@@ -63,21 +67,23 @@ def main(argv: list[str]) -> int:
 
 def _benchmarks(args: argparse.Namespace) -> int:
     """Answers and scores the datasets of the flags."""
-    source = read_source(args.checkpoint)
-    tasks = _tasks(args, source.variant.llm.kind)
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    mesh = choose_mesh(source.variant, dtype, fsdp=args.fsdp, tensor=args.tensor)
-    args.out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written: now
-    blip = load(args.checkpoint, mesh=mesh, dtype=dtype)
-    blip.silent = True  # the suite says how far it is
-    name = str(args.checkpoint)
-    model = {"checkpoint": name, "weights": weights_digest(source), "dtype": dtype}
+    with suite.agreed():
+        source = read_source(args.checkpoint)
+        tasks = _tasks(args, source.variant.llm.kind)
+        dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        mesh = choose_mesh(source.variant, dtype, fsdp=args.fsdp, tensor=args.tensor)
+        args.out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written: now
+    with suite.agreed():
+        blip = load(args.checkpoint, mesh=mesh, dtype=dtype)
+        blip.silent = True  # the suite says how far it is
+    weights = weights_digest(source)
+    model = {"checkpoint": str(args.checkpoint), "weights": weights, "dtype": dtype}
     finished = suite.run(
         blip,
         tasks,
         args.out,
         model=model,
-        size=args.batch_size or _DATASETS_BATCH,
+        size=_DATASETS_BATCH if args.batch_size is None else args.batch_size,
         limit=args.limit,
     )
     if jax.process_index():
@@ -133,7 +139,19 @@ def _tasks(args: argparse.Namespace, llm: str) -> list[Task]:
         tasks.append(task)
     if wrong:
         raise ValueError("\n  ".join([f"{len(wrong)} datasets cannot be evaluated:", *wrong]))
+    _refuse_unused(tasks, given, candidates)
     return tasks
+
+
+def _refuse_unused(tasks: list[Task], given: dict[str, Any], candidates: tuple[str, ...]) -> None:
+    """Raises a ValueError where a flag changes nothing of any dataset."""
+    used = {name for task in tasks for name in task.settings}
+    wrong = [name for name, value in given.items() if value is not None and name not in used]
+    if candidates and not any(task.candidates for task in tasks):
+        wrong.append("candidates")
+    if wrong:
+        names = ", ".join(task.benchmark.name for task in tasks)
+        raise ValueError(f"{', '.join(f'--{each}' for each in wrong)}: not used by {names}")
 
 
 def _compare(first: Path, second: Path) -> int:
@@ -213,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", help="a Hugging Face folder, a converted one, a run, or an embedded name")
+    add("--list", action="store_true", help="print datasets, prompts, settings; then end")
     add("--datasets", help=f"with commas: held_out, {', '.join(BENCHMARKS)}")
     add("--data", help="see above; of families a JSON-lines file or `shapes` (default: the run's)")
     add("--split", help="other than the paper's (of families one or more; default: test splits)")
