@@ -12,6 +12,7 @@ are finished are not answered again. Several processes share the work.
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import compare, harness, suite
 from jax_instructblip.evaluation.benchmark_report import line
 from jax_instructblip.evaluation.benchmarks import BENCHMARKS, HELD_OUT, get_benchmark, table
+from jax_instructblip.evaluation.dialogue import read_relevance
 from jax_instructblip.evaluation.placement import choose_mesh
 from jax_instructblip.evaluation.report import write_report
 from jax_instructblip.evaluation.task import Task, open_task
@@ -121,6 +123,7 @@ def _tasks(args: argparse.Namespace, llm: str) -> list[Task]:
     if args.candidates:
         lines = args.candidates.read_text(encoding="utf-8").splitlines()
         candidates = tuple(each.strip() for each in lines if each.strip())
+    relevance = read_relevance(args.relevance) if args.relevance else {}
     tasks, wrong = [], []
     for benchmark in benchmarks:
         try:
@@ -136,19 +139,25 @@ def _tasks(args: argparse.Namespace, llm: str) -> list[Task]:
         except (ValueError, OSError) as error:
             wrong.append(str(error))
             continue
+        if benchmark.name == "visual_dialog":
+            task = dataclasses.replace(task, relevance=relevance)
         tasks.append(task)
     if wrong:
         raise ValueError("\n  ".join([f"{len(wrong)} datasets cannot be evaluated:", *wrong]))
-    _refuse_unused(tasks, given, candidates)
+    _refuse_unused(tasks, given, candidates, relevance)
     return tasks
 
 
-def _refuse_unused(tasks: list[Task], given: dict[str, Any], candidates: tuple[str, ...]) -> None:
+def _refuse_unused(
+    tasks: list[Task], given: dict[str, Any], candidates: tuple[str, ...], relevance: dict[str, Any]
+) -> None:
     """Raises a ValueError where a flag changes nothing of any dataset."""
     used = {name for task in tasks for name in task.settings}
     wrong = [name for name, value in given.items() if value is not None and name not in used]
     if candidates and not any(task.candidates for task in tasks):
         wrong.append("candidates")
+    if relevance and not any(task.relevance for task in tasks):
+        wrong.append("relevance")
     if wrong:
         names = ", ".join(task.benchmark.name for task in tasks)
         raise ValueError(f"{', '.join(f'--{each}' for each in wrong)}: not used by {names}")
@@ -240,6 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, help="questions at once, of datasets on each device (8)")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two --out, or predictions")
     add("--predictions", type=Path, help="JSON lines with id, and text or scores")
+    add(
+        "--relevance", type=Path, metavar="FILE", help="dense annotations, for visual_dialog's NDCG"
+    )
     add("--no_baselines", action="store_true", help="of families: without `blind` and `before`")
     group = parser.add_argument_group("instead of what the presets of the datasets say")
     add = group.add_argument

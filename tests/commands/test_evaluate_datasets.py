@@ -183,12 +183,16 @@ def test_answers_made_elsewhere_are_scored(data, whole, tmp_path, capsys):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"split": "tset"}, "has no split 'tset'; its splits: testdev"),
         ({"length_normalise": None}, "--length_normalise: not used by gqa"),
+        ({"relevance": ""}, "--relevance: not used by gqa"),
         ({"candidates": Path(__file__)}, "--candidates: not used by gqa"),
         ({"checkpoint": "/nowhere"}, "no checkpoint '/nowhere'"),
     ],
 )
 def test_mistakes_are_told(base, data, tmp_path, changed, message):
     given = {"checkpoint": base, "data": data, "out": tmp_path, "datasets": "gqa"} | changed
+    if "relevance" in changed:
+        (tmp_path / "judged.json").write_text('[{"image_id": 1, "round_id": 1, "relevance": [1]}]')
+        given["relevance"] = tmp_path / "judged.json"
     with pytest.raises((ValueError, OSError), match=message):
         evaluate.main([f"--{n}={v}" if v is not None else f"--{n}" for n, v in given.items()])
 
