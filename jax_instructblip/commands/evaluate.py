@@ -3,6 +3,7 @@
 evaluate --checkpoint DIR --datasets gqa,vsr --data DIR --out DIR   benchmarks, by their presets
 evaluate --datasets gqa --predictions FILE --data DIR --out DIR     scores of answers made before
 evaluate --compare A B                                              where two runs differ
+evaluate --list                                                     datasets, prompts, settings
 evaluate --checkpoint RUN                                           exact match by task family
 
 `--datasets held_out` is all 13 of table 1. DIR of --data is what `jax-instructblip prepare` wrote,
@@ -11,6 +12,7 @@ are finished are not answered again. Several processes share the work.
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +27,8 @@ from jax_instructblip.data.sources import open_records
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import compare, harness, suite
 from jax_instructblip.evaluation.benchmark_report import line
-from jax_instructblip.evaluation.benchmarks import BENCHMARKS, HELD_OUT, get_benchmark
+from jax_instructblip.evaluation.benchmarks import BENCHMARKS, HELD_OUT, get_benchmark, table
+from jax_instructblip.evaluation.dialogue import read_relevance
 from jax_instructblip.evaluation.placement import choose_mesh
 from jax_instructblip.evaluation.report import write_report
 from jax_instructblip.evaluation.task import Task, open_task
@@ -47,6 +50,9 @@ _FAMILIES_BATCH, _DATASETS_BATCH = 64, 8  # questions answered at once
 def main(argv: list[str]) -> int:
     """Prints results and writes them; returns 1 where a dataset could not be scored."""
     args = _parser().parse_args(argv)
+    if args.list:
+        print(table())
+        return 0
     if args.compare:
         return _compare(*args.compare)
     if not args.datasets:
@@ -63,21 +69,23 @@ def main(argv: list[str]) -> int:
 
 def _benchmarks(args: argparse.Namespace) -> int:
     """Answers and scores the datasets of the flags."""
-    source = read_source(args.checkpoint)
-    tasks = _tasks(args, source.variant.llm.kind)
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    mesh = choose_mesh(source.variant, dtype, fsdp=args.fsdp, tensor=args.tensor)
-    args.out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written: now
-    blip = load(args.checkpoint, mesh=mesh, dtype=dtype)
-    blip.silent = True  # the suite says how far it is
-    name = str(args.checkpoint)
-    model = {"checkpoint": name, "weights": weights_digest(source), "dtype": dtype}
+    with suite.agreed():
+        source = read_source(args.checkpoint)
+        tasks = _tasks(args, source.variant.llm.kind)
+        dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        mesh = choose_mesh(source.variant, dtype, fsdp=args.fsdp, tensor=args.tensor)
+        args.out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written: now
+    with suite.agreed():
+        blip = load(args.checkpoint, mesh=mesh, dtype=dtype)
+        blip.silent = True  # the suite says how far it is
+    weights = weights_digest(source)
+    model = {"checkpoint": str(args.checkpoint), "weights": weights, "dtype": dtype}
     finished = suite.run(
         blip,
         tasks,
         args.out,
         model=model,
-        size=args.batch_size or _DATASETS_BATCH,
+        size=_DATASETS_BATCH if args.batch_size is None else args.batch_size,
         limit=args.limit,
     )
     if jax.process_index():
@@ -115,6 +123,7 @@ def _tasks(args: argparse.Namespace, llm: str) -> list[Task]:
     if args.candidates:
         lines = args.candidates.read_text(encoding="utf-8").splitlines()
         candidates = tuple(each.strip() for each in lines if each.strip())
+    relevance = read_relevance(args.relevance) if args.relevance else {}
     tasks, wrong = [], []
     for benchmark in benchmarks:
         try:
@@ -130,10 +139,28 @@ def _tasks(args: argparse.Namespace, llm: str) -> list[Task]:
         except (ValueError, OSError) as error:
             wrong.append(str(error))
             continue
+        if benchmark.name == "visual_dialog":
+            task = dataclasses.replace(task, relevance=relevance)
         tasks.append(task)
     if wrong:
         raise ValueError("\n  ".join([f"{len(wrong)} datasets cannot be evaluated:", *wrong]))
+    _refuse_unused(tasks, given, candidates, relevance)
     return tasks
+
+
+def _refuse_unused(
+    tasks: list[Task], given: dict[str, Any], candidates: tuple[str, ...], relevance: dict[str, Any]
+) -> None:
+    """Raises a ValueError where a flag changes nothing of any dataset."""
+    used = {name for task in tasks for name in task.settings}
+    wrong = [name for name, value in given.items() if value is not None and name not in used]
+    if candidates and not any(task.candidates for task in tasks):
+        wrong.append("candidates")
+    if relevance and not any(task.relevance for task in tasks):
+        wrong.append("relevance")
+    if wrong:
+        names = ", ".join(task.benchmark.name for task in tasks)
+        raise ValueError(f"{', '.join(f'--{each}' for each in wrong)}: not used by {names}")
 
 
 def _compare(first: Path, second: Path) -> int:
@@ -213,6 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", help="a Hugging Face folder, a converted one, a run, or an embedded name")
+    add("--list", action="store_true", help="print datasets, prompts, settings; then end")
     add("--datasets", help=f"with commas: held_out, {', '.join(BENCHMARKS)}")
     add("--data", help="see above; of families a JSON-lines file or `shapes` (default: the run's)")
     add("--split", help="other than the paper's (of families one or more; default: test splits)")
@@ -221,6 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, help="questions at once, of datasets on each device (8)")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two --out, or predictions")
     add("--predictions", type=Path, help="JSON lines with id, and text or scores")
+    add(
+        "--relevance", type=Path, metavar="FILE", help="dense annotations, for visual_dialog's NDCG"
+    )
     add("--no_baselines", action="store_true", help="of families: without `blind` and `before`")
     group = parser.add_argument_group("instead of what the presets of the datasets say")
     add = group.add_argument

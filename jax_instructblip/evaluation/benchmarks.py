@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Mapping
 
 from jax_instructblip.data.datasets import DATASETS
+from jax_instructblip.inference.presets import get_preset
 from jax_instructblip.models.variants import VARIANTS, Variant
 
 # InstructBLIP (arXiv 2305.06500), table 1: zero-shot results, in percent.
@@ -104,6 +105,27 @@ def get_benchmark(name: str) -> Benchmark:
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(BENCHMARKS)}"
         raise ValueError(f"unknown dataset {name!r}; {hint}")
     return BENCHMARKS[name]
+
+
+def table() -> str:
+    """All benchmarks for people: what is asked of which split, how it is answered and scored."""
+    lines = []
+    for name, benchmark in BENCHMARKS.items():
+        preset = get_preset(name)
+        how = "ranked" if preset.ranking else "generated"
+        scored = f"scored by {benchmark.metric}" if benchmark.metric else "not scored"
+        lines.append(f"{name}: {benchmark.split or 'any split'}, {how}, {scored}")
+        lines.append(f"  prompt: {preset.prompt!r}")
+        settings = {kind: preset.settings(kind) for kind in ("t5", "llama")}
+        for kind, values in settings.items():
+            if kind == "t5" or values != settings["t5"]:
+                said = ", ".join(f"{field} {value}" for field, value in values.items())
+                lines.append(f"  {'settings' if kind == 't5' else 'with a LLaMA'}: {said}")
+        if benchmark.paper:
+            numbers = ", ".join(f"{model} {value}" for model, value in benchmark.paper.items())
+            lines.append(f"  paper: {numbers}")
+        lines += [f"  note: {note}" for note in (preset.notes, benchmark.notes) if note]
+    return "\n".join(lines)
 
 
 def paper_model(variant: Variant) -> str:

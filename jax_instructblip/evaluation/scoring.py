@@ -6,6 +6,7 @@ from typing import Any
 
 from jax_instructblip.data.records import Record
 from jax_instructblip.evaluation.choices import class_scores
+from jax_instructblip.evaluation.dialogue import score_ndcg
 from jax_instructblip.evaluation.metric import Metric, MetricError, Response, Scores
 from jax_instructblip.evaluation.metrics import get_metric
 from jax_instructblip.evaluation.stored import Row
@@ -40,8 +41,12 @@ def score(
     scored = [record for record in records if _is_known(record, metric[0])]
     if not scored:
         return list(rows), None, HIDDEN
+    responses = [_response(task, by_id[record.id]) for record in scored]
     try:
-        found = metric[1]([_response(task, by_id[record.id]) for record in scored], scored)
+        found = metric[1](responses, scored)
+        if task.relevance:
+            more = score_ndcg(responses, scored, task.relevance)
+            found = dataclasses.replace(found, values={**found.values, **more.values})
     except MetricError as error:
         return list(rows), None, str(error)
     if len(scored) < len(records):

@@ -70,9 +70,10 @@ def run(
     finished = []
     for task in tasks:
         name = task.benchmark.name
-        with Progress(len(task.records), f"reading {name}", "records", silent=not first) as line:
+        line = Progress(len(task.records), f"reading {name}", "records", silent=not first)
+        with agreed(), line:
             questions = units.plan(task, blip.text, size, line.update)
-        check_choices(task, questions.records)
+            check_choices(task, questions.records)
         facts = {**task.facts(), "batch_size": size, "limit": limit}
         stands = {"weights": model["weights"], "dtype": model["dtype"]}
         identity = {**facts, **stands, "questions": questions.digest}
@@ -88,9 +89,9 @@ def run(
                 store.append(rows)
             line.update(len(rows))
 
-        with line, _agreed():
+        with line, agreed():
             answer(blip, task, questions, size=size, done=done, share=share, take=take)
-        with _agreed():
+        with agreed():
             if first:
                 paper = paper_model(blip.variant)
                 finished.append(_finish(task, questions, store, facts, full, paper))
@@ -142,6 +143,17 @@ def describe(task: Task, count: int, done: int = 0) -> str:
     return "\n".join(lines)
 
 
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """A block that ends with an error in every process where it does so in one."""
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    agree(problem)
+
+
 def _finish(
     task: Task,
     questions: units.Questions,
@@ -175,14 +187,3 @@ def _begin(store: Store, first: bool) -> dict[str, Row]:
         problem = error
     agree(problem)
     return done
-
-
-@contextlib.contextmanager
-def _agreed() -> Iterator[None]:
-    """A block that ends with an error in every process where it does so in one."""
-    problem: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        problem = error
-    agree(problem)

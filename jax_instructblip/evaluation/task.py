@@ -35,6 +35,8 @@ class Task:
       preset: prompt, settings and candidates' words, with what was overridden.
       settings: keyword arguments of `blip.generate`, or of `blip.rank`.
       candidates: that every record is ranked over; () where records have their own choices.
+      videos: whether images are paths of video files.
+      relevance: of Visual Dialog the judgements of candidates, by id (`dialogue.read_relevance`).
     """
 
     benchmark: Benchmark
@@ -44,7 +46,8 @@ class Task:
     preset: Preset
     settings: Mapping[str, Any]
     candidates: tuple[str, ...] = ()
-    videos: bool = False  # images are paths of video files
+    videos: bool = False
+    relevance: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
     def opened(self, number: int) -> Record:
         """The record with its images, of a video with some of its frames."""

@@ -328,17 +328,24 @@ class InstructBlipPipeline:
         made = ((compute(self._on_devices(part.batch), part.rows), part.count) for part in parts)
         results = []
         line = Progress(len(questions), label, "questions", silent=self.silent)
+        # Processes that talk to each other do one thing at a time, in the same order.
+        ready = made if self._spans else _one_ahead(made)
         with self._mesh(), line as progress:
-            for result, count in _one_ahead(made):
+            for result, count in ready:
                 results.append((self._fetch(result), count))
                 progress.update(count)
         return results
 
     def _fetch(self, result: Any) -> Any:
         """The whole of a result on this host, also where other processes hold parts of it."""
-        if self.mesh is None or not self.mesh.is_multi_process:
+        if not self._spans:
             return jax.device_get(result)
         return multihost_utils.process_allgather(result, tiled=True)
+
+    @property
+    def _spans(self) -> bool:
+        """Whether other processes work on the same batches."""
+        return self.mesh is not None and self.mesh.is_multi_process
 
     @property
     def splits(self) -> int:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from jax_instructblip.evaluation import captioning
@@ -38,6 +40,17 @@ def test_ranks_are_counts_and_not_percent():
     rows = [Row("r0", text="a", candidates=("a", "b", "c"), scores=(-1.0, -3.0, -2.0))]
     _, found = result(make_task("visual_dialog", records), rows, records)
     assert found["value"] == 50.0 and found["values"]["mean_rank"] == 2.0
+
+
+def test_judgements_give_ndcg_beside_the_ranks():
+    records = [record(0, choices=("a", "b", "c"), correct=2)]
+    rows = [Row("r0", text="a", candidates=("a", "b", "c"), scores=(-1.0, -3.0, -2.0))]
+    task = make_task("visual_dialog", records)
+    task = dataclasses.replace(task, relevance={"r0": [0.0, 0.0, 1.0]})
+    _, found = result(task, rows, records)
+    assert found["metric"] == "mrr" and found["values"]["ndcg"] == 0.0
+    task = dataclasses.replace(task, relevance={"r0": [1.0, 0.0, 0.0]})
+    assert result(task, rows, records)[1]["values"]["ndcg"] == 100.0
 
 
 def test_what_could_not_be_asked_counts_as_wrong_and_is_listed():

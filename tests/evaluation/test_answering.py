@@ -1,0 +1,84 @@
+import pytest
+
+from jax_instructblip.evaluation.answering import Share, answer, count_left
+from jax_instructblip.evaluation.units import loads, plan
+from jax_instructblip.inference.pipeline import load
+from tests.compile_counter import count_compiles
+from tests.evaluation.parrots import Parrot, make_task, record
+from tests.micro import write_base
+
+
+def varied(count):
+    """Questions of many lengths, with two to five candidates of many lengths."""
+    return [
+        record(
+            n,
+            1 + 5 * n % 13,
+            choices=tuple(
+                f"{'red' * (k + n % 3)} {'no' * (7 * n * k % 23)}" for k in range(2 + n % 4)
+            ),
+            correct=0,
+        )
+        for n in range(1, count + 1)
+    ]
+
+
+@pytest.mark.parametrize("name", ["gqa", "iconqa"])
+def test_nothing_is_compiled_after_the_first_load_of_a_group(tmp_path, name):
+    blip = load(write_base(tmp_path / "base", "llama", **{"llm.max_positions": 512}))
+    blip.silent = True
+    task = make_task(name, varied(24), num_beams=2, max_new_tokens=3)
+    questions = plan(task, blip.text, 1)
+    rows, compiled, seen = [], [], set()
+    with count_compiles() as seconds:
+
+        def take(made):
+            rows.extend(made)
+            compiled.append(len(seconds))
+
+        answer(blip, task, questions, size=1, take=take)
+    order = loads(questions.units, 1, 1)
+    assert len(order) == len(compiled) > len({each[0].group for each in order}) > 1
+    for number, each in enumerate(order):
+        new = compiled[number] - (compiled[number - 1] if number else 0)
+        if each[0].group in seen:
+            assert new == 0, f"load {number} of {each[0].group} compiled {new} programs"
+        elif not seen:
+            assert new > 0
+        seen.add(each[0].group)
+    assert sorted(row.id for row in rows) == sorted(each.id for each in questions.records)
+
+
+def test_shares_together_are_all():
+    task = make_task("gqa", [record(n, 3 if n % 3 else 20) for n in range(30)])
+    blip = Parrot(splits=2)
+    questions = plan(task, blip.text, 2)
+    asked = []
+    for index in range(3):
+        answer(blip, task, questions, size=2, share=Share(index, 3), take=asked.extend)
+    assert sorted(row.id for row in asked) == sorted(f"r{n}" for n in range(30))
+    assert all(row.text == row.id[1:] for row in asked)
+
+
+def test_what_is_done_is_not_asked_again():
+    task = make_task("gqa", [record(n) for n in range(10)])
+    blip = Parrot()
+    questions = plan(task, blip.text, 2)
+    done = {f"r{n}" for n in range(10) if n not in (4, 9)}
+    rows = []
+    answer(blip, task, questions, size=2, done=done, take=rows.extend)
+    assert count_left(questions, done) == 2
+    assert {row.id for row in rows} == {"r4", "r5", "r8", "r9"}  # whole units
+
+
+def test_a_damaged_image_changes_no_other_answer():
+    good = [record(n) for n in range(5)]
+    bad = [*good[:2], record(2, images=(b"nothing",)), *good[3:]]
+    blip, found = Parrot(), []
+    for records in (good, bad):
+        task, rows = make_task("gqa", records), []
+        answer(blip, task, plan(task, blip.text, 2), size=2, take=rows.extend)
+        found.append(rows)
+    assert [row.text for row in found[1]] == ["0", "1", "", "3", "4"]
+    assert "7 bytes" in found[1][2].problem
+    assert [a for a, b in zip(*found, strict=True) if a != b] == [found[0][2]]

@@ -1,0 +1,65 @@
+"""Validation by a dataset's own metric, also where a model lies over several processes."""
+
+import pytest
+
+from jax_instructblip.data import prepare
+from jax_instructblip.data.datasets import DATASETS
+from jax_instructblip.data.sources import open_records
+from jax_instructblip.evaluation import harness
+from jax_instructblip.evaluation.metric import MetricError
+from jax_instructblip.inference.pipeline import load
+from jax_instructblip.training.metrics import read_metrics
+from tests.data.layouts import write_all
+from tests.micro import compile_cache, write_base, write_data
+from tests.parallel.test_processes import ended, start, words
+
+LIMIT = 8
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("validation")
+    return write_base(folder / "base"), write_data(folder / "data")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    for name, raw in write_all(folder / "raw", ["iconqa", "web_capfilt"]).items():
+        prepare.prepare(DATASETS[name], raw, folder / "data")
+    return folder / "data"
+
+
+def evaluate(base, path, split):
+    blip = load(base)
+    records, _ = open_records(path, split)
+    model = {"model": blip.model, "params": blip.params, "text": blip.text}
+    return harness.evaluate(
+        **model, records=records, limit=LIMIT, batch_size=8, path=str(path), split=split
+    )
+
+
+def test_two_processes_with_one_model_measure_what_one_does(files, prepared, tmp_path):
+    path = prepared / "iconqa"
+    with compile_cache(tmp_path / "compiled"):
+        expected = evaluate(files[0], path, "test")
+    assert 0 < expected["accuracy"] < 1  # of a mean over ranked records
+    fields = {
+        **{"mesh.data": 1, "mesh.fsdp": 2, "train.steps": 1, "validation.path": path},
+        **{"validation.split": "test", "validation.limit": LIMIT, "validation.batch_size": 8},
+    }
+    workdir = tmp_path / "run"
+    found = ended(start(2, 1, words(files, workdir, **fields)))
+    assert [code for _, code in found] == [0, 0], "\n".join(said for said, _ in found)
+    lines = [line for line in read_metrics(workdir) if "validation/accuracy" in line]
+    assert [line["step"] for line in lines] == [0, 1]
+    assert lines[0]["validation/accuracy"] == pytest.approx(expected["accuracy"])
+    assert found[0][0].count("validation, before tuning") == 1
+    assert "validation," not in found[1][0]
+
+
+def test_what_no_metric_belongs_to_does_not_validate(files, prepared, tmp_path):
+    with pytest.raises(MetricError, match="cannot validate: nothing is scored"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(harness, "answer_task", lambda *args, **rest: None)
+            evaluate(files[0], prepared / "web_capfilt", "train")
