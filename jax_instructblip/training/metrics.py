@@ -114,7 +114,7 @@ class Window:
         """The last step's numbers, but the mean loss of all; rates; counts where not zero.
 
         `skipped` is how many of the steps were, in a run that skips those of no finite loss; the
-        mean is of the others.
+        mean is of the others. What is no finite number is left out.
 
         `padding_share` is the share of this host's text positions that hold no token;
         `data_share` and `checkpoint_share` are shares of the time: waiting for a batch, and
@@ -124,6 +124,7 @@ class Window:
         values = dict(self._steps[-1])
         finite = [each["loss"] for each in self._steps if math.isfinite(each["loss"])]
         values["loss"] = sum(finite) / len(finite) if finite else math.nan
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         if "skipped" in values:
             values["skipped"] = self._skipped
         values["steps_per_second"] = len(self._steps) / seconds
