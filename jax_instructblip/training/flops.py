@@ -1,0 +1,158 @@
+"""Products of a train step in FLOPs: counted on its jaxpr, and by hand from the sizes of a variant.
+
+One multiply-add is 2 FLOPs; matrix products and the patch convolution only. XLA's own count sees
+the body of a scan once, so the jaxpr is walked instead: body times length.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from jax_instructblip.models.variants import LanguageConfig, LlamaConfig, T5Config, Variant
+
+PRODUCTS = ("dot_general", "conv_general_dilated")
+
+
+def products(jaxpr: Jaxpr, times: int = 1, loops: int = 1) -> Iterator[tuple[Any, int]]:
+    """Every equation of `jaxpr` that is a product, and how often it runs.
+
+    The body of a loop whose length depends on the data (`while`) is taken to run `loops` times; of
+    branches the first counts. A train step has neither.
+    """
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in PRODUCTS:
+            yield equation, times
+        inner = times * (equation.params["length"] if name == "scan" else 1)
+        inner *= loops if name == "while" else 1
+        for value in equation.params.values():
+            parts = value if isinstance(value, tuple | list) else (value,)
+            for part in parts[:1] if name == "cond" else parts:
+                if isinstance(part, ClosedJaxpr):
+                    yield from products(part.jaxpr, inner, loops)
+                elif isinstance(part, Jaxpr):
+                    yield from products(part, inner, loops)
+
+
+def flops_of(equation: Any) -> int:
+    """FLOPs of one run of a product."""
+    left, right = (each.aval.shape for each in equation.invars[:2])
+    out = equation.outvars[0].aval.shape
+    if equation.primitive.name == "dot_general":
+        (contract, _), _ = equation.params["dimension_numbers"]
+        return 2 * math.prod(out) * math.prod(left[axis] for axis in contract)
+    kernel = equation.params["dimension_numbers"].rhs_spec  # output features, input features, ...
+    return 2 * math.prod(out) * math.prod(right) // right[kernel[0]]
+
+
+def count(jaxpr: Jaxpr, loops: int = 1) -> int:
+    """FLOPs of all products of `jaxpr`; `loops` as of `products`."""
+    return sum(flops_of(equation) * times for equation, times in products(jaxpr, loops=loops))
+
+
+def counted(function: Callable[..., Any], *arguments: Any) -> tuple[int, list[tuple[int, ...]]]:
+    """FLOPs of all products of `function`, and the shapes of their results."""
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    shapes = [equation.outvars[0].aval.shape for equation, _ in products(jaxpr)]
+    return count(jaxpr), shapes
+
+
+def analytic(variant: Variant, rows: int, text: int, tokens: int, answer: int = 0) -> int:
+    """FLOPs of one step as the network is built: head on all T tokens, full attention.
+
+    The ViT runs forward only; the Q-Former forward and backward, weights included; of the language
+    model backward has the activations' half alone. `text` tokens for the Q-Former, `tokens` for
+    the language model, `answer` for T5's decoder. Of the keys and values of the cross-attention
+    only the weights' gradients are counted, as in the ideal; the step as built adds what the
+    trained image norm before them asks for, under 1 % of the whole.
+    """
+    keys_values, qformer = _qformer(variant, rows, text)
+    forward, attention = _language(variant.llm, rows, variant.qformer.queries, tokens, answer)
+    # Backward: each frozen weight once (dX); each product of the attention twice.
+    llm = 2 * forward + 3 * attention
+    return _vision(variant, rows) + 3 * qformer - keys_values + llm
+
+
+def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) -> int:
+    """FLOPs of `new` tokens for each of `rows` images with prompts of `text` and `tokens` tokens.
+
+    The first new token comes with the prompt. The attention of the others is counted over all the
+    room there is for new tokens.
+    """
+    config, queries = variant.llm, variant.qformer.queries
+    prompt = queries + tokens
+    head = linear(rows, config.width, config.vocab)
+    read = _vision(variant, rows) + _qformer(variant, rows, text)[1]
+    if isinstance(config, LlamaConfig):
+        weights = config.layers * (4 * config.width**2 + 3 * config.width * config.mlp)
+        look = lambda keys: config.layers * 2 * linear(rows, keys, config.width)
+        read += linear(rows * prompt, weights) + prompt * look(prompt) + head
+        return read + (new - 1) * (linear(rows, weights) + look(prompt + new - 1) + head)
+    inner = config.heads * config.head_width
+    own, mlp = 4 * config.width * inner, 3 * config.width * config.mlp
+    read += config.encoder_layers * (
+        linear(rows * prompt, own + mlp) + 2 * linear(rows * prompt, prompt, inner)
+    )
+    read += config.decoder_layers * linear(rows * prompt, own // 2)  # keys, values for the decoder
+    step = config.decoder_layers * (
+        linear(rows, own + own // 2 + mlp) + 2 * linear(rows, prompt + new, inner)
+    )
+    return read + new * (step + head)
+
+
+def linear(rows: int, *sizes: int) -> int:
+    """FLOPs of a product with a weight of these sizes."""
+    return 2 * rows * math.prod(sizes)
+
+
+def _vision(variant: Variant, rows: int) -> int:
+    v = variant.vision
+    return linear(rows * (v.tokens - 1), v.patch_size**2 * 3, v.width) + v.layers * (
+        4 * linear(rows * v.tokens, v.width, v.width)
+        + 2 * linear(rows * v.tokens, v.tokens, v.width)
+        + 2 * linear(rows * v.tokens, v.width, v.mlp)
+    )
+
+
+def _qformer(variant: Variant, rows: int, text: int) -> tuple[int, int]:
+    """Forward: keys and values of the image, and everything."""
+    q, patches = variant.qformer, variant.vision.tokens
+    seen = q.queries + (text if q.instruction_aware else 0)
+    pairs = q.layers // 2
+    keys_values = pairs * 2 * linear(rows * patches, q.vision_width, q.width)
+    forward = keys_values + linear(rows * q.queries, q.width, q.llm_width)
+    forward += q.layers * (
+        4 * linear(rows * seen, q.width, q.width)
+        + 2 * linear(rows * seen, seen, q.width)
+        + 2 * linear(rows * seen, q.width, q.mlp)
+    )
+    forward += pairs * (
+        2 * linear(rows * q.queries, q.width, q.width)
+        + 2 * linear(rows * q.queries, patches, q.width)
+    )
+    return keys_values, forward
+
+
+def _language(
+    config: LanguageConfig, rows: int, queries: int, tokens: int, answer: int
+) -> tuple[int, int]:
+    """Forward: products with weights, and those of the attention."""
+    length = queries + tokens
+    if isinstance(config, LlamaConfig):
+        weights = config.layers * (4 * config.width**2 + 3 * config.width * config.mlp)
+        attention = config.layers * 2 * linear(rows * length, length, config.width)
+        head = linear(rows * tokens, config.width, config.vocab)
+        return linear(rows * length, weights) + head, attention
+    assert isinstance(config, T5Config)
+    inner = config.heads * config.head_width
+    own, mlp = 4 * config.width * inner, 3 * config.width * config.mlp
+    encoder = linear(rows * length, config.encoder_layers * (own + mlp))
+    decoder = linear(rows * answer, config.decoder_layers * (own + own // 2 + mlp))
+    decoder += linear(rows * length, config.decoder_layers * own // 2)  # keys, values of encoder
+    attention = config.encoder_layers * 2 * linear(rows * length, length, inner)
+    attention += config.decoder_layers * 2 * linear(rows * answer, answer + length, inner)
+    head = linear(rows * answer, config.width, config.vocab)
+    return encoder + decoder + head, attention
