@@ -23,6 +23,7 @@ DEPENDENCIES = [
     "safetensors>=0.6",  # Hugging Face shards, written on export
     # Data.
     "pillow>=11.3",  # decodes and resizes images
+    "simplejpeg>=1.9",  # decodes the JPEGs of training, a tenth faster than Pillow
     "tensorflow-datasets>=4.9.9",  # dataset builder; works without TensorFlow
     "importlib_resources>=6",  # tensorflow-datasets imports it and asks for it only before 3.9
     "array_record>=0.8",  # record files with random access

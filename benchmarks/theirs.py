@@ -16,8 +16,8 @@ from jax_instructblip.models.variants import Variant, get_variant
 TRAINED = ("qformer.", "query_tokens", "language_projection.", "vision_model.post_layernorm.")
 
 
-def build_model(variant: Variant, device: torch.device) -> torch.nn.Module:
-    """Stock InstructBLIP of that size with random weights, made on `device` in bfloat16."""
+def config_of(variant: Variant) -> transformers.InstructBlipConfig:
+    """The sizes of `variant`, as transformers writes them."""
     v, q, m = variant.vision, variant.qformer, variant.llm
     if m.kind == "t5":
         text = dict(
@@ -47,7 +47,7 @@ def build_model(variant: Variant, device: torch.device) -> torch.nn.Module:
             bos_token_id=m.bos_id,
             eos_token_id=m.eos_id,
         )
-    config = transformers.InstructBlipConfig(
+    return transformers.InstructBlipConfig(
         vision_config=dict(
             hidden_size=v.width,
             intermediate_size=v.mlp,
@@ -68,6 +68,11 @@ def build_model(variant: Variant, device: torch.device) -> torch.nn.Module:
         num_query_tokens=q.queries,
         image_token_index=m.vocab - 1,
     )
+
+
+def build_model(variant: Variant, device: torch.device) -> torch.nn.Module:
+    """Stock InstructBLIP of that size with random weights, made on `device` in bfloat16."""
+    config = config_of(variant)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         model = transformers.InstructBlipForConditionalGeneration(config)

@@ -1,15 +1,41 @@
 """What the benchmarks run: sizes of one sample, batches, and the FLOPs that a step cannot avoid."""
 
 import dataclasses
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
-from jax_instructblip.models.variants import T5Config, Variant, get_variant
+from jax_instructblip.models.variants import (
+    LlamaConfig,
+    QFormerConfig,
+    T5Config,
+    Variant,
+    VisionConfig,
+    get_variant,
+)
 
 VARIANTS = {
     "full": ("instructblip-flan-t5-xl", "instructblip-vicuna-7b"),
     "tiny": ("tiny-t5", "tiny-vicuna"),
+}
+_VISION = VisionConfig(image_size=112, width=384, layers=6, heads=6, mlp=1536)
+_QFORMER = QFormerConfig(384, 512, width=256, layers=4, heads=4, mlp=1024)
+# Sizes between the tiny and the released ones, for comparisons on a CPU: 91 and 83 million weights.
+MIDDLE = {
+    "middle-t5": Variant(
+        _VISION,
+        _QFORMER,
+        T5Config(width=512, head_width=64, heads=6, mlp=1024, encoder_layers=6, decoder_layers=6),
+    ),
+    "middle-vicuna": Variant(
+        _VISION, _QFORMER, LlamaConfig(width=512, heads=8, mlp=1376, layers=8)
+    ),
 }
 TRAIN_BATCH = {"instructblip-flan-t5-xl": 192, "instructblip-vicuna-7b": 128}  # the paper's
 
@@ -27,6 +53,51 @@ class Lengths:
     def of(cls, variant: str) -> "Lengths":
         """Short ones for the tiny variants, which only show that the benchmark runs."""
         return cls(8, 8, 4, 8) if variant.startswith("tiny") else cls()
+
+
+def variant_of(name: str) -> Variant:
+    """The variant of that name, one of `MIDDLE` or of the package."""
+    return MIDDLE[name] if name in MIDDLE else get_variant(name)
+
+
+def facts(module: str, words: list[str]) -> dict[str, Any]:
+    """What a file of results starts with: the command, the date, the machine, the versions."""
+    models = [
+        line.partition(":")[2].strip()
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    names = ("jax", "jaxlib", "flax", "torch", "transformers")
+    return {
+        "command": " ".join([f"python -m benchmarks.{module}", *words]),
+        "date": str(datetime.date.today()),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {models[0]}",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def measure(call: Callable[[], object], tries: int = 3, calm: float = 0.1) -> tuple[float, float]:
+    """Wall seconds of `call`, and how many cores other processes kept busy meanwhile.
+
+    Where that is more than `calm` it is tried again, and the calmest try counts.
+    """
+    found = []
+    while not found or (min(found)[0] > calm and len(found) < tries):
+        busy, own, start = _busy_seconds(), sum(os.times()[:2]), time.perf_counter()
+        call()
+        wall = time.perf_counter() - start
+        others = (_busy_seconds() - busy - (sum(os.times()[:2]) - own)) / wall
+        found.append((max(others, 0.0), wall))
+    others, wall = min(found)
+    return wall, others
+
+
+def _busy_seconds() -> float:
+    """Seconds that all processes of this machine spent on its processors."""
+    fields = pathlib.Path("/proc/stat").read_text().split(None, 9)[1:9]
+    user, nice, system, _, _, irq, soft, _ = map(int, fields)
+    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
 
 
 def train_flops(variant: Variant, lengths: Lengths) -> float:

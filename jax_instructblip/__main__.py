@@ -12,7 +12,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from jax_instructblip import commands
+from jax_instructblip import commands, tpu_compiler
 
 _PACKAGE = Path(__file__).parent
 
@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         known = ", ".join(verbs)
         print(f"error: unknown verb {verb!r}; {hint}known: {known}", file=sys.stderr)
         return 2
+    tpu_compiler.set_flags()  # before JAX, which a verb imports, loads it
     try:
         code = importlib.import_module(f"{commands.__name__}.{verb}").main(rest)
         sys.stdout.flush()  # a reader that left is noticed here, not while the interpreter ends

@@ -20,6 +20,7 @@ LAYERS = {
     "manifest": 0,
     "processes": 0,
     "stored_leaf": 0,
+    "tpu_compiler": 0,
     "data": 1,
     "checkpoint": 1,
     "parallel": 1,

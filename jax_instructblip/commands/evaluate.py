@@ -1,4 +1,14 @@
-"""Measures exact match by task family, beside its baselines, and writes a report."""
+"""Measures a model on benchmarks beside the paper's numbers, or by task family on `shapes`.
+
+evaluate --checkpoint DIR --datasets gqa,vsr --data DIR --out DIR   benchmarks, by their presets
+evaluate --datasets gqa --predictions FILE --data DIR --out DIR     scores of answers made before
+evaluate --compare A B                                              where two runs differ
+evaluate --checkpoint RUN                                           exact match by task family
+
+`--datasets held_out` is all 13 of table 1. DIR of --data is what `jax-instructblip prepare` wrote,
+or the files as they were downloaded. A run that was ended goes on where it stopped; datasets that
+are finished are not answered again. Several processes share the work.
+"""
 
 import argparse
 import json
@@ -6,41 +16,140 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.shapes_records import DATASETS
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.evaluation import harness
+from jax_instructblip.evaluation import compare, harness, suite
+from jax_instructblip.evaluation.benchmark_report import line
+from jax_instructblip.evaluation.benchmarks import BENCHMARKS, HELD_OUT, get_benchmark
+from jax_instructblip.evaluation.placement import choose_mesh
 from jax_instructblip.evaluation.report import write_report
+from jax_instructblip.evaluation.task import Task, open_task
 from jax_instructblip.folders import write_file
 from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
-from jax_instructblip.inference.source import read_json
+from jax_instructblip.inference.scores import LENGTH_RULES
+from jax_instructblip.inference.source import read_json, read_source, weights_digest
+from jax_instructblip.parallel import distributed
 from jax_instructblip.training.metrics import read_metrics
 from jax_instructblip.training.start import read_start
 
+_OVERRIDES = (
+    *("num_beams", "length_penalty", "repetition_penalty", "max_new_tokens", "min_new_tokens"),
+    *("length_rule", "length_normalise"),
+)
+_FAMILIES_BATCH, _DATASETS_BATCH = 64, 8  # questions answered at once
+
 
 def main(argv: list[str]) -> int:
-    """Prints a table for each split, writes results.json, predictions/ and report.html."""
-    parser = argparse.ArgumentParser(prog="jax-instructblip evaluate", description=__doc__)
-    parser.add_argument(
-        "--checkpoint", required=True, help="a run, a checkpoint folder or an embedded name"
+    """Prints results and writes them; returns 1 where a dataset could not be scored."""
+    args = _parser().parse_args(argv)
+    if args.compare:
+        return _compare(*args.compare)
+    if not args.datasets:
+        return _families(args)
+    if lacking := [name for name in ("data", "out") if getattr(args, name) is None]:
+        raise ValueError(f"{' and '.join(f'--{name}' for name in lacking)}: needed by --datasets")
+    if args.predictions:
+        return _score(args)
+    if not args.checkpoint:
+        raise ValueError("--checkpoint: needed, or --predictions of answers made before")
+    with distributed.joined(*distributed.read_flags(args)):
+        return _benchmarks(args)
+
+
+def _benchmarks(args: argparse.Namespace) -> int:
+    """Answers and scores the datasets of the flags."""
+    source = read_source(args.checkpoint)
+    tasks = _tasks(args, source.variant.llm.kind)
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    mesh = choose_mesh(source.variant, dtype, fsdp=args.fsdp, tensor=args.tensor)
+    args.out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written: now
+    blip = load(args.checkpoint, mesh=mesh, dtype=dtype)
+    blip.silent = True  # the suite says how far it is
+    name = str(args.checkpoint)
+    model = {"checkpoint": name, "weights": weights_digest(source), "dtype": dtype}
+    finished = suite.run(
+        blip,
+        tasks,
+        args.out,
+        model=model,
+        size=args.batch_size or _DATASETS_BATCH,
+        limit=args.limit,
     )
-    parser.add_argument(
-        "--data", help="a JSON-lines file or `shapes` (default: what the run validated on)"
-    )
-    parser.add_argument(
-        "--split", help="one or more, with commas (default: test; of shapes: all test splits)"
-    )
-    parser.add_argument("--limit", type=int, default=0, help="questions a split (default: all)")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: the run)")
-    parser.add_argument("--batch_size", type=int, default=64, help="questions answered at once")
-    parser.add_argument("--max_new_tokens", type=int, default=30, help="of an answer")
-    parser.add_argument(
-        "--no_baselines", action="store_true", help="leave out `blind` and `before`"
-    )
-    args = parser.parse_args(argv)
+    if jax.process_index():
+        return 0
+    return _finish(args.out, finished, model)
+
+
+def _score(args: argparse.Namespace) -> int:
+    """Scores answers that were made before, by whatever program."""
+    tasks = _tasks(args, "t5")
+    if len(tasks) != 1:
+        raise ValueError(f"--predictions is of one dataset, --datasets names {len(tasks)}")
+    finished = suite.score_given(tasks[0], args.predictions)
+    print(line(tasks[0].benchmark.name, finished.result))
+    return _finish(args.out, [finished], {"predictions": str(args.predictions)})
+
+
+def _finish(out: Path, finished: Sequence[suite.Finished], model: dict[str, Any]) -> int:
+    suite.write(out, finished, model)
+    print(f"report: {out / suite.REPORTS[0]}")
+    return int(any(each.result["unscored"] for each in finished))
+
+
+def _tasks(args: argparse.Namespace, llm: str) -> list[Task]:
+    names = [each.strip() for each in args.datasets.split(",")]
+    names = [n for name in names for n in (HELD_OUT if name == "held_out" else (name,))]
+    benchmarks = [get_benchmark(name) for name in dict.fromkeys(names)]
+    given = {name: getattr(args, name) for name in _OVERRIDES}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    if args.prompt is not None:
+        overrides["template"] = args.prompt
+    if args.mode:
+        overrides["ranking"] = args.mode == "rank"
+    candidates: tuple[str, ...] = ()
+    if args.candidates:
+        lines = args.candidates.read_text(encoding="utf-8").splitlines()
+        candidates = tuple(each.strip() for each in lines if each.strip())
+    tasks, wrong = [], []
+    for benchmark in benchmarks:
+        try:
+            task = open_task(
+                benchmark,
+                Path(args.data),
+                llm,
+                split=args.split or "",
+                limit=args.limit,
+                candidates=candidates,
+                overrides=overrides,
+            )
+        except (ValueError, OSError) as error:
+            wrong.append(str(error))
+            continue
+        tasks.append(task)
+    if wrong:
+        raise ValueError("\n  ".join([f"{len(wrong)} datasets cannot be evaluated:", *wrong]))
+    return tasks
+
+
+def _compare(first: Path, second: Path) -> int:
+    labels = (f"A {first}", f"B {second}")
+    for found in compare.compare(first, second):
+        for each in compare.lines(found, labels):
+            print(each)
+    return 0
+
+
+def _families(args: argparse.Namespace) -> int:
+    """Exact match by task family, beside its baselines: of `shapes` and of JSON lines."""
+    if distributed.read_flags(args)[0] is not None:
+        raise ValueError("without --datasets one process evaluates: start it without the others")
+    if not args.checkpoint:
+        raise ValueError("--checkpoint: needed")
     run = _read_run(Path(args.checkpoint))
     data: str = args.data or (run["config"]["validation"]["path"] if run else "")
     out = args.out or (Path(args.checkpoint) if run else None)
@@ -55,7 +164,10 @@ def main(argv: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written: now, not afterwards
     blip = load(args.checkpoint)
     before = _before(run, blip) if run and not args.no_baselines else None
-    settings = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+    settings: dict[str, Any] = {
+        "batch_size": _FAMILIES_BATCH if args.batch_size is None else args.batch_size,
+        "max_new_tokens": args.max_new_tokens or 30,
+    }
     results: dict[str, Any] = {}
     samples = {}
     for split, records in opened.items():
@@ -90,6 +202,45 @@ def main(argv: list[str]) -> int:
     )
     print(f"report: {out / 'report.html'}")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jax-instructblip evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", help="a Hugging Face folder, a converted one, a run, or an embedded name")
+    add("--datasets", help=f"with commas: held_out, {', '.join(BENCHMARKS)}")
+    add("--data", help="see above; of families a JSON-lines file or `shapes` (default: the run's)")
+    add("--split", help="other than the paper's (of families one or more; default: test splits)")
+    add("--limit", type=int, default=0, help="questions of each, always the same (default: all)")
+    add("--out", type=Path, help="folder to write to (of families by default the run)")
+    add("--batch_size", type=int, help="questions at once, of datasets on each device (8)")
+    add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two --out, or predictions")
+    add("--predictions", type=Path, help="JSON lines with id, and text or scores")
+    add("--no_baselines", action="store_true", help="of families: without `blind` and `before`")
+    group = parser.add_argument_group("instead of what the presets of the datasets say")
+    add = group.add_argument
+    add("--prompt", help="placeholders: {question} {options} {context} {ocr} {history} {answer}")
+    add("--mode", choices=("rank", "generate"), help="rank candidates, or generate")
+    add("--candidates", type=Path, metavar="FILE", help="one a line, of msvd_qa and msrvtt_qa")
+    add("--num_beams", type=int, help="1: greedy")
+    add("--length_penalty", type=float, help="above 0 favours long answers")
+    add("--repetition_penalty", type=float, help="1: none")
+    add("--max_new_tokens", type=int, help="of an answer (of families 30)")
+    add("--min_new_tokens", type=int, help="of an answer")
+    add("--length_rule", choices=LENGTH_RULES, help="how beams' lengths are counted")
+    add("--length_normalise", action="store_true", default=None, help="of a ranking: mean, not sum")
+    group = parser.add_argument_group("where the model lies")
+    add = group.add_argument
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(bfloat16, on a CPU float32)")
+    add("--fsdp", type=int, default=1, help="devices that weights are split over (1)")
+    add("--tensor", type=int, default=1, help="devices that share every question (1)")
+    distributed.add_flags(parser)
+    return parser
 
 
 def _read_run(folder: Path) -> dict[str, Any] | None:

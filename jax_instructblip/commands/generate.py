@@ -10,19 +10,26 @@ from collections.abc import Iterator
 from typing import Any
 
 from jax_instructblip.data.images import ImageError, decode
-from jax_instructblip.inference.pipeline import BATCH_SIZE, load
-from jax_instructblip.inference.questions import pair
+from jax_instructblip.inference.pipeline import BATCH_SIZE, InstructBlipPipeline, load
+from jax_instructblip.inference.questions import Question, pair
 from jax_instructblip.inference.source import resolve_checkpoint
 
 
 def main(argv: list[str]) -> int:
     """Prints image, prompt, answer and log-probability of each question; returns 0."""
     flags = _parser().parse_args(argv)
+    if flags.stream and (flags.num_beams > 1 or flags.json):
+        raise ValueError(
+            "--stream shows each token as it is chosen: leave out --num_beams, which is certain of "
+            "none before the end, and --json"
+        )
     # Mistakes here should not wait for the weights, nor bad images for the answers to good ones.
     questions = pair(flags.image, flags.prompt)
     resolve_checkpoint(flags.checkpoint)
     check_images(flags.image)
     blip = load(flags.checkpoint, dtype=flags.dtype)
+    if flags.stream:
+        return _stream(blip, questions, flags)
     answers = blip.generate(
         flags.image,
         flags.prompt,
@@ -45,10 +52,34 @@ def main(argv: list[str]) -> int:
             "answer": answer.text,
             "logprob": answer.logprob,
             "tokens": list(answer.tokens),
+            "logprobs": list(answer.logprobs),
             "alternatives": [each.text for each in answer.alternatives],
         }
         for line in [json.dumps(found, ensure_ascii=False)] if flags.json else _lines(found):
             print(line)
+    return 0
+
+
+def _stream(
+    blip: InstructBlipPipeline, questions: list[Question], flags: argparse.Namespace
+) -> int:
+    """Prints the answers while they are made, one question after the other; returns 0."""
+    for question in questions:
+        print(f"image:            {question.frames[0]}\nprompt:           {question.prompt}")
+        print("answer:           ", end="", flush=True)
+        for piece in blip.stream(
+            question.frames[0],
+            question.prompt,
+            max_new_tokens=flags.max_new_tokens,
+            min_new_tokens=flags.min_new_tokens,
+            repetition_penalty=flags.repetition_penalty,
+            temperature=flags.temperature,
+            top_p=flags.top_p,
+            top_k=flags.top_k,
+            seed=flags.seed,
+        ):
+            print(piece, end="", flush=True)
+        print("\n")
     return 0
 
 
@@ -104,5 +135,6 @@ def _parser() -> argparse.ArgumentParser:
         help="of weights and computing (default: bfloat16, on a CPU float32)",
     )
     add("--batch_size", type=int, default=BATCH_SIZE, help="asked at once (default: %(default)s)")
+    add("--stream", action="store_true", help="print each token as soon as it is chosen; no beams")
     add("--json", action="store_true", help="print one JSON object a line")
     return parser

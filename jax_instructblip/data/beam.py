@@ -97,6 +97,7 @@ def prepare_with_beam(
                     "images, or raise --max_missing (without Beam the report names them)"
                 )
             report["splits"][split.name] = found
+        prepare.write_candidates(dataset, raw, folder)
         prepare.write_report(folder, report)
         folder.rename(done)
     finally:

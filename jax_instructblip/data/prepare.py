@@ -35,6 +35,7 @@ from jax_instructblip.folders import write_file
 
 VERSION = "1.0.0"  # of the layout: raise it where what is stored changes
 REPORT = "prepared.json"
+CANDIDATES = "candidates.json"  # that all records are ranked over, where there are such
 VIDEO = "video QA"  # the family whose files are videos
 JPEG_QUALITY = 95  # of the frames of a video
 LISTED = 1000  # records left out that the report names, of each split
@@ -110,6 +111,7 @@ def prepare(
                 dataset, raw, draft, split, workers, shard_size, max_missing, frames
             )
             report["splits"][split.name] = summary(dataset, split, notes)
+        write_candidates(dataset, raw, draft)
         _finish(draft, dataset.name, report)
         draft.rename(done)
     return done
@@ -118,6 +120,24 @@ def prepare(
 def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What `prepare` noted of a finished dataset: counts, digests, records left out."""
     return json.loads((pathlib.Path(folder) / REPORT).read_text())
+
+
+def raw_candidates(dataset: Dataset, raw: pathlib.Path) -> tuple[str, ...]:
+    """The candidates of all records, from the original files; () where there are none."""
+    there = any((raw / name).is_file() for name in dataset.candidate_files)
+    return dataset.shared_candidates(raw) if there and dataset.shared_candidates else ()
+
+
+def write_candidates(dataset: Dataset, raw: pathlib.Path, folder: pathlib.Path) -> None:
+    """Puts them into a folder that is being prepared, where there are any."""
+    if candidates := raw_candidates(dataset, raw):
+        write_file(folder / CANDIDATES, json.dumps(candidates, ensure_ascii=False) + "\n")
+
+
+def read_candidates(folder: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The same, from a prepared folder."""
+    path = pathlib.Path(folder) / CANDIDATES
+    return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ()
 
 
 def choose_splits(dataset: Dataset, raw: pathlib.Path, splits: Sequence[str]) -> list[str]:

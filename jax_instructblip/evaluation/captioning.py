@@ -2,7 +2,7 @@
 
 All count the words of Stanford's PTBTokenizer, a Java program that the tools bring along, as they
 do METEOR and SPICE. Without Java the words come from `ptb.py`, and the other two are left out; the
-notes of the scores say so.
+scores say so.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def score_captions(
     """CIDEr (CIDEr-D, as everybody reports it), BLEU-1 to 4 and ROUGE-L.
 
     `full` adds METEOR, which takes some 20 seconds to start and 2 GB, and SPICE, where they can
-    run; a note says why one cannot.
+    run; `left_out` says why one cannot.
 
     CIDEr weighs words by how many of the records' images have them in a reference, so it depends on
     which records are scored: score whole splits. Of a single image it is 0.
@@ -64,14 +64,15 @@ def score_captions(
     notes = [] if java else [f"no Java: words are those of {ptb.__name__}, not PTBTokenizer's"]
     if len(pairs) == 1:
         notes.append("CIDEr of a single image is 0: no word is rarer than another")
+    left_out: dict[str, str] = {}
     for names, score in (_SCORERS | _JAVA_SCORERS if full else _SCORERS).items():
         if reason := _obstacle(names, folder, java):
-            notes.append(f"{names[0]} is left out: {reason}")
+            left_out |= dict.fromkeys(names, reason)
             continue
         for name, (value, of_each) in zip(names, score(references, candidates), strict=True):
             values[name] = float(value)
             samples[name] = tuple(map(float, of_each))
-    return Scores(values, samples, tuple(notes))
+    return Scores(values, samples, tuple(notes), left_out)
 
 
 def tokenise_stanford(captions: Sequence[str]) -> list[str]:

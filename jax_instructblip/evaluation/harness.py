@@ -9,13 +9,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jax_instructblip.data.images import decode, resize_squash
 from jax_instructblip.data.records import Record
+from jax_instructblip.data.sources import dataset_name
 from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.evaluation.answering import answer as answer_task
+from jax_instructblip.evaluation.benchmarks import BENCHMARKS, Benchmark
 from jax_instructblip.evaluation.exact_match import is_correct, majority_answer
+from jax_instructblip.evaluation.metric import MetricError
+from jax_instructblip.evaluation.scoring import score
+from jax_instructblip.evaluation.stored import Row
+from jax_instructblip.evaluation.task import check_choices, open_task, pick_numbers
+from jax_instructblip.evaluation.units import plan
 from jax_instructblip.folders import write_file
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.inference.questions import prompt_limit
@@ -55,13 +64,27 @@ def evaluate(
     limit: int = 0,
     batch_size: int = 64,
     max_new_tokens: int = 30,
+    path: str = "",
+    split: str = "",
 ) -> dict[str, float]:
-    """`accuracy`, the mean over the task families, and `accuracy/FAMILY`.
+    """`accuracy`, by which a run chooses its best checkpoint, and what else there is to say.
 
-    It is exact match of whole answers, and what a training run validates with. `limit` questions
-    are taken (`pick`); 0 takes all.
+    Of a folder `path` that `jax-instructblip prepare` wrote, `accuracy` is the value of the
+    dataset's own metric (of captions CIDEr), with the prompt and the settings of its preset, and
+    the other values follow by name. Of other records it is exact match of whole answers, the mean
+    over the task families, with `accuracy/FAMILY`. `limit` questions are taken; 0 takes all.
+
+    On a mesh of several processes each calls it with the same records and gets the same numbers.
+
+    Raises:
+      MetricError: the dataset cannot be scored here.
     """
-    blip = InstructBlipPipeline(model.variant, params, text, dtype=model.dtype, mesh=mesh)
+    silent = jax.process_index() > 0
+    blip = InstructBlipPipeline(
+        model.variant, params, text, dtype=model.dtype, mesh=mesh, silent=silent
+    )
+    if name := dataset_name(path) if path else "":
+        return _benchmark(blip, BENCHMARKS[name], Path(path), split, limit, batch_size)
     predictions = answer(
         blip, pick(records, limit), batch_size=batch_size, max_new_tokens=max_new_tokens
     )
@@ -72,17 +95,31 @@ def evaluate(
     }
 
 
-def pick(records: Sequence[Record], limit: int) -> list[Record]:
-    """`limit` of the records, always the same ones, in their order; all of them for 0.
+def _benchmark(
+    blip: InstructBlipPipeline,
+    benchmark: Benchmark,
+    path: Path,
+    split: str,
+    limit: int,
+    batch_size: int,
+) -> dict[str, float]:
+    task = open_task(benchmark, path, blip.variant.llm.kind, split=split, limit=limit)
+    size = max(1, batch_size // blip.splits)
+    questions = plan(task, blip.text, size)
+    check_choices(task, questions.records)
+    rows: list[Row] = []
+    blip.silent = True
+    answer_task(blip, task, questions, size=size, take=rows.extend)
+    _, scores, reason = score(task, rows, questions.records)
+    if scores is None:
+        raise MetricError(f"{path} cannot validate: {reason}")
+    main = next(iter(scores.values.values()))
+    return {"accuracy": main, **scores.values}
 
-    They are drawn at random: every n-th would meet only some of the families where records of one
-    image follow each other.
-    """
-    if limit < 0:
-        raise ValueError(f"limit is {limit}, expected 0 (all) or more")
-    count = min(limit or len(records), len(records))
-    chosen = np.random.default_rng(0).permutation(len(records))[:count]
-    return [records[int(index)] for index in np.sort(chosen)]
+
+def pick(records: Sequence[Record], limit: int) -> list[Record]:
+    """`limit` of the records, always the same ones, in their order; all of them for 0."""
+    return [records[number] for number in pick_numbers(len(records), limit)]
 
 
 def answer(

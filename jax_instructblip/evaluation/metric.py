@@ -38,12 +38,14 @@ class Scores:
     Attributes:
       values: of all records; the first is the one that papers give. None is multiplied by 100.
       samples: of some or all of them the value of each record, in the order of the records.
-      notes: what a reader of the values must know, such as what could not be computed.
+      notes: what a reader of the values must know.
+      left_out: values that could not be computed, by name, and why.
     """
 
     values: Mapping[str, float]
     samples: Mapping[str, tuple[float, ...]]
     notes: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 Metric = Callable[[Sequence[Response], Sequence[Record]], Scores]
@@ -68,12 +70,12 @@ def align(
     ids = [record.id for record in records]
     known = set(ids)
     problems = [
-        _listed("responses have an id that another has too", _repeated(r.id for r in responses)),
-        _listed("records have an id that another has too", _repeated(ids)),
-        _listed("records have no response", [name for name in ids if name not in by_id]),
-        _listed("responses belong to no record", [name for name in by_id if name not in known]),
-        _listed("responses have a text that is none", [r.id for r in responses if not _is_text(r)]),
-        _listed(
+        listed("responses have an id that another has too", _repeated(r.id for r in responses)),
+        listed("records have an id that another has too", _repeated(ids)),
+        listed("records have no response", [name for name in ids if name not in by_id]),
+        listed("responses belong to no record", [name for name in by_id if name not in known]),
+        listed("responses have a text that is none", [r.id for r in responses if not _is_text(r)]),
+        listed(
             "responses have scores that are not finite (the model overflows, or its weights are "
             "damaged)",
             [r.id for r in responses if not all(map(math.isfinite, r.scores))],
@@ -82,7 +84,7 @@ def align(
     if need_answers:
         hidden = [record.id for record in records if not record.answers]
         problems.append(
-            _listed("records have no answers: those of this split may not be public", hidden)
+            listed("records have no answers: those of this split may not be public", hidden)
         )
     if any(problems):
         raise MetricError("; ".join(filter(None, problems)))
@@ -112,7 +114,7 @@ def _repeated(ids: Iterable[str]) -> list[str]:
     return [name for name, count in Counter(ids).items() if count > 1]
 
 
-def _listed(what: str, ids: list[str]) -> str:
+def listed(what: str, ids: Sequence[str]) -> str:
     """`3 WHAT: 'a', 'b', 'c'`; nothing where there are none."""
     if not ids:
         return ""

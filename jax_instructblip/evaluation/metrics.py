@@ -2,11 +2,13 @@
 
 import difflib
 import functools
+from collections.abc import Callable
 
+from jax_instructblip.evaluation import ptb, vqa_text
 from jax_instructblip.evaluation.captioning import score_captions
 from jax_instructblip.evaluation.choices import score_accuracy, score_auroc, score_yes_no
 from jax_instructblip.evaluation.dialogue import score_ranks
-from jax_instructblip.evaluation.exact_match import score_exact_match
+from jax_instructblip.evaluation.exact_match import normalise, score_exact_match
 from jax_instructblip.evaluation.metric import Metric
 from jax_instructblip.evaluation.vqa import score_direct_answer, score_ivqa, score_vqa
 
@@ -22,6 +24,17 @@ METRICS: dict[str, Metric] = {
     "vqa_accuracy": score_vqa,
     "yes_no": score_yes_no,
 }
+
+_NORMALISED: dict[str, Callable[[str], str]] = {
+    **dict.fromkeys(("vqa_accuracy", "exact_match", "ivqa_accuracy"), vqa_text.normalise),
+    **dict.fromkeys(("accuracy", "auroc"), normalise),
+    "cider": lambda text: ptb.tokenise([text])[0],
+}
+
+
+def normalise_as(name: str, text: str) -> str:
+    """A text as the metric of that name compares it; captions in the words that are counted."""
+    return _NORMALISED.get(name, str)(text)
 
 
 def get_metric(name: str) -> Metric:

@@ -26,6 +26,9 @@ tbody tr:last-child { border-top: 1px solid #888; font-weight: 600 }
 .card { border: 1px solid #ccc; border-radius: 6px; padding: .6em; font-size: 13px }
 .card img { width: 100%; image-rendering: pixelated; border-radius: 4px }
 .right { border-left: 6px solid #54a24b } .wrong { border-left: 6px solid #e45756 }
+table.plain { margin: .8em 0 }
+table.plain tbody tr:last-child { border-top: none; font-weight: inherit }
+td.left { text-align: left } .wide { overflow-x: auto }
 .note { color: #666; font-size: 13px } img.curve { max-width: 100% }
 """
 

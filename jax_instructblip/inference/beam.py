@@ -4,10 +4,10 @@
         candidates with eos, among the first K  -->  answers, of which the K best are kept
         the K best others                       -->  the running rows of the next step
 
-The prompt is read once, by one row; its part of the cache is never repeated. Only the tail is
-widened to K rows, and each step takes from it the rows that the new ones continue. A sample is done
-when no running row can better its K answers, or at `max_new_tokens`, where running rows end as they
-are. The search goes on until all samples are done.
+The prompt is read once, by one row; its part of the cache is never repeated. Only the tail has K
+rows, and they stay where they are: a row that continues another takes over its lineage
+(`models/cache.py`). A sample is done when no running row can better its K answers, or at
+`max_new_tokens`, where running rows end as they are. The search goes on until all samples are done.
 
 An answer is ranked by the sum of its scores / length^length_penalty. With n new tokens, eos among
 them, the two rules (`scores.py`) differ in
@@ -31,7 +31,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_instructblip.inference.decode import check_new_tokens
-from jax_instructblip.inference.scores import LengthRule, Settings, allowed, counted, first_eos
+from jax_instructblip.inference.scores import (
+    LengthRule,
+    Settings,
+    allowed,
+    best_of_rows,
+    counted,
+    first_eos,
+)
+from jax_instructblip.models.cache import follow, widen
 from jax_instructblip.models.instructblip import InstructBlip
 
 EARLY_STOPPING = (False, True, "never")
@@ -133,7 +141,7 @@ def _search(
         return (state.step < max_new_tokens) & ~state.done.all()
 
     def advance(state: _State) -> _State:
-        cache = _take_rows(state.cache, state.parents)
+        cache = follow(state.cache, state.parents)
         newest = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=2, keepdims=False)
         logits, cache = model.apply(variables, newest, cache, method="decode_step")
         return _choose(llm.eos_id, settings, search, state._replace(cache=cache), logits)
@@ -174,7 +182,7 @@ def _initial(
         seen=jnp.broadcast_to(seen, (size, beams, llm.vocab)),
         done=jnp.zeros(size, bool),
         answers=Answers(jnp.full((size, beams), -jnp.inf), tokens, logprobs),
-        cache={**cache, "tail": jax.tree.map(lambda leaf: _widen(leaf, beams), cache["tail"])},
+        cache=widen(cache, beams),
     )
 
 
@@ -185,11 +193,8 @@ def _choose(
     beams, vocab = logits.shape[1:]
     logprobs = jax.nn.log_softmax(logits)
     scores = allowed(logprobs, state.seen, state.step, eos_id, settings)
-    flat = len(logits), beams * vocab
-    totals, places = jax.lax.top_k((scores + state.sums[..., None]).reshape(flat), 2 * beams)
-    # Or XLA joins this slice with those below, and sorts all K x V scores to take them.
-    totals, places = jax.lax.optimization_barrier((totals, places))
-    logprob = _take(logprobs.reshape(flat), places)
+    totals, places = best_of_rows(scores + state.sums[..., None], 2 * beams)
+    logprob = _take(logprobs.reshape(len(logits), beams * vocab), places)
     found = _Candidates(totals, places // vocab, places % vocab, logprob)
     ends = found.token == eos_id  # of at most K: each row has one eos
 
@@ -256,14 +261,3 @@ def _best(answers: Answers, others: Answers) -> Answers:
 def _take(values: jax.Array, rows: jax.Array) -> jax.Array:
     """`values` `[B, R, ...]` at `rows` `[B, K]`: `[B, K, ...]`."""
     return jax.vmap(lambda value, row: value[row])(values, rows)
-
-
-def _widen(leaf: jax.Array, beams: int) -> jax.Array:
-    """A tail `[Y, B, 1, T, N, K]` with its one row `beams` times."""
-    return jnp.broadcast_to(leaf, (*leaf.shape[:2], beams, *leaf.shape[3:]))
-
-
-def _take_rows(cache: dict[str, Any], parents: jax.Array) -> dict[str, Any]:
-    """The cache whose tail has the rows `parents` `[B, K]` of each sample."""
-    take = jax.vmap(_take, in_axes=(0, None))
-    return {**cache, "tail": jax.tree.map(lambda leaf: take(leaf, parents), cache["tail"])}

@@ -89,21 +89,21 @@ def stream_tokens(
     sample: bool = False,
     length_rule: LengthRule = "released",
     **settings: float,
-) -> Iterator[np.ndarray]:
-    """The newest tokens `[B]` of each step, those of `generate_tokens`, until all rows have eos.
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and log-probabilities `[B]` of each step, as in `generate_tokens`, until all have eos.
 
     The device is one step ahead of what is handed out. Arguments as of `generate_tokens`.
     """
     check_new_tokens(max_new_tokens)
     chosen = Settings.of(length_rule, **settings)
-    token, done, state = _first(model, max_new_tokens, sample, params, batch, keys, chosen)
+    newest, done, state = _first(model, max_new_tokens, sample, params, batch, keys, chosen)
     for _ in range(max_new_tokens - 1):
         coming, ended, state = _next(model, sample, params, keys, chosen, state)
-        yield np.asarray(token)
+        yield jax.device_get(newest)
         if np.all(done):
             return
-        token, done = coming, ended
-    yield np.asarray(token)
+        newest, done = coming, ended
+    yield jax.device_get(newest)
 
 
 def check_new_tokens(max_new_tokens: int) -> None:
@@ -137,15 +137,19 @@ def _decode(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _first(*arguments: Any) -> tuple[jax.Array, jax.Array, _State]:
-    state = _start(*arguments)
-    return state.token[:, 0], state.done, state
+def _first(*arguments: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array, _State]:
+    return _newest(_start(*arguments))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
-def _next(*arguments: Any) -> tuple[jax.Array, jax.Array, _State]:
-    state = _advance(*arguments)
-    return state.token[:, 0], state.done, state
+def _next(*arguments: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array, _State]:
+    return _newest(_advance(*arguments))
+
+
+def _newest(state: _State) -> tuple[tuple[jax.Array, jax.Array], jax.Array, _State]:
+    """The newest token of each row and its log-probability, which rows are done, the state."""
+    logprob = jax.lax.dynamic_index_in_dim(state.logprobs[:, 0], state.step - 1, 1, keepdims=False)
+    return (state.token[:, 0], logprob), state.done, state
 
 
 def _start(

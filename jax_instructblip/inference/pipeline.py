@@ -6,7 +6,6 @@ for answer in blip.generate(["a.jpg", "b.jpg"], ["What is in the picture?"]):
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 import os
@@ -16,15 +15,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jax_instructblip.data.batch import Batch
 from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.inference.answers import Answer, best_answer, check_finite
 from jax_instructblip.inference.beam import beam_tokens
-from jax_instructblip.inference.decode import generate_tokens
+from jax_instructblip.inference.decode import generate_tokens, stream_tokens
 from jax_instructblip.inference.questions import Picture, Question, compacted, make_parts, pair
 from jax_instructblip.inference.ranking import (
+    Sizes,
     make_plan,
     pair_logprobs,
     score,
@@ -32,34 +34,18 @@ from jax_instructblip.inference.ranking import (
     tokenise,
 )
 from jax_instructblip.inference.scores import LengthRule
-from jax_instructblip.inference.settings import check_search, check_settings
-from jax_instructblip.inference.source import read_params, read_source
-from jax_instructblip.models.instructblip import InstructBlip
-from jax_instructblip.models.layers import BATCH_AXES
+from jax_instructblip.inference.settings import Drawing, check_search, check_settings
+from jax_instructblip.inference.source import load_params, read_source
+from jax_instructblip.inference.streaming import pieces
+from jax_instructblip.models.instructblip import (
+    InstructBlip,
+    is_separate,
+)
+from jax_instructblip.models.layers import BATCH_AXES, Scan, Scans
 from jax_instructblip.models.variants import Variant
-from jax_instructblip.parallel.mesh import batch_sharding, replicated
+from jax_instructblip.parallel.mesh import batch_sharding
 
 BATCH_SIZE = 8  # questions that are answered at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """One answer.
-
-    Attributes:
-      text: the words, without special tokens and outer white space.
-      tokens: the new ids alone; the last one is eos unless `max_new_tokens` cut the answer off.
-      logprob: the sum over `tokens` (eos included) of their natural log-probabilities under the
-        model itself, before temperature, truncation and penalties.
-      logprobs: of each token.
-      alternatives: of a beam search with `num_return_sequences` > 1, the next best answers.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    logprob: float
-    logprobs: tuple[float, ...] = ()
-    alternatives: tuple["Answer", ...] = ()
 
 
 def load(
@@ -70,8 +56,9 @@ def load(
     Args:
       path: a Hugging Face folder, a checkpoint folder of ours, a run directory (the base it tuned,
         with its latest weights over it), or the name of an embedded checkpoint ("shapes_t5").
-      mesh: devices over which each batch is split, all of them holding all parameters; by default
-        the first device works alone.
+      mesh: devices over which each batch is split, and weights as `parallel/rules.py` says (over
+        `fsdp` and `tensor`); by default the first device works alone. Of a mesh of several
+        processes each calls the same with the same questions, and gets all answers.
       dtype: what weights are held and computed in; by default bfloat16, on a CPU float32. Norms,
         softmax and logits are float32 anyway. float16 is refused for T5, where it overflows.
     """
@@ -81,8 +68,7 @@ def load(
     # The model refuses a dtype when it is bound: now, before gigabytes are read.
     _ = InstructBlip(source.variant, jnp.dtype(dtype)).bind({}).vision
     text = TextProcessor.load(source.folder, source.variant, **source.limits)
-    place = functools.partial(_place, dtype=jnp.dtype(dtype), mesh=mesh)
-    params = read_params(source, place)
+    params = load_params(source, jnp.dtype(dtype), mesh)
     return InstructBlipPipeline(source.variant, params, text, dtype=dtype, mesh=mesh)
 
 
@@ -101,10 +87,17 @@ class InstructBlipPipeline:
         *,
         dtype: Any = jnp.float32,
         mesh: Mesh | None = None,
+        silent: bool = False,
     ):
-        """The pipeline of parameters that are on their devices already; `load` reads a folder."""
+        """The pipeline of parameters that are on their devices already; `load` reads a folder.
+
+        The layers that decode may be stacked, as in a checkpoint, or separate
+        (`models.instructblip.separate_decoder`), which on a CPU is faster.
+        """
         self.variant, self.params, self.text, self.mesh = variant, params, text, mesh
-        self.model = InstructBlip(variant, jnp.dtype(dtype))
+        self.silent = silent  # no progress lines
+        scans = Scans(llm=Scan(separate=is_separate(variant, params)))
+        self.model = InstructBlip(variant, jnp.dtype(dtype), scans)
 
     def generate(
         self,
@@ -163,22 +156,16 @@ class InstructBlipPipeline:
             a prompt too long for the model, an image that cannot be used (`ImageError`), scores
             that are not finite.
         """
-        sample = not (temperature is None and top_p is None and top_k is None)
-        check_settings(
-            max_new_tokens, min_new_tokens, num_beams, repetition_penalty, temperature, top_p, top_k
-        )
+        drawing = Drawing(temperature, top_k, top_p)
+        sample = drawing.asked
+        check_settings(max_new_tokens, min_new_tokens, num_beams, repetition_penalty, drawing)
         check_search(num_beams, sample, early_stopping, num_return_sequences, length_rule)
-        key = jax.random.key(seed)
+        key = np.asarray(jax.random.key_data(jax.random.key(seed)))
         common: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": min_new_tokens,
             "repetition_penalty": repetition_penalty,
             "length_rule": length_rule,
-        }
-        drawing = {
-            "temperature": 1.0 if temperature is None else temperature,
-            "top_k": 0 if top_k is None else top_k,
-            "top_p": 1.0 if top_p is None else top_p,
         }
         search = {
             "num_beams": num_beams,
@@ -189,25 +176,69 @@ class InstructBlipPipeline:
         def decode(batch: Batch, rows: np.ndarray) -> dict[str, jax.Array]:
             if num_beams > 1:
                 return beam_tokens(self.model, self.params, batch, **common, **search)
-            keys = self._on_devices(_row_keys(key, rows))
+            keys = _row_keys(key, self._on_devices(rows))
             return generate_tokens(
-                self.model, self.params, batch, keys, sample=sample, **common, **drawing
+                self.model, self.params, batch, keys, sample=sample, **common, **drawing.values()
             )
 
         questions = pair(images, prompts)
         parts = self._run("answering", decode, questions, batch_size, room=max_new_tokens)
         answers = [
-            self._best(made, row, num_return_sequences)
+            best_answer(self.text, made, row, num_return_sequences)
             for made, count in parts
             for row in range(count)
         ]
-        if wrong := [i for i, answer in enumerate(answers) if not math.isfinite(answer.logprob)]:
-            raise ValueError(
-                f"the model's scores of questions {wrong} are not finite, so its answers mean "
-                f"nothing: its weights are damaged, or overflow in {self.model.dtype} (as float16 "
-                "does first)"
-            )
+        wrong = [i for i, answer in enumerate(answers) if not math.isfinite(answer.logprob)]
+        check_finite(wrong, self.model.dtype)
         return answers
+
+    def stream(
+        self,
+        image: Picture,
+        prompt: str,
+        max_new_tokens: int = 30,
+        min_new_tokens: int = 0,
+        repetition_penalty: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int = 0,
+        length_rule: LengthRule = "released",
+    ) -> Iterator[str]:
+        """The answer of `generate` to one prompt, piece by piece, each as soon as it is there.
+
+        Joined, the pieces are `Answer.text`. Arguments are those of `generate`; there are no beams,
+        of which no token is certain before the end. What `generate` refuses is refused at once,
+        scores that are not finite where they come up.
+        """
+        drawing = Drawing(temperature, top_k, top_p)
+        check_settings(max_new_tokens, min_new_tokens, 1, repetition_penalty, drawing)
+        check_search(1, drawing.asked, False, 1, length_rule)
+        parts = make_parts(self.text, pair([image], [prompt]), 1, self._splits(), max_new_tokens)
+        part = next(parts)
+        made = stream_tokens(
+            self.model,
+            self.params,
+            self._on_devices(part.batch),
+            self._on_devices(_row_keys(jax.random.key(seed), part.rows)),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            sample=drawing.asked,
+            repetition_penalty=repetition_penalty,
+            length_rule=length_rule,
+            **drawing.values(),
+        )
+        return pieces(self.text.decode, self._first_row(made))
+
+    def _first_row(self, made: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[int]:
+        while True:
+            with self._mesh():  # not while the caller has the token
+                newest = next(made, None)
+            if newest is None:
+                return
+            tokens, logprobs = newest
+            check_finite([] if math.isfinite(logprobs[0]) else [0], self.model.dtype)
+            yield int(tokens[0])
 
     def rank(
         self,
@@ -216,6 +247,7 @@ class InstructBlipPipeline:
         candidates: Sequence[str] | Sequence[Sequence[str]],
         length_normalise: bool = False,
         batch_size: int = BATCH_SIZE,
+        least: Sizes | None = None,
     ) -> np.ndarray:
         """Scores `[B, C]` float32 of every candidate answer to each question; the best is largest.
 
@@ -232,16 +264,18 @@ class InstructBlipPipeline:
           length_normalise: divide each score by its number of tokens; without, short candidates
             are favoured.
           batch_size: questions that are ranked at once.
+          least: sizes that every batch's candidates are padded to, so that calls with different
+            lists share one compiled program; scores do not change.
 
         Raises:
           ValueError: as `generate`; no candidates, or one that is empty or too long.
         """
         questions = pair(images, prompts)
         lists = tokenise(self.text, candidates, len(questions))
-        shared, plans = (make_plan(lists) if len(lists) == 1 else None), []
+        shared, plans = (make_plan(lists, least=least) if len(lists) == 1 else None), []
 
         def look(batch: Batch, rows: np.ndarray) -> list[jax.Array]:
-            plans.append(shared or make_plan([lists[row] for row in rows]))
+            plans.append(shared or make_plan([lists[row] for row in rows], least=least))
             chunks = plans[-1].chunks if shared else self._on_devices(plans[-1].chunks)
             return pair_logprobs(self.model, self.params, batch, chunks)
 
@@ -253,11 +287,7 @@ class InstructBlipPipeline:
                 for plan, (logprobs, count) in zip(plans, parts, strict=True)
             ]
         )
-        if wrong := np.flatnonzero(np.isnan(scores).any(axis=1)).tolist():
-            raise ValueError(
-                f"the model's scores of questions {wrong} are not finite, so they rank nothing: "
-                f"its weights are damaged, or overflow in {self.model.dtype} (float16 does first)"
-            )
+        check_finite(np.flatnonzero(np.isnan(scores).any(axis=1)).tolist(), self.model.dtype)
         return scores
 
     def features(
@@ -285,18 +315,6 @@ class InstructBlipPipeline:
         with self._mesh():
             return np.asarray(_logits(self.model, self.params, self._on_devices(compacted(batch))))
 
-    def _best(self, made: dict[str, np.ndarray], row: int, count: int) -> Answer:
-        """The first of the row's answers, with the next `count - 1` as its alternatives."""
-        first, *others = [self._answer(made, row, place) for place in range(count)]
-        return dataclasses.replace(first, alternatives=tuple(others))
-
-    def _answer(self, made: dict[str, np.ndarray], row: int, place: int) -> Answer:
-        length = made["lengths"][row, place]
-        tokens = made["tokens"][row, place, :length].tolist()
-        logprobs = made["logprobs"][row, place, :length]
-        logprob = float(logprobs.sum(dtype=np.float64))
-        return Answer(self.text.decode(tokens), tuple(tokens), logprob, tuple(logprobs.tolist()))
-
     def _run(
         self,
         label: str,
@@ -306,16 +324,24 @@ class InstructBlipPipeline:
         room: int = 0,
     ) -> list[tuple[Any, int]]:
         """What `compute` makes of each batch and its row numbers, and how many rows are real."""
-        parts = make_parts(self.text, questions, batch_size, self._splits(), room)
+        parts = make_parts(self.text, questions, batch_size, self.splits, room)
         made = ((compute(self._on_devices(part.batch), part.rows), part.count) for part in parts)
         results = []
-        with self._mesh(), Progress(len(questions), label, "questions") as progress:
+        line = Progress(len(questions), label, "questions", silent=self.silent)
+        with self._mesh(), line as progress:
             for result, count in _one_ahead(made):
-                results.append((jax.device_get(result), count))
+                results.append((self._fetch(result), count))
                 progress.update(count)
         return results
 
-    def _splits(self) -> int:
+    def _fetch(self, result: Any) -> Any:
+        """The whole of a result on this host, also where other processes hold parts of it."""
+        if self.mesh is None or not self.mesh.is_multi_process:
+            return jax.device_get(result)
+        return multihost_utils.process_allgather(result, tiled=True)
+
+    @property
+    def splits(self) -> int:
         """How many parts the devices make of a batch."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -323,7 +349,13 @@ class InstructBlipPipeline:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _on_devices(self, batch: Any) -> Any:
-        return batch if self.mesh is None else jax.device_put(batch, batch_sharding(self.mesh))
+        """The leaves split by rows; each process of a run has all of them, and gives its own."""
+        if self.mesh is None:
+            return batch
+        sharding = batch_sharding(self.mesh)
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__), batch
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -337,9 +369,9 @@ def _visual_prompt(model: InstructBlip, params: Any, batch: Batch) -> Any:
 
 
 @jax.jit
-def _row_keys(key: jax.Array, rows: np.ndarray) -> jax.Array:
+def _row_keys(key: Any, rows: np.ndarray) -> jax.Array:
     """A random key for each row, from the seed's key and the row's place in the call."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.wrap_key_data(key), rows)
 
 
 def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
@@ -353,11 +385,3 @@ def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
         if len(waiting) > 1:
             yield waiting.pop(0)
     yield from waiting
-
-
-def _place(path: str, array: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.Array:
-    """The leaf on its devices; floats are cast first, so that the wider copy is never there."""
-    del path
-    if jnp.issubdtype(array.dtype, jnp.floating):
-        array = array.astype(dtype, copy=False)
-    return jax.device_put(array, None if mesh is None else replicated(mesh))

@@ -86,13 +86,15 @@ def make_parts(
 ) -> Iterator[Part]:
     """The questions in batches of at most `batch_size`, each a multiple of `multiple` rows.
 
-    `room` is how many new tokens must fit behind a prompt. Everything is checked before the first
-    batch is handed out, except the images, which are opened batch by batch.
+    `room` is how many new tokens must fit behind a prompt. Where all questions are about one
+    picture, `images` has one row alone, unless batches are to be split. Everything is checked
+    before the first batch is handed out, except the images, which are opened batch by batch.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     examples = [text.prompt(question.prompt) for question in questions]
     _check_lengths(text, examples, len(questions[0].frames), room)
+    shared = multiple == 1 and all(each.frames is questions[0].frames for each in questions)
     pixels, opened = np.zeros(0, np.uint8), None
     for start in range(0, len(questions), batch_size):
         rows = range(start, min(start + batch_size, len(questions)))
@@ -102,11 +104,14 @@ def make_parts(
                 opened = questions[row].frames
                 pixels = _pixels(opened, text.variant.vision.image_size)
             made.append({"images": pixels, **examples[row]})
-        size = batch_size if len(questions) > batch_size else 1 << (len(rows) - 1).bit_length()
+        few = 1 << (len(rows) - 1).bit_length()
+        size = batch_size if len(questions) > batch_size else min(few, batch_size)
         size += -size % multiple
         made += made[-1:] * (size - len(rows))
         batch = collate(made, lengths=_common_length(text, made), pad_id=text.variant.llm.pad_id)
         del batch["truncated"]
+        if shared:
+            batch["images"] = batch["images"][:1]  # which the model then looks at once
         numbers = np.pad(np.array(rows, np.int32), (0, size - len(rows)), mode="edge")
         yield Part(numbers, len(rows), batch)
 
@@ -116,6 +121,24 @@ def prompt_limit(variant: Variant, frames: int, room: int) -> int:
     if not isinstance(variant.llm, LlamaConfig):  # T5 has no last position
         return LENGTHS[-1]
     return min(LENGTHS[-1], variant.llm.max_positions - frames * variant.qformer.queries - room)
+
+
+def check_room(variant: Variant, frames: int, room: int) -> None:
+    """Refuses more new tokens than the cache may hold behind a prompt of one token."""
+    seen = frames * variant.qformer.queries
+    if isinstance(variant.llm, LlamaConfig):
+        positions = variant.llm.max_positions
+        most, why = (
+            positions - seen - 1,
+            f"the model has {positions} positions, {seen} of the image",
+        )
+    else:
+        most, why = LENGTHS[-1], "the cache holds no more"
+    if room > most:
+        raise ValueError(
+            f"{room} new tokens are asked for (max_new_tokens, or those of the longest candidate), "
+            f"expected at most {most}: {why}"
+        )
 
 
 def compacted(batch: Batch) -> Batch:
@@ -145,6 +168,7 @@ def _check_lengths(
     text: TextProcessor, examples: Sequence[Example], frames: int, room: int
 ) -> None:
     """Refuses prompts that are too long; reports those of which the Q-Former reads only the end."""
+    check_room(text.variant, frames, room)
     limit = prompt_limit(text.variant, frames, room)
     seen = frames * text.variant.qformer.queries
     lengths = [len(example["tokens"]) for example in examples]

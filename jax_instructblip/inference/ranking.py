@@ -47,6 +47,14 @@ class Tree(NamedTuple):
     targets: np.ndarray  # [X, E] the token whose log-probability is wanted there
 
 
+class Sizes(NamedTuple):
+    """How large a plan is: two of equal sizes are worked on by one compiled program."""
+
+    chunks: int = 0
+    inner: int = 0
+    pairs: int = 0
+
+
 class Plan(NamedTuple):
     """The chunks of X lists of candidates, and where each candidate finds its tokens.
 
@@ -56,6 +64,12 @@ class Plan(NamedTuple):
     chunks: list[Tree]
     paths: np.ndarray  # [X, C, longest] int32
     counts: np.ndarray  # [X, C] int32 tokens; 0 where a list has fewer candidates
+
+    @property
+    def sizes(self) -> Sizes:
+        """Chunks, and what each is padded to."""
+        tree = self.chunks[0]
+        return Sizes(len(self.chunks), tree.tokens.shape[1], tree.targets.shape[1])
 
 
 def check_candidates(candidates: Any, questions: int) -> list[list[str]]:
@@ -154,17 +168,21 @@ class _Chunk:
         del self.nodes[keep:]
 
 
-def make_plan(lists: Sequence[Sequence[Ids]], nodes: int = NODES) -> Plan:
+def make_plan(
+    lists: Sequence[Sequence[Ids]], nodes: int = NODES, least: Sizes | None = None
+) -> Plan:
     """The plan of the candidates of X questions, or of one list for all, in token ids.
 
     A chunk has at most `nodes` inner tokens, more only for a single candidate that has more. Sizes
-    are rounded up to few, so that one compiled program serves many lists.
+    are rounded up to few, so that one compiled program serves many lists; `least` pads the plan to
+    those of another, or more.
     """
+    least = least or Sizes()
     grown = [_grow(candidates, nodes) for candidates in lists]
-    count = max(len(chunks) for chunks, _ in grown)
+    count = max(least.chunks, *(len(chunks) for chunks, _ in grown))
     rows = [chunks + [_Chunk()] * (count - len(chunks)) for chunks, _ in grown]
-    inner = round_up(max(len(chunk.tokens) for row in rows for chunk in row))
-    pairs = round_up(max(len(chunk.targets) for row in rows for chunk in row))
+    inner = round_up(max(least.inner, *(len(chunk.tokens) for row in rows for chunk in row)))
+    pairs = round_up(max(least.pairs, *(len(chunk.targets) for row in rows for chunk in row)))
     trees = [_stack(column, inner, pairs) for column in zip(*rows, strict=True)]
     width = max(len(candidates) for candidates in lists)
     longest = max(len(ids) for candidates in lists for ids in candidates)

@@ -1,7 +1,28 @@
 """Which settings of `generate` can be, each by itself and together."""
 
+from typing import NamedTuple
+
 from jax_instructblip.inference.beam import EARLY_STOPPING
 from jax_instructblip.inference.scores import LENGTH_RULES
+
+
+class Drawing(NamedTuple):
+    """How tokens are drawn, where any of these is given; None leaves a step out."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether tokens are drawn at all."""
+        return any(value is not None for value in self)
+
+    def values(self) -> dict[str, float]:
+        """The fields of `scores.Settings`, those left out at what changes nothing."""
+        defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        given = {name: value for name, value in self._asdict().items() if value is not None}
+        return defaults | given
 
 
 def check_search(
@@ -35,11 +56,10 @@ def check_settings(
     min_new_tokens: int,
     num_beams: int,
     repetition_penalty: float,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
+    drawing: Drawing,
 ) -> None:
     """Raises a ValueError that lists every setting out of its range."""
+    temperature, top_k, top_p = drawing
     demands = [
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         (

@@ -8,18 +8,24 @@ embedded name         a checkpoint folder inside the package
 
 import dataclasses
 import difflib
+import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_instructblip import checkpoint
 from jax_instructblip.convert.hf import convert_hf
-from jax_instructblip.models.instructblip import param_shapes
+from jax_instructblip.models.instructblip import DECODERS, param_shapes, separate_decoder
 from jax_instructblip.models.variants import Variant
+from jax_instructblip.parallel import rules
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 
@@ -183,3 +189,52 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def weights_digest(source: Source) -> str:
+    """A sha256 that stands for all weights; of a Hugging Face folder for its files' names and ages.
+
+    Two checkpoints whose digests are equal give the same answers.
+    """
+    if source.leaves is not None:
+        files = sorted([*source.folder.glob("*.safetensors"), *source.folder.glob("*.bin")])
+        facts = [(each.name, each.stat().st_size, each.stat().st_mtime_ns) for each in files]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+    base = checkpoint.manifest_digest(source.folder)
+    if source.step is None:
+        return base
+    trained = checkpoint.manifest_digest(source.step / "trainable")
+    return hashlib.sha256(f"{base} {trained}".encode()).hexdigest()
+
+
+def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> checkpoint.Tree:
+    """The parameters of `source` on the first device, or laid over `mesh` by `parallel/rules.py`.
+
+    Of a mesh of several processes each reads what it holds. On a CPU the layers that decode are
+    separate, which is faster there (`models.instructblip.separate_decoder`).
+    """
+    place = functools.partial(_place, dtype=dtype, mesh=mesh)
+    if mesh is not None:
+        rules.shardings(param_shapes(source.variant), mesh)  # what it cannot divide: now
+        if mesh.is_multi_process:
+            share = {"process": jax.process_index(), "processes": jax.process_count()}
+            return read_params(source, place, **share)
+    if jax.default_backend() != "cpu":
+        return read_params(source, place)
+    params = read_params(source, functools.partial(_place_apart, source.variant, place))
+    return separate_decoder(source.variant, params)
+
+
+def _place(path: str, array: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.Array:
+    """The leaf on its devices; floats are cast first, so that the wider copy is never there."""
+    dtype = dtype if jnp.issubdtype(array.dtype, jnp.floating) else array.dtype
+    if mesh is None:
+        return jax.device_put(array.astype(dtype, copy=False))
+    return rules.place(path, array, mesh, dtype)
+
+
+def _place_apart(variant: Variant, place: checkpoint.Place, path: str, array: np.ndarray) -> Any:
+    """The leaf on its devices, as a tuple of its layers where it is of a layer that decodes."""
+    if path.startswith(DECODERS[variant.llm.kind] + "/"):
+        return tuple(place(path, layer) for layer in array)
+    return place(path, array)

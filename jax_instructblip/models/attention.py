@@ -1,12 +1,12 @@
-"""Attention: one module for the projections, one function for whole rows, one for a cached step.
+"""Attention: one module for the projections, one function for whole rows, one for cached parts.
 
 The only place where a kernel is chosen. Both functions are einsums with float32 scores and softmax,
 which XLA fuses on every backend; odd lengths, biases and boolean masks need no special case.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -78,50 +78,59 @@ def attend(
     return jnp.einsum("BNTS,BSNK->BTNK", weights.astype(value.dtype), value)
 
 
-def attend_cached(
+class Part(NamedTuple):
+    """Keys and values that all rows of a sample look at, as a cache holds them."""
+
+    key: Float[Array, "B N S K"]
+    value: Float[Array, "B N S K"]
+    mask: Bool[Array, "#B 1 #R S"]
+    bias: Float[Array, "#B N #R S"] | None = None
+
+
+class Own(NamedTuple):
+    """The key and value of each row's newest token, which it sees beside the parts."""
+
+    key: Float[Array, "B N R K"]
+    value: Float[Array, "B N R K"]
+    bias: Float[Array, " N"] | None = None
+
+
+def attend_parts(
     query: Float[Array, "B R N K"],
-    token: dict[str, Float[Array, "B R N K"]],
-    tail: dict[str, Float[Array, "B R T N K"]],
-    tail_mask: Bool[Array, "1 1 1 T"],
-    prefix: dict[str, Float[Array, "B S N K"]] | None = None,
-    prefix_mask: Bool[Array, "B 1 1 S"] | None = None,
-    bias: Float[Array, "N T+1"] | None = None,
+    parts: Sequence[Part],
+    own: Own | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B R N K"]:
-    """One new token of each of R rows looks at its prompt, at its own past, and at itself.
+    """R rows of a sample look at the same parts, and each at its newest token: one softmax.
 
-        [ prefix: shared by the R rows | tail: one a row, written slots only | the token itself ]
+        [ part: every row | part: every row | own: each row its own ]
 
-    Each dict holds `key` and `value`. The prefix is never repeated R times: the rows stand where
-    attention over a whole row has its queries. The token's own key and value come apart from the
-    tail, so that the tail is read but not copied; the caller writes them once, for all layers.
-    `bias` is that of the tail's T slots and the token (T5, which has no prefix here).
+    No part is repeated R times, joined with another or copied into another order: the rows stand
+    where attention over a whole row has its queries, and heads come before slots as products on a
+    CPU want them. The newest token comes apart, so that the tail is read before it is written.
     """
     query = query * jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, query.dtype)
+    query = heads_first(query)
     score = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    past = score("BRNK,BRTNK->BNRT", query, tail["key"])
-    own = score("BRNK,BRNK->BNR", query, token["key"])[..., None]
-    if bias is not None:
-        past, own = past + bias[None, :, None, :-1], own + bias[None, :, None, -1:]
-    parts = [jnp.where(tail_mask, past, MASKED), own]
-    if prefix is not None:
-        assert prefix_mask is not None
-        seen = score("BRNK,BSNK->BNRS", query, prefix["key"])
-        parts.append(jnp.where(prefix_mask, seen, MASKED))
-    weights = jax.nn.softmax(jnp.concatenate(parts, axis=-1), axis=-1).astype(query.dtype)
-    length = past.shape[-1]
-    mixed = jnp.einsum("BNRT,BRTNK->BRNK", weights[..., :length], tail["value"])
-    mixed += weights[..., length].transpose(0, 2, 1)[..., None] * token["value"]
-    if prefix is not None:
-        mixed += jnp.einsum("BNRS,BSNK->BRNK", weights[..., length + 1 :], prefix["value"])
-    return mixed
+    scores = []
+    for part in parts:
+        found = score("BNRK,BNSK->BNRS", query, part.key)
+        found = found if part.bias is None else found + part.bias
+        scores.append(jnp.where(part.mask, found, MASKED))
+    if own is not None:
+        found = score("BNRK,BNRK->BNR", query, own.key)[..., None]
+        scores.append(found if own.bias is None else found + own.bias[None, :, None, None])
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
+    mixed, start = jnp.zeros_like(query), 0
+    for part in parts:
+        stop = start + part.key.shape[2]
+        mixed += jnp.einsum("BNRS,BNSK->BNRK", weights[..., start:stop], part.value)
+        start = stop
+    if own is not None:
+        mixed += weights[..., start:] * own.value
+    return heads_first(mixed)
 
 
-def write_tail(tail: dict[str, Array], token: dict[str, Array], step: Array) -> dict[str, Array]:
-    """The tail `[Y, B, R, T, N, K]` with a step's `[Y, B, R, N, K]` written to slot `step`."""
-    return {
-        name: jax.lax.dynamic_update_slice_in_dim(
-            tail[name], token[name][:, :, :, None], step, axis=3
-        )
-        for name in tail
-    }
+def heads_first(x: Float[Array, "B T N K"]) -> Float[Array, "B N T K"]:
+    """Keys or values in the order of a cache, or back."""
+    return x.swapaxes(1, 2)

@@ -7,7 +7,8 @@
 
 A batch is a dict; training adds the last two rows:
 
-    images          [B, F, H, W, 3]  uint8, or floats that are normalised already
+    images          [B, F, H, W, 3]  uint8, or floats that are normalised already; one row alone
+                                     where all prompts are about one picture
     qformer_tokens  [B, L]  int32    the instruction in BERT ids
     qformer_mask    [B, L]  bool     False on padding, which stands at the end only (everywhere)
     tokens          [B, T]  int32    the instruction (LLaMA in training: and the answer)
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_instructblip.models.layers import Scans, constrain
+from jax_instructblip.models.layers import Scans, constrain, separate_layers
 from jax_instructblip.models.llama import Llama
 from jax_instructblip.models.qformer import QFormer
 from jax_instructblip.models.t5 import T5
@@ -31,6 +32,8 @@ from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vision import VisionTransformer
 
 LANGUAGE_MODELS = {"t5": T5, "llama": Llama}
+# The layers that decode, whose parameters may be taken apart (`layers.Scan.separate`).
+DECODERS = {"t5": "llm/decoder/layers", "llama": "llm/layers"}
 
 Batch = dict[str, Array]
 
@@ -71,13 +74,15 @@ class InstructBlip(nn.Module):
 
         Each frame is looked at with the same instruction; nothing marks its time (as released).
         """
-        frames = batch["images"].shape[1]
+        rows, frames = batch["tokens"].shape[0], batch["images"].shape[1]
         patches = self.encode_image(batch["images"])
+        if len(batch["images"]) != rows:  # one picture of all prompts
+            patches = jnp.tile(patches, (rows, 1, 1))
         text = [batch.get(name) for name in ("qformer_tokens", "qformer_mask")]
         if frames > 1:
             text = [None if leaf is None else jnp.repeat(leaf, frames, axis=0) for leaf in text]
         seen = self.qformer(patches, *text, train=train)
-        return constrain(seen.reshape(batch["images"].shape[0], -1, seen.shape[-1]))
+        return constrain(seen.reshape(rows, -1, seen.shape[-1]))
 
     def prompt(self, batch: Batch, train: bool = False) -> tuple[Array, Array]:
         """The embedded row [visual prompt ; tokens] and which of its positions are real."""
@@ -134,3 +139,24 @@ def init_params(variant: Variant, key: Array) -> dict[str, Any]:
 def param_shapes(variant: Variant) -> dict[str, Any]:
     """Shapes and (float32) dtypes of all parameters, without making any."""
     return jax.eval_shape(lambda key: init_params(variant, key), jax.random.key(0))
+
+
+def separate_decoder(variant: Variant, params: dict[str, Any]) -> dict[str, Any]:
+    """`params` with one tree for each of the `DECODERS` layers, for a model whose `scans` say so.
+
+    Leaves may be tuples of layers instead of stacks.
+    """
+
+    def replace(tree: dict[str, Any], path: list[str]) -> dict[str, Any]:
+        name, *rest = path
+        changed = replace(tree[name], rest) if rest else separate_layers(tree[name])
+        return {**tree, name: changed}
+
+    return replace(params, DECODERS[variant.llm.kind].split("/"))
+
+
+def is_separate(variant: Variant, params: dict[str, Any]) -> bool:
+    """Whether `separate_decoder` made these parameters."""
+    for name in DECODERS[variant.llm.kind].split("/"):
+        params = params[name]
+    return "0" in params

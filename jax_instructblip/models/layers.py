@@ -39,10 +39,14 @@ class Scan:
         pass twice; "dots" keeps the products with weights, too, and repeats little.
       weights: what is done to the weights of each layer where they are taken out of their stack
         (`parallel.rules.constrain_layer`); None for nothing.
+      separate: the parameters are one tree a layer (`separate_layers`) instead of a stack, and so
+        is what layers are given and return. For decoding on a CPU, where a product with a slice of
+        a stack copies the slice first. Neither of the two fields above applies.
     """
 
     remat: str = "none"
     weights: Callable[[Any], Any] | None = None
+    separate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +180,11 @@ def scan_layers(
 
     `broadcast` names the methods that are scanned (`call` is `__call__`) and how many arguments of
     each every layer sees alike. Before those a method takes the carry and one tree with a leading
-    axis of layers (or None); it returns the carry and one tree to stack (or None).
+    axis of layers (or None); it returns the carry and one tree to stack (or None). With
+    `scan.separate` that tree is a tuple of the layers' own ones.
     """
+    if scan.separate:
+        return lambda *args: LayerList(functools.partial(block, *args), length)
 
     def lift(count: int) -> dict[str, Any]:
         return {
@@ -200,6 +207,53 @@ def scan_layers(
         policy = _policy(scan.remat)
         block = nn.remat(block, policy=policy, static_argnums=flags, prevent_cse=False)
     return nn.scan(block, methods=methods)
+
+
+class LayerList(nn.Module):
+    """Layers one after the other, each with parameters of its own: `{"0": ..., "1": ...}`."""
+
+    make: Callable[..., nn.Module]
+    length: int
+
+    def setup(self):
+        self.layers = [self.make(name=str(index)) for index in range(self.length)]
+
+    def _each(self, method: str, carry: Any, own: Any, *shared: Any) -> tuple[Any, Any]:
+        made = []
+        for index, layer in enumerate(self.layers):
+            given = None if own is None else own[index]
+            carry, out = getattr(layer, method)(carry, given, *shared)
+            made.append(out)
+        return carry, None if all(out is None for out in made) else tuple(made)
+
+    def __call__(self, *given: Any) -> tuple[Any, Any]:
+        return self._each("__call__", *given)
+
+    def step(self, *given: Any) -> tuple[Any, Any]:
+        return self._each("step", *given)
+
+    def tree(self, *given: Any) -> tuple[Any, Any]:
+        return self._each("tree", *given)
+
+    def look_at(self, *given: Any) -> tuple[Any, Any]:
+        return self._each("look_at", *given)
+
+
+def separate_layers(stack: Any) -> dict[str, Any]:
+    """Parameters `[Y, ...]` as `LayerList` takes them; leaves may be tuples of layers already."""
+    is_leaf = lambda leaf: isinstance(leaf, tuple)
+    count = len(jax.tree.leaves(stack, is_leaf=is_leaf)[0])
+    pick = lambda index: jax.tree.map(lambda leaf: leaf[index], stack, is_leaf=is_leaf)
+    return {str(index): pick(index) for index in range(count)}
+
+
+def beside(**trees: Any) -> Any:
+    """A dict of trees that all hold the same layers, as a tree that holds them likewise."""
+    if all(isinstance(tree, tuple) for tree in trees.values()):
+        return tuple(
+            dict(zip(trees, each, strict=True)) for each in zip(*trees.values(), strict=True)
+        )
+    return trees
 
 
 def _change(weights: Callable[[Any], Any], found: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,17 +10,25 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_instructblip.models.attention import Attention, attend, attend_cached, write_tail
+from jax_instructblip.models.attention import (
+    Attention,
+    Part,
+    attend,
+    attend_parts,
+    heads_first,
+)
+from jax_instructblip.models.cache import look, start, view, write
 from jax_instructblip.models.layers import (
     Dropout,
     GatedMlp,
     Head,
     RMSNorm,
     Scan,
+    beside,
     constrain,
     scan_layers,
 )
-from jax_instructblip.models.masks import causal_mask, padding_mask, tree_mask, written_mask
+from jax_instructblip.models.masks import causal_mask, padding_mask, tree_mask
 from jax_instructblip.models.variants import LlamaConfig
 
 Rotation = tuple[Array, Array]  # cosine and sine, each [B or 1, T, K]
@@ -60,31 +68,30 @@ class LlamaLayer(nn.Module):
         self.drop = Dropout(c.dropout)
 
     def __call__(self, x, _, mask, rotation, keep, train):
-        """Whole rows; the keys and values come back where `keep` asks for them (prefill)."""
+        """Whole rows; keys and values come back as a cache has them where `keep` asks for them."""
         drop = functools.partial(self.drop, deterministic=not train)
         y, own = self.attention_norm(x), self.attention
         key, value = rotate(own.key(y), rotation), own.value(y)
         mixed = attend(rotate(own.query(y), rotation), key, value, mask, drop=drop)
         x = constrain(x + own.out(mixed))
         x = constrain(x + self.mlp(self.mlp_norm(x)))
-        return x, ({"key": key, "value": value} if keep else None)
+        return x, ({"key": heads_first(key), "value": heads_first(value)} if keep else None)
 
-    def step(self, x, cache, prefix_mask, tail_mask, rotation):
-        """One token `[B, R, D]`; its own key and value come back, for the caller to store."""
+    def step(self, x, cache, prefix_mask, view, rotation):
+        """One token `[B, R, D]`; what `look` returns comes back, for `write`."""
         y, own = self.attention_norm(x), self.attention
-        token = {"key": rotate(own.key(y), rotation), "value": own.value(y)}
-        query = rotate(own.query(y), rotation)
-        mixed = attend_cached(query, token, cache["tail"], tail_mask, cache["prefix"], prefix_mask)
-        x = constrain(x + own.out(mixed))
-        return constrain(x + self.mlp(self.mlp_norm(x))), token
+        key, value = heads_first(rotate(own.key(y), rotation)), heads_first(own.value(y))
+        part, newest, made = look(cache["tail"], {"key": key, "value": value}, view)
+        parts = [Part(**cache["prefix"], mask=prefix_mask), part]
+        x = constrain(x + own.out(attend_parts(rotate(own.query(y), rotation), parts, newest)))
+        return constrain(x + self.mlp(self.mlp_norm(x))), made
 
-    def tree(self, x, prefix, mask, rotation):
+    def tree(self, x, prefix, prefix_mask, mask, rotation):
         """A tree of tokens `[B, T, D]` behind the prompt; nothing is stored."""
         y, own = self.attention_norm(x), self.attention
-        key = jnp.concatenate([prefix["key"], rotate(own.key(y), rotation)], axis=1)
-        value = jnp.concatenate([prefix["value"], own.value(y)], axis=1)
-        mixed = attend(rotate(own.query(y), rotation), key, value, mask)
-        x = constrain(x + own.out(mixed))
+        key, value = heads_first(rotate(own.key(y), rotation)), heads_first(own.value(y))
+        parts = [Part(**prefix, mask=prefix_mask), Part(key, value, mask)]
+        x = constrain(x + own.out(attend_parts(rotate(own.query(y), rotation), parts)))
         return constrain(x + self.mlp(self.mlp_norm(x))), None
 
 
@@ -101,7 +108,7 @@ class Llama(nn.Module):
         self.embedding = nn.Embed(
             c.vocab, c.width, embedding_init=unit, dtype=self.dtype, name="embed"
         )
-        layers = scan_layers(LlamaLayer, c.layers, self.scan, call=4, step=3, tree=2)
+        layers = scan_layers(LlamaLayer, c.layers, self.scan, call=4, step=3, tree=3)
         self.layers = layers(c, self.dtype)
         self.norm = RMSNorm(c.norm_eps)
         self.head = Head(c.vocab, self.dtype)
@@ -115,7 +122,7 @@ class Llama(nn.Module):
         return self.head(x)
 
     def hidden(self, inputs: Array, real: Array, keep: bool, train: bool) -> tuple[Array, Any]:
-        """Normed hidden states `[B, S, D]`; keys and values `[Y, B, S, N, K]` where `keep`."""
+        """Normed hidden states `[B, S, D]`; keys and values of all layers where `keep`."""
         rotation = self.rotation(jnp.arange(inputs.shape[1])[None])
         x, cache = self.layers(inputs, None, causal_mask(real), rotation, keep, train)
         return self.norm(x), cache
@@ -146,41 +153,26 @@ class Llama(nn.Module):
     def prefill(
         self, inputs: Float[Array, "B S D"], real: Bool[Array, "B S"], tail_length: int
     ) -> tuple[Float[Array, "B 1 V"], dict[str, Any]]:
-        """Logits of the first new token, and the cache with room for `tail_length` new tokens.
-
-        prefix       key, value  [Y, B, S, N, K]     the prompt, shared by the R rows of a sample
-        prefix_mask              [B, S]
-        tail         key, value  [Y, B, R, T, N, K]  R = 1 here; T = tail_length
-        step                     []                  slots of the tail written so far
-        """
+        """Logits of the first new token, and the cache with room for `tail_length` new ones."""
         x, prefix = self.hidden(inputs, real, keep=True, train=False)
         last = real.sum(axis=1) - 1  # padding stands at the end only
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-        c = self.config
-        shape = (c.layers, inputs.shape[0], 1, tail_length, c.heads, c.head_width)
-        cache = {
-            "prefix": prefix,
-            "prefix_mask": real,
-            "tail": {name: jnp.zeros(shape, self.dtype) for name in ("key", "value")},
-            "step": jnp.zeros((), jnp.int32),
-        }
-        return self.head(x), cache
+        return self.head(x), start(prefix, real, tail_length)
 
     def decode_step(
         self, token: Int[Array, "B R"], cache: dict[str, Any]
     ) -> tuple[Float[Array, "B R V"], dict[str, Any]]:
         """Logits of the token after `token`, and the cache with `token` written to its tail."""
-        real, step = cache["prefix_mask"], cache["step"]
-        positions = jnp.broadcast_to(real.sum(axis=1, keepdims=True) + step, token.shape)
+        real = cache["prefix_mask"]
+        positions = jnp.broadcast_to(real.sum(axis=1, keepdims=True) + cache["step"], token.shape)
         x, new = self.layers.step(
             self.embed(token),
-            {"prefix": cache["prefix"], "tail": cache["tail"]},
+            beside(prefix=cache["prefix"], tail=cache["tail"]),
             padding_mask(real),
-            written_mask(step, cache["tail"]["key"].shape[3]),
+            view(cache),
             self.rotation(positions),
         )
-        tail = write_tail(cache["tail"], new, step)
-        return self.head(self.norm(x)), {**cache, "tail": tail, "step": step + 1}
+        return self.head(self.norm(x)), write(cache, new)
 
     def decode_tree(
         self,
@@ -195,14 +187,13 @@ class Llama(nn.Module):
         (`tree_mask(ends)`) and itself; its depth is 1 where it follows the prompt. `cache` is that
         of `prefill`, before any step, and is only read.
         """
-        real = cache["prefix_mask"]
-        (batch, length), inner = real.shape, tokens.shape[1]
-        seen = jnp.broadcast_to(padding_mask(real), (batch, 1, inner, length))
-        own = jnp.broadcast_to(tree_mask(ends), (batch, 1, inner, inner))
+        real, inner = cache["prefix_mask"], tokens.shape[1]
+        shape = (real.shape[0], inner, self.config.width)
         x, _ = self.layers.tree(
-            constrain(jnp.broadcast_to(self.embed(tokens), (batch, inner, self.config.width))),
+            constrain(jnp.broadcast_to(self.embed(tokens), shape)),
             cache["prefix"],
-            jnp.concatenate([seen, own], axis=-1),
+            padding_mask(real),
+            tree_mask(ends),
             self.rotation(real.sum(axis=1, keepdims=True) + depths - 1),
         )
         return self.norm(x)

@@ -53,11 +53,16 @@ def tree_mask(ends: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
     return ((index[:, None] >= index[None, :])[None] & still_open)[:, None]
 
 
-def written_mask(step: Int[Array, ""], length: int) -> Bool[Array, "1 1 1 {length}"]:
-    """A new token sees the cache slots written before it; it sees itself apart from the cache.
+def lineage_mask(lineage: Int[Array, "B R T"], step: Int[Array, ""]) -> Bool[Array, "B 1 R S"]:
+    """A new token sees the slots that its row continues, of the steps written before it.
 
-    For step = 2 of length 4:
+    It sees itself apart from them. Slot t * R + r has what row r read at step t. For step = 2 of
+    T = 3, lineage = (0 0 .) of row 0 and (0 1 .) of row 1:
 
-        # # . .
+        # . # . . .
+        # . . # . .
     """
-    return (jnp.arange(length) < step)[None, None, None, :]
+    rows, length = lineage.shape[1:]
+    own = lineage[..., None] == jnp.arange(rows)[None, None, None]
+    written = jnp.arange(length) < step
+    return (own & written[None, None, :, None]).reshape(-1, 1, rows, length * rows)

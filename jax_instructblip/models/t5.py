@@ -4,6 +4,7 @@ Unscaled attention scores, no biases, RMS norms before each sub-layer, one relat
 stack (computed once, shared by its layers), a gated feed-forward and an untied head.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -12,22 +13,19 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_instructblip.models.attention import (
-    Attention,
-    attend,
-    attend_cached,
-    write_tail,
-)
+from jax_instructblip.models.attention import Attention, Part, attend_parts, heads_first
+from jax_instructblip.models.cache import look, start, view, write
 from jax_instructblip.models.layers import (
     Dropout,
     GatedMlp,
     Head,
     RMSNorm,
     Scan,
+    beside,
     constrain,
     scan_layers,
 )
-from jax_instructblip.models.masks import causal_mask, padding_mask, tree_mask, written_mask
+from jax_instructblip.models.masks import causal_mask, lineage_mask, padding_mask, tree_mask
 from jax_instructblip.models.variants import T5Config
 
 
@@ -85,31 +83,36 @@ class T5Layer(nn.Module):
     def look_at(self, carry, _, encoded):
         """Keys and values of the encoder's output, computed once an answer: the cached prefix."""
         cross = self.cross_attention
-        return carry, {"key": cross.key(encoded), "value": cross.value(encoded)}
+        return carry, {
+            "key": heads_first(cross.key(encoded)),
+            "value": heads_first(cross.value(encoded)),
+        }
 
-    def step(self, x, cache, prefix_mask, tail_mask, bias):
-        """One token `[B, R, D]`; its own key and value come back, for the caller to store."""
+    def step(self, x, cache, prefix_mask, view):
+        """One token `[B, R, D]`; what `look` returns comes back, for `write`."""
         y, own = self.attention_norm(x), self.attention
-        token = {"key": own.key(y), "value": own.value(y)}
-        mixed = attend_cached(own.query(y), token, cache["tail"], tail_mask, bias=bias, scale=1.0)
-        x = constrain(x + own.out(mixed))
-        y, cross, prefix = self.cross_attention_norm(x), self.cross_attention, cache["prefix"]
-        # The R rows stand where a whole row has its T queries: the prefix is not repeated for them.
-        mixed = attend(cross.query(y), prefix["key"], prefix["value"], prefix_mask, scale=1.0)
-        x = constrain(x + cross.out(mixed))
-        return constrain(x + self.mlp(self.mlp_norm(x))), token
+        token = {"key": heads_first(own.key(y)), "value": heads_first(own.value(y))}
+        part, newest, made = look(cache["tail"], token, view)
+        x = constrain(x + own.out(attend_parts(own.query(y), [part], newest, scale=1.0)))
+        return self._rest(x, cache["prefix"], prefix_mask), made
 
-    def tree(self, x, cache, prefix_mask, mask, bias):
+    def tree(self, x, cache, prefix_mask, masks, biases):
         """A tree of tokens `[B, T, D]` behind the written tail; nothing is stored."""
-        y, own, tail = self.attention_norm(x), self.attention, cache["tail"]
-        key = jnp.concatenate([tail["key"][:, 0], own.key(y)], axis=1)
-        value = jnp.concatenate([tail["value"][:, 0], own.value(y)], axis=1)
-        mixed = attend(own.query(y), key, value, mask, bias, scale=1.0)
-        x = constrain(x + own.out(mixed))
-        y, cross, prefix = self.cross_attention_norm(x), self.cross_attention, cache["prefix"]
-        mixed = attend(cross.query(y), prefix["key"], prefix["value"], prefix_mask, scale=1.0)
+        y, own = self.attention_norm(x), self.attention
+        key, value = heads_first(own.key(y)), heads_first(own.value(y))
+        parts = [
+            Part(**cache["tail"], mask=masks[0], bias=biases[0]),
+            Part(key, value, masks[1], biases[1]),
+        ]
+        x = constrain(x + own.out(attend_parts(own.query(y), parts, scale=1.0)))
+        return self._rest(x, cache["prefix"], prefix_mask), None
+
+    def _rest(self, x, prefix, prefix_mask):
+        """`x` after cross-attention to the prefix and the feed-forward."""
+        y, cross = self.cross_attention_norm(x), self.cross_attention
+        mixed = attend_parts(cross.query(y), [Part(**prefix, mask=prefix_mask)], scale=1.0)
         x = constrain(x + cross.out(mixed))
-        return constrain(x + self.mlp(self.mlp_norm(x))), None
+        return constrain(x + self.mlp(self.mlp_norm(x)))
 
 
 class T5Stack(nn.Module):
@@ -125,7 +128,7 @@ class T5Stack(nn.Module):
         shape = (c.relative_buckets, c.heads)
         self.relative_bias = self.param("relative_bias", nn.initializers.normal(0.02), shape)
         length = c.decoder_layers if self.decoder else c.encoder_layers
-        methods = {"call": 5, "look_at": 1, "step": 3, "tree": 3} if self.decoder else {"call": 5}
+        methods = {"call": 5, "look_at": 1, "step": 2, "tree": 3} if self.decoder else {"call": 5}
         layers = scan_layers(T5Layer, length, self.scan, **methods)
         self.layers = layers(c, self.dtype, self.decoder)
         self.norm = RMSNorm(c.norm_eps)
@@ -149,36 +152,33 @@ class T5Stack(nn.Module):
         return drop(self.norm(x))
 
     def look_at(self, encoded):
-        """The cached prefix of all layers: keys and values `[Y, B, S, N, K]`."""
+        """The cached prefix of all layers."""
         return self.layers.look_at(jnp.zeros((), self.dtype), None, encoded)[1]
 
     def step(self, x, cache):
-        """One token `[B, R, D]` through all layers, and its keys and values `[Y, B, R, N, K]`."""
-        length, step = cache["tail"]["key"].shape[3], cache["step"]
-        slots = jnp.append(jnp.arange(length), step)  # the token itself comes last
-        x, token = self.layers.step(
+        """One token `[B, R, D]` through all layers, and what they return for `write`."""
+        (rows, length), step = cache["lineage"].shape[1:], cache["step"]
+        bias = self.bias(jnp.append(jnp.arange(length), step) - step)  # the token comes last
+        past = jnp.repeat(bias[:, :-1], rows, axis=1)[None, :, None]
+        x, made = self.layers.step(
             x,
-            {"prefix": cache["prefix"], "tail": cache["tail"]},
+            beside(prefix=cache["prefix"], tail=cache["tail"]),
             padding_mask(cache["prefix_mask"]),
-            written_mask(step, length),
-            self.bias(slots - step),
+            view(cache)._replace(past=past, newest=bias[:, -1]),
         )
-        return self.norm(x), token
+        return self.norm(x), made
 
     def tree(self, x, depths, ends, cache):
         """A tree of tokens `[B, T, D]` through all layers and the norm, behind the written tail."""
-        length, step = cache["tail"]["key"].shape[3], cache["step"]
-        own = tree_mask(ends)
-        behind = jnp.broadcast_to(written_mask(step, length), (*own.shape[:3], length))
+        length, step = cache["lineage"].shape[2], cache["step"]
         places = step - 1 + depths
-        slots = jnp.broadcast_to(jnp.arange(length), (places.shape[0], length))
-        distance = jnp.concatenate([slots, places], axis=1)[:, None, :] - places[:, :, None]
+        apart = lambda keys: jnp.moveaxis(self.bias(keys[:, None, :] - places[:, :, None]), 0, 1)
         x, _ = self.layers.tree(
             x,
-            {"prefix": cache["prefix"], "tail": cache["tail"]},
+            beside(prefix=cache["prefix"], tail=cache["tail"]),
             padding_mask(cache["prefix_mask"]),
-            jnp.concatenate([behind, own], axis=-1),
-            jnp.moveaxis(self.bias(distance), 0, 1),
+            (lineage_mask(cache["lineage"], step), tree_mask(ends)),
+            (apart(jnp.arange(length)[None]), apart(places)),
         )
         return self.norm(x)
 
@@ -196,7 +196,9 @@ class T5(nn.Module):
         self.embedding = nn.Embed(
             c.vocab, c.width, embedding_init=unit, dtype=self.dtype, name="embed"
         )
-        self.encoder = T5Stack(c, self.dtype, decoder=False, scan=self.scan)
+        # It runs once an answer, and nothing is gained by taking its stack apart.
+        stacked = dataclasses.replace(self.scan, separate=False)
+        self.encoder = T5Stack(c, self.dtype, decoder=False, scan=stacked)
         self.decoder = T5Stack(c, self.dtype, decoder=True, scan=self.scan)
         self.head = Head(c.vocab, self.dtype)
 
@@ -233,31 +235,21 @@ class T5(nn.Module):
     def prefill(
         self, inputs: Float[Array, "B S D"], real: Bool[Array, "B S"], tail_length: int
     ) -> tuple[Float[Array, "B 1 V"], dict[str, Any]]:
-        """Logits of the first new token, and the cache with room for `tail_length` new tokens.
+        """Logits of the first new token, and the cache with room for `tail_length` new ones.
 
-        prefix       key, value  [Y, B, S, N, K]     the encoder's output as each layer sees it
-        prefix_mask              [B, S]
-        tail         key, value  [Y, B, R, T, N, K]  R = 1 here; T = tail_length + 1 (start)
-        step                     []                  slots of the tail written so far
+        The tail has a slot more, for the start id.
         """
         encoded = self.encoder(inputs, padding_mask(real))
-        c, batch = self.config, inputs.shape[0]
-        shape = (c.decoder_layers, batch, 1, tail_length + 1, c.heads, c.head_width)
-        cache = {
-            "prefix": self.decoder.look_at(encoded),
-            "prefix_mask": real,
-            "tail": {name: jnp.zeros(shape, self.dtype) for name in ("key", "value")},
-            "step": jnp.zeros((), jnp.int32),
-        }
-        return self.decode_step(jnp.full((batch, 1), c.decoder_start_id, jnp.int32), cache)
+        cache = start(self.decoder.look_at(encoded), real, tail_length + 1)
+        token = jnp.full((inputs.shape[0], 1), self.config.decoder_start_id, jnp.int32)
+        return self.decode_step(token, cache)
 
     def decode_step(
         self, token: Int[Array, "B R"], cache: dict[str, Any]
     ) -> tuple[Float[Array, "B R V"], dict[str, Any]]:
         """Logits of the token after `token`, and the cache with `token` written to its tail."""
         x, new = self.decoder.step(self.embed(token), cache)
-        tail = write_tail(cache["tail"], new, cache["step"])
-        return self.logits(x), {**cache, "tail": tail, "step": cache["step"] + 1}
+        return self.logits(x), write(cache, new)
 
     def decode_tree(
         self,

@@ -32,8 +32,8 @@ _CHOICES = {
     **{f"model.remat.{tower}": tuple(REMAT) for tower in ("vision", "qformer", "llm")},
 }
 
-# Called with model, params, text, records, mesh, limit, batch_size and max_new_tokens by name; of
-# what it returns, `accuracy` chooses the best checkpoint.
+# Called, in every process, with model, params, text, records, mesh, limit, batch_size,
+# max_new_tokens, path and split by name; `accuracy` of what it returns chooses the best checkpoint.
 Evaluate = Callable[..., dict[str, float]]
 
 # Called with the path of a page, its title and the lines of `metrics.jsonl`.
@@ -240,6 +240,8 @@ def read_validation(
             limit=given.limit,
             batch_size=given.batch_size,
             max_new_tokens=given.max_new_tokens,
+            path=given.path,
+            split=given.split,
         )
 
     return Validation(measure, given.every, given.first)

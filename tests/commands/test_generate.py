@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -38,6 +39,7 @@ def test_json_has_what_the_library_answers(folder, photographs, capsys):
             "answer": answer.text,
             "logprob": answer.logprob,
             "tokens": list(answer.tokens),
+            "logprobs": list(answer.logprobs),
             "alternatives": [],
         }
         for image, prompt, answer in zip(photographs, PROMPTS, expected, strict=True)
@@ -55,9 +57,19 @@ def test_text_for_many_prompts_of_one_image(folder, photographs, capsys):
     assert float(lines[3].split()[1]) < 0
 
 
+def test_a_streamed_answer_is_the_answer(folder, photographs, capsys):
+    assert main(words(folder, photographs, PROMPTS, "--stream")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["image", "prompt", "answer", ""] * 2
+    expected = jax_instructblip.load(folder).generate(photographs, PROMPTS, max_new_tokens=NEW)
+    assert [line.partition(":")[2].strip() for line in lines[2::4]] == [e.text for e in expected]
+
+
 @pytest.mark.parametrize(
     ("images", "more", "message"),
     [
+        (["a.jpg", "b.jpg"], ["--stream", "--num_beams", "5"], "--stream shows each token"),
+        (["a.jpg", "b.jpg"], ["--stream", "--json"], "leave out --num_beams.* and --json"),
         (["a.jpg", "b.jpg", "c.jpg"], [], "3 images and 2 prompts do not match"),
         (["a.jpg", "b.jpg"], [], "a.jpg: no such file; b.jpg: no such file"),
         (["a.jpg"], ["--checkpoint", "nowhere"], "no checkpoint 'nowhere'"),
@@ -66,7 +78,9 @@ def test_text_for_many_prompts_of_one_image(folder, photographs, capsys):
 def test_errors_are_one_line(folder, images, more, message, capsys):
     assert main(words(folder, images, PROMPTS, *more)) == 1
     printed = capsys.readouterr()
-    assert printed.out == "" and message in printed.err and printed.err.startswith("error: ")
+    assert (
+        printed.out == "" and re.search(message, printed.err) and printed.err.startswith("error: ")
+    )
     assert printed.err.count("\n") == 1
 
 

@@ -302,6 +302,7 @@ WORKERS = """
         from unittest import mock
         import numpy as np
         from jax_instructblip.data import loader
+        from jax_instructblip.data.batch import text_positions
         from tests.data.test_all_datasets import BATCH, make_batches
 
         base, data, expected, start = *map(Path, sys.argv[1:4]), int(sys.argv[4])
@@ -312,6 +313,7 @@ WORKERS = """
         batches = make_batches(base, data, rows=rows)
         step = start
         for batch, counts in loader.load(batches, None, start=start, workers=4):
+            np.testing.assert_array_equal(counts.pop("text"), text_positions(batch))
             for key, value in (batch | counts).items():
                 np.testing.assert_array_equal(value, expected[f"{step} {key}"][rows], err_msg=key)
             step += 1

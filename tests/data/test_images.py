@@ -323,15 +323,50 @@ def waves(width, height):
 
 
 def decoded_sizes(monkeypatch):
-    """The sizes of the images that are decoded from now on."""
-    sizes, upright = [], images._upright_rgb
+    """Width and height of the JPEGs that are decoded from now on, as they lie in the file."""
+    sizes, decode = [], images.simplejpeg.decode_jpeg
 
-    def spy(image):
-        sizes.append(image.size)
-        return upright(image)
+    def spy(*given, **least):
+        pixels = decode(*given, **least)
+        sizes.append(pixels.shape[1::-1])
+        return pixels
 
-    monkeypatch.setattr(images, "_upright_rgb", spy)
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", spy)
     return sizes
+
+
+def refuse(*given, **least):
+    raise ValueError("not that one")
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+def test_reduced_pixels_are_those_of_pillow(monkeypatch, factor, subsampling, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    photo = encoded(waves(901, 603), format="JPEG", exif=exif, quality=90, subsampling=subsampling)
+    fast = images._reduced(Image.open(io.BytesIO(photo)), factor)
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", refuse)
+    np.testing.assert_array_equal(fast, images._reduced(Image.open(io.BytesIO(photo)), factor))
+    assert sorted(fast.size) == [-(-603 // factor), -(-901 // factor)]
+
+
+def test_reduced_pixels_of_photographs_are_those_of_pillow(monkeypatch, shared):
+    photos = [path.read_bytes() for path in sorted((shared / "data/images/coco").glob("*.jpg"))]
+    assert len(photos) == 18
+    found = [images._reduced(Image.open(io.BytesIO(photo)), 2) for photo in photos]
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", refuse)
+    for photo, fast in zip(photos, found, strict=True):
+        np.testing.assert_array_equal(fast, images._reduced(Image.open(io.BytesIO(photo)), 2))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_other_colors_than_rgb_are_left_to_pillow(monkeypatch, mode):
+    sizes = decoded_sizes(monkeypatch)
+    photo = encoded(waves(300, 200).convert(mode), format="JPEG")
+    found = images._reduced(Image.open(io.BytesIO(photo)), 2)
+    assert (found.mode, found.size, sizes) == ("RGB", (150, 100), [])
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

@@ -7,7 +7,7 @@ import pytest
 
 from jax_instructblip.data.text import compact
 from jax_instructblip.inference import decode
-from jax_instructblip.inference.decode import generate_tokens
+from jax_instructblip.inference.decode import generate_tokens, stream_tokens
 from jax_instructblip.inference.scores import Settings, draw, first_eos, penalise, truncate
 from jax_instructblip.models.instructblip import InstructBlip
 from tests.compile_counter import count_compiles
@@ -277,6 +277,16 @@ def test_sampling(model, greedy):
     level = {**model[1], "llm": {**model[1]["llm"], "head": blank}}
     made = sample(batch, params=level, min_new_tokens=NEW)["tokens"][:, 0]
     assert all(len(set(row)) > NEW // 2 for row in made.tolist())
+
+
+@pytest.mark.parametrize("settings", [{}, {"sample": True, "temperature": 1.5, "top_k": 9}])
+def test_streamed_tokens_are_those_of_the_whole_loop(model, settings):
+    expected = generate(model, make_batch(), **settings)
+    parts = list(stream_tokens(*model, make_batch(), keys(4), max_new_tokens=NEW, **settings))
+    assert len(parts) == expected["steps"]  # it ends with the last row's eos
+    tokens, logprobs = (np.stack(each, axis=1) for each in zip(*parts, strict=True))
+    assert tokens.tolist() == expected["tokens"][:, 0, : len(parts)].tolist()
+    np.testing.assert_allclose(logprobs, expected["logprobs"][:, 0, : len(parts)], atol=1e-5)
 
 
 def test_one_program_for_all_settings(model, greedy):

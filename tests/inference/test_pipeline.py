@@ -92,6 +92,17 @@ def test_a_draw_depends_on_the_seed_and_on_the_place_alone(t5):
     assert [answer.tokens for answer in draw(4, 8)] != [answer.tokens for answer in expected]
 
 
+@pytest.mark.parametrize("frames", [1, 2])
+def test_one_image_of_many_prompts_is_looked_at_once(t5, frames):
+    video = images(frames)
+    shared = list(make_parts(t5.text, pair([video], PROMPTS), 4))
+    assert [part.batch["images"].shape[:2] for part in shared] == [(1, frames)] * 2
+    assert [len(part.batch["tokens"]) for part in shared] == [4, 4]
+    assert len(next(make_parts(t5.text, pair([video], PROMPTS), 4, 2)).batch["images"]) == 4
+    expected = t5.generate([list(video) for _ in PROMPTS], PROMPTS, max_new_tokens=NEW)
+    assert_same(t5.generate([video], PROMPTS, max_new_tokens=NEW, batch_size=4), expected)
+
+
 def spread(mask, left):
     """Columns that put the padding of each row first, or anywhere, and keep the tokens in order."""
     place = np.sort(mask) if left else np.random.default_rng(0).permuted(mask, axis=1)
@@ -214,7 +225,7 @@ def test_pair_refuses(given, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 5}, "num_beams is 5, expected 1"),
+        ({"num_beams": 0}, "num_beams is 0, expected at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
         ({"min_new_tokens": 31}, "min_new_tokens is 31, expected 0 to max_new_tokens"),
         ({"temperature": 0.0}, "temperature is 0.0, expected above 0 .*greedy"),
@@ -245,6 +256,19 @@ def test_a_prompt_over_the_limit(folders):
     limit = llama.variant.llm.max_positions - 8 - 30
     with pytest.raises(ValueError, match=f"may have {limit} tokens .*: prompt 1 has"):
         llama.generate(images(1), ["a", "dog " * limit])
+
+
+@pytest.mark.parametrize("ask", ["generate", "stream"])
+def test_more_tokens_than_the_cache_holds(blip, ask):
+    t5 = blip.variant.llm.kind == "t5"
+    most = 2048 if t5 else blip.variant.llm.max_positions - 8 - 1
+    why = "the cache holds no more" if t5 else "positions, 8 of the image"
+    call = {
+        "generate": lambda count: blip.generate(images(1), ["a"], max_new_tokens=count),
+        "stream": lambda count: blip.stream(images(1)[0], "a", max_new_tokens=count),
+    }[ask]
+    with pytest.raises(ValueError, match=rf"{most + 1} new tokens .* at most {most}: .*{why}"):
+        call(most + 1)
 
 
 def test_a_prompt_that_the_qformer_cannot_read_whole_is_reported(t5, caplog):

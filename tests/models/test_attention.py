@@ -5,8 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_instructblip.models.attention import Attention, attend, attend_cached, write_tail
-from jax_instructblip.models.masks import causal_mask, padding_mask, written_mask
+from jax_instructblip.models.attention import (
+    Attention,
+    Own,
+    Part,
+    attend,
+    attend_parts,
+    heads_first,
+)
+from jax_instructblip.models.masks import causal_mask, padding_mask
 from tests.numerics import error, jit
 
 B, T, S, N, K, R = 2, 3, 5, 2, 4, 3
@@ -66,52 +73,39 @@ def test_bfloat16_scores_and_softmax_are_float32():
     assert error(found, expected) < 0.01  # two roundings to 8 bits, of the weights and the result
 
 
-@pytest.mark.parametrize("with_prefix", [True, False])
-def test_a_cached_step_is_the_last_position_of_a_whole_row(with_prefix):
-    step, length = 2, 4
+@pytest.mark.parametrize("with_own", [True, False])
+def test_parts_and_the_newest_token_are_one_row_of_keys(with_own):
     query = draw(B, R, N, K)
-    token = {"key": draw(B, R, N, K, seed=1), "value": draw(B, R, N, K, seed=2)}
-    # Slots from `step` on hold what an earlier use left there: it must not be seen.
-    tail = {"key": draw(B, R, length, N, K, seed=3), "value": draw(B, R, length, N, K, seed=4)}
-    prefix = {"key": draw(B, S, N, K, seed=5), "value": draw(B, S, N, K, seed=6)}
-    real = jnp.array([[True] * S, [True] * 2 + [False] * (S - 2)])
-    bias = None if with_prefix else jnp.asarray(draw(N, length + 1))
-    found = attend_cached(
-        query,
-        token,
-        tail,
-        written_mask(jnp.int32(step), length),
-        prefix if with_prefix else None,
-        padding_mask(real) if with_prefix else None,
-        bias,
+    first = Part(
+        *(draw(B, N, S, K, seed=seed) for seed in (1, 2)),
+        padding_mask(jnp.arange(S)[None] < jnp.array([[S], [2]])),
     )
+    second = Part(
+        *(draw(B, N, T, K, seed=seed) for seed in (3, 4)),
+        jnp.asarray(np.random.default_rng(0).random((B, 1, R, T)) < 0.7),
+        draw(1, N, R, T, seed=5),
+    )
+    own = Own(draw(B, N, R, K, seed=6), draw(B, N, R, K, seed=7), draw(N, seed=8))
+    found = attend_parts(query, [first, second], own if with_own else None)
     for b in range(B):
         for r in range(R):
-            rows = {
-                name: jnp.concatenate(
-                    [
-                        prefix[name][b][real[b]][: S if with_prefix else 0],
-                        tail[name][b, r, :step],
-                        token[name][b, r][None],
-                    ]
-                )[None]
-                for name in ("key", "value")
-            }
-            seen = None
-            if bias is not None:
-                seen = jnp.concatenate([bias[:, :step], bias[:, -1:]], axis=1)[None, :, None]
-            expected = attend(query[b, r][None, None], rows["key"], rows["value"], bias=seen)
+            keys, values = (
+                jnp.concatenate([*parts, newest[:, r][:, None]][: 2 + with_own], axis=1)
+                for parts, newest in (
+                    ((first.key[b], second.key[b]), own.key[b]),
+                    ((first.value[b], second.value[b]), own.value[b]),
+                )
+            )  # [N, S + T + 1, K]
+            biases = [jnp.zeros((N, S)), second.bias[0, :, r], own.bias[:, None]]
+            shown = [first.mask[b, 0, 0], second.mask[b, 0, r], jnp.array([True])]
+            expected = attend(
+                query[b, r][None, None],
+                heads_first(keys[None]),
+                heads_first(values[None]),
+                jnp.concatenate(shown[: 2 + with_own])[None, None, None],
+                jnp.concatenate(biases[: 2 + with_own], axis=1)[None, :, None],
+            )
             assert error(found[b, r], expected[0, 0]) < 1e-6
-
-
-def test_write_tail_fills_one_slot_of_all_layers():
-    tail = {name: jnp.asarray(draw(2, B, R, 4, N, K)) for name in ("key", "value")}
-    token = {name: jnp.asarray(draw(2, B, R, N, K)) for name in ("key", "value")}
-    found = write_tail(tail, token, jnp.int32(1))
-    for name, leaf in found.items():
-        np.testing.assert_array_equal(leaf[:, :, :, 1], token[name])
-        kept = np.delete(leaf, 1, axis=3), np.delete(tail[name], 1, axis=3)
-        np.testing.assert_array_equal(*kept)
 
 
 def test_attention_projects_each_head_and_joins_them():

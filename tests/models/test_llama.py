@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_instructblip.models.cache import widen
 from jax_instructblip.models.llama import Llama, rotary, rotate
 from tests.numerics import error, jit, random_params, small
 
@@ -95,10 +96,9 @@ def test_cached_steps_are_whole_rows():
         inputs = jnp.pad(INPUTS, ((0, 0), (0, width - 9), (0, 0)), constant_values=3.0)
         first, cache = prefill(inputs, real(LENGTHS, width))
         assert first.shape == (3, 1, CONFIG.vocab)
-        assert cache["prefix"]["key"].shape == (3, 3, width, CONFIG.heads, CONFIG.head_width)
-        assert cache["tail"]["key"].shape == (3, 3, 1, 3, CONFIG.heads, CONFIG.head_width)
-        tails = jax.tree.map(lambda leaf: jnp.repeat(leaf, 3, axis=2), cache["tail"])
-        second, cache = step(tokens[..., 0], {**cache, "tail": tails})
+        assert cache["prefix"]["key"].shape == (3, 3, CONFIG.heads, width, CONFIG.head_width)
+        assert cache["tail"]["key"].shape == (3, 3, CONFIG.heads, 3, CONFIG.head_width)
+        second, cache = step(tokens[..., 0], widen(cache, 3))
         third, cache = step(tokens[..., 1], cache)
         assert cache["step"] == 2
         for b, r in ((0, 0), (1, 2), (2, 1)):

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_instructblip.models.masks import causal_mask, padding_mask, tree_mask, written_mask
+from jax_instructblip.models.masks import causal_mask, lineage_mask, padding_mask, tree_mask
 
 
 def drawn(picture: str) -> np.ndarray:
@@ -27,11 +27,21 @@ def test_causal_mask_hides_what_comes_and_what_is_padding():
     assert (mask[1, 0] == drawn("# . . .\n# # . .\n# # # .\n# # # #")).all()
 
 
-@pytest.mark.parametrize("step, picture", [(0, ". . . ."), (2, "# # . ."), (4, "# # # #")])
-def test_written_mask_shows_the_slots_before_the_step(step, picture):
-    mask = written_mask(jnp.int32(step), 4)
-    assert mask.shape == (1, 1, 1, 4)
+@pytest.mark.parametrize(
+    "step, picture",
+    [
+        (0, ". . . . . .\n. . . . . ."),
+        (1, "# . . . . .\n# . . . . ."),
+        (3, "# . # . # .\n# . . # . #"),
+    ],
+)
+def test_lineage_mask_shows_the_slots_that_a_row_continues(step, picture):
+    lineage = jnp.array([[[0, 0, 0], [0, 1, 1]], [[1, 1, 1], [0, 0, 0]]])
+    mask = lineage_mask(lineage, jnp.int32(step))
+    assert mask.shape == (2, 1, 2, 6)
     assert (mask[0, 0] == drawn(picture)).all()
+    if step == 3:
+        assert (mask[1, 0] == drawn(". # . # . #\n# . # . # .")).all()
 
 
 def test_tree_mask_shows_each_token_its_ancestors():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_instructblip.models.cache import widen
 from jax_instructblip.models.t5 import T5, relative_bucket
 from tests.numerics import error, jit, random_params, small
 
@@ -86,10 +87,9 @@ def test_cached_steps_are_whole_rows():
         inputs = jnp.pad(INPUTS, ((0, 0), (0, width - 9), (0, 0)), constant_values=3.0)
         first, cache = prefill(inputs, real(LENGTHS, width))
         assert first.shape == (3, 1, CONFIG.vocab)
-        assert cache["prefix"]["key"].shape == (2, 3, width, CONFIG.heads, CONFIG.head_width)
-        assert cache["tail"]["key"].shape == (2, 3, 1, 4, CONFIG.heads, CONFIG.head_width)
-        tails = jax.tree.map(lambda leaf: jnp.repeat(leaf, 3, axis=2), cache["tail"])
-        second, cache = step(tokens[..., 0], {**cache, "tail": tails})
+        assert cache["prefix"]["key"].shape == (2, 3, CONFIG.heads, width, CONFIG.head_width)
+        assert cache["tail"]["key"].shape == (2, 3, CONFIG.heads, 4, CONFIG.head_width)
+        second, cache = step(tokens[..., 0], widen(cache, 3))
         third, cache = step(tokens[..., 1], cache)
         assert cache["step"] == 3  # the start id and two tokens
         for r in range(3):

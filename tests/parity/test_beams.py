@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import jax_instructblip
 from jax_instructblip.inference.beam import beam_tokens
 from jax_instructblip.models.instructblip import InstructBlip
+from jax_instructblip.models.variants import get_variant
 from tests.parity import golden
 from tests.parity.test_generation import (
     CASES,
@@ -94,3 +96,37 @@ def test_answers_are_those_of_transformers(variant, forge, tmp_path):
             assert rows == answers_of_transformers(folder, images, blip.variant.llm, **asked)
             distinct |= set(map(tuple, rows))
     assert len(distinct) > len(PROMPTS)  # random weights seldom end an answer: no length is asked
+
+
+WORDS = sorted({word for prompt in PROMPTS for word in prompt.split()})
+EVERY = [
+    {"length_penalty": length, "repetition_penalty": repetition, "min_new_tokens": least}
+    for length in (-1.0, 0.0, 1.0)
+    for repetition in (1.0, 1.5)
+    for least in (1, 8)
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("variant", ["instructblip-flan-t5-xl", "instructblip-vicuna-7b"])
+def test_every_setting_on_fifty_random_prompts(variant, forge, tmp_path):
+    """All twelve, three answers each, of a model that likes to end: eos is a word as any other."""
+    rng = np.random.default_rng(2)
+    prompts = [" ".join(rng.choice(WORDS, rng.integers(1, 40))) for _ in range(50)]
+    images = [rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8) for _ in prompts]
+    folder, eos = reseeded(forge(variant), tmp_path / "lively", 5), get_variant(variant).llm.eos_id
+    weights = load_file(folder / "model.safetensors")
+    weights["language_model.lm_head.weight"][eos] *= 3
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    blip = jax_instructblip.load(folder, dtype=jnp.float32)
+    ended, lengths = 0, set()
+    for each in EVERY:
+        asked = {"num_beams": 5, "max_new_tokens": 16, "num_return_sequences": 3, **each}
+        answers = blip.generate(
+            images, prompts, length_rule="transformers5", batch_size=len(prompts), **asked
+        )
+        rows = [list(a.tokens) for first in answers for a in (first, *first.alternatives)]
+        assert rows == answers_of_transformers(folder, images, blip.variant.llm, prompts, **asked)
+        ended += sum(row[-1] == eos for row in rows)
+        lengths |= {len(row) for row in rows}
+    assert ended > 100 and len(lengths) > 5

@@ -112,7 +112,7 @@ def reseeded(folder, out, seed):
     return out
 
 
-def answers_of_transformers(folder, images, llm, **settings):
+def answers_of_transformers(folder, images, llm, prompts=PROMPTS, **settings):
     """New ids of each answer, up to eos, of one batch in which prompts are padded as released.
 
     Greedy, unless `settings` of `generate` say otherwise.
@@ -130,14 +130,14 @@ def answers_of_transformers(folder, images, llm, **settings):
             folder, attn_implementation="eager", dtype=torch.float32
         ).eval()
         text = own.from_pretrained(folder, padding_side=side)(
-            PROMPTS, padding=True, return_tensors="pt"
+            prompts, padding=True, return_tensors="pt"
         )
         bert = transformers.BertTokenizer.from_pretrained(
             folder / "qformer_tokenizer", truncation_side="left"
-        )(PROMPTS, padding=True, truncation=True, max_length=128, return_tensors="pt")
+        )(prompts, padding=True, truncation=True, max_length=128, return_tensors="pt")
         # The processor's layout: the placeholders of the image before everything, padding too.
         config = network.config
-        seen = torch.full((len(PROMPTS), config.num_query_tokens), config.image_token_index)
+        seen = torch.full((len(prompts), config.num_query_tokens), config.image_token_index)
         pixels = (np.stack(images) / 255 - IMAGE_MEAN) / IMAGE_STD
         made = network.generate(
             pixel_values=torch.tensor(pixels, dtype=torch.float32).permute(0, 3, 1, 2),

@@ -223,7 +223,9 @@ def test_validation_chooses_the_best_checkpoint(files, tmp_path):
     scores = iter([0.1, 0.3, 0.9, 0.2, 0.4])
     seen = []
 
-    def evaluate(*, model, params, text, records, mesh, limit, batch_size, max_new_tokens):
+    def evaluate(
+        *, model, params, text, records, mesh, limit, batch_size, max_new_tokens, path, split
+    ):
         seen.append((sorted(params), len(records), limit, batch_size, max_new_tokens))
         return {"accuracy": next(scores), "accuracy/color": 0.5}
 

@@ -9,11 +9,11 @@ import pytest
 from jax_instructblip.models.instructblip import InstructBlip, param_shapes
 from jax_instructblip.models.layers import REMAT, Scan, Scans
 from jax_instructblip.models.variants import get_variant
+from jax_instructblip.training import flops
 from jax_instructblip.training.state import partition
 from jax_instructblip.training.step import summed_loss
 from tests.micro import make_batch, micro
 from tests.numerics import quick_options, random_params
-from tests.training import flops
 
 TOWERS = ("vision", "qformer", "llm")
 

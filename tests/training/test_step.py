@@ -9,11 +9,11 @@ import pytest
 
 from jax_instructblip.models.instructblip import InstructBlip, example_batch, param_shapes
 from jax_instructblip.models.variants import get_variant
+from jax_instructblip.training import flops
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
 from jax_instructblip.training.step import compile_step, summed_loss, train_step
 from tests.micro import micro
-from tests.training import flops
 
 KINDS = ("llama", "t5")
 # A micro step compiles in seconds; unoptimised it compiles in half of them.

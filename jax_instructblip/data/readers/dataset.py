@@ -61,6 +61,8 @@ class Dataset:
     source: str
     notes: str = ""
     rerelease: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    shared_candidates: Callable[[pathlib.Path], tuple[str, ...]] | None = None
+    candidate_files: tuple[str, ...] = ()
 
     def present(self, raw: pathlib.Path) -> list[str]:
         """The splits whose annotation files, of one release or the other, are all in `raw`."""

@@ -26,6 +26,7 @@ MSVD = {split: (f"{split}_qa.json", "youtube_mapping.txt") for split in _SPLITS}
 MSRVTT = {split: (f"{split}_qa.json",) for split in _SPLITS}
 IVQA = {split: (f"{split}.csv",) for split in _SPLITS}
 
+CANDIDATES = ("qa_ans2label.json", "train_ans2label.json")  # either
 _IVQA_CLIP = ("video_id", "start", "end")
 _IVQA_ANSWERS = tuple(f"answer{number}" for number in range(1, 6))
 _CONTAINERS = (".avi", ".gif", ".mkv", ".mp4", ".webm")
@@ -65,7 +66,7 @@ def read_candidates(raw: pathlib.Path) -> tuple[str, ...]:
     They stand in `qa_ans2label.json` (or `train_ans2label.json`, its name where LAVIS serves it).
     Every question has the same thousands of them, so that no record carries them as `choices`.
     """
-    paths = [raw / "qa_ans2label.json", raw / "train_ans2label.json"]
+    paths = [raw / name for name in CANDIDATES]
     path = next(filter(pathlib.Path.is_file, paths), paths[0])
     labels = read_json(path, dict)
     answers = {require(label, int, f"{path}: {each!r}"): each for each, label in labels.items()}
@@ -162,6 +163,8 @@ DATASETS: tuple[Dataset, ...] = (
         prompt=_PROMPT,
         metric="exact_match",
         ranking=True,
+        shared_candidates=read_candidates,
+        candidate_files=CANDIDATES,
         licence="questions MIT; videos from YouTube, not included",
         source=f"{_SERVED}/msvd/qa_test.json and train_ans2label.json, or {_XU}; videos: "
         "https://www.cs.utexas.edu/~ml/clamp/videoDescription",
@@ -179,6 +182,8 @@ DATASETS: tuple[Dataset, ...] = (
         prompt=_PROMPT,
         metric="exact_match",
         ranking=True,
+        shared_candidates=read_candidates,
+        candidate_files=CANDIDATES,
         licence="questions MIT; videos from YouTube, not included",
         source=f"{_SERVED}/msrvtt/qa_test.json and train_ans2label.json, or {_XU}; videos: MSR-VTT",
         notes="Videos in videos/, .mp4 if the file does not say. About 72,821 questions in test. "

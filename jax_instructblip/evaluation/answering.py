@@ -1,0 +1,192 @@
+"""From the questions of a task to rows of predictions."""
+
+import concurrent.futures
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jax_instructblip.data.images import decode, resize_squash
+from jax_instructblip.data.records import ImageSource
+from jax_instructblip.evaluation.choices import class_scores
+from jax_instructblip.evaluation.metrics import normalise_as
+from jax_instructblip.evaluation.stored import Row
+from jax_instructblip.evaluation.task import Task
+from jax_instructblip.evaluation.units import Questions, Unit, loads, places
+from jax_instructblip.inference import questions as batching
+from jax_instructblip.inference.pipeline import InstructBlipPipeline
+
+KEPT = 100  # candidates that a row names
+THREADS = min(16, os.cpu_count() or 1)  # that decode images, while the devices answer
+
+Frames = list[np.ndarray]
+
+
+class Share(NamedTuple):
+    """Which part of the questions this process answers: of `count` workers the one of `index`."""
+
+    index: int = 0
+    count: int = 1
+
+
+def answer(
+    blip: InstructBlipPipeline,
+    task: Task,
+    questions: Questions,
+    *,
+    size: int,
+    done: Collection[str] = (),
+    share: Share = Share(),  # noqa: B008  it is immutable
+    take: Callable[[list[Row]], None],
+) -> None:
+    """Gives `take` the rows of this share of the questions that are not `done`, some at a time.
+
+    Every device of `blip` answers `size` questions at once; `questions` were planned with that
+    size. Worker 0 also gives the rows of questions that cannot be asked.
+    """
+    records = questions.records
+    if share.index == 0:
+        wanted = [n for n in sorted(questions.problems) if records[n].id not in done]
+        if rows := [_problem(task, questions, n, questions.problems[n]) for n in wanted]:
+            take(rows)
+    left = [u for u in questions.units if any(records[n].id not in done for n in u.rows)]
+    devices = blip.splits
+    mine = loads(left, devices, share.count)[share.index :: share.count]
+    # The questions of a load whose images are next are decoded while the one before is answered.
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, _hushed():
+        ahead = _start(pool, blip, task, mine[0]) if mine else {}
+        for index, load in enumerate(mine):
+            opened = {number: future.result() for number, future in ahead.items()}
+            ahead = _start(pool, blip, task, mine[index + 1]) if index + 1 < len(mine) else {}
+            take(_answer_load(blip, task, questions, load, opened, size, devices))
+
+
+def count_left(questions: Questions, done: Collection[str]) -> int:
+    """How many questions are still to be answered."""
+    return sum(record.id not in done for record in questions.records)
+
+
+def _start(
+    pool: concurrent.futures.Executor, blip: InstructBlipPipeline, task: Task, load: Sequence[Unit]
+) -> dict[int, concurrent.futures.Future[tuple[Frames | None, str]]]:
+    side = blip.variant.vision.image_size
+    numbers = [number for unit in load for number in unit.rows]
+    return {number: pool.submit(_open, task, number, side) for number in numbers}
+
+
+def _open(task: Task, number: int, side: int) -> tuple[Frames | None, str]:
+    """The frames of a record; None, and why, where they cannot be used."""
+    try:
+        return [_pixels(image, side) for image in task.opened(number).images], ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def _pixels(image: ImageSource, side: int) -> np.ndarray:
+    return resize_squash(decode(image), side)
+
+
+def _answer_load(
+    blip: InstructBlipPipeline,
+    task: Task,
+    questions: Questions,
+    load: Sequence[Unit],
+    opened: dict[int, tuple[Frames | None, str]],
+    size: int,
+    devices: int,
+) -> list[Row]:
+    side, group = blip.variant.vision.image_size, load[0].group
+    black = [np.zeros((side, side, 3), np.uint8)] * group.frames
+    order = list(places(load, size, devices))
+    images = [opened[number][0] or black for number, _ in order]
+    prompts = [questions.prompts[number] for number, _ in order]
+    batch = size * devices
+    if task.preset.ranking:
+        shared = bool(task.preset.words or task.candidates)
+        choices = [task.choices(questions.records[number]) for number, _ in order]
+        scores = blip.rank(
+            images,
+            prompts,
+            list(choices[0]) if shared else [list(each) for each in choices],
+            batch_size=batch,
+            least=None if shared else group.sizes,
+            **task.settings,
+        )
+        made = [
+            _ranked(task, questions, number, row[: len(names)])
+            for (number, _), row, names in zip(order, scores, choices, strict=True)
+        ]
+    else:
+        answers = blip.generate(images, prompts, batch_size=batch, **task.settings)
+        made = [
+            _row(task, questions, number, text=each.text, logprob=_number(each.logprob))
+            for (number, _), each in zip(order, answers, strict=True)
+        ]
+    return [
+        row if opened[number][0] else _problem(task, questions, number, opened[number][1])
+        for row, (number, real) in zip(made, order, strict=True)
+        if real
+    ]
+
+
+def _ranked(task: Task, questions: Questions, number: int, scores: np.ndarray) -> Row:
+    record = questions.records[number]
+    names = task.choices(record)
+    if task.preset.words:
+        of_choices = class_scores([float(each) for each in scores], task.preset.words)
+        best = int(np.argmax(of_choices))
+        text, logprob = record.choices[best], of_choices[best]
+    else:
+        best = int(np.argmax(scores))
+        text, logprob = names[best], scores[best]
+    order = range(len(names))
+    if len(names) > KEPT:
+        order = np.argsort(-scores, kind="stable")[:KEPT]
+    return _row(
+        task,
+        questions,
+        number,
+        text=text,
+        logprob=_number(logprob),
+        candidates=tuple(names[place] for place in order),
+        scores=tuple(_number(scores[place]) for place in order),
+    )
+
+
+def _problem(task: Task, questions: Questions, number: int, problem: str) -> Row:
+    return _row(task, questions, number, problem=problem)
+
+
+def _row(task: Task, questions: Questions, number: int, text: str = "", **fields) -> Row:
+    record = questions.records[number]
+    return Row(
+        id=record.id,
+        prompt=questions.prompts[number],
+        text=text,
+        normalised=normalise_as(task.benchmark.metric, text),
+        answers=record.answers,
+        **fields,
+    )
+
+
+def _number(value: float) -> float:
+    """A float32 in as few digits as tell it from others."""
+    return float(f"{value:.9g}")
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Without a warning for each batch about prompts that the Q-Former reads in part: `cut` counts.
+
+    Such prompts stand in the results with their number.
+    """
+    log = logging.getLogger(batching.__name__)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

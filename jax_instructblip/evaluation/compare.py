@@ -1,0 +1,91 @@
+"""Two runs beside each other: the samples whose answers or scores differ."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from jax_instructblip.evaluation.metric import MetricError, listed
+from jax_instructblip.evaluation.stored import Row, read_rows
+from jax_instructblip.evaluation.suite import PREDICTIONS
+
+
+class Comparison(NamedTuple):
+    """What two files of predictions of one dataset have in common, and what not."""
+
+    name: str
+    same: int
+    differing: list[tuple[Row, Row]]
+
+
+def compare(first: Path, second: Path) -> list[Comparison]:
+    """The comparison of two files of predictions, or of all datasets that two runs both have.
+
+    Raises:
+      MetricError: there is nothing to compare, or the files are not of the same records; the ids
+        are listed.
+    """
+    if first.is_file() and second.is_file():
+        return [_compare(first.stem, first, second)]
+    files = [_files(folder) for folder in (first, second)]
+    common = sorted(files[0].keys() & files[1].keys())
+    if not common:
+        raise MetricError(
+            f"no dataset is in both: {first} has {', '.join(files[0])}, {second} has "
+            f"{', '.join(files[1])}"
+        )
+    return [_compare(name, files[0][name], files[1][name]) for name in common]
+
+
+def lines(found: Comparison, labels: tuple[str, str]) -> Iterator[str]:
+    """For people: how many differ, then each that does."""
+    better = [_better(*pair) for pair in found.differing]
+    yield (
+        f"{found.name}: {len(found.differing)} of {found.same + len(found.differing)} samples "
+        f"differ; {better.count(-1)} are better in A, {better.count(1)} in B"
+    )
+    width = max(map(len, labels))
+    for first, second in found.differing:
+        yield f"  {first.id}: {first.prompt!r}"
+        if first.prompt != second.prompt:
+            yield f"    asked in B: {second.prompt!r}"
+        for label, row in zip(labels, (first, second), strict=True):
+            score = "-" if row.score is None else f"{row.score:.2f}"
+            yield f"    {label:{width}}  {score:>5}  {row.problem or row.text!r}"
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    places = [folder / PREDICTIONS, folder]
+    found = next((list(each.glob("*.jsonl")) for each in places if each.is_dir()), [])
+    if not found:
+        raise MetricError(
+            f"{folder} has no predictions: expected a folder that `evaluate --out` wrote, or two "
+            "files of its predictions/"
+        )
+    return {path.stem: path for path in sorted(found)}
+
+
+def _compare(name: str, first: Path, second: Path) -> Comparison:
+    rows = {row.id: row for row in read_rows(first)}
+    others = {row.id: row for row in read_rows(second)}
+    lacking = [each for each in rows if each not in others]
+    strange = [each for each in others if each not in rows]
+    if lacking or strange:
+        problems = [
+            listed(f"ids of {first} are not in {second}", lacking),
+            listed(f"ids of {second} are not in {first}", strange),
+        ]
+        what = "; ".join(filter(None, problems))
+        raise MetricError(f"{name}: the two runs are not of the same records: {what}")
+    differing = [
+        (row, others[key])
+        for key, row in rows.items()
+        if (row.text, row.score, row.problem)
+        != (others[key].text, others[key].score, others[key].problem)
+    ]
+    return Comparison(name, len(rows) - len(differing), differing)
+
+
+def _better(first: Row, second: Row) -> int:
+    """-1 where the first has the higher score, 1 where the second has."""
+    one, two = first.score or 0.0, second.score or 0.0
+    return (two > one) - (one > two)

@@ -1,0 +1,64 @@
+"""On which devices a model answers: those of this process alone, or those of all together."""
+
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jax_instructblip.models.instructblip import param_shapes
+from jax_instructblip.models.variants import Variant
+from jax_instructblip.parallel import rules
+from jax_instructblip.parallel.mesh import make_mesh
+
+
+def choose_mesh(variant: Variant, dtype: Any, *, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
+    """Where to load a model that is to answer; None for the only device there is.
+
+    Weights are split over `fsdp` x `tensor` devices. Where the devices of a process are a multiple
+    of that, each process has a model of its own; otherwise there is one model over all processes.
+
+    Raises:
+      ValueError: the devices cannot be divided so, or the weights do not fit into their memory.
+    """
+    split, local = fsdp * tensor, jax.local_device_count()
+    if min(fsdp, tensor) < 1:
+        raise ValueError(f"--fsdp {fsdp} --tensor {tensor}: expected at least 1")
+    if jax.device_count() == 1 and split == 1:
+        check_memory(variant, dtype, None)
+        return None
+    devices = jax.local_devices() if local % split == 0 else jax.devices()
+    mesh = make_mesh(fsdp=fsdp, tensor=tensor, devices=devices)
+    check_memory(variant, dtype, mesh)
+    return mesh
+
+
+def check_memory(variant: Variant, dtype: Any, mesh: Mesh | None) -> None:
+    """Raises a ValueError where the weights alone are larger than a device's memory."""
+    shapes = param_shapes(variant)
+    placed = None if mesh is None else jax.tree.leaves(rules.shardings(shapes, mesh))
+    leaves = jax.tree.leaves(shapes)
+    parts = [
+        leaf.shape if placed is None else placed[number].shard_shape(leaf.shape)
+        for number, leaf in enumerate(leaves)
+    ]
+    needed = sum(map(math.prod, parts)) * jnp.dtype(dtype).itemsize
+    memory = device_memory()
+    if memory and needed > memory:
+        raise ValueError(
+            f"the weights take {needed / 1e9:.1f} GB of each device in {jnp.dtype(dtype)}, and it "
+            f"has {memory / 1e9:.1f} GB: split them with --tensor or --fsdp (over the devices of "
+            f"all processes, of which there are {jax.device_count()}, if need be)"
+        )
+
+
+def device_memory() -> int:
+    """Bytes of memory of a device of this process; 0 where that is not known."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":  # all of them share the machine's
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return pages // jax.local_device_count()
+    stats = device.memory_stats() or {}
+    return int(stats.get("bytes_limit", 0))

@@ -1,0 +1,109 @@
+"""From rows of predictions to what the results say of a dataset."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax_instructblip.data.records import Record
+from jax_instructblip.evaluation.choices import class_scores
+from jax_instructblip.evaluation.metric import Metric, MetricError, Response, Scores
+from jax_instructblip.evaluation.metrics import get_metric
+from jax_instructblip.evaluation.stored import Row
+from jax_instructblip.evaluation.task import Task
+
+COUNTS = ("mean_rank", "true_positives", "false_positives", "true_negatives", "false_negatives")
+HIDDEN = "the right answers of this split are not public: hand in the predictions where they are"
+
+
+def metric_of(task: Task, *, full: bool = False) -> tuple[str, Metric] | None:
+    """The metric of a task and its name; None where nothing is scored.
+
+    `full` adds to captions what only Java computes, which takes a while.
+    """
+    name = task.benchmark.metric
+    if not name:
+        return None
+    return name, get_metric("captions" if full and name == "cider" else name)
+
+
+def score(
+    task: Task, rows: Sequence[Row], records: Sequence[Record], *, full: bool = False
+) -> tuple[list[Row], Scores | None, str]:
+    """The rows with their scores, the scores of all, and, without any, why there are none.
+
+    Records whose right answer is not public are left out, with a note.
+    """
+    metric = metric_of(task, full=full)
+    if metric is None:
+        return list(rows), None, "nothing is scored: no metric belongs to this dataset"
+    by_id = {row.id: row for row in rows}
+    scored = [record for record in records if _is_known(record, metric[0])]
+    if not scored:
+        return list(rows), None, HIDDEN
+    try:
+        found = metric[1]([_response(task, by_id[record.id]) for record in scored], scored)
+    except MetricError as error:
+        return list(rows), None, str(error)
+    if len(scored) < len(records):
+        note = f"{len(records) - len(scored)} of {len(records)} records have no public answer"
+        found = dataclasses.replace(found, notes=(*found.notes, note))
+    main = next(iter(found.values))
+    each = found.samples.get(main) or next(iter(found.samples.values()), ())
+    values = dict(zip((record.id for record in scored), each, strict=True)) if each else {}
+    rows = [dataclasses.replace(row, score=values.get(row.id)) for row in rows]
+    return rows, found, ""
+
+
+def percent(name: str, value: float) -> float:
+    """A value as papers print it."""
+    return value if name in COUNTS else 100 * value
+
+
+def summarise(
+    task: Task,
+    rows: Sequence[Row],
+    scores: Scores | None,
+    reason: str,
+    facts: Mapping[str, Any],
+    *,
+    cut: int,
+    model: str,
+) -> dict[str, Any]:
+    """What `results.json` says of the task: plain JSON.
+
+    `cut` is how many prompts the Q-Former read the end of alone, `model` the model of the paper
+    that has these sizes ("" for none).
+    """
+    values = {} if scores is None else {k: percent(k, v) for k, v in scores.values.items()}
+    main = next(iter(values), "")
+    paper = dict(task.benchmark.paper)
+    notes = [*(scores.notes if scores else ()), task.preset.notes, task.benchmark.notes]
+    return {
+        **facts,
+        "count": len(rows),
+        "metric": main,
+        "value": values.get(main),
+        "values": values,
+        "unscored": reason,
+        "left_out": dict(scores.left_out) if scores else {},
+        "paper": paper,
+        "paper_model": model,
+        "gap": values[main] - paper[model] if main and model in paper else None,
+        "prompts_cut_for_the_qformer": cut,
+        "problems": [f"{row.id}: {row.problem}" for row in rows if row.problem],
+        "notes": [note for note in notes if note],
+    }
+
+
+def _response(task: Task, row: Row) -> Response:
+    """What the metric takes of a row."""
+    if not task.preset.ranking or task.candidates or row.problem:
+        return Response(row.id, row.text)
+    if task.preset.words and len(row.scores) == sum(map(len, task.preset.words)):
+        return Response(row.id, row.text, class_scores(row.scores, task.preset.words))
+    return Response(row.id, row.text, row.scores)
+
+
+def _is_known(record: Record, metric: str) -> bool:
+    """Whether it is public what is right."""
+    return record.correct >= 0 if metric in ("accuracy", "auroc", "mrr") else bool(record.answers)

@@ -1,0 +1,203 @@
+"""Predictions on disk: JSON lines of finished datasets, and what a run that was ended has left.
+
+OUT/predictions/NAME.jsonl      a row for each record, in the order of the records
+OUT/predictions/NAME.json       what was asked, of which model, how
+OUT/predictions/NAME.partial/   while it goes on: rows in the order they were made, one file for
+                                each process; what a killed process has half written is dropped
+"""
+
+import collections
+import dataclasses
+import difflib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax_instructblip.evaluation.metric import MetricError, listed
+from jax_instructblip.folders import write_file
+from jax_instructblip.inference.source import read_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The answer to one record.
+
+    Attributes:
+      id: of the record.
+      prompt: as it was asked.
+      text: as generated; of a ranking the best candidate.
+      normalised: as the metric compares it.
+      score: of the metric, of this record; None where there is none.
+      answers: what is right.
+      logprob: natural logarithm, of `text`.
+      candidates: of a ranking: all in their order, or of very many the best, best first.
+      scores: of those candidates.
+      problem: why it could not be asked; it then counts as wrong.
+    """
+
+    id: str
+    prompt: str = ""
+    text: str = ""
+    normalised: str = ""
+    score: float | None = None
+    answers: tuple[str, ...] = ()
+    logprob: float | None = None
+    candidates: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+    problem: str = ""
+
+    def line(self) -> str:
+        """The row as JSON, with a new line."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False) + "\n"
+
+
+_FIELDS = {field.name for field in dataclasses.fields(Row)}
+_LISTS = ("answers", "candidates", "scores")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file of predictions, ours or of the same form; `id` alone is needed.
+
+    Raises:
+      MetricError: lines that are none, or ids used twice; all are listed.
+    """
+    rows, wrong = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_row(json.loads(line)))
+        except ValueError as error:
+            wrong.append(f"{path}:{number}: {error}")
+    if wrong:
+        raise MetricError("\n  ".join([f"{len(wrong)} lines of {path} are no answers:", *wrong]))
+    again = [name for name, n in collections.Counter(row.id for row in rows).items() if n > 1]
+    if again:
+        raise MetricError(f"{path}: {listed('ids are there more than once', again)}")
+    if not rows:
+        raise MetricError(f"{path} holds no answers")
+    return rows
+
+
+def _row(fields: Any) -> Row:
+    if not isinstance(fields, dict) or "id" not in fields:
+        raise ValueError("expected an object with `id`, and `text` or `scores`")
+    if unknown := sorted(set(fields) - _FIELDS):
+        near = difflib.get_close_matches(unknown[0], _FIELDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_FIELDS))}"
+        raise ValueError(f"unknown field {unknown[0]!r}; {hint}")
+    fields = fields | {"id": str(fields["id"])}
+    wrong = [name for name in _LISTS if not isinstance(fields.get(name, []), list)]
+    texts = ("prompt", "text", "normalised", "problem")
+    wrong += [name for name in texts if not isinstance(fields.get(name, ""), str)]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: of the wrong kind")
+    return Row(**fields | {name: tuple(fields.get(name, ())) for name in _LISTS})
+
+
+def check_ids(path: Path, rows: Iterable[Row], ids: Sequence[str], name: str) -> None:
+    """Raises a MetricError where the rows are not those of these records; all ids are listed."""
+    found, known = {row.id for row in rows}, set(ids)
+    lacking = [each for each in ids if each not in found]
+    strange = sorted(found - known)
+    if len(lacking) == len(ids):
+        raise MetricError(
+            f"{path} has none of the {len(ids)} records of {name}: it is of another dataset or "
+            f"split ({listed('ids that are not known', strange)})"
+        )
+    problems = [
+        listed(f"records of {name} are not in {path}", lacking),
+        listed(f"ids in {path} are of no record of {name}", strange),
+    ]
+    if any(problems):
+        raise MetricError("; ".join(filter(None, problems)))
+
+
+class Store:
+    """The predictions of one dataset, which several processes may make together."""
+
+    def __init__(self, folder: Path, name: str, facts: Mapping[str, Any], process: int = 0):
+        """`facts` say what is asked, of which model, how: rows of others are refused."""
+        self.path = folder / f"{name}.jsonl"
+        self.partial = folder / f"{name}.partial"
+        self._facts_path = folder / f"{name}.json"
+        self._facts = json.loads(json.dumps(facts))
+        self._own = self.partial / f"{process}.jsonl"
+
+    def begin(self) -> None:
+        """Makes ready what is there; one process does it, before the others look.
+
+        Raises:
+          ValueError: answers to other questions, of another model or with other settings are there.
+        """
+        if self._facts_path.is_file():
+            self._compare(read_json(self._facts_path))
+        elif self.path.is_file():
+            raise ValueError(
+                f"{self.path} does not say what was asked ({self._facts_path.name} is not there): "
+                "remove it, or choose another --out"
+            )
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        write_file(self._facts_path, json.dumps(self._facts, indent=1, ensure_ascii=False) + "\n")
+        if self.path.is_file():
+            return
+        rows = self._unfinished()
+        self.partial.mkdir(exist_ok=True)
+        write_file(self.partial / "done.jsonl", "".join(row.line() for row in rows.values()))
+        for path in self.partial.glob("*.jsonl"):
+            if path.name != "done.jsonl":
+                path.unlink()
+
+    def rows(self) -> dict[str, Row]:
+        """What has been answered so far, by id.
+
+        Raises:
+          ValueError: another process has made it ready, but it is not seen here.
+        """
+        if not self._facts_path.is_file() or read_json(self._facts_path) != self._facts:
+            raise ValueError(
+                f"process 0 has written {self._facts_path}, which this process does not see: --out "
+                "must be on a disk that all processes share"
+            )
+        if self.path.is_file():
+            return {row.id: row for row in read_rows(self.path)}
+        return self._unfinished()
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Adds rows; they are on the disk when it returns."""
+        data = "".join(row.line() for row in rows).encode()
+        with self._own.open("ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self, rows: Sequence[Row]) -> None:
+        """Writes the file of all rows, and removes what it was made of."""
+        write_file(self.path, "".join(row.line() for row in rows))
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _unfinished(self) -> dict[str, Row]:
+        rows = {}
+        for path in sorted(self.partial.glob("*.jsonl")):
+            for line in path.read_bytes().split(b"\n")[:-1]:  # the last one was cut off, or is none
+                row = _row(json.loads(line))
+                rows[row.id] = row
+        return rows
+
+    def _compare(self, found: Mapping[str, Any]) -> None:
+        if found == self._facts:
+            return
+        wrong = [
+            f"{name} was {found.get(name)!r}, now {self._facts.get(name)!r}"
+            for name in sorted(found.keys() | self._facts.keys())
+            if found.get(name) != self._facts.get(name)
+        ]
+        raise ValueError(
+            "\n  ".join(
+                [f"{self._facts_path.parent} holds answers to something else:", *wrong]
+                + [f"choose another --out, or remove {self._facts_path.stem}.* there"]
+            )
+        )

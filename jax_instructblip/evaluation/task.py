@@ -1,0 +1,208 @@
+"""A benchmark made ready: its records, what is asked of each, and how it is answered."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from jax_instructblip.data import builder, prepare
+from jax_instructblip.data.datasets import DATASETS
+from jax_instructblip.data.readers.dataset import Dataset
+from jax_instructblip.data.records import Record
+from jax_instructblip.data.sources import prepared_folder
+from jax_instructblip.data.templates import dress
+from jax_instructblip.evaluation.benchmarks import Benchmark
+from jax_instructblip.evaluation.metric import MetricError, listed
+from jax_instructblip.inference.presets import GENERATE, RANK, Preset, get_preset
+
+VIDEO_FRAMES = 4  # of a video that is read as it was downloaded
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One benchmark, ready to be asked.
+
+    Attributes:
+      benchmark: its row of the table.
+      split: of its dataset.
+      records: with random access, as they are stored; `opened` and `light` give them.
+      digest: stands for the content of the records' files.
+      preset: prompt, settings and candidates' words, with what was overridden.
+      settings: keyword arguments of `blip.generate`, or of `blip.rank`.
+      candidates: that every record is ranked over; () where records have their own choices.
+    """
+
+    benchmark: Benchmark
+    split: str
+    records: Sequence[Record]
+    digest: str
+    preset: Preset
+    settings: Mapping[str, Any]
+    candidates: tuple[str, ...] = ()
+    videos: bool = False  # images are paths of video files
+
+    def opened(self, number: int) -> Record:
+        """The record with its images, of a video with some of its frames."""
+        record = self.records[number]
+        return prepare.with_frames(record, VIDEO_FRAMES) if self.videos else record
+
+    def light(self, number: int) -> Record:
+        """The record with "-" for each image."""
+        record = self.records[number]
+        count = VIDEO_FRAMES if self.videos else len(record.images)
+        return dataclasses.replace(record, images=("-",) * count, times=())
+
+    def prompt(self, record: Record) -> str:
+        """What is asked of the record; what questions are made for is its first answer."""
+        return dress(self.preset.prompt, record, record.answers[0] if record.answers else "")
+
+    def choices(self, record: Record) -> tuple[str, ...]:
+        """What a ranking chooses among."""
+        if self.preset.words:
+            return tuple(word for words in self.preset.words for word in words)
+        return self.candidates or record.choices
+
+    def facts(self) -> dict[str, Any]:
+        """What was asked and how, for people and for the comparison of two runs."""
+        facts: dict[str, Any] = {
+            "dataset": self.benchmark.dataset,
+            "split": self.split,
+            "mode": "ranked" if self.preset.ranking else "generated",
+            "prompt": self.preset.prompt,
+            "settings": dict(self.settings),
+        }
+        if self.preset.ranking and self.preset.words:
+            facts["words"] = [list(words) for words in self.preset.words]
+        if self.candidates:
+            text = json.dumps(self.candidates).encode()
+            facts["candidates"] = {
+                "count": len(self.candidates),
+                "sha256": hashlib.sha256(text).hexdigest(),
+            }
+        return facts
+
+
+class _Chosen(Sequence[Record]):
+    """Some of the records, read when they are asked for."""
+
+    def __init__(self, records: Sequence[Record], numbers: Sequence[int]):
+        self._records, self._numbers = records, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._records[int(self._numbers[index])]
+
+
+def open_task(
+    benchmark: Benchmark,
+    data: Path,
+    llm: str,
+    *,
+    split: str = "",
+    limit: int = 0,
+    candidates: tuple[str, ...] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> Task:
+    """The task of a benchmark whose records lie in `data`.
+
+    Args:
+      benchmark: what to evaluate.
+      data: what `jax-instructblip prepare` wrote (the folder of all datasets or of this one), or
+        the files as they were downloaded (in a folder of the dataset's name, or alone).
+      llm: the kind of the language model, which some settings depend on.
+      split: another than the benchmark's.
+      limit: so many of the records, always the same ones; 0: all.
+      candidates: that a ranking over one list for all records takes, instead of those that
+        `prepare` found.
+      overrides: fields of the preset that have another value here (`template`: the prompt).
+
+    Raises:
+      ValueError: there are no such records, there is no such split, or candidates are missing.
+    """
+    dataset = DATASETS[benchmark.dataset]
+    split = split or benchmark.split or next(iter(dataset.files))
+    records, digest, found, videos = _open(dataset, data, split)
+    preset = override(get_preset(benchmark.name), overrides or {}, llm)
+    if limit:
+        records = _Chosen(records, pick_numbers(len(records), limit))
+    shared = dataset.shared_candidates and preset.ranking
+    candidates = (candidates or found) if shared else ()
+    if shared and not candidates:
+        raise ValueError(
+            f"{benchmark.name} is ranked over one list of candidates, and {data} has none: put "
+            "qa_ans2label.json (or train_ans2label.json) beside the original files and prepare "
+            "them again, give a file with --candidates, or generate answers with --mode generate"
+        )
+    return Task(benchmark, split, records, digest, preset, preset.settings(llm), candidates, videos)
+
+
+def override(preset: Preset, fields: Mapping[str, Any], llm: str) -> Preset:
+    """The preset with other values; those of the other way of answering are left out."""
+    ranking = fields.get("ranking", preset.ranking)
+    usable = {"ranking", "template", *(RANK if ranking else GENERATE)}
+    fields = {name: value for name, value in fields.items() if name in usable}
+    if "template" in fields:
+        fields["dataset"] = ""  # whose prompt it would be
+    differing = preset.llama if llm == "llama" else {}
+    return dataclasses.replace(preset, **{**differing, **fields}, llama={})
+
+
+def pick_numbers(count: int, limit: int) -> list[int]:
+    """`limit` of `count` numbers, always the same ones, in their order; all of them for 0.
+
+    They are drawn at random: every n-th would meet only some of the families where records of one
+    image follow each other.
+    """
+    if limit < 0:
+        raise ValueError(f"limit is {limit}, expected 0 (all) or more")
+    chosen = np.random.default_rng(0).permutation(count)[: min(limit or count, count)]
+    return [int(number) for number in np.sort(chosen)]
+
+
+def check_choices(task: Task, records: Sequence[Record]) -> None:
+    """Raises a ValueError that lists the records of a ranking that have nothing to choose among."""
+    if not task.preset.ranking or task.preset.words or task.candidates:
+        return
+    if lacking := [record.id for record in records if not record.choices]:
+        raise MetricError(
+            f"{task.benchmark.name} is ranked, but "
+            + listed("records have no candidates (`choices`)", lacking)
+            + "; prepare them again from files that have them, or use --mode generate"
+        )
+
+
+def _open(
+    dataset: Dataset, data: Path, split: str
+) -> tuple[Sequence[Record], str, tuple[str, ...], bool]:
+    """Records, the digest of their files, the candidates beside them, whether they are videos."""
+    for place in (data / dataset.name, data):
+        folder = prepared_folder(place)
+        if folder is None:
+            continue
+        report = prepare.read_report(folder)
+        if report["name"] != dataset.name:
+            continue
+        records = cast(Sequence[Record], builder.open_folder(folder, split))
+        digest = hashlib.sha256((folder / prepare.REPORT).read_bytes()).hexdigest()
+        return records, digest, prepare.read_candidates(folder), False
+    for place in (data / dataset.name, data):
+        if place.is_dir() and split in dataset.present(place):
+            rows = list(dataset.read(place, split))
+            videos = dataset.family == prepare.VIDEO
+            return rows, "", prepare.raw_candidates(dataset, place), videos
+    there = sorted(each.name for each in data.iterdir()) if data.is_dir() else []
+    near = difflib.get_close_matches(dataset.name, there, n=1)
+    files = " and ".join(dataset.files.get(split, ("?",)))
+    raise ValueError(
+        f"no records of {dataset.name} ({split}) in {data}: found {', '.join(there[:12]) or '-'}"
+        + (f" (is {near[0]} meant?)" if near else "")
+        + f"; expected {dataset.name}/{prepare.VERSION}, as `jax-instructblip prepare` writes it, "
+        f"or its files as they were downloaded ({files}; splits: {', '.join(dataset.files)})"
+    )

@@ -1,0 +1,260 @@
+"""What a compiled program moves between devices, and how long its compiler thinks it takes.
+
+Read from the text of the program, computation by computation. What stands in the body of a loop
+counts as often as the loop runs, which its condition tells: XLA's own totals count it once.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+WIDTHS = {
+    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
+    **dict.fromkeys(("s16", "u16", "f16", "bf16"), 2),
+    **dict.fromkeys(("s32", "u32", "f32"), 4),
+    **dict.fromkeys(("s64", "u64", "f64", "c64"), 8),
+}
+
+# Of a collective whose result has b bytes, over n devices: what each one receives.
+RECEIVED = {
+    "all-gather": lambda b, n: b * (n - 1) / n,
+    "all-reduce": lambda b, n: 2 * b * (n - 1) / n,  # reduced in parts, then gathered
+    "reduce-scatter": lambda b, n: b * (n - 1),
+    "all-to-all": lambda b, n: b * (n - 1) / n,
+    "collective-permute": lambda b, n: b,
+}
+
+_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_KIND = re.compile(r"(?:^|[\s)}\]])([a-z][\w\-]*)\(")
+_CALLS = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One instruction: `name = shape kind(operands), rest`."""
+
+    name: str
+    shape: str
+    kind: str
+    operands: tuple[str, ...]
+    text: str
+    root: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """What one instruction moves, in one run of it."""
+
+    kind: str
+    shape: str
+    received: float  # bytes, by each device
+    group: int  # devices among which it moves
+    times: int  # how often it runs in a step
+    where: str  # name of the operation that it is part of
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the text of a program tells.
+
+    Attributes:
+      collectives: each instruction that moves something between devices.
+      cycles: the compiler's estimate of the cycles of a step, None where it states none.
+      unknown: loops of which the text does not tell how often they run; they are taken to run
+        as often as the caller said.
+    """
+
+    collectives: tuple[Collective, ...]
+    cycles: int | None
+    unknown: tuple[str, ...]
+
+    def moved(self) -> dict[str, dict[str, float]]:
+        """By kind: how many run in a step, and how many bytes each device receives in them."""
+        found: dict[str, dict[str, float]] = {}
+        for each in self.collectives:
+            row = found.setdefault(each.kind, {"count": 0, "bytes": 0.0})
+            row["count"] += each.times
+            row["bytes"] += each.received * each.times
+        return found
+
+
+def read_program(text: str, devices: int, loops: int = 1) -> Program:
+    """What the text `compiled.as_text()` of a program for so many devices tells.
+
+    `loops` is how often a loop is taken to run of which the text does not tell.
+    """
+    computations, entry = _computations(text)
+    collectives: list[Collective] = []
+    pieces: dict[str, Collective] = {}
+    unknown, cycles = [], []
+    for line, times, fused in _walk(computations, entry, 1, unknown, loops):
+        if not fused and (found := _CYCLES.search(line.text)):
+            cycles.append(int(found[1]) * times)
+        if collective := _collective(line, times, devices):
+            channel = re.search(r"channel_id=(\d+)", line.text)
+            if fused and channel:
+                # One that is done piece by piece inside of products; a piece may stand in a loop.
+                known = pieces.get(channel[1], collective)
+                pieces[channel[1]] = min(known, collective, key=lambda each: each.times)
+            else:
+                collectives.append(collective)
+    total = sum(cycles) if cycles else None
+    return Program((*collectives, *pieces.values()), total, tuple(unknown))
+
+
+def _computations(text: str) -> tuple[dict[str, dict[str, Line]], str]:
+    """Every computation's instructions by name, and the name of the one that is run."""
+    found: dict[str, dict[str, Line]] = {}
+    entry, lines = "", {}
+    for raw in text.splitlines():
+        if head := _HEAD.match(raw):
+            lines = found.setdefault(head[1], {})
+            if raw.startswith("ENTRY "):
+                entry = head[1]
+        elif match := _LINE.match(raw):
+            name, rest = match.groups()
+            if kind := _KIND.search(rest):
+                inside = rest[kind.end() :]
+                operands = tuple(re.findall(r"%([\w.\-]+)", inside[: _closing(inside)]))
+                root = raw.lstrip().startswith("ROOT ")
+                lines[name] = Line(name, rest[: kind.start(1)], kind[1], operands, rest, root)
+    return found, entry
+
+
+def _closing(text: str) -> int:
+    """Where the bracket closes that was open before `text`."""
+    depth = 1
+    for place, letter in enumerate(text):
+        depth += (letter in "({[") - (letter in ")}]")
+        if depth == 0:
+            return place
+    return len(text)
+
+
+def _walk(
+    computations: Mapping[str, Mapping[str, Line]],
+    name: str,
+    times: int,
+    unknown: list[str],
+    loops: int,
+    fused: bool = False,
+) -> Iterator[tuple[Line, int, bool]]:
+    """Every instruction that is run, how often, and whether it is part of a fusion."""
+    for line in computations.get(name, {}).values():
+        yield line, times, fused
+        inner, inside = times, fused or line.kind == "fusion"
+        if line.kind == "while":
+            trips = _trips(computations, computations[name], line)
+            if trips is None:
+                unknown.append(line.name)
+            inner = times * (loops if trips is None else trips)
+        elif line.kind not in ("call", "conditional", "fusion", "async-start"):
+            continue  # what a reduction applies is no instruction of its own
+        called = _CALLS.findall(line.text)
+        for branches in _BRANCHES.findall(line.text):
+            called += re.findall(r"[\w.\-]+", branches)
+        for each in called:
+            yield from _walk(computations, each, inner, unknown, loops, inside)
+
+
+def _trips(
+    computations: Mapping[str, Mapping[str, Line]], outer: Mapping[str, Line], loop: Line
+) -> int | None:
+    """How often a loop runs that counts up to a constant; None where that is not how it ends."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
+        return int(known[1])
+    parts = dict(re.findall(r"\b(condition|body)=%?([\w.\-]+)", loop.text))
+    condition, body = computations[parts["condition"]], computations[parts["body"]]
+    root = next((line for line in condition.values() if line.root), None)
+    if root is None or root.kind != "compare" or "direction=LT" not in root.text:
+        return None
+    counter, limit = (condition[name] for name in root.operands)
+    place = _place(counter)
+    end = _constant(limit, condition)
+    if end is None and (index := _place(limit)) is not None:
+        end = _carried(index, outer, loop)
+    if place is None or end is None:
+        return None
+    first, step = _carried(place, outer, loop), _step(place, body)
+    if first is None or not step:
+        return None
+    return max(0, math.ceil((end - first) / step))
+
+
+def _place(line: Line) -> int | None:
+    """Which part of what a loop carries the instruction takes."""
+    found = re.search(r"index=(\d+)", line.text) if line.kind == "get-tuple-element" else None
+    return int(found[1]) if found else None
+
+
+def _constant(line: Line, lines: Mapping[str, Line]) -> int | None:
+    while line.kind in ("copy", "bitcast", "convert") and line.operands[0] in lines:
+        line = lines[line.operands[0]]
+    found = re.search(r"constant\((-?\d+)\)", line.text) if line.kind == "constant" else None
+    return int(found[1]) if found else None
+
+
+def _carried(place: int, outer: Mapping[str, Line], loop: Line) -> int | None:
+    """The constant with which a part of what the loop carries begins."""
+    start = outer.get(loop.operands[0])
+    if start is None or start.kind != "tuple":
+        return None
+    line = outer.get(start.operands[place])
+    return None if line is None else _constant(line, outer)
+
+
+def _step(place: int, body: Mapping[str, Line]) -> int | None:
+    """By how much a run of the body raises the counter."""
+    root = next((line for line in body.values() if line.root), None)
+    if root is None or root.kind != "tuple":
+        return None
+    line = body.get(root.operands[place])
+    while line is not None and line.kind in ("copy", "bitcast"):
+        line = body.get(line.operands[0])
+    if line is None or line.kind not in ("add", "fusion"):
+        return None
+    if line.kind == "fusion":  # an addition that was fused; every counter of ours goes up by one
+        return 1
+    steps = [_constant(body[name], body) for name in line.operands if name in body]
+    return next((step for step in steps if step is not None), None)
+
+
+def _collective(line: Line, times: int, devices: int) -> Collective | None:
+    kind = line.kind.removesuffix("-start")
+    if kind not in RECEIVED:
+        return None
+    shapes = [_bytes(*shape) for shape in _SHAPE.findall(line.shape)]
+    if line.kind in ("all-gather-start", "collective-permute-start"):
+        # The operands stand before the results, what the hardware needs behind.
+        count = len(line.operands)
+        shapes = shapes[count : 2 * count]
+    group = _group(line.text, devices)
+    where = re.search(r'op_name="([^"]*)"', line.text)
+    received = RECEIVED[kind](sum(shapes), group) if group > 1 else 0.0
+    return Collective(kind, line.shape.strip(), received, group, times, where[1] if where else "")
+
+
+def _bytes(dtype: str, sizes: str) -> int:
+    return WIDTHS.get(dtype, 4) * math.prod(int(size) for size in sizes.split(",") if size)
+
+
+def _group(text: str, devices: int) -> int:
+    """Among how many devices a collective moves; three ways to write it are in use.
+
+    {{0,1},{2,3}}    [2,4]<=[8]    mesh['a'=2,'b'=4] {'b'}
+    """
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):
+        return int(found[2])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", found[2]))
+    if "source_target_pairs=" in text:
+        return 2
+    return devices

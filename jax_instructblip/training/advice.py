@@ -1,0 +1,175 @@
+"""What to make of a plan: whether a step fits, what would make it fit, which meshes to try."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jax_instructblip.models.variants import LlamaConfig, Variant
+from jax_instructblip.parallel import rules
+from jax_instructblip.parallel.mesh import make_mesh
+from jax_instructblip.parallel.topology import GIB, Chip, Topology
+from jax_instructblip.training import plan
+from jax_instructblip.training.plan import Job, Report
+
+SPARE = 0.02  # share of a chip's memory that a change must leave free to be proposed: an estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """Something to do otherwise, and what each chip would then need by estimate."""
+
+    what: str
+    need: float
+
+
+def verdict(job: Job, mesh: Mesh, topology: Topology, report: Report) -> tuple[bool, str]:
+    """Whether the step fits into a chip's memory, and a sentence that says so and what to change.
+
+    Of a CPU nothing is known: everything fits.
+    """
+    need = f"needs {report.need / GIB:.2f} GiB"
+    if topology.chip is None:
+        return True, f"each device {need}; how much memory there is, is not known of a CPU"
+    has = topology.chip.memory
+    if not report.refusal and report.need <= has:
+        return True, f"fits: each chip {need} of {has / GIB:.2f}"
+    why = f"does not fit: each chip {need}, a program may use {has / GIB:.2f}"
+    if report.arguments > has:
+        why += f" (weights, moments and batch alone {report.arguments / GIB:.2f})"
+    change = smallest_change(job, mesh, topology, report)
+    if change is None:
+        return False, f"{why}; no mesh of these chips would do: take more chips, or larger ones"
+    return False, f"{why}; smallest change: {change.what} (then about {change.need / GIB:.2f} GiB)"
+
+
+def smallest_change(job: Job, mesh: Mesh, topology: Topology, report: Report) -> Change | None:
+    """The first change that would make the step fit by estimate, from the least invasive on.
+
+    The estimate: arguments follow from the mesh, residuals from rows and remat; the rest stays.
+    """
+    assert topology.chip is not None
+    room = topology.chip.memory * (1 - SPARE)
+    rest = max(report.need - report.arguments - report.residuals, 0)
+    for what, other, others in _changes(job, mesh, topology):
+        arguments = report.arguments
+        if others is not mesh:
+            arguments = plan.bytes_per_device(plan.job_arguments(other, others))
+        rows = others.shape["data"] * others.shape["fsdp"]
+        kept = _residuals(other, others) // rows if job.step == "train" else 0
+        if (need := arguments + kept + rest) <= room:
+            return Change(what, need)
+    return None
+
+
+def _changes(job: Job, mesh: Mesh, topology: Topology) -> Iterator[tuple[str, Job, Mesh]]:
+    """Changes in the order in which a person would try them."""
+    sizes = dict(mesh.shape)
+    same = [
+        each
+        for each in meshes(job, topology)
+        if each != tuple(sizes.values()) and each[1] * each[2] > sizes["fsdp"] * sizes["tensor"]
+    ]
+    rows = job.batch // (sizes["data"] * sizes["fsdp"])
+    if job.step == "train":
+        dots = " --config.model.remat.llm=dots" if job.scans.llm.remat == "none" else ""
+        kept = job.with_remat("dots") if dots else job
+        if dots:
+            yield dots.strip(), kept, mesh
+        for parts in (2, 4, 8, 16):
+            if rows % parts == 0 and parts > job.accumulate:
+                changed = dataclasses.replace(kept, accumulate=parts)
+                yield f"--config.train.accumulate={parts}{dots}", changed, mesh
+        if job.scans.llm.remat != "full":
+            yield "--config.model.remat.llm=full", job.with_remat("full"), mesh
+    for data, fsdp, tensor in same:
+        other = make_mesh(data, fsdp, tensor, topology.devices)
+        yield f"--mesh {data},{fsdp},{tensor}", job, other
+        if job.step == "train" and job.scans.llm.remat != "dots":
+            what = f"--mesh {data},{fsdp},{tensor} --config.model.remat.llm=dots"
+            yield what, job.with_remat("dots"), other
+
+
+def _residuals(job: Job, mesh: Mesh) -> int:
+    """Bytes that wait for the backward pass in all; found by tracing alone."""
+    arguments = plan.job_arguments(job, mesh)
+    with jax.set_mesh(mesh):
+        traced = plan.job_function(job, mesh, arguments).trace(*arguments)
+    return plan.residuals(traced.jaxpr.jaxpr)
+
+
+def meshes(job: Job, topology: Topology) -> list[tuple[int, int, int]]:
+    """Sizes of meshes over all devices that weights and batch allow, fewest parts first.
+
+    Axes are powers of two where the devices are. A mesh is left out whose arguments alone are more
+    than a chip has.
+    """
+    count, found = len(topology.devices), []
+    for tensor in _divisors(count):
+        for fsdp in _divisors(count // tensor):
+            data = count // (tensor * fsdp)
+            parts = data * fsdp * (job.accumulate if job.step == "train" else 1)
+            if job.batch % parts == 0:
+                found.append((data, fsdp, tensor))
+    return sorted(
+        (sizes for sizes in found if _allowed(job, sizes, topology)),
+        key=lambda sizes: (sizes[1] * sizes[2], sizes[2]),
+    )
+
+
+def _allowed(job: Job, sizes: tuple[int, int, int], topology: Topology) -> bool:
+    mesh = make_mesh(*sizes, topology.devices)
+    try:
+        held = plan.bytes_per_device(plan.job_arguments(job, mesh))
+    except ValueError:
+        return False
+    return topology.chip is None or held < topology.chip.memory
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]
+
+
+def estimate(report: Mapping[str, Any], chip: Chip) -> dict[str, float]:
+    """Seconds of a step at the chip's peak, and of what moves at the full speed of its links.
+
+    Both are bounds from below; a real step takes longer than the larger one.
+    """
+    return {
+        "compute": report["flops"]["per_chip"] / chip.flops,
+        "links": report["moved_bytes"] / chip.links,
+    }
+
+
+def best(reports: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Of those that fit the one with the most samples a second; then the one that moves least."""
+    fitting = [each for each in reports if each.get("fits")]
+    bound: Callable[[Mapping[str, Any]], float] = lambda each: max(
+        each["bounds"]["compute"], each["bounds"]["links"]
+    )
+    rate = lambda each: (round(each["batch"] / bound(each), 3), -each["moved_bytes"])
+    return max(fitting, key=rate, default=None)
+
+
+def remarks(job: Job, mesh: Mesh) -> list[str]:
+    """What the rules chose as their second choice on that mesh."""
+    return rules.remarks(plan.param_shapes(job.variant), mesh)
+
+
+def moves(variant: Variant, batch: int, sizes: tuple[int, int, int]) -> float:
+    """Bytes that each device would receive in a step by rule of thumb, to sort meshes by.
+
+    fsdp     every weight of bfloat16 twice, forward and backward
+    tensor   four sums of the width of each token and layer, forward and backward
+    both     the gradients of what is trained, once
+    """
+    data, fsdp, tensor = sizes
+    weights = sum(leaf.size for leaf in jax.tree.leaves(plan.param_shapes(variant)))
+    llm, tokens = variant.llm, variant.qformer.queries + 256
+    layers = llm.layers if isinstance(llm, LlamaConfig) else llm.encoder_layers + llm.decoder_layers
+    rows = batch / (data * fsdp)
+    fetched = 2 * 2 * weights / tensor * (fsdp - 1) / fsdp
+    summed = 8 * 2 * rows * tokens * layers * llm.width * (tensor - 1) / tensor
+    return fetched + summed

@@ -1,0 +1,347 @@
+"""What a step will need, from the program that its compiler makes: no weights, no such chips.
+
+`read_job` takes a config to a `Job`, `compile_job` a job and a mesh of (absent) devices to a
+`Report`. The program is the one that `train` runs, compiled for the same mesh and the same shapes:
+the longest rows that the config allows.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from jax_instructblip.inference import decode
+from jax_instructblip.inference.source import read_source
+from jax_instructblip.models.instructblip import InstructBlip, param_shapes
+from jax_instructblip.models.layers import Scans
+from jax_instructblip.models.variants import VARIANTS, Variant
+from jax_instructblip.parallel import hlo, rules
+from jax_instructblip.parallel.mesh import batch_sharding, replicated
+from jax_instructblip.training import flops, setup
+from jax_instructblip.training.state import TrainState, create_state, partition
+from jax_instructblip.training.step import compile_step
+
+# What stands in the compiler's refusals: "Used 17.2G of 15.75G hbm", "... (16.17G) exceeds
+# available HBM (15.75G)".
+_REFUSALS = (
+    re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+    re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
+)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+QUICK = -1.0  # the least effort that the compiler knows; a third of the time, a little more memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be compiled; everything of a config that the program depends on.
+
+    Attributes:
+      step: "train", or "decode": prompts of a batch read and answered greedily.
+      batch: samples, on all devices together.
+      lengths: tokens of a row of each text: `qformer_tokens`, `tokens`, and of T5 `targets`.
+      new_tokens: of an answer ("decode").
+    """
+
+    variant: Variant
+    step: str
+    batch: int
+    lengths: Mapping[str, int]
+    trainable: tuple[str, ...]
+    scans: Scans
+    dtype: Any
+    frozen_dtype: Any
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    clip_norm: float | None
+    accumulate: int
+    new_tokens: int
+
+    def with_remat(self, remat: str) -> "Job":
+        """The same, with other parts of the language model's layers computed again."""
+        llm = dataclasses.replace(self.scans.llm, remat=remat)
+        return dataclasses.replace(self, scans=dataclasses.replace(self.scans, llm=llm))
+
+    def floor(self) -> int:
+        """FLOPs of the products that the network as built cannot do without."""
+        text, tokens = self.lengths["qformer_tokens"], self.lengths["tokens"]
+        if self.step == "train":
+            answer = self.lengths.get("targets", 0)
+            return flops.analytic(self.variant, self.batch, text, tokens, answer)
+        return flops.generation(self.variant, self.batch, text, tokens, self.new_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiler answered; bytes are of each chip.
+
+    Attributes:
+      arguments: weights, moments and batch.
+      outputs: what comes back and takes no argument's place.
+      temporaries: what else the step holds at its worst moment.
+      code: the program itself.
+      residuals: the part of the temporaries that waits for the backward pass, by the shapes.
+      need: all of it. Where the compiler refused, what it says it would need.
+      refusal: the compiler's words where the program does not fit; the parts are then unknown.
+      program: what moves; None where it refused.
+      flops: of all products in a step, on all chips together.
+      seconds: that tracing, lowering and compiling took.
+    """
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    code: int
+    residuals: int
+    need: int
+    refusal: str
+    program: hlo.Program | None
+    flops: int
+    seconds: Mapping[str, float]
+
+
+def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
+    """The job of a config (configs/common.py) for a model of that variant."""
+    optimizer, schedule = setup.read_optimizer(config)
+    train = step == "train"
+    limits = config.text
+    lengths = {"qformer_tokens": limits.qformer_limit, "tokens": limits.prompt_limit}
+    if train and variant.llm.kind == "t5":
+        lengths["targets"] = limits.answer_limit
+    elif train:
+        lengths["tokens"] += limits.answer_limit - 1
+    return Job(
+        variant=variant.replace(**setup.read_variant_fields(config)),
+        step=step,
+        batch=config.data.batch_size if train else config.validation.batch_size,
+        lengths=lengths,
+        trainable=tuple(config.model.trainable),
+        scans=setup.read_scans(config),
+        dtype=jnp.dtype(config.model.dtype),
+        frozen_dtype=jnp.dtype(config.model.frozen_dtype),
+        optimizer=optimizer,
+        schedule=schedule,
+        clip_norm=config.optimizer.clip_norm or None,
+        accumulate=config.train.accumulate,
+        new_tokens=config.validation.max_new_tokens,
+    )
+
+
+def read_variant(config: ConfigDict) -> tuple[str, Variant]:
+    """Name and sizes of the model that a config trains; its weights need not be there.
+
+    They are those of `config.model.checkpoint`. Where that is no folder, it names a released model
+    (`flan-t5-xl`), and where it is empty the last word of `config.workdir` does.
+
+    Raises:
+        ValueError: neither names one.
+    """
+    name = config.model.checkpoint
+    if name and (Path(name).is_dir() or "shapes" in name):
+        return name, read_source(name).variant
+    words = [Path(word).name for word in (name, config.workdir) if word]
+    for word in words:
+        short = word.lower().replace("_", "-").removeprefix("instructblip-")
+        for known in VARIANTS:
+            if short in (known, known.removeprefix("instructblip-")):
+                return known, VARIANTS[known]
+    raise ValueError(
+        f"config.model.checkpoint is {name!r}, no folder and no name of a known model; give a "
+        f"folder or one of {', '.join(VARIANTS)}"
+    )
+
+
+def check_rows(job: Job, mesh: Mesh) -> None:
+    """Raises a ValueError where the batch cannot be divided over the mesh."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = devices * (job.accumulate if job.step == "train" else 1)
+    if job.batch % parts:
+        raise ValueError(
+            f"a batch of {job.batch} cannot be worked on in {job.accumulate} parts by data x fsdp "
+            f"= {devices} devices: it must be a multiple of {parts}"
+        )
+
+
+def compile_job(job: Job, mesh: Mesh, *, effort: float = QUICK) -> Report:
+    """What the compiler says of the job's program on that mesh.
+
+    `effort` is of the compiler: 0 as for a real run, `QUICK` as little as possible.
+
+    Raises:
+        ValueError: weights or batch cannot be divided over the mesh.
+    """
+    check_rows(job, mesh)
+    arguments = job_arguments(job, mesh)
+    clock = time.perf_counter()
+    seconds = {}
+
+    def stop(name: str) -> None:
+        nonlocal clock
+        seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
+
+    with jax.set_mesh(mesh):
+        traced = job_function(job, mesh, arguments).trace(*arguments)
+        jaxpr = traced.jaxpr.jaxpr
+        stop("trace")
+        lowered = traced.lower()
+        stop("lower")
+        compiled, refusal, need = None, "", 0
+        try:
+            compiled = _compile(lowered, effort)
+        except jax.errors.JaxRuntimeError as error:
+            refusal, need = _refusal(error)
+        stop("compile")
+    loops = job.new_tokens - 1 if job.step == "decode" else 1
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    found = dict(
+        arguments=bytes_per_device(arguments),
+        residuals=residuals(jaxpr) // rows,
+        flops=flops.count(jaxpr, loops=loops),
+        seconds=seconds,
+        refusal=refusal,
+    )
+    if compiled is None:
+        return Report(outputs=0, temporaries=0, code=0, need=need, program=None, **found)
+    stats: Any = compiled.memory_analysis()
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    parts = dict(
+        outputs=outputs,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+    )
+    found["arguments"] = stats.argument_size_in_bytes
+    program = hlo.read_program(compiled.as_text(), mesh.size, loops=loops)
+    return Report(need=sum(parts.values()) + found["arguments"], program=program, **parts, **found)
+
+
+def job_arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
+    """The arguments of the job's program, as shapes that know where they lie."""
+    shapes = param_shapes(job.variant)
+    rows = batch_sharding(mesh)
+    # As a loader makes it; keys are uint32 pairs behind an opaque dtype.
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+    batch = _batch(job, rows)
+    if job.step == "decode":
+        params = jax.tree.map(lambda leaf: _like(leaf, job.frozen_dtype), shapes)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), job.batch))
+        keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=rows)
+        return _place(params, mesh), batch, keys
+    chosen, frozen = partition(shapes, job.trainable)
+    frozen = jax.tree.map(lambda leaf: _like(leaf, job.frozen_dtype), frozen)
+    state = jax.eval_shape(functools.partial(create_state, optimizer=job.optimizer), chosen)
+    return _place(state, mesh), _place(frozen, mesh), batch, key
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that each device holds of shapes that know where they lie."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        total += size * math.prod(shape)
+    return total
+
+
+def residuals(jaxpr: Jaxpr) -> int:
+    """Bytes of what scans over layers stack up for the backward pass, on all devices together."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            carried = equation.params["num_carry"]
+            stacked: list[Any] = [each.aval for each in equation.outvars[carried:]]
+            total += sum(aval.size * aval.dtype.itemsize for aval in stacked)
+        for inner in _inner(equation):
+            total += residuals(inner)
+    return total
+
+
+def _inner(equation: Any) -> Iterator[Jaxpr]:
+    for value in equation.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(part, ClosedJaxpr):
+                yield part.jaxpr
+            elif isinstance(part, Jaxpr):
+                yield part
+
+
+def _like(leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+
+def _place(tree: Any, mesh: Mesh) -> Any:
+    placed = rules.shardings(tree, mesh)
+    put = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return jax.tree.map(put, tree, placed)
+
+
+def _batch(job: Job, rows: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch as `data/batch.py` draws it, all rows as long as they can be."""
+    made = lambda shape, dtype: jax.ShapeDtypeStruct((job.batch, *shape), dtype, sharding=rows)
+    size = job.variant.vision.image_size
+    text, tokens = job.lengths["qformer_tokens"], job.lengths["tokens"]
+    batch = {
+        "images": made((1, size, size, 3), jnp.uint8),
+        "qformer_tokens": made((text,), jnp.int32),
+        "qformer_mask": made((text,), jnp.bool_),
+        "tokens": made((tokens,), jnp.int32),
+        "mask": made((tokens,), jnp.bool_),
+    }
+    if job.step == "train":
+        answer = job.lengths.get("targets", tokens)
+        batch["targets"] = made((answer,), jnp.int32)
+        if "targets" in job.lengths:
+            batch["decoder_tokens"] = made((answer,), jnp.int32)
+    return batch
+
+
+def job_function(job: Job, mesh: Mesh, arguments: tuple[Any, ...]) -> Any:
+    """The compiled function whose `trace` takes the job's arguments."""
+    if job.step == "decode":
+        model = InstructBlip(job.variant, job.dtype)
+        return jax.jit(
+            lambda params, batch, keys: decode.generate_tokens(
+                model, params, batch, keys, max_new_tokens=job.new_tokens
+            )
+        )
+    state: TrainState = arguments[0]
+    return compile_step(
+        like=state,
+        mesh=mesh,
+        model=InstructBlip(job.variant, job.dtype, job.scans),
+        optimizer=job.optimizer,
+        schedule=job.schedule,
+        clip_norm=job.clip_norm,
+        accumulate=job.accumulate,
+    )
+
+
+def _compile(lowered: Any, effort: float) -> Any:
+    name = "jax_exec_time_optimization_effort"
+    before = getattr(jax.config, name)
+    jax.config.update(name, effort)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(name, before)
+
+
+def _refusal(error: Exception) -> tuple[str, int]:
+    """The compiler's sentence about memory and the bytes it would need; other errors are raised."""
+    text = str(error)
+    for pattern in _REFUSALS:
+        if found := pattern.search(text):
+            line = next(line for line in text.splitlines() if found[0] in line)
+            return line.strip(), int(float(found[1]) * _UNITS[found[2]])
+    raise error

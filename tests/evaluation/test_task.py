@@ -1,0 +1,84 @@
+import json
+
+import pytest
+
+from jax_instructblip.data import prepare
+from jax_instructblip.data.datasets import DATASETS
+from jax_instructblip.evaluation.benchmarks import BENCHMARKS
+from jax_instructblip.evaluation.metric import MetricError
+from jax_instructblip.evaluation.task import VIDEO_FRAMES, check_choices, open_task
+from tests.data.layouts import LAYOUTS, write_all
+from tests.evaluation.parrots import make_task, record
+
+LABELS = {"cook": 1, "man": 0}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("raw")
+    write_all(folder, ["gqa", "msvd_qa", "iconqa"])
+    return folder
+
+
+def test_a_prepared_folder_and_the_files_it_was_made_of_are_asked_alike(raw, tmp_path):
+    folder = prepare.prepare(DATASETS["gqa"], raw / "gqa", tmp_path)
+    places = [tmp_path, tmp_path / "gqa", folder, raw, raw / "gqa"]
+    tasks = [open_task(BENCHMARKS["gqa"], place, "t5") for place in places]
+    assert len({task.digest for task in tasks}) == 2  # of files as downloaded there is none
+    for task in tasks:
+        light = [task.light(number) for number in range(len(task.records))]
+        assert len(light) == LAYOUTS["gqa"].count
+        assert task.prompt(light[0]) == "Question: What kind of furniture is brown? Short answer:"
+        assert light == [tasks[0].light(number) for number in range(len(light))]
+        assert task.settings["num_beams"] == 5 and task.split == "testdev"
+
+
+def test_some_are_always_the_same(raw):
+    some = open_task(BENCHMARKS["gqa"], raw, "t5", limit=5)
+    again = open_task(BENCHMARKS["gqa"], raw, "t5", limit=5)
+    ids = [some.light(number).id for number in range(len(some.records))]
+    assert len(ids) == 5 and ids == sorted(ids)
+    assert ids == [again.light(number).id for number in range(5)]
+
+
+def test_videos_are_ranked_over_the_candidates_that_were_found(raw, tmp_path):
+    with pytest.raises(ValueError, match="msvd_qa is ranked over one list.*put\nqa_ans2label|qa_"):
+        open_task(BENCHMARKS["msvd_qa"], raw, "t5")
+    given = open_task(BENCHMARKS["msvd_qa"], raw, "t5", candidates=("a", "b"))
+    assert given.choices(given.light(0)) == ("a", "b")
+    assert open_task(BENCHMARKS["msvd_qa"], raw, "t5", overrides={"ranking": False}).settings
+    (raw / "msvd_qa" / "qa_ans2label.json").write_text(json.dumps(LABELS))
+    prepare.prepare(DATASETS["msvd_qa"], raw / "msvd_qa", tmp_path)
+    for place in (raw, tmp_path):
+        task = open_task(BENCHMARKS["msvd_qa"], place, "t5")
+        assert task.candidates == ("man", "cook")
+        assert task.facts()["candidates"]["count"] == 2
+        assert len(task.light(0).images) == len(task.opened(0).images) == VIDEO_FRAMES
+
+
+def test_what_is_overridden_is_what_is_asked(raw):
+    fields = {"template": "{question}?", "num_beams": 1, "length_normalise": True}
+    task = open_task(BENCHMARKS["gqa"], raw, "llama", overrides=fields)
+    facts = task.facts()
+    assert facts["prompt"] == "{question}?" and task.prompt(task.light(1)).endswith("chair??")
+    assert facts["settings"]["num_beams"] == 1 and "length_normalise" not in facts["settings"]
+    assert facts["settings"]["length_penalty"] == 0.0  # of the preset, with a LLaMA
+    ranked = open_task(BENCHMARKS["iconqa"], raw, "llama", overrides=fields)
+    assert ranked.settings == {"length_normalise": True}
+
+
+def test_what_is_not_there_is_said(raw, tmp_path):
+    with pytest.raises(ValueError, match=r"no records of vsr \(test\) in .*: found gqa, iconqa"):
+        open_task(BENCHMARKS["vsr"], raw, "t5")
+    prepare.prepare(DATASETS["gqa"], raw / "gqa", tmp_path)
+    with pytest.raises(ValueError, match="has no split 'val'; its splits: testdev"):
+        open_task(BENCHMARKS["gqa"], tmp_path, "t5", split="val")
+
+
+def test_a_ranking_needs_candidates():
+    task = make_task("iconqa", [])
+    records = [record(1, choices=("a", "b"), correct=0), record(2), record(3)]
+    check_choices(task, records[:1])
+    with pytest.raises(MetricError, match="iconqa is ranked, but 2 records have no .*'r2', 'r3'"):
+        check_choices(task, records)
+    check_choices(make_task("iconqa", [], ranking=False), records)
