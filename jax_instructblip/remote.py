@@ -74,8 +74,9 @@ def put(local: Path, folder: str, *, last: str = "") -> None:
 
 
 def put_file(path: Path, folder: str) -> None:
-    """Copies that file into the folder; raises OSError."""
-    _try(_copy, path, epath.Path(folder) / path.name)
+    """Copies that file, which may grow meanwhile, into the folder; raises OSError."""
+    data = path.read_bytes()
+    _try(lambda target: target.write_bytes(data), epath.Path(folder) / path.name)
 
 
 def get(folder: str, local: Path) -> None:

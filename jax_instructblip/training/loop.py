@@ -175,6 +175,7 @@ class _Run:
         """Takes `state`, or what the newest checkpoint holds instead."""
         self.state, self.rng = state, jax.random.key(self.seed)
         self.place.fetch()
+        self.checkpoints.check_room(state)
         self.first = self.checkpoints.newest()
         if self.first:
             self.state, self.rng, found = self.checkpoints.restore(
@@ -215,7 +216,10 @@ class _Run:
             self.stop_order.close()
             self.checkpoints.close()
             self.writer.close()
-            self.place.push()
+            if sys.exc_info()[0] is not None:
+                with contextlib.suppress(OSError):  # of the store: what ended the run is raised
+                    self.place.push()
+        self.place.push()
 
     def _loop(self, loaded: Iterator[tuple[loader.DeviceBatch, loader.Counts]]) -> None:
         waiting: tuple[int, Metrics, loader.Counts, int] | None = None
@@ -273,8 +277,7 @@ class _Run:
         """Starts saving the state after that step."""
         meta = self.meta | {"score": score, "data": self.cursor(number)}
         with self.window.timed("checkpoint"):
-            self.checkpoints.save(self.state, self.rng, meta)
-            self.place.push()
+            self.checkpoints.save(self.state, self.rng, meta, then=self.place.push)
 
 
 def _compare_cursors(folder: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

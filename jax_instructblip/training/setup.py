@@ -92,6 +92,11 @@ def read_workdir(config: ConfigDict) -> str:
             )
     for name in ("model.checkpoint", "model.init", "validation.path"):
         wrong += _refuse_remote(name, operator.attrgetter(name)(config))
+    if remote.is_remote(config.train.profile_folder):
+        wrong.append(
+            f"config.train.profile_folder is {config.train.profile_folder}: traces are written to "
+            "a disk (left empty, into the workdir, wherever that is)"
+        )
     for name, source in config.data.sources.items():
         wrong += _refuse_remote(f"data.sources.{name}.path", source.get("path", ""))
     if wrong:

@@ -370,3 +370,16 @@ def test_an_object_store_that_fails_within_a_save_has_no_half_checkpoint(store, 
     save(manager, 2)  # over what was left
     assert manager.steps() == [1, 2]
     manager.restore(2, make_state(), RNG, make_meta())
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_told_before_the_first_step(
+    tmp_path, monkeypatch
+):
+    state = make_state()
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    manager = Checkpoints(tmp_path / "checkpoints")
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: needed)
+    manager.check_room(state)
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: needed - 1)
+    with pytest.raises(OSError, match=r"a checkpoint takes .* MB are free: make room"):
+        manager.check_room(state)
