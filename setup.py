@@ -14,6 +14,7 @@ DEPENDENCIES = [
     "flax>=0.12.8",  # linen modules
     "optax>=0.2.8",  # AdamW and its schedules
     "orbax-checkpoint>=0.12.8",  # checkpoints, saved leaf by leaf (experimental.v1.partial)
+    "etils[epath]>=1.12",  # addresses of object stores; with gcsfs or s3fs, which the user adds
     "jaxtyping>=0.3.11",  # shapes in the signatures of models/
     "numpy>=2.0",  # examples, one at a time, before they become batches
     # Released checkpoints: their configurations, tokenizers and tensors.

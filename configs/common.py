@@ -62,6 +62,9 @@ def get_config() -> ConfigDict:
     config.train.hang_limit = 1_800.0  # seconds without a step after which stacks are printed
     config.train.non_finite = "stop"  # on a loss that is no number; or "skip": leave the step out
     config.train.non_finite_limit = 10  # such steps in a row that end a run which skips them
+    config.train.peak_flops = 0.0  # a second, of one device, for the MFU; 0: as known of its kind
+    config.train.profile_steps = 0  # that a trace is written of, after the first ones
+    config.train.profile_folder = ""  # of the trace; "": profile/ in the workdir
     config.train.accumulate = 1  # parts of a batch that are worked on one after the other
 
     config.optimizer = ConfigDict()

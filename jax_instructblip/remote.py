@@ -12,6 +12,7 @@ from typing import Any
 
 from etils import epath
 
+LIBRARIES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # that etils.epath asks for
 TRIES = 3  # of each file: stores fail now and then
 PAUSE_SECONDS = 1.0  # after the first failure; twice as long after the next one
 
@@ -23,14 +24,17 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 def check(folder: str) -> None:
     """Raises a ValueError, with what to do, where the folder cannot be written to and read."""
+    scheme = folder.partition("://")[0]
+    if scheme not in LIBRARIES:
+        known = ", ".join(f"{name}://" for name in LIBRARIES)
+        raise ValueError(f"{folder} cannot be used: known are {known}")
     try:
         probe = epath.Path(folder) / f".probe-{uuid.uuid4().hex}"
         probe.write_text("probe")
         found = probe.read_text()
         probe.unlink()
     except ImportError as error:
-        library = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}.get(folder.partition("://")[0])
-        how = f"pip install {library}" if library else "known are gs://, s3:// and az://"
+        how = f"pip install {LIBRARIES[scheme]}"
         raise ValueError(f"{folder} cannot be used: {_words(error)} ({how})") from error
     except Exception as error:  # each store has errors of its own
         raise ValueError(
@@ -70,8 +74,9 @@ def put(local: Path, folder: str, *, last: str = "") -> None:
 
 
 def put_file(path: Path, folder: str) -> None:
-    """Copies that file into the folder; raises OSError."""
-    _try(_copy, path, epath.Path(folder) / path.name)
+    """Copies that file, which may grow meanwhile, into the folder; raises OSError."""
+    data = path.read_bytes()
+    _try(lambda target: target.write_bytes(data), epath.Path(folder) / path.name)
 
 
 def get(folder: str, local: Path) -> None:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from jax_instructblip import folders
 from jax_instructblip.folders import atomic_folder, free_bytes, refuse_existing, write_file
 
 
@@ -74,3 +75,12 @@ def test_a_file_appears_whole(tmp_path):
     assert path.read_text() == "old"
     write_file(path, "new")
     assert path.read_text() == "new"
+
+
+def test_what_cannot_be_written_to_is_told_before_anything_is_made(tmp_path, monkeypatch):
+    assert folders.unwritable(tmp_path / "new" / "run") == ""
+    (tmp_path / "file").write_text("")
+    assert folders.unwritable(tmp_path / "file" / "run") == f"{tmp_path / 'file'} is a file"
+    # Of a read-only disk; what permissions say does not bind the superuser.
+    monkeypatch.setattr(folders.os, "access", lambda place, how: place != tmp_path)
+    assert folders.unwritable(tmp_path / "new").startswith(f"{tmp_path} cannot be written to")

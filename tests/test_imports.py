@@ -19,6 +19,7 @@ LAYERS = {
     "trees": 0,
     "manifest": 0,
     "processes": 0,
+    "remote": 0,
     "stored_leaf": 0,
     "tpu_compiler": 0,
     "data": 1,

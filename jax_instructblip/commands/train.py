@@ -10,12 +10,14 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jax_instructblip.evaluation import harness
+from jax_instructblip.evaluation import curves, harness
 from jax_instructblip.parallel import distributed
 from jax_instructblip.training import loop
 
 # The configs of the repository share `configs/common.py`, whatever the working directory is.
 _ROOT = Path(__file__).resolve().parents[2]
+
+PROFILE_STEPS = 5
 
 _HELP = """A workdir that has checkpoints is taken up where the newest stands. Any field of
 configs/common.py can be changed:
@@ -29,7 +31,7 @@ def main(argv: list[str]) -> int:
     flags, _ = _parser().parse_known_args(argv)
     config = read_config(argv)
     with distributed.joined(*distributed.read_flags(flags)):
-        workdir = loop.run(config, evaluate=harness.evaluate)
+        workdir = loop.run(config, evaluate=harness.evaluate, report=curves.write)
         print(f"run: {workdir}")
     return 0
 
@@ -55,6 +57,9 @@ def read_config(argv: list[str]) -> ConfigDict:
         raise ValueError(f"unexpected {' '.join(rest[1:])!r}: values are given as --FIELD=VALUE")
     config = own["config"].value
     assert config is not None
+    if given.profile:
+        config.train.profile_folder = given.profile
+        config.train.profile_steps = config.train.profile_steps or PROFILE_STEPS
     return config
 
 
@@ -68,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", required=True, help="has get_config()")
+    parser.add_argument(
+        "--profile",
+        metavar="DIR",
+        default="",
+        help=f"write a trace there, of {PROFILE_STEPS} steps or config.train.profile_steps",
+    )
     distributed.add_flags(parser)
     return parser
 

@@ -4,15 +4,12 @@ Self-contained: pictures and curves are inside it, so that it can be sent around
 """
 
 import html
-import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.figure
-
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation import page
+from jax_instructblip.evaluation import curves, page
 from jax_instructblip.evaluation.harness import Prediction
 
 GRID = 24  # pictures shown of each split
@@ -47,7 +44,7 @@ def write_report(
     """
     parts = [_facts(facts or {})]
     if any("loss" in line for line in metrics):
-        parts += ["<h2>Training</h2>", _curves(metrics)]
+        parts += ["<h2>Training</h2>", curves.picture(metrics)]
     for split, scores in splits.items():
         parts += [f"<h2>{html.escape(split)}</h2>", _table(scores)]
         parts.append(_grid(samples.get(split, ())))
@@ -60,24 +57,6 @@ def _facts(facts: Mapping[str, str]) -> str:
         for name, value in facts.items()
     ]
     return f"<table class='note'>{''.join(rows)}</table>"
-
-
-def _curves(metrics: Sequence[Mapping[str, float]]) -> str:
-    figure = matplotlib.figure.Figure(figsize=(9, 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
-    left.plot(*zip(*losses, strict=True), linewidth=1)
-    left.set(xlabel="step", ylabel="loss", yscale="log")
-    name = "validation/accuracy"
-    scores = [(line["step"], 100 * line[name]) for line in metrics if name in line]
-    if scores:
-        right.plot(*zip(*scores, strict=True), marker="o")
-    right.set(xlabel="step", ylabel="validation accuracy, %", ylim=(0, 102))
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return f"<img class='curve' alt='loss and accuracy' src='{page.inline(buffer.getvalue())}'>"
 
 
 def _table(scores: Mapping[str, Any]) -> str:

@@ -10,10 +10,11 @@ In an object store, which knows no renaming, a folder is complete when `meta.jso
 written on the local disk first and then copied, that file last.
 """
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 
 from jax_instructblip import checkpoint, remote
+from jax_instructblip.folders import free_bytes
 from jax_instructblip.training.state import TrainState
 
 META = "meta.json"
@@ -108,8 +110,27 @@ class Checkpoints:
         known = [(score, step) for step, score in scores.items() if score is not None]
         return max(known)[1] if known else None
 
-    def save(self, state: TrainState, rng: Array, meta: Meta) -> None:
+    def check_room(self, state: TrainState) -> None:
+        """Raises an OSError where the disk has no room for one checkpoint of such a state."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = free_bytes(self.folder)
+        if jax.process_index() == 0 and free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"{self.folder}: a checkpoint takes {needed / 1e6:,.2f} MB, {free / 1e6:,.2f} MB "
+                "are free: make room, or choose another config.workdir",
+            )
+
+    def save(
+        self,
+        state: TrainState,
+        rng: Array,
+        meta: Meta,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
         """Starts writing the checkpoint of `state.step`; returns when it is copied to the host.
+
+        `then` is called when it is written, by the thread that writes, in one process.
 
         Every process calls it, with its part of the state. What an earlier save raised (a full
         disk) is raised here, in `check` or in `wait`. `meta` must have `variant`, `trainable`,
@@ -130,7 +151,12 @@ class Checkpoints:
         rest = {path: _whole(leaf, writes) for path, leaf in _optimizer_leaves(state, rng)}
         meta = {"format": FORMAT, "step": step, "score": None} | meta
         if writes:
-            self._saving = self._writer.submit(self._write, step, trainable, rest, meta)
+
+            def work() -> None:
+                self._write(step, trainable, rest, meta)
+                then()
+
+            self._saving = self._writer.submit(work)
 
     def check(self) -> None:
         """Raises what the save going on has raised, without waiting for it."""

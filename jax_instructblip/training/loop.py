@@ -3,6 +3,7 @@
     workdir/
       config.json      what was run: variant, frozen base, every field of the config
       metrics.jsonl    numbers of the steps and of the validations (and `tensorboard/`)
+      report.html      the numbers as curves, when the run has ended
       non_finite.jsonl the steps whose loss was no number, with their samples
       checkpoints/     `checkpoints.py`
 
@@ -33,23 +34,30 @@ from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.parallel import peers
 from jax_instructblip.parallel.distributed import StopOrder, Watchdog
 from jax_instructblip.parallel.mesh import batch_sharding
-from jax_instructblip.training import setup
+from jax_instructblip.training import observe, setup
 from jax_instructblip.training.checkpoints import Checkpoints, Meta
-from jax_instructblip.training.metrics import MetricsWriter, Window
+from jax_instructblip.training.metrics import MetricsWriter, Window, read_metrics
 from jax_instructblip.training.spoilt import Spoilt
 from jax_instructblip.training.start import Start, read_start
 from jax_instructblip.training.state import TrainState, create_state
 from jax_instructblip.training.step import Metrics, Step, compile_step
 from jax_instructblip.training.workdir import Workdir
 
+REPORT = "report.html"
 _TEXT_LIMITS = ("qformer_limit", "prompt_limit", "answer_limit")
 
 
-def run(config: ConfigDict, *, evaluate: setup.Evaluate | None = None) -> str:
+def run(
+    config: ConfigDict,
+    *,
+    evaluate: setup.Evaluate | None = None,
+    report: setup.Report | None = None,
+) -> str:
     """The run directory, when the run that `config` (configs/common.py) describes has ended.
 
     A directory that has checkpoints is taken up where the newest stands. `evaluate` is what
-    validates; without it, or without `config.validation.path`, nothing is validated.
+    validates; without it, or without `config.validation.path`, nothing is validated. `report`
+    draws the numbers when the run has ended.
 
     Raises:
         ValueError: something in the config does not fit, a checkpoint is of another run, or the
@@ -58,11 +66,16 @@ def run(config: ConfigDict, *, evaluate: setup.Evaluate | None = None) -> str:
     """
     workdir = setup.read_workdir(config)
     with Workdir(workdir) as place:
-        _run(config, place, evaluate)
+        _run(config, place, evaluate, report)
     return workdir
 
 
-def _run(config: ConfigDict, workdir: Workdir, evaluate: setup.Evaluate | None) -> None:
+def _run(
+    config: ConfigDict,
+    workdir: Workdir,
+    evaluate: setup.Evaluate | None,
+    report: setup.Report | None,
+) -> None:
     mesh = setup.read_mesh(config)
     rows = setup.read_rows(config, mesh)
     optimizer, schedule = setup.read_optimizer(config)
@@ -95,7 +108,9 @@ def _run(config: ConfigDict, workdir: Workdir, evaluate: setup.Evaluate | None) 
         accumulate=config.train.accumulate,
         skip_non_finite=config.train.non_finite == "skip",
     )
-    tuning = _Run(config, workdir, start, batches, step, validation)
+    peak = observe.peak_flops(config.train.peak_flops)
+    utilisation = observe.Utilisation(start.variant, dtype, peak)
+    tuning = _Run(config, workdir, start, batches, step, validation, utilisation)
     del start  # its trainable weights have been copied
     # Under pmap every device runs a program of its own, which knows of no mesh.
     with jax.set_mesh(mesh) if config.parallel.mode == "jit" else contextlib.nullcontext():
@@ -107,6 +122,9 @@ def _run(config: ConfigDict, workdir: Workdir, evaluate: setup.Evaluate | None) 
             ahead=config.data.ahead,
             workers=config.data.workers,
         )
+    if report is not None and jax.process_index() == 0:
+        report(workdir.folder / REPORT, f"Training of {workdir}", read_metrics(workdir.folder))
+        workdir.push()
 
 
 class _Run:
@@ -120,10 +138,15 @@ class _Run:
         batches: TrainBatches,
         step: Step,
         validation: setup.Validation | None,
+        utilisation: observe.Utilisation,
     ):
         self.place, self.workdir = workdir, workdir.folder
         self.batches, self.step, self.validation = batches, step, validation
-        self.frozen = start.frozen
+        self.frozen, self.utilisation = start.frozen, utilisation
+        self.profile = {
+            "folder": Path(config.train.profile_folder or self.workdir / "profile"),
+            "steps": config.train.profile_steps,
+        }
         self.steps, self.log_every = config.train.steps, config.train.log_every
         self.save_every, self.hang_limit = config.checkpoints.every, config.train.hang_limit
         self.checkpoints = Checkpoints(
@@ -152,6 +175,7 @@ class _Run:
         """Takes `state`, or what the newest checkpoint holds instead."""
         self.state, self.rng = state, jax.random.key(self.seed)
         self.place.fetch()
+        self.checkpoints.check_room(state)
         self.first = self.checkpoints.newest()
         if self.first:
             self.state, self.rng, found = self.checkpoints.restore(
@@ -174,7 +198,10 @@ class _Run:
         """Makes the remaining steps; `reading` is how batches are read ahead."""
         self.silent = jax.process_index() > 0
         self.writer = MetricsWriter(self.workdir, start=self.first, silent=self.silent)
-        self.window = Window()
+        self.window = Window(self.utilisation)
+        self.trace = observe.Trace(
+            self.profile["folder"], first=self.first, steps=self.profile["steps"]
+        )
         self.stop_order, self.watchdog = StopOrder(), Watchdog(self.hang_limit)
         peers.on_loss(self.checkpoints.close)
         try:
@@ -184,24 +211,30 @@ class _Run:
                 self._loop(loader.load(self.batches, sharding, start=self.first, **reading))
             self.checkpoints.wait()
         finally:
+            self.trace.close()
             self.watchdog.close()
             self.stop_order.close()
             self.checkpoints.close()
             self.writer.close()
-            self.place.push()
+            if sys.exc_info()[0] is not None:
+                with contextlib.suppress(OSError):  # of the store: what ended the run is raised
+                    self.place.push()
+        self.place.push()
 
     def _loop(self, loaded: Iterator[tuple[loader.DeviceBatch, loader.Counts]]) -> None:
-        waiting: tuple[int, Metrics, loader.Counts] | None = None
+        waiting: tuple[int, Metrics, loader.Counts, int] | None = None
         left = self.steps - self.first
         with Progress(left, "tuning", "steps", silent=self.silent) as progress:
             for number in range(self.first + 1, self.steps + 1):
                 with self.window.timed("data"):
                     batch, counts = next(loaded)
+                _say(*filter(None, [self.trace.before(number, self.state)]))
                 self.state, metrics = self.step(self.state, self.frozen, batch, self.rng)
                 # The numbers of the step before are fetched while the device makes this one.
                 if waiting is not None:
                     progress.update(note=self.record(*waiting))
-                waiting = number, metrics, counts
+                done = self.utilisation.of_step(self.state.params, self.frozen, batch)
+                waiting = number, metrics, counts, done
                 self.checkpoints.check()
                 self.watchdog.alive()
                 ends, stops = number == self.steps, self.stop_order.reached(number)
@@ -216,7 +249,7 @@ class _Run:
                     _say(f"told to stop: saved step {number}; the same command goes on from there")
                     break
 
-    def record(self, number: int, metrics: Metrics, counts: loader.Counts) -> str:
+    def record(self, number: int, metrics: Metrics, counts: loader.Counts, flops: int) -> str:
         """Writes down the numbers of a step, if it is time to; returns a note for the line.
 
         Raises:
@@ -224,7 +257,7 @@ class _Run:
         """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.spoilt.check(number, values)
-        self.window.add(values, counts)
+        self.window.add(values, counts, flops)
         if number % self.log_every == 0 or number in (1, self.steps):
             self.writer.write(number, self.window.close())
         return f"loss {values['loss']:.3f}"
@@ -244,8 +277,7 @@ class _Run:
         """Starts saving the state after that step."""
         meta = self.meta | {"score": score, "data": self.cursor(number)}
         with self.window.timed("checkpoint"):
-            self.checkpoints.save(self.state, self.rng, meta)
-            self.place.push()
+            self.checkpoints.save(self.state, self.rng, meta, then=self.place.push)
 
 
 def _compare_cursors(folder: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -15,6 +15,8 @@ from tensorboardX import SummaryWriter
 from jax_instructblip.data import loader
 from jax_instructblip.data.text import TRUNCATED
 from jax_instructblip.folders import write_file
+from jax_instructblip.training import observe
+from jax_instructblip.training.observe import Utilisation
 
 FILE = "metrics.jsonl"
 FOLDER = "tensorboard"
@@ -74,7 +76,9 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, float]]:
 class Window:
     """The numbers of the steps since the last line of metrics."""
 
-    def __init__(self):
+    def __init__(self, utilisation: Utilisation | None = None):
+        """With `utilisation` the use of the machine's peak is among the numbers."""
+        self._utilisation = utilisation
         self.restart()
 
     def skip(self, seconds: float) -> None:
@@ -96,12 +100,14 @@ class Window:
         self._began = time.monotonic()
         self._steps: list[dict[str, float]] = []
         self._skipped = 0.0
+        self._flops = 0
         self._samples = 0
         self._counts = {name: 0.0 for name in ("replaced", *TRUNCATED)}
         self._text = np.zeros(2, np.int64)
 
-    def add(self, values: dict[str, float], counts: loader.Counts) -> None:
-        """Adds one step."""
+    def add(self, values: dict[str, float], counts: loader.Counts, flops: int = 0) -> None:
+        """Adds one step, of so many FLOPs."""
+        self._flops += flops
         self._steps.append(values)
         self._skipped += values.get("skipped", 0.0)
         self._samples += len(counts["replaced"])
@@ -114,21 +120,28 @@ class Window:
         """The last step's numbers, but the mean loss of all; rates; counts where not zero.
 
         `skipped` is how many of the steps were, in a run that skips those of no finite loss; the
-        mean is of the others.
+        mean is of the others. What is no finite number is left out.
 
         `padding_share` is the share of this host's text positions that hold no token;
         `data_share` and `checkpoint_share` are shares of the time: waiting for a batch, and
-        copying a state to be saved.
+        copying a state to be saved; `device_share` is the rest. Tokens per second are target
+        tokens, on all devices.
         """
         seconds = max(time.monotonic() - self._began, 1e-9)
         values = dict(self._steps[-1])
         finite = [each["loss"] for each in self._steps if math.isfinite(each["loss"])]
         values["loss"] = sum(finite) / len(finite) if finite else math.nan
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         if "skipped" in values:
             values["skipped"] = self._skipped
         values["steps_per_second"] = len(self._steps) / seconds
         values["samples_per_second"] = self._samples * jax.process_count() / seconds
+        values["tokens_per_second"] = sum(each.get("tokens", 0.0) for each in self._steps) / seconds
         values |= {f"{what}_share": spent / seconds for what, spent in self._spent.items()}
+        values["device_share"] = 1 - sum(self._spent.values()) / seconds
+        if self._utilisation is not None:
+            values |= self._utilisation.metrics(self._flops, seconds)
+        values |= observe.memory()
         held, positions = self._text
         values["padding_share"] = 1 - held / positions
         names = {"replaced": "replaced", **{name: f"truncated_{name}" for name in TRUNCATED}}

@@ -36,6 +36,9 @@ _CHOICES = {
 # max_new_tokens, path and split by name; `accuracy` of what it returns chooses the best checkpoint.
 Evaluate = Callable[..., dict[str, float]]
 
+# Called with the path of a page, its title and the lines of `metrics.jsonl`.
+Report = Callable[..., None]
+
 
 class Validation(NamedTuple):
     """Measures the weights in use: `measure(params)` gives `accuracy` and what else there is."""
@@ -72,6 +75,10 @@ def read_workdir(config: ConfigDict) -> str:
         value = operator.attrgetter(name)(config)
         if value < 1:
             wrong.append(f"config.{name} is {value}, expected at least 1")
+    for name in ("train.peak_flops", "train.profile_steps"):
+        value = operator.attrgetter(name)(config)
+        if value < 0:
+            wrong.append(f"config.{name} is {value}, expected 0 or more")
     for name, choices in _CHOICES.items():
         value = operator.attrgetter(name)(config)
         if value not in choices:
@@ -85,6 +92,11 @@ def read_workdir(config: ConfigDict) -> str:
             )
     for name in ("model.checkpoint", "model.init", "validation.path"):
         wrong += _refuse_remote(name, operator.attrgetter(name)(config))
+    if remote.is_remote(config.train.profile_folder):
+        wrong.append(
+            f"config.train.profile_folder is {config.train.profile_folder}: traces are written to "
+            "a disk (left empty, into the workdir, wherever that is)"
+        )
     for name, source in config.data.sources.items():
         wrong += _refuse_remote(f"data.sources.{name}.path", source.get("path", ""))
     if wrong:

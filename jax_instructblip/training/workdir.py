@@ -48,10 +48,7 @@ class Workdir:
         """
         if not self.store or jax.process_index() > 0:
             return
-        for path in self.folder.iterdir():
-            if path.name == "checkpoints":
-                continue
-            if path.is_dir():
-                remote.put(path, f"{self.store}/{path.name}")
-            else:
-                remote.put_file(path, self.store)
+        for path in self.folder.rglob("*"):
+            place = path.relative_to(self.folder)
+            if path.is_file() and place.parts[0] != "checkpoints":
+                remote.put_file(path, "/".join([self.store, *place.parts[:-1]]))

@@ -1,0 +1,95 @@
+"""What a save costs the training loop, at the quickstart's size.
+
+python -m benchmarks.checkpoint_stall [--steps 300] [--every 50] [--out FILE]
+
+Trains three times on this machine: without saves, with them, without. The loop waits while the
+state is copied (`checkpoint_share` of metrics.jsonl); the writing itself goes on beside the steps
+and takes some of the processor from them, which the difference of the step times shows.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from jax_instructblip.training.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LOG_EVERY = 5  # steps of a line of metrics
+
+
+def run(folder: pathlib.Path, steps: int, every: int) -> list[dict[str, float]]:
+    """The lines of metrics of a run, those of the first steps left out."""
+    fields = {
+        "workdir": folder,
+        "train.steps": steps,
+        "train.log_every": LOG_EVERY,
+        "checkpoints.every": every,
+        "validation.path": "",
+    }
+    words = [f"--config.{name}={value}" for name, value in fields.items()]
+    program = [sys.executable, "-m", "jax_instructblip", "train"]
+    command = [*program, "--config", "configs/quickstart.py", *words]
+    subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
+    return [line for line in read_metrics(folder) if 20 < line["step"] < steps]
+
+
+def step_seconds(lines: list[dict[str, float]]) -> float:
+    """The mean time of a step."""
+    return statistics.mean(1 / line["steps_per_second"] for line in lines)
+
+
+def measure(steps: int, every: int) -> dict[str, Any]:
+    """The figures."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = pathlib.Path(place)
+        bare = [run(folder / "before", steps, steps)]
+        saving = run(folder / "saving", steps, every)
+        bare.append(run(folder / "after", steps, steps))
+        newest = max((folder / "saving" / "checkpoints").iterdir(), key=lambda path: path.name)
+        size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+    stalls = [
+        line["checkpoint_share"] * LOG_EVERY / line["steps_per_second"]
+        for line in saving
+        if line["step"] % every == 0
+    ]
+    plain, with_saves = statistics.mean(map(step_seconds, bare)), step_seconds(saving)
+    stall = statistics.mean(stalls)
+    return {
+        "steps": steps,
+        "steps_between_saves": every,
+        "checkpoint_bytes": size,
+        "step_seconds_without_saves": [round(step_seconds(lines), 4) for lines in bare],
+        "step_seconds_with_saves": round(with_saves, 4),
+        "stall_seconds_of_a_save": [round(each, 4) for each in stalls],
+        "stall_in_steps": round(stall / plain, 3),
+        "stall_share_of_a_step_over_the_interval": round(stall / every / plain, 5),
+        "slower_steps_cost_seconds_of_a_save": round((with_saves - plain) * every - stall, 3),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--out", default=str(ROOT / "benchmarks/results/checkpoint_stall.json"))
+    flags = parser.parse_args(argv)
+    result = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **measure(flags.steps, flags.every),
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    pathlib.Path(flags.out).write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

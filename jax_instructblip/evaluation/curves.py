@@ -1,0 +1,60 @@
+"""Curves of a run (loss, learning rate, norms, speed) in one picture, and a page of them."""
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+
+import matplotlib.figure
+
+from jax_instructblip.evaluation import page
+
+# Title of a panel, its unit, what is drawn in it.
+PANELS = (
+    ("loss", "nats a token", ("loss",)),
+    ("validation", "share", ("validation/accuracy", "validation/score")),
+    ("learning rate", "", ("learning_rate",)),
+    ("norms", "", ("gradient_norm", "parameter_norm")),
+    ("speed", "a second", ("samples_per_second", "tokens_per_second")),
+    ("where the time goes", "share", ("device_share", "data_share", "checkpoint_share")),
+    ("use of the peak", "share", ("model_flops_utilisation",)),
+    ("memory", "GB", ("memory_gb", "memory_peak_gb")),
+)
+LOGARITHMIC = ("loss", "norms")
+COLUMNS = 2
+
+
+def picture(metrics: Sequence[Mapping[str, float]]) -> str:
+    """An image of all that the lines of `metrics.jsonl` hold, as HTML."""
+    shown = [
+        (title, unit, names)
+        for title, unit, names in PANELS
+        if any(name in line for line in metrics for name in names)
+    ]
+    rows = -(-len(shown) // COLUMNS)
+    figure = matplotlib.figure.Figure(figsize=(10, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    for axis, (title, unit, names) in zip(axes, shown, strict=False):
+        for name in names:
+            points = [(line["step"], line[name]) for line in metrics if name in line]
+            if points:
+                few = len(points) <= 30
+                label = name.rpartition("/")[2].replace("_", " ")
+                axis.plot(*zip(*points, strict=True), lw=1, marker="." if few else "", label=label)
+        axis.set(title=title, xlabel="step", ylabel=unit)
+        if title in LOGARITHMIC:
+            axis.set_yscale("log")
+        elif title != "learning rate":
+            axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    for axis in list(axes):
+        axis.remove()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return f"<img class='curve' alt='curves' src='{page.inline(buffer.getvalue())}'>"
+
+
+def write(path: str | os.PathLike, title: str, metrics: Sequence[Mapping[str, float]]) -> None:
+    """Writes a page of the curves; nothing where there is no line of a step."""
+    if any("loss" in line for line in metrics):
+        page.write(path, title, [picture(metrics)])

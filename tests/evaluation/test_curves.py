@@ -1,0 +1,35 @@
+import base64
+import io
+import re
+
+import numpy as np
+from PIL import Image
+
+from jax_instructblip.evaluation import curves
+
+LINES = [
+    {"step": step, "loss": 3.0 / step, "learning_rate": 1e-5 * step, "samples_per_second": 9.0}
+    for step in range(1, 6)
+]
+
+
+def pixels(page):
+    data = base64.b64decode(re.search(r"data:image/png;base64,([^\']+)", page)[1])
+    return np.asarray(Image.open(io.BytesIO(data)).convert("L"))
+
+
+def test_a_panel_for_each_kind_of_number(tmp_path):
+    curves.write(tmp_path / "report.html", "Training of <runs/a>", LINES)
+    page = (tmp_path / "report.html").read_text()
+    assert "<h1>Training of &lt;runs/a&gt;</h1>" in page
+    few = pixels(page)
+    scored = [*LINES, {"step": 5, "validation/accuracy": 0.5}]
+    many = pixels(curves.picture([line | {"gradient_norm": 1.0} for line in scored]))
+    assert many.shape[0] > 1.3 * few.shape[0]  # 3 panels take two rows, 5 take three
+    flat = pixels(curves.picture([line | {"loss": 3.0} for line in LINES]))
+    assert flat.shape == few.shape and (flat != few).any()
+
+
+def test_a_run_without_steps_has_no_page(tmp_path):
+    curves.write(tmp_path / "report.html", "x", [{"step": 0, "validation/accuracy": 0.1}])
+    assert not (tmp_path / "report.html").exists()
