@@ -246,15 +246,20 @@ def _bytes(dtype: str, sizes: str) -> int:
 def _group(text: str, devices: int) -> int:
     """Among how many devices a collective moves; three ways to write it are in use.
 
-    {{0,1},{2,3}}    [2,4]<=[8]    mesh['a'=2,'b'=4] {'b'}
+    {{0,1},{2,3}}    [2,4]<=[8]    mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}
+
+    Raises:
+        ValueError: it is written in yet another way.
     """
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):
         return int(found[2])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", found[2]))
     if "source_target_pairs=" in text:
         return 2
-    return devices
+    if re.search(r"replica_groups=\{\}", text) or "replica_groups=" not in text:
+        return devices
+    raise ValueError(f"cannot read among which devices this moves: {text[:500]}")

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_instructblip.models.layers import BATCH_AXES
@@ -31,9 +32,12 @@ def make_mesh(
         sizes[free[0]] = len(devices) // given
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(f"mesh {sizes} does not use the {len(devices)} devices there are")
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # sizes that cut a direction of a torus of TPUs into two axes
+        split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(split, AXES, axis_types=types)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

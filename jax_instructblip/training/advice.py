@@ -67,29 +67,28 @@ def smallest_change(job: Job, mesh: Mesh, topology: Topology, report: Report) ->
 def _changes(job: Job, mesh: Mesh, topology: Topology) -> Iterator[tuple[str, Job, Mesh]]:
     """Changes in the order in which a person would try them."""
     sizes = dict(mesh.shape)
-    same = [
-        each
-        for each in meshes(job, topology)
-        if each != tuple(sizes.values()) and each[1] * each[2] > sizes["fsdp"] * sizes["tensor"]
-    ]
     rows = job.batch // (sizes["data"] * sizes["fsdp"])
     if job.step == "train":
-        dots = " --config.model.remat.llm=dots" if job.scans.llm.remat == "none" else ""
-        kept = job.with_remat("dots") if dots else job
-        if dots:
-            yield dots.strip(), kept, mesh
+        dots, kept = "", job
+        for tower in ("llm", "qformer"):  # the larger one first
+            if getattr(job.scans, tower).remat == "none":
+                dots += f" --config.model.remat.{tower}=dots"
+                kept = kept.with_remat(**{tower: "dots"})
+                yield dots.strip(), kept, mesh
         for parts in (2, 4, 8, 16):
             if rows % parts == 0 and parts > job.accumulate:
                 changed = dataclasses.replace(kept, accumulate=parts)
                 yield f"--config.train.accumulate={parts}{dots}", changed, mesh
         if job.scans.llm.remat != "full":
-            yield "--config.model.remat.llm=full", job.with_remat("full"), mesh
-    for data, fsdp, tensor in same:
+            yield "--config.model.remat.llm=full", job.with_remat(llm="full"), mesh
+    for data, fsdp, tensor in meshes(job, topology):
+        if fsdp * tensor <= sizes["fsdp"] * sizes["tensor"]:
+            continue
         other = make_mesh(data, fsdp, tensor, topology.devices)
         yield f"--mesh {data},{fsdp},{tensor}", job, other
         if job.step == "train" and job.scans.llm.remat != "dots":
             what = f"--mesh {data},{fsdp},{tensor} --config.model.remat.llm=dots"
-            yield what, job.with_remat("dots"), other
+            yield what, job.with_remat(llm="dots"), other
 
 
 def _residuals(job: Job, mesh: Mesh) -> int:
@@ -155,7 +154,7 @@ def best(reports: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 
 def remarks(job: Job, mesh: Mesh) -> list[str]:
     """What the rules chose as their second choice on that mesh."""
-    return rules.remarks(plan.param_shapes(job.variant), mesh)
+    return rules.remarks(plan.shapes_of(job.variant), mesh)
 
 
 def moves(variant: Variant, batch: int, sizes: tuple[int, int, int]) -> float:
@@ -166,7 +165,7 @@ def moves(variant: Variant, batch: int, sizes: tuple[int, int, int]) -> float:
     both     the gradients of what is trained, once
     """
     data, fsdp, tensor = sizes
-    weights = sum(leaf.size for leaf in jax.tree.leaves(plan.param_shapes(variant)))
+    weights = sum(leaf.size for leaf in jax.tree.leaves(plan.shapes_of(variant)))
     llm, tokens = variant.llm, variant.qformer.queries + 256
     layers = llm.layers if isinstance(llm, LlamaConfig) else llm.encoder_layers + llm.decoder_layers
     rows = batch / (data * fsdp)

@@ -68,10 +68,13 @@ class Job:
     accumulate: int
     new_tokens: int
 
-    def with_remat(self, remat: str) -> "Job":
-        """The same, with other parts of the language model's layers computed again."""
-        llm = dataclasses.replace(self.scans.llm, remat=remat)
-        return dataclasses.replace(self, scans=dataclasses.replace(self.scans, llm=llm))
+    def with_remat(self, **towers: str) -> "Job":
+        """The same, with other parts of the layers of these towers computed again."""
+        scans = {
+            tower: dataclasses.replace(getattr(self.scans, tower), remat=remat)
+            for tower, remat in towers.items()
+        }
+        return dataclasses.replace(self, scans=dataclasses.replace(self.scans, **scans))
 
     def floor(self) -> int:
         """FLOPs of the products that the network as built cannot do without."""
@@ -162,6 +165,12 @@ def read_variant(config: ConfigDict) -> tuple[str, Variant]:
     )
 
 
+@functools.cache
+def shapes_of(variant: Variant) -> Any:
+    """`param_shapes`, which takes a second or two of each variant, found once."""
+    return param_shapes(variant)
+
+
 def check_rows(job: Job, mesh: Mesh) -> None:
     """Raises a ValueError where the batch cannot be divided over the mesh."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -227,7 +236,7 @@ def compile_job(job: Job, mesh: Mesh, *, effort: float = QUICK) -> Report:
 
 def job_arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
     """The arguments of the job's program, as shapes that know where they lie."""
-    shapes = param_shapes(job.variant)
+    shapes = shapes_of(job.variant)
     rows = batch_sharding(mesh)
     # As a loader makes it; keys are uint32 pairs behind an opaque dtype.
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -1,0 +1,55 @@
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from jax_instructblip.parallel import topology
+
+with_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e .[tpu]"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("v5e:4x", "v5e:4x4"), ("v9:4x4", "v4:2x2x4"), ("v5e", "v5e:2x2"), ("cpu:0", "cpu:8")],
+)
+def test_unknown_names_are_answered_with_known_ones(name, hint):
+    with pytest.raises(ValueError, match=f"unknown topology '{name}'.*{hint}"):
+        topology.read_topology(name)
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'jax_instructblip\[tpu\]'"):
+        topology.read_topology("v5e:4x4")
+
+
+def test_more_devices_than_the_process_has():
+    jax.devices()  # from now on JAX has what it has
+    with pytest.raises(ValueError, match="cpu:4096: JAX has"):
+        topology.read_topology("cpu:4096")
+
+
+@with_compiler
+def test_chips_that_are_not_there():
+    code = """
+from jax_instructblip.parallel.topology import read_topology
+for name in ("v5e:4x4", "v4:2x2x4", "v5p:2x2x4", "v6e:4x4", "v5e:1x1"):
+    print(name, len(read_topology(name).devices))
+try:
+    read_topology("v5e:3x5")
+except ValueError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    *found, refused = done.stdout.splitlines()
+    assert found == ["v5e:4x4 16", "v4:2x2x4 16", "v5p:2x2x4 16", "v6e:4x4 16", "v5e:1x1 1"]
+    assert "the compiler knows no v5e:3x5" in refused and "4x4" in refused

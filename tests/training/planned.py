@@ -1,0 +1,68 @@
+"""What is planned for eight devices, and what such arrays really take: run in a process of its own.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.training.planned
+
+The answer is JSON. Texts are as long as the batches of `tests/parallel/eight.py`.
+"""
+
+import json
+
+import jax
+
+from configs import common
+from jax_instructblip.parallel.mesh import make_mesh
+from jax_instructblip.parallel.topology import read_topology
+from jax_instructblip.training import advice, plan
+from tests.parallel.eight import Setting
+
+MESHES = ((1, 8, 1), (2, 2, 2))
+
+
+def job_of(variant, step="train", rows=16):
+    """The job of a config for batches of `tests/micro.py`."""
+    config = common.get_config()
+    config.model.frozen_dtype = config.model.dtype = "float32"
+    config.data.batch_size = config.validation.batch_size = rows
+    config.validation.max_new_tokens = 4
+    config.text.qformer_limit, config.text.prompt_limit, config.text.answer_limit = 9, 9, 6
+    return plan.read_job(config, variant, step)
+
+
+def held(tree) -> int:
+    """Bytes of the first device's part of real arrays."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def main() -> None:
+    topology = read_topology("cpu:8")
+    setting, found = Setting("t5"), {}
+    for sizes in MESHES:
+        mesh = make_mesh(*sizes, topology.devices)
+        job = job_of(setting.variant)
+        report = plan.compile_job(job, mesh)
+        state, frozen, batches = setting.place(mesh)
+        live = held((state, frozen, batches[0])) + 8  # and the key
+        fits, _ = advice.verdict(job, mesh, topology, report)
+        found["x".join(map(str, sizes))] = {
+            "planned": report.arguments,
+            "shapes": plan.bytes_per_device(plan.job_arguments(job, mesh)),
+            "live": live,
+            "temporaries": report.temporaries,
+            "ratio": report.flops / job.floor(),
+            "moved": report.program.moved(),
+            "unknown": report.program.unknown,
+            "fits": fits,
+        }
+    job = job_of(setting.variant, "decode")
+    report = plan.compile_job(job, mesh)
+    found["decode"] = {
+        "ratio": report.flops / job.floor(),
+        "unknown": len(report.program.unknown),
+        "gathers": report.program.moved(),
+    }
+    found["meshes"] = advice.meshes(job_of(setting.variant), topology)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
