@@ -21,6 +21,7 @@ LAYERS = {
     "processes": 0,
     "remote": 0,
     "stored_leaf": 0,
+    "tables": 0,
     "tpu_compiler": 0,
     "data": 1,
     "checkpoint": 1,

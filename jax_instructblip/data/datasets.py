@@ -1,7 +1,6 @@
 """The datasets of InstructBLIP: one table, joined from the modules of `data/readers`."""
 
-import difflib
-
+from jax_instructblip import tables
 from jax_instructblip.data.readers import (
     captioning,
     choices,
@@ -27,16 +26,8 @@ DATASETS: dict[str, Dataset] = {
 
 
 def get_dataset(name: str) -> Dataset:
-    """The dataset of that name.
-
-    Raises:
-      ValueError: there is none; the message names those that are spelled most alike, or all.
-    """
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(DATASETS)}"
-        raise ValueError(f"unknown dataset {name!r}; {hint}")
-    return DATASETS[name]
+    """The dataset of that name; a ValueError with those spelled alike where there is none."""
+    return tables.find(DATASETS, name, "dataset")
 
 
 def table() -> str:

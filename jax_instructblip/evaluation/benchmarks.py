@@ -6,9 +6,9 @@ Prompts and decode settings are those of the preset of the same name (`inference
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 
+from jax_instructblip import tables
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.inference.presets import get_preset
 from jax_instructblip.models.variants import VARIANTS, Variant
@@ -95,16 +95,8 @@ HELD_OUT = tuple(_TABLE)  # what `--datasets held_out` stands for
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """The benchmark of that name.
-
-    Raises:
-      ValueError: there is none; the message names those that are spelled most alike, or all.
-    """
-    if name not in BENCHMARKS:
-        near = difflib.get_close_matches(name, BENCHMARKS, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(BENCHMARKS)}"
-        raise ValueError(f"unknown dataset {name!r}; {hint}")
-    return BENCHMARKS[name]
+    """The benchmark of that name; a ValueError with those spelled alike where there is none."""
+    return tables.find(BENCHMARKS, name, "dataset")
 
 
 def table() -> str:

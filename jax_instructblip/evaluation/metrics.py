@@ -1,9 +1,9 @@
 """Every metric, by the name that the table of datasets uses (`Dataset.metric`)."""
 
-import difflib
 import functools
 from collections.abc import Callable
 
+from jax_instructblip import tables
 from jax_instructblip.evaluation import ptb, vqa_text
 from jax_instructblip.evaluation.captioning import score_captions
 from jax_instructblip.evaluation.choices import score_accuracy, score_auroc, score_yes_no
@@ -38,13 +38,5 @@ def normalise_as(name: str, text: str) -> str:
 
 
 def get_metric(name: str) -> Metric:
-    """The metric of that name.
-
-    Raises:
-      ValueError: there is none; the message names those that are spelled most alike, or all.
-    """
-    if name not in METRICS:
-        near = difflib.get_close_matches(name, METRICS, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(METRICS)}"
-        raise ValueError(f"unknown metric {name!r}; {hint}")
-    return METRICS[name]
+    """The metric of that name; a ValueError with those spelled alike where there is none."""
+    return tables.find(METRICS, name, "metric")

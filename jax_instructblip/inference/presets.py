@@ -9,10 +9,10 @@ tokens; the released code counts one id more, which stands before them.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from jax_instructblip import tables
 from jax_instructblip.data import templates
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.readers.dataset import Dataset
@@ -131,16 +131,8 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ROWS}
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of that name.
-
-    Raises:
-      ValueError: there is none; the message names those that are spelled most alike, or all.
-    """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(PRESETS)}"
-        raise ValueError(f"unknown preset {name!r}; {hint}")
-    return PRESETS[name]
+    """The preset of that name; a ValueError with those spelled alike where there is none."""
+    return tables.find(PRESETS, name, "preset")
 
 
 def table() -> str:
