@@ -179,6 +179,10 @@ def compare(name: str, count: int, repeats: int) -> dict[str, Any]:
         "ratio": round(theirs.wall / ours["seconds"], 2),
         "ratio_of_processor_seconds": round(theirs.own / ours["processor_seconds"], 2),
         "ratio_forward": round(scaled / ours["seconds"], 2),
+        "ratio_forward_of_processor_seconds": round(
+            forward.own * count / len(few) / ours["processor_seconds"], 2
+        ),
+        "largest_score": float(np.abs(found).max()),
         "largest_difference": float(np.abs(found - boxes[0]).max()),
         "largest_difference_forward": float(np.abs(found[: len(few)] - boxes[-1]).max()),
         "same_order": bool((np.argsort(-found) == np.argsort(-boxes[0])).all()),

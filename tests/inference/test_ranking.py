@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import os
@@ -12,7 +13,6 @@ import pytest
 
 import jax_instructblip
 from jax_instructblip.data.batch import IGNORE, collate
-from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference import ranking
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.inference.ranking import make_plan, pair_logprobs, round_up, score
@@ -352,16 +352,13 @@ def test_candidates_that_the_cache_cannot_hold(blip):
     if blip.variant.llm.kind == "t5":
         return  # which has no last position
     narrow = blip.variant.replace(**{"llm.max_positions": 20})
-    short = InstructBlipPipeline(narrow, blip.params, TextProcessor(narrow, *tokenizers(blip)))
+    text = dataclasses.replace(blip.text, variant=narrow)
+    short = InstructBlipPipeline(narrow, blip.params, text)
     assert short.rank(pictures(1), ["red"], ["red blue"]).shape == (1, 1)
     with pytest.raises(ValueError, match=r"13 new tokens .*longest candidate\).* at most 12"):
         short.rank(pictures(1), ["red"], ["blue", "red" + " red" * 12])
     with pytest.raises(ValueError, match=r"may have 1 tokens .* and 12 of the answer\): prompt 0"):
         short.rank(pictures(1), [QUESTION], ["red" + " red" * 11])
-
-
-def tokenizers(blip):
-    return blip.text.llm, blip.text.bert
 
 
 def test_scores_that_are_not_finite_are_an_error(folder):
