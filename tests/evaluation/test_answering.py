@@ -27,7 +27,7 @@ def varied(count):
 def test_nothing_is_compiled_after_the_first_load_of_a_group(tmp_path, name):
     blip = load(write_base(tmp_path / "base", "llama", **{"llm.max_positions": 512}))
     blip.silent = True
-    task = make_task(name, varied(24), num_beams=2, max_new_tokens=3)
+    task = make_task(name, varied(24), num_beams=1, max_new_tokens=3)
     questions = plan(task, blip.text, 1)
     rows, compiled, seen = [], [], set()
     with count_compiles() as seconds:
