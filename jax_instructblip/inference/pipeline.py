@@ -40,7 +40,7 @@ from jax_instructblip.models.instructblip import InstructBlip, param_shapes
 from jax_instructblip.models.layers import BATCH_AXES
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.parallel import rules
-from jax_instructblip.parallel.mesh import batch_sharding, replicated
+from jax_instructblip.parallel.mesh import batch_sharding, is_split, replicated
 
 BATCH_SIZE = 8  # questions that are answered at once
 
@@ -396,8 +396,3 @@ def _place(path: str, array: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.A
         return rules.place(path, array, mesh, dtype)
     where = None if mesh is None else replicated(mesh)
     return jax.device_put(array.astype(dtype, copy=False), where)
-
-
-def is_split(mesh: Mesh) -> bool:
-    """Whether a device, or a process, may hold a part of the weights alone."""
-    return mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 or mesh.is_multi_process
