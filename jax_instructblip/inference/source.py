@@ -26,6 +26,7 @@ from jax_instructblip.convert.hf import convert_hf
 from jax_instructblip.models.instructblip import DECODERS, param_shapes, separate_decoder
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.parallel import rules
+from jax_instructblip.parallel.mesh import is_split, replicated
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 
@@ -233,9 +234,10 @@ def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> checkpo
 def _place(path: str, array: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.Array:
     """The leaf on its devices; floats are cast first, so that the wider copy is never there."""
     dtype = dtype if jnp.issubdtype(array.dtype, jnp.floating) else array.dtype
-    if mesh is None:
-        return jax.device_put(array.astype(dtype, copy=False))
-    return rules.place(path, array, mesh, dtype)
+    if mesh is not None and is_split(mesh):
+        return rules.place(path, array, mesh, dtype)
+    where = None if mesh is None else replicated(mesh)
+    return jax.device_put(array.astype(dtype, copy=False), where)
 
 
 def _place_apart(variant: Variant, place: checkpoint.Place, path: str, array: np.ndarray) -> Any:

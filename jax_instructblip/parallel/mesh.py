@@ -40,6 +40,11 @@ def make_mesh(
         return Mesh(split, AXES, axis_types=types)
 
 
+def is_split(mesh: Mesh) -> bool:
+    """Whether a device, or a process, may hold a part of the weights alone."""
+    return mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 or mesh.is_multi_process
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())

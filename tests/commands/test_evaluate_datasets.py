@@ -17,6 +17,7 @@ from jax_instructblip.evaluation import captioning
 from jax_instructblip.evaluation.benchmarks import HELD_OUT
 from jax_instructblip.evaluation.stored import read_rows
 from tests.data.layouts import write_all
+from tests.evaluation.parrots import Parrot
 from tests.evaluation.test_suite import files
 from tests.micro import compile_cache, write_base
 from tests.parallel.test_processes import LIMIT, ROOT, ended, start
@@ -54,7 +55,13 @@ def words(base, data, out, datasets, *more):
     return [*(f"--{name}={value}" for name, value in given.items()), *more]
 
 
-def test_every_held_out_dataset_from_folder_to_report(base, data, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("model", ["parrot", pytest.param("micro", marks=pytest.mark.full)])
+def test_every_held_out_dataset_from_folder_to_report(
+    base, data, tmp_path, capsys, monkeypatch, model
+):
+    """The micro model compiles a program for every shape, which takes a minute or two."""
+    if model == "parrot":
+        monkeypatch.setattr(evaluate, "load", lambda *args, **fields: Parrot())
     monkeypatch.setenv("PATH", "")  # without Java, whose scorers would take long to start
     code = evaluate.main(words(base, data, tmp_path, ["held_out"], *FEW))
     results = json.loads((tmp_path / "results.json").read_text())["datasets"]
@@ -86,16 +93,22 @@ def test_every_held_out_dataset_from_folder_to_report(base, data, tmp_path, caps
     assert "123.1" in page  # of Vicuna-7B on NoCaps, in the paper
 
 
+@pytest.fixture(scope="module", params=["greedy", pytest.param("preset", marks=pytest.mark.full)])
+def settings(request):
+    """Beams take longer to compile."""
+    return ("--batch_size", "2", *(("--num_beams", "1") if request.param == "greedy" else ()))
+
+
 @pytest.fixture(scope="module")
-def whole(base, data, tmp_path_factory):
+def whole(base, data, tmp_path_factory, settings):
     """What one device writes."""
     out = tmp_path_factory.mktemp("whole")
-    assert evaluate.main(words(base, data, out, SHARED, "--batch_size", "2")) == 0
+    assert evaluate.main(words(base, data, out, SHARED, *settings)) == 0
     return out
 
 
-def test_two_processes_with_four_devices_each_write_the_same(base, data, whole, tmp_path):
-    arguments = ["evaluate", *words(base, data, tmp_path / "out", SHARED, "--batch_size", "2")]
+def test_two_processes_with_four_devices_each_write_the_same(base, data, whole, settings, tmp_path):
+    arguments = ["evaluate", *words(base, data, tmp_path / "out", SHARED, *settings)]
     found = ended(start(2, 4, arguments))
     assert [code for _, code in found] == [0, 0], "\n".join(said for said, _ in found)
     assert "4 of 8 devices" in found[1][0]
@@ -121,8 +134,8 @@ KILLED = """
 """
 
 
-def test_a_killed_run_goes_on_and_writes_the_same(base, data, whole, tmp_path, capsys):
-    arguments = words(base, data, tmp_path / "out", SHARED, "--batch_size", "2")
+def test_a_killed_run_goes_on_and_writes_the_same(base, data, whole, settings, tmp_path, capsys):
+    arguments = words(base, data, tmp_path / "out", SHARED, *settings)
     command = [sys.executable, "-c", textwrap.dedent(KILLED), "evaluate", *arguments]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, timeout=LIMIT, capture_output=True)
@@ -133,8 +146,9 @@ def test_a_killed_run_goes_on_and_writes_the_same(base, data, whole, tmp_path, c
     assert files(tmp_path / "out") == files(whole)
 
 
-def test_weights_split_over_two_processes_answer_the_same(base, data, whole, tmp_path, capsys):
-    more = ("--fsdp", "2", "--limit", "3", "--batch_size", "2")
+@pytest.mark.full
+def test_weights_split_over_two_processes_answer_the_same(base, data, whole, settings, tmp_path):
+    more = (*settings, "--fsdp", "2", "--limit", "3")
     found = ended(start(2, 1, ["evaluate", *words(base, data, tmp_path / "out", SHARED, *more)]))
     assert [code for _, code in found] == [0, 0], "\n".join(said for said, _ in found)
     for name in SHARED:

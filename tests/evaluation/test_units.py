@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from jax_instructblip.evaluation.units import LOAD_UNITS, loads, places, plan
-from jax_instructblip.inference.ranking import Sizes
+from jax_instructblip.inference.ranking import Sizes, make_plan, tokenise
 from tests.evaluation.parrots import Text, make_task, record
 from tests.micro import micro
 
@@ -50,11 +50,14 @@ def test_a_prompt_may_be_as_long_as_llamas_positions_allow():
 
 
 def test_candidates_are_padded_to_few_sizes():
-    lists = [tuple(f"{'x' * (n + 2)} yy z{'z' * n}" for n in range(count)) for count in (2, 3, 30)]
+    lists = [tuple(f"{'x' * (n + 2)} yy z{'z' * n}" for n in range(count)) for count in (3, 2, 30)]
     records = [record(n, choices=lists[n % 3], correct=0) for n in range(9)]
     units = plan(make_task("iconqa", records), TEXT, 4).units
     sizes = {row: unit.group.sizes for unit in units for row in unit.rows}
     assert sizes[0] == sizes[1] != sizes[2]
+    own = [make_plan(tokenise(TEXT, [list(each)], 1)).sizes for each in lists]
+    assert own[0].pairs > own[1].pairs
+    assert all(map(int.__ge__, sizes[0], own[0])) and sizes[2] == own[2]
     assert all(sizes[n] == sizes[n % 3] for n in range(9))
     shared = plan(make_task("msvd_qa", records, candidates=("a", "b c")), TEXT, 4).units
     assert {unit.group.sizes for unit in shared} == {Sizes()}

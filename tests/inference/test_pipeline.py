@@ -280,6 +280,15 @@ def test_a_prompt_that_the_qformer_cannot_read_whole_is_reported(t5, caplog):
     assert "1 of 1 prompts have more than 128 tokens: the Q-Former reads" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("count", "batch_size", "rows"), [(5, 6, 6), (6, 6, 6), (3, 6, 4), (7, 6, 6)]
+)
+def test_batches_are_never_larger_than_asked_for(t5, count, batch_size, rows):
+    parts = list(make_parts(t5.text, pair(images(count), ["a"]), batch_size))
+    assert {len(part.rows) for part in parts} == {rows}
+    assert sum(part.count for part in parts) == count
+
+
 def test_load_casts(folders):
     with pytest.raises(ValueError, match="T5 cannot compute in float16"):
         jax_instructblip.load(folders["t5"], dtype=jnp.float16)

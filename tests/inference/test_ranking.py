@@ -15,7 +15,7 @@ import jax_instructblip
 from jax_instructblip.data.batch import IGNORE, collate
 from jax_instructblip.inference import ranking
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
-from jax_instructblip.inference.ranking import make_plan, pair_logprobs, round_up, score
+from jax_instructblip.inference.ranking import Sizes, make_plan, pair_logprobs, round_up, score
 from jax_instructblip.models.instructblip import InstructBlip
 from tests.compile_counter import count_compiles
 from tests.micro import COLORS, QUESTION, make_batch, micro, write_base
@@ -185,6 +185,20 @@ def test_chunks_are_about_equally_large():
 
 def test_sizes_are_few():
     assert [round_up(n) for n in (0, 1, 8, 9, 33, 64, 65, 200)] == [0, 8, 8, 16, 64, 64, 128, 256]
+
+
+def test_plans_of_other_lists_can_be_padded_alike():
+    given = [(5, 6), (5, 7), (8, 5, 6)]
+    least = Sizes(chunks=3, inner=64, pairs=128)
+    alone, padded = make_plan([given]), make_plan([given], least=least)
+    assert padded.sizes == least and make_plan([[(4,)]], least=least).sizes == least
+    assert make_plan([given], least=Sizes()).sizes == alone.sizes
+    for plan in (alone, padded):
+        targets = np.concatenate([tree.targets[0] for tree in plan.chunks])
+        found = [
+            tuple(targets[path[:n]]) for path, n in zip(plan.paths[0], plan.counts[0], strict=True)
+        ]
+        assert found == given
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 100, 1000])

@@ -6,14 +6,17 @@ from jax_instructblip.data import prepare
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.evaluation import harness
+from jax_instructblip.evaluation.benchmarks import BENCHMARKS
 from jax_instructblip.evaluation.metric import MetricError
+from jax_instructblip.evaluation.stored import Row
+from jax_instructblip.evaluation.task import open_task
 from jax_instructblip.inference.pipeline import load
 from jax_instructblip.training.metrics import read_metrics
 from tests.data.layouts import write_all
 from tests.micro import compile_cache, write_base, write_data
 from tests.parallel.test_processes import ended, start, words
 
-LIMIT = 8
+LIMIT = 8  # records
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,7 @@ def evaluate(base, path, split):
     )
 
 
+@pytest.mark.full
 def test_two_processes_with_one_model_measure_what_one_does(files, prepared, tmp_path):
     path = prepared / "iconqa"
     with compile_cache(tmp_path / "compiled"):
@@ -56,6 +60,23 @@ def test_two_processes_with_one_model_measure_what_one_does(files, prepared, tmp
     assert lines[0]["validation/accuracy"] == pytest.approx(expected["accuracy"])
     assert found[0][0].count("validation, before tuning") == 1
     assert "validation," not in found[1][0]
+
+
+def test_a_prepared_dataset_is_measured_by_its_own_metric(files, prepared, monkeypatch):
+    """All that `evaluate --datasets` does but for the files that it writes."""
+
+    def best(blip, task, questions, *, size, take):
+        take([Row(each.id, text=each.choices[number % 2]) for number, each in enumerate(chosen)])
+        asked.append((task.preset.name, task.split, len(questions.units), size))
+
+    path, asked = prepared / "iconqa", []
+    task = open_task(BENCHMARKS["iconqa"], path, "llama", limit=LIMIT)
+    chosen = [task.light(number) for number in range(LIMIT)]
+    monkeypatch.setattr(harness, "answer_task", best)
+    found = evaluate(files[0], path, "test")
+    right = [each.correct == number % 2 for number, each in enumerate(chosen)]
+    assert found == {"accuracy": sum(right) / LIMIT}
+    assert asked == [("iconqa", "test", 1, 8)]
 
 
 def test_what_no_metric_belongs_to_does_not_validate(files, prepared, tmp_path):
