@@ -57,7 +57,7 @@ def measure(steps: int, every: int) -> dict[str, Any]:
     stalls = [
         line["checkpoint_share"] * LOG_EVERY / line["steps_per_second"]
         for line in saving
-        if line["step"] % every == 0
+        if line["checkpoint_share"] > 0  # of the line after the save
     ]
     plain, with_saves = statistics.mean(map(step_seconds, bare)), step_seconds(saving)
     stall = statistics.mean(stalls)

@@ -8,6 +8,7 @@
 # Ctrl-C or SIGTERM is passed on: all processes save the same step and end; the same command goes on.
 #
 #   PORT    of process 0 (default: a free one; the next one is used, too)
+#   GRACE   seconds that the others have to end when one has failed (default: 60)
 #   EXTRAS  extras to install
 set -euo pipefail
 dry=
@@ -52,7 +53,7 @@ for ((i = 0; i < count; i++)); do
 done
 trap 'kill -TERM "${processes[@]}" 2>/dev/null || true' INT TERM
 
-# The first failure ends the others: they would wait for the one that is gone.
+# The first failure ends the others, which may still write out a checkpoint.
 code=0 left=$count
 while ((left)); do
   status=0
@@ -68,7 +69,10 @@ while ((left)); do
     code=$status
     echo "a process ended with $status: the others are stopped" >&2
     if ((left)); then
-      sleep "${GRACE:-5}"
+      for ((waited = 0; waited < ${GRACE:-60}; waited++)); do # they end by themselves
+        kill -0 "${processes[@]}" 2>/dev/null || break
+        sleep 1
+      done
       kill -KILL "${processes[@]}" 2>/dev/null || true
     fi
   fi

@@ -32,6 +32,7 @@ AUTO = "auto"  # let JAX find out, as it can on a TPU pod
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 PORT = 12_321  # of the coordinator under Slurm; the roll call takes the next one
 RETRY_SECONDS = 0.2
+_GREETING = "jax_instructblip"  # strangers may knock at the port, or answer there
 
 
 class ClusterError(ValueError):
@@ -230,7 +231,7 @@ def _call(cluster: Cluster, deadline: float, limit: float) -> peers.Lines:
                 connection.close()
         for connection, _ in here.values():
             with contextlib.suppress(OSError):  # it left again: JAX will notice
-                connection.sendall(f"{problem}\n".encode())
+                connection.sendall(f"{_GREETING} {problem}".strip().encode() + b"\n")
         if problem:
             raise ClusterError(problem)
         stack.pop_all()  # the connections stay open
@@ -246,7 +247,7 @@ def _hear(
         words = connection.makefile().readline().split()
     except OSError:
         words = []
-    if len(words) != 4 or words[0] != "jax_instructblip":
+    if len(words) != 4 or words[0] != _GREETING:
         return ""  # somebody else knocked at this port
     count, index, host = int(words[1]), int(words[2]), words[3]
     if count != cluster.count:
@@ -263,33 +264,40 @@ def _hear(
 
 def _answer(cluster: Cluster, deadline: float, limit: float) -> socket.socket:
     """The others: report to process 0, as soon as it listens, and wait for its word."""
-    address = cluster.roll_call_address()
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise ClusterError(
-                f"process {cluster.index}: nobody answers at {address[0]}:{address[1]} after "
-                f"{limit:g} seconds; absent: 0 (is its host right, is the port open?)"
-            )
+    address, found = cluster.roll_call_address(), "nobody answers"
+    while time.monotonic() < deadline:
         try:
-            connection = socket.create_connection(address, timeout=left)
-            break
+            connection = socket.create_connection(address, deadline - time.monotonic())
         except OSError:
             time.sleep(RETRY_SECONDS)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(connection)
-        word = f"jax_instructblip {cluster.count} {cluster.index} {socket.gethostname()}\n"
+            continue
         # Process 0 gives up by its own clock, and says so.
-        connection.settimeout(deadline - time.monotonic() + 10.0)
-        try:
-            connection.sendall(word.encode())
-            answer = connection.makefile().readline()
-        except OSError:
-            answer = ""
-        if answer != "\n":
-            raise ClusterError(answer.strip() or "process 0 left before all were here")
-        stack.pop_all()  # the connection stays open
-    return connection
+        answer = _report(cluster, connection, deadline - time.monotonic() + 10.0)
+        if answer == _GREETING:
+            return connection
+        connection.close()
+        if answer.startswith(_GREETING):
+            raise ClusterError(answer.removeprefix(_GREETING).strip())
+        if not answer:
+            raise ClusterError("process 0 left before all were here")
+        found = f"somebody else answers ({answer[:80]!r})"
+        time.sleep(RETRY_SECONDS)
+    raise ClusterError(
+        f"process {cluster.index}: {found} at {address[0]}:{address[1]} after {limit:g} seconds; "
+        "absent: 0 (is its host right, is the port open?)"
+    )
+
+
+def _report(cluster: Cluster, connection: socket.socket, limit: float) -> str:
+    """What is said at the other end to who this process is; "" where it leaves."""
+    connection.settimeout(limit)
+    word = f"{_GREETING} {cluster.count} {cluster.index} {socket.gethostname()}\n"
+    try:
+        connection.sendall(word.encode())
+        with connection.makefile(errors="replace") as lines:
+            return lines.readline().strip()
+    except OSError:
+        return ""
 
 
 def _listen(port: int) -> socket.socket:

@@ -25,14 +25,25 @@ Lines = Mapping[int, tuple[socket.socket, str]]  # process -> connection, its ho
 LIMIT = 100.0  # seconds of silence after which a process counts as lost
 FINISH_LIMIT = 600.0  # seconds that what is being saved may take to be written out
 SETTLE_SECONDS = 2.0  # in which the loss of another process explains an error of this one
-_ALIVE, _BYE, _LOST = b"alive", b"bye", b"lost"
+_ALIVE, _BYE, _LOST, _HERE = b"alive", b"bye", b"lost", b"here"
 
 _callbacks: list[Callable[[], None]] = []
+_watching: "list[Peers]" = []
 
 
 def on_loss(callback: Callable[[], None]) -> None:
     """Calls it before this process ends because another has gone: to end what is being written."""
     _callbacks.append(callback)
+
+
+def meet() -> None:
+    """Returns when every process of the run has called it; at once in a process that is alone.
+
+    Without a time limit, unlike the first meeting of collectives: on CPUs gloo allows 30 seconds,
+    which is less than the compilers of two machines may differ by.
+    """
+    for watch in _watching:
+        watch.meet()
 
 
 class Peers:
@@ -46,16 +57,31 @@ class Peers:
         self._lost = threading.Event()
         self._closed = threading.Event()
         self._sending = threading.Lock()
+        self._arrived = dict.fromkeys(self._lines, 0)
+        self._meetings, self._arrival = 0, threading.Condition()
         for connection, _ in self._lines.values():
             connection.settimeout(5.0)
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._thread.start()
+        _watching.append(self)
+
+    def meet(self) -> None:
+        """Returns when all have called it as often as this process has."""
+        self._meetings += 1
+        gathers = 0 not in self._lines  # process 0 hears all the others, and then tells them
+        if not gathers:
+            self._say(_HERE)
+        with self._arrival:
+            self._arrival.wait_for(lambda: min(self._arrived.values()) >= self._meetings)
+        if gathers:
+            self._say(_HERE)
 
     def close(self) -> None:
         """Ends the watch: this process has done its work, as the others have."""
         self._closed.set()
         self._say(_BYE)
         self._thread.join()
+        _watching.remove(self)
         for connection, _ in self._lines.values():
             connection.close()
 
@@ -103,6 +129,10 @@ class Peers:
         for word in words:
             if word.startswith(_LOST):
                 self._end(word.removeprefix(_LOST).strip().decode(errors="replace"))
+            if word == _HERE:
+                with self._arrival:
+                    self._arrived[index] += 1
+                    self._arrival.notify_all()
             if word == _BYE:
                 del self._heard[index]
                 return False

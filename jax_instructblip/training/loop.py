@@ -228,6 +228,10 @@ class _Run:
             for number in range(self.first + 1, self.steps + 1):
                 with self.window.timed("data"):
                     batch, counts = next(loaded)
+                if number == self.first + 1 and jax.process_count() > 1:
+                    # Compiled here, the step is not compiled again; see `meet` for the reason.
+                    self.step.lower(self.state, self.frozen, batch, self.rng).compile()
+                    peers.meet()
                 _say(*filter(None, [self.trace.before(number, self.state)]))
                 self.state, metrics = self.step(self.state, self.frozen, batch, self.rng)
                 # The numbers of the step before are fetched while the device makes this one.

@@ -113,6 +113,22 @@ def test_without_process_0_its_address_is_named(address):
     assert f"nobody answers at localhost:{port}" in said and "absent: 0" in said
 
 
+def test_a_stranger_in_the_place_of_process_0_is_named(address):
+    port = int(address.partition(":")[2]) + 1
+    with (
+        socket.create_server(("", port)) as server,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        waiting = pool.submit(call, [Cluster(address, 2, 1)], 1.0)
+        while not waiting.done():
+            server.settimeout(0.1)
+            with contextlib.suppress(TimeoutError):
+                with server.accept()[0] as visitor:
+                    visitor.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        (said,) = waiting.result()
+    assert "process 1: somebody else answers ('HTTP/1.1 400 Bad Request') at localhost:" in said
+
+
 @pytest.mark.parametrize(
     ("clusters", "message"),
     [

@@ -1,5 +1,6 @@
 """What processes do when one of them goes; real ones, which talk and do nothing else."""
 
+import select
 import signal
 import subprocess
 import sys
@@ -27,6 +28,9 @@ MEMBER = """
         if line == "end\\n":
             watch.close()
             sys.exit(0)
+        if line == "meet\\n":
+            peers.meet()
+            print("met", flush=True)
         if line == "fail\\n":
             watch.fail("ValueError: the disk is full\\nreally")
             sys.exit(3)
@@ -98,3 +102,13 @@ def test_the_end_of_the_work_is_no_loss(members):
         order(process, "end")
         time.sleep(0.5)
     assert [ends(process) for process in members] == [(0, "", "")] * 3
+
+
+def test_they_meet_when_the_last_one_comes(members):
+    for latest in (1, 0):
+        for index in {0, 1, 2} - {latest}:
+            order(members[index], "meet")
+        ready, _, _ = select.select([process.stdout for process in members], [], [], 1.0)
+        assert not ready  # they wait
+        order(members[latest], "meet")
+        assert [process.stdout.readline() for process in members] == ["met\n"] * 3
