@@ -67,7 +67,8 @@ def test_a_sweep_recommends_one_and_survives_those_that_fail(words, monkeypatch,
     jax.devices()
 
     def elsewhere(given):
-        batch = int(next(w for w in given if w.startswith("--config.data.b")).partition("=")[2])
+        # The one that was given first is overridden by the sweep's.
+        batch = int([w for w in given if w.startswith("--config.data.b")][-1].partition("=")[2])
         if batch == 8:
             return {"error": "Segmentation fault"}
         bounds = {"compute": 1.0, "links": 0.0}
