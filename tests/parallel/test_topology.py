@@ -37,7 +37,10 @@ def test_more_devices_than_the_process_has():
 @with_compiler
 def test_chips_that_are_not_there():
     code = """
+from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.parallel.topology import read_topology
+# 4 x 2 x 2 cuts the longest direction of the torus into two axes.
+print(*make_mesh(4, 2, 2, read_topology("v4:2x2x4").devices).devices.shape)
 for name in ("v5e:4x4", "v4:2x2x4", "v5p:2x2x4", "v6e:4x4", "v5e:1x1"):
     print(name, len(read_topology(name).devices))
 try:
@@ -50,6 +53,7 @@ except ValueError as error:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
     )
     assert done.returncode == 0, done.stderr
-    *found, refused = done.stdout.splitlines()
+    mesh, *found, refused = done.stdout.splitlines()
+    assert mesh == "4 2 2"
     assert found == ["v5e:4x4 16", "v4:2x2x4 16", "v5p:2x2x4 16", "v6e:4x4 16", "v5e:1x1 1"]
     assert "the compiler knows no v5e:3x5" in refused and "4x4" in refused
