@@ -216,8 +216,8 @@ def weights_digest(source: Source) -> str:
 def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> checkpoint.Tree:
     """The parameters of `source` on the first device, or laid over `mesh` by `parallel/rules.py`.
 
-    Of a mesh of several processes each reads what it holds. On a CPU the layers that decode are
-    separate, which is faster there (`models.instructblip.separate_decoder`).
+    Of a mesh of several processes each reads what it holds. On a CPU that holds them whole the
+    layers that decode are separate, which is faster (`models.instructblip.separate_decoder`).
     """
     place = functools.partial(_place, dtype=dtype, mesh=mesh)
     if mesh is not None:
@@ -225,7 +225,7 @@ def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> checkpo
         if mesh.is_multi_process:
             share = {"process": jax.process_index(), "processes": jax.process_count()}
             return read_params(source, place, **share)
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or (mesh is not None and is_split(mesh)):
         return read_params(source, place)
     params = read_params(source, functools.partial(_place_apart, source.variant, place))
     return separate_decoder(source.variant, params)
