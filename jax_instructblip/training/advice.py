@@ -1,7 +1,7 @@
 """What to make of a plan: whether a step fits, what would make it fit, which meshes to try."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -143,13 +143,17 @@ def estimate(report: Mapping[str, Any], chip: Chip) -> dict[str, float]:
 
 
 def best(reports: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Of those that fit the one with the most samples a second; then the one that moves least."""
-    fitting = [each for each in reports if each.get("fits")]
-    bound: Callable[[Mapping[str, Any]], float] = lambda each: max(
-        each["bounds"]["compute"], each["bounds"]["links"]
-    )
-    rate = lambda each: (round(each["batch"] / bound(each), 3), -each["moved_bytes"])
-    return max(fitting, key=rate, default=None)
+    """Of those that fit the one with the most samples a second; then the one that moves least.
+
+    Of CPUs no speed is known: there a sample counts as much on any mesh.
+    """
+
+    def rate(each: Mapping[str, Any]) -> tuple[float, float]:
+        bounds = each.get("bounds")
+        seconds = max(bounds["compute"], bounds["links"]) if bounds else each["batch"]
+        return round(each["batch"] / seconds, 3), -each["moved_bytes"]
+
+    return max((each for each in reports if each["fits"]), key=rate, default=None)
 
 
 def remarks(job: Job, mesh: Mesh) -> list[str]:

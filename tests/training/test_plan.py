@@ -158,6 +158,11 @@ def test_the_best_of_several():
     assert advice.best([slow, row(), least, row(fits=False, batch=99)]) is least
 
 
+def test_the_best_where_no_speed_is_known():
+    row = lambda batch, moved: {"fits": True, "batch": batch, "moved_bytes": moved}
+    assert advice.best([row(8, 3), row(4, 2), row(16, 5)]) == row(4, 2)
+
+
 def test_meshes_that_move_less_come_first():
     moves = lambda *sizes: advice.moves(get_variant("instructblip-vicuna-7b"), 128, sizes)
     assert moves(16, 1, 1) == 0 < moves(1, 16, 1) and moves(1, 8, 2) < moves(1, 16, 1)
