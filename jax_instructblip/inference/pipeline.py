@@ -214,7 +214,7 @@ class InstructBlipPipeline:
         drawing = Drawing(temperature, top_k, top_p)
         check_settings(max_new_tokens, min_new_tokens, 1, repetition_penalty, drawing)
         check_search(1, drawing.asked, False, 1, length_rule)
-        parts = make_parts(self.text, pair([image], [prompt]), 1, self._splits(), max_new_tokens)
+        parts = make_parts(self.text, pair([image], [prompt]), 1, self.splits, max_new_tokens)
         part = next(parts)
         made = stream_tokens(
             self.model,
