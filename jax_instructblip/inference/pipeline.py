@@ -160,7 +160,7 @@ class InstructBlipPipeline:
         sample = drawing.asked
         check_settings(max_new_tokens, min_new_tokens, num_beams, repetition_penalty, drawing)
         check_search(num_beams, sample, early_stopping, num_return_sequences, length_rule)
-        key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+        key = _seed_key(seed)
         common: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": min_new_tokens,
@@ -220,7 +220,7 @@ class InstructBlipPipeline:
             self.model,
             self.params,
             self._on_devices(part.batch),
-            self._on_devices(_row_keys(jax.random.key(seed), part.rows)),
+            _row_keys(_seed_key(seed), self._on_devices(part.rows)),
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
             sample=drawing.asked,
@@ -373,6 +373,11 @@ def _logits(model: InstructBlip, params: Any, batch: Batch) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def _visual_prompt(model: InstructBlip, params: Any, batch: Batch) -> Any:
     return model.apply({"params": params}, batch, method="visual_prompt")
+
+
+def _seed_key(seed: int) -> np.ndarray:
+    """The seed's key as an array, which processes of one mesh can share."""
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
 @jax.jit
