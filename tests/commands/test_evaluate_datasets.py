@@ -101,10 +101,17 @@ def settings(request):
 
 @pytest.fixture(scope="module")
 def whole(base, data, tmp_path_factory, settings):
-    """What one device writes."""
+    """What one device writes, in a process of its own as all runs that are compared to the bit."""
     out = tmp_path_factory.mktemp("whole")
-    assert evaluate.main(words(base, data, out, SHARED, *settings)) == 0
+    alone(words(base, data, out, SHARED, *settings))
     return out
+
+
+def alone(arguments):
+    """What `evaluate` says in one process on one device."""
+    ((said, code),) = ended(start(1, 1, ["evaluate", *arguments], flags=""))
+    assert code == 0, said
+    return said
 
 
 def test_two_processes_with_four_devices_each_write_the_same(base, data, whole, settings, tmp_path):
@@ -134,15 +141,14 @@ KILLED = """
 """
 
 
-def test_a_killed_run_goes_on_and_writes_the_same(base, data, whole, settings, tmp_path, capsys):
+def test_a_killed_run_goes_on_and_writes_the_same(base, data, whole, settings, tmp_path):
     arguments = words(base, data, tmp_path / "out", SHARED, *settings)
     command = [sys.executable, "-c", textwrap.dedent(KILLED), "evaluate", *arguments]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, timeout=LIMIT, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert not (tmp_path / "out" / "results.json").exists()
-    assert evaluate.main(arguments) == 0
-    assert "gqa (testdev): 31 records, 16 answered already" in capsys.readouterr().out
+    assert "gqa (testdev): 31 records, 16 answered already" in alone(arguments)
     assert files(tmp_path / "out") == files(whole)
 
 
