@@ -292,7 +292,9 @@ def runs(folder):
     return found
 
 
-def _evaluate(*, model, params, text, records, mesh, limit, batch_size, max_new_tokens):
+def _evaluate(
+    *, model, params, text, records, mesh, limit, batch_size, max_new_tokens, path, split
+):
     """The mean log-probability of the answers: a number that tells weights apart."""
     blip = InstructBlipPipeline(model.variant, params, text, dtype=model.dtype, mesh=mesh)
     answers = harness.answer(blip, records, batch_size=batch_size, max_new_tokens=max_new_tokens)
