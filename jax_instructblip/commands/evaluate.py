@@ -32,7 +32,7 @@ from jax_instructblip.evaluation.dialogue import read_relevance
 from jax_instructblip.evaluation.placement import choose_mesh
 from jax_instructblip.evaluation.report import write_report
 from jax_instructblip.evaluation.task import Task, open_task
-from jax_instructblip.folders import write_file
+from jax_instructblip.folders import read_lines, write_file
 from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
 from jax_instructblip.inference.scores import LENGTH_RULES
 from jax_instructblip.inference.source import read_json, read_source, weights_digest
@@ -121,8 +121,9 @@ def _tasks(args: argparse.Namespace, llm: str) -> list[Task]:
         overrides["ranking"] = args.mode == "rank"
     candidates: tuple[str, ...] = ()
     if args.candidates:
-        lines = args.candidates.read_text(encoding="utf-8").splitlines()
-        candidates = tuple(each.strip() for each in lines if each.strip())
+        candidates = tuple(filter(None, map(str.strip, read_lines(args.candidates))))
+        if not candidates:
+            raise ValueError(f"--candidates {args.candidates}: it has no line with a text")
     relevance = read_relevance(args.relevance) if args.relevance else {}
     tasks, wrong = [], []
     for benchmark in benchmarks:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jax_instructblip.commands.generate import check_images
+from jax_instructblip.folders import read_lines
 from jax_instructblip.inference.pipeline import BATCH_SIZE, load
 from jax_instructblip.inference.questions import pair
 from jax_instructblip.inference.ranking import check_candidates
@@ -53,12 +54,7 @@ def _read(given: str) -> list[str]:
     """The candidates of the flag; blank lines of a file are passed over."""
     if not given.startswith("@"):
         return [each.strip() for each in given.split(",")]
-    path = Path(given[1:])
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in read_lines(Path(given[1:])) if line.strip()]
 
 
 def _best(candidates: list[str], scores: np.ndarray, count: int) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_instructblip.evaluation.metric import MetricError, listed
-from jax_instructblip.folders import write_file
+from jax_instructblip.folders import read_lines, write_file
 from jax_instructblip.inference.source import read_json
 
 
@@ -65,7 +65,7 @@ def read_rows(path: Path) -> list[Row]:
       MetricError: lines that are none, or ids used twice; all are listed.
     """
     rows, wrong = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -93,9 +93,17 @@ def _row(fields: Any) -> Row:
     wrong = [name for name in _LISTS if not isinstance(fields.get(name, []), list)]
     texts = ("prompt", "text", "normalised", "problem")
     wrong += [name for name in texts if not isinstance(fields.get(name, ""), str)]
+    numbers = [(name, fields.get(name)) for name in ("score", "logprob")]
+    if "scores" not in wrong:
+        numbers += [("scores", each) for each in fields.get("scores", [])]
+    wrong += [name for name, value in numbers if not _is_number(value)]
     if wrong:
-        raise ValueError(f"{', '.join(wrong)}: of the wrong kind")
+        raise ValueError(f"{', '.join(dict.fromkeys(wrong))}: of the wrong kind")
     return Row(**fields | {name: tuple(fields.get(name, ())) for name in _LISTS})
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def check_ids(path: Path, rows: Iterable[Row], ids: Sequence[str], name: str) -> None:

@@ -67,7 +67,7 @@ def test_text_and_a_file_of_candidates(folder, photographs, tmp_path, capsys):
         ("red,,blue", [], "candidate 1 is empty"),
         ("@nowhere.txt", [], "nowhere.txt"),
         ("@empty.txt", [], "candidates is empty: there is nothing to rank"),
-        ("@latin.txt", [], "latin.txt is no UTF-8 text"),
+        ("@latin.txt", [], "latin.txt is not UTF-8"),
         ("red", ["--top", "0"], "--top is 0, expected at least 1"),
         ("red", ["--image", "gone.jpg"], "gone.jpg: no such file"),
         ("red", ["--checkpoint", "nowhere"], "no checkpoint 'nowhere'"),

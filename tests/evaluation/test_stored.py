@@ -75,6 +75,8 @@ def test_a_file_of_somebody_else_needs_ids_and_answers(tmp_path):
         ([{"text": "a"}], ":1: expected an object with `id`"),
         ([{"id": 1, "answer": "a"}], "unknown field 'answer'; did you mean 'answers'"),
         ([{"id": 1, "text": 3, "scores": 2}], ":1: scores, text: of the wrong kind"),
+        ([{"id": 1, "score": "0.5"}], ":1: score: of the wrong kind"),
+        ([{"id": 1, "scores": [1.0, "a"]}], ":1: scores: of the wrong kind"),
         ([{"id": 1}, {"id": 2}, {"id": "1"}], "1 ids are there more than once: '1'"),
         ([], "holds no answers"),
     ],
