@@ -32,6 +32,9 @@ class Share(NamedTuple):
     count: int = 1
 
 
+ALL = Share()
+
+
 def answer(
     blip: InstructBlipPipeline,
     task: Task,
@@ -39,7 +42,7 @@ def answer(
     *,
     size: int,
     done: Collection[str] = (),
-    share: Share = Share(),  # noqa: B008  it is immutable
+    share: Share = ALL,
     take: Callable[[list[Row]], None],
 ) -> None:
     """Gives `take` the rows of this share of the questions that are not `done`, some at a time.

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -158,18 +159,18 @@ def joined(
         return
     watch = None
     # Ours is to notice first: JAX aborts.
-    limits = {
+    given: dict[str, Any] = {
         "initialization_timeout": int(limit),
         "heartbeat_timeout_seconds": math.ceil(2 * silence_limit),
     }
-    place: tuple[str | int, ...] = ()
     if cluster.coordinator != AUTO:
         lines = roll_call(cluster, limit)
         me = f"process {cluster.index} on {socket.gethostname()}"
         watch = peers.Peers(lines, me, silence_limit)
-        place = cluster.coordinator, cluster.count, cluster.index
+        given["coordinator_address"] = cluster.coordinator
+        given["num_processes"], given["process_id"] = cluster.count, cluster.index
     try:
-        jax.distributed.initialize(*place, **limits)  # type: ignore[arg-type]
+        jax.distributed.initialize(**given)
         me = f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
         devices = f"{jax.local_device_count()} of {jax.device_count()} devices"
         print(f"{me}: {devices} ({jax.devices()[0].device_kind})", file=sys.stderr, flush=True)

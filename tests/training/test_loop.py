@@ -75,8 +75,10 @@ def manifests(workdir, step):
 
 
 def test_a_run_learns_and_leaves_its_files(files, tmp_path, capsys):
-    workdir = run(make_config(files, tmp_path / "run", **{"train.steps": 30}))
+    fields = {"train.steps": 30, "train.peak_flops": 1e12}
+    workdir = run(make_config(files, tmp_path / "run", **fields))
     found = losses(workdir)
+    assert 0 < read_metrics(workdir)[-1]["model_flops_utilisation"] < 1
     assert sorted(found) == list(range(1, 31))
     assert np.mean([found[step] for step in range(26, 31)]) < 0.8 * found[1]
     assert sorted(os.listdir(workdir / "checkpoints"), key=int) == ["26", "28", "30"]
