@@ -8,11 +8,13 @@ encoder, once a question; behind them each candidate in a row of its own, for LL
 but with logits of the candidate's places alone. It has a thread a core or one. `their_forward` is
 the model's own `forward` on image, prompt and candidate, on fewer candidates.
 
-`growth` has our seconds for other numbers of candidates and other prompts. `inner_tokens` are what
-the model reads behind the prompt: the distinct beginnings of candidates.
+`our_error` and `their_error` are the largest differences of some scores from those of transformers
+in float64. `growth` has our seconds for other numbers of candidates and other prompts.
+`inner_tokens` are what the model reads behind the prompt: the distinct beginnings of candidates.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import pathlib
@@ -138,6 +140,17 @@ def their_forward(
     return torch.cat(parts).numpy()
 
 
+def exact_scores(
+    twins: Twins, given: dict[str, torch.Tensor], candidates: Sequence[Ids]
+) -> np.ndarray:
+    """Scores `[C]` of transformers in float64."""
+    wide = {
+        name: leaf.double() if leaf.is_floating_point() else leaf for name, leaf in given.items()
+    }
+    twins = twins._replace(theirs=copy.deepcopy(twins.theirs).double())
+    return their_scores(twins, wide, candidates, BATCHES[0], THREADS[0])
+
+
 def ours_of(twins: Twins, batch: dict[str, Any], candidates: Sequence[Ids], repeats: int) -> dict:
     """Our seconds a question and what grows with them."""
     run = lambda: our_scores(twins, batch, candidates)
@@ -171,6 +184,8 @@ def compare(name: str, count: int, repeats: int) -> dict[str, Any]:
     few, boxes = candidates[: max(count // 10, 1)], []
     theirs = measure(lambda: boxes.append(their_scores(twins, given, candidates, size, threads)))
     forward = measure(lambda: boxes.append(their_forward(twins, given, few, size, threads)))
+    exact = exact_scores(twins, given, some)
+    off = lambda scores: float(np.abs(scores[: len(some)] - exact).max())
     found, scaled = our_scores(twins, batch, candidates), forward.wall * count / len(few)
     row: dict[str, Any] = {
         "ours": ours,
@@ -185,6 +200,8 @@ def compare(name: str, count: int, repeats: int) -> dict[str, Any]:
         "largest_score": float(np.abs(found).max()),
         "largest_difference": float(np.abs(found - boxes[0]).max()),
         "largest_difference_forward": float(np.abs(found[: len(few)] - boxes[-1]).max()),
+        "our_error": off(found),
+        "their_error": off(boxes[0]),
         "same_order": bool((np.argsort(-found) == np.argsort(-boxes[0])).all()),
     }
     growth = [

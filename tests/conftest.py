@@ -23,6 +23,20 @@ jaxtyping.install_import_hook("jax_instructblip.models", "beartype.beartype")
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Programs compile three times as fast with these, and tests spend most of their time on that. They
+# hold for all processes of the tests, so what is compared to the bit is compiled alike.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Full-size models alone are compiled as those of users."""
+    if config.getoption("markexpr") == "not full":
+        given = os.environ.get("XLA_FLAGS", "").removeprefix(QUICK)  # a worker of xdist has them
+        os.environ["XLA_FLAGS"] = f"{QUICK} {given}".strip()
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:

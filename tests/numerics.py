@@ -1,7 +1,5 @@
-"""What the numeric tests share: a quick compile, a measure of error, small lively models."""
+"""What the numeric tests share: a measure of error, small lively models."""
 
-import contextlib
-import functools
 from typing import Any
 
 import jax
@@ -9,25 +7,6 @@ import numpy as np
 
 from jax_instructblip.models.instructblip import param_shapes
 from jax_instructblip.models.variants import Variant, get_variant
-
-
-def jit(function):
-    """`jax.jit` that compiles nearly twice as fast; the small arrays of tests run fast anyway."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@functools.cache
-def quick_options() -> dict[str, Any]:
-    """Options with which XLA for CPUs compiles in a third of the time; it knows all of them."""
-    options: dict[str, Any] = {"xla_backend_optimization_level": 0}
-    for name, value in (
-        ("xla_cpu_use_fusion_emitters", False),
-        ("xla_cpu_parallel_codegen_split_count", 1),
-    ):
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # an XLA that has no such option
-            jax.jit(lambda x: x).lower(0.0).compile(compiler_options={name: value})
-            options[name] = value
-    return options
 
 
 def error(found: Any, expected: Any) -> float:

@@ -17,6 +17,7 @@ A batch is a dict; training adds the last two rows:
     decoder_tokens  [B, U]  int32    T5 only: targets shifted right
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -138,6 +139,12 @@ def init_params(variant: Variant, key: Array) -> dict[str, Any]:
 
 def param_shapes(variant: Variant) -> dict[str, Any]:
     """Shapes and (float32) dtypes of all parameters, without making any."""
+    return jax.tree.map(lambda leaf: leaf, _param_shapes(variant))  # a tree of the caller's own
+
+
+@functools.lru_cache(maxsize=16)
+def _param_shapes(variant: Variant) -> dict[str, Any]:
+    """Traced once: it takes about a second, and a command asks ten times."""
     return jax.eval_shape(lambda key: init_params(variant, key), jax.random.key(0))
 
 

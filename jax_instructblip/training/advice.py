@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jax_instructblip.models.instructblip import param_shapes
 from jax_instructblip.models.variants import LlamaConfig, Variant
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import make_mesh
@@ -158,7 +159,7 @@ def best(reports: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 
 def remarks(job: Job, mesh: Mesh) -> list[str]:
     """What the rules chose as their second choice on that mesh."""
-    return rules.remarks(plan.shapes_of(job.variant), mesh)
+    return rules.remarks(param_shapes(job.variant), mesh)
 
 
 def moves(variant: Variant, batch: int, sizes: tuple[int, int, int]) -> float:
@@ -169,7 +170,7 @@ def moves(variant: Variant, batch: int, sizes: tuple[int, int, int]) -> float:
     both     the gradients of what is trained, once
     """
     data, fsdp, tensor = sizes
-    weights = sum(leaf.size for leaf in jax.tree.leaves(plan.shapes_of(variant)))
+    weights = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(variant)))
     llm, tokens = variant.llm, variant.qformer.queries + 256
     layers = llm.layers if isinstance(llm, LlamaConfig) else llm.encoder_layers + llm.decoder_layers
     rows = batch / (data * fsdp)

@@ -165,12 +165,6 @@ def read_variant(config: ConfigDict) -> tuple[str, Variant]:
     )
 
 
-@functools.cache
-def shapes_of(variant: Variant) -> Any:
-    """`param_shapes`, which takes a second or two of each variant, found once."""
-    return param_shapes(variant)
-
-
 def check_rows(job: Job, mesh: Mesh) -> None:
     """Raises a ValueError where the batch cannot be divided over the mesh."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -236,7 +230,7 @@ def compile_job(job: Job, mesh: Mesh, *, effort: float = QUICK) -> Report:
 
 def job_arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
     """The arguments of the job's program, as shapes that know where they lie."""
-    shapes = shapes_of(job.variant)
+    shapes = param_shapes(job.variant)
     rows = batch_sharding(mesh)
     # As a loader makes it; keys are uint32 pairs behind an opaque dtype.
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -109,14 +109,14 @@ def whole(base, data, tmp_path_factory, settings):
 
 def alone(arguments):
     """What `evaluate` says in one process on one device."""
-    ((said, code),) = ended(start(1, 1, ["evaluate", *arguments], flags=""))
+    ((said, code),) = ended(start(1, 1, ["evaluate", *arguments]))
     assert code == 0, said
     return said
 
 
 def test_two_processes_with_four_devices_each_write_the_same(base, data, whole, settings, tmp_path):
     arguments = ["evaluate", *words(base, data, tmp_path / "out", SHARED, *settings)]
-    found = ended(start(2, 4, arguments, flags=""))  # those of `whole`, or bits differ
+    found = ended(start(2, 4, arguments))
     assert [code for _, code in found] == [0, 0], "\n".join(said for said, _ in found)
     assert "4 of 8 devices" in found[1][0]
     assert files(tmp_path / "out") == files(whole)

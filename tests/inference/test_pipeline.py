@@ -385,10 +385,9 @@ blip = jax_instructblip.load({str(folders["t5"])!r}, mesh=make_mesh())
 found = blip.generate(images(3), PROMPTS[:3], max_new_tokens={NEW}, batch_size=3)
 print(json.dumps([answer.tokens for answer in found]))
 """
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "XLA_FLAGS": flags},
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

@@ -132,10 +132,9 @@ blip = jax_instructblip.load({str(folder)!r}, mesh=make_mesh())
 for candidates in ({lists!r}, {lists[1]!r}):
     print(json.dumps(blip.rank(pictures(3), [QUESTION], candidates).tolist()))
 """
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "XLA_FLAGS": flags},
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

@@ -10,7 +10,7 @@ from jax_instructblip.inference import ranking
 from jax_instructblip.inference.ranking import Sizes, make_plan, pair_logprobs, round_up, score
 from jax_instructblip.models.instructblip import InstructBlip
 from tests.micro import make_batch, micro
-from tests.numerics import jit, random_params
+from tests.numerics import random_params
 
 KINDS = ("llama", "t5")
 QUESTIONS, BATCH = 200, 40
@@ -37,7 +37,7 @@ class Small:
         drawn = make_batch(self.variant, rows=QUESTIONS, text=TEXT)
         names = ("images", "qformer_tokens", "qformer_mask", "tokens", "mask")
         self.batch = {name: drawn[name] for name in names}
-        seen = jit(functools.partial(self.model.apply, method="visual_prompt"))
+        seen = jax.jit(functools.partial(self.model.apply, method="visual_prompt"))
         self.seen = np.asarray(seen({"params": self.params}, self.batch))
 
     def draw(self, count, seed=0):
@@ -104,18 +104,6 @@ class Small:
             return jnp.where(targets == IGNORE, 0.0, found[..., 0]).sum(axis=-1)
 
         return jax.jit(lambda params, many: self.model.apply({"params": params}, many, method=run))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compile():
-    """The programs compile in half the time, and their results are the same."""
-    options = {"xla_backend_optimization_level": 0}
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("_prefill", "tree_logprobs"):
-            whole = getattr(ranking, name).__wrapped__
-            quick = jax.jit(whole, static_argnums=0, compiler_options=options)
-            patch.setattr(ranking, name, quick)
-        yield
 
 
 @pytest.fixture(scope="module", params=KINDS)

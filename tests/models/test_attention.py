@@ -14,7 +14,7 @@ from jax_instructblip.models.attention import (
     heads_first,
 )
 from jax_instructblip.models.masks import causal_mask, padding_mask
-from tests.numerics import error, jit
+from tests.numerics import error
 
 B, T, S, N, K, R = 2, 3, 5, 2, 4, 3
 
@@ -124,7 +124,7 @@ def test_attention_projects_each_head_and_joins_them():
     query = into(x, "query") + params["query"]["bias"]
     mixed = attend(*map(jnp.asarray, (query, into(context, "key"), into(context, "value"))))
     expected = np.einsum("btnk,nkd->btd", mixed, params["out"]["kernel"]) + params["out"]["bias"]
-    assert error(jit(module.apply)({"params": params}, x, context), expected) < 1e-6
+    assert error(jax.jit(module.apply)({"params": params}, x, context), expected) < 1e-6
 
 
 def test_a_padded_position_of_a_causal_row_sees_real_keys_only():

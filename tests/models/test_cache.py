@@ -11,7 +11,7 @@ from jax_instructblip.models.cache import follow, look, start, view, widen, writ
 from jax_instructblip.models.instructblip import InstructBlip, separate_decoder
 from jax_instructblip.models.layers import Scan, Scans
 from tests.micro import make_batch, micro
-from tests.numerics import error, jit, random_params
+from tests.numerics import error, random_params
 
 STEPS = 4
 PARENTS = (  # which row each of three continues: [step, B, R]
@@ -33,8 +33,8 @@ class Small:
         names = ("images", "qformer_tokens", "qformer_mask", "tokens", "mask")
         self.batch = {name: make_batch(self.variant, rows=2)[name] for name in names}
         apply = functools.partial(self.model.apply, {"params": self.params})
-        self.prefill = jit(lambda batch: apply(batch, STEPS, method="prefill"))
-        self.step = jit(lambda *given: apply(*given, method="decode_step"))
+        self.prefill = jax.jit(lambda batch: apply(batch, STEPS, method="prefill"))
+        self.step = jax.jit(lambda *given: apply(*given, method="decode_step"))
 
     def whole(self, row, answer):
         """Logits `[len(answer) + 1, V]` behind the prompt of `row` and each of its tokens."""
@@ -47,7 +47,7 @@ class Small:
         else:
             one["tokens"] = np.array([[*one["tokens"][0, :count], *answer]], np.int32)
             one["mask"] = np.ones(one["tokens"].shape, bool)
-        logits = jit(self.model.apply)({"params": self.params}, one)[0]
+        logits = jax.jit(self.model.apply)({"params": self.params}, one)[0]
         return logits[count - 1 : count + len(answer)]
 
 

@@ -14,7 +14,7 @@ from jax_instructblip.models.instructblip import (
     param_shapes,
 )
 from jax_instructblip.models.variants import get_variant
-from tests.numerics import error, jit, random_params, small
+from tests.numerics import error, random_params, small
 
 KINDS = ("t5", "vicuna")
 LENGTHS = {"qformer": (3, 6, 1), "text": (5, 2, 7), "answer": (1, 4, 3)}
@@ -30,7 +30,7 @@ def run(kind, dtype=jnp.float32):
     """Logits of training, of the first new token, and of the token after that (id 5)."""
     model = InstructBlip(small(kind), dtype)
 
-    @jit
+    @jax.jit
     def stages(params, batch):
         first, cache = model.apply({"params": params}, batch, 2, method="prefill")
         token = jnp.full((first.shape[0], 1), 5)
@@ -91,7 +91,9 @@ def test_a_causal_model_tells_in_prefill_what_it_tells_in_training():
 
 def test_frames_are_looked_at_one_by_one():
     model = InstructBlip(small("t5"))
-    look = jit(lambda batch: model.apply({"params": params("t5")}, batch, method="visual_prompt"))
+    look = jax.jit(
+        lambda batch: model.apply({"params": params("t5")}, batch, method="visual_prompt")
+    )
     batch = mixed_batch("t5", frames=3)
     video = look(batch)
     queries, width = model.variant.qformer.queries, model.variant.llm.width
@@ -136,7 +138,7 @@ def test_released_sizes_give_logits(name):
 
 
 def test_initial_parameters_give_finite_logits():
-    made = jit(functools.partial(init_params, small("t5")))(jax.random.key(0))
+    made = jax.jit(functools.partial(init_params, small("t5")))(jax.random.key(0))
     logits, *_ = run("t5")(made, mixed_batch("t5"))
     assert jnp.isfinite(logits).all()
     assert jnp.abs(logits).max() < 100

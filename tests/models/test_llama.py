@@ -6,7 +6,7 @@ import numpy as np
 
 from jax_instructblip.models.cache import widen
 from jax_instructblip.models.llama import Llama, rotary, rotate
-from tests.numerics import error, jit, random_params, small
+from tests.numerics import error, random_params, small
 
 CONFIG = small("vicuna").llm
 PARAMS = jax.tree.map(jnp.asarray, random_params(small("vicuna"))["llm"])
@@ -18,15 +18,17 @@ LENGTHS = (5, 9, 7)
 
 @functools.cache
 def call(skip=0):
-    return jit(lambda inputs, real: MODEL.apply({"params": PARAMS}, inputs, real, None, skip=skip))
+    return jax.jit(
+        lambda inputs, real: MODEL.apply({"params": PARAMS}, inputs, real, None, skip=skip)
+    )
 
 
-@jit
+@jax.jit
 def prefill(inputs, real):
     return MODEL.apply({"params": PARAMS}, inputs, real, 3, method="prefill")
 
 
-@jit
+@jax.jit
 def step(token, cache):
     return MODEL.apply({"params": PARAMS}, token, cache, method="decode_step")
 
@@ -119,7 +121,7 @@ def test_a_tree_of_tokens_is_whole_rows():
     def read(model, *tree):
         return model.logits(model.decode_tree(*tree))
 
-    apply = jit(lambda *tree: MODEL.apply({"params": PARAMS}, *tree, method=read))
+    apply = jax.jit(lambda *tree: MODEL.apply({"params": PARAMS}, *tree, method=read))
     found = apply(tokens, depths, ends, cache)
     each = apply(*(jnp.tile(leaf, (3, 1)) for leaf in (tokens, depths, ends)), cache)
     np.testing.assert_allclose(each, found, rtol=0, atol=1e-6)
@@ -134,6 +136,6 @@ def test_a_tree_of_tokens_is_whole_rows():
 
 def test_bfloat16_survives_large_activations():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
-    apply = jit(Llama(CONFIG, jnp.bfloat16).apply)
+    apply = jax.jit(Llama(CONFIG, jnp.bfloat16).apply)
     found = apply({"params": params}, jnp.asarray(1e5 * INPUTS, jnp.bfloat16), real(LENGTHS, 9))
     assert found.dtype == jnp.float32 and jnp.isfinite(found).all()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip.models.qformer import QFormer
-from tests.numerics import error, jit, random_params, small
+from tests.numerics import error, random_params, small
 
 CONFIG = small("t5").qformer
 PARAMS = jax.tree.map(jnp.asarray, random_params(small("t5"))["qformer"])
@@ -19,7 +19,7 @@ TOKENS = jnp.asarray(DRAW.integers(1, CONFIG.vocab, (3, 7)))
 
 @functools.cache
 def applied(config=CONFIG, train=False):
-    return jit(functools.partial(QFormer(config, jnp.float32).apply, train=train))
+    return jax.jit(functools.partial(QFormer(config, jnp.float32).apply, train=train))
 
 
 def look(tokens, lengths, image=IMAGE, params=PARAMS):

@@ -7,7 +7,7 @@ import pytest
 
 from jax_instructblip.models.cache import widen
 from jax_instructblip.models.t5 import T5, relative_bucket
-from tests.numerics import error, jit, random_params, small
+from tests.numerics import error, random_params, small
 
 CONFIG = small("t5").llm
 PARAMS = jax.tree.map(jnp.asarray, random_params(small("t5"))["llm"])
@@ -18,17 +18,17 @@ LENGTHS = (5, 9, 7)
 ANSWERS = jnp.asarray(DRAW.integers(0, CONFIG.vocab, (3, 4)))
 
 
-@jit
+@jax.jit
 def call(inputs, real, answers):
     return MODEL.apply({"params": PARAMS}, inputs, real, answers)
 
 
-@jit
+@jax.jit
 def prefill(inputs, real):
     return MODEL.apply({"params": PARAMS}, inputs, real, 3, method="prefill")
 
 
-@jit
+@jax.jit
 def step(token, cache):
     return MODEL.apply({"params": PARAMS}, token, cache, method="decode_step")
 
@@ -110,7 +110,7 @@ def test_a_tree_of_tokens_is_whole_rows():
     def read(model, *tree):
         return model.logits(model.decode_tree(*tree))
 
-    apply = jit(lambda *tree: MODEL.apply({"params": PARAMS}, *tree, method=read))
+    apply = jax.jit(lambda *tree: MODEL.apply({"params": PARAMS}, *tree, method=read))
     found = apply(tokens, depths, ends, cache)
     each = apply(*(jnp.tile(leaf, (3, 1)) for leaf in (tokens, depths, ends)), cache)
     np.testing.assert_allclose(each, found, rtol=0, atol=1e-6)
@@ -121,7 +121,7 @@ def test_a_tree_of_tokens_is_whole_rows():
 
 
 def test_dropout_of_the_frozen_model_is_drawn_in_training():
-    apply = jit(functools.partial(MODEL.apply, train=True))
+    apply = jax.jit(functools.partial(MODEL.apply, train=True))
     rows = INPUTS, real(LENGTHS, 9), ANSWERS
     found = [
         apply({"params": PARAMS}, *rows, rngs={"dropout": jax.random.key(seed)})
@@ -133,7 +133,7 @@ def test_dropout_of_the_frozen_model_is_drawn_in_training():
 
 def test_bfloat16_survives_large_activations():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
-    apply = jit(T5(CONFIG, jnp.bfloat16).apply)
+    apply = jax.jit(T5(CONFIG, jnp.bfloat16).apply)
     inputs = jnp.asarray(1e5 * INPUTS, jnp.bfloat16)
     found = apply({"params": params}, inputs, real(LENGTHS, 9), ANSWERS)
     assert found.dtype == jnp.float32 and jnp.isfinite(found).all()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip.models.vision import VisionTransformer, normalise
-from tests.numerics import error, jit, random_params, small
+from tests.numerics import error, random_params, small
 
 CONFIG = small("t5").vision
 PARAMS = jax.tree.map(jnp.asarray, random_params(small("t5"))["vision"])
@@ -35,7 +35,7 @@ def test_a_tower_of_silent_layers_gives_patches_row_by_row():
         "patch_embed": {"kernel": kernel, "bias": jnp.zeros(CONFIG.width)},
     }
     images = jnp.zeros((1, 56, 56, 3)).at[0, 14:28, 28:42, 0].set(5.0)  # row 1, column 2 of 4 x 4
-    found = jit(VisionTransformer(CONFIG, jnp.float32).apply)({"params": params}, images)
+    found = jax.jit(VisionTransformer(CONFIG, jnp.float32).apply)({"params": params}, images)
     found -= params["pos_embed"]
     assert found.shape == (1, CONFIG.tokens, CONFIG.width) == (1, 17, 88)
     np.testing.assert_allclose(found[0, 0], params["cls"][0, 0], atol=1e-6)
@@ -45,7 +45,7 @@ def test_a_tower_of_silent_layers_gives_patches_row_by_row():
 
 
 def test_images_do_not_see_each_other():
-    apply = jit(VisionTransformer(CONFIG, jnp.float32).apply)
+    apply = jax.jit(VisionTransformer(CONFIG, jnp.float32).apply)
     both = apply({"params": PARAMS}, jnp.asarray(PIXELS))
     swapped = apply({"params": PARAMS}, jnp.asarray(PIXELS[::-1]))
     assert error(swapped[::-1], both) < 1e-6
@@ -55,7 +55,7 @@ def test_images_do_not_see_each_other():
 def test_large_activations_stay_finite_in_bfloat16():
     params = jax.tree.map(lambda leaf: leaf, PARAMS)
     params["pos_embed"] = 1e4 * PARAMS["pos_embed"]
-    found = jit(VisionTransformer(CONFIG, jnp.bfloat16).apply)({"params": params}, PIXELS)
+    found = jax.jit(VisionTransformer(CONFIG, jnp.bfloat16).apply)({"params": params}, PIXELS)
     assert found.dtype == jnp.bfloat16
     assert jnp.isfinite(found).all() and jnp.abs(found).max() > 1e4
 

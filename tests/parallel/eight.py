@@ -1,6 +1,6 @@
 """What eight devices make of the same steps: run in a process of its own, the answer is JSON.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.parallel.eight "meshes t5"
+    JAX_NUM_CPU_DEVICES=8 python -m tests.parallel.eight "meshes t5"
 
 The function of that name is called with the words after it; of several calls the answers come in a
 list. Sizes divide by eight wherever the rules split them, of the two vocabularies only one.
@@ -45,7 +45,7 @@ from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
 from jax_instructblip.training.step import compile_step, train_step
 from tests.micro import compile_cache, make_batch, write_base, write_data
-from tests.numerics import quick_options, random_params
+from tests.numerics import random_params
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGE = {
@@ -62,15 +62,13 @@ LOW = {"vision.layers": 2, "qformer.layers": 2}
 
 def in_a_process(*calls: str) -> list[Any]:
     """The answers to these calls ("meshes t5") of a process that has eight devices."""
-    flags = {"xla_force_host_platform_device_count": 8, **quick_options()}
-    words = [f"--{name}={str(value).lower()}" for name, value in flags.items()]
     done = subprocess.run(
         [sys.executable, "-m", "tests.parallel.eight", *calls],
         capture_output=True,
         text=True,
         timeout=600,
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": " ".join(words), "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])

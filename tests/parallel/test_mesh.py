@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import textwrap
@@ -59,15 +60,8 @@ def test_eight_devices():
         [sys.executable, "-c", textwrap.dedent(EIGHT)],
         check=True,
         timeout=300,
-        env=_environment(),
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
     )
-
-
-def _environment():
-    import os
-
-    flags = "--xla_force_host_platform_device_count=8"
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
 def test_rows_are_those_of_the_devices():

@@ -67,12 +67,8 @@ def free_port():
             return port
 
 
-# Compiles in half the time; all runs that are compared do.
-FAST = "--xla_backend_optimization_level=0"
-
-
-def start(count, devices, arguments, here=None, flags=FAST):
-    """The processes of a run, or the first `here` of them; `flags` are XLA's."""
+def start(count, devices, arguments, here=None):
+    """The processes of a run, or the first `here` of them."""
     port = free_port()
     started = []
     for index in range(count if here is None else here):
@@ -86,7 +82,6 @@ def start(count, devices, arguments, here=None, flags=FAST):
             **(place if count > 1 else {}),
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
-            "XLA_FLAGS": flags,
         }
         started.append(
             subprocess.Popen(
@@ -169,7 +164,7 @@ def test_split_weights_are_read_and_saved_in_parts(files, alone, tmp_path):
     }
 
 
-@pytest.mark.parametrize("count", [2, 1])
+@pytest.mark.parametrize("count", [2, pytest.param(1, marks=pytest.mark.full)])
 def test_told_to_stop_all_save_the_same_step_and_go_on(files, alone, together, tmp_path, count):
     workdir = tmp_path / "run"
     started = start(2, 2, words(files, workdir))

@@ -1,4 +1,3 @@
-import functools
 import re
 
 import jax
@@ -25,7 +24,6 @@ BOTH = ("fsdp", "tensor")
 CALLS = ("shares", "programs", "restores")  # of a process with eight devices
 
 
-@functools.cache
 def shapes_of(name):
     return param_shapes(get_variant(name))
 

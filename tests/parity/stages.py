@@ -12,7 +12,6 @@ from jax_instructblip.models.masks import padding_mask
 from jax_instructblip.models.qformer import QFormer
 from jax_instructblip.models.variants import QFormerConfig, Variant
 from jax_instructblip.training.loss import cross_entropy
-from tests.numerics import jit
 
 
 @functools.cache
@@ -38,7 +37,7 @@ def stages(variant: Variant):
             made["encoded"] = model.apply(params, batch, method=_encode)
         return total / count, made
 
-    return jit(jax.value_and_grad(values, has_aux=True))
+    return jax.jit(jax.value_and_grad(values, has_aux=True))
 
 
 def query_outputs(config: QFormerConfig, params, features, *text) -> jax.Array:

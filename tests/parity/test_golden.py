@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip.models.instructblip import InstructBlip, param_shapes
-from tests.numerics import error, jit
+from tests.numerics import error
 from tests.parity import golden
 from tests.parity.stages import stages
 
@@ -53,13 +53,13 @@ class Case:
             return inputs, *model.llm.prefill(inputs, real, 4)
 
         model = InstructBlip(self.variant)
-        return jit(lambda params, batch: model.apply({"params": params}, batch, method=prefill))
+        return jax.jit(lambda params, batch: model.apply({"params": params}, batch, method=prefill))
 
     @functools.cached_property
     def step(self):
         """Jitted (params, token, cache) -> logits of the next token, and the cache."""
         model = InstructBlip(self.variant)
-        return jit(
+        return jax.jit(
             lambda params, token, cache: model.apply(
                 {"params": params}, token, cache, method="decode_step"
             )

@@ -12,7 +12,7 @@ from jax_instructblip.data.batch import collate
 from jax_instructblip.data.text import RELEASED_SPECIAL, TextProcessor, load_tokenizers
 from jax_instructblip.inference.ranking import make_plan, pair_logprobs, score, tokenise
 from jax_instructblip.models.instructblip import InstructBlip
-from tests.numerics import error, jit
+from tests.numerics import error
 from tests.parity import golden
 
 TOWER = 1e-4  # a part of the largest score
@@ -54,7 +54,7 @@ class Case:
 
     @functools.cached_property
     def logprobs(self):
-        return jit(functools.partial(pair_logprobs, self.model))
+        return jax.jit(functools.partial(pair_logprobs, self.model))
 
     def batch(self, prompts, images):
         examples = [self.text.prompt(prompt) for prompt in prompts]

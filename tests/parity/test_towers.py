@@ -13,7 +13,7 @@ from jax_instructblip.models.masks import causal_mask, padding_mask
 from jax_instructblip.models.qformer import QFormerLayer
 from jax_instructblip.models.t5 import T5Layer, T5Stack
 from jax_instructblip.models.vision import VisionBlock
-from tests.numerics import error, jit
+from tests.numerics import error
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
 from tests.parity import stages, towers  # noqa: E402
@@ -32,7 +32,7 @@ def through(layer, params, inputs, *rest, **keywords):
         made = layer.apply({"params": params}, x, *rest, **keywords)
         return made[0] if isinstance(made, tuple) else made
 
-    return jit(jax.vmap(one))(params, inputs)
+    return jax.jit(jax.vmap(one))(params, inputs)
 
 
 def test_vision_layers(read_pair):
@@ -142,7 +142,9 @@ def test_the_image_norm_has_the_eps_of_its_folder(read_pair, name, eps, other):
     def look(eps):
         changed = dataclasses.replace(config, image_norm_eps=eps)
         text_of_ours = jnp.asarray(text.numpy()), jnp.ones(text.shape, bool)
-        see = jit(lambda params, faint: stages.query_outputs(changed, params, faint, *text_of_ours))
+        see = jax.jit(
+            lambda params, faint: stages.query_outputs(changed, params, faint, *text_of_ours)
+        )
         return error(see(params, faint), expected)
 
     assert config.image_norm_eps == eps
@@ -160,7 +162,7 @@ def test_qformer_without_instruction(read_pair):
             input_ids=None, query_embeds=queries, encoder_hidden_states=normed
         )[0]
     config = dataclasses.replace(pair.variant.qformer, instruction_aware=False)
-    look = jit(lambda params, image: stages.query_outputs(config, params, image))
+    look = jax.jit(lambda params, image: stages.query_outputs(config, params, image))
     params = towers.without_text(pair.params["qformer"])
     assert error(look(params, jnp.asarray(image)), expected.numpy()) < TOWER
 
@@ -171,8 +173,10 @@ def test_prefill_and_steps(read_pair, name):
     pair = read_pair(name)
     model = InstructBlip(pair.variant)
     queries, tokens = pair.variant.qformer.queries, np.array([[7, 11], [8, 12], [9, 13]])
-    prefill = jit(lambda params, batch: model.apply({"params": params}, batch, 2, method="prefill"))
-    step = jit(
+    prefill = jax.jit(
+        lambda params, batch: model.apply({"params": params}, batch, 2, method="prefill")
+    )
+    step = jax.jit(
         lambda params, token, cache: model.apply(
             {"params": params}, token, cache, method="decode_step"
         )

@@ -1,6 +1,6 @@
 """What is planned for eight devices, and what such arrays really take: run in a process of its own.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.training.planned
+    JAX_NUM_CPU_DEVICES=8 python -m tests.training.planned
 
 The answer is JSON. Texts are as long as the batches of `tests/parallel/eight.py`.
 """

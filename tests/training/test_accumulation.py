@@ -10,13 +10,13 @@ from configs import common
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.training import setup
 from jax_instructblip.training.step import _split, _sums, train_step
-from tests.numerics import error, quick_options
+from tests.numerics import error
 
 STILL = {"qformer.dropout": 0.0, "llm.dropout": 0.0}
 
 
 def compiled(function, **settings):
-    return jax.jit(functools.partial(function, **settings), compiler_options=quick_options())
+    return jax.jit(functools.partial(function, **settings))
 
 
 def test_parts_add_up_to_the_whole(tuning):

@@ -13,7 +13,7 @@ from jax_instructblip.training import flops
 from jax_instructblip.training.state import partition
 from jax_instructblip.training.step import summed_loss
 from tests.micro import make_batch, micro
-from tests.numerics import quick_options, random_params
+from tests.numerics import random_params
 
 TOWERS = ("vision", "qformer", "llm")
 
@@ -37,7 +37,7 @@ def test_gradients_are_the_same(kind):
     chosen, frozen = partition(random_params(variant), ("qformer",))
     batch, found = make_batch(variant), {}
     for remat in REMAT:
-        take = jax.jit(gradient_of(variant, remat), compiler_options=quick_options())
+        take = jax.jit(gradient_of(variant, remat))
         (loss, _), gradient = take(chosen, frozen, batch, jax.random.key(0))
         found[remat] = float(loss), jax.tree.map(np.asarray, gradient)
     loss, gradient = found.pop("none")
@@ -54,7 +54,7 @@ def test_memory_shrinks():
     kept = {}
     for remat in REMAT:
         program = jax.jit(gradient_of(variant, remat)).lower(*shapes)
-        memory = program.compile(compiler_options=quick_options()).memory_analysis()
+        memory = program.compile().memory_analysis()
         kept[remat] = memory.temp_size_in_bytes
     assert kept["full"] < 0.7 * kept["dots"] and kept["dots"] < 0.8 * kept["none"], kept
 

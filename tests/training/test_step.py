@@ -16,10 +16,6 @@ from jax_instructblip.training.step import compile_step, summed_loss, train_step
 from tests.micro import micro
 
 KINDS = ("llama", "t5")
-# A micro step compiles in seconds; unoptimised it compiles in half of them.
-QUICK = {"xla_backend_optimization_level": 0}
-
-
 STILL = {"qformer.dropout": 0.0, "llm.dropout": 0.0}
 _COMPILED = {}
 
@@ -29,7 +25,7 @@ def compiled(settings, **more):
     key = id(settings["model"]), *more.items()
     if key not in _COMPILED:
         step = functools.partial(train_step, **settings, **more)
-        _COMPILED[key] = jax.jit(step, compiler_options=QUICK)
+        _COMPILED[key] = jax.jit(step)
     return _COMPILED[key]
 
 
@@ -213,7 +209,7 @@ def test_narrow_frozen_weights_are_not_widened_ahead_of_the_scan():
             narrow_weights=narrow,
         )
         lowered = step.lower(state, frozen, batch, rng)
-        analysis = lowered.compile(compiler_options=QUICK).memory_analysis()
+        analysis = lowered.compile().memory_analysis()
         temporary[narrow] = analysis.temp_size_in_bytes
     tower = 4 * sum(leaf.size for leaf in jax.tree.leaves(frozen["llm"]["layers"]))
     assert temporary[False] - temporary[True] > 0.8 * tower

@@ -1,0 +1,161 @@
+"""The paper's runs compiled at full size for TPUs, by `jax-instructblip plan`.
+
+python -m benchmarks.plans [--only TEXT] [--again] [--list]
+
+Needs libtpu (extra `tpu`), a few gigabytes and some minutes for each plan, and writes
+`results/plan_paper.json` and `results/plan_scaling.json` after each. Plans that stand there already
+are kept unless `--again` is given.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from jax_instructblip.folders import write_file
+from jax_instructblip.parallel.topology import GIB
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+CONFIGS = {
+    "xl": "configs/paper_flan_t5_xl.py",
+    "xxl": "configs/paper_flan_t5_xxl.py",
+    "7b": "configs/paper_vicuna_7b.py",
+    "13b": "configs/paper_vicuna_13b.py",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One plan: which config, on which chips, and the flags beside them."""
+
+    file: str  # of results
+    config: str
+    topology: str
+    mesh: str
+    flags: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> list[str]:
+        """The words of the command behind `jax-instructblip`."""
+        where = ["--topology", self.topology, "--mesh", self.mesh]
+        return ["plan", "--config", CONFIGS[self.config], *where, *self.flags]
+
+
+def batch(size: int) -> str:
+    """The flag for another batch than the paper's."""
+    return f"--config.data.batch_size={size}"
+
+
+DOTS, DECODE = "--config.remat.qformer=dots", ("--step", "decode")
+CASES = (
+    Case("paper", "xl", "v5e:4x4", "1,16,1"),
+    Case("paper", "xl", "v4:2x2x4", "16,1,1"),
+    Case("paper", "xl", "v5p:2x2x4", "16,1,1"),
+    Case("paper", "xl", "v6e:4x4", "16,1,1"),
+    Case("paper", "xxl", "v5e:4x4", "1,16,1"),
+    Case("paper", "xxl", "v4:2x2x4", "8,2,1"),
+    Case("paper", "xxl", "v5p:2x2x4", "16,1,1"),
+    Case("paper", "xxl", "v6e:4x4", "8,2,1"),
+    Case("paper", "7b", "v5e:4x4", "1,16,1"),
+    Case("paper", "7b", "v4:2x2x4", "16,1,1", (DOTS,)),
+    Case("paper", "7b", "v5p:2x2x4", "16,1,1"),
+    Case("paper", "7b", "v6e:4x4", "16,1,1"),
+    Case("paper", "7b", "v6e:4x4", "16,1,1", (DOTS,)),
+    Case("paper", "13b", "v5e:4x4", "1,16,1"),
+    Case("paper", "13b", "v4:2x2x4", "8,2,1"),
+    Case("paper", "13b", "v5p:2x2x4", "16,1,1"),
+    Case("paper", "13b", "v6e:4x4", "8,2,1"),
+    Case("scaling", "7b", "v5p:2x2x2", "1,8,1", (batch(64),)),
+    Case("scaling", "7b", "v5e:4x4", "1,16,1"),
+    Case("scaling", "7b", "v5p:2x2x4", "16,1,1"),
+    Case("scaling", "7b", "v5e:8x8", "1,64,1", (batch(512),)),
+    Case("scaling", "7b", "v5e:8x8", "4,16,1", (batch(512),)),
+    Case("scaling", "7b", "v5e:8x8", "8,1,8", (batch(64),)),
+    Case("scaling", "7b", "v5p:4x8x8", "2,128,1", (batch(2048),)),
+    Case("scaling", "7b", "v5e:4x4", "1,1,16", DECODE),
+    Case("scaling", "13b", "v5e:4x4", "2,1,8", DECODE),
+)
+
+
+def shorten(report: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a report of `plan`: bytes in GiB, FLOPs, bounds and the verdict."""
+    gib = {name: round(size / GIB, 2) for name, size in report["memory"].items() if size}
+    same = ("model", "step", "topology", "chips", "batch", "lengths", "accumulate", "effort")
+    return {name: report[name] for name in same} | {
+        "mesh": list(report["mesh"].values()),
+        "remat_llm": report["remat"]["llm"],
+        "remat_qformer": report["remat"]["qformer"],
+        "gib": gib,
+        "flops": {
+            "counted": report["flops"]["counted"],
+            "over_floor": report["flops"]["ratio"],
+        },
+        "received_gib": {
+            kind: [row["count"], round(row["bytes"] / GIB, 3)]
+            for kind, row in report["moved"].items()
+        },
+        "bounds_s": {name: round(value, 4) for name, value in report["bounds"].items()},
+        "seconds": report["seconds"],
+        "fits": report["fits"],
+        "verdict": report["verdict"],
+    }
+
+
+def run(case: Case) -> dict[str, Any]:
+    """The plan, made in a process of its own; `RuntimeError` with its last words if none came."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "plan.json")
+        command = [sys.executable, "-m", "jax_instructblip", *case.words, "--json", str(path)]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(command, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        if not path.is_file():
+            raise RuntimeError(f"exit code {done.returncode}: {done.stderr.strip()[-500:]}")
+        row = {"command": " ".join(["jax-instructblip", *case.words])}
+        row |= shorten(json.loads(path.read_text(encoding="utf-8")))
+    own = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return row | {"processor_seconds": round(own)}
+
+
+def main() -> None:
+    """Makes the plans that are not there yet."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", default="", help="makes those whose command has this text")
+    parser.add_argument("--again", action="store_true", help="makes also what is there already")
+    parser.add_argument("--list", action="store_true", help="prints the commands, runs none")
+    flags = parser.parse_args()
+    for case in CASES:
+        command = " ".join(["jax-instructblip", *case.words])
+        if flags.only not in command:
+            continue
+        path = RESULTS / f"plan_{case.file}.json"
+        # Read anew each time: another process may be making others.
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"plans": []}
+        others = [row for row in found["plans"] if row.get("command") != command]
+        if flags.list or (len(others) < len(found["plans"]) and not flags.again):
+            print(command if flags.list else f"there: {command}", flush=True)
+            continue
+        start = time.perf_counter()
+        try:
+            row = run(case)
+        except RuntimeError as error:
+            print(f"{command}\n  failed: {error}", flush=True)
+            continue
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else found
+        others = [row for row in found["plans"] if row.get("command") != command]
+        order = {" ".join(["jax-instructblip", *each.words]): n for n, each in enumerate(CASES)}
+        found["plans"] = sorted([*others, row], key=lambda each: order[each["command"]])
+        found["libtpu"] = importlib.metadata.version("libtpu")
+        write_file(path, json.dumps(found, indent=1) + "\n")
+        print(f"{command}\n  {row['verdict']} ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
