@@ -1,10 +1,10 @@
 """The paper's runs compiled at full size for TPUs, by `jax-instructblip plan`.
 
-python -m benchmarks.plans [--only TEXT] [--again] [--list]
+python -m benchmarks.plans [--only TEXT] [--again] [--list | --tables]
 
 Needs libtpu (extra `tpu`), a few gigabytes and some minutes for each plan, and writes
 `results/plan_paper.json` and `results/plan_scaling.json` after each. Plans that stand there already
-are kept unless `--again` is given.
+are kept unless `--again` is given. `--tables` prints the results as `launch/README.md` has them.
 """
 
 import argparse
@@ -124,13 +124,71 @@ def run(case: Case) -> dict[str, Any]:
     return row | {"processor_seconds": round(own)}
 
 
+NAMES = {
+    "instructblip-flan-t5-xl": "FlanT5-XL",
+    "instructblip-flan-t5-xxl": "FlanT5-XXL",
+    "instructblip-vicuna-7b": "Vicuna-7B",
+    "instructblip-vicuna-13b": "Vicuna-13B",
+}
+
+
+def paper_row(row: dict[str, Any]) -> str:
+    """A line of the table of the paper's runs."""
+    gib, bounds = row["gib"], row["bounds_s"]
+    more = "; `remat.qformer=dots`" if row["remat_qformer"] == "dots" else ""
+    cells = (
+        f"{NAMES[row['model']]}, {row['batch']}",
+        row["topology"],
+        ",".join(map(str, row["mesh"])) + more,
+        f"{gib['need']:.1f} of {gib['chip']:.1f}" + ("" if row["fits"] else " (does not fit)"),
+        f"{sum(size for _, size in row['received_gib'].values()):.1f}",
+        f"{bounds['compute']:.3f}",
+        f"{bounds['links']:.3f}",
+        f"{row['seconds']['compile']:.0f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def scaling_row(row: dict[str, Any]) -> str:
+    """A line of the table of numbers of chips."""
+    sums = ("all-reduce", "reduce-scatter")
+    received = {kind: size for kind, (_, size) in row["received_gib"].items()}
+    summed = sum(size for kind, size in received.items() if kind in sums)
+    step = "" if row["step"] == "train" else f"; answers, {NAMES[row['model']]}"
+    cells = (
+        str(row["chips"]),
+        ",".join(map(str, row["mesh"])) + step,
+        str(row["batch"]),
+        f"{row['gib']['need']:.1f}",
+        f"{sum(received.values()) - summed:.2f} / {summed:.2f}",
+        f"{row['bounds_s']['links']:.3f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+ROWS = {"paper": paper_row, "scaling": scaling_row}
+
+
+def tables() -> dict[str, list[str]]:
+    """The lines of each file of results."""
+    found = {}
+    for file, line in ROWS.items():
+        path = RESULTS / f"plan_{file}.json"
+        found[file] = [line(row) for row in json.loads(path.read_text(encoding="utf-8"))["plans"]]
+    return found
+
+
 def main() -> None:
     """Makes the plans that are not there yet."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default="", help="makes those whose command has this text")
     parser.add_argument("--again", action="store_true", help="makes also what is there already")
     parser.add_argument("--list", action="store_true", help="prints the commands, runs none")
+    parser.add_argument("--tables", action="store_true", help="prints the results, runs none")
     flags = parser.parse_args()
+    if flags.tables:
+        print("\n\n".join("\n".join(rows) for rows in tables().values()))
+        return
     for case in CASES:
         command = " ".join(["jax-instructblip", *case.words])
         if flags.only not in command:

@@ -42,7 +42,10 @@ def photographs(shared, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("variant", ["instructblip-vicuna-7b", "instructblip-flan-t5-xl"])
+@pytest.mark.parametrize(
+    "variant",
+    ["instructblip-vicuna-7b", pytest.param("instructblip-flan-t5-xl", marks=pytest.mark.full)],
+)
 def test_convert_train_resume_answer(forge, photographs, tmp_path, capsys, variant):
     base, run = str(tmp_path / "base"), tmp_path / "run"
     assert main(["convert", str(forge(variant)), "--out", base]) == 0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import plans
 from jax_instructblip import __main__ as cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,3 +26,10 @@ def test_every_verb_named_is_there(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     named = set(re.findall(r"^jax-instructblip ([a-z]+)|`jax-instructblip ([a-z]+)", text, re.M))
     assert {a or b for a, b in named} <= set(cli.find_verbs())
+
+
+@pytest.mark.parametrize("file", plans.ROWS)
+def test_plans_told_of_are_the_recorded_ones(file):
+    text = (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
+    rows = plans.tables()[file]
+    assert len(rows) > 3 and [row for row in rows if row not in text] == []

@@ -12,7 +12,13 @@ from tests.parallel.eight import in_a_process
 TOLERANCE = 1e-5  # of losses near 4 and weights near 1, in float32
 
 
-@pytest.mark.parametrize(("kind", "other"), [("llama", "pmap in parts"), ("t5", "parts")])
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [
+        ("llama", "pmap in parts"),
+        pytest.param("t5", "parts", marks=pytest.mark.full),
+    ],
+)
 def test_ten_steps_do_not_depend_on_the_road(kind, other):
     """The other is a batch worked on in two parts, with every layer computed twice."""
     (found,) = in_a_process(f"roads {kind}")

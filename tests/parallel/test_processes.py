@@ -211,6 +211,7 @@ def survive(files, folder, moments, seed, unbroken, steps=STEPS):
     return notes
 
 
+@pytest.mark.full
 def test_killed_between_and_during_saves_the_run_ends_as_if_unbroken(files, together, tmp_path):
     notes = survive(files, tmp_path, ["step", "save"], 1, together)
     assert notes[1]["a_save_was_going_on"]

@@ -5,6 +5,7 @@ import pytest
 
 from tests.parallel.eight import in_a_process
 
+pytestmark = pytest.mark.full  # minutes; steps are compared in the tests beside
 TOLERANCE = 1e-5  # of losses near 5 and weights near 1, in float32
 
 

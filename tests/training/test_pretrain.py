@@ -81,7 +81,7 @@ def test_what_is_relisted_can_be_read_in_the_description(things):
 
 def test_a_language_model_learns_from_text():
     lines = []
-    stages = (Stage(1, 80, relisted=0.0),)
+    stages = (Stage(1, 40, relisted=0.0),)
     pretrain_language.train_language(
         text_processor("llama"), curriculum=stages, examples=256, log=lines.append
     )
