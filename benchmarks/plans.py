@@ -2,9 +2,9 @@
 
 python -m benchmarks.plans [--only TEXT] [--again] [--list | --tables]
 
-Needs libtpu (extra `tpu`), a few gigabytes and some minutes for each plan, and writes
-`results/plan_paper.json` and `results/plan_scaling.json` after each. Plans that stand there already
-are kept unless `--again` is given. `--tables` prints the results as `launch/README.md` has them.
+Needs libtpu (extra `tpu`), a few gigabytes and a minute or two for each plan, and writes
+`plan_paper.json`, `plan_scaling.json` and `plan_decode.json` below `results`. What stands there
+is kept unless `--again` is given. `--tables` prints the results as `launch/README.md` has them.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def batch(size: int) -> str:
     return f"--config.data.batch_size={size}"
 
 
-DOTS, DECODE = "--config.remat.qformer=dots", ("--step", "decode")
+DOTS, DECODE = "--config.model.remat.qformer=dots", ("--step", "decode")
 CASES = (
     Case("paper", "xl", "v5e:4x4", "1,16,1"),
     Case("paper", "xl", "v4:2x2x4", "16,1,1"),
@@ -72,6 +72,7 @@ CASES = (
     Case("paper", "13b", "v4:2x2x4", "8,2,1"),
     Case("paper", "13b", "v5p:2x2x4", "16,1,1"),
     Case("paper", "13b", "v6e:4x4", "8,2,1"),
+    Case("scaling", "7b", "v5p:1x1x1", "1,1,1", (batch(8),)),
     Case("scaling", "7b", "v5p:2x2x2", "1,8,1", (batch(64),)),
     Case("scaling", "7b", "v5e:4x4", "1,16,1"),
     Case("scaling", "7b", "v5p:2x2x4", "16,1,1"),
@@ -79,8 +80,8 @@ CASES = (
     Case("scaling", "7b", "v5e:8x8", "4,16,1", (batch(512),)),
     Case("scaling", "7b", "v5e:8x8", "8,1,8", (batch(64),)),
     Case("scaling", "7b", "v5p:4x8x8", "2,128,1", (batch(2048),)),
-    Case("scaling", "7b", "v5e:4x4", "1,1,16", DECODE),
-    Case("scaling", "13b", "v5e:4x4", "2,1,8", DECODE),
+    Case("decode", "7b", "v5e:4x4", "1,1,16", DECODE),
+    Case("decode", "13b", "v5e:4x4", "2,1,8", DECODE),
 )
 
 
@@ -135,7 +136,7 @@ NAMES = {
 def paper_row(row: dict[str, Any]) -> str:
     """A line of the table of the paper's runs."""
     gib, bounds = row["gib"], row["bounds_s"]
-    more = "; `remat.qformer=dots`" if row["remat_qformer"] == "dots" else ""
+    more = "; `model.remat.qformer=dots`" if row["remat_qformer"] == "dots" else ""
     cells = (
         f"{NAMES[row['model']]}, {row['batch']}",
         row["topology"],
@@ -154,10 +155,9 @@ def scaling_row(row: dict[str, Any]) -> str:
     sums = ("all-reduce", "reduce-scatter")
     received = {kind: size for kind, (_, size) in row["received_gib"].items()}
     summed = sum(size for kind, size in received.items() if kind in sums)
-    step = "" if row["step"] == "train" else f"; answers, {NAMES[row['model']]}"
     cells = (
         str(row["chips"]),
-        ",".join(map(str, row["mesh"])) + step,
+        ",".join(map(str, row["mesh"])),
         str(row["batch"]),
         f"{row['gib']['need']:.1f}",
         f"{sum(received.values()) - summed:.2f} / {summed:.2f}",
@@ -166,7 +166,22 @@ def scaling_row(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-ROWS = {"paper": paper_row, "scaling": scaling_row}
+def decode_row(row: dict[str, Any]) -> str:
+    """A line of the table of answering."""
+    gib, bounds = row["gib"], row["bounds_s"]
+    cells = (
+        f"{NAMES[row['model']]}, {row['batch']}",
+        row["topology"],
+        ",".join(map(str, row["mesh"])),
+        f"{gib['need']:.1f} of {gib['chip']:.1f}",
+        f"{sum(size for _, size in row['received_gib'].values()):.1f}",
+        f"{bounds['compute']:.3f}",
+        f"{bounds['links']:.3f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+ROWS = {"paper": paper_row, "scaling": scaling_row, "decode": decode_row}
 
 
 def tables() -> dict[str, list[str]]:
@@ -208,7 +223,8 @@ def main() -> None:
             continue
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else found
         others = [row for row in found["plans"] if row.get("command") != command]
-        order = {" ".join(["jax-instructblip", *each.words]): n for n, each in enumerate(CASES)}
+        same = [each for each in CASES if each.file == case.file]
+        order = {" ".join(["jax-instructblip", *each.words]): n for n, each in enumerate(same)}
         found["plans"] = sorted([*others, row], key=lambda each: order[each["command"]])
         found["libtpu"] = importlib.metadata.version("libtpu")
         write_file(path, json.dumps(found, indent=1) + "\n")

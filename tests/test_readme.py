@@ -32,4 +32,4 @@ def test_every_verb_named_is_there(document):
 def test_plans_told_of_are_the_recorded_ones(file):
     text = (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
     rows = plans.tables()[file]
-    assert len(rows) > 3 and [row for row in rows if row not in text] == []
+    assert rows and [row for row in rows if row not in text] == []

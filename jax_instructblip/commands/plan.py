@@ -162,11 +162,12 @@ def _sweep(
         with config.unlocked():
             config.update_from_flattened_dict({field: batch})
         job = plan.read_job(config, variant, flags.step)
-        tried += [(batch, sizes) for sizes in advice.meshes(job, topology)]
+        tried += [(batch, sizes) for sizes in advice.likely(job, topology)]
     if not tried:
         raise ValueError(
-            f"no mesh of {len(topology.devices)} chips holds this model, or none divides a batch "
-            f"of {first}: take more chips, or another batch"
+            f"no mesh of {len(topology.devices)} chips holds this model and what a step keeps, or "
+            f"none divides a batch of {first}: take more chips, another batch, "
+            "--config.model.remat.llm=full or --config.train.accumulate=2"
         )
     # The config's batch first, then meshes by how much they would move.
     tried.sort(key=lambda each: (each[0] != first, advice.moves(variant, each[0], each[1])))

@@ -119,6 +119,21 @@ def meshes(job: Job, topology: Topology) -> list[tuple[int, int, int]]:
     )
 
 
+def likely(job: Job, topology: Topology) -> list[tuple[int, int, int]]:
+    """Those of `meshes` that also have room for what waits for the backward pass."""
+    found = meshes(job, topology)
+    if topology.chip is None or job.step != "train" or not found:
+        return found
+    place = {sizes: make_mesh(*sizes, topology.devices) for sizes in found}
+    waiting, room = _residuals(job, place[found[-1]]), topology.chip.memory
+
+    def need(sizes: tuple[int, int, int]) -> float:
+        held = plan.bytes_per_device(plan.job_arguments(job, place[sizes]))
+        return held + waiting / (sizes[0] * sizes[1])
+
+    return [sizes for sizes in found if need(sizes) < room]
+
+
 def _allowed(job: Job, sizes: tuple[int, int, int], topology: Topology) -> bool:
     mesh = make_mesh(*sizes, topology.devices)
     try:

@@ -132,6 +132,13 @@ def test_the_smallest_change_that_would_do(refused):
     assert change(0.0) is None
 
 
+def test_a_sweep_begins_with_what_may_fit(refused):
+    job, _, report = refused
+    likely = lambda share: advice.likely(job, _chip(report.arguments + share * report.residuals))
+    assert likely(0.9) == [] and likely(1.1) == [(1, 1, 1)]
+    assert advice.meshes(job, _chip(report.arguments * 1.1)) == [(1, 1, 1)]
+
+
 def test_verdicts(refused):
     job, mesh, report = refused
     fits, sentence = advice.verdict(job, mesh, _chip(report.arguments * 0.5), report)
