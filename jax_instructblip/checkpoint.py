@@ -314,11 +314,18 @@ def _quiet() -> Iterator[None]:
         yield
     except BaseException:
         time.sleep(SETTLE_SECONDS)
+        logging.getLogger("asyncio").addFilter(_is_news)  # once: the same filter is not added again
         raise
     finally:
         sys.unraisablehook = hook
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what asyncio logs of a failed save when its other futures are collected, later on."""
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or ".partial-" not in str(error)
 
 
 @contextlib.contextmanager
