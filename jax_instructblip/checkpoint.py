@@ -235,14 +235,8 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if found != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {found!r}, this version reads {FORMAT}: "
-            + (
-                "update the package"
-                if isinstance(found, int)
-                else "is it another program's folder?"
-            )
-        )
+        why = "update the package" if isinstance(found, int) else "is it another program's folder?"
+        raise CheckpointError(f"{path} has format {found!r}, this version reads {FORMAT}: {why}")
     return config
 
 

@@ -78,7 +78,9 @@ def shapes_source(
     """Random access to the records of one split, prepared first where absent."""
     sizes = _sizes(dataset, scenes)
     if split not in sizes:
-        raise ValueError(f"{dataset} has no split {split!r}; its splits: {', '.join(sizes)}")
+        raise ValueError(
+            f"{dataset} has no split {split!r}; its splits: {', '.join(sorted(sizes))}"
+        )
     prepare_shapes(folder, dataset, scenes=scenes)
     name = _name(dataset, sizes)
     return builder.source(folder or default_folder(), name, split, version=VERSION)
