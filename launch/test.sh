@@ -8,4 +8,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 prepare dev,torch
-"$python" -m pytest -rfEs -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder "$@"
+"$python" -m pytest -rfEs -n auto --maxprocesses 4 --dist loadscope "$@"
