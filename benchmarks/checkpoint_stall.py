@@ -3,8 +3,9 @@
 python -m benchmarks.checkpoint_stall [--steps 300] [--every 50] [--out FILE]
 
 Trains three times on this machine: without saves, with them, without. The loop waits while the
-state is copied (`checkpoint_share` of metrics.jsonl); the writing itself goes on beside the steps
-and takes some of the processor from them, which the difference of the step times shows.
+state is copied (`checkpoint_share` of metrics.jsonl; the median of the saves is compared with a
+step); the writing itself goes on beside the steps and takes some of the processor from them, which
+the difference of the step times shows.
 """
 
 import argparse
@@ -60,7 +61,7 @@ def measure(steps: int, every: int) -> dict[str, Any]:
         if line["checkpoint_share"] > 0  # of the line after the save
     ]
     plain, with_saves = statistics.mean(map(step_seconds, bare)), step_seconds(saving)
-    stall = statistics.mean(stalls)
+    stall = statistics.median(stalls)
     return {
         "steps": steps,
         "steps_between_saves": every,

@@ -64,6 +64,7 @@ class Checkpoints:
         self._keep, self._keep_every = keep, keep_every
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
+        self._snapshot: dict[str, np.ndarray] = {}
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending."""
@@ -147,8 +148,8 @@ class Checkpoints:
                 f"than the one at step {step}: choose another workdir"
             )
         writes = jax.process_index() == 0
-        trainable = jax.tree.map(lambda leaf: _whole(leaf, writes), state.params)
-        rest = {path: _whole(leaf, writes) for path, leaf in _optimizer_leaves(state, rng)}
+        trainable = _on_host(checkpoint.flatten(state.params), self._snapshot, writes)
+        rest = _on_host(dict(_optimizer_leaves(state, rng)), self._snapshot, writes)
         meta = {"format": FORMAT, "step": step, "score": None} | meta
         if writes:
 
@@ -214,12 +215,14 @@ class Checkpoints:
     def _read(self, step: int, part: str, like: Any) -> checkpoint.Tree:
         return checkpoint.read_tree(self.path(step) / part, expected=like, strict_dtype=True)
 
-    def _write(self, step: int, trainable: Any, rest: Mapping[str, Any], meta: Meta) -> None:
+    def _write(
+        self, step: int, trainable: Mapping[str, Any], rest: Mapping[str, Any], meta: Meta
+    ) -> None:
         try:
             alone = jax.process_count() == 1
             write_tree = checkpoint.write_tree if alone else checkpoint.write_tree_apart
             with checkpoint.atomic_folder(self.path(step)) as partial:
-                write_tree(partial / "trainable", checkpoint.flatten(trainable).items())
+                write_tree(partial / "trainable", trainable.items())
                 write_tree(partial / "optimizer", rest.items())
                 (partial / META).write_text(json.dumps(meta, indent=1) + "\n")
             if self._store:
@@ -262,16 +265,36 @@ class Checkpoints:
             return "all that were there before"
 
 
-def _whole(leaf: Array, wanted: bool) -> np.ndarray | None:
-    """A host's copy of the leaf, whichever devices of all processes hold its parts.
+def _on_host(
+    leaves: Mapping[str, Array], kept: dict[str, np.ndarray], wanted: bool
+) -> dict[str, np.ndarray]:
+    """The host's copies of the leaves, whichever devices of all processes hold their parts.
 
-    Every process must ask; None where it is not `wanted`.
+    Every process must ask; none are there where they are not `wanted`. Copies of a CPU's arrays are
+    `kept` until those of the next save take their place: the pages of fresh memory would have to be
+    fetched, which takes longer than the copying.
     """
-    if leaf.is_fully_addressable or leaf.is_fully_replicated:
-        # A real copy: on the CPU the array may be a view of a buffer that the next step takes over.
-        return np.array(leaf, copy=True) if wanted else None
-    gathered = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(gathered) if wanted else None
+    on_cpu = jax.default_backend() == "cpu"
+    here = {
+        path
+        for path, leaf in leaves.items()
+        if leaf.is_fully_addressable or leaf.is_fully_replicated
+    }
+    if wanted and not on_cpu:
+        for path in here:  # all under way, before the first is waited for
+            leaves[path].copy_to_host_async()
+    copies: dict[str, np.ndarray] = {}
+    for path, leaf in leaves.items():
+        if path not in here:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        if not wanted:
+            continue
+        copies[path] = np.asarray(leaf)
+        if on_cpu and path in here:  # a view of the buffer, which the next step takes over
+            kept.setdefault(path, np.empty_like(copies[path]))
+            np.copyto(kept[path], copies[path])
+            copies[path] = kept[path]
+    return copies
 
 
 def _optimizer_leaves(state: TrainState, rng: Array) -> Iterator[tuple[str, Array]]:

@@ -74,13 +74,20 @@ def test_what_is_saved_is_a_copy(tmp_path, monkeypatch):
     """The next step takes over the buffers while the thread still writes."""
     written = []
     monkeypatch.setattr(Checkpoints, "_write", lambda self, *given: written.append(given))
-    state = make_state(1)
-    save_one(Checkpoints(tmp_path), state)
-    _, trainable, rest, _ = written[0]
-    taken = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)}
-    kept = [leaf.ctypes.data for leaf in [*jax.tree.leaves(trainable), *rest.values()]]
-    assert len(kept) == len(taken) + 1  # and the random key
-    assert not taken & set(kept)
+    manager, places = Checkpoints(tmp_path), []
+    for step in (1, 2):
+        state = make_state(step, seed=step)
+        save_one(manager, state)
+        _, trainable, rest, _ = written[-1]
+        taken = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)}
+        kept = {leaf.ctypes.data for leaf in [*trainable.values(), *rest.values()]}
+        assert len(kept) == len(taken) + 1  # and the random key
+        assert not taken & kept
+        places.append(kept)
+        queries = state.params["qformer"]["queries"]
+        np.testing.assert_array_equal(trainable["qformer/queries"], queries)
+        assert rest["step"] == step
+    assert places[0] == places[1]  # fresh memory would have to be fetched first
 
 
 def test_keeps_the_newest_and_the_best(tmp_path):
