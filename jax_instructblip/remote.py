@@ -4,6 +4,7 @@ A store puts a file whole or not at all, but knows no renaming of folders and no
 folder is complete when one file of it is there, which is put last and removed first.
 """
 
+import errno
 import os
 import time
 import uuid
@@ -114,10 +115,13 @@ def _try(work: Any, *arguments: Any) -> None:
             if number == TRIES:
                 where = arguments[-1] if arguments else "removing"
                 raise OSError(
-                    getattr(error, "errno", None), f"{where}: {_words(error)} ({number} tries)"
+                    getattr(error, "errno", None) or errno.EIO,
+                    f"{where}: {_words(error)} ({number} tries)",
                 ) from error
             time.sleep(PAUSE_SECONDS * 2 ** (number - 1))
 
 
 def _words(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    """The first line of its message, with its name where that is an address or nothing."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return line if " " in line else f"{type(error).__name__} {line}".strip()

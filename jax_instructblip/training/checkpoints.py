@@ -228,11 +228,11 @@ class Checkpoints:
             if self._store:
                 self._upload(step)
         except OSError as error:
-            there = self._there()
+            cure = "When the store answers" if self._store else "With room made there"
             raise OSError(
-                error.errno,
+                error.errno or errno.EIO,
                 f"the checkpoint of step {step} was not saved ({error.strerror or error}); intact "
-                f"in {self._store or self.folder}: {there}. Make room and start the run again",
+                f"in {self._store or self.folder}: {self._there()}. {cure}, start the run again",
             ) from error
         keep = {*self.steps()[-self._keep :], self.best()}
         for old in self.steps():

@@ -200,7 +200,9 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "write_tree", full)
     manager.save(make_state(2), RNG, make_meta())
-    message = rf"checkpoint of step 2 was not saved \(No space left.*\); intact in {tmp_path}: 1\."
+    message = (
+        rf"checkpoint of step 2 was not saved \(No space left.*\); intact in {tmp_path}: 1\. With r"
+    )
     with pytest.raises(OSError, match=message):
         manager.wait()
     assert manager.steps() == [1]
@@ -369,8 +371,9 @@ def test_an_object_store_that_fails_within_a_save_has_no_half_checkpoint(store, 
     store.before = fail
     manager.save(make_state(2), RNG, make_meta())
     message = r"step 2 was not saved \(.*503 the store is busy \(3 tries\)\); intact in gs:.*: 1\."
-    with pytest.raises(OSError, match=message):
+    with pytest.raises(OSError, match=rf"{message} When the store") as raised:
         manager.wait()
+    assert raised.value.errno == errno.EIO
     assert manager.steps() == [1] and manager.newest() == 1
     assert any("checkpoints/2/" in path for path in store.store)  # half of it lies there
     store.before = None
