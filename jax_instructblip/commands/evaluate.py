@@ -21,11 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_instructblip.data.records import Record
 from jax_instructblip.data.shapes_records import DATASETS
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.evaluation import compare, harness, suite
+from jax_instructblip.evaluation import compare, families, suite
 from jax_instructblip.evaluation.benchmark_report import line
 from jax_instructblip.evaluation.benchmarks import BENCHMARKS, HELD_OUT, get_benchmark, table
 from jax_instructblip.evaluation.dialogue import read_relevance
@@ -187,36 +186,24 @@ def _families(args: argparse.Namespace) -> int:
         )
         raise ValueError(f"{missing}: needed, because {args.checkpoint} is no run that says it")
     splits = args.split.split(",") if args.split else _test_splits(data)
-    opened = {split: harness.pick(open_records(data, split)[0], args.limit) for split in splits}
+    opened = {split: families.pick(open_records(data, split)[0], args.limit) for split in splits}
 
     out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written: now, not afterwards
     blip = load(args.checkpoint)
     before = _before(run, blip) if run and not args.no_baselines else None
-    settings: dict[str, Any] = {
+    settings = {
         "batch_size": _FAMILIES_BATCH if args.batch_size is None else args.batch_size,
         "max_new_tokens": args.max_new_tokens or 30,
     }
     results: dict[str, Any] = {}
     samples = {}
     for split, records in opened.items():
-        predictions = harness.answer(blip, records, **settings)
-        columns = {
-            "tuned": harness.accuracies(predictions),
-            "majority": harness.majority_accuracies(predictions),
-        }
-        if not args.no_baselines:
-            columns["blind"] = harness.accuracies(
-                harness.answer(blip, records, blind=True, **settings)
-            )
-        if before is not None:
-            columns["before"] = harness.accuracies(harness.answer(before, records, **settings))
-        results[split] = _scores(records, columns)
-        results[split]["problems"] = [
-            f"{each.id}: {each.problem}" for each in predictions if each.problem
-        ]
+        results[split], predictions = families.measure(
+            blip, records, before=before, blind=not args.no_baselines, **settings
+        )
         samples[split] = list(zip(records, predictions, strict=True))
-        harness.write_predictions(out / "predictions" / f"{split}.jsonl", predictions)
-        print(_table(split, results[split]))
+        families.write_predictions(out / "predictions" / f"{split}.jsonl", predictions)
+        print(families.table(split, results[split]))
     facts = {"checkpoint": str(args.checkpoint), "data": str(data), "scoring": "exact match"}
     document = {**facts, "splits": results}
     write_file(out / "results.json", json.dumps(document, indent=1) + "\n")
@@ -301,31 +288,3 @@ def _before(run: dict[str, Any], blip: InstructBlipPipeline) -> InstructBlipPipe
     text = TextProcessor.load(start.folder, start.variant)
     dtype = jnp.dtype(blip.model.dtype)
     return InstructBlipPipeline(start.variant, start.frozen | start.trainable, text, dtype=dtype)
-
-
-def _scores(records: Sequence[Record], columns: dict[str, dict[str, float]]) -> dict[str, Any]:
-    tasks = [record.task or harness.NO_TASK for record in records]
-    return {
-        "count": len(records),
-        "mean": {name: harness.mean(values) for name, values in columns.items()},
-        "tasks": {
-            task: {
-                "count": tasks.count(task),
-                **{name: values[task] for name, values in columns.items()},
-            }
-            for task in sorted(set(tasks))
-        },
-    }
-
-
-def _table(split: str, scores: dict[str, Any]) -> str:
-    columns = list(scores["mean"])
-    width = max(len("mean of the families"), *map(len, scores["tasks"]))
-    lines = [f"\n{split:{width}}  questions  " + "  ".join(f"{name:>8}" for name in columns)]
-    rows = {**scores["tasks"], "mean of the families": {"count": scores["count"], **scores["mean"]}}
-    for name, values in rows.items():
-        cells = "  ".join(f"{values[column]:8.1%}" for column in columns)
-        lines.append(f"{name:{width}}  {values['count']:9}  {cells}")
-    for problem in scores["problems"]:
-        lines.append(f"could not be asked: {problem}")
-    return "\n".join(lines)

@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jax_instructblip.evaluation import curves, harness
+from jax_instructblip.evaluation import curves, validation
 from jax_instructblip.parallel import distributed
 from jax_instructblip.training import loop
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     flags, _ = _parser().parse_known_args(argv)
     config = read_config(argv)
     with distributed.joined(*distributed.read_flags(flags)):
-        workdir = loop.run(config, evaluate=harness.evaluate, report=curves.write)
+        workdir = loop.run(config, evaluate=validation.evaluate, report=curves.write)
         print(f"run: {workdir}")
     return 0
 

@@ -1,1 +1,1 @@
-"""How good the answers are: one file a family of metrics, the harness, the report."""
+"""How good the answers are: one file a family of metrics, the answers, the reports."""

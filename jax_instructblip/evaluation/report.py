@@ -10,7 +10,7 @@ from typing import Any
 
 from jax_instructblip.data.records import Record
 from jax_instructblip.evaluation import curves, page
-from jax_instructblip.evaluation.harness import Prediction
+from jax_instructblip.evaluation.families import Prediction
 
 GRID = 24  # pictures shown of each split
 COLUMNS = ("tuned", "before", "blind", "majority")

@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from jax_instructblip.commands import evaluate
-from jax_instructblip.evaluation.harness import Prediction
+from jax_instructblip.evaluation.families import Prediction
 from tests.micro import compile_cache, write_base, write_data
 
 

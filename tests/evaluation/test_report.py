@@ -3,7 +3,7 @@ import html.parser
 from PIL import Image
 
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation.harness import Prediction
+from jax_instructblip.evaluation.families import Prediction
 from jax_instructblip.evaluation.report import GRID, write_report
 
 

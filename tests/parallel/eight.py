@@ -9,9 +9,7 @@ list. Sizes divide by eight wherever the rules split them, of the two vocabulari
 import contextlib
 import functools
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import common
 from jax_instructblip import checkpoint, trees
 from jax_instructblip.data.loader import put
-from jax_instructblip.evaluation import harness
+from jax_instructblip.evaluation import families
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.models.layers import Scan, Scans
@@ -44,6 +42,7 @@ from jax_instructblip.training.metrics import read_metrics
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
 from jax_instructblip.training.step import compile_step, train_step
+from tests.interpreter import run_module
 from tests.micro import compile_cache, make_batch, write_base, write_data
 from tests.numerics import random_params
 
@@ -62,16 +61,7 @@ LOW = {"vision.layers": 2, "qformer.layers": 2}
 
 def in_a_process(*calls: str) -> list[Any]:
     """The answers to these calls ("meshes t5") of a process that has eight devices."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.parallel.eight", *calls],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_module("tests.parallel.eight", *calls, devices=8).splitlines()[-1])
 
 
 def divisible(kind: str, **fields: Any) -> Variant:
@@ -295,7 +285,7 @@ def _evaluate(
 ):
     """The mean log-probability of the answers: a number that tells weights apart."""
     blip = InstructBlipPipeline(model.variant, params, text, dtype=model.dtype, mesh=mesh)
-    answers = harness.answer(blip, records, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    answers = families.answer(blip, records, batch_size=batch_size, max_new_tokens=max_new_tokens)
     return {"accuracy": float(np.mean([each.logprob for each in answers]))}
 
 

@@ -5,7 +5,7 @@ import pytest
 from jax_instructblip.data import prepare
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.sources import open_records
-from jax_instructblip.evaluation import harness
+from jax_instructblip.evaluation import answering, validation
 from jax_instructblip.evaluation.benchmarks import BENCHMARKS
 from jax_instructblip.evaluation.metric import MetricError
 from jax_instructblip.evaluation.stored import Row
@@ -37,7 +37,7 @@ def evaluate(base, path, split):
     blip = load(base)
     records, _ = open_records(path, split)
     model = {"model": blip.model, "params": blip.params, "text": blip.text}
-    return harness.evaluate(
+    return validation.evaluate(
         **model, records=records, limit=LIMIT, batch_size=8, path=str(path), split=split
     )
 
@@ -50,6 +50,7 @@ def test_two_processes_with_one_model_measure_what_one_does(files, prepared, tmp
     assert 0 < expected["accuracy"] < 1  # of a mean over ranked records
     fields = {
         **{"mesh.data": 1, "mesh.fsdp": 2, "train.steps": 1, "validation.path": path},
+        "optimizer.warmup_steps": 0,
         **{"validation.split": "test", "validation.limit": LIMIT, "validation.batch_size": 8},
     }
     workdir = tmp_path / "run"
@@ -72,7 +73,7 @@ def test_a_prepared_dataset_is_measured_by_its_own_metric(files, prepared, monke
     path, asked = prepared / "iconqa", []
     task = open_task(BENCHMARKS["iconqa"], path, "llama", limit=LIMIT)
     chosen = [task.light(number) for number in range(LIMIT)]
-    monkeypatch.setattr(harness, "answer_task", best)
+    monkeypatch.setattr(answering, "answer", best)
     found = evaluate(files[0], path, "test")
     right = [each.correct == number % 2 for number, each in enumerate(chosen)]
     assert found == {"accuracy": sum(right) / LIMIT}
@@ -82,5 +83,5 @@ def test_a_prepared_dataset_is_measured_by_its_own_metric(files, prepared, monke
 def test_what_no_metric_belongs_to_does_not_validate(files, prepared, tmp_path):
     with pytest.raises(MetricError, match="cannot validate: nothing is scored"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(harness, "answer_task", lambda *args, **rest: None)
+            patch.setattr(answering, "answer", lambda *args, **rest: None)
             evaluate(files[0], prepared / "web_capfilt", "train")

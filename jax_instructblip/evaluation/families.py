@@ -1,4 +1,4 @@
-"""From records to answers to accuracies, by task family."""
+"""From records to answers to exact match by task family, beside what guessing reaches."""
 
 import collections
 import dataclasses
@@ -7,28 +7,17 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jax_instructblip.data.images import decode, resize_squash
 from jax_instructblip.data.records import Record
-from jax_instructblip.data.sources import dataset_name
-from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.evaluation.answering import answer as answer_task
-from jax_instructblip.evaluation.benchmarks import BENCHMARKS, Benchmark
 from jax_instructblip.evaluation.exact_match import is_correct, majority_answer
-from jax_instructblip.evaluation.metric import MetricError
-from jax_instructblip.evaluation.scoring import score
-from jax_instructblip.evaluation.stored import Row
-from jax_instructblip.evaluation.task import check_choices, open_task, pick_numbers
-from jax_instructblip.evaluation.units import plan
+from jax_instructblip.evaluation.task import pick_numbers
 from jax_instructblip.folders import write_file
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.inference.questions import prompt_limit
-from jax_instructblip.models.instructblip import InstructBlip
 
 CHUNK_BATCHES = 8  # batches whose images are in memory at once
 NO_TASK = "all"  # the family of records that name none
@@ -54,67 +43,66 @@ class Prediction:
     problem: str = ""
 
 
-def evaluate(
-    *,
-    model: InstructBlip,
-    params: dict[str, Any],
-    text: TextProcessor,
-    records: Sequence[Record],
-    mesh: Mesh | None = None,
-    limit: int = 0,
-    batch_size: int = 64,
-    max_new_tokens: int = 30,
-    path: str = "",
-    split: str = "",
-) -> dict[str, float]:
-    """`accuracy`, by which a run chooses its best checkpoint, and what else there is to say.
+class Measured(NamedTuple):
+    """What a model reaches on some records.
 
-    Of a folder `path` that `jax-instructblip prepare` wrote, `accuracy` is the value of the
-    dataset's own metric (of captions CIDEr), with the prompt and the settings of its preset, and
-    the other values follow by name. Of other records it is exact match of whole answers, the mean
-    over the task families, with `accuracy/FAMILY`. `limit` questions are taken; 0 takes all.
-
-    On a mesh of several processes each calls it with the same records and gets the same numbers.
-
-    Raises:
-      MetricError: the dataset cannot be scored here.
+    Attributes:
+      scores: {"count": n, "mean": {"tuned": share, "blind": ...}, "tasks": {family: {"count": n,
+        "tuned": share, ...}}, "problems": [line, ...]}, as in `results.json`.
+      predictions: in the order of the records.
     """
-    silent = jax.process_index() > 0
-    blip = InstructBlipPipeline(
-        model.variant, params, text, dtype=model.dtype, mesh=mesh, silent=silent
-    )
-    if name := dataset_name(path) if path else "":
-        return _benchmark(blip, BENCHMARKS[name], Path(path), split, limit, batch_size)
-    predictions = answer(
-        blip, pick(records, limit), batch_size=batch_size, max_new_tokens=max_new_tokens
-    )
-    by_task = accuracies(predictions)
-    return {
-        "accuracy": mean(by_task),
-        **{f"accuracy/{task}": value for task, value in by_task.items()},
-    }
+
+    scores: dict[str, Any]
+    predictions: list[Prediction]
 
 
-def _benchmark(
+def measure(
     blip: InstructBlipPipeline,
-    benchmark: Benchmark,
-    path: Path,
-    split: str,
-    limit: int,
-    batch_size: int,
-) -> dict[str, float]:
-    task = open_task(benchmark, path, blip.variant.llm.kind, split=split, limit=limit)
-    size = max(1, batch_size // blip.splits)
-    questions = plan(task, blip.text, size)
-    check_choices(task, questions.records)
-    rows: list[Row] = []
-    blip.silent = True
-    answer_task(blip, task, questions, size=size, take=rows.extend)
-    _, scores, reason = score(task, rows, questions.records)
-    if scores is None:
-        raise MetricError(f"{path} cannot validate: {reason}")
-    main = next(iter(scores.values.values()))
-    return {"accuracy": main, **scores.values}
+    records: Sequence[Record],
+    *,
+    before: InstructBlipPipeline | None = None,
+    blind: bool = True,
+    **settings: int,
+) -> Measured:
+    """Accuracies by family of `blip` (`tuned`), of the best constant answer (`majority`), and more.
+
+    With `blind`, also those of the same model shown black images; with `before`, those of the model
+    that it was tuned from. `settings` are those of `answer`.
+    """
+    predictions = answer(blip, records, **settings)
+    columns = {"tuned": accuracies(predictions), "majority": majority_accuracies(predictions)}
+    if blind:
+        columns["blind"] = accuracies(answer(blip, records, blind=True, **settings))
+    if before is not None:
+        columns["before"] = accuracies(answer(before, records, **settings))
+    counts = collections.Counter(prediction.task for prediction in predictions)
+    scores = {
+        "count": len(records),
+        "mean": {name: mean(values) for name, values in columns.items()},
+        "tasks": {
+            task: {
+                "count": counts[task],
+                **{name: values[task] for name, values in columns.items()},
+            }
+            for task in sorted(counts)
+        },
+        "problems": [f"{each.id}: {each.problem}" for each in predictions if each.problem],
+    }
+    return Measured(scores, predictions)
+
+
+def table(split: str, scores: dict[str, Any]) -> str:
+    """The scores of a split as lines to print, and what could not be asked."""
+    columns = list(scores["mean"])
+    width = max(len("mean of the families"), *map(len, scores["tasks"]))
+    lines = [f"\n{split:{width}}  questions  " + "  ".join(f"{name:>8}" for name in columns)]
+    rows = {**scores["tasks"], "mean of the families": {"count": scores["count"], **scores["mean"]}}
+    for name, values in rows.items():
+        cells = "  ".join(f"{values[column]:8.1%}" for column in columns)
+        lines.append(f"{name:{width}}  {values['count']:9}  {cells}")
+    for problem in scores["problems"]:
+        lines.append(f"could not be asked: {problem}")
+    return "\n".join(lines)
 
 
 def pick(records: Sequence[Record], limit: int) -> list[Record]:
