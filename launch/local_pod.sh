@@ -30,17 +30,17 @@ if [[ -n $dry ]]; then
 fi
 
 prepare "${EXTRAS:-}"
+# Below the ports that the system gives to outgoing connections, of which one might come first.
 free_port='
-import socket
+import random, socket
 while True:
-    with socket.create_server(("", 0)) as first:
-        port = first.getsockname()[1]
-        try:
-            socket.create_server(("", port + 1)).close()
-        except OSError:
-            continue
-        print(port)
-        break'
+    port = random.randrange(20_000, 32_000)
+    try:
+        with socket.create_server(("", port)), socket.create_server(("", port + 1)):
+            print(port)
+            break
+    except OSError:
+        continue'
 port=${PORT:-$("$python" -c "$free_port")}
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices
 export JAX_COORDINATOR_ADDRESS=localhost:$port JAX_NUM_PROCESSES=$count

@@ -1,13 +1,12 @@
 """What may import what, and what importing may not bring along."""
 
 import ast
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.interpreter import run_python
 
 PACKAGE = Path(__file__).resolve().parents[1] / "jax_instructblip"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -42,15 +41,6 @@ ABSENT = (
     *("grain", "tensorflow_datasets", "array_record", "ml_collections", "tensorboardX"),
     *("matplotlib", "torch", "tensorflow"),
 )
-
-
-def _python(code: str) -> str:
-    """What a new interpreter prints; its error if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def _part(path: Path) -> str:
@@ -147,7 +137,7 @@ def test_files_are_named_by_concern_and_short():
 
 
 def test_the_package_imports_nothing_heavy():
-    heavy = _python("""
+    heavy = run_python("""
         import sys
         import jax_instructblip
         print(*{"jax", "flax", "transformers", "numpy"} & set(sys.modules))
@@ -156,7 +146,7 @@ def test_the_package_imports_nothing_heavy():
 
 
 def test_public_names():
-    names = _python("""
+    names = run_python("""
         import jax_instructblip
         print(callable(jax_instructblip.load), jax_instructblip.Answer.__name__)
         print("load" in dir(jax_instructblip))
@@ -174,7 +164,7 @@ def test_public_names():
 
 @pytest.mark.parametrize("module", ["models.instructblip", "inference.pipeline", "training.step"])
 def test_computing_needs_no_data_library(module):
-    _python(f"""
+    run_python(f"""
         import sys
         sys.modules.update(dict.fromkeys({ABSENT!r}))  # importing one of these now fails
         import jax_instructblip.{module}
@@ -188,7 +178,7 @@ def test_no_module_brings_torch_or_tensorflow():
         if path.stem not in ("__init__", "__main__")
     ]
     # tensorboardX tries to import torch, for those who hand it tensors: a stand-in takes its place.
-    found = _python(f"""
+    found = run_python(f"""
         import importlib, sys, types
         sys.modules["tensorboardX"] = types.SimpleNamespace(SummaryWriter=None)
         for module in {modules!r}:

@@ -1,9 +1,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +15,7 @@ from jax_instructblip.inference.pipeline import Answer, InstructBlipPipeline
 from jax_instructblip.inference.questions import compacted, make_parts, pair
 from jax_instructblip.inference.source import resolve_checkpoint
 from tests.compile_counter import count_compiles
+from tests.interpreter import run_python
 from tests.small_checkpoint import KINDS, write_checkpoint
 
 NEW = 12  # tokens of an answer
@@ -385,13 +383,6 @@ blip = jax_instructblip.load({str(folders["t5"])!r}, mesh=make_mesh())
 found = blip.generate(images(3), PROMPTS[:3], max_new_tokens={NEW}, batch_size=3)
 print(json.dumps([answer.tokens for answer in found]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    found = run_python(code, devices=2)
     expected = t5.generate(images(3), PROMPTS[:3], max_new_tokens=NEW)
-    assert json.loads(done.stdout) == [list(answer.tokens) for answer in expected]
+    assert json.loads(found) == [list(answer.tokens) for answer in expected]

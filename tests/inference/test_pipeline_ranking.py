@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +13,7 @@ from jax_instructblip.data.batch import IGNORE, collate
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from tests.compile_counter import count_compiles
 from tests.inference.test_ranking import NOISE
+from tests.interpreter import run_python
 from tests.micro import COLORS, QUESTION
 
 
@@ -132,14 +129,7 @@ blip = jax_instructblip.load({str(folder)!r}, mesh=make_mesh())
 for candidates in ({lists!r}, {lists[1]!r}):
     print(json.dumps(blip.rank(pictures(3), [QUESTION], candidates).tolist()))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    for candidates, line in zip((lists, lists[1]), done.stdout.splitlines(), strict=True):
+    found = run_python(code, devices=2)
+    for candidates, line in zip((lists, lists[1]), found.splitlines(), strict=True):
         expected = blip.rank(pictures(3), [QUESTION], candidates)
         np.testing.assert_allclose(json.loads(line), expected, rtol=0, atol=NOISE)

@@ -15,6 +15,7 @@ import pytest
 
 from jax_instructblip.parallel import distributed
 from jax_instructblip.parallel.distributed import Cluster, ClusterError, find_cluster, first_host
+from tests.parallel.ports import free_port
 
 SLURM = {
     "SLURM_PROCID": "3",
@@ -27,14 +28,7 @@ SLURM = {
 @pytest.fixture
 def address():
     """A coordinator whose port, and the next one, are free."""
-    while True:
-        with socket.create_server(("", 0)) as server:
-            port = server.getsockname()[1]
-            try:
-                socket.create_server(("", port + 1)).close()
-                return f"localhost:{port}"
-            except OSError:
-                continue
+    return f"localhost:{free_port()}"
 
 
 def test_alone_unless_somebody_says_otherwise():

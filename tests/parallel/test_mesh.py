@@ -1,14 +1,10 @@
-import os
-import subprocess
-import sys
-import textwrap
-
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType
 
 from jax_instructblip.parallel.mesh import batch_sharding, local_rows, make_mesh, replicated
+from tests.interpreter import run_python
 
 
 def test_has_all_axes_and_they_are_auto():
@@ -56,12 +52,7 @@ for sizes in ({}, {"data": 2, "fsdp": -1, "tensor": 2}, {"data": 1, "tensor": -1
 
 
 def test_eight_devices():
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(EIGHT)],
-        check=True,
-        timeout=300,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
-    )
+    run_python(EIGHT, devices=8)
 
 
 def test_rows_are_those_of_the_devices():

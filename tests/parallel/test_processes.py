@@ -1,12 +1,10 @@
 """Real processes that work on one run, each with devices of its own, as the hosts of a pod do."""
 
-import contextlib
 import json
 import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ from jax_instructblip import checkpoint
 from jax_instructblip.training.metrics import read_metrics
 from tests.micro import compile_cache, write_base, write_data
 from tests.parallel import chaos
+from tests.parallel.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -56,15 +55,6 @@ def words(files, workdir, **fields):
     }
     overrides = [f"--config.{name}={value}" for name, value in (values | fields).items()]
     return ["train", "--config", "configs/custom_jsonl.py", *overrides]
-
-
-def free_port():
-    """A port that is free, as the next one is."""
-    while True:
-        with socket.create_server(("", 0)) as server, contextlib.suppress(OSError):
-            port = server.getsockname()[1]
-            socket.create_server(("", port + 1)).close()
-            return port
 
 
 def start(count, devices, arguments, here=None):
@@ -109,7 +99,9 @@ def wait_for_step(started, workdir, step):
     """Returns when that many lines of metrics are there."""
     deadline = time.monotonic() + LIMIT
     while not workdir.is_dir() or len(read_metrics(workdir)) < step:
-        assert time.monotonic() < deadline and all(each.poll() is None for each in started)
+        if time.monotonic() > deadline or any(each.poll() is not None for each in started):
+            said = "\n".join(said for said, _ in ended(started))
+            raise AssertionError(f"ended, or slow, before step {step}:\n{said}")
         time.sleep(0.02)
 
 

@@ -1,8 +1,5 @@
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +10,7 @@ from jax_instructblip.models.variants import VARIANTS, get_variant
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.parallel.topology import CHIPS, Topology
 from jax_instructblip.training import advice, plan
+from tests.interpreter import run_module
 from tests.micro import micro
 from tests.training.planned import job_of
 
@@ -21,16 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def planned():
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.training.planned"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_module("tests.training.planned", devices=8).splitlines()[-1])
 
 
 @pytest.mark.parametrize("mesh", ["8x1x1", "1x8x1", "2x2x2"])

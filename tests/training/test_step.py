@@ -1,6 +1,4 @@
 import functools
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +11,7 @@ from jax_instructblip.training import flops
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
 from jax_instructblip.training.step import compile_step, summed_loss, train_step
+from tests.interpreter import run_python
 from tests.micro import micro
 
 KINDS = ("llama", "t5")
@@ -223,7 +222,7 @@ for name in {absent + ["matplotlib", "torch", "tensorflow"]}:
     sys.modules[name] = None
 import jax_instructblip.training.step, jax_instructblip.training.checkpoints
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    run_python(code)
 
 
 def test_a_step_without_a_finite_loss_is_skipped_whole(tuning):
