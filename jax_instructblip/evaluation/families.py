@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -62,19 +63,21 @@ def measure(
     *,
     before: InstructBlipPipeline | None = None,
     blind: bool = True,
-    **settings: int,
+    batch_size: int = 64,
+    max_new_tokens: int = 30,
 ) -> Measured:
     """Accuracies by family of `blip` (`tuned`), of the best constant answer (`majority`), and more.
 
     With `blind`, also those of the same model shown black images; with `before`, those of the model
-    that it was tuned from. `settings` are those of `answer`.
+    that it was tuned from. The other arguments are those of `answer`.
     """
-    predictions = answer(blip, records, **settings)
+    ask = functools.partial(answer, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    predictions = ask(blip, records)
     columns = {"tuned": accuracies(predictions), "majority": majority_accuracies(predictions)}
     if blind:
-        columns["blind"] = accuracies(answer(blip, records, blind=True, **settings))
+        columns["blind"] = accuracies(ask(blip, records, blind=True))
     if before is not None:
-        columns["before"] = accuracies(answer(before, records, **settings))
+        columns["before"] = accuracies(ask(before, records))
     counts = collections.Counter(prediction.task for prediction in predictions)
     scores = {
         "count": len(records),
