@@ -1,5 +1,7 @@
 """The released sizes for real: gigabytes and minutes, so only with `pytest -m full`.
 
+Converted and exported; and FlanT5-XL as transformers, answering about a photograph, learning.
+
 Set JAX_INSTRUCTBLIP_FULL_SIZE to a folder with 25 GB of room (Vicuna: 35 GB) to keep what is made
 for the next run; without it a temporary folder is used and emptied. Figures go to
 benchmarks/results/.
@@ -142,3 +144,34 @@ def test_export_of_the_full_size_is_bit_equal(place, shared):
         peak_memory_gigabytes=round(peak / 1e9, 3),
     )
     assert peak <= MEMORY_LIMIT[variant]
+
+
+@pytest.fixture(scope="module")
+def figures(place, shared):
+    """What `benchmarks.full_size` recorded of FlanT5-XL; each stage ran in a process of its own."""
+    pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
+    variant = "instructblip-flan-t5-xl"
+    folder, ours = forged(place, shared, variant), place / SHORT[variant]
+    if not ours.exists():
+        run_measured("convert", folder, "--out", ours, "--variant", variant)
+    out = RESULTS / "full_size_flan_t5_xl.json"
+    words = ["--folder", folder, "--checkpoint", ours, "--out", out]
+    words += ["--photo", shared / "data" / "images" / "lavis" / "Confusing-Pictures.jpg"]
+    command = [sys.executable, "-m", "benchmarks.full_size", *map(str, words)]
+    subprocess.run(command, check=True, cwd=RESULTS.parents[1])
+    return json.loads(out.read_text())["results"]
+
+
+def test_float32_logits_are_those_of_transformers(figures):
+    assert figures["ours"]["relative_error"] <= 1e-3
+
+
+def test_a_question_about_a_photograph_is_answered(figures):
+    assert figures["answer"]["tokens"] == 8
+
+
+def test_one_step_of_tuning_fits_in_memory(figures):
+    """8 GB of frozen weights, 3 GB of trained ones with moments and gradient, and activations."""
+    first, second = figures["train"]["steps"]
+    assert first["tokens"] == second["tokens"] > 1
+    assert figures["train"]["peak_gigabytes"] < 20

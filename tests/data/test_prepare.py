@@ -12,48 +12,19 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from jax_instructblip.data import builder, prepare
 from jax_instructblip.data.images import decode
-from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.readers.files import AnnotationError
 from jax_instructblip.data.records import Record
+from tests.data.toy import COUNT, TOY, write_raw
 
-COUNT, SIZE = 25, 10
-
-
-def read(raw, split):
-    """A reader whose pictures are 0.png ... 4.png in turn."""
-    for index in range(COUNT):
-        image = str(raw / f"{index % 5}.png")
-        yield Record(f"r{index}", (image,), f"what is {index}?", ("a",), task="toy", split=split)
-
-
-TOY = Dataset(
-    name="toy",
-    family="image question answering",
-    held_in=True,
-    read=read,
-    files={"train": ("toy.json",), "test": ("toy.json",)},
-    counts={"train": COUNT},
-    templates="question",
-    prompt="{question}",
-    metric="accuracy",
-    ranking=False,
-    licence="",
-    source="",
-)
+SIZE = 10
 
 
 @pytest.fixture
 def raw(tmp_path):
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    (folder / "toy.json").touch()
-    for value in range(5):
-        Image.new("RGB", (8, 6), (value, 0, 0)).save(folder / f"{value}.png")
-    return folder
+    return write_raw(tmp_path / "raw")
 
 
 def contents(folder):

@@ -8,12 +8,13 @@ from configs import common
 from jax_instructblip.data import prepare
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.training.setup import read_mixture
-from tests.data.test_prepare import COUNT, TOY, raw  # noqa: F401  the fixture
+from tests.data.toy import COUNT, TOY, write_raw
 
 
 @pytest.fixture
-def prepared(raw, tmp_path):  # noqa: F811
+def prepared(tmp_path):
     """Writes a small dataset under a name of the table."""
+    raw = write_raw(tmp_path / "raw")
 
     def write(name):
         toy = dataclasses.replace(TOY, name=name, files={"train": ()})
