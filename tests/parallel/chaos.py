@@ -71,9 +71,10 @@ class Chaos:
         """Returns when the moment has come, or a process has ended."""
         wanted, limit = step + self.draw.randint(1, 2 * EVERY), time.monotonic() + WAIT_LIMIT
         strike = time.monotonic() + self.draw.uniform(0.0, 8.0)
-        old = self.hidden()
+        old, began = self.hidden(), time.time()
         while all(process.poll() is None for process in processes):
-            lines = read_metrics(self.workdir)
+            # What the run before has written of later steps stands there until they are made again.
+            lines = [line for line in read_metrics(self.workdir) if line["time"] > began]
             if moment == "start" and time.monotonic() > strike:
                 return
             if moment == "step" and lines and lines[-1]["step"] >= wanted:

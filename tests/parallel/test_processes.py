@@ -57,7 +57,7 @@ def words(files, workdir, **fields):
     return ["train", "--config", "configs/custom_jsonl.py", *overrides]
 
 
-def start(count, devices, arguments, here=None):
+def start(count, devices, arguments, here=None, program=("jax_instructblip",)):
     """The processes of a run, or the first `here` of them."""
     port = free_port()
     started = []
@@ -75,7 +75,7 @@ def start(count, devices, arguments, here=None):
         }
         started.append(
             subprocess.Popen(
-                [sys.executable, "-m", "jax_instructblip", *arguments],
+                [sys.executable, "-m", *program, *arguments],
                 cwd=ROOT,
                 env=environment,
                 text=True,
@@ -184,6 +184,26 @@ def test_an_absent_process_is_named_within_the_limit(files, tmp_path):
     ((said, code),) = ended(start(2, 1, arguments, here=1))
     assert code == 1 and time.monotonic() - began < 60
     assert "1 of 2 processes are here, absent: 1" in said
+
+
+@pytest.mark.full
+def test_spoilt_steps_are_skipped_by_all_and_written_down_once(files, together, tmp_path):
+    """Until they are too many in a row: then all end, with the same sentence."""
+    workdir = tmp_path / "run"
+    fields = {"train.non_finite": "skip", "train.non_finite_limit": 3}
+    program = ("tests.parallel.spoil", "3,6,7,10,11,12")
+    found = ended(start(2, 2, words(files, workdir, **fields), program=program))
+    assert [code for _, code in found] == [1, 1]
+    for said, _ in found:  # by itself, or told by the one that was first
+        assert "step 12: loss nan" in said and "3 in a row" in said, said
+    noted = [json.loads(line) for line in (workdir / "non_finite.jsonl").read_text().splitlines()]
+    assert [each["step"] for each in noted] == [3, 6, 7, 10, 11, 12]
+    assert all(len(set(each["samples"])) == 8 and each["skipped"] for each in noted)
+    lines = {line["step"]: line for line in read_metrics(workdir)}
+    assert [step for step in lines if lines[step]["skipped"]] == [3, 6, 7, 10, 11]
+    for step in (1, 2):  # the steps behind them start from other weights
+        assert lines[step]["loss"] == together[0][step - 1, 0]
+    assert all(np.isfinite(lines[step]["loss"]) for step in (4, 5, 8, 9))
 
 
 def survive(files, folder, moments, seed, unbroken, steps=STEPS):

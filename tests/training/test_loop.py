@@ -19,6 +19,7 @@ from jax_instructblip.training import loop
 from jax_instructblip.training.metrics import Window, read_metrics
 from tests.bucket import bucket
 from tests.micro import compile_cache, write_base, write_data
+from tests.parallel.spoil import spoilt
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -257,19 +258,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path):
 def test_spoilt_steps_are_skipped_and_written_down_until_they_are_too_many(
     files, tmp_path, monkeypatch
 ):
-    make, spoilt, calls = loop.compile_step, {2, 3, 6, 7, 8, 9}, [0]
-
-    def spoiling(**settings):
-        step = make(**settings)
-
-        def call(state, frozen, batch, rng):
-            calls[0] += 1
-            if calls[0] in spoilt:
-                frozen = jax.tree.map(lambda leaf: leaf * np.float32("nan"), frozen)
-            return step(state, frozen, batch, rng)
-
-        return call
-
+    spoiling = spoilt(loop.compile_step, {2, 3, 6, 7, 8, 9})
     monkeypatch.setattr(loop, "compile_step", spoiling)
     fields = {"train.non_finite": "skip", "train.non_finite_limit": 3, "train.log_every": 2}
     config = make_config(files, tmp_path / "run", **fields, **{"train.steps": 12})
