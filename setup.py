@@ -15,6 +15,7 @@ DEPENDENCIES = [
     "optax>=0.2.8",  # AdamW and its schedules
     "orbax-checkpoint>=0.12.8",  # checkpoints, saved leaf by leaf (experimental.v1.partial)
     "etils[epath]>=1.12",  # addresses of object stores; with gcsfs or s3fs, which the user adds
+    "fsspec>=2024.6",  # lists what is there; etils goes through it, too
     "jaxtyping>=0.3.11",  # shapes in the signatures of models/
     "numpy>=2.0",  # examples, one at a time, before they become batches
     # Released checkpoints: their configurations, tokenizers and tensors.

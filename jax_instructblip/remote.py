@@ -8,13 +8,17 @@ import errno
 import os
 import time
 import uuid
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from etils import epath
 
 LIBRARIES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # that etils.epath asks for
 TRIES = 3  # of each file: stores fail now and then
+AT_ONCE = 16  # files on their way: a store takes a tenth of a second for the smallest
 PAUSE_SECONDS = 1.0  # after the first failure; twice as long after the next one
 
 
@@ -69,9 +73,13 @@ def put(local: Path, folder: str, *, last: str = "") -> None:
     Raises:
         OSError: a file could not be copied; `last` is not there then.
     """
-    files = sorted(path for path in local.rglob("*") if path.is_file())
-    for path in sorted(files, key=lambda path: path == local / last):
-        _try(_copy, path, epath.Path(folder) / path.relative_to(local).as_posix())
+    place = epath.Path(folder)
+    target = lambda path: place / path.relative_to(local).as_posix()
+    files = {path: target(path) for path in sorted(local.rglob("*")) if path.is_file()}
+    final = files.pop(local / last, None)
+    _copy_all(files)
+    if final is not None:
+        _copy_all({local / last: final})
 
 
 def put_file(path: Path, folder: str) -> None:
@@ -82,11 +90,9 @@ def put_file(path: Path, folder: str) -> None:
 
 def get(folder: str, local: Path) -> None:
     """Copies all files of the folder below `local`; raises OSError."""
-    for path in epath.Path(folder).iterdir():
-        if path.is_dir():
-            get(os.fspath(path), local / path.name)
-        else:
-            _try(_copy, path, local / path.name)
+    system, place = fsspec.url_to_fs(folder)
+    names = [name.removeprefix(place).lstrip("/") for name in _try(system.find, place)]
+    _copy_all({epath.Path(folder) / name: local / name for name in names})
 
 
 def remove(folder: str, *, first: str = "") -> None:
@@ -96,6 +102,18 @@ def remove(folder: str, *, first: str = "") -> None:
         _try((place / first).unlink)
     if place.exists():
         _try(place.rmtree)
+
+
+def _copy_all(pairs: Mapping[Any, Any]) -> None:
+    """Copies files to files, some at a time; raises the first OSError."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        copies = [pool.submit(_try, _copy, *pair) for pair in pairs.items()]
+        try:
+            for copy in copies:
+                copy.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _copy(source: Any, target: Any) -> None:
