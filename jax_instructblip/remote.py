@@ -8,7 +8,7 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,8 @@ def _copy(source: Any, target: Any) -> None:
         raise OSError(f"{target} has {found} bytes, expected {wanted}")
 
 
-def _try(work: Any, *arguments: Any) -> None:
+def _try(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What it returns; an OSError after so many failures."""
     for number in range(1, TRIES + 1):
         try:
             return work(*arguments)
