@@ -9,6 +9,7 @@ the difference of the step times shows.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -83,7 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default=str(ROOT / "benchmarks/results/checkpoint_stall.json"))
     flags = parser.parse_args(argv)
     result = {
+        "command": " ".join(["python -m benchmarks.checkpoint_stall", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "jax": importlib.metadata.version("jax"),
         **measure(flags.steps, flags.every),
     }
     text = json.dumps(result, indent=1)

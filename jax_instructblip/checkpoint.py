@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401 - teaches numpy the name bfloat16
 import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
@@ -38,6 +37,7 @@ from jax_instructblip.manifest import (
     compare,
     describe,
     described,
+    dtype_of,
     entry_of,
     listed,
     manifest_bytes,
@@ -196,7 +196,7 @@ def read_parts(
     for path, entry in manifest.items():
         name = ".".join("0" * max(len(entry["shape"]), 1))  # of Zarr's only chunk
         file = folder / PARAMS / "state" / path.replace("/", ".") / name
-        kept[path] = place(path, StoredLeaf(file, entry["shape"], entry["dtype"]))
+        kept[path] = place(path, StoredLeaf(file, entry["shape"], dtype_of(entry)))
     return unflatten(kept)
 
 
@@ -355,7 +355,7 @@ def _stored(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         reason = _reason(error)
     damaged: list[str] = []  # the leaves that cannot be read one by one name the damage
     for path, entry in manifest.items():
-        zero = np.broadcast_to(np.zeros((), np.dtype(entry["dtype"])), entry["shape"])
+        zero = np.broadcast_to(np.zeros((), dtype_of(entry)), entry["shape"])
         for _ in _load(folder, {path: zero}, damaged):
             pass
     raise CheckpointError(

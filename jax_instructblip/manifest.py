@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - teaches numpy the name bfloat16
+import ml_dtypes
 import numpy as np
 
 MANIFEST = "manifest.json"
@@ -35,9 +35,13 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> int:
     """Bytes of all leaves of a manifest."""
-    return sum(
-        math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize for entry in manifest.values()
-    )
+    return sum(math.prod(entry["shape"]) * dtype_of(entry).itemsize for entry in manifest.values())
+
+
+def dtype_of(entry: Mapping[str, Any]) -> np.dtype:
+    """The dtype of a leaf, numpy's own or one that it lacks (bfloat16)."""
+    name = entry["dtype"]
+    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def manifest_digest(folder: str | os.PathLike) -> str:

@@ -89,9 +89,11 @@ def put_file(path: Path, folder: str) -> None:
 
 
 def get(folder: str, local: Path) -> None:
-    """Copies all files of the folder below `local`; raises OSError."""
+    """Copies all files of the folder below `local`; raises OSError, also where there are none."""
     system, place = fsspec.url_to_fs(folder)
     names = [name.removeprefix(place).lstrip("/") for name in _try(system.find, place)]
+    if not names:
+        raise FileNotFoundError(errno.ENOENT, f"{folder} has no files")
     _copy_all({epath.Path(folder) / name: local / name for name in names})
 
 

@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - teaches numpy the name bfloat16
 import numpy as np
 
 _read = {"bytes": 0}

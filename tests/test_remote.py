@@ -43,6 +43,9 @@ def test_a_folder_comes_back_and_its_last_file_is_put_last(store, tmp_path):
     remote.remove("gs://bucket/there", first="a.json")
     assert remote.names("gs://bucket/there") == [] and not remote.names("gs://nowhere/x")
     assert remote.read("gs://bucket/there", "a.json") is None
+    with pytest.raises(FileNotFoundError, match="gs://bucket/there has no files"):
+        remote.get("gs://bucket/there", tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_files_travel_together(store, tmp_path):

@@ -179,7 +179,7 @@ def _sweep(
         if "verdict" in report:
             found.append(report)
         print(f"  {report.get('verdict', report.get('error'))}", flush=True)
-    chosen = advice.best(found)
+    chosen = advice.best(found, first)
     print("\n".join(table(found)))
     if chosen is None:
         print("none of these fits: raise --tries, or take more chips")

@@ -158,16 +158,19 @@ def estimate(report: Mapping[str, Any], chip: Chip) -> dict[str, float]:
     }
 
 
-def best(reports: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Of those that fit the one with the most samples a second; then the one that moves least.
+def best(reports: Sequence[Mapping[str, Any]], batch: int) -> Mapping[str, Any] | None:
+    """Of those that fit the one with the most samples a second.
 
-    Of CPUs no speed is known: there a sample counts as much on any mesh.
+    Of equals one of that `batch`, the config's, since another one trains otherwise; then the one
+    that moves least for a sample. Of CPUs no speed is known: there a sample counts as much on any
+    mesh.
     """
 
-    def rate(each: Mapping[str, Any]) -> tuple[float, float]:
+    def rate(each: Mapping[str, Any]) -> tuple[float, bool, float]:
         bounds = each.get("bounds")
         seconds = max(bounds["compute"], bounds["links"]) if bounds else each["batch"]
-        return round(each["batch"] / seconds, 3), -each["moved_bytes"]
+        moved = each["moved_bytes"] / each["batch"]
+        return round(each["batch"] / seconds, 3), each["batch"] == batch, -moved
 
     return max((each for each in reports if each["fits"]), key=rate, default=None)
 

@@ -21,7 +21,7 @@ def tensors(folder):
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 - no mapping
+            for key in sorted(file.keys()):
                 assert key not in found
                 found[key] = file.get_tensor(key)
     return found

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -241,6 +242,8 @@ def test_killed_twenty_times_the_run_ends_as_if_unbroken(files, tmp_path):
     )
     result = {
         "what": "2 gloo processes of 2 devices; one is killed (kill -9) 20 times; all start again",
+        "command": "pytest -n0 -m full tests/parallel/test_processes.py -k twenty",
+        "jax": jax.__version__,
         "seed": seed,
         "steps": steps,
         "steps_between_checkpoints": chaos.EVERY,

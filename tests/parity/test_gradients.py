@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip.trees import flatten
-
-pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
-from tests.parity import towers  # noqa: E402
+from tests.parity import towers
 
 GRADIENT = 1e-4  # of the largest gradient of the tower
 

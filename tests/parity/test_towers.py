@@ -14,9 +14,9 @@ from jax_instructblip.models.qformer import QFormerLayer
 from jax_instructblip.models.t5 import T5Layer, T5Stack
 from jax_instructblip.models.vision import VisionBlock
 from tests.numerics import error
+from tests.parity import stages, towers
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
-from tests.parity import stages, towers  # noqa: E402
 
 LAYER, TOWER, LOSS = 1e-5, 1e-4, 1e-5  # parts of the largest value; the loss absolutely
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
 
@@ -23,6 +23,8 @@ from jax_instructblip.convert.hf import read_hf
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.training.loss import IGNORE
 from tests.parity.stages import stages
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
 
 RELEASED = {"t5": "instructblip-flan-t5-xl", "vicuna": "instructblip-vicuna-7b"}
 FOLDERS = tuple(f"{kind}-{form}" for kind in RELEASED for form in ("forged", "seed1", "odd"))
@@ -171,7 +173,7 @@ class Pair:
 
     def torch_gradients(self) -> dict[str, np.ndarray]:
         """Their gradients by the paths of our Q-Former tree, moved as its weights are."""
-        self.theirs  # noqa: B018 - takes the gradients
+        _ = self.theirs  # takes the gradients
         given = {
             name: np.zeros(leaf.shape, np.float32) if leaf.grad is None else leaf.grad.numpy()
             for name, leaf in self.torch.named_parameters()

@@ -145,15 +145,21 @@ def test_the_best_of_several():
         "moved_bytes": 5,
         **more,
     }
-    assert advice.best([row(fits=False)]) is None
+    assert advice.best([row(fits=False)], 8) is None
     slow = row(bounds={"compute": 1.0, "links": 2.0}, moved_bytes=1)
     least = row(moved_bytes=4)
-    assert advice.best([slow, row(), least, row(fits=False, batch=99)]) is least
+    assert advice.best([slow, row(), least, row(fits=False, batch=99)], 8) is least
+    half = row(batch=4, bounds={"compute": 0.5, "links": 0.1}, moved_bytes=1)
+    assert advice.best([half, least], 8) is least  # as fast, and what the config trains with
+    assert advice.best([half, row(moved_bytes=1)], 16) == row(moved_bytes=1)  # least for a sample
+    faster = row(batch=4, bounds={"compute": 0.4, "links": 0.1})
+    assert advice.best([faster, least], 8) is faster
 
 
 def test_the_best_where_no_speed_is_known():
     row = lambda batch, moved: {"fits": True, "batch": batch, "moved_bytes": moved}
-    assert advice.best([row(8, 3), row(4, 2), row(16, 5)]) == row(4, 2)
+    assert advice.best([row(8, 3), row(4, 2), row(16, 5)], 2) == row(16, 5)
+    assert advice.best([row(8, 3), row(4, 2), row(16, 5)], 4) == row(4, 2)
 
 
 def test_meshes_that_move_less_come_first():
