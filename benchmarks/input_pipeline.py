@@ -248,6 +248,7 @@ def child(flags: argparse.Namespace, measure: str, **fields: Any) -> dict[str, f
         "workers",
         "batches",
         "samples",
+        "least_pixels",
     ):
         if given[name] is not None:
             words += [f"--{name}", str(given[name])]
@@ -289,7 +290,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=30, help="measured in each round")
     parser.add_argument("--samples", type=int, default=20_000, help="read to see memory grow")
-    parser.add_argument("--least_pixels", type=float, default=0.6, help="as in configs/common.py")
+    parser.add_argument(
+        "--least_pixels", type=float, default=0.6, help="as in configs/common.py, inf: exact"
+    )
     parser.add_argument("--out", type=pathlib.Path, help="JSON file")
     for name in ("--work", "--side", "--measure"):
         parser.add_argument(name, help=argparse.SUPPRESS)

@@ -14,6 +14,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,8 +23,18 @@ KINDS, SPLITS = ("llama", "t5"), ("test", "test_pairs", "test_families")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-def run(folder: pathlib.Path, kind: str, aware: bool, seed: int, limit: int) -> dict[str, Any]:
-    """What `results.json` of the run says; it is trained and evaluated first where it is not."""
+def run(
+    folder: pathlib.Path,
+    kind: str,
+    aware: bool,
+    seed: int,
+    limit: int,
+    others: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What `results.json` of the run says; it is trained and evaluated first where it is not.
+
+    `others` are further fields of the config and their values.
+    """
     if not (folder / "results.json").is_file():
         program = [sys.executable, "-m", "jax_instructblip"]
         fields = {
@@ -31,6 +42,7 @@ def run(folder: pathlib.Path, kind: str, aware: bool, seed: int, limit: int) -> 
             "model.checkpoint": f"shapes_{kind}",
             "model.instruction_aware": aware,
             "seed": seed,
+            **(others or {}),
         }
         words = [f"--config.{name}={value}" for name, value in fields.items()]
         train = [*program, "train", "--config", "configs/quickstart.py", *words]
