@@ -30,6 +30,7 @@ import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
 from jax_instructblip import processes
+from jax_instructblip.files import read_json
 from jax_instructblip.folders import atomic_folder, free_bytes
 from jax_instructblip.manifest import (
     MANIFEST,
@@ -230,9 +231,9 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder} is no checkpoint folder: it has no {CONFIG}")
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path, dict)
         found = config.get("format")
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if found != FORMAT:
         why = "update the package" if isinstance(found, int) else "is it another program's folder?"

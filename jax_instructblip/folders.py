@@ -76,17 +76,3 @@ def free_bytes(folder: str | os.PathLike) -> int:
     """Bytes that are free where this folder is or would be made."""
     place = Path(folder).absolute()
     return shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text, blank ones too, without byte order mark and line ends.
-
-    Raises:
-        ValueError: it is no such text; the message names the file and the byte.
-        OSError: it cannot be read.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
-    return text.replace("\r\n", "\n").split("\n")

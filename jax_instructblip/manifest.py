@@ -11,6 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jax_instructblip.files import read_json
+
 MANIFEST = "manifest.json"
 
 
@@ -24,7 +26,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(f"{folder} is no checkpoint folder: it has no {MANIFEST}")
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path, dict)
         for leaf, entry in manifest.items():
             if set(entry) != {"shape", "dtype", "sha256"}:
                 raise ValueError(f"entry {leaf!r} has fields {sorted(entry)}")

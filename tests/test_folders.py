@@ -9,7 +9,6 @@ from jax_instructblip import folders
 from jax_instructblip.folders import (
     atomic_folder,
     free_bytes,
-    read_lines,
     refuse_existing,
     write_file,
 )
@@ -90,12 +89,3 @@ def test_what_cannot_be_written_to_is_told_before_anything_is_made(tmp_path, mon
     # Of a read-only disk; what permissions say does not bind the superuser.
     monkeypatch.setattr(folders.os, "access", lambda place, how: place != tmp_path)
     assert folders.unwritable(tmp_path / "new").startswith(f"{tmp_path} cannot be written to")
-
-
-def test_lines_of_a_text(tmp_path):
-    path = tmp_path / "words.txt"
-    path.write_bytes("\ufeffa dog\r\n\r\nzwei Hünde\n".encode())
-    assert read_lines(path) == ["a dog", "", "zwei Hünde", ""]
-    path.write_bytes(b"a dog\n\xff\n")
-    with pytest.raises(ValueError, match="words.txt is not UTF-8: .* at byte 6"):
-        read_lines(path)

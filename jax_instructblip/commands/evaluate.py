@@ -31,10 +31,11 @@ from jax_instructblip.evaluation.dialogue import read_relevance
 from jax_instructblip.evaluation.placement import choose_mesh
 from jax_instructblip.evaluation.report import write_report
 from jax_instructblip.evaluation.task import Task, open_task
-from jax_instructblip.folders import read_lines, write_file
+from jax_instructblip.files import read_json, read_lines
+from jax_instructblip.folders import write_file
 from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
 from jax_instructblip.inference.scores import LENGTH_RULES
-from jax_instructblip.inference.source import read_json, read_source, weights_digest
+from jax_instructblip.inference.source import read_source, weights_digest
 from jax_instructblip.parallel import distributed
 from jax_instructblip.training.metrics import read_metrics
 from jax_instructblip.training.start import read_start

@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jax_instructblip.commands.train import read_config
+from jax_instructblip.files import read_json
 from jax_instructblip.folders import write_file
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.parallel.topology import GIB, Topology, known, read_topology
@@ -210,7 +211,7 @@ def _elsewhere(words: list[str]) -> dict[str, Any]:
         command = [sys.executable, "-m", "jax_instructblip", "plan", *words, "--json", str(path)]
         done = subprocess.run(command, capture_output=True, text=True)
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return read_json(path, dict, allow_nan=True)
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         return {"error": last[0]}
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jax_instructblip.commands.generate import check_images
-from jax_instructblip.folders import read_lines
+from jax_instructblip.files import read_lines
 from jax_instructblip.inference.pipeline import BATCH_SIZE, load
 from jax_instructblip.inference.questions import pair
 from jax_instructblip.inference.ranking import check_candidates

@@ -22,6 +22,7 @@ from jax_instructblip.convert import hf, transforms
 from jax_instructblip.convert.engine import Drop, Rule, Zeros
 from jax_instructblip.convert.hf_config import ARCHITECTURE, MODEL_TYPE
 from jax_instructblip.convert.safetensors import Writer
+from jax_instructblip.files import TOKENIZER_LIMIT, read_json
 from jax_instructblip.folders import atomic_folder
 from jax_instructblip.models.variants import LlamaConfig, T5Config, Variant
 
@@ -184,7 +185,9 @@ def _main_dtype(manifest: Mapping[str, Any]) -> str:
 
 def _image_token(folder: Path) -> int | None:
     path = folder / "tokenizer" / "tokenizer.json"
-    tokens = json.loads(path.read_text()).get("added_tokens", []) if path.is_file() else []
+    if not path.is_file():
+        return None
+    tokens = read_json(path, dict, limit=TOKENIZER_LIMIT).get("added_tokens", [])
     return next((token["id"] for token in tokens if token["content"] == "<image>"), None)
 
 

@@ -4,10 +4,10 @@ Sizes are as the file has them. What the sources disagree on is taken from it to
 eps, T5's activation, the scaling of decoder outputs. Only LLaMA's special ids are the tokenizer's.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from jax_instructblip import files
 from jax_instructblip.convert.safetensors import ConversionError
 from jax_instructblip.models.variants import (
     VARIANTS,
@@ -144,7 +144,7 @@ def check_variant(folder: Path, found: Variant, name: str) -> None:
 def read_json(path: Path) -> Any:
     """What a JSON file holds; ConversionError where it is missing or no JSON."""
     try:
-        return json.loads(path.read_text())
+        return files.read_json(path, dict, limit=files.TOKENIZER_LIMIT)
     except (OSError, ValueError) as error:
         raise ConversionError(f"{path} cannot be read", [str(error)]) from error
 

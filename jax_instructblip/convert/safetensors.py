@@ -19,6 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jax_instructblip.files import parse_json, read_json
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_LIMIT = 100 * 2**20  # bytes; the format's own limit
 DTYPES: dict[str, np.dtype] = {
@@ -98,7 +100,7 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
 
 def _open_shards(folder: Path) -> dict[str, Tensor]:
     try:
-        index = json.loads((folder / INDEX).read_text())["weight_map"]
+        index = read_json(folder / INDEX, dict)["weight_map"]
         shards = sorted(set(index.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError(
@@ -145,7 +147,7 @@ def _open_file(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             ]
         raw = file.read(length)
     try:
-        header = dict(json.loads(raw))
+        header = dict(parse_json(raw))
         header.pop("__metadata__", None)
         entries = {
             key: (str(e["dtype"]), tuple(map(int, e["shape"])), *map(int, e["data_offsets"]))

@@ -31,6 +31,7 @@ from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.readers.files import AnnotationError
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.video import VideoError, read_frames
+from jax_instructblip.files import ANNOTATION_LIMIT, read_json
 from jax_instructblip.folders import write_file
 
 VERSION = "1.0.0"  # of the layout: raise it where what is stored changes
@@ -119,7 +120,7 @@ def prepare(
 
 def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What `prepare` noted of a finished dataset: counts, digests, records left out."""
-    return json.loads((pathlib.Path(folder) / REPORT).read_text())
+    return read_json(pathlib.Path(folder) / REPORT, dict, limit=ANNOTATION_LIMIT)
 
 
 def raw_candidates(dataset: Dataset, raw: pathlib.Path) -> tuple[str, ...]:
@@ -137,7 +138,7 @@ def write_candidates(dataset: Dataset, raw: pathlib.Path, folder: pathlib.Path) 
 def read_candidates(folder: str | os.PathLike[str]) -> tuple[str, ...]:
     """The same, from a prepared folder."""
     path = pathlib.Path(folder) / CANDIDATES
-    return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ()
+    return tuple(read_json(path, list)) if path.is_file() else ()
 
 
 def choose_splits(dataset: Dataset, raw: pathlib.Path, splits: Sequence[str]) -> list[str]:
@@ -173,7 +174,7 @@ def _begin(draft: pathlib.Path, settings: dict[str, Any]) -> None:
     """Notes how an unfinished run began, or goes on in one that began alike."""
     path = draft / "settings.json"
     if path.is_file():
-        if json.loads(path.read_text()) != settings:
+        if read_json(path) != settings:
             raise PrepareError(
                 f"{draft} was begun with other files, splits or shard size: finish it with those, "
                 "or remove it"
@@ -328,7 +329,7 @@ def _read_note(path: pathlib.Path) -> dict[str, Any] | None:
     """The note of a finished shard; None where it is still to be written."""
     if not (path.is_file() and _note_path(path).is_file()):
         return None
-    return json.loads(_note_path(path).read_text())
+    return read_json(_note_path(path), dict)
 
 
 def summary(dataset: Dataset, split: Split, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -12,13 +12,14 @@ such an object is an error.
 
 import dataclasses
 import difflib
-import json
 import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 from PIL import Image
+
+from jax_instructblip import files
 
 ImageSource = str | bytes | Image.Image
 
@@ -74,12 +75,12 @@ class Record:
         problems = []
         for name in ("id", "prompt", "task", "split", "context"):
             if not isinstance(getattr(self, name), str):
-                problems.append(f"{name} is {_kind(getattr(self, name))}, expected text")
+                problems.append(f"{name} is {files.kind_of(getattr(self, name))}, expected text")
         if not isinstance(self.correct, int) or isinstance(self.correct, bool):
-            problems.append(f"correct is {_kind(self.correct)}, expected a whole number")
+            problems.append(f"correct is {files.kind_of(self.correct)}, expected a whole number")
         for name in ("images", "answers", "choices", "ocr", "history", "times"):
             if not isinstance(getattr(self, name), tuple):
-                problems.append(f"{name} is {_kind(getattr(self, name))}, expected a tuple")
+                problems.append(f"{name} is {files.kind_of(getattr(self, name))}, expected a tuple")
         if not problems:
             problems += self._problems()
         if problems:
@@ -90,13 +91,14 @@ class Record:
             yield "images is empty, expected at least one"
         for index, image in enumerate(self.images):
             if not isinstance(image, ImageSource):
-                yield f"images[{index}] is {_kind(image)}, expected a path, bytes or a PIL image"
+                found = files.kind_of(image)
+                yield f"images[{index}] is {found}, expected a path, bytes or a PIL image"
             elif isinstance(image, str) and not image:
                 yield f"images[{index}] is an empty path"
         for name in ("answers", "choices", "ocr"):
             for index, text in enumerate(getattr(self, name)):
                 if not isinstance(text, str):
-                    yield f"{name}[{index}] is {_kind(text)}, expected text"
+                    yield f"{name}[{index}] is {files.kind_of(text)}, expected text"
                 elif not text.strip():
                     yield f"{name}[{index}] is empty"
         if not -1 <= self.correct < len(self.choices):
@@ -146,36 +148,18 @@ def scan_jsonl(
     """Yields `(line number, record, reasons)`: a good line has no reasons, a bad one no record."""
     path = pathlib.Path(path)
     first_use: dict[str, int] = {}
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of some editors
-            if not raw.strip():
-                continue
-            fields, reasons = _parse(raw)
-            if reasons:
-                yield number, None, reasons
-                continue
-            record, reasons = _record(path, number, fields, need_answers, allow_empty_prompt)
-            if record is not None:
-                before = first_use.setdefault(record.id, number)
-                if before != number:
-                    record, reasons = None, [f"id {record.id!r} was used on line {before}"]
-            yield number, record, reasons
-
-
-def _parse(raw: bytes) -> tuple[dict[str, Any], list[str]]:
-    try:
-        fields = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return {}, [f"not UTF-8: {error.reason} at byte {error.start}"]
-    except RecursionError:
-        return {}, ["not valid JSON: nested too deeply"]
-    except ValueError as error:
-        return {}, [f"not valid JSON: {error}"]
-    if not isinstance(fields, dict):
-        return {}, [f"found {_kind(fields)}, expected an object {{...}}"]
-    return fields, []
+    for number, fields, reason in files.scan_jsonl(path):
+        if not reason and not isinstance(fields, dict):
+            reason = f"found {files.kind_of(fields)}, expected an object {{...}}"
+        if reason:
+            yield number, None, [reason]
+            continue
+        record, reasons = _record(path, number, fields, need_answers, allow_empty_prompt)
+        if record is not None:
+            before = first_use.setdefault(record.id, number)
+            if before != number:
+                record, reasons = None, [f"id {record.id!r} was used on line {before}"]
+        yield number, record, reasons
 
 
 def _record(
@@ -223,7 +207,7 @@ def _record(
 def _text(fields: dict[str, Any], name: str, reasons: list[str], needed: bool = False) -> str:
     value = fields.get(name, "")
     if not isinstance(value, str):
-        reasons.append(f"{name} is {_kind(value)}, expected text")
+        reasons.append(f"{name} is {files.kind_of(value)}, expected text")
         return ""
     if needed and not value.strip():
         reasons.append(f"{name} is {'empty' if name in fields else 'missing'}")
@@ -242,18 +226,13 @@ def _texts(
     elif isinstance(fields.get(many, []), list):
         named = {f"{many}[{i}]": value for i, value in enumerate(fields.get(many, []))}
     else:
-        reasons.append(f"{many} is {_kind(fields[many])}, expected a list of texts")
+        reasons.append(f"{many} is {files.kind_of(fields[many])}, expected a list of texts")
         return ()
     if needed and not named:
         reasons.append(f"{many} is an empty list" if many in fields else f"{one} is missing")
     for name, value in named.items():
         if not isinstance(value, str):
-            reasons.append(f"{name} is {_kind(value)}, expected text")
+            reasons.append(f"{name} is {files.kind_of(value)}, expected text")
         elif not value.strip():
             reasons.append(f"{name} is empty")
     return tuple(value for value in named.values() if isinstance(value, str) and value.strip())
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "a boolean"}
-    return names.get(type(value), f"{type(value).__name__} {value!r}"[:80])

@@ -14,12 +14,12 @@ Several published answers of one entry are all right: code or precision differed
 import dataclasses
 import difflib
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_instructblip.files import read_json
 from jax_instructblip.inference.pipeline import Answer, InstructBlipPipeline
 from jax_instructblip.inference.presets import GENERATE
 from jax_instructblip.models.variants import VARIANTS, Variant
@@ -85,7 +85,7 @@ def read_facts(path: str | os.PathLike) -> tuple[dict[str, Image], list[Entry]]:
     """
     path = Path(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
         images, rows = dict(document["images"]), list(document["entries"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

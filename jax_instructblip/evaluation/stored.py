@@ -16,9 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_instructblip import files
 from jax_instructblip.evaluation.metric import MetricError, listed
-from jax_instructblip.folders import read_lines, write_file
-from jax_instructblip.inference.source import read_json
+from jax_instructblip.files import parse_json, read_json
+from jax_instructblip.folders import write_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +66,11 @@ def read_rows(path: Path) -> list[Row]:
       MetricError: lines that are none, or ids used twice; all are listed.
     """
     rows, wrong = [], []
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
-            continue
+    for number, fields, reason in files.scan_jsonl(path):
         try:
-            rows.append(_row(json.loads(line)))
+            if reason:
+                raise ValueError(reason)
+            rows.append(_row(fields))
         except ValueError as error:
             wrong.append(f"{path}:{number}: {error}")
     if wrong:
@@ -191,7 +192,7 @@ class Store:
         rows = {}
         for path in sorted(self.partial.glob("*.jsonl")):
             for line in path.read_bytes().split(b"\n")[:-1]:  # the last one was cut off, or is none
-                row = _row(json.loads(line))
+                row = _row(parse_json(line))
                 rows[row.id] = row
         return rows
 

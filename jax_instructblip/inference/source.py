@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from jax.sharding import Mesh
 
 from jax_instructblip import checkpoint
 from jax_instructblip.convert.hf import convert_hf
+from jax_instructblip.files import read_json
 from jax_instructblip.models.instructblip import DECODERS, param_shapes, separate_decoder
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.parallel import rules
@@ -184,14 +184,6 @@ def _read_trained(step: Path, variant: Variant, place: checkpoint.Place) -> chec
     shapes = param_shapes(variant)
     expected = {name: shapes[name] for name in read_json(step / "meta.json")["trainable"]}
     return checkpoint.read_tree(step / "trainable", expected=expected, place=place)
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file of ours holds; ValueError where it is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def weights_digest(source: Source) -> str:

@@ -26,6 +26,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 
 from jax_instructblip import checkpoint, remote
+from jax_instructblip.files import parse_json
 from jax_instructblip.folders import free_bytes
 from jax_instructblip.training.state import TrainState
 
@@ -96,7 +97,7 @@ class Checkpoints:
         path = f"{self.place(step)}/{META}"
         try:
             text = remote.read(self.place(step), META) if self._store else Path(path).read_bytes()
-            meta = json.loads(text or b"")
+            meta = parse_json(text or b"")
         except ValueError as error:
             raise checkpoint.CheckpointError(f"{path} is damaged: {error}") from error
         if meta.get("format") != FORMAT:

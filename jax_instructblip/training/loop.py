@@ -28,8 +28,8 @@ from ml_collections import ConfigDict
 from jax_instructblip.data import loader
 from jax_instructblip.data.mixture import TrainBatches
 from jax_instructblip.data.progress import Progress
+from jax_instructblip.files import read_json
 from jax_instructblip.folders import write_file
-from jax_instructblip.inference.source import read_json
 from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.parallel import peers
 from jax_instructblip.parallel.distributed import StopOrder, Watchdog

@@ -14,6 +14,7 @@ from tensorboardX import SummaryWriter
 
 from jax_instructblip.data import loader
 from jax_instructblip.data.text import TRUNCATED
+from jax_instructblip.files import parse_json, read_lines
 from jax_instructblip.folders import write_file
 from jax_instructblip.training import observe
 from jax_instructblip.training.observe import Utilisation
@@ -69,8 +70,8 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, float]]:
     path = Path(folder) / FILE
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    lines = read_lines(path)
+    return [parse_json(line, allow_nan=True) for line in lines[:-1]]
 
 
 class Window:

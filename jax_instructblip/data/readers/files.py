@@ -1,24 +1,15 @@
 """Annotation files, read with errors that name file, row and field."""
 
+import contextlib
 import csv
-import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from jax_instructblip import files
 from jax_instructblip.data.records import Record
 
 Layout = Mapping[str, tuple[str, ...]]  # for each split the files that it needs
-
-_KINDS = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-    bool: "true or false",
-    type(None): "null",
-}
 
 
 class AnnotationError(ValueError):
@@ -27,34 +18,17 @@ class AnnotationError(ValueError):
 
 def read_text(path: pathlib.Path) -> str:
     """The text of a UTF-8 file, without byte order mark, its lines ended by newlines alone."""
-    try:
-        raw = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise AnnotationError(
-            f"{path} does not exist: `jax-instructblip prepare --list` says where to get it"
-        ) from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise AnnotationError(
-            f"{path} is not UTF-8: {error.reason} at byte {error.start}; convert it or get it again"
-        ) from error
-    return text.replace("\r\n", "\n")
+    with _annotation(path):
+        return files.read_text(path, files.ANNOTATION_LIMIT)
 
 
 def read_json(path: pathlib.Path, kind: type = object) -> Any:
     """The document of a JSON file; `kind` (list or dict) is what its top level must be."""
-    try:
-        document = json.loads(read_text(path))
-    except RecursionError as error:
-        raise AnnotationError(f"{path} is not valid JSON: nested too deeply") from error
-    except json.JSONDecodeError as error:
-        raise AnnotationError(
-            f"{path} is not valid JSON: {error}; it may have been cut off, get it again"
-        ) from error
+    with _annotation(path):
+        document = files.read_json(path, limit=files.ANNOTATION_LIMIT)
     if not isinstance(document, kind):
         raise AnnotationError(
-            f"{path}: found {_kind(document)} at the top, expected {_KINDS[kind]}: "
+            f"{path}: found {files.kind_of(document)} at the top, expected {files.KINDS[kind]}: "
             "is it another release of the file?"
         )
     return document
@@ -62,15 +36,25 @@ def read_json(path: pathlib.Path, kind: type = object) -> Any:
 
 def read_json_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(`FILE:LINE`, object) of each line that is not blank."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise AnnotationError(f"{where}: not valid JSON: {error}") from error
-        yield where, require(row, dict, where)
+    with _annotation(path):
+        for number, row in files.read_jsonl(path):
+            where = f"{path}:{number}"
+            yield where, require(row, dict, where)
+
+
+@contextlib.contextmanager
+def _annotation(path: pathlib.Path) -> Iterator[None]:
+    """Turns what is wrong with the file into an AnnotationError that says what to do."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AnnotationError(
+            f"{path} does not exist: `jax-instructblip prepare --list` says where to get it"
+        ) from error
+    except AnnotationError:
+        raise
+    except ValueError as error:
+        raise AnnotationError(f"{error}; it may be damaged or cut off: get it again") from error
 
 
 def read_csv(path: pathlib.Path, columns: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
@@ -99,8 +83,8 @@ def require(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
     """`value`, which must be of that kind; a truth value is no number."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        expected = " or ".join(_KINDS[each] for each in kinds)
-        raise AnnotationError(f"{where}: found {_kind(value)}, expected {expected}")
+        expected = " or ".join(files.KINDS[each] for each in kinds)
+        raise AnnotationError(f"{where}: found {files.kind_of(value)}, expected {expected}")
     return value
 
 
@@ -168,7 +152,3 @@ def unique(records: Iterable[Record]) -> Iterator[Record]:
                 f"{before} and {number}"
             )
         yield record
-
-
-def _kind(value: Any) -> str:
-    return _KINDS.get(type(value), repr(value)[:40])

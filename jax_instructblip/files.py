@@ -1,0 +1,242 @@
+"""Files that come from outside: regular ones, of bounded size, UTF-8 text, JSON without surprises.
+
+`read_json` and `read_jsonl` are the only ways that JSON is read. They refuse what Python's parser
+lets pass or dies of: a key that an object has twice (the last would win), nesting without end, NaN
+and Infinity, numbers that overflow, files of another size than their kind can have.
+"""
+
+import io
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+
+# Most bytes of a file, by its kind; what is larger is not what it is taken for.
+DOCUMENT_LIMIT = 64 * MIB  # configs, manifests, indexes of shards: those of 10^5 tensors take 10
+TOKENIZER_LIMIT = 512 * MIB  # a vocabulary of 262,144 pieces with its merges takes 33
+ANNOTATION_LIMIT = 8192 * MIB  # the largest of a released dataset takes 1,200
+LINE_LIMIT = 16 * MIB  # of JSON lines; a row that ranks 10,000 candidates takes 1
+
+DEPTH_LIMIT = 100  # levels of nesting; annotations and configs have fewer than 12
+
+KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+_TYPES = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def require_file(path: str | os.PathLike) -> os.stat_result:
+    """The status of a regular file; anything else is refused before it is opened.
+
+    Raises:
+        OSError: it is not there, or is a folder, a pipe or a device: opening one could block.
+        ValueError: no file can have that name.
+    """
+    try:
+        status = os.stat(path)
+    except ValueError as error:  # a null character
+        raise ValueError(f"{os.fspath(path)!r} cannot be the name of a file: {error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((name for test, name in _TYPES if test(status.st_mode)), "no regular file")
+        error = IsADirectoryError if stat.S_ISDIR(status.st_mode) else OSError
+        raise error(f"{os.fspath(path)} is {kind}, expected a regular file")
+    return status
+
+
+def read_bytes(path: str | os.PathLike, limit: int = DOCUMENT_LIMIT) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+        ValueError: it is larger.
+    """
+    size = require_file(path).st_size
+    if size > limit:
+        raise ValueError(
+            f"{os.fspath(path)} has {size:,} bytes, such a file has at most {limit:,}: "
+            "is it another file?"
+        )
+    return Path(path).read_bytes()
+
+
+def decode_utf8(raw: bytes) -> str:
+    """UTF-8 text without byte order mark; ValueError with the place of what is none."""
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+        hint = " (it begins as UTF-16 does: save it as UTF-8)" if wide else ""
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}{hint}") from error
+
+
+def read_text(path: str | os.PathLike, limit: int = DOCUMENT_LIMIT) -> str:
+    """The text of a UTF-8 file without byte order mark, its lines ended by newlines alone.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+        ValueError: it is larger than `limit` or not UTF-8; the message names the byte.
+    """
+    raw = read_bytes(path, limit)
+    try:
+        return decode_utf8(raw).replace("\r\n", "\n")
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} is {error}") from error
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """The lines of a UTF-8 text, blank ones too, without line ends; raises as `read_text`."""
+    return read_text(path).split("\n")
+
+
+def parse_json(raw: bytes | str, *, allow_nan: bool = False) -> Any:
+    """The value of one JSON document.
+
+    `allow_nan` takes NaN and Infinity, which are no JSON, but Python writes them.
+
+    Raises:
+        ValueError: the reason why it is none, as in "not valid JSON: nested too deeply".
+    """
+    text = raw if isinstance(raw, str) else decode_utf8(raw)
+    numbers: dict[str, Any] = {}
+    if not allow_nan:
+        numbers = {"parse_constant": _refuse_constant, "parse_float": _finite}
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, **numbers)
+    except RecursionError as error:
+        raise _too_deep() from error
+    except ValueError as error:  # Python's own on a number of 4,300 digits goes on with advice
+        raise ValueError(f"not valid JSON: {str(error).partition('; use sys.')[0]}") from error
+    level = [value]
+    for _ in range(DEPTH_LIMIT):
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return value
+    raise _too_deep()
+
+
+def read_json(
+    path: str | os.PathLike,
+    kind: type = object,
+    *,
+    limit: int = DOCUMENT_LIMIT,
+    allow_nan: bool = False,
+) -> Any:
+    """The document of a JSON file; `kind` (list or dict) is what its top level must be.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+        ValueError: it is larger than `limit`, no JSON, or of another kind; the message names it.
+    """
+    raw = read_bytes(path, limit)
+    try:
+        document = parse_json(raw, allow_nan=allow_nan)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} is {error}") from error
+    if not isinstance(document, kind):
+        raise ValueError(
+            f"{os.fspath(path)}: found {kind_of(document)} at the top, expected {KINDS[kind]}"
+        )
+    return document
+
+
+def scan_jsonl(
+    path: str | os.PathLike, *, limit: int = LINE_LIMIT, allow_nan: bool = False
+) -> Iterator[tuple[int, Any, str]]:
+    """(line number, value, "") of each line that is not blank; a bad one has None and its reason.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+    """
+    require_file(path)
+    with Path(path).open("rb") as file:
+        for number, raw in enumerate(_lines(file, limit), start=1):
+            if raw is None:
+                yield number, None, f"longer than {limit:,} bytes, which no line may be"
+                continue
+            raw = raw if number > 1 else raw.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+            if not raw.strip():
+                continue
+            try:
+                yield number, parse_json(raw, allow_nan=allow_nan), ""
+            except ValueError as error:
+                yield number, None, str(error)
+
+
+def read_jsonl(
+    path: str | os.PathLike, *, limit: int = LINE_LIMIT, allow_nan: bool = False
+) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of each line that is not blank.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+        ValueError: the first bad line, as `FILE:LINE: reason`.
+    """
+    for number, value, reason in scan_jsonl(path, limit=limit, allow_nan=allow_nan):
+        if reason:
+            raise ValueError(f"{os.fspath(path)}:{number}: {reason}")
+        yield number, value
+
+
+def kind_of(value: Any) -> str:
+    """The kind of a JSON value in words: "a list", "null"; a number as it is: "int 3"."""
+    if type(value) in KINDS.keys() - {int, float}:
+        return KINDS[type(value)]
+    return f"{type(value).__name__} {value!r}"[:80]
+
+
+def _lines(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
+    """The lines; None stands for one that is longer than `limit` bytes."""
+    while raw := file.readline(limit + 1):
+        if len(raw) <= limit or raw.endswith(b"\n"):
+            yield raw
+            continue
+        while raw and not raw.endswith(b"\n"):
+            raw = file.readline(limit + 1)
+        yield None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        key = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"key {json.dumps(key)} twice in one object")
+    return fields
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number here")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return value
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"not valid JSON: nested too deeply, at most {DEPTH_LIMIT} levels are read")
