@@ -291,7 +291,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=30, help="measured in each round")
     parser.add_argument("--samples", type=int, default=20_000, help="read to see memory grow")
     parser.add_argument(
-        "--least_pixels", type=float, default=0.6, help="as in configs/common.py, inf: exact"
+        "--least_pixels", type=float, default=0.6, help="of configs/common.py; 0: exact"
     )
     parser.add_argument("--out", type=pathlib.Path, help="JSON file")
     for name in ("--work", "--side", "--measure"):

@@ -74,7 +74,7 @@ def questions(variant: Variant, size: int, lengths: Lengths) -> tuple[dict, dict
     images = rng.integers(0, 256, (size, 1, side, side, 3), dtype=np.uint8)
     text = ids(lengths.instruction, variant.qformer.vocab)
     tokens = ids(lengths.prompt, m.vocab - 2)
-    seen = np.full((size, variant.qformer.queries), m.vocab - 1, np.int32)
+    seen = np.full((size, variant.visual_tokens), m.vocab - 1, np.int32)
     pixels = (images[:, 0] / 255 - IMAGE_MEAN) / IMAGE_STD
     given = {
         "qformer_input_ids": text,

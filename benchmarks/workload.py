@@ -29,12 +29,13 @@ _QFORMER = QFormerConfig(384, 512, width=256, layers=4, heads=4, mlp=1024)
 # Sizes between the tiny and the released ones, for comparisons on a CPU: 91 and 83 million weights.
 MIDDLE = {
     "middle-t5": Variant(
+        "instructblip",
         _VISION,
         _QFORMER,
         T5Config(width=512, head_width=64, heads=6, mlp=1024, encoder_layers=6, decoder_layers=6),
     ),
     "middle-vicuna": Variant(
-        _VISION, _QFORMER, LlamaConfig(width=512, heads=8, mlp=1376, layers=8)
+        "instructblip", _VISION, _QFORMER, LlamaConfig(width=512, heads=8, mlp=1376, layers=8)
     ),
 }
 CORES = os.cpu_count() or 1

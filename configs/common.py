@@ -41,11 +41,11 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 128  # samples, on all devices together
     config.data.buckets = (64,)  # tokens that rows are padded to, besides the limits below
     config.data.augment = True  # random crop (half to all of the area) and mirroring
-    # float("inf"): JPEGs are decoded whole, and crops have the released code's pixels. A number
-    # decodes them at 1/2, 1/4 or 1/8 of their sides where the crop then still has this share of the
+    # 0: JPEGs are decoded whole, and crops have the released code's pixels. Above it they are
+    # decoded at 1/2, 1/4 or 1/8 of their sides where the crop then still has this share of the
     # model's pixels: 0.6 saves a third of the time and gives other pixels, 5 of 255 away in the
     # mean (`python -m benchmarks.crop_decoding`).
-    config.data.least_pixels = float("inf")
+    config.data.least_pixels = 0.0
     config.data.threads = 8  # that make batches
     config.data.sampling = "sqrt"  # of sizes; ablations: "uniform", "proportional"
     config.data.instructions = "templates"  # ablations: "plain" input, or "tag" of task and dataset

@@ -41,7 +41,7 @@ def micro(kind: str, **fields: Any) -> Variant:
     qformer = QFormerConfig(
         22, 24, width=16, layers=2, heads=4, mlp=28, vocab=50, max_positions=128, queries=7
     )
-    return Variant(vision, qformer, LANGUAGE[kind]).replace(**fields)
+    return Variant("instructblip", vision, qformer, LANGUAGE[kind]).replace(**fields)
 
 
 def make_batch(variant: Variant, rows: int = 4, text: int = 9, answer: int = 6, seed: int = 0):

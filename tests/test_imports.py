@@ -14,6 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A part imports itself and parts of smaller numbers.
 LAYERS = {
     "models": 0,
+    "fields": -1,
     "files": -1,
     "folders": 0,
     "trees": 0,

@@ -269,7 +269,7 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not (folder / "checkpoints").is_dir() or not path.is_file():
         return None
-    return read_json(path)
+    return read_json(path, allow_nan=True)
 
 
 def _test_splits(data: str) -> list[str]:

@@ -176,6 +176,7 @@ class _ConfigReader:
             attention_probs_dropout_prob=former["hidden_dropout_prob"],
         )
         return Variant(
+            "instructblip",
             VisionConfig(
                 image_size=eyes["image_size"],
                 patch_size=eyes["patch_size"],

@@ -73,7 +73,7 @@ def random_resized_crop_flip(
     *,
     scale: tuple[float, float] = (0.5, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    least: float = math.inf,
+    least: float = 0.0,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """Pixels [size, size, 3] uint8 of a random part of the image, mirrored half of the time.
@@ -82,13 +82,13 @@ def random_resized_crop_flip(
     `blip2_image_train` (torchvision's RandomResizedCrop, bicubic, and RandomHorizontalFlip).
 
     A JPEG is decoded at a half, a quarter or an eighth of its sides where the part then still has
-    `least` times size x size pixels; inf: never. The part is the same one, its pixels differ a
+    `least` times size x size pixels; 0 or inf: never. The part is the same one, its pixels differ a
     little (the decoder averages blocks, and with `least` below 1 a part may be enlarged again).
     Sources and errors are as in `decode`.
     """
     with _opened(source, max_pixels) as image:
         # The header of a JPEG tells its size; a TIFF turns itself while it is decoded.
-        reducible = image.format == "JPEG" and image is not source and least < math.inf
+        reducible = image.format == "JPEG" and image is not source and 0 < least < math.inf
         if not reducible:
             image = _upright_rgb(image)
         width, height = image.size

@@ -165,7 +165,7 @@ class TrainBatches:
         steps: int,
         buckets: Sequence[int] = (),
         augment: bool = True,
-        least_pixels: float = math.inf,
+        least_pixels: float = 0.0,
         rows: np.ndarray | None = None,
     ):
         """`batch_size` is the global one; `rows` are the numbers of this host's rows of it.

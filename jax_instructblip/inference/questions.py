@@ -16,7 +16,7 @@ from PIL import Image
 from jax_instructblip.data.batch import IGNORE, Batch, collate
 from jax_instructblip.data.images import decode, resize_squash
 from jax_instructblip.data.text import TextProcessor, compact
-from jax_instructblip.models.variants import LlamaConfig, Variant
+from jax_instructblip.models.variants import Variant
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens
 
@@ -118,16 +118,15 @@ def make_parts(
 
 def prompt_limit(variant: Variant, frames: int, room: int) -> int:
     """Most tokens of a prompt about `frames` frames, `room` new tokens behind it."""
-    if not isinstance(variant.llm, LlamaConfig):  # T5 has no last position
+    if variant.llm.max_positions is None:
         return LENGTHS[-1]
-    return min(LENGTHS[-1], variant.llm.max_positions - frames * variant.qformer.queries - room)
+    return min(LENGTHS[-1], variant.llm.max_positions - frames * variant.visual_tokens - room)
 
 
 def check_room(variant: Variant, frames: int, room: int) -> None:
     """Refuses more new tokens than the cache may hold behind a prompt of one token."""
-    seen = frames * variant.qformer.queries
-    if isinstance(variant.llm, LlamaConfig):
-        positions = variant.llm.max_positions
+    seen = frames * variant.visual_tokens
+    if (positions := variant.llm.max_positions) is not None:
         most, why = (
             positions - seen - 1,
             f"the model has {positions} positions, {seen} of the image",
@@ -170,7 +169,7 @@ def _check_lengths(
     """Refuses prompts that are too long; reports those of which the Q-Former reads only the end."""
     check_room(text.variant, frames, room)
     limit = prompt_limit(text.variant, frames, room)
-    seen = frames * text.variant.qformer.queries
+    seen = frames * text.variant.visual_tokens
     lengths = [len(example["tokens"]) for example in examples]
     if wrong := [f"prompt {i} has {n}" for i, n in enumerate(lengths) if n > limit]:
         raise ValueError(

@@ -1,12 +1,14 @@
 """Every model size, as data: what was released, and tiny ones of the same shape.
 
-A `Variant` holds three frozen dataclasses, one a tower. Conversion reads their fields from a
-checkpoint's own configuration and tensors; nothing is guessed from a name.
+A `Variant` holds three frozen dataclasses: the vision tower, the bridge from its patches to the
+language model, and the language model. Conversion reads their fields from a checkpoint's own
+configuration and tensors; nothing is guessed from a name.
 """
 
 import dataclasses
 import difflib
-from typing import Any, Literal
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,29 @@ class QFormerConfig:
     image_norm_eps: float = 1e-5  # LAVIS 1e-5, the Hugging Face port 1e-6
     dropout: float = 0.1
     instruction_aware: bool = True  # False: BLIP-2, queries alone and no text branch
+    key: ClassVar[str] = "qformer"  # of its tree in the parameters
+
+    def vectors(self, vision: VisionConfig) -> int:
+        """Vectors that one image becomes."""
+        del vision
+        return self.queries
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectorConfig:
+    """LLaVA's projector: one linear layer (v1), or two with a GELU between them (v1.5)."""
+
+    vision_width: int
+    llm_width: int
+    layers: int = 2
+    key: ClassVar[str] = "projector"
+
+    def vectors(self, vision: VisionConfig) -> int:
+        """Vectors that one image becomes: its patches, without CLS."""
+        return vision.tokens - 1
+
+
+Bridge = QFormerConfig | ProjectorConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +94,8 @@ class T5Config:
     eos_id: int = 1
     decoder_start_id: int = 0
     kind: Literal["t5"] = "t5"
+    encoder_decoder: ClassVar[bool] = True
+    max_positions: ClassVar[None] = None  # positions are relative: there is no last one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +115,7 @@ class LlamaConfig:
     eos_id: int = 2
     pad_id: int = 32000
     kind: Literal["llama"] = "llama"
+    encoder_decoder: ClassVar[bool] = False
 
     @property
     def head_width(self) -> int:
@@ -98,83 +126,189 @@ class LlamaConfig:
 LanguageConfig = T5Config | LlamaConfig
 
 
+KINDS = ("instructblip", "blip2", "blip2_stage1", "llava")
+WITHOUT_LLM = ("blip2_stage1",)  # their `llm` is None
+BRIDGES: dict[str, type] = {each.key: each for each in (QFormerConfig, ProjectorConfig)}
+LANGUAGE_CONFIGS: dict[str, type] = {each.kind: each for each in (T5Config, LlamaConfig)}
+if TYPE_CHECKING:  # every model that generates has one, and does not ask
+    MaybeLanguage = LanguageConfig
+else:
+    MaybeLanguage = LanguageConfig | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One whole model: its three towers."""
+    """One whole model: what it is, and the sizes of its three towers.
 
+    Attributes:
+      kind: which of the models it is.
+      vision: the image encoder.
+      bridge: what makes vectors of the language model's width of the image's patches.
+      llm: the language model; None of the kinds `WITHOUT_LLM`.
+    """
+
+    kind: str
     vision: VisionConfig
-    qformer: QFormerConfig
-    llm: LanguageConfig
+    bridge: Bridge
+    llm: MaybeLanguage
 
     def __post_init__(self):
-        wrong = []
-        vision, qformer, llm = self.vision, self.qformer, self.llm
-        if qformer.vision_width != vision.width:
-            wrong.append(
-                f"qformer.vision_width {qformer.vision_width} != vision.width {vision.width}"
+        wrong = self._wrong_kind() or [*self._wrong_widths(), *self._wrong_divisions()]
+        if wrong:
+            raise ValueError("the towers of this variant do not fit together: " + "; ".join(wrong))
+
+    @property
+    def qformer(self) -> QFormerConfig:
+        """The bridge of a model that has a Q-Former; a ValueError where it has another one."""
+        if not isinstance(self.bridge, QFormerConfig):
+            raise ValueError(f"a model of kind {self.kind} has no Q-Former but a {self.bridge.key}")
+        return self.bridge
+
+    @property
+    def reads_instruction(self) -> bool:
+        """Whether the bridge is given the instruction beside the image."""
+        return isinstance(self.bridge, QFormerConfig) and self.bridge.instruction_aware
+
+    @property
+    def visual_tokens(self) -> int:
+        """Vectors of the language model's width that one image becomes."""
+        return self.bridge.vectors(self.vision)
+
+    @property
+    def towers(self) -> dict[str, Any]:
+        """The towers' sizes by the keys of the parameters: vision, qformer or projector, llm."""
+        found = {"vision": self.vision, self.bridge.key: self.bridge, "llm": self.llm}
+        return {name: tower for name, tower in found.items() if tower is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, for `config.json`."""
+        towers = {name: dataclasses.asdict(tower) for name, tower in self.towers.items()}
+        return {"kind": self.kind, **towers}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Variant":
+        """The variant that `to_dict` wrote; unknown and missing fields are named in the error.
+
+        Without a `kind`, as in checkpoints of the first format, it is `instructblip`.
+        """
+        kind = fields.get("kind", "instructblip")
+        bridges = [name for name in BRIDGES if name in fields]
+        expected = {"vision", *bridges} | (set() if kind in WITHOUT_LLM else {"llm"})
+        unknown, missing = sorted(fields.keys() - expected - {"kind"}), expected - fields.keys()
+        if len(bridges) != 1:
+            missing.add(" or ".join(BRIDGES))
+        if unknown or missing:
+            raise ValueError(f"variant: unknown fields {unknown}, missing fields {sorted(missing)}")
+        llm: Any = fields.get("llm")
+        if llm is not None and llm.get("kind") not in LANGUAGE_CONFIGS:
+            raise ValueError(
+                f"llm.kind is {llm.get('kind')!r}, expected one of "
+                f"{', '.join(sorted(LANGUAGE_CONFIGS))}"
             )
-        if qformer.llm_width != llm.width:
-            wrong.append(f"qformer.llm_width {qformer.llm_width} != llm.width {llm.width}")
-        if qformer.layers % 2:
-            wrong.append(f"qformer.layers {qformer.layers} is odd: layers come in pairs")
+        (bridge,) = bridges
+        language: Any = llm and _build(LANGUAGE_CONFIGS[llm["kind"]], "llm", llm)
+        return cls(
+            kind=kind,
+            vision=_build(VisionConfig, "vision", fields["vision"]),
+            bridge=_build(BRIDGES[bridge], bridge, fields[bridge]),
+            llm=language,
+        )
+
+    def replace(self, **fields: Any) -> "Variant":
+        """A copy with dotted fields changed: `replace(**{'qformer.dropout': 0.0})`."""
+        towers = self.towers
+        changes: dict[str, dict[str, Any]] = {}
+        for path, value in fields.items():
+            name, _, field = path.partition(".")
+            tower = towers.get(name)
+            known = [each.name for each in dataclasses.fields(tower or VisionConfig)]
+            if tower is None or field not in known:
+                near = difflib.get_close_matches(field, known, n=1)
+                hint = f"; did you mean {name}.{near[0]}?" if near else ""
+                raise ValueError(f"unknown model field {path!r}{hint}")
+            changes.setdefault(name, {})[field] = value
+        changed = {
+            "bridge" if name == self.bridge.key else name: dataclasses.replace(towers[name], **new)
+            for name, new in changes.items()
+        }
+        return dataclasses.replace(self, **changed)
+
+    def _wrong_kind(self) -> list[str]:
+        if self.kind not in KINDS:
+            return [f"kind is {self.kind!r}, expected one of {', '.join(KINDS)}"]
+        wrong = []
+        bridge = ProjectorConfig if self.kind == "llava" else QFormerConfig
+        if not isinstance(self.bridge, bridge):
+            wrong.append(f"a model of kind {self.kind} has a {bridge.key}, not {self.bridge!r}")
+        elif self.kind.startswith("blip2") and self.reads_instruction:
+            wrong.append(f"the Q-Former of kind {self.kind} does not read the instruction")
+        if (self.llm is None) != (self.kind in WITHOUT_LLM):
+            having = "no language model" if self.llm is None else "a language model"
+            wrong.append(f"a model of kind {self.kind} cannot have {having}")
+        return wrong
+
+    def _wrong_widths(self) -> list[str]:
+        bridge, wrong = self.bridge, []
+        for field, tower, width in (
+            ("vision_width", "vision", self.vision.width),
+            ("llm_width", "llm", getattr(self.llm, "width", bridge.llm_width)),
+        ):
+            if (found := getattr(bridge, field)) != width:
+                wrong.append(f"{bridge.key}.{field} {found} != {tower}.width {width}")
+        return wrong
+
+    def _wrong_divisions(self) -> list[str]:
+        vision, bridge, wrong = self.vision, self.bridge, []
+        if isinstance(bridge, QFormerConfig) and bridge.layers % 2:
+            wrong.append(f"qformer.layers {bridge.layers} is odd: layers come in pairs")
+        if isinstance(bridge, ProjectorConfig) and bridge.layers not in (1, 2):
+            wrong.append(f"projector.layers is {bridge.layers}, expected 1 or 2")
         if vision.image_size % vision.patch_size:
             wrong.append(
                 f"vision.image_size {vision.image_size} is no multiple of "
                 f"patch_size {vision.patch_size}"
             )
-        split = {"vision": vision, "qformer": qformer} | ({"llm": llm} if llm.kind != "t5" else {})
-        for name, tower in split.items():  # T5 states its head width
+        for name, tower in self.towers.items():
+            if isinstance(tower, T5Config | ProjectorConfig):  # T5 states its head width
+                continue
             if tower.width % tower.heads:
                 wrong.append(f"{name}.width {tower.width} is not divisible by {tower.heads} heads")
-        if wrong:
-            raise ValueError("the towers of this variant do not fit together: " + "; ".join(wrong))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, for `config.json`."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "Variant":
-        """The variant that `to_dict` wrote; unknown and missing fields are named in the error."""
-        llm = fields["llm"]
-        kinds = {"t5": T5Config, "llama": LlamaConfig}
-        if llm.get("kind") not in kinds:
-            raise ValueError(
-                f"llm.kind is {llm.get('kind')!r}, expected one of {', '.join(sorted(kinds))}"
-            )
-        return cls(
-            vision=_build(VisionConfig, "vision", fields["vision"]),
-            qformer=_build(QFormerConfig, "qformer", fields["qformer"]),
-            llm=_build(kinds[llm["kind"]], "llm", llm),
-        )
-
-    def replace(self, **fields: Any) -> "Variant":
-        """A copy with dotted fields changed: `replace(**{'qformer.dropout': 0.0})`."""
-        towers: dict[str, dict[str, Any]] = {}
-        for path, value in fields.items():
-            tower, _, field = path.partition(".")
-            known = [f.name for f in dataclasses.fields(getattr(self, tower, VisionConfig))]
-            if not hasattr(self, tower) or field not in known:
-                near = difflib.get_close_matches(field, known, n=1)
-                hint = f"; did you mean {tower}.{near[0]}?" if near else ""
-                raise ValueError(f"unknown model field {path!r}{hint}")
-            towers.setdefault(tower, {})[field] = value
-        return dataclasses.replace(
-            self,
-            **{
-                tower: dataclasses.replace(getattr(self, tower), **new)
-                for tower, new in towers.items()
-            },
-        )
+        return wrong
 
 
-def _build(cls: type, name: str, fields: dict[str, Any]) -> Any:
-    known = {f.name for f in dataclasses.fields(cls)}
-    required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
-    unknown, missing = sorted(set(fields) - known), sorted(required - set(fields))
+def _build(cls: type, name: str, fields: Any) -> Any:
+    """The dataclass `cls` of these fields; a ValueError lists all that do not belong."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name} is {fields!r}, expected its fields by name")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    required = {f.name for f in known.values() if f.default is dataclasses.MISSING}
+    unknown, missing = sorted(set(fields) - known.keys()), sorted(required - set(fields))
     if unknown or missing:
         raise ValueError(f"{name}: unknown fields {unknown}, missing fields {missing}")
+    wrong = [
+        f"{name}.{field} is {value!r}, expected {_expected(known[field].type)}"
+        for field, value in fields.items()
+        if not _is_of(value, known[field].type)
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))
     return cls(**fields)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of the annotated type of a field; a size is at least 0."""
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and value >= 0
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return value in get_args(kind)
+
+
+def _expected(kind: Any) -> str:
+    names = {bool: "true or false", int: "a whole number of at least 0", float: "a number"}
+    return names.get(kind) or " or ".join(map(repr, get_args(kind)))
 
 
 _VIT_G = VisionConfig()
@@ -182,7 +316,7 @@ _VIT_G = VisionConfig()
 
 def _instructblip(llm: LanguageConfig, vision: VisionConfig = _VIT_G, **fields: Any) -> Variant:
     qformer = QFormerConfig(vision_width=vision.width, llm_width=llm.width, **fields)
-    return Variant(vision, qformer, llm)
+    return Variant("instructblip", vision, qformer, llm)
 
 
 _FLAN_T5_XL = T5Config(

@@ -189,7 +189,7 @@ def moves(variant: Variant, batch: int, sizes: tuple[int, int, int]) -> float:
     """
     data, fsdp, tensor = sizes
     weights = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(variant)))
-    llm, tokens = variant.llm, variant.qformer.queries + 256
+    llm, tokens = variant.llm, variant.visual_tokens + 256
     layers = llm.layers if isinstance(llm, LlamaConfig) else llm.encoder_layers + llm.decoder_layers
     rows = batch / (data * fsdp)
     fetched = 2 * 2 * weights / tensor * (fsdp - 1) / fsdp

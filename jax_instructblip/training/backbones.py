@@ -60,7 +60,7 @@ def text_processor(kind: str) -> TextProcessor:
     queries = QFormerConfig(
         vision_width=VISION.width, llm_width=config.width, vocab=len(qformer), **QFORMER
     )
-    return TextProcessor(Variant(VISION, queries, config), llm, qformer)
+    return TextProcessor(Variant("instructblip", VISION, queries, config), llm, qformer)
 
 
 def write_checkpoint(

@@ -70,7 +70,7 @@ def analytic(variant: Variant, rows: int, text: int, tokens: int, answer: int = 
     trained image norm before them asks for, under 1 % of the whole.
     """
     keys_values, qformer = _qformer(variant, rows, text)
-    forward, attention = _language(variant.llm, rows, variant.qformer.queries, tokens, answer)
+    forward, attention = _language(variant.llm, rows, variant.visual_tokens, tokens, answer)
     # Backward: each frozen weight once (dX); each product of the attention twice.
     llm = 2 * forward + 3 * attention
     return _vision(variant, rows) + 3 * qformer - keys_values + llm
@@ -82,7 +82,7 @@ def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) ->
     The first new token comes with the prompt. The attention of the others is counted over all the
     room there is for new tokens.
     """
-    config, queries = variant.llm, variant.qformer.queries
+    config, queries = variant.llm, variant.visual_tokens
     prompt = queries + tokens
     head = linear(rows, config.width, config.vocab)
     read = _vision(variant, rows) + _qformer(variant, rows, text)[1]

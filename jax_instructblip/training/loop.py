@@ -303,7 +303,7 @@ def _changes(path: Path, config: Mapping[str, Any]) -> list[str]:
     """Which fields have another value than when the run began."""
     if not path.is_file():
         return []
-    before, now = (_flat(each) for each in (read_json(path)["config"], config))
+    before, now = (_flat(each) for each in (read_json(path, allow_nan=True)["config"], config))
     return [
         f"changed: config.{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

@@ -120,7 +120,7 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
     train = step == "train"
     limits = config.text
     lengths = {"qformer_tokens": limits.qformer_limit, "tokens": limits.prompt_limit}
-    if train and variant.llm.kind == "t5":
+    if train and variant.llm.encoder_decoder:
         lengths["targets"] = limits.answer_limit
     elif train:
         lengths["tokens"] += limits.answer_limit - 1

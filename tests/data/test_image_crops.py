@@ -163,9 +163,10 @@ def test_only_jpeg_files_are_reduced_and_the_callers_image_is_not():
     for source in (picture, encoded(picture, format="PNG")):
         found = [
             images.random_resized_crop_flip(source, 16, np.random.default_rng(0), least=least)
-            for least in (np.inf, 0.1)
+            for least in (0.0, np.inf, 0.1)
         ]
-        np.testing.assert_array_equal(*found)
+        for other in found[1:]:
+            np.testing.assert_array_equal(found[0], other)
     with Image.open(io.BytesIO(encoded(picture, format="JPEG"))) as opened:
         images.random_resized_crop_flip(opened, 16, np.random.default_rng(0), least=0.1)
         assert opened.size == (300, 200)

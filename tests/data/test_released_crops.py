@@ -5,6 +5,7 @@ handed in; `released` is the released transform, `blip2_image_train`, up to the 
 """
 
 import io
+import json
 import math
 import pathlib
 import types
@@ -14,11 +15,13 @@ import pytest
 from PIL import Image
 
 from jax_instructblip.checkpoint import read_config
+from jax_instructblip.commands import evaluate
 from jax_instructblip.commands.train import load_config
 from jax_instructblip.data import images
 from jax_instructblip.data.mixture import Mixture, Source
 from jax_instructblip.data.records import Record
 from jax_instructblip.models.variants import Variant
+from jax_instructblip.training import loop
 from jax_instructblip.training.setup import read_batches
 from tests.data.test_images import encoded
 from tests.micro import write_base
@@ -138,3 +141,15 @@ def test_files_of_all_kinds_are_cropped_as_released(format, mode):
     rngs = [np.random.default_rng(7) for _ in range(2)]
     found = images.random_resized_crop_flip(photo, 96, rngs[0])
     np.testing.assert_array_equal(found, released(photo, 96, rngs[1]))
+
+
+def test_the_config_of_a_run_may_say_infinity(tmp_path):
+    """`--config.data.least_pixels=inf` decodes whole, too, and stands so in the run's folder."""
+    config = load_config(str(CONFIGS / "custom_jsonl.py"))
+    config.data.least_pixels = math.inf
+    fields = json.loads(config.to_json())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"config": fields}))
+    (tmp_path / "checkpoints").mkdir()
+    assert loop._changes(path, fields) == []
+    assert evaluate._read_run(tmp_path) == {"config": fields}

@@ -26,6 +26,7 @@ LAVIS_VICUNA = text.RELEASED_SPECIAL["llama"]
 def variant(llm, bert_vocab=30523):
     vision = VisionConfig(width=8, heads=2, mlp=8, layers=1)
     return Variant(
+        "instructblip",
         vision,
         QFormerConfig(vision_width=8, llm_width=llm.width, width=8, heads=2, vocab=bert_vocab),
         llm,

@@ -96,7 +96,7 @@ def test_frames_are_looked_at_one_by_one():
     )
     batch = mixed_batch("t5", frames=3)
     video = look(batch)
-    queries, width = model.variant.qformer.queries, model.variant.llm.width
+    queries, width = model.variant.visual_tokens, model.variant.llm.width
     assert video.shape == (3, 3 * queries, width)
     frames = [look({**batch, "images": batch["images"][:, f : f + 1]}) for f in range(3)]
     assert error(video, np.concatenate(frames, axis=1)) < 1e-5

@@ -1,10 +1,11 @@
+import dataclasses
 import json
 
 import jax
 import pytest
 
 from jax_instructblip.models.instructblip import param_shapes
-from jax_instructblip.models.variants import VARIANTS, Variant, get_variant
+from jax_instructblip.models.variants import VARIANTS, ProjectorConfig, Variant, get_variant
 
 # FlanT5-XL, FlanT5-XXL, Vicuna-7B and Vicuna-13B have 2.850, 11.135, 6.738 and 13.016 billion.
 RELEASED = {
@@ -91,3 +92,73 @@ def test_towers_that_do_not_fit_are_all_listed():
 def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'instructblip-vicuna-7b'"):
         get_variant("instructblip-vicuna7b")
+
+
+def projected(**fields) -> Variant:
+    known = get_variant("tiny-vicuna")
+    bridge = ProjectorConfig(known.vision.width, known.llm.width, **fields)
+    return Variant("llava", known.vision, bridge, known.llm)
+
+
+def test_a_projector_gives_every_patch_but_cls_and_has_no_qformer():
+    variant = projected()
+    assert variant.visual_tokens == (56 // 14) ** 2
+    assert not variant.reads_instruction and list(variant.towers) == ["vision", "projector", "llm"]
+    assert Variant.from_dict(json.loads(json.dumps(variant.to_dict()))) == variant
+    assert variant.replace(**{"projector.layers": 1}).bridge.layers == 1
+    with pytest.raises(ValueError, match="kind llava has no Q-Former but a projector"):
+        _ = variant.qformer
+    with pytest.raises(ValueError, match="projector.layers is 3, expected 1 or 2"):
+        projected(layers=3)
+
+
+def test_a_kind_has_its_bridge_and_its_language_model():
+    known = get_variant("tiny-t5")
+    blind = dataclasses.replace(known.qformer, instruction_aware=False)
+    for kind, bridge, llm, complaint in (
+        ("llava", known.bridge, known.llm, "kind llava has a projector"),
+        ("instructblip", projected().bridge, known.llm, "kind instructblip has a qformer"),
+        ("blip2", known.bridge, known.llm, "blip2 does not read the instruction"),
+        ("blip2", blind, None, "kind blip2 cannot have no language model"),
+        ("blip2_stage1", blind, known.llm, "kind blip2_stage1 cannot have a language model"),
+        ("blip3", known.bridge, known.llm, "kind is 'blip3', expected one of instructblip"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            Variant(kind, known.vision, bridge, llm)
+    stage1 = Variant("blip2_stage1", known.vision, blind, None)
+    assert Variant.from_dict(json.loads(json.dumps(stage1.to_dict()))) == stage1
+    assert list(stage1.towers) == ["vision", "qformer"]
+
+
+def test_a_description_without_kind_is_of_instructblip():
+    variant = get_variant("tiny-t5")
+    fields = variant.to_dict()
+    assert fields.pop("kind") == "instructblip"
+    assert Variant.from_dict(fields) == variant
+    for name in ("vision", "qformer", "llm"):
+        with pytest.raises(ValueError, match=f"missing fields .*{name}"):
+            Variant.from_dict({key: value for key, value in fields.items() if key != name})
+    with pytest.raises(ValueError, match=r"unknown fields \['lora'\]"):
+        Variant.from_dict({**fields, "lora": {}})
+
+
+@pytest.mark.parametrize(
+    ("tower", "field", "value"),
+    [
+        ("vision", "width", "88"),
+        ("vision", "norm_eps", float("nan")),
+        ("vision", "layers", -4),
+        ("qformer", "queries", 2.5),
+        ("qformer", "instruction_aware", 1),
+        ("qformer", "dropout", None),
+        ("llm", "vocab", True),
+        ("llm", "activation", "relu6"),
+    ],
+)
+def test_from_dict_refuses_values_of_another_type(tower, field, value):
+    fields = get_variant("tiny-t5").to_dict()
+    fields[tower][field] = value
+    with pytest.raises(ValueError, match=rf"{tower}\.{field} is .*, expected"):
+        Variant.from_dict(fields)
+    with pytest.raises(ValueError, match="vision is 3, expected its fields"):
+        Variant.from_dict({**fields, "vision": 3})

@@ -69,7 +69,7 @@ def divisible(kind: str, **fields: Any) -> Variant:
     qformer = QFormerConfig(
         16, 32, width=16, layers=6, heads=4, mlp=24, vocab=50, max_positions=16, queries=4
     )
-    return Variant(vision, qformer, LANGUAGE[kind]).replace(**fields)
+    return Variant("instructblip", vision, qformer, LANGUAGE[kind]).replace(**fields)
 
 
 class Setting:

@@ -65,7 +65,7 @@ def variant(case: str) -> Variant:
         heads=dims["vit_h"],
         mlp=int(dims["vit_w"] * dims["mlp_ratio"]),
     )
-    return Variant(vision, qformer, language)
+    return Variant("instructblip", vision, qformer, language)
 
 
 def params(case: str) -> dict:
@@ -108,7 +108,7 @@ def batch(case: str, tag: str) -> dict[str, np.ndarray]:
     prefix = "" if kind == "generate" else "llm_"
     inputs, real = found[f"{tag}/{prefix}inputs_embeds"], found[f"{tag}/{prefix}attention_mask"] > 0
     frames = images("video" if tag == "generate_video" else "image")[: len(inputs)]
-    skip = frames.shape[1] * sizes.qformer.queries
+    skip = frames.shape[1] * sizes.visual_tokens
 
     # Token ids are not stored, but each embedded one is a row of the table, bit for bit.
     table = params(case)["llm"]["embed"]["embedding"]

@@ -78,7 +78,7 @@ def test_patch_features_and_image_norm(case):
 
 def test_qformer(case):
     _, made = case.trained[0]
-    recorded = case.recorded["train/qformer_last_hidden"][:, : case.variant.qformer.queries]
+    recorded = case.recorded["train/qformer_last_hidden"][:, : case.variant.visual_tokens]
     assert error(made["queries"], recorded) < TOWER
 
 
@@ -111,7 +111,7 @@ def test_logits_and_loss(case, tag):
             count = (targets != golden.IGNORE).sum()
             assert error(ours[:count], theirs[:count]) < TOWER
     else:
-        skip = case.variant.qformer.queries
+        skip = case.variant.visual_tokens
         real = case.recorded[f"{tag}/llm_attention_mask"] > 0
         for ours, theirs, seen in zip(logits, recorded, real, strict=True):
             theirs = theirs[seen][skip:]
@@ -158,7 +158,7 @@ def test_gradient_norms(case):
 def test_prompt_and_first_three_steps_of_answering(case, tag):
     batch = golden.batch(case.name, tag)
     prompt, logits, cache = case.answer(case.params, batch)
-    skip = batch["images"].shape[1] * case.variant.qformer.queries
+    skip = batch["images"].shape[1] * case.variant.visual_tokens
     recorded = case.recorded[f"{tag}/inputs_embeds"][:, :skip]
     assert error(prompt[:, :skip], recorded) < TOWER
     ids = case.recorded[f"{tag}/greedy/ids"]  # the first one is the start, never predicted

@@ -64,7 +64,7 @@ def test_t5_layers(read_pair, tower):
     index = jnp.arange(inputs.shape[2])
     stack = T5Stack(config, jnp.float32, decoder=tower == "decoder")
     bias = stack.apply({"params": params}, index[None] - index[:, None], method="bias")[None]
-    queries = pair.variant.qformer.queries
+    queries = pair.variant.visual_tokens
     real = np.pad(pair.batch["mask"], ((0, 0), (queries, 0)), constant_values=True)
     rest = [padding_mask(jnp.asarray(real)), bias, None, None]
     if tower == "decoder":
@@ -78,7 +78,7 @@ def test_t5_layers(read_pair, tower):
 
 def test_llama_layers(read_pair):
     pair, (_, seen) = read_pair("vicuna-odd"), read_pair("vicuna-odd").theirs
-    config, queries = pair.variant.llm, pair.variant.qformer.queries
+    config, queries = pair.variant.llm, pair.variant.visual_tokens
     inputs, expected = towers.layers(seen, "language_model.model.layers")
     real = np.pad(pair.batch["mask"], ((0, 0), (queries, 0)), constant_values=True)
     positions = jnp.arange(inputs.shape[2])[None]
@@ -94,7 +94,7 @@ def test_llama_layers(read_pair):
 def test_towers_logits_and_loss(read_pair, name):
     pair = read_pair(name)
     (out, seen), ((loss, made), _) = pair.theirs, pair.ours
-    queries = pair.variant.qformer.queries
+    queries = pair.variant.visual_tokens
     assert error(made["features"], seen["vision_model.post_layernorm"][0]) < TOWER
     assert error(made["image_norm"], seen["vision_model.post_layernorm"][1]) < TOWER
     assert error(made["queries"], seen["qformer"][1][:, :queries]) < TOWER
@@ -172,7 +172,7 @@ def test_prefill_and_steps(read_pair, name):
     """Two cached steps with the next tokens of a longer row that transformers reads whole."""
     pair = read_pair(name)
     model = InstructBlip(pair.variant)
-    queries, tokens = pair.variant.qformer.queries, np.array([[7, 11], [8, 12], [9, 13]])
+    queries, tokens = pair.variant.visual_tokens, np.array([[7, 11], [8, 12], [9, 13]])
     prefill = jax.jit(
         lambda params, batch: model.apply({"params": params}, batch, 2, method="prefill")
     )

@@ -144,7 +144,7 @@ class Pair:
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """The batch as transformers takes it: placeholders for the image, then the text."""
-        batch, queries = self.batch, self.variant.qformer.queries
+        batch, queries = self.batch, self.variant.visual_tokens
         rows, skip = len(batch["images"]), ((0, 0), (queries, 0))
         token = self.config["image_token_index"]
         mean, std = np.array(MEAN), np.array(STD)

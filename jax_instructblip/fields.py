@@ -1,0 +1,176 @@
+"""Values that a person sets, as rows of a table: type, range and unit, checked all at once.
+
+    TABLE = {
+        "steps": whole(1, unit="steps"),
+        "dropout": number(0, below=1, special=(-1.0,)),
+        "schedule": one_of("cosine", "staircase"),
+    }
+    check(settings, TABLE)     # settings: a dataclass or a mapping
+
+Numbers go into int32 and float32 on the device: what those cannot hold is out of every range.
+"""
+
+import dataclasses
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+INT32 = 2**31 - 1
+FLOAT32 = float(np.finfo(np.float32).max)
+SMALLEST = float(np.finfo(np.float32).tiny)  # what is nearer to 0 is 0 on the device
+
+_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """What one value may be; made by `whole`, `number`, `flag`, `text`, `one_of`, `several`.
+
+    Attributes:
+      kind: int, float (whole numbers are taken, too), bool, str, or tuple (a list is taken, too).
+      at_least: smallest value.
+      at_most: largest value.
+      above: a bound that the value itself is not.
+      below: likewise.
+      choices: of a text: the values there are.
+      special: values out of the range that mean something, as -1 for "as the checkpoint says".
+      optional: None is a value, too.
+      each: of a tuple: what its entries may be.
+      unit: "steps", "tokens".
+    """
+
+    kind: type
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    special: tuple[Any, ...] = ()
+    optional: bool = False
+    each: "Field | None" = None
+    unit: str = ""
+
+    def problems(self, name: str, value: Any) -> list[str]:
+        """Why the value cannot be used and what is expected; [] where it can."""
+        if self.optional and value is None:
+            return []
+        if self.kind is tuple and self.each is not None and isinstance(value, tuple | list):
+            entries = [(f"{name}[{place}]", entry) for place, entry in enumerate(value)]
+            return [reason for entry in entries for reason in self.each.problems(*entry)]
+        if not _is_a(self.kind, value):
+            expected = _NAMES.get(self.kind, "")
+            ranged = self._range()
+            if self.kind is tuple and self.each is not None:
+                expected = f"a tuple, each of it {_NAMES[self.each.kind]}"
+            elif ranged and self.kind is not bool:
+                expected = f"{expected}, {ranged}" if not self.choices else ranged
+            return [f"{name} is {_show(value)}, expected {expected}{self._also()}"]
+        if self.kind is str:
+            good = not self.choices or value in self.choices
+        elif self.kind is bool:
+            good = True
+        else:
+            good = value in self.special or self._in_range(value)
+        if good:
+            return []
+        finite = "" if self.kind is not float or _is_finite(value) else "a finite float32"
+        expected = ", ".join(filter(None, [finite, self._range()]))
+        return [f"{name} is {_show(value)}, expected {expected}{self._also()}"]
+
+    def _in_range(self, value: float) -> bool:
+        vanishes = self.kind is float and 0 < abs(value) < SMALLEST
+        return (
+            not vanishes
+            and (self.kind is int or _is_finite(value))
+            and (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def _range(self) -> str:
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        words = [
+            f"{word} {bound:,}"
+            for word, bound in (
+                ("at least", self.at_least),
+                ("above", self.above),
+                ("at most", self.at_most),
+                ("below", self.below),
+            )
+            if bound not in (None, FLOAT32)
+        ]
+        return " and ".join(words)
+
+    def _also(self) -> str:
+        words = [f" or {value}" for value in self.special] + [" or None"] * self.optional
+        return "".join(words) + (f" ({self.unit})" if self.unit else "")
+
+
+def whole(at_least: int = -INT32, at_most: int = INT32, **more: Any) -> Field:
+    """A whole number of at least `at_least`; True, 3.0 and "3" are none."""
+    return Field(int, at_least=at_least, at_most=at_most, **more)
+
+
+def number(at_least: float | None = None, at_most: float = FLOAT32, **more: Any) -> Field:
+    """A finite number; True and "3" are none."""
+    return Field(float, at_least=at_least, at_most=at_most, **more)
+
+
+def flag(**more: Any) -> Field:
+    """True or False; 0 and 1 are neither."""
+    return Field(bool, **more)
+
+
+def text(**more: Any) -> Field:
+    """Any text."""
+    return Field(str, **more)
+
+
+def one_of(*choices: str, **more: Any) -> Field:
+    """One of these texts."""
+    return Field(str, choices=choices, **more)
+
+
+def several(each: Field, **more: Any) -> Field:
+    """A tuple or list, perhaps empty, of values that are each such a one."""
+    return Field(tuple, each=each, **more)
+
+
+def find_problems(values: Any, table: Mapping[str, Field], prefix: str = "") -> list[str]:
+    """Every value of a dataclass or a mapping that its row of the table does not allow."""
+    if not isinstance(values, Mapping):
+        values = {field.name: getattr(values, field.name) for field in dataclasses.fields(values)}
+    return [
+        problem
+        for name, value in values.items()
+        if name in table
+        for problem in table[name].problems(prefix + name, value)
+    ]
+
+
+def check(values: Any, table: Mapping[str, Field], *, prefix: str = "", title: str = "") -> None:
+    """Raises a ValueError that lists every value that its row of the table does not allow."""
+    problems = find_problems(values, table, prefix)
+    if problems:
+        raise ValueError("\n  ".join([title, *problems]) if title else "; ".join(problems))
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    if isinstance(value, bool | np.bool_):
+        return kind is bool
+    if kind in (int, float):
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real)
+    return isinstance(value, (tuple, list) if kind is tuple else kind)
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) <= FLOAT32  # not so of NaN
+
+
+def _show(value: Any) -> str:
+    shown = repr(value.item() if isinstance(value, np.generic) else value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
