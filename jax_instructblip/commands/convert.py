@@ -9,6 +9,7 @@ import jax
 from jax_instructblip import checkpoint
 from jax_instructblip.convert import hf
 from jax_instructblip.convert.hf_config import name_of
+from jax_instructblip.convert.stored_model import copy_tokenizers
 from jax_instructblip.data.progress import Progress
 from jax_instructblip.folders import free_bytes, refuse_existing
 from jax_instructblip.models.variants import VARIANTS
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
 
     def add(folder: Path) -> None:
         checkpoint.write_config(folder, {"variant": variant.to_dict(), "source": source})
-        absent.extend(hf.copy_tokenizers(args.folder, folder))
+        absent.extend(copy_tokenizers(args.folder, folder))
 
     with Progress(round(leaves.nbytes / 1e6), "converting", "MB") as progress:
 

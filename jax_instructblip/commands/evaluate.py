@@ -99,7 +99,7 @@ def _score(args: argparse.Namespace) -> int:
     if len(tasks) != 1:
         raise ValueError(f"--predictions is of one dataset, --datasets names {len(tasks)}")
     finished = suite.score_given(tasks[0], args.predictions)
-    print("\n  ".join([line(tasks[0].benchmark.name, finished.result), *finished.result["notes"]]))
+    print(line(tasks[0].benchmark.name, finished.result))
     return _finish(args.out, [finished], {"predictions": str(args.predictions)})
 
 
@@ -136,7 +136,6 @@ def _tasks(args: argparse.Namespace, llm: str) -> list[Task]:
                 limit=args.limit,
                 candidates=candidates,
                 overrides=overrides,
-                scoring=args.predictions is not None,
             )
         except (ValueError, OSError) as error:
             wrong.append(str(error))
@@ -238,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder to write to (of families by default the run)")
     add("--batch_size", type=int, help="questions at once, of datasets on each device (8)")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two --out, or predictions")
-    add("--predictions", type=Path, help="JSON lines with id, and text or scores; or a VQA tool's")
+    add("--predictions", type=Path, help="JSON lines with id, and text or scores")
     add(
         "--relevance", type=Path, metavar="FILE", help="dense annotations, for visual_dialog's NDCG"
     )

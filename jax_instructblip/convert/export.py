@@ -17,16 +17,22 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jax_instructblip import checkpoint
 from jax_instructblip.convert import hf, transforms
 from jax_instructblip.convert.engine import Drop, Rule, Zeros
-from jax_instructblip.convert.hf_config import ARCHITECTURE, MODEL_TYPE
+from jax_instructblip.convert.hf_config import ARCHITECTURE, MODEL_TYPE, variant_of
 from jax_instructblip.convert.safetensors import Writer
+from jax_instructblip.convert.stored_model import (
+    TOKENIZERS,
+    StoredModel,
+    check_room,
+    read_stored_model,
+)
 from jax_instructblip.files import TOKENIZER_LIMIT, read_json
-from jax_instructblip.folders import atomic_folder
+from jax_instructblip.folders import atomic_folder, refuse_existing
 from jax_instructblip.models.variants import LlamaConfig, T5Config, Variant
 
 SHARD_BYTES = 5_000_000_000
+QFORMER_LIMIT = 128  # tokens of an instruction, as released
 DTYPES = {
     name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("bfloat16", "float16", "float32")
 }
@@ -59,7 +65,7 @@ class _Group:
 
 
 def export_hf(
-    folder: str | Path,
+    model: str | Path | StoredModel,
     out: str | Path,
     *,
     shard_bytes: int = SHARD_BYTES,
@@ -67,30 +73,30 @@ def export_hf(
 ) -> list[str]:
     """Writes `out`, a Hugging Face InstructBLIP folder; returns what is worth knowing of it.
 
-    `folder` is a checkpoint folder of ours, whose dtypes are kept; `progress` is called with the
-    bytes of each tensor written. `out` appears when all is written, and must not exist.
+    `model` is a checkpoint folder of ours or what `stored_model.py` makes of a run; its dtypes are
+    kept. `progress` is called with the bytes of each tensor written. `out` appears when all is
+    written, and must not exist.
     """
-    folder = Path(folder)
-    config = checkpoint.read_config(folder)
-    variant = Variant.from_dict(config["variant"])
-    source = config.get("source", {})
-    if not variant.qformer.instruction_aware:
+    if not isinstance(model, StoredModel):
+        model = read_stored_model(Path(model))
+    if not model.variant.qformer.instruction_aware:
         raise ValueError(
-            f"{folder} holds a Q-Former without the instruction branch: {ARCHITECTURE} cannot "
-            "hold that"
+            f"{model.title} holds a Q-Former without the instruction branch: {ARCHITECTURE} cannot "
+            "hold that; `jax-instructblip merge` writes a checkpoint of this package"
         )
-    manifest = checkpoint.read_manifest(folder)
-    tied = bool(source.get("tied_head")) and _head_is_tied(folder)
-    groups = _groups(variant, manifest, leave_out_head=tied)
+    refuse_existing(out)
+    check_room(Path(out), model.nbytes)
+    tied = bool(model.facts.get("tied_head")) and _head_is_tied(model)
+    groups = _groups(model.variant, model.manifest, leave_out_head=tied)
     specs = {key: (group.dtype, group.shape) for group in groups for key in group.keys}
     with atomic_folder(out) as temporary:
         writer = Writer(temporary, specs, shard_bytes)
-        for key, tensor in _tensors(folder, groups):
+        for key, tensor in _tensors(model, groups):
             writer.write(key, tensor)
             if progress is not None:
                 progress(tensor.nbytes)
         writer.close()
-        notes = _write_sides(folder, temporary, variant, source, manifest)
+        notes = _write_sides(model, temporary, tied)
     return notes
 
 
@@ -119,10 +125,10 @@ def _groups(variant: Variant, manifest: Mapping[str, Any], *, leave_out_head: bo
     return groups
 
 
-def _tensors(folder: Path, groups: list[_Group]) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(model: StoredModel, groups: list[_Group]) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the source, in the order of the groups; peak memory is one group's leaves."""
     wanted = [rule.target for group in groups for rule in group.rules]
-    leaves = checkpoint.read_leaves(folder, wanted)
+    leaves = model.read(wanted)
     for group in groups:
         held = dict(itertools.islice(leaves, len(group.rules)))
         for layer, key in enumerate(group.keys):
@@ -130,49 +136,81 @@ def _tensors(folder: Path, groups: list[_Group]) -> Iterator[tuple[str, np.ndarr
         del held  # before the next group is read
 
 
-def _head_is_tied(folder: Path) -> bool:
+def _head_is_tied(model: StoredModel) -> bool:
     """Whether head and embedding still hold the same numbers."""
-    both = dict(checkpoint.read_leaves(folder, ["llm/embed/embedding", "llm/head/kernel"]))
+    both = dict(model.read(["llm/embed/embedding", "llm/head/kernel"]))
     embed, head = both["llm/embed/embedding"], both["llm/head/kernel"]
     return embed.dtype == head.dtype and np.array_equal(
         embed.view(f"u{embed.itemsize}"), head.view(f"u{head.itemsize}").T
     )
 
 
-def _write_sides(
-    folder: Path,
-    out: Path,
-    variant: Variant,
-    source: Mapping[str, Any],
-    manifest: Mapping[str, Any],
-) -> list[str]:
+def _write_sides(model: StoredModel, out: Path, tied: bool) -> list[str]:
     """Writes config, tokenizers and side files; returns notes on what the format cannot say."""
+    variant, facts = model.variant, model.facts
     notes = []
-    for name in ("tokenizer", "qformer_tokenizer"):
-        files = sorted((folder / name).glob("*"))
+    for name in TOKENIZERS:
+        files = sorted((model.folder / name).glob("*"))
         if not files:
             notes.append(f"the checkpoint has no {name}: the folder cannot be prompted as it is")
         target = out if name == "tokenizer" else out / name
         target.mkdir(exist_ok=True)
         for path in files:
             shutil.copyfile(path, target / path.name)
-    if "config" in source:
-        config = {"architectures": [ARCHITECTURE], **source["config"]}
+    made = _config(variant, _main_dtype(model.manifest), _image_token(model.folder))
+    if "config" in facts:
+        config = {"architectures": [ARCHITECTURE], **_updated(facts["config"], model, made)}
+        if facts.get("tied_head") and not tied:
+            config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
     else:
-        config = _config(variant, _main_dtype(manifest), _image_token(folder))
+        config = made
         if config["image_token_index"] is None:
             notes.append(
                 "the tokenizer has no <image> token: transformers needs one, and image_token_index"
             )
+    notes += _losses(model, config)
+    sides = {"preprocessor_config": _preprocessor(variant)}
+    sides |= {name: facts[name] for name in hf.SIDE_FILES if name in facts}
+    for name, document in {"config": config, **sides}.items():
+        (out / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
+    return notes
+
+
+def _updated(config: Mapping[str, Any], model: StoredModel, made: Mapping[str, Any]) -> dict:
+    """The `config` of long ago with what the model's sizes and rates say otherwise by now."""
+    then = variant_of(model.folder / "tokenizer", dict(config))
+    before = _config(then, made["dtype"], made["image_token_index"])
+    result = json.loads(json.dumps(config))
+    for section, fields in made.items():
+        if isinstance(fields, dict):
+            changed = {k: v for k, v in fields.items() if before[section].get(k) != v}
+            result[section] = {**(result.get(section) or {}), **changed}
+        elif before[section] != fields:
+            result[section] = fields
+    return result
+
+
+def _losses(model: StoredModel, config: Mapping[str, Any]) -> list[str]:
+    """What the model has and the format cannot say, or what transformers does otherwise."""
+    variant, notes = model.variant, []
     if variant.qformer.image_norm_eps != variant.vision.norm_eps:
         notes.append(
             f"the image norm's eps is {variant.qformer.image_norm_eps:g}; {ARCHITECTURE} takes "
             f"the vision tower's, {variant.vision.norm_eps:g}: outputs differ slightly there"
         )
-    sides = {"preprocessor_config": _preprocessor(variant)}
-    sides |= {name: source[name] for name in hf.SIDE_FILES if name in source}
-    for name, document in {"config": config, **sides}.items():
-        (out / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
+    stated = config.get("dtype") or config.get("torch_dtype")
+    widths = {entry["dtype"] for entry in model.manifest.values()}
+    if "tuned" in model.facts and "float32" in widths and stated not in (None, "float32"):
+        notes.append(
+            f"tuned weights are float32, config.json says {stated}: transformers rounds them to "
+            "that unless it is told dtype=float32"
+        )
+    limit = model.limits.get("qformer_limit", QFORMER_LIMIT)
+    if limit < QFORMER_LIMIT:
+        notes.append(
+            f"the Q-Former was tuned on the last {limit} tokens of an instruction; transformers "
+            "gives it all of them"
+        )
     return notes
 
 

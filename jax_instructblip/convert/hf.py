@@ -1,6 +1,5 @@
 """A Hugging Face InstructBLIP folder -> our leaves, checked against its config, one at a time."""
 
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,6 @@ from jax_instructblip.convert import llama, qformer, t5, vision
 from jax_instructblip.convert.engine import Entry, Plan, make_plan
 from jax_instructblip.convert.hf_config import (
     ARCHITECTURE,
-    TOKENIZER_FILES,
     check_variant,
     has_tied_embeddings,
     read_config,
@@ -77,24 +75,6 @@ def read_hf(
         kept[path] = array if place is None else place(path, array)
         del array  # before the next leaf is made
     return variant, checkpoint.unflatten(kept)
-
-
-def copy_tokenizers(folder: Path, out: Path) -> list[str]:
-    """Which tokenizers are absent; others are copied to out/tokenizer, out/qformer_tokenizer."""
-    files = {
-        "tokenizer": [folder / name for name in TOKENIZER_FILES],
-        "qformer_tokenizer": sorted((folder / "qformer_tokenizer").glob("*")),
-    }
-    absent = []
-    for name, paths in files.items():
-        paths = [path for path in paths if path.is_file()]
-        if not paths:
-            absent.append(name)
-            continue
-        (out / name).mkdir()
-        for path in paths:
-            shutil.copyfile(path, out / name / path.name)
-    return absent
 
 
 def _source(

@@ -1,8 +1,10 @@
 """A progress line with rate and time left, for anything longer than two seconds."""
 
+import contextlib
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 QUIET_SECONDS = 2.0  # nothing is printed before this
 TTY_SECONDS = 0.2  # between redraws of the line on a terminal
@@ -73,6 +75,20 @@ class Progress:
             f"\r{line}\x1b[K" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True
         )
         self._printed = True
+
+
+@contextlib.contextmanager
+def count_bytes(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    """A progress line in MB; yields what is to be called with the bytes of each piece done."""
+    with Progress(round(total / 1e6), label, "MB") as progress:
+        done = 0
+
+        def count(size: int) -> None:
+            nonlocal done
+            done, before = done + size, done
+            progress.update(round(done / 1e6) - round(before / 1e6))
+
+        yield count
 
 
 def duration(seconds: float) -> str:

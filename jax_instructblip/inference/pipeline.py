@@ -33,14 +33,12 @@ from jax_instructblip.inference.ranking import (
     stack_scores,
     tokenise,
 )
+from jax_instructblip.inference.save import save_checkpoint
 from jax_instructblip.inference.scores import LengthRule
 from jax_instructblip.inference.settings import Drawing, check_search, check_settings
-from jax_instructblip.inference.source import load_params, read_source
+from jax_instructblip.inference.source import Source, load_params, read_source
 from jax_instructblip.inference.streaming import pieces
-from jax_instructblip.models.instructblip import (
-    InstructBlip,
-    is_separate,
-)
+from jax_instructblip.models.instructblip import InstructBlip, is_separate
 from jax_instructblip.models.layers import BATCH_AXES, Scan, Scans
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.parallel.mesh import batch_sharding
@@ -69,7 +67,7 @@ def load(
     _ = InstructBlip(source.variant, jnp.dtype(dtype)).bind({}).vision
     text = TextProcessor.load(source.folder, source.variant, **source.limits)
     params = load_params(source, jnp.dtype(dtype), mesh)
-    return InstructBlipPipeline(source.variant, params, text, dtype=dtype, mesh=mesh)
+    return InstructBlipPipeline(source.variant, params, text, dtype=dtype, mesh=mesh, source=source)
 
 
 class InstructBlipPipeline:
@@ -88,14 +86,14 @@ class InstructBlipPipeline:
         dtype: Any = jnp.float32,
         mesh: Mesh | None = None,
         silent: bool = False,
+        source: Source | None = None,
     ):
         """The pipeline of parameters that are on their devices already; `load` reads a folder.
 
-        The layers that decode may be stacked, as in a checkpoint, or separate
-        (`models.instructblip.separate_decoder`), which on a CPU is faster.
+        Decoding layers may be stacked, or separate (`models.instructblip.separate_decoder`).
         """
         self.variant, self.params, self.text, self.mesh = variant, params, text, mesh
-        self.silent = silent  # no progress lines
+        self.silent, self.source = silent, source  # silent: no progress lines
         scans = Scans(llm=Scan(separate=is_separate(variant, params)))
         self.model = InstructBlip(variant, jnp.dtype(dtype), scans)
 
@@ -214,8 +212,7 @@ class InstructBlipPipeline:
         drawing = Drawing(temperature, top_k, top_p)
         check_settings(max_new_tokens, min_new_tokens, 1, repetition_penalty, drawing)
         check_search(1, drawing.asked, False, 1, length_rule)
-        parts = make_parts(self.text, pair([image], [prompt]), 1, self.splits, max_new_tokens)
-        part = next(parts)
+        part = next(make_parts(self.text, pair([image], [prompt]), 1, self.splits, max_new_tokens))
         made = stream_tokens(
             self.model,
             self.params,
@@ -305,6 +302,10 @@ class InstructBlipPipeline:
 
         parts = self._run("looking", look, pair(images, prompts), batch_size)
         return np.concatenate([seen[:count].astype(np.float32) for seen, count in parts])
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes a new checkpoint folder for `load`: the weights in the dtype they are held in."""
+        save_checkpoint(folder, self.variant, self.params, self.text, self.source)
 
     def logits(self, batch: Batch) -> np.ndarray:
         """Float32 logits `[B, T or U, V]` of a training batch, aligned with its targets.

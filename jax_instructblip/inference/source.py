@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from jax_instructblip import checkpoint
 from jax_instructblip.convert.hf import convert_hf
+from jax_instructblip.convert.stored_model import StoredModel, read_stored_model, tuned
 from jax_instructblip.files import read_json
 from jax_instructblip.models.instructblip import DECODERS, param_shapes, separate_decoder
 from jax_instructblip.models.variants import Variant
@@ -31,6 +32,8 @@ from jax_instructblip.parallel.mesh import is_split, replicated
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 
 SAMPLES, SAMPLE_BYTES = 256, 16_384  # of a file of gigabytes, for a digest within a second
+
+LIMITS = ("qformer_limit", "prompt_limit", "answer_limit")  # fields of TextProcessor
 
 KINDS = (
     "a Hugging Face folder (config.json with `architectures`)",
@@ -49,6 +52,7 @@ class Source:
       leaves: of a Hugging Face folder, what makes its leaves one by one; None for a checkpoint.
       step: of a run, its folder `checkpoints/<step>`, whose weights replace those of `folder`.
       limits: of a run, how many tokens of each text it was tuned with (fields of TextProcessor).
+      facts: where the weights came from, as `source` of config.json.
     """
 
     folder: Path
@@ -56,6 +60,7 @@ class Source:
     leaves: Iterable[tuple[str, np.ndarray]] | None = None
     step: Path | None = None
     limits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> Path:
@@ -90,11 +95,13 @@ def read_source(path: str | os.PathLike) -> Source:
     if (folder / "checkpoints").is_dir():
         return _run_source(_latest_step(folder / "checkpoints"))
     if (folder / checkpoint.MANIFEST).is_file():
-        return Source(folder, Variant.from_dict(checkpoint.read_config(folder)["variant"]))
+        model = read_stored_model(folder)
+        limits = _check_limits(folder, model.limits)
+        return Source(folder, model.variant, limits=limits, facts=model.facts)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if "architectures" in config or "model_type" in config:
-        variant, _, leaves = convert_hf(folder)
-        return Source(folder, variant, leaves)
+        variant, facts, leaves = convert_hf(folder)
+        return Source(folder, variant, leaves, facts=facts)
     found = ", ".join(sorted(each.name for each in folder.iterdir())[:12]) or "nothing"
     raise ValueError(
         f"{folder} is of no known kind: found {found}; expected {', '.join(KINDS[:-1])} or "
@@ -135,7 +142,7 @@ def read_params(
 
 
 def _run_source(step: Path) -> Source:
-    meta = read_json(step / "meta.json")
+    meta = _read_meta(step)
     base = read_source(_base_folder(step, meta["base"]))
     found, wanted = base_digest(base), meta["base"]["sha256"]
     if found != wanted:
@@ -144,7 +151,49 @@ def _run_source(step: Path) -> Source:
             f"it has {found[:12]}...; put that base back, or tune again"
         )
     variant = Variant.from_dict(meta["variant"])
-    return dataclasses.replace(base, variant=variant, step=step, limits=meta.get("text", {}))
+    limits = _check_limits(step, meta.get("text", {}))
+    tuned = {
+        "step": meta["step"],
+        "base_sha256": wanted,
+        "trained_sha256": checkpoint.manifest_digest(step / "trainable"),
+    }
+    facts = {**base.facts, "tuned": tuned}
+    return dataclasses.replace(base, variant=variant, step=step, limits=limits, facts=facts)
+
+
+def _read_meta(step: Path) -> dict[str, Any]:
+    """The meta.json of a run's checkpoint; CheckpointError with all that it does not say."""
+    meta = read_json(step / "meta.json", dict)
+    wanted = {"step": int, "variant": dict, "trainable": list, "base": dict}
+    wrong = [
+        f"{name}: found {meta.get(name)!r}, expected {kind.__name__}"
+        for name, kind in wanted.items()
+        if not isinstance(meta.get(name), kind)
+    ]
+    if not wrong:
+        wrong += [
+            f"base.{name}: found {meta['base'].get(name)!r}, expected str"
+            for name in ("path", "sha256")
+            if not isinstance(meta["base"].get(name), str)
+        ]
+    if wrong:
+        raise checkpoint.CheckpointError(
+            "\n  ".join([f"{step / 'meta.json'} is damaged; copy it again:", *wrong])
+        )
+    return meta
+
+
+def _check_limits(folder: Path, limits: Any) -> Mapping[str, int]:
+    """The limits that a checkpoint states; CheckpointError where they are none."""
+    whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
+    if not isinstance(limits, Mapping) or not all(
+        name in LIMITS and whole(value) for name, value in limits.items()
+    ):
+        raise checkpoint.CheckpointError(
+            f"{folder} states the limits of texts {limits!r}, expected whole numbers for "
+            f"{', '.join(LIMITS)}: copy its JSON files again"
+        )
+    return limits
 
 
 def _base_folder(step: Path, base: Mapping[str, str]) -> str:
@@ -159,6 +208,24 @@ def _base_folder(step: Path, base: Mapping[str, str]) -> str:
         f"the base that {step} was tuned on is gone: looked for {' and '.join(places)}; put the "
         f"checkpoint of sha256 {base['sha256'][:12]}... back there"
     )
+
+
+def stored_model(source: Source) -> StoredModel:
+    """The whole model of a checkpoint folder or a run, for a writer.
+
+    Raises:
+        ValueError: `source` is a Hugging Face folder.
+    """
+    if source.leaves is not None:
+        raise ValueError(
+            f"{source.folder} is a Hugging Face folder: expected a checkpoint folder or a run "
+            "(`jax-instructblip convert` makes the one of the other)"
+        )
+    base = read_stored_model(source.folder)
+    if source.step is None:
+        return base
+    changes = {"variant": source.variant, "facts": source.facts, "limits": source.limits}
+    return tuned(base, source.step / "trainable", title=str(source.step), **changes)
 
 
 def base_digest(source: Source) -> str:
@@ -182,7 +249,7 @@ def _latest_step(folder: Path) -> Path:
 
 def _read_trained(step: Path, variant: Variant, place: checkpoint.Place) -> checkpoint.Tree:
     shapes = param_shapes(variant)
-    expected = {name: shapes[name] for name in read_json(step / "meta.json")["trainable"]}
+    expected = {name: shapes[name] for name in _read_meta(step)["trainable"]}
     return checkpoint.read_tree(step / "trainable", expected=expected, place=place)
 
 

@@ -57,7 +57,7 @@ def test_wrong_variant_and_wrong_folder_are_one_error(forge, tmp_path, capsys):
     assert main(["convert", str(tmp_path), "--out", str(out)]) == 1
     assert "config.json cannot be read" in capsys.readouterr().err
     assert main(["export", str(tmp_path), "--out", str(out)]) == 1
-    assert "no checkpoint folder" in capsys.readouterr().err
+    assert f"{tmp_path} is of no known kind" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,6 +8,7 @@ import pytest
 from jax_instructblip import checkpoint
 from jax_instructblip.convert import hf
 from jax_instructblip.convert.export import export_hf
+from jax_instructblip.convert.stored_model import copy_tokenizers
 from jax_instructblip.models.instructblip import param_shapes
 from jax_instructblip.models.variants import get_variant
 from tests.convert.folders import bits, copy, edit_config, tensors
@@ -22,7 +23,7 @@ def convert(folder, out):
 
     def extra(temporary):
         checkpoint.write_config(temporary, {"variant": variant.to_dict(), "source": source})
-        hf.copy_tokenizers(folder, temporary)
+        copy_tokenizers(folder, temporary)
 
     checkpoint.write_tree(out, leaves, extra=extra)
     return out

@@ -9,6 +9,7 @@ import pytest
 from jax_instructblip import checkpoint
 from jax_instructblip.convert import hf, hf_config
 from jax_instructblip.convert.safetensors import ConversionError
+from jax_instructblip.convert.stored_model import copy_tokenizers
 from jax_instructblip.models.instructblip import param_shapes
 from jax_instructblip.models.variants import get_variant
 from tests.convert.folders import INDEX, copy, edit_config, tensors
@@ -269,11 +270,11 @@ def test_head_that_is_there_is_taken_although_the_config_says_tied(flan):
 
 def test_tokenizers_are_copied(forge, tmp_path):
     vicuna = forge(VICUNA)
-    assert hf.copy_tokenizers(vicuna, tmp_path) == []
+    assert copy_tokenizers(vicuna, tmp_path) == []
     assert (tmp_path / "tokenizer" / "tokenizer.model").is_file()
     assert (tmp_path / "qformer_tokenizer" / "tokenizer.json").is_file()
     assert not (tmp_path / "tokenizer" / "config.json").exists()
-    assert hf.copy_tokenizers(tmp_path / "nowhere", tmp_path) == ["tokenizer", "qformer_tokenizer"]
+    assert copy_tokenizers(tmp_path / "nowhere", tmp_path) == ["tokenizer", "qformer_tokenizer"]
 
 
 def test_conversion_imports_neither_torch_nor_transformers():

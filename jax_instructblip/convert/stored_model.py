@@ -1,0 +1,141 @@
+"""A whole model on disk, ready to be written in another form: a checkpoint, or a run over its base.
+
+Nothing of its weights is read before `read`, and then one leaf at a time.
+"""
+
+import dataclasses
+import itertools
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_instructblip import checkpoint
+from jax_instructblip.convert.hf_config import TOKENIZER_FILES
+from jax_instructblip.folders import free_bytes
+from jax_instructblip.models.variants import Variant
+
+TOKENIZERS = ("tokenizer", "qformer_tokenizer")
+
+Leaves = Iterator[tuple[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """The parts of a model that a writer needs.
+
+    Attributes:
+      title: what it is called in messages.
+      variant: its sizes.
+      facts: where its weights came from, as `source` of config.json.
+      folder: has its tokenizers, each in a folder of its own.
+      manifest: of each leaf its shape and dtype.
+      read: the leaves of these paths, in this order, their hashes compared.
+      limits: how many tokens of each text it was tuned with (fields of TextProcessor).
+    """
+
+    title: str
+    variant: Variant
+    facts: Mapping[str, Any]
+    folder: Path
+    manifest: Mapping[str, Mapping[str, Any]]
+    read: Callable[[Iterable[str]], Leaves]
+    limits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves."""
+        return checkpoint.manifest_bytes(self.manifest)
+
+
+def read_stored_model(folder: Path) -> StoredModel:
+    """The model of a checkpoint folder; CheckpointError where it is none."""
+    config = checkpoint.read_config(folder)
+    return StoredModel(
+        str(folder),
+        Variant.from_dict(config["variant"]),
+        config.get("source", {}),
+        folder,
+        checkpoint.read_manifest(folder),
+        lambda paths: checkpoint.read_leaves(folder, paths),
+        config.get("text", {}),
+    )
+
+
+def tuned(base: StoredModel, trainable: Path, **changes: Any) -> StoredModel:
+    """`base` with the top-level trees of the checkpoint folder `trainable` instead of its own.
+
+    `changes` are the fields that a run states itself: title, variant, facts, limits.
+    """
+    changed = checkpoint.read_manifest(trainable)
+    trees = {path.partition("/")[0] for path in changed}
+    kept = {path: e for path, e in base.manifest.items() if path.partition("/")[0] not in trees}
+
+    def read(paths: Iterable[str]) -> Leaves:
+        for is_changed, group in itertools.groupby(paths, changed.__contains__):
+            some = list(group)
+            yield from checkpoint.read_leaves(trainable, some) if is_changed else base.read(some)
+
+    return dataclasses.replace(base, manifest={**kept, **changed}, read=read, **changes)
+
+
+def write_checkpoint(
+    model: StoredModel, out: Path, *, progress: Callable[[int], Any] = lambda size: None
+) -> None:
+    """Writes `out`, a checkpoint folder with tokenizers that needs no other folder.
+
+    Dtypes are kept; `progress` is called with the bytes of each leaf. `out` appears when all is
+    written, and must not exist.
+    """
+    check_room(out, model.nbytes)
+
+    def leaves() -> Leaves:
+        for path, array in model.read(sorted(model.manifest)):
+            size = array.nbytes
+            yield path, array
+            del array  # the next leaf is made while no name holds this one
+            progress(size)
+
+    def add(partial: Path) -> None:
+        write_sides(partial, model.variant, model.facts, model.limits)
+        copy_tokenizers(model.folder, partial)
+
+    checkpoint.write_tree(out, leaves(), extra=add)
+
+
+def write_sides(
+    folder: Path, variant: Variant, facts: Mapping[str, Any], limits: Mapping[str, int]
+) -> None:
+    """Writes the config.json of a checkpoint folder."""
+    text = {"text": dict(limits)} if limits else {}
+    checkpoint.write_config(folder, {"variant": variant.to_dict(), "source": facts, **text})
+
+
+def copy_tokenizers(folder: Path, out: Path) -> list[str]:
+    """Copies both tokenizers to folders in `out`; returns the names of those that are absent.
+
+    A checkpoint folder of ours has them in folders, too; a Hugging Face folder has the language
+    model's at its root.
+    """
+    files = {name: sorted((folder / name).glob("*")) for name in TOKENIZERS}
+    if not (folder / "tokenizer").is_dir():
+        files["tokenizer"] = [folder / name for name in TOKENIZER_FILES]
+    absent = []
+    for name, paths in files.items():
+        paths = [path for path in paths if path.is_file()]
+        if not paths:
+            absent.append(name)
+            continue
+        (out / name).mkdir()
+        for path in paths:
+            shutil.copyfile(path, out / name / path.name)
+    return absent
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Raises OSError where the disk of `out` has less room than that many bytes."""
+    free = free_bytes(out)
+    if free < needed:
+        raise OSError(f"{out} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there")

@@ -1,0 +1,76 @@
+"""Parameters in memory -> a checkpoint folder that `load` reads."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_instructblip import checkpoint
+from jax_instructblip.convert.stored_model import check_room, copy_tokenizers, write_sides
+from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.folders import refuse_existing
+from jax_instructblip.inference.source import LIMITS, Source
+from jax_instructblip.models.instructblip import DECODERS, is_separate
+from jax_instructblip.models.variants import Variant
+
+
+def save_checkpoint(
+    out: str | os.PathLike,
+    variant: Variant,
+    params: dict[str, Any],
+    text: TextProcessor,
+    source: Source | None = None,
+) -> None:
+    """Writes `out`: the parameters in the dtypes they have, the tokenizers, config and manifest.
+
+    With the `source` that the model was loaded from, the tokenizers are copied from there and the
+    facts about its weights are kept. `out` appears when all is written.
+
+    Raises:
+        FileExistsError: `out` exists.
+        ValueError: other processes hold parts of the parameters.
+        OSError: there is no room, or writing failed.
+    """
+    out = Path(out)
+    refuse_existing(out)
+    leaves = jax.tree.leaves(params)
+    if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
+        raise ValueError(
+            f"{out} is not written: other processes hold parts of the parameters; load the model "
+            "in one process, or use `jax-instructblip merge`, which needs no device"
+        )
+    check_room(out, sum(leaf.nbytes for leaf in leaves))
+
+    def add(partial: Path) -> None:
+        limits = {name: getattr(text, name) for name in LIMITS}
+        write_sides(partial, variant, {} if source is None else source.facts, limits)
+        if source is None:
+            text.llm.save_pretrained(partial / "tokenizer")
+            text.qformer.save_pretrained(partial / "qformer_tokenizer")
+        else:
+            copy_tokenizers(source.folder, partial)
+
+    checkpoint.write_tree(out, _stacked(variant, params), extra=add)
+
+
+def _stacked(variant: Variant, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """The leaves as a checkpoint has them: what `separate_decoder` took apart is put together."""
+    flat = checkpoint.flatten(params)
+    if not is_separate(variant, params):
+        yield from flat.items()
+        return
+    prefix = DECODERS[variant.llm.kind] + "/"
+    stacks: dict[str, dict[int, Any]] = {}
+    for path, leaf in flat.items():
+        if path == "llm/head/kernel":
+            yield path, np.asarray(leaf).T
+        elif path.startswith(prefix):
+            number, _, rest = path.removeprefix(prefix).partition("/")
+            stacks.setdefault(rest, {})[int(number)] = leaf
+        else:
+            yield path, leaf
+    for rest, layers in stacks.items():
+        yield prefix + rest, np.stack([np.asarray(layers[n]) for n in sorted(layers)])
