@@ -99,7 +99,7 @@ def _score(args: argparse.Namespace) -> int:
     if len(tasks) != 1:
         raise ValueError(f"--predictions is of one dataset, --datasets names {len(tasks)}")
     finished = suite.score_given(tasks[0], args.predictions)
-    print(line(tasks[0].benchmark.name, finished.result))
+    print("\n  ".join([line(tasks[0].benchmark.name, finished.result), *finished.result["notes"]]))
     return _finish(args.out, [finished], {"predictions": str(args.predictions)})
 
 
@@ -136,6 +136,7 @@ def _tasks(args: argparse.Namespace, llm: str) -> list[Task]:
                 limit=args.limit,
                 candidates=candidates,
                 overrides=overrides,
+                scoring=args.predictions is not None,
             )
         except (ValueError, OSError) as error:
             wrong.append(str(error))
@@ -237,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder to write to (of families by default the run)")
     add("--batch_size", type=int, help="questions at once, of datasets on each device (8)")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two --out, or predictions")
-    add("--predictions", type=Path, help="JSON lines with id, and text or scores")
+    add("--predictions", type=Path, help="JSON lines with id, and text or scores; or a VQA tool's")
     add(
         "--relevance", type=Path, metavar="FILE", help="dense annotations, for visual_dialog's NDCG"
     )

@@ -29,6 +29,7 @@ from jax_instructblip.data.records import Record
 BUILDER = "jax_instructblip_records"  # the folder of TFDS's own naming
 TEXTS = ("id", "prompt", "task", "split", "context")
 LISTS = ("answers", "choices", "ocr")
+NUMBERS = ("correct", "blank")
 STRINGS = (*TEXTS, *LISTS, "history")
 
 DESCRIPTION = "Questions about images, with their answers."
@@ -43,7 +44,7 @@ def record_features() -> tfds.features.FeaturesDict:
         {
             **{name: features.Text() for name in TEXTS},
             **{name: features.Sequence(features.Text()) for name in LISTS},
-            "correct": features.Scalar(np.int64),
+            **{name: features.Scalar(np.int64) for name in NUMBERS},
             "history": features.Sequence(features.Text()),  # question, answer, question ...
             "times": features.Sequence(np.float64),
             "images": features.Sequence(features.Image()),
@@ -53,7 +54,7 @@ def record_features() -> tfds.features.FeaturesDict:
 
 def record_row(record: Record) -> dict[str, Any]:
     """The record as `record_features` wants it, its images as paths or as files of bytes."""
-    row: dict[str, Any] = {name: getattr(record, name) for name in (*TEXTS, "correct")}
+    row: dict[str, Any] = {name: getattr(record, name) for name in (*TEXTS, *NUMBERS)}
     row |= {name: list(getattr(record, name)) for name in (*LISTS, "times")}
     row["history"] = [text for turn in record.history for text in turn]
     row["images"] = [_file(image) for image in record.images]
@@ -120,6 +121,7 @@ class RecordSource:
         turns = strings["history"]
         fields["history"] = tuple(zip(turns[::2], turns[1::2], strict=True))
         fields["correct"] = row["correct"].int64_list.value[0]
+        fields["blank"] = sum(row["blank"].int64_list.value)  # older folders do not have it
         fields["times"] = tuple(row["times"].float_list.value)
         return Record(images=tuple(row["images"].bytes_list.value), **fields)
 

@@ -34,7 +34,7 @@ from jax_instructblip.data.video import VideoError, read_frames
 from jax_instructblip.files import ANNOTATION_LIMIT, read_json
 from jax_instructblip.folders import write_file
 
-VERSION = "1.0.0"  # of the layout: raise it where what is stored changes
+VERSION = "1.1.0"  # of the layout: raise it where what is stored changes
 REPORT = "prepared.json"
 CANDIDATES = "candidates.json"  # that all records are ranked over, where there are such
 VIDEO = "video QA"  # the family whose files are videos

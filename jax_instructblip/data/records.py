@@ -56,6 +56,7 @@ class Record:
       ocr: words read in the image by a machine, in its order.
       history: earlier rounds of a dialogue, each a question and its answer.
       times: seconds of each image from the start of its video; empty for still images.
+      blank: how many annotators were asked and left the answer blank, beside those of `answers`.
     """
 
     id: str
@@ -70,14 +71,17 @@ class Record:
     ocr: tuple[str, ...] = ()
     history: tuple[tuple[str, str], ...] = ()
     times: tuple[float, ...] = ()
+    blank: int = 0
 
     def __post_init__(self):
         problems = []
         for name in ("id", "prompt", "task", "split", "context"):
             if not isinstance(getattr(self, name), str):
                 problems.append(f"{name} is {files.kind_of(getattr(self, name))}, expected text")
-        if not isinstance(self.correct, int) or isinstance(self.correct, bool):
-            problems.append(f"correct is {files.kind_of(self.correct)}, expected a whole number")
+        for name in ("correct", "blank"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                problems.append(f"{name} is {files.kind_of(value)}, expected a whole number")
         for name in ("images", "answers", "choices", "ocr", "history", "times"):
             if not isinstance(getattr(self, name), tuple):
                 problems.append(f"{name} is {files.kind_of(getattr(self, name))}, expected a tuple")
@@ -104,6 +108,8 @@ class Record:
         if not -1 <= self.correct < len(self.choices):
             count = len(self.choices)
             yield f"correct is {self.correct}, expected the index of one of {count} choices, or -1"
+        if self.blank < 0:
+            yield f"blank is {self.blank}, expected 0 or more"
         for index, turn in enumerate(self.history):
             if len(turn) != 2 or not all(isinstance(text, str) for text in turn):
                 yield f"history[{index}] is {turn!r}, expected a question and its answer"

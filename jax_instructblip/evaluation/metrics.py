@@ -10,7 +10,7 @@ from jax_instructblip.evaluation.choices import score_accuracy, score_auroc, sco
 from jax_instructblip.evaluation.dialogue import score_ranks
 from jax_instructblip.evaluation.exact_match import normalise, score_exact_match
 from jax_instructblip.evaluation.metric import Metric
-from jax_instructblip.evaluation.vqa import score_direct_answer, score_ivqa, score_vqa
+from jax_instructblip.evaluation.vqa import RULES, score_direct_answer, score_ivqa, score_vqa
 
 METRICS: dict[str, Metric] = {
     "accuracy": score_accuracy,
@@ -21,12 +21,13 @@ METRICS: dict[str, Metric] = {
     "exact_match": score_exact_match,
     "ivqa_accuracy": score_ivqa,
     "mrr": score_ranks,
-    "vqa_accuracy": score_vqa,
+    **{name: functools.partial(score_vqa, headline=name) for name in RULES},
     "yes_no": score_yes_no,
 }
 
 _NORMALISED: dict[str, Callable[[str], str]] = {
-    **dict.fromkeys(("vqa_accuracy", "exact_match", "ivqa_accuracy"), vqa_text.normalise),
+    **dict.fromkeys((*RULES, "exact_match", "ivqa_accuracy"), vqa_text.normalise),
+    "vqa_accuracy_evalai": vqa_text.normalise_evalai,
     **dict.fromkeys(("accuracy", "auroc"), normalise),
     "cider": lambda text: ptb.tokenise([text])[0],
 }

@@ -10,9 +10,10 @@ import collections
 import dataclasses
 import difflib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,8 @@ class Row:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False) + "\n"
 
 
-_FIELDS = {field.name for field in dataclasses.fields(Row)}
-_LISTS = ("answers", "candidates", "scores")
-
-
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file of predictions, ours or of the same form; `id` alone is needed.
+    """The rows of a file that `Store` wrote.
 
     Raises:
       MetricError: lines that are none, or ids used twice; all are listed.
@@ -70,11 +67,16 @@ def read_rows(path: Path) -> list[Row]:
         try:
             if reason:
                 raise ValueError(reason)
-            rows.append(_row(fields))
+            rows.append(parse_row(fields))
         except ValueError as error:
             wrong.append(f"{path}:{number}: {error}")
     if wrong:
         raise MetricError("\n  ".join([f"{len(wrong)} lines of {path} are no answers:", *wrong]))
+    return unique_rows(path, rows)
+
+
+def unique_rows(path: Path, rows: list[Row]) -> list[Row]:
+    """The rows of a file; a MetricError where there are none, or ids that are used twice."""
     again = [name for name, n in collections.Counter(row.id for row in rows).items() if n > 1]
     if again:
         raise MetricError(f"{path}: {listed('ids are there more than once', again)}")
@@ -83,28 +85,58 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _row(fields: Any) -> Row:
+def parse_row(fields: Any) -> Row:
+    """The row of a JSON object; `id` alone is needed.
+
+    Raises:
+      ValueError: it is no object of these fields; everything wrong is named.
+    """
     if not isinstance(fields, dict) or "id" not in fields:
         raise ValueError("expected an object with `id`, and `text` or `scores`")
-    if unknown := sorted(set(fields) - _FIELDS):
-        near = difflib.get_close_matches(unknown[0], _FIELDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_FIELDS))}"
-        raise ValueError(f"unknown field {unknown[0]!r}; {hint}")
-    fields = fields | {"id": str(fields["id"])}
-    wrong = [name for name in _LISTS if not isinstance(fields.get(name, []), list)]
-    texts = ("prompt", "text", "normalised", "problem")
-    wrong += [name for name in texts if not isinstance(fields.get(name, ""), str)]
-    numbers = [(name, fields.get(name)) for name in ("score", "logprob")]
-    if "scores" not in wrong:
-        numbers += [("scores", each) for each in fields.get("scores", [])]
-    wrong += [name for name, value in numbers if not _is_number(value)]
+    wrong = []
+    for name in sorted(set(fields) - set(_KINDS)):
+        near = ["text"] if name == "answer" else difflib.get_close_matches(name, _KINDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_KINDS))}"
+        wrong.append(f"unknown field {name!r}; {hint}")
+    for name, (fits, expected) in _KINDS.items():
+        if name in fields and not fits(fields[name]):
+            wrong.append(f"{name} is {files.kind_of(fields[name])}, expected {expected}")
     if wrong:
-        raise ValueError(f"{', '.join(dict.fromkeys(wrong))}: of the wrong kind")
-    return Row(**fields | {name: tuple(fields.get(name, ())) for name in _LISTS})
+        raise ValueError("; ".join(wrong))
+    values: dict[str, Any] = {**fields, "id": str(fields["id"])}
+    values |= {name: tuple(fields.get(name, ())) for name in ("answers", "candidates", "scores")}
+    return Row(**values)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    try:
+        return not isinstance(value, bool) and math.isfinite(value)
+    except (TypeError, OverflowError):
+        return False
+
+
+def _is_id(value: Any) -> bool:
+    return _is_text(value) or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _is_list(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+_TEXT = (_is_text, "text")
+_TEXTS = (_is_list(_is_text), "a list of texts")
+_NUMBER = (lambda value: value is None or _is_number(value), "a finite number, or null")
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "id": (_is_id, "text or a whole number"),
+    **dict.fromkeys(("prompt", "text", "normalised", "problem"), _TEXT),
+    **dict.fromkeys(("answers", "candidates"), _TEXTS),
+    **dict.fromkeys(("score", "logprob"), _NUMBER),
+    "scores": (_is_list(_is_number), "a list of finite numbers"),
+}
 
 
 def check_ids(path: Path, rows: Iterable[Row], ids: Sequence[str], name: str) -> None:
@@ -192,7 +224,7 @@ class Store:
         rows = {}
         for path in sorted(self.partial.glob("*.jsonl")):
             for line in path.read_bytes().split(b"\n")[:-1]:  # the last one was cut off, or is none
-                row = _row(parse_json(line))
+                row = parse_row(parse_json(line))
                 rows[row.id] = row
         return rows
 

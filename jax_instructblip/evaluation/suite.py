@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import jax
 
 from jax_instructblip.data.progress import Progress
-from jax_instructblip.evaluation import benchmark_report, scoring, units
+from jax_instructblip.evaluation import benchmark_report, given, scoring, units
 from jax_instructblip.evaluation.answering import Share, answer, count_left
 from jax_instructblip.evaluation.benchmarks import paper_model
-from jax_instructblip.evaluation.stored import Row, Store, check_ids, read_rows
+from jax_instructblip.evaluation.stored import Row, Store, check_ids
 from jax_instructblip.evaluation.task import Task, check_choices
 from jax_instructblip.folders import write_file
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
@@ -103,16 +103,16 @@ def score_given(task: Task, path: Path, *, full: bool = True) -> Finished:
     """The scores of predictions that somebody has made already.
 
     Raises:
-      MetricError: they are not those of the task's records; ids are listed.
+      MetricError: they are no answers, or not those of the task's records; all are listed.
     """
-    rows = read_rows(path)
+    rows = given.read_given(path)
     records = [task.light(number) for number in range(len(task.records))]
     check_ids(path, rows, [record.id for record in records], task.benchmark.name)
-    by_id = {row.id: row for row in rows}
-    ordered = [by_id[record.id] for record in records]
+    ordered, notes = given.complete(task, path, rows, records)
     ordered, scores, reason = scoring.score(task, ordered, records, full=full)
     facts = {"dataset": task.benchmark.dataset, "split": task.split, "predictions": str(path)}
     result = scoring.summarise(task, ordered, scores, reason, facts, cut=0, model="")
+    result["notes"] += notes
     return Finished(task, ordered, result)
 
 

@@ -112,6 +112,7 @@ def open_task(
     limit: int = 0,
     candidates: tuple[str, ...] = (),
     overrides: Mapping[str, Any] | None = None,
+    scoring: bool = False,
 ) -> Task:
     """The task of a benchmark whose records lie in `data`.
 
@@ -125,13 +126,14 @@ def open_task(
       candidates: that a ranking over one list for all records takes, instead of those that
         `prepare` found.
       overrides: fields of the preset that have another value here (`template`: the prompt).
+      scoring: only right answers are needed, so that files which a prompt takes may be missing.
 
     Raises:
       ValueError: there are no such records, there is no such split, or candidates are missing.
     """
     dataset = DATASETS[benchmark.dataset]
     split = split or benchmark.split or next(iter(dataset.files))
-    records, digest, found, videos = _open(dataset, data, split)
+    records, digest, found, videos = _open(dataset, data, split, scoring)
     preset = override(get_preset(benchmark.name), overrides or {}, llm)
     if limit:
         records = _Chosen(records, pick_numbers(len(records), limit))
@@ -182,7 +184,7 @@ def check_choices(task: Task, records: Sequence[Record]) -> None:
 
 
 def _open(
-    dataset: Dataset, data: Path, split: str
+    dataset: Dataset, data: Path, split: str, scoring: bool
 ) -> tuple[Sequence[Record], str, tuple[str, ...], bool]:
     """Records, the digest of their files, the candidates beside them, whether they are videos."""
     for place in (data / dataset.name, data):
@@ -200,6 +202,8 @@ def _open(
             rows = list(dataset.read(place, split))
             videos = dataset.family == prepare.VIDEO
             return rows, "", prepare.raw_candidates(dataset, place), videos
+        if scoring and dataset.read_answers and split in dataset.scorable(place):
+            return list(dataset.read_answers(place, split)), "", (), False
     there = sorted(each.name for each in data.iterdir()) if data.is_dir() else []
     near = difflib.get_close_matches(dataset.name, there, n=1)
     files = " and ".join(dataset.files.get(split, ("?",)))

@@ -19,34 +19,36 @@ IVQA_ANNOTATORS = 5
 Prepare = Callable[[str, list[str]], tuple[str, list[str]]]
 
 
-def score_vqa(responses: Sequence[Response], records: Sequence[Record]) -> Scores:
-    """VQA accuracy by the official tool, and by two others that numbers were published with.
+def score_vqa(
+    responses: Sequence[Response], records: Sequence[Record], *, headline: str = "vqa_accuracy"
+) -> Scores:
+    """VQA accuracy by three rules that numbers were published with, `headline` first.
 
-        vqa_accuracy         the official tool as it is now; VQAv2, OK-VQA, VizWiz
-        vqa_accuracy_lavis   an older one, inside LAVIS: BLIP-2's and InstructBLIP's numbers
-        vqa_accuracy_evalai  that of MMF: TextVQA's
+        vqa_accuracy         the official tool as it is now
+        vqa_accuracy_lavis   an older one, inside LAVIS: OK-VQA of BLIP-2 and InstructBLIP
+        vqa_accuracy_evalai  that of EvalAI's servers and MMF: TextVQA, VizWiz, VQAv2's tests
 
     They differ in how texts are normalised, for a model that writes capitals by ten points: where
     all annotators wrote the same, the official tool compares texts as they are.
 
-    An answer is compared with each nine of the ten annotators: three that agree make it right, one
-    a third right. The mean of the ten comparisons counts. What an annotator left blank agrees with
-    nothing.
+    An answer is compared with all annotators but one, for each of them in turn: three that agree
+    make it right, one a third right. The mean of these comparisons counts, of however many
+    annotators were asked. What one of them left blank agrees with nothing.
     """
     pairs = align(responses, records)
     _check_annotators(pairs, ANNOTATORS)
-    rules = {
-        "vqa_accuracy": _official,
-        "vqa_accuracy_lavis": _lavis,
-        "vqa_accuracy_evalai": _evalai,
-    }
+    fewer = sum(_asked(record) < ANNOTATORS for record in records)
+    notes = [f"{fewer} of {len(records)} records have fewer than {ANNOTATORS} annotators"]
+    names = sorted(RULES, key=lambda name: name != headline)
     return summarise(
         {
             name: [
-                leave_one_out(*prepare(response.text, _ten(record))) for response, record in pairs
+                leave_one_out(*RULES[name](response.text, _annotators(record)))
+                for response, record in pairs
             ]
-            for name, prepare in rules.items()
-        }
+            for name in names
+        },
+        notes if fewer else (),
     )
 
 
@@ -103,16 +105,28 @@ def _evalai(answer: str, annotators: list[str]) -> tuple[str, list[str]]:
     return normalise_evalai(answer), [normalise_evalai(each) for each in annotators]
 
 
-def _ten(record: Record) -> list[str]:
-    """The annotators' answers, with a text that no model can write for each that is left out."""
-    return [*record.answers, *["\0"] * (ANNOTATORS - len(record.answers))]
+RULES: dict[str, Prepare] = {
+    "vqa_accuracy": _official,
+    "vqa_accuracy_lavis": _lavis,
+    "vqa_accuracy_evalai": _evalai,
+}
+
+
+def _annotators(record: Record) -> list[str]:
+    """The annotators' answers, with a text that no model can write for each that is blank."""
+    return [*record.answers, *["\0"] * record.blank]
+
+
+def _asked(record: Record) -> int:
+    """The number of annotators, those who left the answer blank among them."""
+    return len(record.answers) + record.blank
 
 
 def _check_annotators(pairs: Sequence[tuple[Response, Record]], count: int) -> None:
-    """Raises a MetricError where answers are not those of `count` annotators, blank ones aside."""
-    wrong = [record for _, record in pairs if not 2 <= len(record.answers) <= count]
+    """Raises a MetricError where fewer than 2 annotators were asked, or more than `count`."""
+    wrong = [record for _, record in pairs if not 2 <= _asked(record) <= count]
     if wrong:
         raise MetricError(
-            f"{len(wrong)} records have not the answers of {count} annotators, such as "
-            f"{wrong[0].id!r} with {len(wrong[0].answers)}: score them by exact_match"
+            f"{len(wrong)} records have not the answers of 2 to {count} annotators, such as "
+            f"{wrong[0].id!r} with {_asked(wrong[0])}: score them by exact_match"
         )

@@ -35,7 +35,9 @@ def test_records_come_back_as_they_were(tmp_path):
     path.write_bytes(encoded(picture(90, "CMYK"), "JPEG"))
     video = (encoded(picture(1)), encoded(picture(2)), encoded(picture(3)))
     records = [
-        Record("one", (video[0],), "What is “this”?\n", ("a cup", "ein Becher ☕"), task="vqa"),
+        Record(
+            "one", (video[0],), "What is “this”?\n", ("a cup", "ein Becher ☕"), task="vqa", blank=2
+        ),
         Record("two", (str(path),), "Which?", ("b",), choices=("a", "b"), correct=1, split="train"),
         Record("three", video, "What happens?", (), times=(0.0, 0.5, 2.25), context="a hint"),
         Record(

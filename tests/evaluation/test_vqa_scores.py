@@ -4,8 +4,11 @@ from collections import Counter
 import pytest
 
 from jax_instructblip.data.records import Record
+from jax_instructblip.evaluation.benchmarks import BENCHMARKS
 from jax_instructblip.evaluation.metric import MetricError, Response, mean
+from jax_instructblip.evaluation.metrics import get_metric
 from jax_instructblip.evaluation.vqa import (
+    RULES,
     leave_one_out,
     score_direct_answer,
     score_ivqa,
@@ -13,12 +16,12 @@ from jax_instructblip.evaluation.vqa import (
 )
 
 
-def record(answers, name="1"):
-    return Record(name, ("a.jpg",), "What is it?", tuple(answers))
+def record(answers, name="1", blank=0):
+    return Record(name, ("a.jpg",), "What is it?", tuple(answers), blank=blank)
 
 
-def vqa(text, answers):
-    return score_vqa([Response("1", text)], [record(answers)]).values
+def vqa(text, answers, blank=0):
+    return score_vqa([Response("1", text)], [record(answers, blank=blank)]).values
 
 
 @pytest.mark.parametrize(
@@ -48,8 +51,51 @@ def test_the_three_tools_differ_where_they_do():
 
 
 def test_answers_left_blank_agree_with_nothing():
-    assert vqa("red", ["red"] * 2 + ["blue"] * 7)["vqa_accuracy"] == pytest.approx(0.6)
-    assert vqa("", ["red"] * 2 + ["blue"] * 7)["vqa_accuracy"] == 0
+    assert vqa("red", ["red"] * 2 + ["blue"] * 7, blank=1)["vqa_accuracy"] == pytest.approx(0.6)
+    assert vqa("", ["red"] * 2 + ["blue"] * 7, blank=1)["vqa_accuracy"] == 0
+    assert vqa("red", ["red"], blank=9)["vqa_accuracy"] == pytest.approx(0.3)
+
+
+def test_those_who_were_never_asked_do_not_count(shared):
+    cases = json.loads((shared / "data" / "cases" / "vqa_few_annotators.json").read_text())
+    for case in cases:
+        values = vqa(case["prediction"], case["answers"])
+        assert values == dict.fromkeys(values, pytest.approx(case["accuracy"], abs=1e-12))
+    assert vqa("red", ["red"] * 2 + ["blue"])["vqa_accuracy"] == pytest.approx(4 / 9)
+    assert vqa("red", ["red"] * 2, blank=1)["vqa_accuracy"] == pytest.approx(4 / 9)
+    assert vqa("red", ["red"] * 2)["vqa_accuracy"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("count", range(2, 11))
+def test_any_number_of_annotators_follows_the_formula(count):
+    for agreeing in range(count + 1):
+        found = vqa("red", ["red"] * agreeing + ["blue"] * (count - agreeing))["vqa_accuracy"]
+        own, others = min(1, max(agreeing - 1, 0) / 3), min(1, agreeing / 3)
+        expected = (agreeing * own + (count - agreeing) * others) / count
+        assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_fewer_annotators_are_noted():
+    responses, records = [Response("1", "a")], [record(["a"] * 4)]
+    assert score_vqa(responses, records).notes == ("1 of 1 records have fewer than 10 annotators",)
+    assert score_vqa(responses, [record(["a"] * 9, blank=1)]).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "headline"),
+    [
+        *(("textvqa", "vqa_accuracy_evalai"), ("vizwiz", "vqa_accuracy_evalai")),
+        *(("vqav2", "vqa_accuracy_evalai"), ("okvqa", "vqa_accuracy_lavis")),
+        ("aokvqa", "direct_answer"),  # as LAVIS counts it
+    ],
+)
+def test_the_headline_is_the_rule_of_the_published_numbers(dataset, headline):
+    name = BENCHMARKS[dataset].metric
+    values = get_metric(name)([Response("1", "two")], [record(["two"] * 10)]).values
+    assert next(iter(values)) == name == headline
+    if name in RULES:
+        assert set(values) == set(RULES)
+        assert values == {"vqa_accuracy": 1, "vqa_accuracy_lavis": 0, "vqa_accuracy_evalai": 1}
 
 
 @pytest.mark.parametrize("score", [score_vqa, score_direct_answer, score_ivqa])

@@ -11,6 +11,7 @@ from typing import Any
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.readers.files import (
     AnnotationError,
+    annotated,
     field,
     inside,
     pick_layout,
@@ -74,11 +75,11 @@ def _aokvqa(raw: pathlib.Path, split: str, task: str, path: pathlib.Path) -> Ite
             id=name,
             images=(inside(raw, image, where=where),),
             prompt=text_of(row, "question", where),
-            answers=() if split == "test" else texts_of(row, "direct_answers", where),
             task=task,
             split=split,
             choices=choices,
             correct=correct,
+            **annotated(row, "direct_answers", where, hidden=split == "test"),
         )
 
 

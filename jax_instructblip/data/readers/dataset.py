@@ -45,6 +45,8 @@ class Dataset:
       notes: what is dead, differs between releases, or could not be verified.
       rerelease: files of another release (LAVIS's, if nothing else is said), which `read` takes
         where those of `files` are not there.
+      read_answers: yields records that can be scored but not asked, where a file that a prompt
+        needs is not there; `answer_files` are the layouts that it reads.
     """
 
     name: str
@@ -63,12 +65,21 @@ class Dataset:
     rerelease: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     shared_candidates: Callable[[pathlib.Path], tuple[str, ...]] | None = None
     candidate_files: tuple[str, ...] = ()
+    read_answers: Reader | None = None
+    answer_files: tuple[Mapping[str, tuple[str, ...]], ...] = ()
 
     def present(self, raw: pathlib.Path) -> list[str]:
         """The splits whose annotation files, of one release or the other, are all in `raw`."""
+        return self._present(raw, (self.files, self.rerelease))
 
+    def scorable(self, raw: pathlib.Path) -> list[str]:
+        """The splits that `read_answers` can read in `raw`."""
+        return self._present(raw, self.answer_files)
+
+    def _present(
+        self, raw: pathlib.Path, layouts: tuple[Mapping[str, tuple[str, ...]], ...]
+    ) -> list[str]:
         def there(layout: Mapping[str, tuple[str, ...]], split: str) -> bool:
             return split in layout and all((raw / name).exists() for name in layout[split])
 
-        layouts = (self.files, self.rerelease)
         return [split for split in self.files if any(there(each, split) for each in layouts)]

@@ -141,6 +141,19 @@ def texts_of(row: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
     return kept
 
 
+def annotated(
+    row: dict[str, Any], name: str, where: str, *, hidden: bool = False
+) -> dict[str, Any]:
+    """`answers` and `blank` of a record: the texts of `row[name]`, and how many were left blank.
+
+    Neither is looked for where the answers are `hidden`.
+    """
+    if hidden:
+        return {"answers": (), "blank": 0}
+    texts = texts_of(row, name, where)
+    return {"answers": texts, "blank": len(row[name]) - len(texts)}
+
+
 def unique(records: Iterable[Record]) -> Iterator[Record]:
     """The records, of which no two may have the same id."""
     seen: dict[str, int] = {}

@@ -9,13 +9,13 @@ from typing import Any
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.readers.files import (
     AnnotationError,
+    annotated,
     field,
     inside,
     pick_layout,
     read_json,
     require,
     text_of,
-    texts_of,
     unique,
 )
 from jax_instructblip.data.readers.rosetta import read_rosetta
@@ -34,6 +34,11 @@ TEXTVQA_TOOLS = {
     )
     for split in ("train", "val")
 }
+# Without the words of Rosetta, which only a prompt needs.
+TEXTVQA_ANSWERS = (
+    {split: files[:1] for split, files in TEXTVQA.items()},
+    {split: files[::2] for split, files in TEXTVQA_TOOLS.items()},
+)
 OCRVQA_NUMBERS = {"train": 1, "val": 2, "test": 3}
 OCRVQA = {split: ("dataset.json",) for split in OCRVQA_NUMBERS}
 OCRVQA_LAVIS = {split: ("ocrvqa.json",) for split in OCRVQA_NUMBERS}
@@ -46,12 +51,14 @@ def read_textvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
     answers are not public.
     """
     layout, paths = pick_layout(raw, split, TEXTVQA, TEXTVQA_TOOLS)
-    if layout == 1:
-        image = functools.partial(_textvqa_image, split)
-        records = vqa_tool(raw, split, "textvqa", [paths[0], paths[2]], image)
-    else:
-        records = _textvqa(raw, split, paths[0])
+    records = _textvqa_records(raw, split, layout, paths[::2])
     return unique(_with_words(records, paths[1]))
+
+
+def read_textvqa_answers(raw: pathlib.Path, split: str) -> Iterator[Record]:
+    """TextVQA without Rosetta's words: enough to score answers that were made before."""
+    layout, paths = pick_layout(raw, split, *TEXTVQA_ANSWERS)
+    return unique(_textvqa_records(raw, split, layout, paths))
 
 
 def read_ocrvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
@@ -103,6 +110,16 @@ def _with_words(records: Iterable[Record], path: pathlib.Path) -> Iterator[Recor
         yield dataclasses.replace(record, ocr=words[image])
 
 
+def _textvqa_records(
+    raw: pathlib.Path, split: str, layout: int, paths: list[pathlib.Path]
+) -> Iterator[Record]:
+    """The records of TextVQA's own file (layout 0), or of the two files of the VQA tools (1)."""
+    if layout == 0:
+        return _textvqa(raw, split, paths[0])
+    image = functools.partial(_textvqa_image, split)
+    return vqa_tool(raw, split, "textvqa", paths, image)
+
+
 def _textvqa(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
     """`{"data": [{"question_id", "question", "image_id", "answers": [10 texts]}]}`."""
     for number, row in enumerate(field(read_json(path, dict), "data", list, str(path))):
@@ -112,9 +129,9 @@ def _textvqa(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Reco
             id=str(field(row, "question_id", (int, str), where)),
             images=(inside(raw, _textvqa_image(split, row, where), where=where),),
             prompt=text_of(row, "question", where),
-            answers=() if split == "test" else texts_of(row, "answers", where),
             task="textvqa",
             split=split,
+            **annotated(row, "answers", where, hidden=split == "test"),
         )
 
 
@@ -131,10 +148,12 @@ DATASETS: tuple[Dataset, ...] = (
         read=read_textvqa,
         files=TEXTVQA,
         rerelease=TEXTVQA_TOOLS,
+        read_answers=read_textvqa_answers,
+        answer_files=TEXTVQA_ANSWERS,
         counts={"train": 34_602, "val": 5_000, "test": 5_734},
         templates="question",
         prompt="OCR tokens: {ocr}. Question: {question} Short answer:",
-        metric="vqa_accuracy",
+        metric="vqa_accuracy_evalai",
         ranking=False,
         licence="CC BY 4.0 (annotations); images from Open Images, CC BY 2.0",
         source="https://textvqa.org/dataset (annotations, Rosetta OCR v0.2, train_val_images.zip)",

@@ -7,6 +7,7 @@ from typing import Any
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.readers.files import (
     AnnotationError,
+    annotated,
     field,
     inside,
     pick_layout,
@@ -15,7 +16,6 @@ from jax_instructblip.data.readers.files import (
     read_text,
     require,
     text_of,
-    texts_of,
     unique,
 )
 from jax_instructblip.data.records import Record
@@ -135,9 +135,9 @@ def _ivqa(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]
             id=clip,
             images=(inside(raw, "videos", f"{clip}.mp4", where=where),),
             prompt=text_of(row, "question", where),
-            answers=texts_of({"answers": answers}, "answers", where),
             task="ivqa",
             split=split,
+            **annotated({"answers": answers}, "answers", where),
         )
 
 

@@ -1,7 +1,7 @@
 """Questions with free answers: VQAv2, OK-VQA, VizWiz, and questions to be generated.
 
 `vqa_tool` reads the layout of the VQA tools, in which many datasets are given. Answers are those of
-the annotators, in their order; one that was left blank is left out.
+the annotators, in their order; those that were left blank are counted (`Record.blank`).
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ from typing import Any
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.readers.files import (
     AnnotationError,
+    annotated,
     field,
     inside,
     pick_layout,
     read_json,
     require,
     text_of,
-    texts_of,
     unique,
 )
 from jax_instructblip.data.records import Record
@@ -81,13 +81,14 @@ def vqa_tool(
             raise AnnotationError(
                 f"{where} has no annotation in {paths[1]}: get both files of one release"
             )
+        known: dict[str, Any] = {"answers": ()} if answers is None else answers[name]
         yield Record(
             id=name,
             images=(inside(raw, image(row, where), where=where),),
             prompt=text_of(row, "question", where),
-            answers=answers[name] if answers is not None else (),
             task=task,
             split=split,
+            **known,
         )
     stray = sorted((answers or {}).keys() - asked)
     if stray:
@@ -134,8 +135,8 @@ def read_vizwiz(raw: pathlib.Path, split: str) -> Iterator[Record]:
     return unique(_vizwiz(raw, split, paths[0]))
 
 
-def _tool_answers(path: pathlib.Path) -> dict[str, tuple[str, ...]]:
-    answers: dict[str, tuple[str, ...]] = {}
+def _tool_answers(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+    answers: dict[str, dict[str, Any]] = {}
     for row in _rows(path, "annotations"):
         name = _number(row, "question_id", str(path))
         where = f"{path}: question {name}"
@@ -145,13 +146,15 @@ def _tool_answers(path: pathlib.Path) -> dict[str, tuple[str, ...]]:
     return answers
 
 
-def _annotators(row: dict[str, Any], where: str) -> tuple[str, ...]:
-    """The texts of `[{"answer"}, ...]`."""
+def _annotators(row: dict[str, Any], where: str, *, hidden: bool = False) -> dict[str, Any]:
+    """`annotated` of `[{"answer"}, ...]`."""
+    if hidden:
+        return annotated(row, "answers", where, hidden=True)
     texts = [
         field(require(each, dict, f"{where}: answers"), "answer", str, f"{where}: answers")
         for each in field(row, "answers", list, where)
     ]
-    return texts_of({"answers": texts}, "answers", where)
+    return annotated({"answers": texts}, "answers", where)
 
 
 def _lavis(raw: pathlib.Path, split: str, task: str, path: pathlib.Path) -> Iterator[Record]:
@@ -162,9 +165,9 @@ def _lavis(raw: pathlib.Path, split: str, task: str, path: pathlib.Path) -> Iter
             id=_number(require(row, dict, where), "question_id", where),
             images=(inside(raw, text_of(row, "image", where), where=where),),
             prompt=text_of(row, "question", where),
-            answers=texts_of(row, "answer", where),
             task=task,
             split=split,
+            **annotated(row, "answer", where),
         )
 
 
@@ -177,9 +180,9 @@ def _vizwiz(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Recor
             id=pathlib.PurePosixPath(name).stem,
             images=(inside(raw, split, name, where=where),),
             prompt=text_of(row, "question", where),
-            answers=() if split == "test" else _annotators(row, where),
             task="vizwiz",
             split=split,
+            **_annotators(row, where, hidden=split == "test"),
         )
 
 
@@ -215,7 +218,7 @@ _VQAV2 = Dataset(
     counts={"train": 443_757, "val": 214_354},
     templates="question",
     prompt=SHORT_ANSWER,
-    metric="vqa_accuracy",
+    metric="vqa_accuracy_evalai",
     ranking=False,
     licence="annotations CC BY 4.0; images: terms of Flickr",
     source=f"https://visualqa.org/download.html; LAVIS: {_VQA_LAVIS}/vqav2/vqa_train.json, "
@@ -233,7 +236,7 @@ _OKVQA = Dataset(
     counts={"train": 9_009, "val": 5_046},
     templates="question",
     prompt=SHORT_ANSWER,
-    metric="vqa_accuracy",
+    metric="vqa_accuracy_lavis",
     ranking=False,
     licence="annotations CC BY 4.0; images: terms of Flickr",
     source=f"https://okvqa.allenai.org/download.html; LAVIS: {_VQA_LAVIS}/okvqa/okvqa_train.json; "
@@ -278,7 +281,7 @@ DATASETS = (
         counts={"val": 4_319},
         templates="question",
         prompt=SHORT_ANSWER,
-        metric="vqa_accuracy",
+        metric="vqa_accuracy_evalai",
         ranking=False,
         licence="CC BY 4.0",
         source="https://vizwiz.org/tasks-and-datasets/vqa",

@@ -108,6 +108,7 @@ def test_ivqa(tmp_path):
         images=(str(tmp_path / "videos" / "v-1_10_20.mp4"),),
         prompt="What, now?",
         answers=("salt", "salt", "sugar", "a pinch of salt"),
+        blank=1,
         task="ivqa",
         split="test",
     )

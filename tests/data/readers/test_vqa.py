@@ -65,7 +65,7 @@ LAVIS = [
     {
         "question_id": 90,
         "question": "How many?",
-        "answer": ["2", "2", "two"],
+        "answer": ["2", "2", "", "two"],
         "image": "val2014/COCO_val2014_000000000009.jpg",
         "dataset": "vqa",
     },
@@ -83,10 +83,11 @@ def expected(raw, task, split, folder):
             answers=answers,
             task=task,
             split=split,
+            blank=blank,
         )
-        for name, image, question, answers in (
-            ("421", 42, "Is it red?", ("yes", "no", "yes")),
-            ("90", 9, "How many?", ("2", "2", "two")),
+        for name, image, question, answers, blank in (
+            ("421", 42, "Is it red?", ("yes", "no", "yes"), 0),
+            ("90", 9, "How many?", ("2", "2", "two"), 1),
         )
     ]
 

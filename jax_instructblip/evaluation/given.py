@@ -1,0 +1,130 @@
+"""Answers that another program made: JSON lines of ours, or the lists that benchmarks' tools read.
+
+{"id": "7", "text": "a cup"}                   JSON lines, with `scores` for a ranking
+{"question_id": 7, "text": "a cup", ...}       LLaVA's JSON lines
+[{"question_id": 7, "answer": "a cup"}, ...]   results of the VQA tools
+[{"image_id": 7, "caption": "a cup"}, ...]     results of COCO's caption tools
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_instructblip import files
+from jax_instructblip.data.records import Record
+from jax_instructblip.evaluation.metric import MetricError, listed
+from jax_instructblip.evaluation.metrics import normalise_as
+from jax_instructblip.evaluation.stored import Row, parse_row, unique_rows
+from jax_instructblip.evaluation.task import Task
+
+# The fields of other layouts, by the one that tells the layout: what each is here, "" for nothing.
+_LAYOUTS: dict[str, dict[str, str]] = {
+    "question_id": {
+        **{"question_id": "id", "answer": "text", "text": "text", "prompt": "prompt"},
+        **dict.fromkeys(("answer_id", "model_id", "metadata"), ""),
+    },
+    "image_id": {"image_id": "id", "caption": "text"},
+}
+_SAYING = ("text", "scores", "problem")  # a row without any of these says nothing
+
+
+def read_given(path: Path) -> list[Row]:
+    """The rows of a file of answers, whose ids are all different.
+
+    Raises:
+      MetricError: rows that are none or say nothing, ids used twice, no row or no answer at all;
+        all are listed.
+    """
+    rows, wrong = [], []
+    for where, fields, reason in _items(path):
+        try:
+            if reason:
+                raise ValueError(reason)
+            rows.append(_row(fields))
+        except ValueError as error:
+            wrong.append(f"{path}{where}: {error}")
+    if wrong:
+        raise MetricError("\n  ".join([f"{len(wrong)} rows of {path} are no answers:", *wrong]))
+    rows = unique_rows(path, rows)
+    if not any(row.text.strip() or row.scores for row in rows):
+        raise MetricError(f"{path}: none of its {len(rows)} rows holds an answer: all are empty")
+    return rows
+
+
+def complete(
+    task: Task, path: Path, rows: Sequence[Row], records: Sequence[Record]
+) -> tuple[list[Row], list[str]]:
+    """The rows in the order of the records, with what they leave out, and notes for the reader.
+
+    `check_ids` has said that they are those of the records.
+
+    Raises:
+      MetricError: scores without text stand where texts are compared.
+    """
+    by_id = {row.id: row for row in rows}
+    texts = not task.preset.ranking or bool(task.candidates)
+    done, mute = [], []
+    for record in records:
+        row = by_id[record.id]
+        text = row.text or _best(row, () if texts else record.choices)
+        if texts and row.scores and not text and not row.problem:
+            mute.append(row.id)
+        try:
+            prompt = row.prompt or task.prompt(record)
+        except ValueError:  # a text that the prompt needs is not there
+            prompt = record.prompt
+        normalised = normalise_as(task.benchmark.metric, text)
+        answers = record.answers or row.answers
+        done.append(
+            dataclasses.replace(
+                row, prompt=prompt, text=text, normalised=normalised, answers=answers
+            )
+        )
+    if mute:
+        raise MetricError(
+            f"{path}: {listed('rows have scores, but neither text nor candidates', mute)}; the "
+            f"metric of {task.benchmark.name} compares texts: name the best answer in `text`"
+        )
+    empty = [row.id for row in done if not (row.text.strip() or row.scores or row.problem)]
+    return done, [f"{listed('answers are empty, and count as wrong', empty)}"] if empty else []
+
+
+def _items(path: Path) -> Iterator[tuple[str, Any, str]]:
+    """Where each row stands (`:LINE`, or `[NUMBER]` of a list), what it is, or why it is none."""
+    if _begins_as_list(path):
+        rows = files.read_json(path, list, limit=files.ANNOTATION_LIMIT)
+        yield from ((f"[{number}]", row, "") for number, row in enumerate(rows))
+        return
+    for number, fields, reason in files.scan_jsonl(path):
+        yield f":{number}", fields, reason
+
+
+def _begins_as_list(path: Path) -> bool:
+    files.require_file(path)
+    with path.open("rb") as file:
+        while (byte := file.read(1)) in (b" ", b"\t", b"\r", b"\n"):
+            pass
+    return byte == b"["
+
+
+def _row(fields: Any) -> Row:
+    if isinstance(fields, dict) and "id" not in fields:
+        for telling, layout in _LAYOUTS.items():
+            if telling in fields and fields.keys() <= layout.keys():
+                named = [(layout[name], value) for name, value in fields.items() if layout[name]]
+                if len(dict(named)) < len(named):
+                    raise ValueError("`text` and `answer` are both given, expected one of them")
+                fields = dict(named)
+    row = parse_row(fields)
+    if not any(name in fields for name in _SAYING):
+        raise ValueError(f"it has none of {', '.join(_SAYING)}: there is nothing to score")
+    return row
+
+
+def _best(row: Row, choices: Sequence[str]) -> str:
+    """The candidate with the highest score; "" where the row's scores belong to no candidates."""
+    names = row.candidates or choices
+    return names[int(np.argmax(row.scores))] if row.scores and len(names) == len(row.scores) else ""
