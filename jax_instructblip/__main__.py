@@ -6,6 +6,7 @@ VERB is a module of `jax_instructblip.commands`; only that one is imported.
 import ast
 import difflib
 import importlib
+import io
 import os
 import pkgutil
 import sys
@@ -56,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         known = ", ".join(verbs)
         print(f"error: unknown verb {verb!r}; {hint}known: {known}", file=sys.stderr)
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal without a character shows its number: what was computed is printed.
+        sys.stdout.reconfigure(errors="backslashreplace")
     tpu_compiler.set_flags()  # before JAX, which a verb imports, loads it
     try:
         code = importlib.import_module(f"{commands.__name__}.{verb}").main(rest)

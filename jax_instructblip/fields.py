@@ -1,4 +1,4 @@
-"""Values that a person sets, as rows of a table: type, range and unit, checked all at once.
+"""Values that a person sets: what a text may be; tables of type, range and unit, checked at once.
 
     TABLE = {
         "steps": whole(1, unit="steps"),
@@ -20,6 +20,8 @@ import numpy as np
 INT32 = 2**31 - 1
 FLOAT32 = float(np.finfo(np.float32).max)
 SMALLEST = float(np.finfo(np.float32).tiny)  # what is nearer to 0 is 0 on the device
+
+TEXT_LIMIT = 100_000  # characters: ten times what the longest context of the models holds
 
 _NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
@@ -68,6 +70,8 @@ class Field:
                 expected = f"{expected}, {ranged}" if not self.choices else ranged
             return [f"{name} is {_show(value)}, expected {expected}{self._also()}"]
         if self.kind is str:
+            if problem := text_problem(value):
+                return [f"{name} {problem}"]
             good = not self.choices or value in self.choices
         elif self.kind is bool:
             good = True
@@ -157,6 +161,27 @@ def check(values: Any, table: Mapping[str, Field], *, prefix: str = "", title: s
     problems = find_problems(values, table, prefix)
     if problems:
         raise ValueError("\n  ".join([title, *problems]) if title else "; ".join(problems))
+
+
+def text_problem(text: str) -> str:
+    """Why a text cannot be read by a model or written to a file; "" where it can.
+
+    JSON can hold half of a surrogate pair, and the words of a command line that is not UTF-8 come
+    with one for each byte: no file and no tokenizer takes them.
+    """
+    if len(text) > TEXT_LIMIT:
+        return f"has {len(text):,} characters, at most {TEXT_LIMIT:,} are read"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = f"{text[error.start]!r} at character {error.start} is "
+        if 0xDC80 <= code <= 0xDCFF:
+            what += f"the byte 0x{code - 0xDC00:X} of another encoding than UTF-8"
+        else:
+            what += "half of a surrogate pair"
+        return f"cannot be written as UTF-8: {what}"
+    return ""
 
 
 def _is_a(kind: type, value: Any) -> bool:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,16 @@ def read_jsonl(
         if reason:
             raise ValueError(f"{os.fspath(path)}:{number}: {reason}")
         yield number, value
+
+
+def json_line(value: Any) -> str:
+    """JSON for a line of standard output; in ASCII where its encoding lacks a character."""
+    line = json.dumps(value, ensure_ascii=False)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return line
 
 
 def kind_of(value: Any) -> str:

@@ -33,8 +33,16 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
 def write_file(path: Path, text: str) -> None:
     """Writes a file that appears whole: after `kill -9` or on a full disk the old one stands."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(encode_utf8(text))
     temporary.replace(path)
+
+
+def encode_utf8(text: str) -> bytes:
+    r"""The text in UTF-8, with \udc00 for half of a surrogate pair, which in JSON stands for it.
+
+    What was computed is written, whatever the texts are that it was computed from.
+    """
+    return text.encode("utf-8", "backslashreplace")
 
 
 def refuse_existing(folder: str | os.PathLike) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from jax_instructblip.fields import (
     INT32,
+    TEXT_LIMIT,
     check,
     find_problems,
     flag,
@@ -15,9 +16,11 @@ from jax_instructblip.fields import (
     one_of,
     several,
     text,
+    text_problem,
     whole,
 )
 
+NO_UTF8 = "cannot be written as UTF-8: "
 STEPS = whole(1, unit="steps")
 DROPOUT = number(0, at_most=1, special=(-1.0,))
 TOP_P = number(above=0, at_most=1, optional=True)
@@ -87,6 +90,7 @@ def test_good_values(field, value):
         (one_of("a", "b"), 1, "x is 1, expected one of a, b"),
         (several(whole(1)), [1, -5], "x[1] is -5, expected at least 1"),
         (several(whole(1)), 64, "x is 64, expected a tuple, each of it a whole number"),
+        (text(), "a\ud800", "x cannot be written as UTF-8"),
         (several(text()), "ab", "x is 'ab', expected a tuple, each of it text"),
     ],
 )
@@ -110,3 +114,28 @@ def test_all_bad_values_are_reported_together():
         with pytest.raises(ValueError, match="^no run:\n  steps is 0, .*\n  dropout is 2.0"):
             check(values, table, title="no run:")
     check(Settings(steps=1, dropout=0), table)
+
+
+@pytest.mark.parametrize(
+    "given, problem",
+    [
+        ("", ""),
+        ("f\u00fcr \u7ea2 \U0001f534 \0 \u2028", ""),
+        ("x" * TEXT_LIMIT, ""),
+        ("x" * (TEXT_LIMIT + 1), "has 100,001 characters, at most 100,000 are read"),
+        (
+            "is\ud800?",
+            f"{NO_UTF8}'\\ud800' at character 2 is half of a surrogate pair",
+        ),
+        (
+            "\udfff",
+            f"{NO_UTF8}'\\udfff' at character 0 is half of a surrogate pair",
+        ),
+        (
+            b"f\xfcr".decode(errors="surrogateescape"),
+            f"{NO_UTF8}'\\udcfc' at character 1 is the byte 0xFC of another encoding than UTF-8",
+        ),
+    ],
+)
+def test_texts_that_can_be_neither_read_nor_written(given, problem):
+    assert text_problem(given) == problem

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -163,3 +164,23 @@ def test_interrupted_program(tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == "interrupted\n"
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_output_that_a_terminal_cannot_show_is_printed_all_the_same(tmp_path, encoding):
+    (tmp_path / "talk.py").write_text(
+        "from jax_instructblip.files import json_line\n"
+        "def main(argv):\n"
+        "    text = '\\u7ea2 \\U0001f534 \\xe4'\n"
+        "    print(json_line({'a': text}), text + ' \\ud800', sep='\\n')\n"
+        "    return 0\n"
+    )
+    body = f"from jax_instructblip import commands; commands.__path__ = [{str(tmp_path)!r}]\n"
+    body += f"sys.stdout.reconfigure(encoding={encoding!r}, errors='strict')"
+    with _run(body, "talk", stdout=subprocess.PIPE, encoding=encoding) as process:
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    line, text = out.splitlines()
+    assert json.loads(line) == {"a": "\u7ea2 \U0001f534 \xe4"}
+    shown = {"ascii": "\\u7ea2 \\U0001f534 \\xe4", "latin-1": "\\u7ea2 \\U0001f534 \xe4"}
+    assert text == shown.get(encoding, "\u7ea2 \U0001f534 \xe4") + " \\ud800"

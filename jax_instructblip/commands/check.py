@@ -69,9 +69,10 @@ def examine(file: pathlib.Path, text: TextProcessor, samples: int) -> Findings:
     with Progress(len(records), "counting tokens", "lines") as progress:
         for line, record in records.items():
             progress.update()
-            reasons = [unreadable[path] for path in map(str, record.images) if path in unreadable]
+            reasons = record.text_problems()
+            reasons += [unreadable[path] for path in map(str, record.images) if path in unreadable]
             examples = []
-            for answer in record.answers:
+            for answer in record.answers if not reasons else ():
                 try:
                     examples.append(text.example(record.prompt, answer))
                 except ValueError as error:

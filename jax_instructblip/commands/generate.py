@@ -5,11 +5,11 @@ Decoding is greedy; any of --temperature, --top_k and --top_p draws instead, by 
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from jax_instructblip.data.images import ImageError, decode
+from jax_instructblip.files import json_line
 from jax_instructblip.inference.pipeline import BATCH_SIZE, InstructBlipPipeline, load
 from jax_instructblip.inference.questions import Question, pair
 from jax_instructblip.inference.source import resolve_checkpoint
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
             "logprobs": list(answer.logprobs),
             "alternatives": [each.text for each in answer.alternatives],
         }
-        for line in [json.dumps(found, ensure_ascii=False)] if flags.json else _lines(found):
+        for line in [json_line(found)] if flags.json else _lines(found):
             print(line)
     return 0
 

@@ -5,7 +5,6 @@ One prompt for many images, or one image for many prompts, or as many of the one
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jax_instructblip.commands.generate import check_images
-from jax_instructblip.files import read_lines
+from jax_instructblip.files import json_line, read_lines
 from jax_instructblip.inference.pipeline import BATCH_SIZE, load
 from jax_instructblip.inference.questions import pair
 from jax_instructblip.inference.ranking import check_candidates
@@ -45,7 +44,7 @@ def main(argv: list[str]) -> int:
             "prompt": question.prompt,
             "candidates": _best(candidates, row, flags.top),
         }
-        for line in [json.dumps(found, ensure_ascii=False)] if flags.json else _lines(found):
+        for line in [json_line(found)] if flags.json else _lines(found):
             print(line)
     return 0
 

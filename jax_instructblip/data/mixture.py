@@ -227,6 +227,8 @@ class TrainBatches:
         while True:
             source, record = self.mixture.record(place, attempt)
             try:
+                if problems := record.text_problems():
+                    raise ValueError("; ".join(problems))
                 rng = self.mixture.rng(place, attempt, use="text")
                 prompt, answer = self.mixture.instruct(source, record, rng)
                 return attempt, record, self.text.example(prompt, answer)

@@ -29,7 +29,7 @@ from jax_instructblip.data.images import ImageError, decode
 from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.readers.files import AnnotationError
-from jax_instructblip.data.records import Record
+from jax_instructblip.data.records import Record, RecordError
 from jax_instructblip.data.video import VideoError, read_frames
 from jax_instructblip.files import ANNOTATION_LIMIT, read_json
 from jax_instructblip.folders import write_file
@@ -251,8 +251,10 @@ def write_shard(path: pathlib.Path, records: Sequence[Record], frames: int = 0) 
     def rows() -> Iterator[tuple[int, bytes]]:
         for index, record in enumerate(records):
             try:
+                if problems := record.text_problems():
+                    raise RecordError("; ".join(problems), [])
                 usable = with_frames(record, frames) if frames else with_pixels(record)
-            except (ImageError, VideoError) as error:
+            except (RecordError, ImageError, VideoError) as error:
                 file = str(record.images[0])  # without its folder: reports are the same anywhere
                 left_out.append((record.id, str(error).replace(file, pathlib.Path(file).name)))
                 continue

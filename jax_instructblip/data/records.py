@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from jax_instructblip import files
+from jax_instructblip.fields import text_problem
 
 ImageSource = str | bytes | Image.Image
 
@@ -27,6 +28,8 @@ _FIELDS = (
     *("id", "image", "images", "prompt", "answer", "answers", "task", "choices", "correct"),
     *("context", "ocr", "split"),
 )
+
+_SINGLE = ("id", "prompt", "task", "split", "context")  # fields that are one text
 
 
 class RecordError(ValueError):
@@ -75,7 +78,7 @@ class Record:
 
     def __post_init__(self):
         problems = []
-        for name in ("id", "prompt", "task", "split", "context"):
+        for name in _SINGLE:
             if not isinstance(getattr(self, name), str):
                 problems.append(f"{name} is {files.kind_of(getattr(self, name))}, expected text")
         for name in ("correct", "blank"):
@@ -116,6 +119,25 @@ class Record:
         if self.times and len(self.times) != len(self.images):
             yield f"times has {len(self.times)} numbers for {len(self.images)} images"
 
+    def text_problems(self) -> list[str]:
+        """Every text and path of it that cannot be read or written, each with its reason.
+
+        Such a record is none to train on or to ask; it may exist, so that it can be counted.
+        """
+        named = [(name, getattr(self, name)) for name in _SINGLE]
+        for name in ("answers", "choices", "ocr"):
+            named += [(f"{name}[{i}]", text) for i, text in enumerate(getattr(self, name))]
+        for index, turn in enumerate(self.history):
+            named += [(f"history[{index}]", text) for text in turn]
+        found = [(name, text_problem(text)) for name, text in named]
+        for index, image in enumerate(self.images):
+            try:
+                # Names of files that are of another encoding are given with halves of pairs.
+                os.fsencode(image if isinstance(image, str) else "")
+            except UnicodeEncodeError:
+                found.append((f"images[{index}]", f"cannot be the name of a file: {image!r}"))
+        return [f"{name} {problem}" for name, problem in found if problem]
+
 
 def read_jsonl(
     path: str | os.PathLike[str], *, need_answers: bool = True, allow_empty_prompt: bool = False
@@ -125,6 +147,8 @@ def read_jsonl(
     A record without `id` gets `NAME:LINE`. An empty prompt is an error unless
     `allow_empty_prompt` says that it is meant (a model trained on it would answer unasked).
     A `RecordError` lists every bad line as `FILE:LINE: reason`; images are looked for, not opened.
+    Lines whose texts cannot be written (`Record.text_problems`) are read like those whose images
+    cannot be opened: training replaces them, an evaluation counts them as wrong.
     """
     records, problems = [], []
     for line, record, reasons in scan_jsonl(
@@ -187,7 +211,7 @@ def _record(
     for name in _texts(fields, "image", "images", reasons, needed=True):
         image = path.parent / name  # an absolute name stays what it is
         images.append(str(image))
-        if not image.is_file():
+        if not text_problem(name) and not image.is_file():
             found = "is a folder" if image.is_dir() else "does not exist"
             reasons.append(f"image {name!r} {found} (looked for {image})")
     record: dict[str, Any] = dict(

@@ -25,6 +25,7 @@ import transformers
 from tokenizers import models, normalizers
 
 from jax_instructblip.data.batch import IGNORE
+from jax_instructblip.fields import text_problem
 from jax_instructblip.models.variants import LlamaConfig, T5Config, Variant
 
 # The concrete classes: AutoTokenizer imports torch where it is installed, and guesses the class.
@@ -166,6 +167,7 @@ class TextProcessor:
 
     def instruction(self, prompt: str) -> np.ndarray:
         """Ids [L] int32 that the Q-Former reads: [CLS] prompt [SEP], cut on the left."""
+        _require_readable(prompt)
         return self._instruction(prompt)[0]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -220,6 +222,7 @@ class TextProcessor:
         return ids
 
     def _llm_ids(self, text: str) -> list[int]:
+        _require_readable(text)
         for placeholder in _PLACEHOLDERS:
             if placeholder in text:
                 raise ValueError(
@@ -337,6 +340,11 @@ def _join_pieces(pieces: Sequence[str]) -> str:
             text += data[: error.start].decode() + "\ufffd"
             del data[: error.start + 1]
     return text
+
+
+def _require_readable(text: str) -> None:
+    if problem := text_problem(text):
+        raise ValueError(f"the text {text[:80]!r} {problem}")
 
 
 def _require(folder: pathlib.Path, names: Sequence[str], whose: str) -> None:

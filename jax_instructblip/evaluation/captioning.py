@@ -86,7 +86,7 @@ def tokenise_stanford(captions: Sequence[str]) -> list[str]:
     command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
     done = subprocess.run(
         [*command, "-preserveLines", "-lowerCase", "-encoding", "utf-8"],
-        input="".join(line + "\n" for line in lines).encode(),
+        input="".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"),
         capture_output=True,
     )
     found = done.stdout.decode("utf-8", "replace").split("\n")[:-1]

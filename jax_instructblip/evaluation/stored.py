@@ -20,7 +20,7 @@ from typing import Any
 from jax_instructblip import files
 from jax_instructblip.evaluation.metric import MetricError, listed
 from jax_instructblip.files import parse_json, read_json
-from jax_instructblip.folders import write_file
+from jax_instructblip.folders import encode_utf8, write_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,9 +209,9 @@ class Store:
 
     def append(self, rows: Sequence[Row]) -> None:
         """Adds rows; they are on the disk when it returns."""
-        data = "".join(row.line() for row in rows).encode()
+        data = "".join(row.line() for row in rows)
         with self._own.open("ab") as file:
-            file.write(data)
+            file.write(encode_utf8(data))
             file.flush()
             os.fsync(file.fileno())
 

@@ -16,6 +16,7 @@ from PIL import Image
 from jax_instructblip.data.batch import IGNORE, Batch, collate
 from jax_instructblip.data.images import decode, resize_squash
 from jax_instructblip.data.text import TextProcessor, compact
+from jax_instructblip.fields import text_problem
 from jax_instructblip.models.variants import Variant
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens
@@ -57,6 +58,9 @@ def pair(images: Sequence[Picture], prompts: Sequence[str]) -> list[Question]:
             raise ValueError(f"{name} is empty: there is nothing to answer")
     if wrong := [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]:
         raise ValueError(f"prompts must be strings; those at {wrong} are not")
+    problems = [(i, text_problem(prompt)) for i, prompt in enumerate(prompts)]
+    if wrong := [f"prompt {i} {problem}" for i, problem in problems if problem]:
+        raise ValueError("; ".join(wrong))
     if len(images) != len(prompts) and 1 not in (len(images), len(prompts)):
         raise ValueError(
             f"{len(images)} images and {len(prompts)} prompts do not match: give as many of both, "

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.fields import text_problem
 from jax_instructblip.models.instructblip import InstructBlip
 
 NODES = 256  # inner tokens of a chunk: its attention grows with their square
@@ -96,6 +97,8 @@ def check_candidates(candidates: Any, questions: int) -> list[list[str]]:
             wrong.append(f"{name} is a {type(each).__name__}, expected a string")
         elif not each.strip():
             wrong.append(f"{name} is empty")
+        elif problem := text_problem(each):
+            wrong.append(f"{name} {problem}")
     wrong += [f"question {row} has no candidates" for row, each in enumerate(lists) if not each]
     if wrong:
         raise ValueError("; ".join(wrong))

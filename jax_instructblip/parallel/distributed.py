@@ -232,7 +232,9 @@ def _call(cluster: Cluster, deadline: float, limit: float) -> peers.Lines:
                 connection.close()
         for connection, _ in here.values():
             with contextlib.suppress(OSError):  # it left again: JAX will notice
-                connection.sendall(f"{_GREETING} {problem}".strip().encode() + b"\n")
+                connection.sendall(
+                    f"{_GREETING} {problem}".strip().encode("utf-8", "backslashreplace") + b"\n"
+                )
         if problem:
             raise ClusterError(problem)
         stack.pop_all()  # the connections stay open

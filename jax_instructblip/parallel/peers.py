@@ -94,7 +94,7 @@ class Peers:
         if self._lost.wait(SETTLE_SECONDS):
             self._thread.join()
         self._closed.set()  # what the others do then is no news
-        self._say(_LOST + f" {self._me} ended: {reason}".encode())
+        self._say(_LOST + f" {self._me} ended: {reason}".encode("utf-8", "backslashreplace"))
         self._thread.join()
 
     def _watch(self) -> None:
@@ -145,7 +145,7 @@ class Peers:
         if self._closed.is_set():
             return
         self._lost.set()
-        self._say(_LOST + b" " + loss.encode())
+        self._say(_LOST + b" " + loss.encode("utf-8", "backslashreplace"))
         print(
             f"\nerror: {loss}\n{self._me} cannot go on without it and ends. Start all processes "
             "again: they go on from the newest checkpoint",

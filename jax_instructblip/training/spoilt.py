@@ -46,7 +46,7 @@ class Spoilt:
         if jax.process_index() == 0:
             line = {"step": number, "samples": ids, "skipped": self._skip}
             line |= {name: str(values[name]) for name in ("loss", "gradient_norm")}
-            with self._path.open("a", encoding="utf-8") as file:
+            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(json.dumps(line) + "\n")
         saved = self._checkpoints.steps()
         newest = self._checkpoints.place(saved[-1]) if saved else "none"

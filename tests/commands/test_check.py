@@ -143,3 +143,28 @@ def test_help_is_of_this_verb(capsys):
     with pytest.raises(SystemExit):
         main(["check", "--help"])
     assert "jax-instructblip check" in capsys.readouterr().out
+
+
+def test_lines_whose_texts_cannot_be_written_are_named(checkpoint, data, capsys):
+    rows = [GOOD, GOOD | {"prompt": "what\ud800"}, GOOD | {"context": "\udc00"}]
+    path = write(data, *rows, GOOD | {"image": "\ud800.png"}, GOOD | {"prompt": "a " * 5_000_000})
+    assert main(["check", str(path), "--checkpoint", checkpoint("t5")]) == 1
+    out = capsys.readouterr().out
+    assert f"{path}: 1 good lines, 4 bad" in out
+    for line, reason in [
+        (2, "prompt cannot be written as UTF-8: '\\ud800' at character 4"),
+        (3, "context cannot be written as UTF-8: '\\udc00' at character 0"),
+        (4, "images[0] cannot be the name of a file"),
+        (5, "prompt has 10,000,000 characters, at most 100,000 are read"),
+    ]:
+        assert f"{path}:{line}: {reason}" in out
+
+
+def test_the_recorded_case_of_such_lines(checkpoint, shared, capsys):
+    path = shared / "data" / "cases" / "surrogate.jsonl"
+    if not path.is_file():
+        pytest.skip("shared/data/cases is not there")
+    assert main(["check", str(path), "--checkpoint", checkpoint("t5")]) == 1
+    out = capsys.readouterr().out
+    assert "1 good lines, 2 bad" in out
+    assert f"{path}:2: prompt cannot" in out and f"{path}:3: answers[0] cannot" in out

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -83,3 +84,20 @@ def test_errors_are_one_line(candidates, more, message, photographs, tmp_path, m
     printed = capsys.readouterr()
     assert printed.out == "" and message in printed.err and printed.err.startswith("error: ")
     assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "candidates", "message"),
+    [
+        ("what\ud800", "red,blue", "prompt 0 cannot be written as UTF-8: '.ud800' at character 4"),
+        ("what?", "red,bl\udce4u", "candidate 1 cannot be written as UTF-8: .* the byte 0xE4 of"),
+        ("x" * 100_001, "red,blue", "prompt 0 has 100,001 characters, at most 100,000 are read"),
+    ],
+)
+def test_texts_that_cannot_be_read_are_refused_before_weights(
+    photographs, prompt, candidates, message, capsys
+):
+    given = ["rank", "--checkpoint", "none", "--image", *photographs, "--prompt", prompt]
+    assert main([*given, "--candidates", candidates]) == 1
+    error = capsys.readouterr().err
+    assert re.match(f"error: {message}", error) and error.count("\n") == 1

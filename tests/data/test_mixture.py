@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import pickle
 
 import numpy as np
@@ -350,3 +351,22 @@ def test_nothing_but_damage_stops_the_run(text):
 def test_can_be_sent_to_worker_processes(text):
     batches = make_batches(text, [source("a", 5)])
     same(pickle.loads(pickle.dumps(batches))[1], batches[1])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "what \ud800"},
+        {"answers": ("\udc00",)},
+        {"id": "\udc80"},
+        {"context": "\ud800"},
+        {"images": ("\ud800.png",)},
+        {"prompt": "x " * 5_000_000},
+    ],
+)
+def test_a_row_whose_text_cannot_be_written_is_replaced_and_counted(text, fields):
+    good = Record("good", (RED,), "what color?", ("red",))
+    bad = dataclasses.replace(good, **{"id": "bad", **fields})
+    batch = make_batches(text, [Source("a", [bad, good], "")], batch_size=2)[0]
+    assert sorted(batch["replaced"] > 0) == [False, True]
+    np.testing.assert_array_equal(batch["tokens"][0], batch["tokens"][1])

@@ -195,3 +195,18 @@ def test_a_disk_without_room_is_named_and_the_next_run_goes_on(raw, tmp_path, wo
     assert not list((tmp_path / "toy").rglob("*.tmp"))
     folder = prepare.prepare(TOY, raw, tmp_path, splits=("train",), shard_size=SIZE)
     assert len(builder.open_folder(folder, "train")) == COUNT
+
+
+def test_records_whose_texts_cannot_be_written_are_left_out_and_listed(raw, tmp_path):
+    def read(raw, split):
+        for record in TOY.read(raw, split):
+            answers = ("\udc00",) if record.id == "r3" else record.answers
+            yield dataclasses.replace(record, answers=answers)
+
+    toy = dataclasses.replace(TOY, read=read)
+    folder = prepare.prepare(toy, raw, tmp_path / "out", max_missing=0.1)
+    report = prepare.read_report(folder)["splits"]["train"]
+    assert report["records"] == COUNT - 1
+    ((name, reason),) = report["left_out"]
+    assert (name, reason[:39]) == ("r3", "answers[0] cannot be written as UTF-8: ")
+    assert "r3" not in {record.id for record in builder.open_folder(folder, "train")}

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -174,3 +175,33 @@ def test_record_lists_all_that_is_wrong_with_it():
     with pytest.raises(RecordError, match=r"times has 1 numbers for 2 images"):
         Record("r1", (b"x", b"y"), "What?", (), times=(0.0,))
     Record("r1", (b"x", Image.new("L", (1, 1)), "a.png"), "", ())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "a\ud800"},
+        {"id": "\udc80"},
+        {"task": "\ud800"},
+        {"split": "\ud800"},
+        {"context": "\ud800"},
+        {"answers": ("a", "\udc00")},
+        {"choices": ("\udc00",)},
+        {"ocr": ("a", "\udc00")},
+        {"history": (("a", "\ud800"),)},
+        {"images": ("\ud800.png",)},
+        {"prompt": "x" * 100_001},
+    ],
+)
+def test_texts_that_cannot_be_written_are_named(fields):
+    good = Record("r", ("\udce4.png", b"x"), "what?", ("red",))  # a name of Latin-1 is a name
+    assert good.text_problems() == []
+    ((name, _),) = fields.items()
+    (problem,) = dataclasses.replace(good, **fields).text_problems()
+    assert problem.startswith(name)
+    problem.encode()
+
+
+def test_lines_whose_texts_cannot_be_written_are_read_to_be_counted(folder):
+    path = write(folder, GOOD, GOOD | {"prompt": "\ud800"}, GOOD | {"image": "\ud800.png"})
+    assert [bool(record.text_problems()) for record in read_jsonl(path)] == [False, True, True]

@@ -91,3 +91,14 @@ def test_missing_and_strange_ids_are_listed(tmp_path):
         check_ids(path, ROWS, ["0", "1", "2", "x", "y"], "gqa")
     with pytest.raises(MetricError, match="none of the 1 records of gqa: it is of another dataset"):
         check_ids(path, ROWS, ["x"], "gqa")
+
+
+def test_answers_to_texts_that_cannot_be_written_are_kept(tmp_path):
+    row = Row("\udc80", "what \ud800 \u7ea2?", "red", answers=("\udfff",))
+    store = begun(tmp_path, {"prompt": "\ud800"})
+    store.append([row])
+    assert store.rows() == {row.id: row}
+    store.finish([row])
+    assert read_rows(store.path) == [row]
+    assert begun(tmp_path, {"prompt": "\ud800"}).rows() == {row.id: row}
+    assert "\u7ea2" in store.path.read_text(encoding="utf-8")
