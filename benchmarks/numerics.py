@@ -23,7 +23,7 @@ def one_step(name: str, dtype: jnp.dtype, device: jax.Device) -> dict[str, np.nd
     """Logits, loss and gradient norm of the first step of `name` on `device`, dropout off."""
     variant = get_variant(name).replace(**{"qformer.dropout": 0.0, "llm.dropout": 0.0})
     schedule = warmup_cosine(start=1e-5, peak=1e-5, end=0.0, warmup_steps=1, total_steps=10)
-    with jax.default_device(device), jax.default_matmul_precision("highest"):
+    with jax.default_device(device):
         # Drawn on the CPU: the same numbers for every device.
         with jax.default_device(jax.devices("cpu")[0]):
             params = init_params(variant, jax.random.key(0))

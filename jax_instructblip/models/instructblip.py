@@ -20,12 +20,11 @@ A batch is a dict; training adds the last two rows:
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_instructblip.models.layers import Scans, constrain, separate_layers
+from jax_instructblip.models.layers import Network, Scans, constrain, separate_layers
 from jax_instructblip.models.llama import Llama
 from jax_instructblip.models.qformer import QFormer
 from jax_instructblip.models.t5 import T5
@@ -39,7 +38,7 @@ DECODERS = {"t5": "llm/decoder/layers", "llama": "llm/layers"}
 Batch = dict[str, Array]
 
 
-class InstructBlip(nn.Module):
+class InstructBlip(Network):
     """The whole model; `dtype` is what it computes in, whatever its parameters are stored in.
 
     `scans` is how its layers are run, which changes no value: `layers.Scan`.

@@ -1,4 +1,4 @@
-"""What several towers share: norms, feed-forwards, the head, the scan over layers, `constrain`."""
+"""What several towers share: norms, feed-forwards, the head, precision, the scan over layers."""
 
 import dataclasses
 import functools
@@ -75,6 +75,24 @@ def constrain(x: Array) -> Array:
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+class Network(nn.Module):
+    """A module that computes in its `dtype` (float32 where it has none), on every machine.
+
+    TPUs multiply float32 matrices in bfloat16 and newer GPUs in TF32 unless each product asks for
+    more. All products of `apply`, and those of its gradient, ask where the dtype is float32; the
+    ambient `jax.default_matmul_precision` counts for narrower ones alone.
+    """
+
+    @nn.nowrap
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.apply`."""
+        dtype = jnp.dtype(getattr(self, "dtype", jnp.float32))
+        if dtype.itemsize < 4:
+            return super().apply(*args, **kwargs)
+        with jax.default_matmul_precision("highest"):
+            return super().apply(*args, **kwargs)
 
 
 class Dropout(nn.Module):

@@ -22,6 +22,7 @@ from jax_instructblip.models.layers import (
     Dropout,
     GatedMlp,
     Head,
+    Network,
     RMSNorm,
     Scan,
     beside,
@@ -95,7 +96,7 @@ class LlamaLayer(nn.Module):
         return constrain(x + self.mlp(self.mlp_norm(x))), None
 
 
-class Llama(nn.Module):
+class Llama(Network):
     """The whole language model; same methods as `t5.T5`."""
 
     config: LlamaConfig

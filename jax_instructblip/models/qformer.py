@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_instructblip.models.attention import Attention
-from jax_instructblip.models.layers import Dropout, LayerNorm, Mlp, Scan, constrain, scan_layers
+from jax_instructblip.models.layers import (
+    Dropout,
+    LayerNorm,
+    Mlp,
+    Network,
+    Scan,
+    constrain,
+    scan_layers,
+)
 from jax_instructblip.models.masks import padding_mask
 from jax_instructblip.models.variants import QFormerConfig
 
@@ -71,7 +79,7 @@ class QFormerPair(nn.Module):
         return x, None
 
 
-class QFormer(nn.Module):
+class QFormer(Network):
     """Patch features and instruction to the visual prompt of the language model."""
 
     config: QFormerConfig

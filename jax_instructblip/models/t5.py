@@ -19,6 +19,7 @@ from jax_instructblip.models.layers import (
     Dropout,
     GatedMlp,
     Head,
+    Network,
     RMSNorm,
     Scan,
     beside,
@@ -183,7 +184,7 @@ class T5Stack(nn.Module):
         return self.norm(x)
 
 
-class T5(nn.Module):
+class T5(Network):
     """The whole language model; same methods as `llama.Llama`."""
 
     config: T5Config

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from jax_instructblip.models.attention import Attention
-from jax_instructblip.models.layers import LayerNorm, Mlp, Scan, constrain, scan_layers
+from jax_instructblip.models.layers import (
+    LayerNorm,
+    Mlp,
+    Network,
+    Scan,
+    constrain,
+    scan_layers,
+)
 from jax_instructblip.models.variants import VisionConfig
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in 0..1
@@ -52,7 +59,7 @@ class VisionBlock(nn.Module):
         return constrain(x), None
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Network):
     """Images to patch features, CLS first."""
 
     config: VisionConfig

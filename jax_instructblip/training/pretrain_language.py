@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +19,7 @@ from jax_instructblip.data.batch import IGNORE, collate
 from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.models.instructblip import LANGUAGE_MODELS
+from jax_instructblip.models.layers import Network
 from jax_instructblip.models.variants import LanguageConfig, T5Config
 
 ROUND = 8  # rows are padded to a multiple of this many tokens
@@ -137,7 +137,7 @@ def text_rows(
     return batch
 
 
-class Reader(nn.Module):
+class Reader(Network):
     """The language model alone, reading tokens where the visual prompt will stand."""
 
     config: LanguageConfig

@@ -16,6 +16,7 @@ import optax
 
 from jax_instructblip.data import shapes
 from jax_instructblip.data.progress import Progress
+from jax_instructblip.models.layers import Network
 from jax_instructblip.models.variants import VisionConfig
 from jax_instructblip.models.vision import VisionTransformer, normalise
 
@@ -82,7 +83,7 @@ def labelled_scenes(seed: int, split: str, count: int) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-class Probed(nn.Module):
+class Probed(Network):
     """The tower with a norm and one linear head a label on top."""
 
     config: VisionConfig
