@@ -45,6 +45,21 @@ def encode_utf8(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
+def set_aside(path: Path, word: str = "aside") -> Path:
+    """Renames a file or folder, `4` to `4.aside` and `a.jsonl` to `a.aside.jsonl`; the new path.
+
+    Where that stands already, it is `4.aside-2`, and so on: nothing is replaced.
+    """
+    stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
+    number = 1
+    while True:
+        name = f"{stem}.{word}{'' if number == 1 else f'-{number}'}{suffix}"
+        if not os.path.lexists(path.with_name(name)):
+            path.rename(path.with_name(name))
+            return path.with_name(name)
+        number += 1
+
+
 def refuse_existing(folder: str | os.PathLike) -> None:
     """Raises FileExistsError where a writer would have to overwrite; an empty folder may stand."""
     folder = Path(folder)

@@ -106,6 +106,11 @@ def remove(folder: str, *, first: str = "") -> None:
         _try(place.rmtree)
 
 
+def remove_file(folder: str, name: str) -> None:
+    """Removes that file; raises OSError, also where it is not there."""
+    _try((epath.Path(folder) / name).unlink)
+
+
 def _copy_all(pairs: Mapping[Any, Any]) -> None:
     """Copies files to files, some at a time; raises the first OSError."""
     with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -6,6 +6,7 @@
 #
 # The devices are parts of this machine's CPU: it shows that a run works on many hosts, not how fast.
 # Ctrl-C or SIGTERM is passed on: all processes save the same step and end; the same command goes on.
+# A second Ctrl-C ends them at once.
 #
 #   PORT    of process 0 (default: a free one; the next one is used, too)
 #   GRACE   seconds that the others have to end when one has failed (default: 60)
@@ -51,7 +52,9 @@ for ((i = 0; i < count; i++)); do
   JAX_PROCESS_ID=$i setsid "$python" -m jax_instructblip "$@" > >(sed -u "s/^/[$i] /") 2>&1 &
   processes+=($!)
 done
-trap 'kill -TERM "${processes[@]}" 2>/dev/null || true' INT TERM
+signal=-TERM
+trap 'kill "$signal" "${processes[@]}" 2>/dev/null || true; signal=-KILL' INT
+trap 'kill -TERM "${processes[@]}" 2>/dev/null || true' TERM
 
 # The first failure ends the others, which may still write out a checkpoint.
 code=0 left=$count

@@ -32,6 +32,7 @@ if [[ -e $workdir ]]; then
 fi
 
 prepare "${EXTRAS:-}"
+trap 'exit 130' INT # after Ctrl-C the training saves and ends: nothing is evaluated then
 "$python" -m jax_instructblip train --config configs/quickstart.py --config.workdir="$workdir" "$@"
 "$python" -m jax_instructblip evaluate --checkpoint "$workdir" --out "$workdir"
 echo "

@@ -10,6 +10,7 @@ from jax_instructblip.folders import (
     atomic_folder,
     free_bytes,
     refuse_existing,
+    set_aside,
     write_file,
 )
 
@@ -89,3 +90,12 @@ def test_what_cannot_be_written_to_is_told_before_anything_is_made(tmp_path, mon
     # Of a read-only disk; what permissions say does not bind the superuser.
     monkeypatch.setattr(folders.os, "access", lambda place, how: place != tmp_path)
     assert folders.unwritable(tmp_path / "new").startswith(f"{tmp_path} cannot be written to")
+
+
+def test_what_is_set_aside_replaces_nothing(tmp_path):
+    for number in ("", "-2", "-3"):
+        (tmp_path / "a.jsonl").write_text(number)
+        assert set_aside(tmp_path / "a.jsonl") == tmp_path / f"a.aside{number}.jsonl"
+        assert (tmp_path / f"a.aside{number}.jsonl").read_text() == number
+    (tmp_path / "1.5").mkdir()
+    assert set_aside(tmp_path / "1.5", "old") == tmp_path / "1.5.old"

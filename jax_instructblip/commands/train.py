@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +13,17 @@ from ml_collections import ConfigDict, config_flags
 
 from jax_instructblip.evaluation import curves, validation
 from jax_instructblip.parallel import distributed
-from jax_instructblip.training import loop
+from jax_instructblip.training import checkpoints, loop
 
 # The configs of the repository share `configs/common.py`, whatever the working directory is.
 _ROOT = Path(__file__).resolve().parents[2]
 
 PROFILE_STEPS = 5
 
-_HELP = """A workdir that has checkpoints is taken up where the newest stands. Any field of
-configs/common.py can be changed:
+_HELP = """A workdir that has checkpoints is taken up where the newest stands. Ctrl-C or SIGTERM
+saves and ends; a second Ctrl-C ends at once. Where an earlier run has left metrics and its
+checkpoints are gone, FRESH=1 in the environment renames the metrics and starts over. Any field
+of configs/common.py can be changed:
 
   jax-instructblip train --config configs/quickstart.py --config.workdir=runs/mine
   jax-instructblip train --config configs/custom_jsonl.py --config.optimizer.learning_rate=1e-4"""
@@ -30,9 +33,16 @@ def main(argv: list[str]) -> int:
     """Runs the training; returns 0, also when it was told to stop and has saved."""
     flags, _ = _parser().parse_known_args(argv)
     config = read_config(argv)
-    with distributed.joined(*distributed.read_flags(flags)):
-        workdir = loop.run(config, evaluate=validation.evaluate, report=curves.write)
-        print(f"run: {workdir}")
+    calls = {"evaluate": validation.evaluate, "report": curves.write}
+    try:
+        with distributed.joined(*distributed.read_flags(flags)):
+            workdir = loop.run(config, **calls, fresh=os.environ.get("FRESH") == "1")
+            print(f"run: {workdir}")
+    except KeyboardInterrupt:
+        if checkpoints.is_writing():  # Python would wait for that thread
+            print("interrupted while a checkpoint was written, which is left out", file=sys.stderr)
+            os._exit(130)
+        raise
     return 0
 
 

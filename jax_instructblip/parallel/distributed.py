@@ -351,30 +351,40 @@ class Watchdog:
 
 
 class StopOrder:
-    """Whether the run is to stop: somebody sent SIGTERM to it, or to another of its processes.
+    """Whether the run is to stop: SIGTERM or Ctrl-C reached it, or another of its processes.
 
-    A cluster sends it before it takes machines back (preemption). All processes learn of it at the
-    same step, a little later, so that they save the same state.
+    A cluster sends SIGTERM before it takes machines back (preemption). All processes learn of it at
+    the same step, a little later, so that they save the same state. A second Ctrl-C interrupts.
     """
 
     def __init__(self):
-        """Takes over SIGTERM from now on; with several processes JAX has done so already."""
-        self._ordered = False
+        """Takes over both signals; of several processes JAX has taken SIGTERM already."""
+        self._ordered, self._before = False, {}
         self._alone = jax.process_count() == 1
         # Python allows it in the main thread alone; elsewhere a run is stopped by other means.
-        self._takes = self._alone and threading.current_thread() is threading.main_thread()
-        if self._takes:
-            self._before = signal.signal(signal.SIGTERM, self._take)
+        if threading.current_thread() is threading.main_thread():
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+            if self._alone:
+                self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._take)
 
     def _take(self, number: int, frame: object) -> None:
         del number, frame
         self._ordered = True
+
+    def _interrupt(self, number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with contextlib.suppress(OSError):  # not `print`, in which this may have come
+            os.write(2, b"\nCtrl-C: saving, then ending. Once more: ending now, without a save\n")
+        if self._alone:
+            self._take(number, frame)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which tells the others
 
     def reached(self, step: int) -> bool:
         """Whether `step`, the same in every process, is the last one."""
         return self._ordered if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
     def close(self) -> None:
-        """Gives SIGTERM back."""
-        if self._takes:
-            signal.signal(signal.SIGTERM, self._before)
+        """Gives the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,13 +28,13 @@ from jax.experimental import multihost_utils
 
 from jax_instructblip import checkpoint, remote
 from jax_instructblip.files import parse_json
-from jax_instructblip.folders import free_bytes
+from jax_instructblip.folders import free_bytes, write_file
+from jax_instructblip.training.run_meta import Meta, compare_meta
 from jax_instructblip.training.state import TrainState
 
 META = "meta.json"
 FORMAT = 1
-
-Meta = dict[str, Any]
+THREAD = "checkpoint"
 
 
 class Checkpoints:
@@ -63,18 +64,18 @@ class Checkpoints:
             )
         self.folder, self._store = Path(folder), store
         self._keep, self._keep_every = keep, keep_every
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix=THREAD)
         self._saving: Future | None = None
         self._snapshot: dict[str, np.ndarray] = {}
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending."""
         if self._store:
-            numbers = [name for name in remote.names(self._store) if name.isdecimal()]
+            numbers = [name for name in remote.names(self._store) if is_step(name)]
             found = [name for name in numbers if remote.holds(self.place(int(name)), META)]
         elif self.folder.is_dir():
             names = [path.name for path in self.folder.iterdir() if (path / META).is_file()]
-            found = [name for name in names if name.isdecimal()]
+            found = [name for name in names if is_step(name)]
         else:
             found = []
         return sorted(map(int, found))
@@ -98,8 +99,12 @@ class Checkpoints:
         try:
             text = remote.read(self.place(step), META) if self._store else Path(path).read_bytes()
             meta = parse_json(text or b"")
+            if not isinstance(meta, dict):
+                raise ValueError("it holds no object")
         except ValueError as error:
-            raise checkpoint.CheckpointError(f"{path} is damaged: {error}") from error
+            raise checkpoint.CheckpointError(
+                f"{path} is damaged: {error}\n  {self._way_past(step)}"
+            ) from error
         if meta.get("format") != FORMAT:
             raise checkpoint.CheckpointError(
                 f"{path} has format {meta.get('format')!r}, this version reads {FORMAT}"
@@ -171,9 +176,19 @@ class Checkpoints:
         if saving is not None:
             saving.result()
 
-    def close(self) -> None:
-        """Lets the save going on end; what it raises is left to `wait`."""
-        self._writer.shutdown(wait=True)
+    def record_score(self, step: int, score: float) -> None:
+        """Adds what a validation found to the checkpoint of that step, the newest.
+
+        It may be the best now, and the best before it is then kept no longer. Every process calls
+        it; it raises what the save has raised.
+        """
+        self.wait()
+        if jax.process_index() == 0:
+            self._saving = self._writer.submit(self._write_score, step, score)
+
+    def close(self, wait: bool = True) -> None:
+        """Lets the save going on end, and waits for that or not; what it raises is for `wait`."""
+        self._writer.shutdown(wait=wait)
 
     def restore(
         self, step: int, like: TrainState, rng: Array, meta: Meta
@@ -184,7 +199,7 @@ class Checkpoints:
         compared first, then keys, shapes and dtypes, then the hash of every leaf.
         """
         found = self.meta(step)
-        _compare(self.place(step), found, meta)
+        compare_meta(self.place(step), found, meta)
         if self._store:
             remote.get(self.place(step), self.path(step))
         rest_like = checkpoint.unflatten(dict(_optimizer_leaves(like, rng)))
@@ -192,9 +207,7 @@ class Checkpoints:
             trainable = self._read(step, "trainable", like.params)
             rest = checkpoint.flatten(self._read(step, "optimizer", rest_like))
         except checkpoint.CheckpointError as error:
-            before = [each for each in self.steps() if each < step]
-            way = f"go on from step {before[-1]}" if before else "start over"
-            message = f"{error}\n  remove {self.place(step)} to {way}"
+            message = f"{error}\n  {self._way_past(step)}"
             raise checkpoint.CheckpointError(message) from error
         finally:
             if self._store:
@@ -235,10 +248,32 @@ class Checkpoints:
                 f"the checkpoint of step {step} was not saved ({error.strerror or error}); intact "
                 f"in {self._store or self.folder}: {self._there()}. {cure}, start the run again",
             ) from error
+        self._remove_old()
+
+    def _write_score(self, step: int, score: float) -> None:
+        text = json.dumps(self.meta(step) | {"score": score}, indent=1) + "\n"
+        path = self.path(step) / META
+        if self._store:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, text)
+        if self._store:
+            try:
+                remote.put_file(path, self.place(step))
+            finally:
+                shutil.rmtree(path.parent, ignore_errors=True)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
         keep = {*self.steps()[-self._keep :], self.best()}
         for old in self.steps():
             if old not in keep and not (self._keep_every and old % self._keep_every == 0):
                 self._remove(old)
+
+    def _way_past(self, step: int) -> str:
+        """What helps where that checkpoint is damaged."""
+        before = [each for each in self.steps() if each < step]
+        way = f"go on from step {before[-1]}" if before else "start over"
+        return f"remove {self.place(step)} to {way}"
 
     def _upload(self, step: int) -> None:
         """Moves the checkpoint from the disk to the store."""
@@ -264,6 +299,16 @@ class Checkpoints:
             return ", ".join(map(str, self.steps())) or "none"
         except Exception:
             return "all that were there before"
+
+
+def is_writing() -> bool:
+    """Whether a thread of this process is writing a checkpoint."""
+    return any(thread.name.startswith(THREAD) for thread in threading.enumerate())
+
+
+def is_step(name: str) -> bool:
+    """Tells that a folder of this name is one of a checkpoint."""
+    return name.isascii() and name.isdecimal() and str(int(name)) == name
 
 
 def _on_host(
@@ -311,38 +356,3 @@ def _leaf_path(path: tuple[Any, ...]) -> str:
         getattr(key, name) for key in path for name in ("key", "name", "idx") if hasattr(key, name)
     ]
     return "/".join(map(str, ("optimizer", *words)))
-
-
-def _compare(folder: str, found: Meta, wanted: Meta) -> None:
-    """Raises when the checkpoint is of another model, of other parts of it, or of another base."""
-    wrong = []
-    variant, expected = (_flat_fields(meta["variant"]) for meta in (found, wanted))
-    for name in sorted(variant.keys() | expected.keys()):
-        if variant.get(name) != expected.get(name):
-            wrong.append(
-                f"variant: {name} is {variant.get(name)}, the run has {expected.get(name)}"
-            )
-    if list(found["trainable"]) != list(wanted["trainable"]):
-        wrong.append(f"it trains {found['trainable']}, the run trains {wanted['trainable']}")
-    if found["base"]["sha256"] != wanted["base"]["sha256"]:
-        wrong.append(
-            f"it was tuned on the frozen base {found['base']['path']} "
-            f"(sha256 {found['base']['sha256'][:12]}...), the run has {wanted['base']['path']} "
-            f"({wanted['base']['sha256'][:12]}...)"
-        )
-    if wrong:
-        raise checkpoint.CheckpointError(
-            "\n  ".join(
-                [f"{folder} does not continue this run; choose another workdir, or undo:", *wrong]
-            )
-        )
-
-
-def _flat_fields(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat_fields(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat

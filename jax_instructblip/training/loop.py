@@ -17,7 +17,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,12 @@ from ml_collections import ConfigDict
 from jax_instructblip.data import loader
 from jax_instructblip.data.mixture import TrainBatches
 from jax_instructblip.data.progress import Progress
-from jax_instructblip.files import read_json
 from jax_instructblip.folders import write_file
 from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.parallel import peers
-from jax_instructblip.parallel.distributed import StopOrder, Watchdog
+from jax_instructblip.parallel.distributed import StopOrder, Watchdog, agree
 from jax_instructblip.parallel.mesh import batch_sharding
-from jax_instructblip.training import observe, setup
+from jax_instructblip.training import earlier, metrics, observe, setup
 from jax_instructblip.training.checkpoints import Checkpoints, Meta
 from jax_instructblip.training.metrics import MetricsWriter, Window, read_metrics
 from jax_instructblip.training.spoilt import Spoilt
@@ -52,12 +51,14 @@ def run(
     *,
     evaluate: setup.Evaluate | None = None,
     report: setup.Report | None = None,
+    fresh: bool = False,
 ) -> str:
     """The run directory, when the run that `config` (configs/common.py) describes has ended.
 
     A directory that has checkpoints is taken up where the newest stands. `evaluate` is what
     validates; without it, or without `config.validation.path`, nothing is validated. `report`
-    draws the numbers when the run has ended.
+    draws the numbers when the run has ended. `fresh` lets it start over where an earlier run has
+    left metrics and its checkpoints are gone.
 
     Raises:
         ValueError: something in the config does not fit, a checkpoint is of another run, or the
@@ -66,7 +67,7 @@ def run(
     """
     workdir = setup.read_workdir(config)
     with Workdir(workdir) as place:
-        _run(config, place, evaluate, report)
+        _run(config, place, evaluate, report, fresh)
     return workdir
 
 
@@ -75,6 +76,7 @@ def _run(
     workdir: Workdir,
     evaluate: setup.Evaluate | None,
     report: setup.Report | None,
+    fresh: bool,
 ) -> None:
     mesh = setup.read_mesh(config)
     rows = setup.read_rows(config, mesh)
@@ -114,7 +116,7 @@ def _run(
     del start  # its trainable weights have been copied
     # Under pmap every device runs a program of its own, which knows of no mesh.
     with jax.set_mesh(mesh) if config.parallel.mode == "jit" else contextlib.nullcontext():
-        tuning.begin(state)
+        tuning.begin(state, fresh)
         del state  # a checkpoint may have taken its place
         tuning.tune(
             batch_sharding(mesh),
@@ -171,13 +173,18 @@ class _Run:
         }
         self.document = {"kind": "run", **self.meta, "config": json.loads(config.to_json())}
 
-    def begin(self, state: TrainState) -> None:
+    def begin(self, state: TrainState, fresh: bool) -> None:
         """Takes `state`, or what the newest checkpoint holds instead."""
         self.state, self.rng = state, jax.random.key(self.seed)
         self.place.fetch()
         self.checkpoints.check_room(state)
+        _in_first_process(lambda: earlier.set_incomplete_aside(self.checkpoints, fresh=fresh))
         self.first = self.checkpoints.newest()
-        if self.first:
+        self.unscored = False
+        if not self.first:
+            place = self.checkpoints.place(0).removesuffix("/0")
+            _in_first_process(lambda: earlier.set_metrics_aside(self.workdir, place, fresh=fresh))
+        else:
             self.state, self.rng, found = self.checkpoints.restore(
                 self.first, state, self.rng, self.meta
             )
@@ -185,10 +192,21 @@ class _Run:
                 self.checkpoints.place(self.first), found["data"], self.cursor(self.first)
             )
             _say(f"resuming {self.place} at step {self.first} of {self.steps}")
-            _say(*_changes(self.workdir / "config.json", self.document["config"]))
+            _say(*earlier.changes(self.workdir, self.document["config"]))
+            self.unscored = found["score"] is None and self.validates(self.first)
+        self.saved = bool(self.first)
+        self.write_document()
+
+    def write_document(self) -> None:
+        """Writes config.json, in one process."""
         if jax.process_index() == 0:
-            text = json.dumps({"format": 1, **self.document}, indent=1)
-            write_file(self.workdir / "config.json", text + "\n")
+            document = {"format": 1, **self.document, earlier.SAVED: self.saved}
+            write_file(self.workdir / earlier.CONFIG, json.dumps(document, indent=1) + "\n")
+
+    def validates(self, number: int) -> bool:
+        """Whether there is a validation after that step."""
+        due = self.validation and (number == self.steps or number % self.validation.every == 0)
+        return bool(due)
 
     def cursor(self, step: int) -> dict[str, Any]:
         """Where the data stand at that step."""
@@ -198,6 +216,9 @@ class _Run:
         """Makes the remaining steps; `reading` is how batches are read ahead."""
         self.silent = jax.process_index() > 0
         self.writer = MetricsWriter(self.workdir, start=self.first, silent=self.silent)
+        if self.writer.damaged:
+            lost = f"{self.writer.damaged} damaged lines of {self.workdir / metrics.FILE}"
+            _say(f"{lost} are set aside in {metrics.DAMAGED}")
         self.window = Window(self.utilisation)
         self.trace = observe.Trace(
             self.profile["folder"], first=self.first, steps=self.profile["steps"]
@@ -207,6 +228,8 @@ class _Run:
         try:
             if self.first == 0 and self.validation and self.validation.first:
                 self.validate(0)
+            elif self.unscored:  # the validation of the step that was saved last was cut short
+                self.validate(self.first)
             if self.first < self.steps:
                 self._loop(loader.load(self.batches, sharding, start=self.first, **reading))
             self.checkpoints.wait()
@@ -214,7 +237,7 @@ class _Run:
             self.trace.close()
             self.watchdog.close()
             self.stop_order.close()
-            self.checkpoints.close()
+            self.checkpoints.close(wait=not isinstance(sys.exc_info()[1], KeyboardInterrupt))
             self.writer.close()
             if sys.exc_info()[0] is not None:
                 with contextlib.suppress(OSError):  # of the store: what ended the run is raised
@@ -242,12 +265,13 @@ class _Run:
                 self.checkpoints.check()
                 self.watchdog.alive()
                 ends, stops = number == self.steps, self.stop_order.reached(number)
-                validates = self.validation and (ends or number % self.validation.every == 0)
+                validates = self.validates(number)
                 if validates or ends or stops or number % self.save_every == 0:
                     progress.update(note=self.record(*waiting))
                     waiting = None
-                    score = self.validate(number) if validates else None
-                    self.save(number, score)
+                    self.save(number)
+                    if validates and (ends or not stops):
+                        self.validate(number)
                 if stops and not ends:
                     self.checkpoints.wait()
                     _say(f"told to stop: saved step {number}; the same command goes on from there")
@@ -266,22 +290,32 @@ class _Run:
             self.writer.write(number, self.window.close())
         return f"loss {values['loss']:.3f}"
 
-    def validate(self, number: int) -> float:
-        """The accuracy of the weights after that step, which is written down and printed."""
+    def validate(self, number: int) -> None:
+        """Measures the weights after that step, which are saved; writes the numbers down."""
         assert self.validation is not None
         began = time.monotonic()
+        self.checkpoints.wait()  # an error while answering, or a kill, shall not lose the steps
         scores = self.validation.measure({**self.frozen, **self.state.params})
         self.window.skip(time.monotonic() - began)
         self.writer.write(number, {f"validation/{name}": value for name, value in scores.items()})
         when = f"step {number}" if number else "before tuning"
         _say(f"validation, {when}: accuracy {scores['accuracy']:.1%}")
-        return scores["accuracy"]
+        if number:
+            self.checkpoints.record_score(number, scores["accuracy"])
 
-    def save(self, number: int, score: float | None) -> None:
+    def save(self, number: int) -> None:
         """Starts saving the state after that step."""
-        meta = self.meta | {"score": score, "data": self.cursor(number)}
+        meta = self.meta | {"data": self.cursor(number)}
         with self.window.timed("checkpoint"):
-            self.checkpoints.save(self.state, self.rng, meta, then=self.place.push)
+            self.place.check_owner()
+            self.checkpoints.save(self.state, self.rng, meta, then=self.note_save)
+
+    def note_save(self) -> None:
+        """Takes note, in one process, of a checkpoint that has been written."""
+        if not self.saved:
+            self.saved = True
+            self.write_document()
+        self.place.push()
 
 
 def _compare_cursors(folder: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -299,25 +333,15 @@ def _compare_cursors(folder: str, found: Mapping[str, Any], wanted: Mapping[str,
         )
 
 
-def _changes(path: Path, config: Mapping[str, Any]) -> list[str]:
-    """Which fields have another value than when the run began."""
-    if not path.is_file():
-        return []
-    before, now = (_flat(each) for each in (read_json(path, allow_nan=True)["config"], config))
-    return [
-        f"changed: config.{name} was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
-    return flat
+def _in_first_process(work: Callable[[], list[str]]) -> None:
+    """Does it in one process, and says what it returns; what it raises ends all."""
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            _say(*work())
+        except (ValueError, OSError) as error:
+            problem = error
+    agree(problem)
 
 
 def _say(*lines: str) -> None:

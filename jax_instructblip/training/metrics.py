@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,12 +15,13 @@ from tensorboardX import SummaryWriter
 
 from jax_instructblip.data import loader
 from jax_instructblip.data.text import TRUNCATED
-from jax_instructblip.files import parse_json, read_lines
+from jax_instructblip.files import parse_json
 from jax_instructblip.folders import write_file
 from jax_instructblip.training import observe
 from jax_instructblip.training.observe import Utilisation
 
 FILE = "metrics.jsonl"
+DAMAGED = "metrics.damaged.jsonl"
 FOLDER = "tensorboard"
 
 
@@ -28,6 +30,9 @@ class MetricsWriter:
 
     A run that is taken up at step `start` forgets what an earlier one wrote after it, so every
     step stands there once.
+
+    Attributes:
+      damaged: how many lines could not be read; they are in `metrics.damaged.jsonl` now.
     """
 
     def __init__(self, folder: str | os.PathLike, *, start: int = 0, silent: bool = False):
@@ -35,12 +40,17 @@ class MetricsWriter:
 
         `silent` writes nothing: of several processes that measure the same, one does.
         """
-        self._silent = silent
+        self._silent, self.damaged = silent, 0
         if silent:
             return
         path = Path(folder) / FILE
-        lines = [line for line in read_metrics(folder) if line["step"] <= start]
-        write_file(path, "".join(json.dumps(line) + "\n" for line in lines))
+        lines, damaged = _parse(path)
+        self.damaged = len(damaged)
+        if damaged:
+            with (Path(folder) / DAMAGED).open("ab") as file:
+                file.write(b"".join(line + b"\n" for line in damaged))
+        kept = [line for line in lines if line["step"] <= start]
+        write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", buffering=1)  # a line at a time, so that a kill loses none
         self._board = SummaryWriter(str(Path(folder) / FOLDER), purge_step=start + 1)
 
@@ -65,13 +75,39 @@ class MetricsWriter:
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, float]]:
     """The lines of a run's `metrics.jsonl`, none if there is no such file.
 
-    A last line that a kill cut short is left out.
+    Lines that cannot be read, such as a last one that a kill cut short, are left out.
     """
-    path = Path(folder) / FILE
-    if not path.is_file():
-        return []
-    lines = read_lines(path)
-    return [parse_json(line, allow_nan=True) for line in lines[:-1]]
+    return _parse(Path(folder) / FILE)[0]
+
+
+def newest_step(folder: str | os.PathLike) -> int:
+    """The last step that a run's metrics tell of; at least 1 where lines are damaged; 0: none."""
+    lines, damaged = _parse(Path(folder) / FILE)
+    return int(max([line["step"] for line in lines] + [1] * bool(damaged), default=0))
+
+
+def _parse(path: Path) -> tuple[list[dict[str, float]], list[bytes]]:
+    """The lines of a file of metrics, and those that are damaged, as they stand there."""
+    lines: list[dict[str, float]] = []
+    damaged: list[bytes] = []
+    for raw in path.read_bytes().split(b"\n") if path.is_file() else ():
+        if not raw:
+            continue
+        try:
+            line = parse_json(raw, allow_nan=True)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and _has_numbers(line):
+            lines.append(line)
+        else:
+            damaged.append(raw)
+    return lines, damaged
+
+
+def _has_numbers(line: dict[str, Any]) -> bool:
+    """Tells that it holds numbers alone, the step among them."""
+    numbers = all(type(value) in (int, float) for value in line.values())
+    return numbers and type(line.get("step")) is int
 
 
 class Window:

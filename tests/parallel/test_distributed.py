@@ -167,6 +167,22 @@ def test_sigterm_is_an_order_to_stop_and_is_given_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_the_first_ctrl_c_is_an_order_to_stop_the_second_interrupts(capfd):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        order = distributed.StopOrder()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert order.reached(1)
+        assert "Ctrl-C: saving, then ending. Once more: ending now" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        order.close()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_hang_shows_its_stack_and_a_step_puts_it_off():
     script = """
         import time

@@ -157,12 +157,21 @@ def test_split_weights_are_read_and_saved_in_parts(files, alone, tmp_path):
     }
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(1, marks=pytest.mark.full)])
-def test_told_to_stop_all_save_the_same_step_and_go_on(files, alone, together, tmp_path, count):
+@pytest.mark.parametrize(
+    ("count", "number"),
+    [
+        (2, signal.SIGINT),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.full),
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.full),
+    ],
+)
+def test_told_to_stop_all_save_the_same_step_and_go_on(
+    files, alone, together, tmp_path, count, number
+):
     workdir = tmp_path / "run"
     started = start(2, 2, words(files, workdir))
     wait_for_step(started, workdir, 5)
-    started[1].send_signal(signal.SIGTERM)
+    started[1].send_signal(number)  # SIGINT becomes SIGTERM there
     found = ended(started)
     assert [code for _, code in found] == [0, 0], "\n".join(said for said, _ in found)
     stopped = int(re.search(r"told to stop: saved step (\d+)", found[0][0])[1])

@@ -100,8 +100,8 @@ from jax_instructblip.commands.train import read_config
 
 save = loop._Run.save
 
-def save_and_die(self, number, score):
-    save(self, number, score)
+def save_and_die(self, number):
+    save(self, number)
     self.checkpoints.wait()
     if number == 2:
         os._exit(9)
@@ -154,8 +154,8 @@ def test_a_run_in_an_object_store_is_one_on_the_disk(files, tmp_path):
         config = make_config(files, address, **fields, **{"train.steps": 4})
         original = loop._Run.save
 
-        def save(self, number, score):
-            original(self, number, score)
+        def save(self, number):
+            original(self, number)
             self.checkpoints.wait()
             if number == 2:
                 raise KeyboardInterrupt

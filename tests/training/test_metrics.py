@@ -1,6 +1,6 @@
 import json
 
-from jax_instructblip.training.metrics import FILE, MetricsWriter, read_metrics
+from jax_instructblip.training.metrics import FILE, MetricsWriter, newest_step, read_metrics
 
 
 def steps(folder):
@@ -39,6 +39,32 @@ def test_a_last_line_cut_short_is_left_out(tmp_path):
     assert steps(tmp_path) == [1]
     MetricsWriter(tmp_path, start=1).close()
     assert (tmp_path / FILE).read_text() == '{"step": 1, "loss": 2}\n'
+
+
+def test_damaged_lines_are_set_aside_and_counted(tmp_path):
+    damaged = [
+        b"\0\0\0\0",  # what a power cut leaves
+        b"   ",
+        b"\xff\xfe",
+        b'{"step": 2, "lo',
+        b"[" * 100_000,
+        b"[1]",
+        b'{"loss": 2.0}',
+        b'{"step": 2.5, "loss": 2.0}',
+        b'{"step": 2, "loss": "low"}',
+    ]
+    good = [b'{"step": 1, "loss": 2.5}', b'{"step": 3, "loss": 2.25}']
+    (tmp_path / FILE).write_bytes(b"\n".join([good[0], *damaged, good[1], b'{"step": 4, "lo']))
+    assert steps(tmp_path) == [1, 3] and newest_step(tmp_path) == 3
+    writer = MetricsWriter(tmp_path, start=3)
+    writer.close()
+    assert writer.damaged == len(damaged) + 1
+    assert (tmp_path / FILE).read_bytes() == b"".join(line + b"\n" for line in good)
+    kept = (tmp_path / "metrics.damaged.jsonl").read_bytes()
+    assert kept == b"".join(line + b"\n" for line in [*damaged, b'{"step": 4, "lo'])
+    again = MetricsWriter(tmp_path, start=3)
+    again.close()
+    assert again.damaged == 0 and (tmp_path / "metrics.damaged.jsonl").read_bytes() == kept
 
 
 def test_no_file_is_no_lines(tmp_path):

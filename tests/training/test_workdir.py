@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from jax_instructblip.training import workdir
+from jax_instructblip.training import run_lock, workdir
 from jax_instructblip.training.workdir import Workdir
 from tests.bucket import bucket
 
@@ -47,3 +47,49 @@ def test_its_copy_on_the_disk_goes_when_the_run_fails(place, tmp_path, monkeypat
         made.fetch()
         raise ValueError
     assert made.folder.exists() == (place == "run")
+
+
+def test_a_second_run_in_a_folder_is_refused(tmp_path):
+    with Workdir(str(tmp_path / "run")) as place:
+        with Workdir(str(tmp_path / "run")) as other:  # not there yet: nothing to lock
+            place.fetch()
+            with pytest.raises(ValueError, match="in use by another run"):
+                other.fetch()
+        with pytest.raises(ValueError, match="in use by another run"), Workdir(str(place)):
+            pass
+    with Workdir(str(tmp_path / "run")) as place:
+        place.fetch()
+        assert os.listdir(place.folder) == ["run.lock"]
+    assert not os.listdir(tmp_path / "run")
+
+
+def test_in_a_store_the_run_that_comes_last_goes_on(capsys, monkeypatch):
+    with bucket() as store:
+        with Workdir("gs://bucket/run") as first:
+            first.fetch()
+            first.push()
+            assert list(store.store) == ["/bucket/run/run.lock"] and not capsys.readouterr().err
+            me = run_lock.Owner.me()
+            monkeypatch.setattr(
+                run_lock.Owner, "me", lambda: run_lock.Owner("elsewhere", me.process, me.since)
+            )
+            with Workdir("gs://bucket/run") as second:
+                second.fetch()
+                said = capsys.readouterr().err
+                assert f"a run that has not ended ({me})" in said and "stops at its next" in said
+                (first.folder / "metrics.jsonl").write_text("first")
+                with pytest.raises(OSError, match=r"taken over by another run \(process .* on els"):
+                    first.push()
+                assert "/bucket/run/metrics.jsonl" not in store.store
+                second.push()
+        assert not store.store  # the note goes with the run
+
+
+def test_a_run_that_was_taken_over_leaves_the_note_of_the_other(monkeypatch):
+    with bucket() as store:
+        with Workdir("gs://bucket/run") as first:
+            first.fetch()
+            store.store["/bucket/run/run.lock"].seek(0)
+            store.store["/bucket/run/run.lock"].truncate()
+            store.store["/bucket/run/run.lock"].write(b"another's")
+        assert store.store["/bucket/run/run.lock"].getvalue() == b"another's"

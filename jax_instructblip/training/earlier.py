@@ -1,0 +1,103 @@
+"""What an earlier run has left in a workdir, whole or not, and whether a run may begin there."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax_instructblip.files import read_json
+from jax_instructblip.folders import set_aside
+from jax_instructblip.training import metrics
+from jax_instructblip.training.checkpoints import META, Checkpoints, is_step
+
+CONFIG = "config.json"
+SAVED = "saved"  # the field of config.json: whether the run has ever saved a checkpoint
+
+
+def set_incomplete_aside(checkpoints: Checkpoints, *, fresh: bool) -> list[str]:
+    """Renames what stands in the place of a checkpoint and is none; a sentence about each.
+
+    An interrupted copy is such a folder. (In a store, the save of the same step replaces it.) With
+    `fresh` the whole folder is renamed where it is a link to what is not there.
+
+    Raises:
+        CheckpointError: `meta.json` of a checkpoint is damaged, or of a newer version.
+        ValueError: the folder is a link to what is not there, and not `fresh`, or no folder.
+    """
+    folder, notes = checkpoints.folder, []
+    if folder.is_symlink() and not folder.exists():
+        lost = f"{folder} is a link to {os.readlink(folder)}, which is not there"
+        if not fresh:
+            raise ValueError(
+                f"{lost}: is its disk mounted? Mount it; or, to start over, set FRESH=1 in the "
+                "environment"
+            )
+        return [f"{lost}: the link is now {set_aside(folder)}"]
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: move it away, or choose another config.workdir")
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if is_step(path.name) and not (path / META).is_file():
+            notes.append(
+                f"{path} is no complete checkpoint, it has no {META} (an interrupted copy?): set "
+                f"aside as {set_aside(path, 'incomplete')}"
+            )
+    for step in checkpoints.steps():
+        checkpoints.meta(step)
+    return notes
+
+
+def set_metrics_aside(workdir: Path, checkpoints: str, *, fresh: bool) -> list[str]:
+    """Renames the metrics of an earlier run whose checkpoints are not there; says so.
+
+    A run that was killed before its first save starts over by itself. Anything else may be a disk
+    that is not mounted: then only `fresh` lets the run start over.
+
+    Raises:
+        ValueError: there are metrics, without checkpoints, and not `fresh`.
+    """
+    path = workdir / metrics.FILE
+    newest = metrics.newest_step(workdir)
+    if newest == 0:
+        return []
+    if not fresh and read_document(workdir).get(SAVED) is not False:
+        raise ValueError(
+            f"{path} tells of a run of {newest} steps, but {checkpoints} has none of its "
+            "checkpoints: is its disk mounted, was it moved? Put them back there; to start over "
+            "set FRESH=1 in the environment (the metrics are renamed then), or choose another "
+            "config.workdir"
+        )
+    why = "as told" if fresh else "the run before was stopped ahead of its first checkpoint"
+    aside = set_aside(path)
+    return [f"starting over, {why}: the metrics of its {newest} steps are now {aside}"]
+
+
+def changes(workdir: Path, config: Mapping[str, Any]) -> list[str]:
+    """A line about each field that has another value than when the run began."""
+    if not (workdir / CONFIG).is_file():
+        return []
+    recorded = read_document(workdir).get("config")
+    if not isinstance(recorded, Mapping):
+        return [f"{workdir / CONFIG} is damaged: whether fields have changed cannot be told"]
+    before, now = _flat(recorded), _flat(config)
+    return [
+        f"changed: config.{name} was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+
+
+def read_document(workdir: Path) -> Mapping[str, Any]:
+    """The config.json of the earlier run; empty where there is none, or it is damaged."""
+    try:
+        return read_json(workdir / CONFIG, dict, allow_nan=True)
+    except (ValueError, OSError):
+        return {}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return flat

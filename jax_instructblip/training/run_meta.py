@@ -1,0 +1,43 @@
+"""`meta.json` of a run's checkpoint: which model, which parts of it, on which base."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax_instructblip import checkpoint
+
+Meta = dict[str, Any]
+
+
+def compare_meta(folder: str, found: Meta, wanted: Meta) -> None:
+    """Raises when the checkpoint is of another model, of other parts of it, or of another base."""
+    wrong = []
+    variant, expected = (_flat_fields(meta["variant"]) for meta in (found, wanted))
+    for name in sorted(variant.keys() | expected.keys()):
+        if variant.get(name) != expected.get(name):
+            wrong.append(
+                f"variant: {name} is {variant.get(name)}, the run has {expected.get(name)}"
+            )
+    if list(found["trainable"]) != list(wanted["trainable"]):
+        wrong.append(f"it trains {found['trainable']}, the run trains {wanted['trainable']}")
+    if found["base"]["sha256"] != wanted["base"]["sha256"]:
+        wrong.append(
+            f"it was tuned on the frozen base {found['base']['path']} "
+            f"(sha256 {found['base']['sha256'][:12]}...), the run has {wanted['base']['path']} "
+            f"({wanted['base']['sha256'][:12]}...)"
+        )
+    if wrong:
+        raise checkpoint.CheckpointError(
+            "\n  ".join(
+                [f"{folder} does not continue this run; choose another workdir, or undo:", *wrong]
+            )
+        )
+
+
+def _flat_fields(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat_fields(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
