@@ -1,6 +1,6 @@
 """What `config.data.least_pixels` = 0.6 costs beside whole decoding: pixels, and accuracy.
 
-python -m benchmarks.crop_decoding --photos DIR [--seeds 0 1] [--steps 800] [--out FILE]
+python -m benchmarks.crop_decoding --photos DIR [--seeds 0 1] [--steps 300] [--out FILE]
 
 Pixels: the same random parts of each JPEG below DIR, decoded whole and reduced; the difference of
 their 8-bit values, mean and largest, and the time that each takes. Accuracy: the pictures of
@@ -32,6 +32,7 @@ from jax_instructblip.data import images, shapes_records, shapes_tasks
 LEAST = 0.6  # the share that is measured
 SIZE = 224
 PARTS = 50  # of each photograph
+BATCH = 32
 SIDE = 160  # of a picture of shapes, for a model that sees 64 x 64
 
 
@@ -101,7 +102,9 @@ def accuracy(work: pathlib.Path, seeds: list[int], steps: int, limit: int) -> di
             "data.sources.shapes.path": data,
             "data.augment": True,
             "data.least_pixels": least,
+            "data.batch_size": BATCH,
             "train.steps": steps,
+            "validation.path": "",
         }
         found = [
             quickstart.run(work / f"{name}_{seed}", "llama", True, seed, limit, fields)
@@ -115,7 +118,7 @@ def accuracy(work: pathlib.Path, seeds: list[int], steps: int, limit: int) -> di
                 for family in splits[0]["tasks"]
             },
         }
-    return {"steps": steps, "seeds": seeds, "questions": limit, **rows}
+    return {"steps": steps, "batch_size": BATCH, "seeds": seeds, "questions": limit, **rows}
 
 
 def main() -> None:
@@ -124,8 +127,8 @@ def main() -> None:
     parser.add_argument("--photos", type=pathlib.Path, required=True)
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/crop_decoding"))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--limit", type=int, default=800, help="questions")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--limit", type=int, default=400, help="questions")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file")
     flags = parser.parse_args()
     figures: dict[str, Any] = {

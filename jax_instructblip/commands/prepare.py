@@ -97,6 +97,8 @@ def main(argv: list[str]) -> int:
     if absent := [name for name in dataset.files if name not in prepared]:
         print(f"not prepared: {', '.join(absent)}")
     print(f"prepared: {folder}")
+    if not flags.raw.exists():
+        print(f"{flags.raw} is not there (any more): what is prepared was not compared with it")
     return 0
 
 

@@ -22,6 +22,8 @@ from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.video import VideoError
 
+GROUP = 1000  # records whose pictures share a digest in the report
+
 
 def prepare_with_beam(
     dataset: Dataset,
@@ -55,11 +57,21 @@ def prepare_with_beam(
 
     raw, out = pathlib.Path(raw), pathlib.Path(out)
     done = out / dataset.name / prepare.VERSION
-    if done.is_dir():
+    frames = frames if dataset.family == prepare.VIDEO else 0
+    kept = {"frames": frames}  # how they are cut into shards is TFDS's choice
+    if done.is_dir() and not raw.exists():
+        prepare.check_done(done, splits, kept, max_missing)
         return done
     names = prepare.choose_splits(dataset, raw, splits)
-    read = {name: prepare.survey(dataset, raw, name) for name in names}
-    rows = functools.partial(_rows, frames=frames if dataset.family == prepare.VIDEO else 0)
+    group = GROUP
+    if done.is_dir():  # perhaps by the other road, in shards of any size
+        group = prepare.read_report(done).get("options", {}).get("shard_size", group)
+    read = {name: prepare.survey(dataset, raw, name, group) for name in names}
+    candidates = prepare.raw_candidates(dataset, raw)
+    if done.is_dir():
+        prepare.check_done(done, names, kept, max_missing, list(read.values()), candidates)
+        return done
+    rows = functools.partial(_rows, frames=frames)
 
     def transform(name: str) -> Any:
         numbered = list(enumerate(dataset.read(raw, name)))
@@ -87,6 +99,7 @@ def prepare_with_beam(
             )
         folder = pathlib.Path(made.data_path)
         report: dict[str, Any] = {"name": dataset.name, "version": prepare.VERSION, "splits": {}}
+        report["options"] = kept
         for split in read.values():
             found = prepare.summary(dataset, split, _notes(made.info.splits[split.name]))
             found["left_out_count"] = split.records - found["records"]
@@ -97,7 +110,7 @@ def prepare_with_beam(
                     "images, or raise --max_missing (without Beam the report names them)"
                 )
             report["splits"][split.name] = found
-        prepare.write_candidates(dataset, raw, folder)
+        prepare.write_candidates(candidates, folder)
         prepare.write_report(folder, report)
         folder.rename(done)
     finally:

@@ -136,20 +136,24 @@ def prepare(
     """The folder of the prepared dataset `name`; it is written if it is not there yet.
 
     A run that is killed leaves a folder of another name, which the next run removes; the dataset is
-    there whole or not at all. Of several processes one writes and the others wait.
+    there whole or not at all. Of several processes one writes and the others wait. What records
+    hold stands behind `name` and `version`: give another where it changes.
+
+    Raises:
+        ValueError: what is there has other splits.
     """
     with quiet():
         config = RecordsConfig(name=name, version=version, splits=splits)
         builder = JaxInstructblipRecords(config=config, data_dir=os.fspath(folder))
     done = pathlib.Path(builder.data_path)
     if done.is_dir():
-        return done
+        return _with_splits(done, splits)
     done.parent.mkdir(parents=True, exist_ok=True)
     with locked(done.parent / ".lock"):
         for rest in done.parent.glob("incomplete.*"):
             shutil.rmtree(rest, ignore_errors=True)
         if done.is_dir():  # another process made it meanwhile
-            return done
+            return _with_splits(done, splits)
         with quiet():
             builder.download_and_prepare(
                 file_format="array_record",
@@ -157,6 +161,18 @@ def prepare(
                     compute_stats=tfds.download.ComputeStatsMode.SKIP, try_download_gcs=False
                 ),
             )
+    return done
+
+
+def _with_splits(done: pathlib.Path, splits: Splits) -> pathlib.Path:
+    """The finished folder, which must have these splits and no others."""
+    with quiet():
+        held = sorted(tfds.builder_from_directory(done).info.splits)
+    if held != sorted(splits):
+        raise ValueError(
+            f"{done} has the splits {', '.join(held)}, asked for are {', '.join(sorted(splits))}: "
+            "remove it, or prepare under another name or version"
+        )
     return done
 
 

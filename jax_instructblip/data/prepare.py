@@ -5,6 +5,7 @@
 
 A shard appears whole, by renaming, with a note of what is in it; a run that is killed goes on at
 the first shard that is not there, and ends with the same bytes. (TFDS's own writer starts over.)
+What is found finished or begun is compared with what is asked for: `survey.py`.
 Records whose image is missing or damaged are left out, counted and listed.
 """
 
@@ -28,8 +29,16 @@ from jax_instructblip.data import builder
 from jax_instructblip.data.images import ImageError, decode
 from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.readers.dataset import Dataset
-from jax_instructblip.data.readers.files import AnnotationError
 from jax_instructblip.data.records import Record, RecordError
+from jax_instructblip.data.survey import (
+    PrepareError,
+    Split,
+    choose_splits,
+    pictures_digest,
+    refuse_other,
+    refuse_other_draft,
+    survey,
+)
 from jax_instructblip.data.video import VideoError, read_frames
 from jax_instructblip.files import ANNOTATION_LIMIT, read_json
 from jax_instructblip.folders import write_file
@@ -40,23 +49,6 @@ CANDIDATES = "candidates.json"  # that all records are ranked over, where there 
 VIDEO = "video QA"  # the family whose files are videos
 JPEG_QUALITY = 95  # of the frames of a video
 LISTED = 1000  # records left out that the report names, of each split
-
-
-class PrepareError(ValueError):
-    """A dataset cannot be prepared as asked; shards that are finished stay for the next run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """What a first reading of one split found."""
-
-    name: str
-    records: int
-    digest: str
-
-    def shards(self, size: int) -> int:
-        """How many shards of `size` records it takes."""
-        return max(1, -(-self.records // size))
 
 
 def prepare(
@@ -84,38 +76,67 @@ def prepare(
 
     Raises:
         AnnotationError: a file is missing, of another release, or has a row that cannot be used.
-        PrepareError: too many images cannot be used, or OUT holds another beginning.
+        PrepareError: too many images cannot be used, or OUT holds other data, finished or begun.
     """
     raw, out = pathlib.Path(raw), pathlib.Path(out)
     done = out / dataset.name / VERSION
-    if done.is_dir():
-        held = read_report(done)["splits"]
-        if lacking := sorted(set(splits) - set(held)):
-            raise PrepareError(
-                f"{done} was prepared without {', '.join(lacking)} (it has {', '.join(held)}): "
-                "remove it and name all splits, or prepare into another folder"
-            )
+    frames = frames if dataset.family == VIDEO else 0
+    options = {"shard_size": shard_size, "frames": frames}
+    if done.is_dir() and not raw.exists():  # what it was read from has been tidied away
+        check_done(done, splits, options, max_missing)
         return done
     names = choose_splits(dataset, raw, splits)
-    read = {name: survey(dataset, raw, name) for name in names}
+    read = [survey(dataset, raw, name, shard_size) for name in names]
     draft = done.with_name(f"incomplete.{VERSION}")
+    candidates = raw_candidates(dataset, raw)
+
+    def is_done() -> bool:
+        if done.is_dir():
+            check_done(done, names, options, max_missing, read, candidates)
+        return done.is_dir()
+
+    if is_done():
+        return done
     draft.mkdir(parents=True, exist_ok=True)
     with builder.locked(done.parent / ".lock"):
-        if done.is_dir():  # another process made it meanwhile
+        if is_done():  # another process made it meanwhile
             return done
-        frames = frames if dataset.family == VIDEO else 0
-        settings = {"shard_size": shard_size, "frames": frames}
-        _begin(draft, {**settings, "splits": {name: each.digest for name, each in read.items()}})
-        report: dict[str, Any] = {"name": dataset.name, "version": VERSION, "splits": {}}
-        for split in read.values():
+        _begin(draft, {**options, "splits": {split.name: split.digest for split in read}})
+        report: dict[str, Any] = {"name": dataset.name, "version": VERSION, "options": options}
+        report["splits"] = {}
+        for split in read:
             notes = _write_split(
                 dataset, raw, draft, split, workers, shard_size, max_missing, frames
             )
             report["splits"][split.name] = summary(dataset, split, notes)
-        write_candidates(dataset, raw, draft)
+        write_candidates(candidates, draft)
         _finish(draft, dataset.name, report)
         draft.rename(done)
     return done
+
+
+def check_done(
+    done: pathlib.Path,
+    names: Sequence[str],
+    options: Mapping[str, Any],
+    max_missing: float,
+    read: Sequence[Split] = (),
+    candidates: Sequence[str] | None = None,
+) -> None:
+    """Raises a PrepareError where the finished dataset is not the one that is asked for.
+
+    Without `read` and `candidates` it is not compared with RAW.
+    """
+    held = read_candidates(done)
+    refuse_other(
+        done,
+        read_report(done),
+        names=names,
+        read=read,
+        options=options,
+        max_missing=max_missing,
+        candidates=(held, held if candidates is None else candidates),
+    )
 
 
 def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -129,9 +150,9 @@ def raw_candidates(dataset: Dataset, raw: pathlib.Path) -> tuple[str, ...]:
     return dataset.shared_candidates(raw) if there and dataset.shared_candidates else ()
 
 
-def write_candidates(dataset: Dataset, raw: pathlib.Path, folder: pathlib.Path) -> None:
+def write_candidates(candidates: Sequence[str], folder: pathlib.Path) -> None:
     """Puts them into a folder that is being prepared, where there are any."""
-    if candidates := raw_candidates(dataset, raw):
+    if candidates:
         write_file(folder / CANDIDATES, json.dumps(candidates, ensure_ascii=False) + "\n")
 
 
@@ -141,44 +162,16 @@ def read_candidates(folder: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(read_json(path, list)) if path.is_file() else ()
 
 
-def choose_splits(dataset: Dataset, raw: pathlib.Path, splits: Sequence[str]) -> list[str]:
-    """The splits asked for, else those whose files are there; a PrepareError for unknown ones."""
-    if unknown := sorted(set(splits) - set(dataset.files)):
-        raise PrepareError(f"{dataset.name} has no splits {unknown}; known: {list(dataset.files)}")
-    if not raw.is_dir():
-        raise PrepareError(f"{raw} is no folder: it should hold the files of {dataset.name}")
-    # With no files at all: the first split, whose reader says what is missing.
-    return list(splits) or dataset.present(raw) or list(dataset.files)[:1]
-
-
 def write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
     """Writes what `read_report` reads."""
     write_file(folder / REPORT, json.dumps(report, indent=1) + "\n")
-
-
-def survey(dataset: Dataset, raw: pathlib.Path, name: str) -> Split:
-    """Reads the annotations once: bad rows end the run before anything is written."""
-    digest, count = hashlib.sha256(), 0
-    with Progress(dataset.counts.get(name), f"reading {dataset.name} {name}", "records") as line:
-        for record in dataset.read(raw, name):
-            images = tuple(os.path.relpath(str(image), raw) for image in record.images)
-            digest.update(repr(dataclasses.replace(record, images=images)).encode())
-            count += 1
-            line.update()
-    if not count:
-        raise AnnotationError(f"{raw}: {dataset.name} has no record of the split {name!r}")
-    return Split(name, count, digest.hexdigest())
 
 
 def _begin(draft: pathlib.Path, settings: dict[str, Any]) -> None:
     """Notes how an unfinished run began, or goes on in one that began alike."""
     path = draft / "settings.json"
     if path.is_file():
-        if read_json(path) != settings:
-            raise PrepareError(
-                f"{draft} was begun with other files, splits or shard size: finish it with those, "
-                "or remove it"
-            )
+        refuse_other_draft(draft, read_json(path), settings)
         return
     write_file(path, json.dumps(settings))
 
@@ -221,7 +214,7 @@ def _write_split(
             running: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
             chunks = _chunks(dataset.read(raw, split.name), size)
             for number, (path, chunk) in enumerate(zip(paths, chunks, strict=True)):
-                if (note := _read_note(path)) is not None:
+                if (note := _read_note(path, split.pictures[number])) is not None:
                     take(number, note, line)
                     continue
                 running.append((number, pool.submit(write_shard, path, chunk, frames)))
@@ -276,6 +269,7 @@ def write_shard(path: pathlib.Path, records: Sequence[Record], frames: int = 0) 
             f"{path} cannot be written ({error}); finished shards stay: make room and run it again"
         ) from error
     note = {"read": len(records), "records": len(sizes), "bytes": sum(sizes), "left_out": left_out}
+    note["pictures"] = pictures_digest(records)
     with temporary.open("rb") as file:
         note["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     temporary.replace(path)
@@ -327,11 +321,15 @@ def _note_path(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _read_note(path: pathlib.Path) -> dict[str, Any] | None:
-    """The note of a finished shard; None where it is still to be written."""
+def _read_note(path: pathlib.Path, pictures: str = "") -> dict[str, Any] | None:
+    """The note of a finished shard; None where it is still to be written.
+
+    So it is where its image files have other `pictures`, a digest, than when it was written.
+    """
     if not (path.is_file() and _note_path(path).is_file()):
         return None
-    return read_json(_note_path(path), dict)
+    note = read_json(_note_path(path), dict)
+    return None if pictures and note.get("pictures") != pictures else note
 
 
 def summary(dataset: Dataset, split: Split, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -343,6 +341,7 @@ def summary(dataset: Dataset, split: Split, notes: Sequence[Mapping[str, Any]]) 
         "read": split.records,
         "expected": dataset.counts.get(split.name),
         "annotations": split.digest,
+        "pictures": {"group": split.group, "digests": split.pictures},
         "shards": [[note["records"], note["sha256"]] for note in notes],
         "left_out_count": len(left_out),
         "left_out": left_out[:LISTED],

@@ -1,6 +1,7 @@
 """The verb `prepare`, on memes: the smallest of the original layouts."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -96,3 +97,35 @@ def test_wrong_usage_is_said(given, capsys):
     with pytest.raises(SystemExit):
         main(["prepare", *given])
     assert "expected" in capsys.readouterr().err
+
+
+def other_labels(raw):
+    path = raw / "train.jsonl"
+    path.write_text(path.read_text().replace('"ha"', '"he"'))
+    return []
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "code"),
+    [
+        (lambda raw: ["--shard_size", "7"], "--shard_size was 1000, now it is 7", 1),
+        (lambda raw: ["--split", "train,val"], "it was prepared without val (it has train)", 1),
+        (other_labels, "train: its 6 records are of other annotations than the 6 of RAW", 1),
+        (lambda raw: ["--raw", str(shutil.copytree(raw, raw.with_name("copy")))], "prepared: ", 0),
+        (
+            lambda raw: ["--raw", str(raw.with_name("gone"))],
+            "gone is not there (any more): what",
+            0,
+        ),
+    ],
+)
+def test_what_is_prepared_already_is_compared(raw, tmp_path, capsys, change, message, code):
+    chosen = words(raw, tmp_path / "out", "--workers", "0")
+    assert main(chosen) == 0
+    if "val" in message:
+        shutil.copy(raw / "train.jsonl", raw / "dev_seen.jsonl")
+    capsys.readouterr()
+    assert main([*chosen, *change(raw)]) == code
+    said = capsys.readouterr()
+    assert message in (said.err if code else said.out)
+    assert code == 0 or "prepared: " not in said.out

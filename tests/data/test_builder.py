@@ -154,3 +154,14 @@ def test_tensorflow_stays_out(tmp_path):
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
     subprocess.run(command, check=True)
+
+
+def test_what_is_prepared_with_other_splits_is_not_taken(tmp_path):
+    def read():
+        yield Record("one", (picture(1),), "What?", ("a",))
+
+    folder = builder.prepare(tmp_path, "toy", {"train": read})
+    assert builder.prepare(tmp_path, "toy", {"train": read}) == folder
+    for splits in ({"train": read, "test": read}, {"test": read}):
+        with pytest.raises(ValueError, match="has the splits train, asked for are .*test"):
+            builder.prepare(tmp_path, "toy", splits)

@@ -9,14 +9,19 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from jax_instructblip.data import builder, prepare
+from jax_instructblip.data.beam import prepare_with_beam
+from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.images import decode
 from jax_instructblip.data.readers.files import AnnotationError
 from jax_instructblip.data.records import Record
+from tests.data.layouts import write_all
 from tests.data.toy import COUNT, TOY, write_raw
 
 SIZE = 10
@@ -210,3 +215,154 @@ def test_records_whose_texts_cannot_be_written_are_left_out_and_listed(raw, tmp_
     ((name, reason),) = report["left_out"]
     assert (name, reason[:39]) == ("r3", "answers[0] cannot be written as UTF-8: ")
     assert "r3" not in {record.id for record in builder.open_folder(folder, "train")}
+
+
+def toy_pictures(raw, value, size=(8, 6)):
+    """Paints one picture of `raw` in another colour; the file keeps its size."""
+    Image.new("RGB", size, (value, 9, 9)).save(raw / f"{value}.png")
+
+
+def other_raw(tmp_path, change):
+    other = write_raw(tmp_path / "other")
+    change(other)
+    return other
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shard_size": 5}, "--shard_size was 10, now it is 5"),
+        ({"max_missing": 0.1}, "5 of 25 records were left out, more than --max_missing 0.1 allows"),
+        ({"splits": ["test"]}, r"it was prepared without test \(it has train\): remove it"),
+        ({"splits": ()}, "it was prepared without test"),  # whose files are there
+    ],
+)
+def test_what_was_prepared_with_other_options_is_not_taken(raw, tmp_path, settings, message):
+    (raw / "1.png").unlink()
+    usual = {"splits": ["train"], "shard_size": SIZE, "max_missing": 0.4}
+    folder = prepare.prepare(TOY, raw, tmp_path / "out", **usual)
+    before = contents(folder)
+    for _ in range(2):
+        with pytest.raises(prepare.PrepareError, match=f"other data than asked for:\n.*{message}"):
+            prepare.prepare(TOY, raw, tmp_path / "out", **(usual | settings))
+    assert prepare.prepare(TOY, raw, tmp_path / "out", **usual) == folder
+    assert contents(folder) == before
+    shutil.rmtree(folder)  # as the message says
+    prepare.prepare(TOY, raw, tmp_path / "out", **(usual | settings | {"max_missing": 0.4}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: toy_pictures(raw, 3), "image files of 3 times 10 records are others in RAW"),
+        (lambda raw: (raw / "2.png").unlink(), "image files of 3 times 10 records are others"),
+        (lambda raw: (raw / "2.png").write_bytes(b""), "image files of 3 times 10 records"),
+    ],
+)
+def test_what_was_prepared_from_other_pictures_is_not_taken(raw, tmp_path, change, message):
+    folder = prepare.prepare(TOY, raw, tmp_path / "out", shard_size=SIZE)
+    alike = write_raw(tmp_path / "alike")
+    assert prepare.prepare(TOY, alike, tmp_path / "out", shard_size=SIZE) == folder
+    other = other_raw(tmp_path, change)
+    with pytest.raises(prepare.PrepareError, match=message):
+        prepare.prepare(TOY, other, tmp_path / "out", shard_size=SIZE)
+
+
+@pytest.mark.parametrize("field", ["prompt", "answers", "id", "context"])
+def test_what_was_prepared_from_other_annotations_is_not_taken(raw, tmp_path, field):
+    prepare.prepare(TOY, raw, tmp_path / "out")
+
+    def read(raw, split):
+        for record in TOY.read(raw, split):
+            value = ("b",) if field == "answers" else f"{record.id} anew"
+            yield dataclasses.replace(record, **{field: value})
+
+    changed = dataclasses.replace(TOY, read=read)
+    with pytest.raises(prepare.PrepareError, match="train: its 25 records are of other annotatio"):
+        prepare.prepare(changed, raw, tmp_path / "out")
+
+
+def test_other_candidates_of_all_records_are_not_taken(raw, tmp_path):
+    def rank_over(*candidates):
+        (raw / "candidates.txt").touch()
+        fields = {
+            "shared_candidates": lambda raw: candidates,
+            "candidate_files": ["candidates.txt"],
+        }
+        return dataclasses.replace(TOY, **fields)
+
+    folder = prepare.prepare(rank_over("a", "b"), raw, tmp_path / "out")
+    assert prepare.prepare(rank_over("a", "b"), raw, tmp_path / "out") == folder
+    for others in (("a", "c"), ("b", "a"), ()):
+        with pytest.raises(prepare.PrepareError, match="its 2 candidates are not the"):
+            prepare.prepare(rank_over(*others), raw, tmp_path / "out")
+
+
+def test_other_frames_of_videos_are_not_taken(tmp_path):
+    raws = write_all(tmp_path / "raw", ["msvd_qa"])
+    settings = {"raw": raws["msvd_qa"], "out": tmp_path, "splits": ["test"]}
+    prepare.prepare(DATASETS["msvd_qa"], frames=4, **settings)
+    with pytest.raises(prepare.PrepareError, match="--frames was 4, now it is 2"):
+        prepare.prepare(DATASETS["msvd_qa"], frames=2, **settings)
+    shutil.rmtree(raws["msvd_qa"])  # what it was read from need not stay
+    prepare.prepare(DATASETS["msvd_qa"], frames=4, **settings)
+    for changed in ({"frames": 2}, {"splits": ["train"]}):
+        with pytest.raises(prepare.PrepareError, match=r"--frames was 4, now|without train"):
+            prepare.prepare(DATASETS["msvd_qa"], **({"frames": 4} | settings | changed))
+
+
+def test_another_beginning_is_named_by_what_differs(raw, tmp_path):
+    (raw / "1.png").unlink()
+    with pytest.raises(prepare.PrepareError):
+        prepare.prepare(TOY, raw, tmp_path / "out", splits=["train"], shard_size=SIZE)
+
+    def read(raw, split):
+        yield from (dataclasses.replace(each, prompt="why?") for each in TOY.read(raw, split))
+
+    changed = dataclasses.replace(TOY, read=read)
+    for dataset, settings, message in (
+        (TOY, {"shard_size": 7}, "--shard_size was 10, now it is 7"),
+        (TOY, {"splits": ["test"]}, "splits were train, now test"),
+        (changed, {}, "train: other annotations"),
+    ):
+        usual = {"splits": ["train"], "shard_size": SIZE, "max_missing": 1.0}
+        with pytest.raises(prepare.PrepareError, match=message):
+            prepare.prepare(dataset, raw, tmp_path / "out", **(usual | settings))
+
+
+def test_a_run_taken_up_writes_shards_anew_whose_pictures_changed(raw, tmp_path, monkeypatch):
+    real = prepare.write_shard
+
+    def write_shard(path, records, frames):
+        if "00002" in path.name:
+            raise KeyboardInterrupt
+        return real(path, records, frames)
+
+    monkeypatch.setattr(prepare, "write_shard", write_shard)
+    settings = {"splits": ["train"], "shard_size": SIZE}
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(TOY, raw, tmp_path / "out", **settings)
+    monkeypatch.undo()
+    toy_pictures(raw, 4)
+    folder = prepare.prepare(TOY, raw, tmp_path / "out", **settings)
+    found = {record.images[0] for record in builder.open_folder(folder, "train")}
+    assert found == {path.read_bytes() for path in raw.glob("*.png")}
+    assert contents(folder) == contents(prepare.prepare(TOY, raw, tmp_path / "new", **settings))
+
+
+def test_beam_takes_what_is_prepared_and_nothing_else(raw, tmp_path, monkeypatch):
+    """Whoever wrote it; Beam itself is not asked, and need not be there."""
+    for name in ("apache_beam", "apache_beam.options", "apache_beam.options.pipeline_options"):
+        module = types.ModuleType(name)
+        monkeypatch.setattr(module, "PipelineOptions", None, raising=False)
+        monkeypatch.setitem(sys.modules, name, module)
+    folder = prepare.prepare(TOY, raw, tmp_path / "out", splits=["train"], shard_size=SIZE)
+    settings = {"runner": "DirectRunner", "splits": ["train"]}
+    assert prepare_with_beam(TOY, raw, tmp_path / "out", **settings) == folder
+    with pytest.raises(prepare.PrepareError, match="it was prepared without test"):
+        prepare_with_beam(TOY, raw, tmp_path / "out", **(settings | {"splits": ["test"]}))
+    toy_pictures(raw, 3)
+    with pytest.raises(prepare.PrepareError, match="image files of 3 times 10 records"):
+        prepare_with_beam(TOY, raw, tmp_path / "out", **settings)
+    shutil.rmtree(raw)
+    assert prepare_with_beam(TOY, raw, tmp_path / "out", **settings) == folder

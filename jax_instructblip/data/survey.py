@@ -1,0 +1,206 @@
+"""The identity of a prepared dataset: records, pictures, candidates and options, read from RAW.
+
+A survey reads the annotations once, before anything is written, and looks at every picture file.
+What is resumed or found done is compared with it, so that no other data pass for those asked for.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jax_instructblip.data.progress import Progress
+from jax_instructblip.data.readers.dataset import Dataset
+from jax_instructblip.data.readers.files import AnnotationError
+from jax_instructblip.data.records import Record
+
+SAMPLED = 16  # pictures of a shard whose content is read; of the others the size is
+SAMPLED_BYTES = 2**20  # of the content of one: a video is larger
+
+CURE = (
+    "remove it to prepare it anew, choose another --out, or give RAW and options as they were then"
+)
+
+
+class PrepareError(ValueError):
+    """A dataset cannot be prepared as asked; shards that are finished stay for the next run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """What a first reading of one split found.
+
+    Attributes:
+      name: the split.
+      records: how many it has.
+      digest: stands for all fields of all records, images by their paths below RAW.
+      pictures: a digest for the image files of every `group` records.
+    """
+
+    name: str
+    records: int
+    digest: str
+    group: int
+    pictures: tuple[str, ...]
+
+    def shards(self, size: int) -> int:
+        """How many shards of `size` records it takes."""
+        return max(1, -(-self.records // size))
+
+
+def choose_splits(dataset: Dataset, raw: pathlib.Path, splits: Sequence[str]) -> list[str]:
+    """The splits asked for, else those whose files are there; a PrepareError for unknown ones."""
+    if unknown := sorted(set(splits) - set(dataset.files)):
+        raise PrepareError(f"{dataset.name} has no splits {unknown}; known: {list(dataset.files)}")
+    if not raw.is_dir():
+        raise PrepareError(f"{raw} is no folder: it should hold the files of {dataset.name}")
+    # With no files at all: the first split, whose reader says what is missing.
+    return list(splits) or dataset.present(raw) or list(dataset.files)[:1]
+
+
+def survey(dataset: Dataset, raw: pathlib.Path, name: str, group: int) -> Split:
+    """Reads the annotations once: bad rows end the run before anything is written.
+
+    Pictures of every `group` records have a digest.
+    """
+    digest, count, pictures = hashlib.sha256(), 0, []
+    chunk: list[Record] = []
+    with Progress(dataset.counts.get(name), f"reading {dataset.name} {name}", "records") as line:
+        for record in dataset.read(raw, name):
+            images = tuple(
+                os.path.relpath(image, raw) if isinstance(image, str) else str(image)
+                for image in record.images
+            )
+            digest.update(repr(dataclasses.replace(record, images=images)).encode())
+            count += 1
+            chunk.append(record)
+            if len(chunk) == group:
+                pictures.append(pictures_digest(chunk))
+                chunk = []
+            line.update()
+    if not count:
+        raise AnnotationError(f"{raw}: {dataset.name} has no record of the split {name!r}")
+    if chunk:
+        pictures.append(pictures_digest(chunk))
+    return Split(name, count, digest.hexdigest(), group, tuple(pictures))
+
+
+def pictures_digest(records: Sequence[Record]) -> str:
+    """A digest of the image files of a shard: the sizes of all, the content of `SAMPLED`.
+
+    A file that is not there counts as such, so that one which comes later makes another digest.
+    """
+    digest = hashlib.sha256()
+    step = -(-len(records) // SAMPLED)
+    for index, record in enumerate(records):
+        for image in record.images:
+            digest.update(_picture(image, content=index % step == 0))
+    return digest.hexdigest()
+
+
+def _picture(image: Any, content: bool) -> bytes:
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).digest()
+    if not isinstance(image, str):
+        return b"drawn"
+    try:
+        size = os.stat(image).st_size
+        if not content or not os.path.isfile(image):  # a pipe would block
+            return f"{size};".encode()
+        with open(image, "rb") as file:
+            return f"{size};".encode() + hashlib.sha256(file.read(SAMPLED_BYTES)).digest()
+    except (OSError, ValueError):
+        return b"absent;"
+
+
+def refuse_other(
+    folder: pathlib.Path,
+    report: Mapping[str, Any],
+    *,
+    names: Sequence[str],
+    read: Iterable[Split],
+    options: Mapping[str, Any],
+    max_missing: float,
+    candidates: Sequence[Sequence[str]] = ((), ()),
+) -> None:
+    """Raises a PrepareError that lists how the finished dataset differs from what is asked for.
+
+    Args:
+      folder: that of the dataset.
+      report: its report, by this version of the program or by an older one, which noted less.
+      names: the splits asked for.
+      read: what stands of them in RAW; empty where RAW is not there any more.
+      options: those that change what is stored, by their flags.
+      max_missing: the part of a split's records that may lack a usable image.
+      candidates: the shared candidates of the folder, and those of RAW.
+    """
+    wrong = list(_changed_options(report.get("options", {}), options))
+    held = report["splits"]
+    if lacking := sorted(set(names) - set(held)):
+        wrong.append(
+            f"it was prepared without {', '.join(lacking)} (it has {', '.join(held)}): remove it "
+            "and name all splits, or prepare into another folder"
+        )
+    for split in read:
+        if split.name in held:
+            wrong += _changed_records(held[split.name], split)
+    for name in sorted(set(names) & set(held)):
+        left_out, count = held[name]["left_out_count"], held[name]["read"]
+        if left_out > max_missing * count:
+            wrong.append(
+                f"{name}: {left_out} of {count} records were left out, more than --max_missing "
+                f"{max_missing:g} allows"
+            )
+    if tuple(candidates[0]) != tuple(candidates[1]):
+        wrong.append(f"its {len(candidates[0])} candidates are not the {len(candidates[1])} of RAW")
+    if wrong:
+        raise PrepareError(
+            "\n  ".join([f"{folder} holds other data than asked for:", *wrong]) + f"\n{CURE}"
+        )
+
+
+def refuse_other_draft(folder: pathlib.Path, before: Any, settings: Mapping[str, Any]) -> None:
+    """Raises a PrepareError if an unfinished run began with other settings than these."""
+    if before == settings:
+        return
+    before = before if isinstance(before, dict) else {}
+    splits = before.get("splits", {}), settings["splits"]
+    wrong = list(_changed_options(before, {k: v for k, v in settings.items() if k != "splits"}))
+    if list(splits[0]) != list(splits[1]):
+        wrong.append(f"splits were {', '.join(splits[0])}, now {', '.join(splits[1])}")
+    wrong += [
+        f"{name}: other annotations, or read by another version of the program"
+        for name, digest in splits[1].items()
+        if splits[0].get(name, digest) != digest
+    ]
+    raise PrepareError(
+        "\n  ".join(
+            [f"{folder} was begun with other files, splits or shard size or frames:", *wrong]
+        )
+        + "\nfinish it with those, or remove it"
+    )
+
+
+def _changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in now.items():
+        if before.get(name, value) != value:
+            yield f"--{name} was {before[name]}, now it is {value}"
+
+
+def _changed_records(found: Mapping[str, Any], split: Split) -> Iterator[str]:
+    if (found["read"], found["annotations"]) != (split.records, split.digest):
+        yield (
+            f"{split.name}: its {found['read']} records are of other annotations than the "
+            f"{split.records} of RAW, or were read by another version of the program"
+        )
+        return
+    known = found.get("pictures", {})
+    if known.get("group") == split.group:
+        other = sum(a != b for a, b in zip(known["digests"], split.pictures, strict=True))
+        if other:
+            yield (
+                f"{split.name}: image files of {other} times {split.group} records are others in "
+                "RAW now, or were missing then"
+            )
