@@ -104,7 +104,9 @@ def accuracy(work: pathlib.Path, seeds: list[int], steps: int, limit: int) -> di
             "data.least_pixels": least,
             "data.batch_size": BATCH,
             "train.steps": steps,
-            "validation.path": "",
+            "validation.every": steps,
+            "validation.first": False,
+            "validation.limit": 64,
         }
         found = [
             quickstart.run(work / f"{name}_{seed}", "llama", True, seed, limit, fields)
