@@ -6,6 +6,7 @@
       params/         Orbax; `orbax.checkpoint.experimental.v1.load(folder / "params")` reads it too
         state/llm.embed.embedding/0.0   the raw bytes of that leaf, uncompressed
       ...             what the writer adds: config.json, tokenizers
+      files.json      the sha256 of every file but the leaves (`file_hashes.py`)
 
 Orbax notices neither a flipped bit nor a dtype that it casts, and wants a whole tree in memory when
 it is handed one. So every leaf has its sha256 in the manifest, metadata are compared before data
@@ -13,25 +14,20 @@ are read, and leaves pass one at a time: peak memory is about twice the largest.
 a model.
 """
 
-import contextlib
-import errno
 import json
-import logging
 import math
 import os
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from orbax.checkpoint.experimental import v1 as ocp
 
-from jax_instructblip import processes
+from jax_instructblip import orbax_leaves, processes
+from jax_instructblip.file_hashes import verify_hashes, write_hashes
 from jax_instructblip.files import read_json
-from jax_instructblip.folders import atomic_folder, free_bytes
+from jax_instructblip.folders import atomic_folder
 from jax_instructblip.manifest import (
     MANIFEST,
     CheckpointError,
@@ -52,8 +48,6 @@ FORMAT = 1
 CONFIG = "config.json"
 PARAMS = "params"
 GROUP_BYTES = 64 * 2**20  # small leaves travel together: each Orbax call costs about 50 ms
-
-SETTLE_SECONDS = 0.3  # after a failure, for the leaves of the same group to end
 
 __all__ = [
     "CheckpointError",
@@ -100,20 +94,18 @@ def write_tree(
             group[path] = array
             del array
             if sum(each.nbytes for each in group.values()) >= GROUP_BYTES:
-                _save(temporary, group, Path(folder))
+                orbax_leaves.save(temporary / PARAMS, group, Path(folder))
                 group = {}
         if group:
-            _save(temporary, group, Path(folder))
+            orbax_leaves.save(temporary / PARAMS, group, Path(folder))
         if not manifest:
             raise ValueError(f"no leaves to write to {folder}")
-        with _writing(Path(folder), "closing the checkpoint"):
-            with _alone():
-                ocp.partial.finalize(str(temporary / PARAMS))
-            # Orbax notes there where it wrote: a path of this machine, which nobody reads again.
-            (temporary / PARAMS / "commit_success.txt").write_text("committed\n")
+        with orbax_leaves.writing(Path(folder), "closing the checkpoint"):
+            orbax_leaves.finalize(temporary / PARAMS)
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         if extra is not None:
             extra(temporary)
+        write_hashes(temporary)
     return manifest
 
 
@@ -238,15 +230,17 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     if found != FORMAT:
         why = "update the package" if isinstance(found, int) else "is it another program's folder?"
         raise CheckpointError(f"{path} has format {found!r}, this version reads {FORMAT}: {why}")
+    verify_hashes(folder)
     return config
 
 
 def _open(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """The manifest and Orbax's metadata, which agree."""
     manifest = read_manifest(folder)
-    stored = _stored(folder, manifest)
+    stored = orbax_leaves.metadata(folder / PARAMS, manifest)
     claim = f"Orbax's metadata and {MANIFEST} disagree"
     compare(folder, claim, describe(stored, True), described(manifest, True))
+    verify_hashes(folder)
     return manifest, stored
 
 
@@ -255,7 +249,7 @@ def _read(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The leaves in that order; those that differ from the manifest are named in `damaged`."""
     for group in _groups(stored):
-        for path, array in _load(folder, group, damaged):
+        for path, array in orbax_leaves.load(folder / PARAMS, group, damaged):
             if path in manifest and entry_of(path, array) != manifest[path]:
                 damaged.append(f"{path}: its bytes have another sha256 than {MANIFEST} says")
             else:
@@ -270,100 +264,6 @@ def _refuse_damaged(folder: Path, damaged: list[str]) -> None:
         )
 
 
-def _save(temporary: Path, group: dict[str, np.ndarray], folder: Path) -> None:
-    options = _alone()
-    # One plain file a leaf: damage can be named, and 90 leaves take 0.1 s where OCDBT takes 2.
-    options.array.saving.use_ocdbt = False
-    options.array.saving.use_zarr3 = False
-    options.array.saving.use_compression = False  # float weights shrink by a tenth, in minutes
-    tree = unflatten(group)
-    first, *others = group
-    doing = f"writing {first}" + (f" and {len(others)} other leaves" if others else "")
-    with _writing(folder, doing), options:
-        ocp.partial.save(str(temporary / PARAMS), tree)
-
-
-def _alone() -> ocp.Context:
-    """Options of a process that reads or writes by itself, whatever the others of its run do."""
-    options, me = ocp.Context(), jax.process_index()
-    if jax.process_count() > 1:
-        options.multiprocessing.primary_host = me
-        options.multiprocessing.active_processes = {me}
-        options.multiprocessing.barrier_sync_key_prefix = f"alone_{me}"
-    return options
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Mutes what Orbax prints of an error that is raised, too, and reported in one sentence.
-
-    It handles the leaves of a group at the same time and, when one fails, neither stops the others
-    nor waits for them; what they then tell its closed event loop reaches `sys.unraisablehook`.
-    """
-    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [log.level for log in logs]
-    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
-    for log in logs:
-        log.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    except BaseException:
-        time.sleep(SETTLE_SECONDS)
-        logging.getLogger("asyncio").addFilter(_is_news)  # once: the same filter is not added again
-        raise
-    finally:
-        sys.unraisablehook = hook
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Not what asyncio logs of a failed save when its other futures are collected, later on."""
-    error = record.exc_info[1] if record.exc_info else None
-    return error is None or ".partial-" not in str(error)
-
-
-@contextlib.contextmanager
-def _writing(folder: Path, doing: str) -> Iterator[None]:
-    """Turns what Orbax raises while writing into one OSError with the place and the room left."""
-    try:
-        with _quiet():
-            yield
-    except (ValueError, OSError, RuntimeError) as error:
-        number = getattr(error, "errno", None) or errno.EIO
-        raise OSError(
-            number,
-            f"{folder}: {doing} failed, nothing was left there "
-            f"({free_bytes(folder) / 1e9:.2f} GB were free): {_reason(error)}",
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """What a library says of an error, without the specification that TensorStore appends."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return line.partition(" [tensorstore_spec")[0]
-
-
-def _stored(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Orbax's own description of each leaf, which also asks for it as a numpy array."""
-    try:
-        with _quiet(), _alone():
-            found = ocp.metadata(str(folder / PARAMS)).metadata
-            if not isinstance(found, Mapping):
-                raise ValueError("Orbax cannot read its metadata")
-        return flatten(found)
-    except Exception as error:  # whatever a damaged folder makes Orbax raise
-        reason = _reason(error)
-    damaged: list[str] = []  # the leaves that cannot be read one by one name the damage
-    for path, entry in manifest.items():
-        zero = np.broadcast_to(np.zeros((), dtype_of(entry)), entry["shape"])
-        for _ in _load(folder, {path: zero}, damaged):
-            pass
-    raise CheckpointError(
-        listed(f"{folder / PARAMS} is damaged; copy or convert it again", damaged or [reason])
-    )
-
-
 def _groups(stored: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     group: dict[str, Any] = {}
     size = 0
@@ -376,23 +276,3 @@ def _groups(stored: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         size += bytes_
     if group:
         yield group
-
-
-def _load(
-    folder: Path, group: Mapping[str, Any], damaged: list[str]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of a group; a leaf that cannot be read is added to `damaged` by name."""
-    options = _alone()
-    options.pytree.loading.partial_load = True
-    try:
-        with _quiet(), options:
-            arrays = flatten(ocp.load(str(folder / PARAMS), unflatten(group)))
-    except Exception as error:  # damage inside Orbax's own files has many faces
-        if len(group) == 1:
-            damaged.append(f"{next(iter(group))}: cannot be read: {_reason(error)}")
-            return
-        for path, leaf in group.items():
-            yield from _load(folder, {path: leaf}, damaged)
-        return
-    for path in group:  # Orbax hands them back sorted
-        yield path, np.asarray(arrays.pop(path))

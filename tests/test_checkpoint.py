@@ -13,7 +13,7 @@ import orbax.checkpoint
 import pytest
 from orbax.checkpoint.experimental import v1 as ocp
 
-from jax_instructblip import checkpoint
+from jax_instructblip import checkpoint, orbax_leaves
 from jax_instructblip.checkpoint import CheckpointError
 
 
@@ -111,7 +111,7 @@ def test_one_leaf_is_held_at_a_time(tmp_path, monkeypatch):
 
     checkpoint.write_tree(tmp_path / "ck", leaves())
     born.clear()
-    load = checkpoint._load
+    load = orbax_leaves.load
 
     def watched(*args):
         assert alive() == 0, "a leaf is read while another is held"
@@ -121,7 +121,7 @@ def test_one_leaf_is_held_at_a_time(tmp_path, monkeypatch):
         born.append(weakref.ref(array))
         return float(array[0, 0])
 
-    monkeypatch.setattr(checkpoint, "_load", watched)
+    monkeypatch.setattr(orbax_leaves, "load", watched)
     found = checkpoint.read_tree(tmp_path / "ck", place=place)
     assert found == {f"leaf{i}": float(i) for i in range(5)}
     for path, array in checkpoint.read_leaves(tmp_path / "ck"):

@@ -28,6 +28,7 @@ from jax_instructblip.models.instructblip import DECODERS, param_shapes, separat
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import is_split, replicated
+from jax_instructblip.step_meta import check_manifest, read_meta
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 
@@ -152,6 +153,7 @@ def _run_source(step: Path) -> Source:
         )
     variant = Variant.from_dict(meta["variant"])
     limits = _check_limits(step, meta.get("text", {}))
+    check_manifest(meta, step, "trainable")
     tuned = {
         "step": meta["step"],
         "base_sha256": wanted,
@@ -163,7 +165,7 @@ def _run_source(step: Path) -> Source:
 
 def _read_meta(step: Path) -> dict[str, Any]:
     """The meta.json of a run's checkpoint; CheckpointError with all that it does not say."""
-    meta = read_json(step / "meta.json", dict)
+    meta = read_meta(step)
     wanted = {"step": int, "variant": dict, "trainable": list, "base": dict}
     wrong = [
         f"{name}: found {meta.get(name)!r}, expected {kind.__name__}"

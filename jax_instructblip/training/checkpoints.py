@@ -11,7 +11,6 @@ written on the local disk first and then copied, that file last.
 """
 
 import errno
-import json
 import os
 import shutil
 import threading
@@ -27,13 +26,19 @@ from jax import Array
 from jax.experimental import multihost_utils
 
 from jax_instructblip import checkpoint, remote
-from jax_instructblip.files import parse_json
 from jax_instructblip.folders import free_bytes, write_file
+from jax_instructblip.step_meta import (
+    FORMAT,
+    META,
+    bind,
+    check_manifest,
+    parse_meta,
+    seal,
+)
 from jax_instructblip.training.run_meta import Meta, compare_meta
 from jax_instructblip.training.state import TrainState
 
-META = "meta.json"
-FORMAT = 1
+PARTS = ("trainable", "optimizer")
 THREAD = "checkpoint"
 
 
@@ -95,21 +100,14 @@ class Checkpoints:
 
     def meta(self, step: int) -> Meta:
         """What `meta.json` of that step says."""
-        path = f"{self.place(step)}/{META}"
+        if not self._store:
+            raw = (self.path(step) / META).read_bytes()
+        else:
+            raw = remote.read(self.place(step), META) or b""
         try:
-            text = remote.read(self.place(step), META) if self._store else Path(path).read_bytes()
-            meta = parse_json(text or b"")
-            if not isinstance(meta, dict):
-                raise ValueError("it holds no object")
-        except ValueError as error:
-            raise checkpoint.CheckpointError(
-                f"{path} is damaged: {error}\n  {self._way_past(step)}"
-            ) from error
-        if meta.get("format") != FORMAT:
-            raise checkpoint.CheckpointError(
-                f"{path} has format {meta.get('format')!r}, this version reads {FORMAT}"
-            )
-        return meta
+            return parse_meta(raw, self.place(step))
+        except checkpoint.CheckpointError as error:
+            raise checkpoint.CheckpointError(f"{error}\n  {self._way_past(step)}") from error
 
     def best(self) -> int | None:
         """The step with the highest score, the later one of equals; None before any validation."""
@@ -204,6 +202,8 @@ class Checkpoints:
             remote.get(self.place(step), self.path(step))
         rest_like = checkpoint.unflatten(dict(_optimizer_leaves(like, rng)))
         try:
+            for part in PARTS:
+                check_manifest(found, self.path(step), part)
             trainable = self._read(step, "trainable", like.params)
             rest = checkpoint.flatten(self._read(step, "optimizer", rest_like))
         except checkpoint.CheckpointError as error:
@@ -238,7 +238,7 @@ class Checkpoints:
             with checkpoint.atomic_folder(self.path(step)) as partial:
                 write_tree(partial / "trainable", trainable.items())
                 write_tree(partial / "optimizer", rest.items())
-                (partial / META).write_text(json.dumps(meta, indent=1) + "\n")
+                (partial / META).write_text(seal(bind(meta, partial, PARTS)))
             if self._store:
                 self._upload(step)
         except OSError as error:
@@ -251,7 +251,7 @@ class Checkpoints:
         self._remove_old()
 
     def _write_score(self, step: int, score: float) -> None:
-        text = json.dumps(self.meta(step) | {"score": score}, indent=1) + "\n"
+        text = seal(self.meta(step) | {"score": score})
         path = self.path(step) / META
         if self._store:
             path.parent.mkdir(parents=True, exist_ok=True)

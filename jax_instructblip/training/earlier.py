@@ -7,8 +7,9 @@ from typing import Any
 
 from jax_instructblip.files import read_json
 from jax_instructblip.folders import set_aside
+from jax_instructblip.step_meta import META
 from jax_instructblip.training import metrics
-from jax_instructblip.training.checkpoints import META, Checkpoints, is_step
+from jax_instructblip.training.checkpoints import Checkpoints, is_step
 
 CONFIG = "config.json"
 SAVED = "saved"  # the field of config.json: whether the run has ever saved a checkpoint

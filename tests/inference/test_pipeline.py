@@ -322,6 +322,7 @@ def make_run(folder, frozen, *, step=3, scale=2.0, **meta):
     place.mkdir(parents=True)
     checkpoint.write_tree(place / "trainable", checkpoint.flatten({"qformer": qformer}).items())
     found = {
+        "step": step,
         "variant": json.loads((frozen / "config.json").read_text())["variant"],
         "trainable": ["qformer"],
         "base": {"path": str(frozen), "sha256": checkpoint.manifest_digest(frozen)},

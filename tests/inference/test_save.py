@@ -58,6 +58,7 @@ def test_limits_stay(base, tmp_path):
     InstructBlipPipeline(source.variant, blip.params, text, source=source).save(tmp_path / "out")
     assert jax_instructblip.load(tmp_path / "out").text.qformer_limit == 5
     config = checkpoint.read_config(tmp_path / "out")
+    (tmp_path / "out" / "files.json").unlink()  # config.json is changed below
     for limits in ({"other": 5}, {"qformer_limit": "5"}, [5], {"qformer_limit": True}):
         checkpoint.write_config(tmp_path / "out", {**config, "text": limits})
         with pytest.raises(checkpoint.CheckpointError, match="states the limits of texts"):

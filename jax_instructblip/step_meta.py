@@ -1,0 +1,83 @@
+"""`meta.json` of one checkpoint of a run: what it is of, and which manifests belong to it.
+
+    {"format": 1, "step": 3000, "variant": {...}, "trainable": ["qformer"], "base": {...}, ...,
+     "manifests": {"trainable": "...", "optimizer": "..."},      sha256 of each
+     "sha256": "..."}                                            of all the other fields
+
+Those that were written before there were the last two are read without them.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax_instructblip.files import parse_json
+from jax_instructblip.manifest import CheckpointError, manifest_digest
+
+META = "meta.json"
+FORMAT = 1
+_MANIFESTS, _SEAL = "manifests", "sha256"
+
+
+def seal(meta: Mapping[str, Any]) -> str:
+    """The text of `meta.json` with these fields."""
+    return json.dumps({**meta, _SEAL: _digest(meta)}, indent=1) + "\n"
+
+
+def parse_meta(raw: bytes, where: str | os.PathLike) -> dict[str, Any]:
+    """The fields of a `meta.json`.
+
+    Raises:
+        CheckpointError: it is none, or is damaged.
+    """
+    path = f"{os.fspath(where)}/{META}"
+    try:
+        meta = parse_json(raw, allow_nan=True)
+        if not isinstance(meta, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if meta.get("format", FORMAT) != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {meta.get('format')!r}, this version reads {FORMAT}"
+        )
+    found = meta.pop(_SEAL, None)
+    if (found is not None or _MANIFESTS in meta) and found != _digest(meta):
+        raise CheckpointError(
+            f"{path} is damaged: its fields have another sha256 than the one it states"
+        )
+    return meta
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The fields of the `meta.json` of that checkpoint; raises as `parse_meta`, and OSError."""
+    return parse_meta((folder / META).read_bytes(), folder)
+
+
+def check_manifest(meta: Mapping[str, Any], folder: Path, part: str) -> None:
+    """Compares the manifest of a part, `trainable` or `optimizer`, with the one that was saved.
+
+    Raises:
+        CheckpointError: it is another, as of another step.
+    """
+    wanted = meta.get(_MANIFESTS)
+    if wanted is None:
+        return
+    if manifest_digest(folder / part) != wanted.get(part):
+        raise CheckpointError(
+            f"{folder / part} is not what was saved with {folder / META}: its manifest is another; "
+            "copy the whole checkpoint again"
+        )
+
+
+def bind(meta: Mapping[str, Any], folder: Path, parts: tuple[str, ...]) -> dict[str, Any]:
+    """`meta` with the sha256 of the manifests of these parts of the folder."""
+    return {**meta, _MANIFESTS: {part: manifest_digest(folder / part) for part in parts}}
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    canonical = json.dumps(meta, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
