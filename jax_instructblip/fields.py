@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from jax_instructblip.files import address_problem
+
 INT32 = 2**31 - 1
 FLOAT32 = float(np.finfo(np.float32).max)
 SMALLEST = float(np.finfo(np.float32).tiny)  # what is nearer to 0 is 0 on the device
@@ -39,6 +41,7 @@ class Field:
       choices: of a text: the values there are.
       special: values out of the range that mean something, as -1 for "as the checkpoint says".
       optional: None is a value, too.
+      local: of a text: it is a path of a disk, and no address.
       each: of a tuple: what its entries may be.
       unit: "steps", "tokens".
     """
@@ -51,6 +54,7 @@ class Field:
     choices: tuple[str, ...] = ()
     special: tuple[Any, ...] = ()
     optional: bool = False
+    local: bool = False
     each: "Field | None" = None
     unit: str = ""
 
@@ -70,7 +74,7 @@ class Field:
                 expected = f"{expected}, {ranged}" if not self.choices else ranged
             return [f"{name} is {_show(value)}, expected {expected}{self._also()}"]
         if self.kind is str:
-            if problem := text_problem(value):
+            if problem := text_problem(value) or (self.local and address_problem(value)):
                 return [f"{name} {problem}"]
             good = not self.choices or value in self.choices
         elif self.kind is bool:
@@ -132,6 +136,11 @@ def flag(**more: Any) -> Field:
 def text(**more: Any) -> Field:
     """Any text."""
     return Field(str, **more)
+
+
+def path(**more: Any) -> Field:
+    """A path of a disk, or ""."""
+    return Field(str, local=True, **more)
 
 
 def one_of(*choices: str, **more: Any) -> Field:

@@ -9,9 +9,10 @@ import io
 import json
 import math
 import os
+import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ KINDS = {
     bool: "true or false",
     type(None): "null",
 }
+_ADDRESS = re.compile(
+    r"(?:\./)*(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>/{1,2})(?P<rest>.*)"
+)
+_SCHEMES = frozenset(
+    "abfs abfss adl az dbfs file ftp gcs gs hdfs hf http https memory oci oss r2 s3 s3a s3n sftp "
+    "ssh wasb wasbs webhdfs".split()
+)
+_PATH_FLAGS = frozenset("candidates checkpoint config data image profile".split())
+_NAMED = re.compile(r"[^/:=]+=")
 _TYPES = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -43,6 +53,52 @@ _TYPES = (
 )
 
 
+def address_problem(path: str | os.PathLike) -> str:
+    """Why this is an address and no path of a disk, and what to do; "" for a path.
+
+    `pathlib` makes `s3:/bucket` of `s3://bucket`, and a shell may put `./` before it: these are
+    addresses, too, and no folder named `s3:`.
+    """
+    found = _ADDRESS.match(os.fspath(path))
+    if found is None or not (found["scheme"].lower() in _SCHEMES or found["slashes"] == "//"):
+        return ""
+    scheme = found["scheme"].lower()
+    address = f"{found['scheme']}://{found['rest']}"
+    if scheme == "file":
+        return f"is {address}: give the path alone, without {found['scheme']}://"
+    if scheme in ("http", "https", "ftp"):
+        return f"is {address}, an address of the web: download it and give the file's path"
+    return (
+        f"is {address}: weights and data are read from a disk, and written to one; copy the folder "
+        "there, or mount the bucket (gcsfuse, s3fs). config.workdir alone may be an address"
+    )
+
+
+def local_path(path: str | os.PathLike, name: str = "the path") -> Path:
+    """The path, which is one of a disk; ValueError for an address, which `name` is then said of."""
+    if problem := address_problem(path):
+        raise ValueError(f"{name} {problem}")
+    return Path(path)
+
+
+def refuse_addresses(flags: Mapping[str, Any]) -> None:
+    """Raises a ValueError that names every flag of a verb whose path is an address.
+
+    Paths are the values that are `Path`s already, and those of flags of `_PATH_FLAGS`.
+    """
+    problems = []
+    for flag, value in flags.items():
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, Path) or (flag in _PATH_FLAGS and isinstance(each, str)):
+                text = os.fspath(each)
+                if flag == "image":
+                    text = text.partition("=")[2] if _NAMED.match(text) else text  # NAME=FILE
+                problem = address_problem(text.removeprefix("@"))
+                problems += [f"{flag} {problem}"] if problem else []
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
 def require_file(path: str | os.PathLike) -> os.stat_result:
     """The status of a regular file; anything else is refused before it is opened.
 
@@ -50,6 +106,7 @@ def require_file(path: str | os.PathLike) -> os.stat_result:
         OSError: it is not there, or is a folder, a pipe or a device: opening one could block.
         ValueError: no file can have that name.
     """
+    local_path(path)
     try:
         status = os.stat(path)
     except ValueError as error:  # a null character

@@ -7,6 +7,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from jax_instructblip.files import address_problem, local_path
+
 
 @contextlib.contextmanager
 def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
@@ -15,7 +17,7 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     After an error nothing is left; after `kill -9` only the hidden sibling is, which the next
     writer of the same folder removes. An existing folder is never overwritten (FileExistsError).
     """
-    folder = Path(folder).absolute()
+    folder = local_path(folder).absolute()
     refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
@@ -32,6 +34,7 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
 
 def write_file(path: Path, text: str) -> None:
     """Writes a file that appears whole: after `kill -9` or on a full disk the old one stands."""
+    path = local_path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(encode_utf8(text))
     temporary.replace(path)
@@ -62,7 +65,7 @@ def set_aside(path: Path, word: str = "aside") -> Path:
 
 def refuse_existing(folder: str | os.PathLike) -> None:
     """Raises FileExistsError where a writer would have to overwrite; an empty folder may stand."""
-    folder = Path(folder)
+    folder = local_path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(
             f"{folder} exists and is not overwritten: remove it, or choose another folder"
@@ -71,6 +74,8 @@ def refuse_existing(folder: str | os.PathLike) -> None:
 
 def unwritable(folder: str | os.PathLike) -> str:
     """Why nothing can be written to this folder, which need not exist yet; "" if it can be."""
+    if problem := address_problem(folder):
+        return f"it {problem}"
     place = Path(folder).absolute()
     there = next(path for path in (place, *place.parents) if path.exists())
     if not there.is_dir():

@@ -8,22 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from jax_instructblip import files
+from jax_instructblip import files, folders
 from jax_instructblip.files import (
     DEPTH_LIMIT,
+    address_problem,
+    local_path,
     parse_json,
     read_bytes,
     read_json,
     read_jsonl,
     read_lines,
     read_text,
+    refuse_addresses,
     require_file,
     scan_jsonl,
 )
 
 PACKAGE = Path(files.__file__).parent
-# What is no file: a library's own text, and a value made plain by writing and reading it.
-NO_FILES = {"training/pretrain_tokenizers.py", "evaluation/stored.py", "training/loop.py"}
+NO_FILES = {"training/pretrain_tokenizers.py", "training/loop.py"}  # texts of libraries
 
 
 def deep(levels: int, left: str = "[", right: str = "]") -> str:
@@ -153,8 +155,9 @@ def test_json_is_read_here_alone():
     found = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and node.attr in ("loads", "load", "JSONDecoder"):
-                if isinstance(node.value, ast.Name) and node.value.id == "json":
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.loads", "json.load"):
+                # A value is made plain by writing and reading it.
+                if not ast.unparse(node.args[0]).startswith("json.dumps("):
                     found.add(path.relative_to(PACKAGE).as_posix())
     assert found - NO_FILES == {"files.py"}
 
@@ -169,3 +172,62 @@ def test_the_recorded_cases(shared):
         list(read_jsonl(cases / "duplicate_keys.jsonl"))
     lines = scan_jsonl(cases / "metrics_damaged.jsonl")
     assert [line for line, _, reason in lines if reason] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "path, problem",
+    [
+        ("runs/mine", ""),
+        ("/tmp/a:b/c", ""),
+        ("C:/models", ""),
+        ("./a//b", ""),
+        ("notes: a/b", ""),
+        ("step:/x", ""),  # no store that is known
+        ("s3://b/x", "is s3://b/x: weights and data are read from a disk"),
+        ("./s3:/b/x", "is s3://b/x: weights and data"),
+        (Path("s3://b/x"), "is s3://b/x: weights and data"),
+        ("././gs://b", "is gs://b: weights"),
+        ("S3://b", "is S3://b: weights"),
+        ("memory://a", "is memory://a: weights"),
+        ("nowhere://a", "is nowhere://a: weights"),
+        ("hf://datasets/a", "is hf://datasets/a: weights"),
+        ("https://a.org/b.jpg", "is https://a.org/b.jpg, an address of the web: download it"),
+        ("file:///a/b", "is file:///a/b: give the path alone"),
+    ],
+)
+def test_what_is_an_address_and_no_path(path, problem):
+    assert address_problem(path).startswith(problem)
+    if problem:
+        with pytest.raises(ValueError, match="the run is "):
+            local_path(path, "the run")
+    else:
+        assert local_path(path) == Path(path)
+
+
+def test_every_address_among_flags_is_named():
+    flags = {
+        "out": Path("s3://b/x"),
+        "checkpoint": "gs://c",
+        "compare": [Path("a"), Path("gs://d")],
+    }
+    flags |= {"prompt": "what is https://x?", "limit": 3, "data": None, "image": ["a=https://e/f"]}
+    with pytest.raises(ValueError) as error:
+        refuse_addresses(flags)
+    names = [part.split(" is ")[0] for part in str(error.value).split("; ") if " is " in part]
+    assert [name for name in names if name in flags] == ["out", "checkpoint", "compare", "image"]
+    refuse_addresses({"prompt": "s3://b", "candidates": "s3,gs", "image": ["a=b/c.png"]})
+
+
+def test_nothing_is_read_from_or_written_to_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for call in (
+        lambda: read_json("s3://b/x.json"),
+        lambda: list(scan_jsonl(Path("s3://b/x.jsonl"))),
+        lambda: folders.write_file(Path("s3://b/x"), ""),
+        lambda: folders.atomic_folder("gs://b/x").__enter__(),
+        lambda: folders.refuse_existing(Path("gs://b/x")),
+    ):
+        with pytest.raises(ValueError, match="is (s3|gs)://b/x.*: weights and data are read"):
+            call()
+    assert "it is gs://b" in folders.unwritable("gs://b")
+    assert list(tmp_path.iterdir()) == []

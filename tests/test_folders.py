@@ -1,7 +1,9 @@
+import json
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -73,14 +75,29 @@ def test_free_bytes_of_a_folder_not_yet_made(tmp_path):
     assert free_bytes(tmp_path / "a" / "b" / "c") > 0
 
 
-def test_a_file_appears_whole(tmp_path):
+def test_a_file_appears_whole(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
     write_file(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_file(path, "new \ud800")  # stands for whatever ends a write half way
+    write = Path.write_bytes
+
+    def full(self, data):
+        write(self, data[:2])
+        raise OSError("no space left")
+
+    with monkeypatch.context() as disk, pytest.raises(OSError, match="no space left"):
+        disk.setattr(Path, "write_bytes", full)
+        write_file(path, "new")
     assert path.read_text() == "old"
     write_file(path, "new")
     assert path.read_text() == "new"
+
+
+def test_a_text_that_is_no_utf8_is_written_as_json_has_it(tmp_path):
+    path = tmp_path / "rows.json"
+    rows = {"a\ud800": "\udcff \u7ea2 \U0001f534"}
+    write_file(path, json.dumps(rows, ensure_ascii=False))
+    assert json.loads(path.read_text(encoding="utf-8")) == rows
+    assert "\u7ea2" in path.read_text(encoding="utf-8")
 
 
 def test_what_cannot_be_written_to_is_told_before_anything_is_made(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "models": 0,
     "fields": -1,
-    "files": -1,
+    "files": -2,
     "folders": 0,
     "trees": 0,
     "manifest": 0,

@@ -31,7 +31,7 @@ from jax_instructblip.evaluation.dialogue import read_relevance
 from jax_instructblip.evaluation.placement import choose_mesh
 from jax_instructblip.evaluation.report import write_report
 from jax_instructblip.evaluation.task import Task, open_task
-from jax_instructblip.files import read_json, read_lines
+from jax_instructblip.files import read_json, read_lines, refuse_addresses
 from jax_instructblip.folders import write_file
 from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
 from jax_instructblip.inference.scores import LENGTH_RULES
@@ -50,6 +50,7 @@ _FAMILIES_BATCH, _DATASETS_BATCH = 64, 8  # questions answered at once
 def main(argv: list[str]) -> int:
     """Prints results and writes them; returns 1 where a dataset could not be scored."""
     args = _parser().parse_args(argv)
+    refuse_addresses(vars(args))
     if args.list:
         print(table())
         return 0

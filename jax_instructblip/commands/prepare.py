@@ -19,6 +19,7 @@ from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation.preview import draw, write_preview
+from jax_instructblip.files import refuse_addresses
 from jax_instructblip.inference.source import read_source
 
 SAMPLES = 1000  # drawn for the page: the lengths are those of as many
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> int:
         "(`DirectRunner`); flags that are unknown here are the runner's",
     )
     flags, options = parser.parse_known_args(argv)
+    refuse_addresses(vars(flags))
     if options and not flags.beam_runner:
         parser.error(f"unknown flags: {' '.join(options)}")
     if flags.list:

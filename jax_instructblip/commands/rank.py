@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jax_instructblip.commands.generate import check_images
-from jax_instructblip.files import json_line, read_lines
+from jax_instructblip.files import json_line, read_lines, refuse_addresses
 from jax_instructblip.inference.pipeline import BATCH_SIZE, load
 from jax_instructblip.inference.questions import pair
 from jax_instructblip.inference.ranking import check_candidates
@@ -22,6 +22,7 @@ from jax_instructblip.inference.source import resolve_checkpoint
 def main(argv: list[str]) -> int:
     """Prints the best candidates of each question, their scores and probabilities; returns 0."""
     flags = _parser().parse_args(argv)
+    refuse_addresses(vars(flags))
     # Mistakes here should not wait for the weights, nor bad images for the scores of good ones.
     questions = pair(flags.image, flags.prompt)
     candidates = _read(flags.candidates)

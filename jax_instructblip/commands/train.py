@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jax_instructblip.evaluation import curves, validation
+from jax_instructblip.files import refuse_addresses
 from jax_instructblip.parallel import distributed
 from jax_instructblip.training import checkpoints, loop
 
@@ -54,6 +55,7 @@ def read_config(argv: list[str]) -> ConfigDict:
         OSError: the file cannot be read.
     """
     given, overrides = _parser().parse_known_args(argv)
+    refuse_addresses(vars(given))
     config = load_config(given.config)
     _refuse_unknown(config, overrides)
     own = flags.FlagValues()  # not absl's global ones: a process may call this twice

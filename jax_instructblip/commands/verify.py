@@ -14,6 +14,7 @@ from pathlib import Path
 from jax_instructblip.data.images import decode
 from jax_instructblip.evaluation import published
 from jax_instructblip.evaluation.published import Entry, Image
+from jax_instructblip.files import refuse_addresses
 from jax_instructblip.inference.pipeline import load
 from jax_instructblip.inference.source import read_source
 
@@ -21,6 +22,7 @@ from jax_instructblip.inference.source import read_source
 def main(argv: list[str]) -> int:
     """Prints a line for each question and a summary; 0 if all that were asked match, else 1."""
     flags = _parser().parse_args(argv)
+    refuse_addresses(vars(flags))
     images, entries = published.read_facts(flags.facts)
     given = _read_images(flags.image, images)
     source = read_source(flags.checkpoint)

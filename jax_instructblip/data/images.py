@@ -16,6 +16,8 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image
 
+from jax_instructblip.files import address_problem
+
 # As Pillow's own warning limit: above it decoding takes more than 250 MB.
 MAX_PIXELS = 89_478_485
 
@@ -147,7 +149,9 @@ def _open(source: Source, files: contextlib.ExitStack) -> Image.Image:
     else:
         path = pathlib.Path(source)
         if not path.is_file():  # opening a pipe or a device could wait for ever
-            raise _UnusableError("is not a file" if path.exists() else "no such file")
+            problem = address_problem(source)
+            absent = f"it {problem}" if problem else "no such file"
+            raise _UnusableError("is not a file" if path.exists() else absent)
         file = files.enter_context(path.open("rb"))
     return files.enter_context(Image.open(file, formats=_KNOWN_FORMATS))
 

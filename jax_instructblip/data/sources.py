@@ -8,6 +8,7 @@ from typing import cast
 
 from jax_instructblip.data import builder, prepare, shapes_records
 from jax_instructblip.data.records import Record, RecordError, read_jsonl
+from jax_instructblip.files import local_path
 
 
 def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record], str]:
@@ -21,7 +22,7 @@ def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record],
         ValueError: there is no such dataset or split; what there is is listed.
         RecordError: a file with bad lines, all of them.
     """
-    name = os.fspath(path)
+    name = os.fspath(local_path(path, "the data"))
     if name in shapes_records.DATASETS:
         records = shapes_records.shapes_source(None, split, name)
         facts = [name, shapes_records.VERSION, split, len(records), records[0]]

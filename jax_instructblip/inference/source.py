@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jax_instructblip import checkpoint
 from jax_instructblip.convert.hf import convert_hf
 from jax_instructblip.convert.stored_model import StoredModel, read_stored_model, tuned
-from jax_instructblip.files import read_json
+from jax_instructblip.files import local_path, read_json
 from jax_instructblip.models.instructblip import DECODERS, param_shapes, separate_decoder
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.parallel import rules
@@ -66,7 +66,7 @@ class Source:
 
 def resolve_checkpoint(path: str | os.PathLike) -> Path:
     """The folder that `path` is, or that is embedded in the package under this name."""
-    folder = Path(path)
+    folder = local_path(path, "the checkpoint")
     if folder.is_dir():
         return folder
     names = sorted(each.name for each in EMBEDDED.glob("*") if (each / "config.json").is_file())

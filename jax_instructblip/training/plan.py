@@ -29,6 +29,7 @@ from jax_instructblip.models.variants import VARIANTS, Variant
 from jax_instructblip.parallel import hlo, rules
 from jax_instructblip.parallel.mesh import batch_sharding, replicated
 from jax_instructblip.training import flops, setup
+from jax_instructblip.training.config_table import check_config
 from jax_instructblip.training.state import TrainState, create_state, partition
 from jax_instructblip.training.step import compile_step
 
@@ -116,6 +117,7 @@ class Report:
 
 def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
     """The job of a config (configs/common.py) for a model of that variant."""
+    check_config(config)
     optimizer, schedule = setup.read_optimizer(config)
     train = step == "train"
     limits = config.text

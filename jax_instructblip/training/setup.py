@@ -1,6 +1,5 @@
 """From the fields of a config to what the loop needs; every complaint about a config is here."""
 
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,21 +15,12 @@ from jax_instructblip.data.sources import dataset_name, open_records
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.folders import unwritable
 from jax_instructblip.models.instructblip import InstructBlip
-from jax_instructblip.models.layers import REMAT, Scan, Scans
+from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.parallel import pmap, rules
 from jax_instructblip.parallel.mesh import batch_sharding, local_rows, make_mesh
+from jax_instructblip.training.config_table import check_config
 from jax_instructblip.training.optimizer import adamw, staircase_cosine, warmup_cosine
 from jax_instructblip.training.start import Start
-
-_DTYPES = ("float32", "bfloat16", "float16")
-_CHOICES = {
-    "optimizer.schedule": ("cosine", "staircase"),
-    "parallel.mode": ("jit", "pmap"),
-    "train.non_finite": ("stop", "skip"),
-    "model.dtype": _DTYPES,
-    "model.frozen_dtype": _DTYPES,
-    **{f"model.remat.{tower}": tuple(REMAT) for tower in ("vision", "qformer", "llm")},
-}
 
 # Called, in every process, with model, params, text, records, mesh, limit, batch_size,
 # max_new_tokens, path and split by name; `accuracy` of what it returns chooses the best checkpoint.
@@ -50,71 +40,12 @@ class Validation(NamedTuple):
 
 def read_workdir(config: ConfigDict) -> str:
     """The run directory, a path or an address; ValueError: every field without a usable value."""
-    wrong = [
-        f"config.{name} is not set: {what}"
-        for name, what in (
-            ("workdir", "the folder that the run writes to"),
-            ("model.checkpoint", "a converted checkpoint folder, or shapes_t5 or shapes_llama"),
-            ("model.trainable", "the parts to train, as in ('qformer',)"),
-            ("data.sources", "what to train on, as in configs/custom_jsonl.py"),
-        )
-        if not operator.attrgetter(name)(config)
-    ]
-    for name in (
-        "data.batch_size",
-        "train.steps",
-        "train.log_every",
-        "train.accumulate",
-        "train.non_finite_limit",
-        "checkpoints.every",
-        "checkpoints.keep",
-        "validation.every",
-        "validation.batch_size",
-        "validation.max_new_tokens",
-    ):
-        value = operator.attrgetter(name)(config)
-        if value < 1:
-            wrong.append(f"config.{name} is {value}, expected at least 1")
-    for name in ("train.peak_flops", "train.profile_steps"):
-        value = operator.attrgetter(name)(config)
-        if value < 0:
-            wrong.append(f"config.{name} is {value}, expected 0 or more")
-    for name, choices in _CHOICES.items():
-        value = operator.attrgetter(name)(config)
-        if value not in choices:
-            wrong.append(f"config.{name} is {value!r}, expected one of {', '.join(choices)}")
-    for name, source in config.data.sources.items():
-        fields = {"path", "split", "weight", "templates"}
-        if set(source) != fields:
-            wrong.append(
-                f"config.data.sources.{name} has the fields {sorted(source)}, expected "
-                f"{sorted(fields)}: make it with common.source()"
-            )
-    for name in ("model.checkpoint", "model.init", "validation.path"):
-        wrong += _refuse_remote(name, operator.attrgetter(name)(config))
-    if remote.is_remote(config.train.profile_folder):
-        wrong.append(
-            f"config.train.profile_folder is {config.train.profile_folder}: traces are written to "
-            "a disk (left empty, into the workdir, wherever that is)"
-        )
-    for name, source in config.data.sources.items():
-        wrong += _refuse_remote(f"data.sources.{name}.path", source.get("path", ""))
-    if wrong:
-        raise ValueError("this config cannot be run:\n  " + "\n  ".join(wrong))
+    check_config(config, run=True)
     if remote.is_remote(config.workdir):
         remote.check(config.workdir)
     elif problem := unwritable(config.workdir):
         raise ValueError(f"config.workdir is {config.workdir}: {problem}; choose another one")
     return config.workdir
-
-
-def _refuse_remote(name: str, path: str) -> list[str]:
-    if not remote.is_remote(path):
-        return []
-    return [
-        f"config.{name} is {path}: weights and data are read from a disk; copy the folder there, "
-        "or mount the bucket (gcsfuse, s3fs). config.workdir alone may be an address"
-    ]
 
 
 def read_mesh(config: ConfigDict) -> Mesh:

@@ -342,7 +342,7 @@ def test_compiles_nothing_after_the_first_steps(files, tmp_path, monkeypatch):
         ({"model.checkpoint": ""}, "config.model.checkpoint is not set"),
         ({"train.steps": 0, "data.batch_size": 0}, r"batch_size is 0.*\n.*steps is 0"),
         ({"optimizer.schedule": "linear"}, "'linear', expected one of cosine, staircase"),
-        ({"optimizer.warmup_steps": 9}, "warm-up of 9 steps in a run of 4"),
+        ({"optimizer.warmup_steps": 9}, "optimizer.warmup_steps is 9, config.train.steps is 4"),
         ({"data.sources.colors.path": "/nowhere.jsonl"}, "config.data.sources.colors: .*nowhere"),
         ({"data.sources.colors.templates": "questions"}, "templates is 'questions'"),
         ({"model.trainable": ("qformr",)}, "did you mean 'qformer'"),

@@ -1,0 +1,203 @@
+"""The fields of a run's config: type, range and unit of each, and what several must have together.
+
+`configs/common.py` says what each is for and its default. A config is checked whole before any
+weight is read, and everything wrong with it is in one report.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jax_instructblip.data import mixture, templates
+from jax_instructblip.fields import (
+    Field,
+    find_problems,
+    flag,
+    number,
+    one_of,
+    path,
+    several,
+    text,
+    whole,
+)
+from jax_instructblip.models.layers import REMAT
+
+SOURCES = "data.sources"  # name -> the fields of SOURCE_FIELDS
+
+_DTYPE = one_of("float32", "bfloat16", "float16")
+_REMAT = one_of(*REMAT)
+_STEPS = whole(1, unit="steps")
+_RATE = number(0, 1)  # AdamW moves a weight by about the rate in each step
+_SAMPLES = whole(1, 65_536, unit="samples")  # whose pixels alone are 10 GB at 224 x 224
+_TOKENS = 32_768  # above the context of every language model
+_DEVICES = whole(1, 1_000_000, special=(-1,), unit="devices")
+_DROPOUT = number(0, below=1, special=(-1.0,), unit="probability; -1: as the checkpoint says")
+
+FIELDS: dict[str, Field] = {
+    "workdir": text(),
+    "seed": whole(0, 2**32 - 1),  # a key has 32 bits: larger ones would be others again
+    "model.checkpoint": path(),
+    "model.init": path(),
+    "model.trainable": several(text()),
+    "model.instruction_aware": flag(),
+    "model.qformer_dropout": _DROPOUT,
+    "model.llm_dropout": _DROPOUT,
+    "model.dtype": _DTYPE,
+    "model.frozen_dtype": _DTYPE,
+    "model.remat.vision": _REMAT,
+    "model.remat.qformer": _REMAT,
+    "model.remat.llm": _REMAT,
+    "data.batch_size": _SAMPLES,
+    "data.buckets": several(whole(1, _TOKENS, unit="tokens")),
+    "data.augment": flag(),
+    "data.least_pixels": number(0, unit="share of the model's pixels; 0: decoded whole"),
+    "data.threads": whole(1, 1_024),
+    "data.sampling": one_of(*mixture.SAMPLING),
+    "data.instructions": one_of(*mixture.INSTRUCTIONS),
+    "data.allow_held_out": several(text()),
+    "data.ahead": whole(1, 1_024, unit="batches"),
+    "data.workers": whole(0, 1_024, unit="processes"),
+    "text.qformer_limit": whole(3, _TOKENS, unit="tokens"),
+    "text.prompt_limit": whole(1, _TOKENS, unit="tokens"),
+    "text.answer_limit": whole(2, _TOKENS, unit="tokens"),
+    "train.steps": _STEPS,
+    "train.log_every": _STEPS,
+    "train.hang_limit": number(above=0, unit="seconds"),
+    "train.non_finite": one_of("stop", "skip"),
+    "train.non_finite_limit": _STEPS,
+    "train.peak_flops": number(0, unit="a second; 0: as known of the device"),
+    "train.profile_steps": whole(0, unit="steps"),
+    "train.profile_folder": path(),
+    "train.accumulate": whole(1, 65_536, unit="parts of a batch"),
+    "optimizer.schedule": one_of("cosine", "staircase"),
+    "optimizer.learning_rate": _RATE,
+    "optimizer.warmup_learning_rate": _RATE,
+    "optimizer.final_learning_rate": _RATE,
+    "optimizer.warmup_steps": whole(0, unit="steps"),
+    "optimizer.epoch_steps": _STEPS,
+    "optimizer.b1": number(0, below=1),
+    "optimizer.b2": number(0, below=1),
+    "optimizer.eps": number(above=0, at_most=1),
+    "optimizer.weight_decay": number(0, 10, unit="times the learning rate"),
+    "optimizer.clip_norm": number(0, unit="norm of the gradient; 0: not clipped"),
+    "checkpoints.every": _STEPS,
+    "checkpoints.keep": whole(1, unit="checkpoints"),
+    "checkpoints.keep_every": whole(0, unit="steps; 0: none"),
+    "validation.path": path(),
+    "validation.split": text(),
+    "validation.every": _STEPS,
+    "validation.first": flag(),
+    "validation.limit": whole(0, unit="questions; 0: all"),
+    "validation.batch_size": _SAMPLES,
+    "validation.max_new_tokens": whole(1, _TOKENS, unit="tokens"),
+    "mesh.data": _DEVICES,
+    "mesh.fsdp": _DEVICES,
+    "mesh.tensor": _DEVICES,
+    "parallel.mode": one_of("jit", "pmap"),
+}
+
+NEEDED = {  # to run: what "" or () leaves out
+    "workdir": "the folder that the run writes to",
+    "model.checkpoint": "a converted checkpoint folder, or shapes_t5 or shapes_llama",
+    "model.trainable": "the parts to train, as in ('qformer',)",
+    SOURCES: "what to train on, as in configs/custom_jsonl.py",
+}
+
+SOURCE_FIELDS: dict[str, Field] = {
+    "path": path(),
+    "split": text(),
+    "weight": number(0, unit="relative to the other weights; 0: by data.sampling"),
+    "templates": one_of("", *templates.TEMPLATES),
+}
+
+
+def check_config(config: ConfigDict, *, run: bool = False) -> None:
+    """Raises a ValueError that names every field without a usable value.
+
+    To `run`, some fields must be set that a plan can do without.
+    """
+    tree = config.to_dict()
+    if problems := [*(_unset(tree) if run else ()), *_problems(tree)]:
+        raise ValueError("\n  ".join(["this config cannot be used:", *problems]))
+
+
+def _unset(tree: Mapping[str, Any]) -> Iterator[str]:
+    values = dict(_flat(tree)) | {SOURCES: _sources(tree)}
+    for name, what in NEEDED.items():
+        if values.get(name) in ("", (), [], {}):
+            yield f"config.{name} is not set: {what}"
+
+
+def _problems(tree: Mapping[str, Any]) -> Iterator[str]:
+    values = dict(_flat(tree))
+    for name in (name for name in FIELDS if name not in values):
+        yield f"config.{name} is missing: start from common.get_config()"
+    for name in sorted(values.keys() - FIELDS.keys()):
+        near = difflib.get_close_matches(name, FIELDS, n=1)
+        hint = f"; did you mean config.{near[0]}?" if near else ""
+        yield f"config.{name} is unknown{hint}"
+    yield from find_problems(values, FIELDS, "config.")
+    yield from _source_problems(_sources(tree))
+    yield from _together(values)
+
+
+def _sources(tree: Mapping[str, Any]) -> Any:
+    data = tree.get("data", {})
+    return data.get("sources", {}) if isinstance(data, Mapping) else {}
+
+
+def _source_problems(sources: Any) -> Iterator[str]:
+    if not isinstance(sources, Mapping):
+        yield f"config.{SOURCES} is {sources!r:.60}, expected names with common.source() for each"
+        return
+    for name, source in sources.items():
+        where = f"config.{SOURCES}.{name}"
+        if not isinstance(source, Mapping) or set(source) != set(SOURCE_FIELDS):
+            found = sorted(source) if isinstance(source, Mapping) else repr(source)[:60]
+            yield (
+                f"{where} has the fields {found}, expected {sorted(SOURCE_FIELDS)}: make it with "
+                "common.source()"
+            )
+            continue
+        yield from find_problems(dict(source), SOURCE_FIELDS, f"{where}.")
+
+
+def _together(values: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with fields that are right one by one."""
+    right = {
+        name: values[name]
+        for name, field in FIELDS.items()
+        if name in values and not field.problems(name, values[name])
+    }
+    steps = right.get("train.steps")
+    schedule = right.get("optimizer.schedule")
+    warmup, epoch = right.get("optimizer.warmup_steps"), right.get("optimizer.epoch_steps")
+    if steps is None:
+        pass
+    elif schedule == "cosine" and warmup is not None and warmup >= steps:
+        yield (
+            f"config.optimizer.warmup_steps is {warmup}, config.train.steps is {steps}: the "
+            "warm-up must end before the run does; lower the one or raise the other"
+        )
+    elif schedule == "staircase" and epoch is not None and epoch > steps:
+        yield (
+            f"config.optimizer.epoch_steps is {epoch}, config.train.steps is {steps}: the run must "
+            "have an epoch; lower the one or raise the other"
+        )
+    free = [name for name in right if name.startswith("mesh.") and right[name] == -1]
+    if len(free) > 1:
+        names = " and ".join(f"config.{name}" for name in free)
+        yield f"{names} are -1 (all devices that the others leave), which one of them may be"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values, those of `data.sources` left out."""
+    for name, value in tree.items():
+        if f"{prefix}{name}" == SOURCES:
+            continue
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
