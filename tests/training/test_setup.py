@@ -35,7 +35,7 @@ def configure(path, **fields):
 def test_a_prepared_folder_is_a_source(prepared):
     path = prepared("vqav2")
     records, digest = open_records(path, "train")
-    assert len(records) == COUNT and digest == open_records(f"{path}/1.0.0", "train")[1]
+    assert len(records) == COUNT and digest == open_records(f"{path}/{prepare.VERSION}", "train")[1]
     with pytest.raises(ValueError, match="has no split 'test'; its splits: train"):
         open_records(path, "test")
     mixture = read_mixture(configure(path))
