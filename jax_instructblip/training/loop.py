@@ -82,6 +82,7 @@ def _run(
     rows = setup.read_rows(config, mesh)
     optimizer, schedule = setup.read_optimizer(config)
     mixture = setup.read_mixture(config)
+    validated = setup.read_validation_records(config) if evaluate else None
     _say(mixture.table())
     dtype, frozen_dtype = jnp.dtype(config.model.dtype), jnp.dtype(config.model.frozen_dtype)
     start = read_start(
@@ -96,7 +97,9 @@ def _run(
     _say(*start.notes)
     batches = setup.read_batches(config, mixture, start, rows)
     model = InstructBlip(start.variant, dtype, setup.read_scans(config))
-    validation = setup.read_validation(config, evaluate, model=model, text=batches.text, mesh=mesh)
+    validation = setup.read_validation(
+        config, evaluate, validated, model=model, text=batches.text, mesh=mesh
+    )
     state = create_state(start.trainable, optimizer, mesh)
     step = compile_step(
         like=state,

@@ -1,6 +1,6 @@
 """From the fields of a config to what the loop needs; every complaint about a config is here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from jax_instructblip import remote
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.mixture import Mixture, Source, TrainBatches
+from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import dataset_name, open_records
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.folders import unwritable
@@ -152,9 +153,32 @@ def read_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
     return made, schedule
 
 
+def read_validation_records(config: ConfigDict) -> Sequence[Record] | None:
+    """The records to validate on, opened before any weight is read; None: there is no validation.
+
+    Raises:
+        ValueError: they are not there, or nothing can be said of answers to them.
+    """
+    given = config.validation
+    if not given.path:
+        return None
+    try:
+        records, _ = open_records(given.path, given.split)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"config.validation.path cannot be used: {error}") from error
+    dataset = DATASETS.get(dataset_name(given.path))
+    if dataset and not dataset.metric:
+        raise ValueError(
+            f"config.validation.path is {given.path}, but no metric belongs to {dataset.name}: "
+            "choose a dataset that `jax-instructblip prepare --list` says is scored"
+        )
+    return records
+
+
 def read_validation(
     config: ConfigDict,
     evaluate: Evaluate | None,
+    records: Sequence[Record] | None,
     *,
     model: InstructBlip,
     text: TextProcessor,
@@ -162,9 +186,8 @@ def read_validation(
 ) -> Validation | None:
     """What `config.validation` asks for; None where nothing is to be validated."""
     given = config.validation
-    if evaluate is None or not given.path:
+    if evaluate is None or records is None:
         return None
-    records, _ = open_records(given.path, given.split)  # now: not after hours of tuning
 
     def measure(params: Any) -> dict[str, float]:
         return evaluate(

@@ -64,6 +64,9 @@ def read_start(
         CheckpointError: a damaged checkpoint.
     """
     source = read_source(base)
+    other = (
+        read_source(init) if init else None
+    )  # what is not there is told before gigabytes are read
     digest = base_digest(source)
     variant = source.variant.replace(**(fields or {}))
     # The model refuses a dtype when it is bound: now, before gigabytes are read.
@@ -88,8 +91,7 @@ def read_start(
         megabytes = checkpoint.manifest_bytes(checkpoint.read_manifest(source.folder)) / 1e6
         read = stored_leaf.bytes_read() / 1e6
         notes.append(f"this process read {read:.3f} of {megabytes:.3f} MB of the base")
-    if init:
-        other = read_source(init)
+    if other is not None:
 
         def place_init(path: str, array: np.ndarray) -> jax.Array | None:
             if path.partition("/")[0] not in trainable:
