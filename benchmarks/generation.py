@@ -28,6 +28,7 @@ from benchmarks.twins import Twins, make_twins, questions, quiet
 from benchmarks.workload import MIDDLE, THREADS, Lengths, Measured, facts, measure
 from jax_instructblip.inference.beam import beam_tokens
 from jax_instructblip.inference.decode import generate_tokens
+from jax_instructblip.inference.generation_config import GenerationConfig
 
 CACHES = ("dynamic", "static")
 FEW = 4  # tokens, to find their fastest setting
@@ -38,12 +39,13 @@ def our_call(twins: Twins, batch: dict[str, Any], beams: int) -> Callable[[int],
     keys = jax.random.split(jax.random.key(0), len(batch["tokens"]))
 
     def answer(new: int) -> np.ndarray:
-        common: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new}
-        common["length_rule"] = "transformers5"
+        config = GenerationConfig(
+            max_new_tokens=new, min_new_tokens=new, num_beams=beams, length_rule="transformers5"
+        )
         if beams > 1:
-            made = beam_tokens(twins.ours, twins.params, batch, num_beams=beams, **common)
+            made = beam_tokens(twins.ours, twins.params, batch, config)
         else:
-            made = generate_tokens(twins.ours, twins.params, batch, keys, **common)
+            made = generate_tokens(twins.ours, twins.params, batch, keys, config)
         return np.asarray(made["tokens"])[:, 0]
 
     return answer

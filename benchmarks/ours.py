@@ -14,6 +14,7 @@ import numpy as np
 from benchmarks.workload import TRAIN_BATCH, Lengths, decode_bytes, seconds, train_flops
 from jax_instructblip.checkpoint import flatten, unflatten
 from jax_instructblip.inference.decode import generate_tokens
+from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.models.instructblip import InstructBlip, param_shapes
 from jax_instructblip.models.variants import Variant, get_variant
 from jax_instructblip.training.optimizer import adamw, warmup_cosine
@@ -116,7 +117,8 @@ def time_decoding(name: str, params: dict, batch: int, lengths: Lengths, repeats
     keys = jax.random.split(jax.random.key(0), batch)
 
     def answer(new: int):
-        made = generate_tokens(model, params, data, keys, max_new_tokens=new, min_new_tokens=new)
+        config = GenerationConfig(max_new_tokens=new, min_new_tokens=new)
+        made = generate_tokens(model, params, data, keys, config)
         return jax.block_until_ready(made)
 
     whole = seconds(lambda: answer(lengths.new), repeats)

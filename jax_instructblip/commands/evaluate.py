@@ -33,17 +33,18 @@ from jax_instructblip.evaluation.report import write_report
 from jax_instructblip.evaluation.task import Task, open_task
 from jax_instructblip.files import read_json, read_lines, refuse_addresses
 from jax_instructblip.folders import write_file
+from jax_instructblip.inference.generation_config import add_flags
 from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
-from jax_instructblip.inference.scores import LENGTH_RULES
 from jax_instructblip.inference.source import read_source, weights_digest
 from jax_instructblip.parallel import distributed
 from jax_instructblip.training.metrics import read_metrics
 from jax_instructblip.training.start import read_start
 
-_OVERRIDES = (
+_DECODING = (
     *("num_beams", "length_penalty", "repetition_penalty", "max_new_tokens", "min_new_tokens"),
-    *("length_rule", "length_normalise"),
+    "length_rule",
 )
+_OVERRIDES = (*_DECODING, "length_normalise")
 _FAMILIES_BATCH, _DATASETS_BATCH = 64, 8  # questions answered at once
 
 
@@ -249,12 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", help="placeholders: {question} {options} {context} {ocr} {history} {answer}")
     add("--mode", choices=("rank", "generate"), help="rank candidates, or generate")
     add("--candidates", type=Path, metavar="FILE", help="one a line, of msvd_qa and msrvtt_qa")
-    add("--num_beams", type=int, help="1: greedy")
-    add("--length_penalty", type=float, help="above 0 favours long answers")
-    add("--repetition_penalty", type=float, help="1: none")
-    add("--max_new_tokens", type=int, help="of an answer (of families 30)")
-    add("--min_new_tokens", type=int, help="of an answer")
-    add("--length_rule", choices=LENGTH_RULES, help="how beams' lengths are counted")
+    add_flags(group, *_DECODING, unset=True)
     add("--length_normalise", action="store_true", default=None, help="of a ranking: mean, not sum")
     group = parser.add_argument_group("where the model lies")
     add = group.add_argument

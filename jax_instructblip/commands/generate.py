@@ -10,6 +10,12 @@ from typing import Any
 
 from jax_instructblip.data.images import ImageError, decode
 from jax_instructblip.files import json_line, refuse_addresses
+from jax_instructblip.inference.generation_config import (
+    HELP,
+    GenerationConfig,
+    add_flags,
+    read_flags,
+)
 from jax_instructblip.inference.pipeline import BATCH_SIZE, InstructBlipPipeline, load
 from jax_instructblip.inference.questions import Question, pair
 from jax_instructblip.inference.source import resolve_checkpoint
@@ -24,27 +30,19 @@ def main(argv: list[str]) -> int:
             "--stream shows each token as it is chosen: leave out --num_beams, which is certain of "
             "none before the end, and --json"
         )
+    config = read_flags(flags)
     # Mistakes here should not wait for the weights, nor bad images for the answers to good ones.
     questions = pair(flags.image, flags.prompt)
     resolve_checkpoint(flags.checkpoint)
     check_images(flags.image)
     blip = load(flags.checkpoint, dtype=flags.dtype)
     if flags.stream:
-        return _stream(blip, questions, flags)
+        return _stream(blip, questions, config)
     answers = blip.generate(
         flags.image,
         flags.prompt,
-        max_new_tokens=flags.max_new_tokens,
-        min_new_tokens=flags.min_new_tokens,
-        num_beams=flags.num_beams,
-        repetition_penalty=flags.repetition_penalty,
-        temperature=flags.temperature,
-        top_p=flags.top_p,
-        top_k=flags.top_k,
-        seed=flags.seed,
+        config,
         batch_size=flags.batch_size,
-        length_penalty=flags.length_penalty,
-        num_return_sequences=flags.num_return_sequences,
     )
     for question, answer in zip(questions, answers, strict=True):
         found = {
@@ -61,24 +59,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _stream(
-    blip: InstructBlipPipeline, questions: list[Question], flags: argparse.Namespace
-) -> int:
+def _stream(blip: InstructBlipPipeline, questions: list[Question], config: GenerationConfig) -> int:
     """Prints the answers while they are made, one question after the other; returns 0."""
     for question in questions:
         print(f"image:            {question.frames[0]}\nprompt:           {question.prompt}")
         print("answer:           ", end="", flush=True)
-        for piece in blip.stream(
-            question.frames[0],
-            question.prompt,
-            max_new_tokens=flags.max_new_tokens,
-            min_new_tokens=flags.min_new_tokens,
-            repetition_penalty=flags.repetition_penalty,
-            temperature=flags.temperature,
-            top_p=flags.top_p,
-            top_k=flags.top_k,
-            seed=flags.seed,
-        ):
+        for piece in blip.stream(question.frames[0], question.prompt, config):
             print(piece, end="", flush=True)
         print("\n")
     return 0
@@ -120,16 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--image", required=True, nargs="+", action="extend", metavar="FILE", help="one or more")
     add("--prompt", required=True, action="append", help="the question; may be given again")
-    add("--max_new_tokens", type=int, default=30, help="of an answer (default: %(default)s)")
-    add("--min_new_tokens", type=int, default=0, help="no answer ends before (default: 0)")
-    add("--num_beams", type=int, default=1, help="rows of a beam search (default: 1, greedy)")
-    add("--length_penalty", type=float, default=1.0, help="of beams; below 0: shorter (default: 1)")
-    add("--num_return_sequences", type=int, default=1, help="answers to show of a beam search")
-    add("--temperature", type=float, help="above 0; draws instead of taking the best token")
-    add("--top_k", type=int, help="draws among the k best tokens only")
-    add("--top_p", type=float, help="draws among the best tokens that together reach p only")
-    add("--seed", type=int, default=0, help="of the draws (default: 0)")
-    add("--repetition_penalty", type=float, default=1.0, help="above 1: fewer repeats (default: 1)")
+    names = (name for name in HELP if name != "length_rule")
+    add_flags(parser, *names)
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

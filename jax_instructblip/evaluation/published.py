@@ -12,7 +12,6 @@ Several published answers of one entry are all right: code or precision differed
 """
 
 import dataclasses
-import difflib
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from jax_instructblip.files import read_json
+from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import Answer, InstructBlipPipeline
-from jax_instructblip.inference.presets import GENERATE
 from jax_instructblip.models.variants import VARIANTS, Variant
 
 FACTS = Path(__file__).with_name("published.json")
@@ -195,10 +194,10 @@ def _entry(row: Any, number: int, images: Mapping[str, Any], problems: list[str]
         return None
     if entry.image not in images:
         problems.append(f"{where}: image {entry.image!r} is none of {', '.join(images) or 'none'}")
-    for name in set(entry.settings) - set(GENERATE):
-        near = difflib.get_close_matches(name, GENERATE, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(GENERATE)}"
-        problems.append(f"{where}: unknown setting {name!r}; {hint}")
+    try:
+        GenerationConfig.of(**entry.settings)
+    except (ValueError, TypeError) as error:
+        problems.append(f"{where}: {error}")
     return entry
 
 

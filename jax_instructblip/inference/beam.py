@@ -30,10 +30,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_instructblip.inference.decode import check_new_tokens
+from jax_instructblip.inference.generation_config import EARLY_STOPPING, GenerationConfig
 from jax_instructblip.inference.scores import (
-    LengthRule,
-    Settings,
+    TracedSettings,
     allowed,
     best_of_rows,
     counted,
@@ -41,8 +40,6 @@ from jax_instructblip.inference.scores import (
 )
 from jax_instructblip.models.cache import follow, widen
 from jax_instructblip.models.instructblip import InstructBlip
-
-EARLY_STOPPING = (False, True, "never")
 
 
 class Search(NamedTuple):
@@ -90,15 +87,9 @@ def beam_tokens(
     model: InstructBlip,
     params: dict[str, Any],
     batch: dict[str, Any],
-    *,
-    max_new_tokens: int,
-    num_beams: int,
-    length_penalty: float = 1.0,
-    early_stopping: bool | str = False,
-    length_rule: LengthRule = "released",
-    **settings: float,
+    config: GenerationConfig,
 ) -> dict[str, jax.Array]:
-    """The `num_beams` = K best answers to every row of `batch`, the best one first.
+    """The `config.num_beams` = K best answers to every row of `batch`, the best one first.
 
         tokens    [B, K, max_new_tokens]  int32    padding (the variant's pad_id) after eos
         lengths   [B, K]                  int32    how many are real, eos included
@@ -108,10 +99,11 @@ def beam_tokens(
 
     `early_stopping`: True ends a sample at K answers; False (a guess, as length_penalty > 0 favours
     longer answers) and "never" (safe) when no running row can better them, at its length or, for
-    "never", at the length that favours it most. `settings` are `min_new_tokens` and
-    `repetition_penalty`, which act on log-probabilities.
+    "never", at the length that favours it most. `min_new_tokens` and `repetition_penalty` act on
+    log-probabilities.
     """
-    check_new_tokens(max_new_tokens)
+    max_new_tokens, num_beams = config.max_new_tokens, config.num_beams
+    length_penalty, early_stopping = config.length_penalty, config.early_stopping
     if num_beams < 2:
         raise ValueError(f"num_beams is {num_beams}, expected at least 2 (1 is greedy)")
     search = Search(
@@ -119,9 +111,9 @@ def beam_tokens(
         jnp.asarray(np.arange(1.0, max_new_tokens + 2) ** length_penalty, jnp.float32),
         jnp.asarray(EARLY_STOPPING.index(early_stopping), jnp.int32),
         jnp.asarray(early_stopping == "never" and length_penalty > 0),
-        jnp.asarray(length_rule == "released"),
+        jnp.asarray(config.length_rule == "released"),
     )
-    chosen = Settings.of(length_rule, **settings)
+    chosen = TracedSettings.of(config)
     return _search(model, max_new_tokens, num_beams, params, batch, chosen, search)
 
 
@@ -132,7 +124,7 @@ def _search(
     num_beams: int,
     params: dict[str, Any],
     batch: dict[str, Any],
-    settings: Settings,
+    settings: TracedSettings,
     search: Search,
 ) -> dict[str, jax.Array]:
     llm, variables = model.variant.llm, {"params": params}
@@ -164,7 +156,7 @@ def _search(
 
 
 def _initial(
-    llm: Any, beams: int, length: int, batch: dict[str, Any], settings: Settings, cache: Any
+    llm: Any, beams: int, length: int, batch: dict[str, Any], settings: TracedSettings, cache: Any
 ) -> _State:
     """K running rows without any token, of which only the first one counts."""
     size = len(batch["tokens"])
@@ -187,7 +179,7 @@ def _initial(
 
 
 def _choose(
-    eos_id: int, settings: Settings, search: Search, state: _State, logits: jax.Array
+    eos_id: int, settings: TracedSettings, search: Search, state: _State, logits: jax.Array
 ) -> _State:
     """The state one token longer; `logits` [B, K, V] are those of that token."""
     beams, vocab = logits.shape[1:]

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.scores import (
-    LengthRule,
-    Settings,
+    TracedSettings,
     allowed,
     best,
     counted,
@@ -48,11 +48,7 @@ def generate_tokens(
     params: dict[str, Any],
     batch: dict[str, Any],
     keys: jax.Array,
-    *,
-    max_new_tokens: int,
-    sample: bool = False,
-    length_rule: LengthRule = "released",
-    **settings: float,
+    config: GenerationConfig,
 ) -> dict[str, jax.Array]:
     """New tokens for every row of `batch`, with the log-probability of each.
 
@@ -61,22 +57,17 @@ def generate_tokens(
         logprobs  [B, 1, max_new_tokens]  float32  0 after eos
         steps     []                      int32    how many the longest row needed
 
-    Without `sample` each token is the best one. With it a token is drawn after `temperature`,
-    `top_k` (0: off; ties with the k-th stay) and `top_p` (1: off; the smallest set of best tokens
-    whose probabilities reach it), in this order, as Hugging Face does. `keys` [B] are random keys,
-    one a row, read only when sampling: what a row draws depends on its own key and on the step, not
-    on its neighbours.
-
-    `settings` are fields of `Settings`. `min_new_tokens` masks eos before that many tokens.
-    `repetition_penalty` divides the positive scores of ids that were there before, and multiplies
-    the negative ones; `length_rule` says which ids those are (`scores.py`).
+    Unless `config` samples, each token is the best one; otherwise it is drawn after `temperature`,
+    `top_k` (ties with the k-th stay) and `top_p` (the smallest set of best tokens whose
+    probabilities reach it), in this order, as Hugging Face does. `keys` [B] are random keys, one a
+    row, read only when sampling: what a row draws depends on its own key and on the step, not on
+    its neighbours. What belongs to a beam search is not read, nor is the seed.
 
     `logprobs` come from the float32 log-softmax of the unmodified logits: under sampling, too, they
     say how likely the model holds the token, not how likely the truncated distribution drew it.
     """
-    check_new_tokens(max_new_tokens)
-    chosen = Settings.of(length_rule, **settings)
-    return _decode(model, max_new_tokens, sample, params, batch, keys, chosen)
+    chosen = TracedSettings.of(config)
+    return _decode(model, config.max_new_tokens, config.sample, params, batch, keys, chosen)
 
 
 def stream_tokens(
@@ -84,18 +75,14 @@ def stream_tokens(
     params: dict[str, Any],
     batch: dict[str, Any],
     keys: jax.Array,
-    *,
-    max_new_tokens: int,
-    sample: bool = False,
-    length_rule: LengthRule = "released",
-    **settings: float,
+    config: GenerationConfig,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Tokens and log-probabilities `[B]` of each step, as in `generate_tokens`, until all have eos.
 
     The device is one step ahead of what is handed out. Arguments as of `generate_tokens`.
     """
-    check_new_tokens(max_new_tokens)
-    chosen = Settings.of(length_rule, **settings)
+    chosen = TracedSettings.of(config)
+    max_new_tokens, sample = config.max_new_tokens, config.sample
     newest, done, state = _first(model, max_new_tokens, sample, params, batch, keys, chosen)
     for _ in range(max_new_tokens - 1):
         coming, ended, state = _next(model, sample, params, keys, chosen, state)
@@ -106,12 +93,6 @@ def stream_tokens(
     yield jax.device_get(newest)
 
 
-def check_new_tokens(max_new_tokens: int) -> None:
-    """Raises a ValueError where not even one token is asked for."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _decode(
     model: InstructBlip,
@@ -120,7 +101,7 @@ def _decode(
     params: dict[str, Any],
     batch: dict[str, Any],
     keys: jax.Array,
-    settings: Settings,
+    settings: TracedSettings,
 ) -> dict[str, jax.Array]:
     def unfinished(state: _State) -> jax.Array:
         return (state.step < max_new_tokens) & ~state.done.all()
@@ -159,7 +140,7 @@ def _start(
     params: dict[str, Any],
     batch: dict[str, Any],
     keys: jax.Array,
-    settings: Settings,
+    settings: TracedSettings,
 ) -> _State:
     """The state with the first token."""
     llm = model.variant.llm
@@ -184,7 +165,7 @@ def _advance(
     sample: bool,
     params: dict[str, Any],
     keys: jax.Array,
-    settings: Settings,
+    settings: TracedSettings,
     state: _State,
 ) -> _State:
     """The state one token longer."""
@@ -197,7 +178,7 @@ def _choose(
     model: InstructBlip,
     sample: bool,
     keys: jax.Array,
-    settings: Settings,
+    settings: TracedSettings,
     state: _State,
     logits: jax.Array,
 ) -> _State:

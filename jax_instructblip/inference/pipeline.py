@@ -21,9 +21,11 @@ from jax.sharding import Mesh
 from jax_instructblip.data.batch import Batch
 from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.fields import check, flag, whole
 from jax_instructblip.inference.answers import Answer, best_answer, check_finite
 from jax_instructblip.inference.beam import beam_tokens
 from jax_instructblip.inference.decode import generate_tokens, stream_tokens
+from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.questions import Picture, Question, compacted, make_parts, pair
 from jax_instructblip.inference.ranking import (
     Sizes,
@@ -34,8 +36,6 @@ from jax_instructblip.inference.ranking import (
     tokenise,
 )
 from jax_instructblip.inference.save import save_checkpoint
-from jax_instructblip.inference.scores import LengthRule
-from jax_instructblip.inference.settings import Drawing, check_search, check_settings
 from jax_instructblip.inference.source import Source, load_params, read_source
 from jax_instructblip.inference.streaming import pieces
 from jax_instructblip.models.instructblip import InstructBlip, is_separate
@@ -101,19 +101,10 @@ class InstructBlipPipeline:
         self,
         images: Sequence[Picture],
         prompts: Sequence[str],
-        max_new_tokens: int = 30,
-        min_new_tokens: int = 0,
-        num_beams: int = 1,
-        repetition_penalty: float = 1.0,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int = 0,
+        config: GenerationConfig | None = None,
+        *,
         batch_size: int = BATCH_SIZE,
-        length_penalty: float = 1.0,
-        early_stopping: bool | str = False,
-        num_return_sequences: int = 1,
-        length_rule: LengthRule = "released",
+        **settings: Any,
     ) -> list[Answer]:
         """An answer to each prompt about the image beside it, in order.
 
@@ -122,67 +113,36 @@ class InstructBlipPipeline:
         uint8 array [H, W, 3]; a list of these is a video, all of one call equally long.
 
         Decoding is greedy, or with `num_beams` > 1 a beam search. With any of `temperature`,
-        `top_p` and `top_k` it draws from the distribution that they leave, in the order
-        temperature, top-k, top-p; an answer then depends on `seed` and on its place in the call,
+        `top_p` and `top_k` it draws; an answer then depends on `seed` and on its place in the call,
         not on the other questions or on `batch_size`.
 
         Args:
           images: what the questions are about.
           prompts: the questions. The language model reads them whole, the Q-Former their last 128
             tokens.
-          max_new_tokens: most tokens of an answer, eos included; the prompt does not count. Another
-            value compiles another program.
-          min_new_tokens: no answer ends before this many tokens.
-          num_beams: rows of the beam search; 1 is greedy. Not together with drawing.
-          repetition_penalty: divides the positive scores of tokens that the answer has already, and
-            multiplies the negative ones.
-          temperature: above 0; divides the scores. Close to 0 is close to greedy.
-          top_p: in (0, 1]; only the best tokens that together reach this probability are drawn.
-          top_k: at least 1; only that many of the best tokens are drawn.
-          seed: of the random draws.
+          config: how to decode (`GenerationConfig` tells all settings).
           batch_size: questions that are answered at once.
-          length_penalty: of a beam search: answers are ranked by the sum of their scores over
-            length^length_penalty. Above 0 it favours long answers, below 0 short ones.
-          early_stopping: of a beam search, when it ends: True, as soon as there are `num_beams`
-            answers; False, when a better one is unlikely; "never", when there can be none.
-          num_return_sequences: answers to keep of a beam search; the others are `alternatives`.
-          length_rule: how lengths and repetitions are counted: "released" as the original code
-            does, "transformers5" as `generate` of transformers 5 (`scores.py`, `beam.py`).
+          **settings: of the config, by name: `max_new_tokens=30`, `num_beams=5`.
 
         Raises:
           ValueError: no images or no prompts, counts that do not match, a setting out of its range,
             a prompt too long for the model, an image that cannot be used (`ImageError`), scores
             that are not finite.
         """
-        drawing = Drawing(temperature, top_k, top_p)
-        sample = drawing.asked
-        check_settings(max_new_tokens, min_new_tokens, num_beams, repetition_penalty, drawing)
-        check_search(num_beams, sample, early_stopping, num_return_sequences, length_rule)
-        key = _seed_key(seed)
-        common: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "min_new_tokens": min_new_tokens,
-            "repetition_penalty": repetition_penalty,
-            "length_rule": length_rule,
-        }
-        search = {
-            "num_beams": num_beams,
-            "length_penalty": length_penalty,
-            "early_stopping": early_stopping,
-        }
+        config = _configured(config, settings)
+        _check_batch_size(batch_size)
+        key = _seed_key(config.seed)
 
         def decode(batch: Batch, rows: np.ndarray) -> dict[str, jax.Array]:
-            if num_beams > 1:
-                return beam_tokens(self.model, self.params, batch, **common, **search)
+            if config.num_beams > 1:
+                return beam_tokens(self.model, self.params, batch, config)
             keys = _row_keys(key, self._on_devices(rows))
-            return generate_tokens(
-                self.model, self.params, batch, keys, sample=sample, **common, **drawing.values()
-            )
+            return generate_tokens(self.model, self.params, batch, keys, config)
 
         questions = pair(images, prompts)
-        parts = self._run("answering", decode, questions, batch_size, room=max_new_tokens)
+        parts = self._run("answering", decode, questions, batch_size, room=config.max_new_tokens)
         answers = [
-            best_answer(self.text, made, row, num_return_sequences)
+            best_answer(self.text, made, row, config.num_return_sequences)
             for made, count in parts
             for row in range(count)
         ]
@@ -194,14 +154,8 @@ class InstructBlipPipeline:
         self,
         image: Picture,
         prompt: str,
-        max_new_tokens: int = 30,
-        min_new_tokens: int = 0,
-        repetition_penalty: float = 1.0,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int = 0,
-        length_rule: LengthRule = "released",
+        config: GenerationConfig | None = None,
+        **settings: Any,
     ) -> Iterator[str]:
         """The answer of `generate` to one prompt, piece by piece, each as soon as it is there.
 
@@ -209,22 +163,16 @@ class InstructBlipPipeline:
         of which no token is certain before the end. What `generate` refuses is refused at once,
         scores that are not finite where they come up.
         """
-        drawing = Drawing(temperature, top_k, top_p)
-        check_settings(max_new_tokens, min_new_tokens, 1, repetition_penalty, drawing)
-        check_search(1, drawing.asked, False, 1, length_rule)
-        part = next(make_parts(self.text, pair([image], [prompt]), 1, self.splits, max_new_tokens))
-        made = stream_tokens(
-            self.model,
-            self.params,
-            self._on_devices(part.batch),
-            _row_keys(_seed_key(seed), self._on_devices(part.rows)),
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            sample=drawing.asked,
-            repetition_penalty=repetition_penalty,
-            length_rule=length_rule,
-            **drawing.values(),
-        )
+        config = _configured(config, settings)
+        if config.num_beams > 1:
+            raise ValueError(
+                f"num_beams is {config.num_beams}, but a stream has no beams: expected 1"
+            )
+        room = config.max_new_tokens
+        part = next(make_parts(self.text, pair([image], [prompt]), 1, self.splits, room))
+        keys = _row_keys(_seed_key(config.seed), self._on_devices(part.rows))
+        batch = self._on_devices(part.batch)
+        made = stream_tokens(self.model, self.params, batch, keys, config)
         return pieces(self.text.decode, self._first_row(made))
 
     def _first_row(self, made: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[int]:
@@ -267,6 +215,8 @@ class InstructBlipPipeline:
         Raises:
           ValueError: as `generate`; no candidates, or one that is empty or too long.
         """
+        _check_batch_size(batch_size)
+        check({"length_normalise": length_normalise}, {"length_normalise": flag()})
         questions = pair(images, prompts)
         lists = tokenise(self.text, candidates, len(questions))
         shared, plans = (make_plan(lists, least=least) if len(lists) == 1 else None), []
@@ -295,6 +245,7 @@ class InstructBlipPipeline:
         These are the Q-Former's query outputs, projected to the width of the language model; the Q
         vectors of frame 0 come first. `images` and `prompts` are as in `generate`.
         """
+        _check_batch_size(batch_size)
 
         def look(batch: Batch, rows: np.ndarray) -> jax.Array:
             del rows
@@ -374,6 +325,22 @@ def _logits(model: InstructBlip, params: Any, batch: Batch) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def _visual_prompt(model: InstructBlip, params: Any, batch: Batch) -> Any:
     return model.apply({"params": params}, batch, method="visual_prompt")
+
+
+def _configured(config: Any, settings: dict[str, Any]) -> GenerationConfig:
+    """The config with other settings; the default one for None."""
+    if config is None:
+        return GenerationConfig.of(**settings)
+    if not isinstance(config, GenerationConfig):
+        raise ValueError(
+            f"config is {config!r}, expected a GenerationConfig: settings are given by name, as in "
+            "max_new_tokens=30"
+        )
+    return config.replace(**settings)
+
+
+def _check_batch_size(batch_size: Any) -> None:
+    check({"batch_size": batch_size}, {"batch_size": whole(1)})
 
 
 def _seed_key(seed: int) -> np.ndarray:

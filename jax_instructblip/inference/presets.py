@@ -16,7 +16,7 @@ from jax_instructblip import tables
 from jax_instructblip.data import templates
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.readers.dataset import Dataset
-from jax_instructblip.inference.scores import LengthRule
+from jax_instructblip.inference.generation_config import GenerationConfig, LengthRule
 
 GENERATE = (
     *("num_beams", "length_penalty", "repetition_penalty"),
@@ -69,7 +69,10 @@ class Preset:
         """
         names = RANK if self.ranking else GENERATE
         differing = self.llama if llm == "llama" else {}
-        return {name: differing.get(name, getattr(self, name)) for name in names}
+        settings = {name: differing.get(name, getattr(self, name)) for name in names}
+        if not self.ranking:
+            GenerationConfig.of(**settings)  # refuses what cannot be
+        return settings
 
 
 # The configurations of the released code, as they reach `generate`: of captioning all of it; of

@@ -11,22 +11,20 @@ an `<s>` besides, which stands before the answer there though the model never re
 `beam.py` tells how they differ in lengths.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.models.variants import LanguageConfig
-
-LengthRule = Literal["released", "transformers5"]
-LENGTH_RULES: tuple[LengthRule, ...] = ("released", "transformers5")
 
 # What the released code puts before the new ids of a decoder-only model: `bos_token_id` of the
 # language model's generation config, which for Vicuna is not the bos of its tokenizer (`</s>`).
 _UNREAD_ID = {"llama": 1}
 
 
-class Settings(NamedTuple):
+class TracedSettings(NamedTuple):
     """How scores become a token, as traced scalars; the defaults change nothing."""
 
     min_new_tokens: Any = 0  # eos is masked before
@@ -37,15 +35,17 @@ class Settings(NamedTuple):
     top_p: Any = 1.0  # 1: off
 
     @classmethod
-    def of(cls, length_rule: LengthRule = "released", **values: float) -> "Settings":
+    def of(cls, config: GenerationConfig) -> "TracedSettings":
         """Device scalars of one dtype each, so that no value compiles anew."""
-        if length_rule not in LENGTH_RULES:
-            raise ValueError(
-                f"length_rule is {length_rule!r}, expected one of {', '.join(LENGTH_RULES)}"
-            )
-        given = cls(**values)._replace(prompt_counts=length_rule == "transformers5")
-        dtypes = (jnp.int32, jnp.float32, bool, jnp.float32, jnp.int32, jnp.float32)
-        return cls(*(jnp.asarray(value, dtype) for value, dtype in zip(given, dtypes, strict=True)))
+        defaults = cls()
+        return cls(
+            jnp.asarray(config.min_new_tokens, jnp.int32),
+            jnp.asarray(config.repetition_penalty, jnp.float32),
+            jnp.asarray(config.length_rule == "transformers5", bool),
+            jnp.asarray(config.temperature or defaults.temperature, jnp.float32),
+            jnp.asarray(config.top_k or defaults.top_k, jnp.int32),
+            jnp.asarray(config.top_p or defaults.top_p, jnp.float32),
+        )
 
 
 def counted(llm: LanguageConfig, batch: dict[str, Any], prompt_counts: jax.Array) -> jax.Array:
@@ -66,7 +66,7 @@ def penalise(scores: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Arra
 
 
 def allowed(
-    scores: jax.Array, seen: jax.Array, step: jax.Array, eos_id: int, settings: Settings
+    scores: jax.Array, seen: jax.Array, step: jax.Array, eos_id: int, settings: TracedSettings
 ) -> jax.Array:
     """`scores` `[B, R, V]` after the penalty of `seen` ids, without eos before its time."""
     scores = penalise(scores, seen, settings.repetition_penalty)
@@ -118,7 +118,7 @@ def first_eos(tokens: jax.Array, eos_id: int) -> jax.Array:
     return jnp.where(is_eos.any(axis=-1), length, tokens.shape[-1]).astype(jnp.int32)
 
 
-def draw(key: jax.Array, scores: jax.Array, settings: Settings) -> jax.Array:
+def draw(key: jax.Array, scores: jax.Array, settings: TracedSettings) -> jax.Array:
     """One token `[R]` for each row of `scores` `[R, V]`, by temperature, then top-k, then top-p."""
     order = jnp.argsort(scores, axis=-1, descending=True)
     ranked = truncate(jnp.take_along_axis(scores, order, axis=-1), settings)
@@ -126,7 +126,7 @@ def draw(key: jax.Array, scores: jax.Array, settings: Settings) -> jax.Array:
     return jnp.take_along_axis(order, pick[..., None], axis=-1)[..., 0]
 
 
-def truncate(ranked: jax.Array, settings: Settings) -> jax.Array:
+def truncate(ranked: jax.Array, settings: TracedSettings) -> jax.Array:
     """Scores `[R, V]`, best first, after temperature, with those that must not be drawn at -inf."""
     ranked = ranked / settings.temperature
     width = ranked.shape[-1]

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from jax_instructblip.inference import decode
+from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.source import read_source
 from jax_instructblip.models.instructblip import InstructBlip, param_shapes
 from jax_instructblip.models.layers import Scans
@@ -317,7 +318,7 @@ def job_function(job: Job, mesh: Mesh, arguments: tuple[Any, ...]) -> Any:
         model = InstructBlip(job.variant, job.dtype)
         return jax.jit(
             lambda params, batch, keys: decode.generate_tokens(
-                model, params, batch, keys, max_new_tokens=job.new_tokens
+                model, params, batch, keys, GenerationConfig(max_new_tokens=job.new_tokens)
             )
         )
     state: TrainState = arguments[0]

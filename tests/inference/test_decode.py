@@ -8,7 +8,8 @@ import pytest
 from jax_instructblip.data.text import compact
 from jax_instructblip.inference import decode
 from jax_instructblip.inference.decode import generate_tokens, stream_tokens
-from jax_instructblip.inference.scores import Settings, draw, first_eos, penalise, truncate
+from jax_instructblip.inference.generation_config import GenerationConfig
+from jax_instructblip.inference.scores import TracedSettings, draw, first_eos, penalise, truncate
 from jax_instructblip.models.instructblip import InstructBlip
 from tests.compile_counter import count_compiles
 from tests.numerics import random_params, small
@@ -60,7 +61,9 @@ def keys(count, seed=0):
 
 def generate(model, batch, **settings):
     rows = len(batch["tokens"])
-    made = generate_tokens(*model, batch, keys(rows), max_new_tokens=NEW, **settings)
+    made = generate_tokens(
+        *model, batch, keys(rows), GenerationConfig(max_new_tokens=NEW, **settings)
+    )
     return jax.tree.map(np.asarray, made)
 
 
@@ -226,7 +229,7 @@ LOG_CHANCES = np.log([[0.5, 0.3, 0.15, 0.05]]).astype(np.float32)
     ],
 )
 def test_truncate(settings, kept):
-    settings = Settings(**settings)
+    settings = TracedSettings(**settings)
     ranked = truncate(jnp.array(LOG_CHANCES), settings)
     assert np.flatnonzero(ranked[0] > -np.inf).tolist() == kept
     np.testing.assert_allclose(
@@ -235,7 +238,7 @@ def test_truncate(settings, kept):
 
 
 def test_ties_with_the_last_of_top_k_stay():
-    ranked = truncate(jnp.array([[1.0, 0.0, 0.0, -1.0]]), Settings(top_k=2))
+    ranked = truncate(jnp.array([[1.0, 0.0, 0.0, -1.0]]), TracedSettings(top_k=2))
     assert np.flatnonzero(ranked[0] > -np.inf).tolist() == [0, 1, 2]
 
 
@@ -243,7 +246,7 @@ def test_draws_follow_the_distribution():
     count = 20_000
     chances = np.array([0.05, 0.5, 0.15, 0.3])  # not in order
     tokens = jax.vmap(draw, in_axes=(0, None, None))(
-        keys(count), jnp.array(np.log(chances[None])), Settings()
+        keys(count), jnp.array(np.log(chances[None])), TracedSettings()
     )
     found = np.bincount(np.asarray(tokens).ravel(), minlength=4) / count
     np.testing.assert_allclose(found, chances, atol=4 * 0.5 / count**0.5)
@@ -254,8 +257,8 @@ def test_sampling(model, greedy):
     batch = make_batch()
 
     def sample(batch, seed=0, params=model[1], **settings):
-        settings |= {"max_new_tokens": NEW, "sample": True}
-        made = generate_tokens(model[0], params, batch, keys(4, seed), **settings)
+        config = GenerationConfig(max_new_tokens=NEW, do_sample=True, **settings)
+        made = generate_tokens(model[0], params, batch, keys(4, seed), config)
         return jax.tree.map(np.asarray, made)
 
     assert_same(sample(batch, top_k=1), greedy)
@@ -279,10 +282,11 @@ def test_sampling(model, greedy):
     assert all(len(set(row)) > NEW // 2 for row in made.tolist())
 
 
-@pytest.mark.parametrize("settings", [{}, {"sample": True, "temperature": 1.5, "top_k": 9}])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.5, "top_k": 9}])
 def test_streamed_tokens_are_those_of_the_whole_loop(model, settings):
     expected = generate(model, make_batch(), **settings)
-    parts = list(stream_tokens(*model, make_batch(), keys(4), max_new_tokens=NEW, **settings))
+    config = GenerationConfig(max_new_tokens=NEW, **settings)
+    parts = list(stream_tokens(*model, make_batch(), keys(4), config))
     assert len(parts) == expected["steps"]  # it ends with the last row's eos
     tokens, logprobs = (np.stack(each, axis=1) for each in zip(*parts, strict=True))
     assert tokens.tolist() == expected["tokens"][:, 0, : len(parts)].tolist()
@@ -291,24 +295,30 @@ def test_streamed_tokens_are_those_of_the_whole_loop(model, settings):
 
 def test_one_program_for_all_settings(model, greedy):
     batch = make_batch()
-    sample = {"sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_new_tokens": 2}
+    sample = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_new_tokens": 2}
     generate(model, batch, **sample)
     with count_compiles() as compiled:
         generate(model, batch)
         generate(model, batch, repetition_penalty=2, min_new_tokens=3)
-        for change in ({"temperature": 2}, {"top_k": 0}, {"top_p": 1}, {"min_new_tokens": 0}):
+        for change in ({"temperature": 2}, {"top_k": None}, {"top_p": 1}, {"min_new_tokens": 0}):
             generate(model, batch, **(sample | change))
         generate((model[0], random_params(model[0].variant, seed=1)), batch)
     assert len(compiled) == 0
     with count_compiles() as compiled:  # and the counter counts
-        generate_tokens(*model, batch, keys(4), max_new_tokens=2)
+        generate_tokens(*model, batch, keys(4), GenerationConfig(max_new_tokens=2))
     assert len(compiled) > 0
 
 
 def test_parameters_are_no_constants_of_the_program(model):
     network, params = model
     traced = decode._decode.trace(
-        network, 2, False, params, make_batch(), keys(4), Settings(*map(jnp.asarray, Settings()))
+        network,
+        2,
+        False,
+        params,
+        make_batch(),
+        keys(4),
+        TracedSettings(*map(jnp.asarray, TracedSettings())),
     )
     assert max((np.size(const) for const in traced.jaxpr.consts), default=0) < 100
 
@@ -317,8 +327,3 @@ def test_t5_refuses_float16():
     variant = small("t5")
     with pytest.raises(ValueError, match="float16.*overflow"):
         generate((InstructBlip(variant, jnp.float16), random_params(variant)), make_batch())
-
-
-def test_no_tokens_at_all_is_an_error(model):
-    with pytest.raises(ValueError, match="max_new_tokens is 0, expected at least 1"):
-        generate_tokens(*model, make_batch(), keys(4), max_new_tokens=0)

@@ -223,16 +223,20 @@ def test_pair_refuses(given, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 0}, r"num_beams is 0, expected at least 1 \(greedy\)"),
+        ({"num_beams": 0}, r"num_beams is 0, expected at least 1 .*greedy"),
         ({"num_beams": 5, "top_k": 3}, "num_beams is 5, but a beam search does not draw"),
         ({"num_return_sequences": 2}, r"num_return_sequences is 2, expected 1 to num_beams \(1\)"),
         ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping is 'soon', expected one of"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
         ({"min_new_tokens": 31}, "min_new_tokens is 31, expected 0 to max_new_tokens"),
-        ({"temperature": 0.0}, "temperature is 0.0, expected above 0 .*greedy"),
-        ({"top_p": 1.5, "top_k": 0}, "top_p is 1.5, .*; top_k is 0, expected at least 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0, expected above 0"),
+        ({"temperature": 0.0}, "temperature is 0.0, expected at least 1e-06 .*greedy"),
+        ({"top_p": 1.5, "top_k": 0}, "top_k is 0, expected at least 1.*; top_p is 1.5, "),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0, expected at least 1e-06"),
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
+        ({"batch_size": 2.0}, "batch_size is 2.0, expected a whole number"),
+        ({"batch_size": None}, "batch_size is None, expected a whole number"),
+        ({"config": 20}, "config is 20, expected a GenerationConfig.*max_new_tokens=30"),
+        ({"max_length": 20}, "unknown setting 'max_length': it is max_new_tokens"),
     ],
 )
 def test_generate_refuses(t5, settings, message):

@@ -1,12 +1,13 @@
+import dataclasses
 import inspect
 
 import pytest
 
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.templates import placeholders
+from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.inference.presets import PRESETS, get_preset, table
-from jax_instructblip.inference.scores import LENGTH_RULES
 
 EVERY_DAY = ("caption", "vqa_short", "describe", "rank")
 
@@ -50,9 +51,11 @@ def test_rankings_take_no_settings_of_generation(name):
 @pytest.mark.parametrize("llm", ["t5", "llama"])
 def test_the_pipeline_takes_them(name, llm):
     preset = get_preset(name)
-    method = InstructBlipPipeline.rank if preset.ranking else InstructBlipPipeline.generate
-    assert preset.settings(llm).keys() <= inspect.signature(method).parameters.keys()
-    assert preset.length_rule in LENGTH_RULES
+    settings = preset.settings(llm)
+    if preset.ranking:
+        assert settings.keys() <= inspect.signature(InstructBlipPipeline.rank).parameters.keys()
+    else:
+        assert dataclasses.asdict(GenerationConfig.of(**settings)).items() >= settings.items()
     assert bool(preset.dataset) != bool(preset.template)
     assert placeholders(preset.prompt) <= {
         *("question", "answer", "options", "context", "ocr", "history")

@@ -51,8 +51,10 @@ def test_streamed_text_is_the_answer(blip, settings):
     ("settings", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
-        ({"temperature": 0.0}, "temperature is 0.0, expected above 0"),
+        ({"temperature": 0.0}, "temperature is 0.0, expected at least"),
         ({"length_rule": "none"}, "length_rule is 'none'"),
+        ({"num_beams": 2}, "num_beams is 2, but a stream has no beams"),
+        ({"max_new_tokens": "8"}, "max_new_tokens is '8', expected a whole number"),
     ],
 )
 def test_mistakes_are_told_before_the_first_piece(blip, settings, message):

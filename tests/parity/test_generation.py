@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 import jax_instructblip
 from jax_instructblip.inference.decode import generate_tokens
-from jax_instructblip.inference.scores import Settings, truncate
+from jax_instructblip.inference.generation_config import GenerationConfig
+from jax_instructblip.inference.scores import TracedSettings, truncate
 from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.models.vision import IMAGE_MEAN, IMAGE_STD
 from tests.parity import golden
@@ -56,8 +57,7 @@ def test_greedy_answers_are_those_of_the_original_code(case, model, tag, setting
         *model,
         golden.batch(case, tag),
         jax.random.split(jax.random.key(0), len(recorded)),
-        max_new_tokens=count,
-        **SETTINGS[setting],
+        GenerationConfig(max_new_tokens=count, **SETTINGS[setting]),
     )
     assert_same_answers(model[0], jax.tree.map(np.asarray, made), recorded)
 
@@ -167,6 +167,6 @@ def test_truncation_is_that_of_transformers(temperature, top_k, top_p):
         expected = their.TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
         expected = their.TopPLogitsWarper(top_p)(None, expected)
-    settings = Settings(temperature=temperature, top_k=top_k, top_p=top_p)
+    settings = TracedSettings(temperature=temperature, top_k=top_k, top_p=top_p)
     found = truncate(jnp.array(scores), settings)
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
