@@ -63,15 +63,18 @@ def summary(work: pathlib.Path, seeds: list[int], limit: int) -> list[dict[str, 
                 run(work / f"{kind}_{aware}_{seed}", kind, aware, seed, limit) for seed in seeds
             ]
             for split in SPLITS:
-                means = [each["splits"][split]["mean"] for each in found]
-                tuned = [mean["tuned"] for mean in means]
-                baselines = {name: means[0][name] for name in means[0] if name != "tuned"}
+                measured = [each["datasets"][split] for each in found]
+                tuned = [each["value"] / 100 for each in measured]
+                baselines = {
+                    name: values["accuracy"] / 100
+                    for name, values in measured[0]["baselines"].items()
+                }
                 rows.append(
                     {
                         "llm": kind,
                         "instruction_aware": aware,
                         "split": split,
-                        "questions": found[0]["splits"][split]["count"],
+                        "questions": measured[0]["count"],
                         "tuned": tuned,
                         "tuned_mean": statistics.mean(tuned),
                         **baselines,

@@ -96,8 +96,8 @@ def test_convert_train_resume_answer(forge, photographs, tmp_path, capsys, varia
     out = tmp_path / "evaluated"
     measure = ["--split", "train", "--limit", "6", "--max_new_tokens", "4", "--batch_size", "4"]
     assert main(["evaluate", "--checkpoint", str(run), *measure, "--out", str(out)]) == 0
-    results = json.loads((out / "results.json").read_text())["splits"]["train"]
+    results = json.loads((out / "results.json").read_text())["datasets"]["train"]
     assert results["count"] == 6
-    assert set(results["mean"]) == {"tuned", "before", "blind", "majority"}
+    assert set(results["baselines"]) == {"before", "blind", "majority"}
     assert len((out / "predictions" / "train.jsonl").read_text().splitlines()) == 6
     assert "<img" in (out / "report.html").read_text()

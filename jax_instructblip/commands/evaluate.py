@@ -1,6 +1,6 @@
 """Measures a model on benchmarks beside the paper's numbers, or by task family on `shapes`.
 
-evaluate --checkpoint DIR --datasets gqa,vsr --data DIR --out DIR   benchmarks, by their presets
+evaluate --checkpoint DIR --datasets gqa,vsr --data DIR --out DIR   benchmarks, by their protocols
 evaluate --datasets gqa --predictions FILE --data DIR --out DIR     scores of answers made before
 evaluate --compare A B                                              where two runs differ
 evaluate --list                                                     datasets, prompts, settings
@@ -13,8 +13,8 @@ are finished are not answered again. Several processes share the work.
 
 import argparse
 import dataclasses
-import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,12 @@ from jax_instructblip.data.shapes_records import DATASETS
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import compare, families, suite
-from jax_instructblip.evaluation.benchmark_report import line
-from jax_instructblip.evaluation.benchmarks import BENCHMARKS, HELD_OUT, get_benchmark, table
 from jax_instructblip.evaluation.dialogue import read_relevance
 from jax_instructblip.evaluation.placement import choose_mesh
-from jax_instructblip.evaluation.report import write_report
+from jax_instructblip.evaluation.protocol import BENCHMARKS, HELD_OUT, get_benchmark, table
 from jax_instructblip.evaluation.task import Task, open_task
 from jax_instructblip.files import read_json, read_lines, refuse_addresses
-from jax_instructblip.folders import write_file
-from jax_instructblip.inference.generation_config import add_flags
+from jax_instructblip.inference.generation_config import GenerationConfig, add_flags
 from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
 from jax_instructblip.inference.source import read_source, weights_digest
 from jax_instructblip.parallel import distributed
@@ -45,6 +42,7 @@ _DECODING = (
     "length_rule",
 )
 _OVERRIDES = (*_DECODING, "length_normalise")
+_LINES = (".jsonl", ".json")  # whose images are files of their own
 _FAMILIES_BATCH, _DATASETS_BATCH = 64, 8  # questions answered at once
 
 
@@ -57,19 +55,20 @@ def main(argv: list[str]) -> int:
         return 0
     if args.compare:
         return _compare(*args.compare)
+    command = shlex.join(["jax-instructblip", "evaluate", *argv])
     if not args.datasets:
-        return _families(args)
+        return _families(args, command)
     if lacking := [name for name in ("data", "out") if getattr(args, name) is None]:
         raise ValueError(f"{' and '.join(f'--{name}' for name in lacking)}: needed by --datasets")
     if args.predictions:
-        return _score(args)
+        return _score(args, command)
     if not args.checkpoint:
         raise ValueError("--checkpoint: needed, or --predictions of answers made before")
     with distributed.joined(*distributed.read_flags(args)):
-        return _benchmarks(args)
+        return _benchmarks(args, command)
 
 
-def _benchmarks(args: argparse.Namespace) -> int:
+def _benchmarks(args: argparse.Namespace, command: str) -> int:
     """Answers and scores the datasets of the flags."""
     with suite.agreed():
         source = read_source(args.checkpoint)
@@ -92,21 +91,28 @@ def _benchmarks(args: argparse.Namespace) -> int:
     )
     if jax.process_index():
         return 0
-    return _finish(args.out, finished, model)
+    return _finish(args.out, finished, model, command)
 
 
-def _score(args: argparse.Namespace) -> int:
+def _score(args: argparse.Namespace, command: str) -> int:
     """Scores answers that were made before, by whatever program."""
     tasks = _tasks(args, "t5")
     if len(tasks) != 1:
         raise ValueError(f"--predictions is of one dataset, --datasets names {len(tasks)}")
     finished = suite.score_given(tasks[0], args.predictions)
-    print("\n  ".join([line(tasks[0].benchmark.name, finished.result), *finished.result["notes"]]))
-    return _finish(args.out, [finished], {"predictions": str(args.predictions)})
+    print("\n  ".join([suite.describe_result(finished), *finished.result["notes"]]))
+    suite.keep(args.out, finished, args.predictions)
+    return _finish(args.out, [finished], {"predictions": str(args.predictions)}, command)
 
 
-def _finish(out: Path, finished: Sequence[suite.Finished], model: dict[str, Any]) -> int:
-    suite.write(out, finished, model)
+def _finish(
+    out: Path,
+    finished: Sequence[suite.Finished],
+    model: dict[str, Any],
+    command: str,
+    metrics: Sequence[Mapping[str, float]] = (),
+) -> int:
+    suite.write(out, finished, model, command=command, metrics=metrics)
     print(f"report: {out / suite.REPORTS[0]}")
     return int(any(each.result["unscored"] for each in finished))
 
@@ -118,7 +124,7 @@ def _tasks(args: argparse.Namespace, llm: str) -> list[Task]:
     given = {name: getattr(args, name) for name in _OVERRIDES}
     overrides = {name: value for name, value in given.items() if value is not None}
     if args.prompt is not None:
-        overrides["template"] = args.prompt
+        overrides["prompt"] = args.prompt
     if args.mode:
         overrides["ranking"] = args.mode == "rank"
     candidates: tuple[str, ...] = ()
@@ -163,7 +169,7 @@ def _refuse_unused(
     if relevance and not any(task.relevance for task in tasks):
         wrong.append("relevance")
     if wrong:
-        names = ", ".join(task.benchmark.name for task in tasks)
+        names = ", ".join(task.name for task in tasks)
         raise ValueError(f"{', '.join(f'--{each}' for each in wrong)}: not used by {names}")
 
 
@@ -175,12 +181,13 @@ def _compare(first: Path, second: Path) -> int:
     return 0
 
 
-def _families(args: argparse.Namespace) -> int:
-    """Exact match by task family, beside its baselines: of `shapes` and of JSON lines."""
+def _families(args: argparse.Namespace, command: str) -> int:
+    """Exact match by family of questions, beside its baselines: of `shapes` and of JSON lines."""
     if distributed.read_flags(args)[0] is not None:
         raise ValueError("without --datasets one process evaluates: start it without the others")
     if not args.checkpoint:
         raise ValueError("--checkpoint: needed")
+    _refuse_without_datasets(args)
     run = _read_run(Path(args.checkpoint))
     data: str = args.data or (run["config"]["validation"]["path"] if run else "")
     out = args.out or (Path(args.checkpoint) if run else None)
@@ -189,38 +196,44 @@ def _families(args: argparse.Namespace) -> int:
             name for name, value in (("--data", data), ("--out", out)) if not value
         )
         raise ValueError(f"{missing}: needed, because {args.checkpoint} is no run that says it")
-    splits = args.split.split(",") if args.split else _test_splits(data)
-    opened = {split: families.pick(open_records(data, split)[0], args.limit) for split in splits}
-
+    given = {name: getattr(args, name) for name in _DECODING if getattr(args, name) is not None}
+    config = GenerationConfig.of(**given)
+    tasks = []
+    for split in args.split.split(",") if args.split else _test_splits(data):
+        records, digest = open_records(data, split)
+        digest = families.content_digest(records, digest) if data.endswith(_LINES) else digest
+        tasks.append(families.family_task(split, records, config, digest=digest, limit=args.limit))
     out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written: now, not afterwards
-    blip = load(args.checkpoint)
-    before = _before(run, blip) if run and not args.no_baselines else None
-    settings = {
-        "batch_size": _FAMILIES_BATCH if args.batch_size is None else args.batch_size,
-        "max_new_tokens": args.max_new_tokens or 30,
-    }
-    results: dict[str, Any] = {}
-    samples = {}
-    for split, records in opened.items():
-        results[split], predictions = families.measure(
-            blip, records, before=before, blind=not args.no_baselines, **settings
-        )
-        samples[split] = list(zip(records, predictions, strict=True))
-        families.write_predictions(out / "predictions" / f"{split}.jsonl", predictions)
-        print(families.table(split, results[split]))
-    facts = {"checkpoint": str(args.checkpoint), "data": str(data), "scoring": "exact match"}
-    document = {**facts, "splits": results}
-    write_file(out / "results.json", json.dumps(document, indent=1) + "\n")
-    write_report(
-        out / "report.html",
-        title=f"{Path(args.checkpoint).name} on {Path(data).name}",
-        splits=results,
-        samples=samples,
-        metrics=read_metrics(args.checkpoint) if run else (),
-        facts=facts,
+    blip = load(args.checkpoint, dtype=args.dtype)
+    weights = weights_digest(blip.source or read_source(args.checkpoint))
+    model = {"checkpoint": str(args.checkpoint), "weights": weights, "data": str(data)}
+    model["dtype"] = str(blip.model.dtype)
+    blip.silent = True  # the suite says how far it is
+    baselines = []
+    if not args.no_baselines:
+        baselines.append(families.Baseline("blind", blip, weights, black=True))
+        if run:
+            baselines.append(families.Baseline("before", _before(run, blip), _start_of(run)))
+    size = _FAMILIES_BATCH if args.batch_size is None else args.batch_size
+    finished = suite.run(
+        *(blip, tasks, out),
+        model=model,
+        size=size,
+        limit=args.limit,
+        baselines=baselines,
+        replace=True,
     )
-    print(f"report: {out / 'report.html'}")
-    return 0
+    metrics = read_metrics(args.checkpoint) if run else ()
+    return _finish(out, finished, model, command, metrics)
+
+
+def _refuse_without_datasets(args: argparse.Namespace) -> None:
+    """Raises a ValueError where a flag is given that only --datasets takes."""
+    names = ("prompt", "mode", "candidates", "relevance", "length_normalise", "predictions")
+    wrong = [f"--{name}" for name in names if getattr(args, name) is not None]
+    wrong += [f"--{name}" for name in ("fsdp", "tensor") if getattr(args, name) != 1]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: only used with --datasets")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -245,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
         "--relevance", type=Path, metavar="FILE", help="dense annotations, for visual_dialog's NDCG"
     )
     add("--no_baselines", action="store_true", help="of families: without `blind` and `before`")
-    group = parser.add_argument_group("instead of what the presets of the datasets say")
+    group = parser.add_argument_group("instead of what the protocols of the datasets say")
     add = group.add_argument
     add("--prompt", help="placeholders: {question} {options} {context} {ocr} {history} {answer}")
     add("--mode", choices=("rank", "generate"), help="rank candidates, or generate")
@@ -273,6 +286,11 @@ def _test_splits(data: str) -> list[str]:
     if data in DATASETS:
         return [split for split in DATASETS[data] if split.startswith("test")]
     return ["test"]
+
+
+def _start_of(run: dict[str, Any]) -> str:
+    """What stands for the weights that the run started from."""
+    return f"{run['base']['sha256']} {run['config']['model']['init']}"
 
 
 def _before(run: dict[str, Any], blip: InstructBlipPipeline) -> InstructBlipPipeline:

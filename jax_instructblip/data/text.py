@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import transformers
-from tokenizers import models, normalizers
+from tokenizers import decoders, models, normalizers
 
 from jax_instructblip.data.batch import IGNORE
 from jax_instructblip.fields import text_problem
@@ -180,6 +180,17 @@ class TextProcessor:
         pieces = self.llm.convert_ids_to_tokens(ids, skip_special_tokens=True)
         # A model may have more embeddings than its tokenizer has ids: those have no piece.
         return _join_pieces([piece for piece in pieces if piece is not None]).strip()
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether `decode` may change the end of a text when more ids follow.
+
+        A folder may ask for it (`clean_up_tokenization_spaces`), or bring a decoder of its own.
+        """
+        if not isinstance(self.variant.llm, T5Config):  # `_join_pieces` never does
+            return False
+        plain = isinstance(self.llm.backend_tokenizer.decoder, decoders.Metaspace)
+        return not plain or bool(getattr(self.llm, "clean_up_tokenization_spaces", False))
 
     def _t5_example(self, llm: T5Config, prompt: str, answer: str) -> dict[str, np.ndarray]:
         prompt_ids, prompt_cut = _keep_right(self._llm_ids(prompt), self.prompt_limit - 1)

@@ -9,20 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jax_instructblip.data.images import decode, resize_squash
-from jax_instructblip.data.records import ImageSource
 from jax_instructblip.evaluation.choices import class_scores
 from jax_instructblip.evaluation.metrics import normalise_as
-from jax_instructblip.evaluation.stored import Row
+from jax_instructblip.evaluation.stored import Prediction
 from jax_instructblip.evaluation.task import Task
 from jax_instructblip.evaluation.units import Questions, Unit, loads, places
 from jax_instructblip.inference import questions as batching
+from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 
 KEPT = 100  # candidates that a row names
 THREADS = min(16, os.cpu_count() or 1)  # that decode images, while the devices answer
-
-Frames = list[np.ndarray]
 
 
 class Share(NamedTuple):
@@ -43,7 +40,7 @@ def answer(
     size: int,
     done: Collection[str] = (),
     share: Share = ALL,
-    take: Callable[[list[Row]], None],
+    take: Callable[[list[Prediction]], None],
 ) -> None:
     """Gives `take` the rows of this share of the questions that are not `done`, some at a time.
 
@@ -74,22 +71,24 @@ def count_left(questions: Questions, done: Collection[str]) -> int:
 
 def _start(
     pool: concurrent.futures.Executor, blip: InstructBlipPipeline, task: Task, load: Sequence[Unit]
-) -> dict[int, concurrent.futures.Future[tuple[Frames | None, str]]]:
+) -> dict[int, concurrent.futures.Future[tuple[np.ndarray | None, str]]]:
     side = blip.variant.vision.image_size
     numbers = [number for unit in load for number in unit.rows]
     return {number: pool.submit(_open, task, number, side) for number in numbers}
 
 
-def _open(task: Task, number: int, side: int) -> tuple[Frames | None, str]:
-    """The frames of a record; None, and why, where they cannot be used."""
+def _open(task: Task, number: int, side: int) -> tuple[np.ndarray | None, str]:
+    """The pixels `[F, S, S, 3]` of a record; None, and why, where they cannot be used."""
+    if task.black:
+        return _black(len(task.light(number).images), side), ""
     try:
-        return [_pixels(image, side) for image in task.opened(number).images], ""
+        return batching.pixels(task.opened(number).images, side), ""
     except ValueError as error:
         return None, str(error)
 
 
-def _pixels(image: ImageSource, side: int) -> np.ndarray:
-    return resize_squash(decode(image), side)
+def _black(frames: int, side: int) -> np.ndarray:
+    return np.zeros((frames, side, side, 3), np.uint8)
 
 
 def _answer_load(
@@ -97,23 +96,26 @@ def _answer_load(
     task: Task,
     questions: Questions,
     load: Sequence[Unit],
-    opened: dict[int, tuple[Frames | None, str]],
+    opened: dict[int, tuple[np.ndarray | None, str]],
     size: int,
     devices: int,
-) -> list[Row]:
+) -> list[Prediction]:
     side, group = blip.variant.vision.image_size, load[0].group
-    black = [np.zeros((side, side, 3), np.uint8)] * group.frames
     order = list(places(load, size, devices))
-    images = [opened[number][0] or black for number, _ in order]
-    prompts = [questions.prompts[number] for number, _ in order]
+    asked = []
+    for number, _ in order:
+        pixels = opened[number][0]
+        pixels = _black(group.frames, side) if pixels is None else pixels
+        asked.append(
+            batching.Question(pixels, questions.prompts[number], questions.examples[number])
+        )
     batch = size * devices
-    if task.preset.ranking:
-        shared = bool(task.preset.words or task.candidates)
+    if task.protocol.ranking:
+        shared = bool(task.protocol.words or task.candidates)
         choices = [task.choices(questions.records[number]) for number, _ in order]
-        scores = blip.rank(
-            images,
-            prompts,
-            list(choices[0]) if shared else [list(each) for each in choices],
+        scores = blip.rank_tokens(
+            asked,
+            [[questions.ids[each] for each in row] for row in choices[: 1 if shared else None]],
             batch_size=batch,
             least=None if shared else group.sizes,
             **task.settings,
@@ -123,23 +125,25 @@ def _answer_load(
             for (number, _), row, names in zip(order, scores, choices, strict=True)
         ]
     else:
-        answers = blip.generate(images, prompts, batch_size=batch, **task.settings)
+        answers = blip.answer(asked, GenerationConfig.of(**task.settings), batch_size=batch)
         made = [
-            _row(task, questions, number, text=each.text, logprob=_number(each.logprob))
+            _prediction(task, questions, number, text=each.text, logprob=_number(each.logprob))
             for (number, _), each in zip(order, answers, strict=True)
         ]
     return [
-        row if opened[number][0] else _problem(task, questions, number, opened[number][1])
+        row
+        if opened[number][0] is not None
+        else _problem(task, questions, number, opened[number][1])
         for row, (number, real) in zip(made, order, strict=True)
         if real
     ]
 
 
-def _ranked(task: Task, questions: Questions, number: int, scores: np.ndarray) -> Row:
+def _ranked(task: Task, questions: Questions, number: int, scores: np.ndarray) -> Prediction:
     record = questions.records[number]
     names = task.choices(record)
-    if task.preset.words:
-        of_choices = class_scores([float(each) for each in scores], task.preset.words)
+    if task.protocol.words:
+        of_choices = class_scores([float(each) for each in scores], task.protocol.words)
         best = int(np.argmax(of_choices))
         text, logprob = record.choices[best], of_choices[best]
     else:
@@ -148,7 +152,7 @@ def _ranked(task: Task, questions: Questions, number: int, scores: np.ndarray) -
     order = range(len(names))
     if len(names) > KEPT:
         order = np.argsort(-scores, kind="stable")[:KEPT]
-    return _row(
+    return _prediction(
         task,
         questions,
         number,
@@ -159,17 +163,20 @@ def _ranked(task: Task, questions: Questions, number: int, scores: np.ndarray) -
     )
 
 
-def _problem(task: Task, questions: Questions, number: int, problem: str) -> Row:
-    return _row(task, questions, number, problem=problem)
+def _problem(task: Task, questions: Questions, number: int, problem: str) -> Prediction:
+    return _prediction(task, questions, number, problem=problem)
 
 
-def _row(task: Task, questions: Questions, number: int, text: str = "", **fields) -> Row:
+def _prediction(
+    task: Task, questions: Questions, number: int, text: str = "", **fields
+) -> Prediction:
     record = questions.records[number]
-    return Row(
+    return Prediction(
         id=record.id,
+        task=record.task,
         prompt=questions.prompts[number],
         text=text,
-        normalised=normalise_as(task.benchmark.metric, text),
+        normalised=normalise_as(task.protocol.metric, text),
         answers=record.answers,
         **fields,
     )

@@ -1,5 +1,6 @@
 """Answers chosen among candidates: accuracy, AUROC, and the yes and no of POPE."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,7 +45,8 @@ def score_auroc(responses: Sequence[Response], records: Sequence[Record]) -> Sco
             margins.append(-np.inf if positives[-1] else np.inf)
     right = tuple(float(_chosen(*pair) == pair[1].correct) for pair in pairs)
     values = {"auroc": auroc(margins, positives), "accuracy": mean(right)}
-    return Scores(values, {"accuracy": right, "margin": tuple(margins)})
+    errors = {"auroc": auroc_error(values["auroc"], sum(positives), len(pairs) - sum(positives))}
+    return Scores(values, {"accuracy": right, "margin": tuple(margins)}, errors=errors)
 
 
 def auroc(scores: Sequence[float], positives: Sequence[bool]) -> float:
@@ -64,6 +66,17 @@ def auroc(scores: Sequence[float], positives: Sequence[bool]) -> float:
     ranks = np.cumsum(repeats) - (repeats - 1) / 2
     above = ranks[places][labels].sum() - count * (count + 1) / 2
     return float(above / (count * others))
+
+
+def auroc_error(area: float, positives: int, negatives: int) -> float:
+    """The standard error of an area under the ROC curve (Hanley and McNeil, 1982)."""
+    both_above, both_below = area / (2 - area), 2 * area**2 / (1 + area)
+    spread = (
+        area * (1 - area)
+        + (positives - 1) * (both_above - area**2)
+        + (negatives - 1) * (both_below - area**2)
+    )
+    return math.sqrt(max(spread, 0.0) / (positives * negatives))
 
 
 def class_scores(scores: Sequence[float], words: Sequence[Sequence[str]]) -> tuple[float, ...]:

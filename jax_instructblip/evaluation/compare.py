@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from jax_instructblip.evaluation import suite
 from jax_instructblip.evaluation.metric import MetricError, listed
-from jax_instructblip.evaluation.stored import Row, read_rows
-from jax_instructblip.evaluation.suite import PREDICTIONS
+from jax_instructblip.evaluation.stored import Prediction, read_rows
+from jax_instructblip.files import read_json
 
 
 class Comparison(NamedTuple):
@@ -14,7 +15,7 @@ class Comparison(NamedTuple):
 
     name: str
     same: int
-    differing: list[tuple[Row, Row]]
+    differing: list[tuple[Prediction, Prediction]]
 
 
 def compare(first: Path, second: Path) -> list[Comparison]:
@@ -27,6 +28,16 @@ def compare(first: Path, second: Path) -> list[Comparison]:
     if first.is_file() and second.is_file():
         return [_compare(first.stem, first, second)]
     files = [_files(folder) for folder in (first, second)]
+    kinds = [_kind(folder) for folder in (first, second)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        what = [
+            f"{suite.KINDS[kind]} ({', '.join(names)})"
+            for kind, names in zip(kinds, files, strict=True)
+        ]
+        raise MetricError(
+            f"{first} holds {what[0]}, {second} holds {what[1]}: only two runs that measured the "
+            "same can be compared"
+        )
     common = sorted(files[0].keys() & files[1].keys())
     if not common:
         raise MetricError(
@@ -54,7 +65,7 @@ def lines(found: Comparison, labels: tuple[str, str]) -> Iterator[str]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    places = [folder / PREDICTIONS, folder]
+    places = [folder / suite.PREDICTIONS, folder]
     found = next((list(each.glob("*.jsonl")) for each in places if each.is_dir()), [])
     if not found:
         raise MetricError(
@@ -62,6 +73,16 @@ def _files(folder: Path) -> dict[str, Path]:
             "files of its predictions/"
         )
     return {path.stem: path for path in sorted(found)}
+
+
+def _kind(folder: Path) -> str | None:
+    """What the run of the folder measured, one of `suite.KINDS`; None where nothing says it."""
+    place = folder if (folder / suite.RESULTS).is_file() else folder.parent
+    if not (place / suite.RESULTS).is_file():
+        return None
+    document = read_json(place / suite.RESULTS, dict)
+    kind = document.get("kind", suite.FAMILIES if "splits" in document else None)
+    return kind if kind in suite.KINDS else None
 
 
 def _compare(name: str, first: Path, second: Path) -> Comparison:
@@ -85,7 +106,7 @@ def _compare(name: str, first: Path, second: Path) -> Comparison:
     return Comparison(name, len(rows) - len(differing), differing)
 
 
-def _better(first: Row, second: Row) -> int:
+def _better(first: Prediction, second: Prediction) -> int:
     """-1 where the first has the higher score, 1 where the second has."""
     one, two = first.score or 0.0, second.score or 0.0
     return (two > one) - (one > two)

@@ -1,11 +1,21 @@
 """Exact match: the whole answer is right, or nothing is."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from jax_instructblip.data.records import Record
 from jax_instructblip.evaluation import vqa_text
-from jax_instructblip.evaluation.metric import Response, Scores, align, summarise
+from jax_instructblip.evaluation.metric import (
+    Response,
+    Scores,
+    align,
+    mean,
+    standard_error,
+    summarise,
+)
+
+NO_FAMILY = "all"  # the family of records that name none
 
 
 def score_exact_match(responses: Sequence[Response], records: Sequence[Record]) -> Scores:
@@ -22,6 +32,31 @@ def score_exact_match(responses: Sequence[Response], records: Sequence[Record]) 
         exact.append(float(vqa_text.normalise(response.text) in right))
         plain.append(float(is_correct(response.text, record.answers)))
     return summarise({"exact_match": exact, "plain_match": plain})
+
+
+def score_families(responses: Sequence[Response], records: Sequence[Record]) -> Scores:
+    """The share of answers that are right (`is_correct`), by family of questions.
+
+    accuracy         the mean over the families, each counting alike
+    accuracy/FAMILY  of one family (`Record.task`)
+    """
+    found: dict[str, list[float]] = {}
+    samples = []
+    for response, record in align(responses, records):
+        samples.append(float(is_correct(response.text, record.answers)))
+        found.setdefault(record.task or NO_FAMILY, []).append(samples[-1])
+    shares = {family: mean(found[family]) for family in sorted(found)}
+    errors = {each: standard_error(found[each]) for each in shares if len(found[each]) > 1}
+    whole = {f"accuracy/{family}": error for family, error in errors.items()}
+    if len(errors) == len(shares):
+        squares = math.fsum(error**2 for error in errors.values())
+        whole["accuracy"] = math.sqrt(squares) / len(shares)
+    values = {f"accuracy/{family}": share for family, share in shares.items()}
+    return Scores(
+        {"accuracy": mean(shares.values()), **values},
+        {"accuracy": tuple(samples)},
+        errors=whole,
+    )
 
 
 def normalise(text: str) -> str:

@@ -1,225 +1,117 @@
-"""From records to answers to exact match by task family, beside what guessing reaches."""
+"""Accuracies by family of questions, beside what guessing reaches: a task without a benchmark."""
 
-import collections
-import dataclasses
-import functools
-import itertools
-import json
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from jax_instructblip.data.images import decode, resize_squash
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation.exact_match import is_correct, majority_answer
-from jax_instructblip.evaluation.task import pick_numbers
-from jax_instructblip.folders import write_file
+from jax_instructblip.evaluation.exact_match import NO_FAMILY, is_correct, majority_answer
+from jax_instructblip.evaluation.metric import mean
+from jax_instructblip.evaluation.protocol import Protocol
+from jax_instructblip.evaluation.task import Chosen, Task, pick_numbers
+from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
-from jax_instructblip.inference.questions import prompt_limit
 
-CHUNK_BATCHES = 8  # batches whose images are in memory at once
-NO_TASK = "all"  # the family of records that name none
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """An answer, and what it should have been.
-
-    Attributes:
-      text: as generated; empty where the question could not be asked.
-      logprob: of `text`, natural logarithm.
-      problem: why the question could not be asked (then it counts as answered wrongly).
-    """
-
-    id: str
-    task: str
-    prompt: str
-    text: str
-    answers: tuple[str, ...]
-    logprob: float
-    correct: bool
-    problem: str = ""
+METRIC = "family_accuracy"
+MAJORITY = "majority"
+MEANING = {
+    "accuracy": "the model evaluated",
+    "before": "the same model before it was tuned",
+    "blind": "the model evaluated, shown black images",
+    MAJORITY: "the best constant answer of each family",
+}
 
 
-class Measured(NamedTuple):
-    """What a model reaches on some records.
+class Baseline(NamedTuple):
+    """Another way to answer the same questions: by another model, or without the images."""
 
-    Attributes:
-      scores: {"count": n, "mean": {"tuned": share, "blind": ...}, "tasks": {family: {"count": n,
-        "tuned": share, ...}}, "problems": [line, ...]}, as in `results.json`.
-      predictions: in the order of the records.
-    """
-
-    scores: dict[str, Any]
-    predictions: list[Prediction]
+    name: str
+    blip: InstructBlipPipeline
+    weights: str  # a digest
+    black: bool = False
 
 
-def measure(
-    blip: InstructBlipPipeline,
+def family_task(
+    name: str,
     records: Sequence[Record],
+    config: GenerationConfig,
     *,
-    before: InstructBlipPipeline | None = None,
-    blind: bool = True,
-    batch_size: int = 64,
-    max_new_tokens: int = 30,
-) -> Measured:
-    """Accuracies by family of `blip` (`tuned`), of the best constant answer (`majority`), and more.
+    digest: str = "",
+    limit: int = 0,
+) -> Task:
+    """The task of records whose prompts are asked as they are; `name` is usually their split.
 
-    With `blind`, also those of the same model shown black images; with `before`, those of the model
-    that it was tuned from. The other arguments are those of `answer`.
+    `digest` stands for the records' content; `limit` of them are taken, always the same ones.
     """
-    ask = functools.partial(answer, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    predictions = ask(blip, records)
-    columns = {"tuned": accuracies(predictions), "majority": majority_accuracies(predictions)}
-    if blind:
-        columns["blind"] = accuracies(ask(blip, records, blind=True))
-    if before is not None:
-        columns["before"] = accuracies(ask(before, records))
-    counts = collections.Counter(prediction.task for prediction in predictions)
-    scores = {
-        "count": len(records),
-        "mean": {name: mean(values) for name, values in columns.items()},
-        "tasks": {
-            task: {
-                "count": counts[task],
-                **{name: values[task] for name, values in columns.items()},
-            }
-            for task in sorted(counts)
-        },
-        "problems": [f"{each.id}: {each.problem}" for each in predictions if each.problem],
-    }
-    return Measured(scores, predictions)
+    if limit:
+        records = Chosen(records, pick_numbers(len(records), limit))
+    protocol = Protocol(name, "{question}", split=name, metric=METRIC, decoding=config)
+    return Task(protocol, name, records, digest, protocol.settings())
 
 
-def table(split: str, scores: dict[str, Any]) -> str:
-    """The scores of a split as lines to print, and what could not be asked."""
-    columns = list(scores["mean"])
-    width = max(len("mean of the families"), *map(len, scores["tasks"]))
-    lines = [f"\n{split:{width}}  questions  " + "  ".join(f"{name:>8}" for name in columns)]
-    rows = {**scores["tasks"], "mean of the families": {"count": scores["count"], **scores["mean"]}}
-    for name, values in rows.items():
-        cells = "  ".join(f"{values[column]:8.1%}" for column in columns)
-        lines.append(f"{name:{width}}  {values['count']:9}  {cells}")
-    for problem in scores["problems"]:
-        lines.append(f"could not be asked: {problem}")
+def content_digest(records: Sequence[Record], digest: str) -> str:
+    """`digest` with what it does not stand for: the files that image paths name."""
+    found = hashlib.sha256(digest.encode())
+    for number in range(len(records)):
+        for image in records[number].images:
+            if isinstance(image, str):
+                try:
+                    status = os.stat(image)
+                except (OSError, ValueError):
+                    found.update(f"{image} is absent".encode(errors="backslashreplace"))
+                    continue
+                facts = f"{image} {status.st_size} {status.st_mtime_ns}"
+                found.update(facts.encode(errors="backslashreplace"))
+    return found.hexdigest()
+
+
+def majority(records: Sequence[Record]) -> dict[str, float]:
+    """What the best constant answer of each family would reach, as `score_families` names it."""
+    truths: dict[str, list[Sequence[str]]] = {}
+    for record in records:
+        if record.answers:
+            truths.setdefault(record.task or NO_FAMILY, []).append(record.answers)
+    shares = {}
+    for family in sorted(truths):
+        best = majority_answer(truths[family])
+        shares[family] = mean([float(is_correct(best, each)) for each in truths[family]])
+    named = {f"accuracy/{family}": share for family, share in shares.items()}
+    return {"accuracy": mean(shares.values()), **named} if shares else {}
+
+
+def counts(records: Sequence[Record]) -> dict[str, int]:
+    """How many records each family has, in alphabetical order."""
+    found: dict[str, int] = {}
+    for record in records:
+        found[record.task or NO_FAMILY] = found.get(record.task or NO_FAMILY, 0) + 1
+    return {family: found[family] for family in sorted(found)}
+
+
+def by_family(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """The columns and rows of a result's table: family, questions, a share of 1 for each column."""
+    columns = {"accuracy": result["values"], **result["baselines"]}
+    columns = {name: columns[name] for name in MEANING if name in columns}
+    rows = [
+        [family, count, *(values[f"accuracy/{family}"] / 100 for values in columns.values())]
+        for family, count in result["families"].items()
+    ]
+    means = [values["accuracy"] / 100 for values in columns.values()]
+    rows.append(["mean of the families", result["count"], *means])
+    return ["family", "questions", *columns], rows
+
+
+def table(name: str, result: Mapping[str, Any]) -> str:
+    """A result as lines to print, and what could not be asked."""
+    lines = [f"\n{name}: not scored, {result['unscored']}"]
+    if not result["unscored"]:
+        (_, _, *columns), rows = by_family(result)
+        width = max(len(str(row[0])) for row in rows)
+        lines = [f"\n{name:{width}}  questions  " + "  ".join(f"{each:>8}" for each in columns)]
+        for family, count, *shares in rows:
+            cells = "  ".join(f"{share:8.1%}" for share in shares)
+            lines.append(f"{family:{width}}  {count:9}  {cells}")
+        if result["standard_error"] is not None:
+            lines.append(f"standard error of the mean: {result['standard_error']:.1f}")
+    lines += [f"could not be asked: {problem}" for problem in result["problems"]]
     return "\n".join(lines)
-
-
-def pick(records: Sequence[Record], limit: int) -> list[Record]:
-    """`limit` of the records, always the same ones, in their order; all of them for 0."""
-    return [records[number] for number in pick_numbers(len(records), limit)]
-
-
-def answer(
-    blip: InstructBlipPipeline,
-    records: Sequence[Record],
-    *,
-    batch_size: int = 64,
-    max_new_tokens: int = 30,
-    blind: bool = False,
-) -> list[Prediction]:
-    """A greedy answer to each record's prompt, in order.
-
-    `blind` shows black images instead: what is right then was guessed from the question. A record
-    whose image or prompt cannot be used is answered with nothing, and wrong.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-    found: dict[int, Prediction] = {}
-    for chunk in _chunks(records, batch_size * CHUNK_BATCHES):
-        asked, images = [], []
-        for index in chunk:
-            try:
-                frames = _frames(blip, records[index], blind)
-                _check_prompt(blip, records[index], max_new_tokens)
-            except ValueError as error:
-                found[index] = _prediction(records[index], "", 0.0, problem=str(error))
-                continue
-            asked.append(index)
-            images.append(frames)
-        if not asked:
-            continue
-        given = blip.generate(
-            images,
-            [records[index].prompt for index in asked],
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-        )
-        for index, each in zip(asked, given, strict=True):
-            found[index] = _prediction(records[index], each.text, each.logprob)
-    return [found[index] for index in range(len(records))]
-
-
-def accuracies(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """The share of right answers of each task family, in alphabetical order."""
-    by_task = collections.defaultdict(list)
-    for prediction in predictions:
-        by_task[prediction.task].append(prediction.correct)
-    return {task: float(np.mean(by_task[task])) for task in sorted(by_task)}
-
-
-def majority_accuracies(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """What the best constant answer of each family would reach on the same questions."""
-    by_task = collections.defaultdict(list)
-    for prediction in predictions:
-        by_task[prediction.task].append(prediction.answers)
-    return {
-        task: float(np.mean([is_correct(majority_answer(truths), each) for each in truths]))
-        for task, truths in sorted(by_task.items())
-    }
-
-
-def mean(values: dict[str, float]) -> float:
-    """The mean over families, each counting alike."""
-    return float(np.mean(list(values.values())))
-
-
-def write_predictions(path: str | os.PathLike, predictions: Sequence[Prediction]) -> None:
-    """Writes them as JSON lines, the file appearing whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(dataclasses.asdict(each), ensure_ascii=False) for each in predictions)
-    write_file(path, "".join(line + "\n" for line in lines))
-
-
-def _chunks(records: Sequence[Record], size: int) -> Iterator[list[int]]:
-    """Numbers of records to ask together: equally many frames, at most `size`."""
-    frames = [len(record.images) for record in records]
-    order = sorted(range(len(records)), key=frames.__getitem__)
-    for _, same in itertools.groupby(order, key=frames.__getitem__):
-        numbers = list(same)
-        for start in range(0, len(numbers), size):
-            yield numbers[start : start + size]
-
-
-def _frames(blip: InstructBlipPipeline, record: Record, blind: bool) -> list[np.ndarray]:
-    size = blip.variant.vision.image_size
-    if not record.answers:
-        raise ValueError("the record has no answer to compare with")
-    if blind:
-        return [np.zeros((size, size, 3), np.uint8) for _ in record.images]
-    return [resize_squash(decode(image), size) for image in record.images]
-
-
-def _check_prompt(blip: InstructBlipPipeline, record: Record, room: int) -> None:
-    """Raises a ValueError where the prompt cannot be asked."""
-    count = len(blip.text.prompt(record.prompt)["tokens"])
-    limit = prompt_limit(blip.variant, len(record.images), room)
-    if count > limit:
-        raise ValueError(f"the prompt has {count} tokens, the model holds {limit}: shorten it")
-
-
-def _prediction(record: Record, text: str, logprob: float, problem: str = "") -> Prediction:
-    return Prediction(
-        id=record.id,
-        task=record.task or NO_TASK,
-        prompt=record.prompt,
-        text=text,
-        answers=record.answers,
-        logprob=logprob,
-        correct=not problem and is_correct(text, record.answers),
-        problem=problem,
-    )

@@ -17,7 +17,7 @@ from jax_instructblip import files
 from jax_instructblip.data.records import Record
 from jax_instructblip.evaluation.metric import MetricError, listed
 from jax_instructblip.evaluation.metrics import normalise_as
-from jax_instructblip.evaluation.stored import Row, parse_row, unique_rows
+from jax_instructblip.evaluation.stored import Prediction, parse_row, unique_rows
 from jax_instructblip.evaluation.task import Task
 
 # The fields of other layouts, by the one that tells the layout: what each is here, "" for nothing.
@@ -31,7 +31,7 @@ _LAYOUTS: dict[str, dict[str, str]] = {
 _SAYING = ("text", "scores", "problem")  # a row without any of these says nothing
 
 
-def read_given(path: Path) -> list[Row]:
+def read_given(path: Path) -> list[Prediction]:
     """The rows of a file of answers, whose ids are all different.
 
     Raises:
@@ -55,8 +55,8 @@ def read_given(path: Path) -> list[Row]:
 
 
 def complete(
-    task: Task, path: Path, rows: Sequence[Row], records: Sequence[Record]
-) -> tuple[list[Row], list[str]]:
+    task: Task, path: Path, rows: Sequence[Prediction], records: Sequence[Record]
+) -> tuple[list[Prediction], list[str]]:
     """The rows in the order of the records, with what they leave out, and notes for the reader.
 
     `check_ids` has said that they are those of the records.
@@ -65,7 +65,7 @@ def complete(
       MetricError: scores without text stand where texts are compared.
     """
     by_id = {row.id: row for row in rows}
-    texts = not task.preset.ranking or bool(task.candidates)
+    texts = not task.protocol.ranking or bool(task.candidates)
     done, mute = [], []
     for record in records:
         row = by_id[record.id]
@@ -76,7 +76,7 @@ def complete(
             prompt = row.prompt or task.prompt(record)
         except ValueError:  # a text that the prompt needs is not there
             prompt = record.prompt
-        normalised = normalise_as(task.benchmark.metric, text)
+        normalised = normalise_as(task.protocol.metric, text)
         answers = record.answers or row.answers
         done.append(
             dataclasses.replace(
@@ -86,7 +86,7 @@ def complete(
     if mute:
         raise MetricError(
             f"{path}: {listed('rows have scores, but neither text nor candidates', mute)}; the "
-            f"metric of {task.benchmark.name} compares texts: name the best answer in `text`"
+            f"metric of {task.name} compares texts: name the best answer in `text`"
         )
     empty = [row.id for row in done if not (row.text.strip() or row.scores or row.problem)]
     return done, [f"{listed('answers are empty, and count as wrong', empty)}"] if empty else []
@@ -110,7 +110,7 @@ def _begins_as_list(path: Path) -> bool:
     return byte == b"["
 
 
-def _row(fields: Any) -> Row:
+def _row(fields: Any) -> Prediction:
     if isinstance(fields, dict) and "id" not in fields:
         for telling, layout in _LAYOUTS.items():
             if telling in fields and fields.keys() <= layout.keys():
@@ -124,7 +124,7 @@ def _row(fields: Any) -> Row:
     return row
 
 
-def _best(row: Row, choices: Sequence[str]) -> str:
+def _best(row: Prediction, choices: Sequence[str]) -> str:
     """The candidate with the highest score; "" where the row's scores belong to no candidates."""
     names = row.candidates or choices
     return names[int(np.argmax(row.scores))] if row.scores and len(names) == len(row.scores) else ""

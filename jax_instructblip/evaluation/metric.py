@@ -40,12 +40,24 @@ class Scores:
       samples: of some or all of them the value of each record, in the order of the records.
       notes: what a reader of the values must know.
       left_out: values that could not be computed, by name, and why.
+      errors: standard errors of values, where they do not follow from `samples`.
     """
 
     values: Mapping[str, float]
     samples: Mapping[str, tuple[float, ...]]
     notes: tuple[str, ...] = ()
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def standard_errors(self) -> dict[str, float]:
+        """The standard error of each value that is the mean of its samples, or brings its own."""
+        found = {
+            name: standard_error(self.samples[name])
+            for name, value in self.values.items()
+            if len(self.samples.get(name, ())) > 1
+            and math.isclose(mean(self.samples[name]), value, rel_tol=1e-9, abs_tol=1e-12)
+        }
+        return found | dict(self.errors)
 
 
 Metric = Callable[[Sequence[Response], Sequence[Record]], Scores]
@@ -95,6 +107,13 @@ def mean(values: Iterable[float]) -> float:
     """The mean, the same to the last bit in whatever order the values come."""
     values = list(values)
     return math.fsum(values) / len(values)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """The standard error of the mean of at least two independent values."""
+    middle = mean(values)
+    spread = math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1)
+    return math.sqrt(spread / len(values))
 
 
 def summarise(samples: Mapping[str, Sequence[float]], notes: Sequence[str] = ()) -> Scores:

@@ -8,7 +8,11 @@ from jax_instructblip.evaluation import ptb, vqa_text
 from jax_instructblip.evaluation.captioning import score_captions
 from jax_instructblip.evaluation.choices import score_accuracy, score_auroc, score_yes_no
 from jax_instructblip.evaluation.dialogue import score_ranks
-from jax_instructblip.evaluation.exact_match import normalise, score_exact_match
+from jax_instructblip.evaluation.exact_match import (
+    normalise,
+    score_exact_match,
+    score_families,
+)
 from jax_instructblip.evaluation.metric import Metric
 from jax_instructblip.evaluation.vqa import RULES, score_direct_answer, score_ivqa, score_vqa
 
@@ -19,6 +23,7 @@ METRICS: dict[str, Metric] = {
     "cider": score_captions,
     "direct_answer": score_direct_answer,
     "exact_match": score_exact_match,
+    "family_accuracy": score_families,
     "ivqa_accuracy": score_ivqa,
     "mrr": score_ranks,
     **{name: functools.partial(score_vqa, headline=name) for name in RULES},
@@ -28,7 +33,7 @@ METRICS: dict[str, Metric] = {
 _NORMALISED: dict[str, Callable[[str], str]] = {
     **dict.fromkeys((*RULES, "exact_match", "ivqa_accuracy"), vqa_text.normalise),
     "vqa_accuracy_evalai": vqa_text.normalise_evalai,
-    **dict.fromkeys(("accuracy", "auroc"), normalise),
+    **dict.fromkeys(("accuracy", "auroc", "family_accuracy"), normalise),
     "cider": lambda text: ptb.tokenise([text])[0],
 }
 

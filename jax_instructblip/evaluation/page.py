@@ -4,8 +4,9 @@ import base64
 import html
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -41,6 +42,89 @@ def write(path: str | os.PathLike, title: str, parts: Iterable[str]) -> None:
         f"<body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>\n"
     )
     write_file(Path(path), page)
+
+
+def heading(text: str) -> str:
+    """The heading of a section."""
+    return f"<h2>{html.escape(text)}</h2>"
+
+
+def note(text: str, items: Sequence[str] = ()) -> str:
+    """A remark in small print, perhaps with a list under it."""
+    listed = "".join(f"<li>{html.escape(each)}</li>" for each in items)
+    return f"<p class='note'>{html.escape(text)}</p>" + (
+        listed and f"<ul class='note'>{listed}</ul>"
+    )
+
+
+def pairs(facts: Iterable[tuple[str, Any]]) -> str:
+    """A table of names and values."""
+    rows = "".join(
+        f"<tr><td>{html.escape(str(name))}</td><td class='left'>{html.escape(str(value))}</td></tr>"
+        for name, value in facts
+    )
+    return f"<table class='plain note'>{rows}</table>"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with a head."""
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    head_row = f"<thead><tr>{cells('th', head)}</tr></thead>"
+    return f"<div class='wide'><table class='plain'>{head_row}<tbody>{body}</tbody></table></div>"
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of the same table as Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell.replace("|", r"\|") for cell in each) + " |" for each in lines]
+
+
+def grid(cards: Iterable[str]) -> str:
+    """Cards beside and under each other."""
+    return f"<div class='grid'>{''.join(cards)}</div>"
+
+
+def card(
+    images: Sequence[ImageSource],
+    title: str,
+    lines: Iterable[str],
+    notes: Iterable[str] = (),
+    kind: str = "",
+) -> str:
+    """The first image of a sample with texts under it; `kind` is right, wrong or nothing.
+
+    A line is text, or what `marked` returns.
+    """
+    pictures = "".join(picture(image) for image in images[:1])
+    frames = f" <i>({len(images)} frames)</i>" if len(images) > 1 else ""
+    parts = [f"<div><b>{html.escape(title)}</b></div>"] if title else []
+    parts += [
+        f"<div>{each if isinstance(each, Html) else html.escape(each)}</div>" for each in lines
+    ]
+    parts += [f"<div class='note'>{html.escape(each)}</div>" for each in notes]
+    return f"<div class='card {kind}'>{pictures}{frames}{''.join(parts)}</div>"
+
+
+class Html(str):
+    """Text that is HTML already."""
+
+
+def marked(name: str, pieces: Iterable[tuple[str, bool]]) -> Html:
+    """A name and pieces of text, some of them marked."""
+    shown = (
+        f"<mark>{html.escape(piece)}</mark>" if mark else html.escape(piece)
+        for piece, mark in pieces
+    )
+    return Html(f"<b>{html.escape(name)}</b>: {' '.join(shown)}")
+
+
+def truth(answers: Iterable[str]) -> str:
+    """What is right, each answer once."""
+    return f"truth: {' / '.join(dict.fromkeys(answers)) or '(not public)'}"
 
 
 def picture(source: ImageSource) -> str:

@@ -44,28 +44,15 @@ def write_preview(
         cards.append(_card(record, token_rows(example, text), counts))
     chart = [line for name, counts in lengths.items() for line in [*histogram(name, counts), ""]]
     parts = [
-        "<p class='note'>Marked tokens are those that the loss asks for.</p>",
-        f"<div class='grid'>{''.join(cards[:shown])}</div>",
-        f"<h2>Lengths of {len(cards)} samples</h2><pre>{html.escape(chr(10).join(chart))}</pre>",
+        page.note("Marked tokens are those that the loss asks for."),
+        page.grid(cards[:shown]),
+        page.heading(f"Lengths of {len(cards)} samples"),
+        f"<pre>{html.escape(chr(10).join(chart))}</pre>",
     ]
     page.write(path, source.name, parts)
 
 
 def _card(record: Record, rows: Mapping[str, Pieces], counts: Mapping[str, int]) -> str:
-    pictures = "".join(page.picture(image) for image in record.images[:1])
-    frames = f" <i>({len(record.images)} frames)</i>" if len(record.images) > 1 else ""
-    told = "".join(
-        f"<div><b>{html.escape(name)}</b>: {_tokens(pieces)}</div>" for name, pieces in rows.items()
-    )
     numbers = ", ".join(f"{name}: {count}" for name, count in counts.items())
-    return (
-        f"<div class='card'>{pictures}{frames}{told}"
-        f"<div class='note'>{html.escape(record.id)}; {html.escape(numbers)}</div></div>"
-    )
-
-
-def _tokens(pieces: Pieces) -> str:
-    return " ".join(
-        f"<mark>{html.escape(piece)}</mark>" if asked else html.escape(piece)
-        for piece, asked in pieces
-    )
+    lines = [page.marked(name, pieces) for name, pieces in rows.items()]
+    return page.card(record.images, "", lines, [f"{record.id}; {numbers}"])

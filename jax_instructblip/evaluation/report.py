@@ -1,100 +1,196 @@
-"""One HTML file about a run: loss, accuracies beside their baselines, images with their answers.
+"""The report of an evaluation: our numbers beside the paper's or by family beside baselines.
 
-Self-contained: pictures and curves are inside it, so that it can be sent around.
+One HTML file that holds its pictures and the curves of the run, so that it can be sent around, and
+the same tables as Markdown.
 """
 
-import html
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation import curves, page
-from jax_instructblip.evaluation.families import Prediction
+from jax_instructblip.evaluation import curves, families, page
+from jax_instructblip.evaluation.protocol import MODELS
+from jax_instructblip.evaluation.scoring import COUNTS
+from jax_instructblip.evaluation.stored import Prediction
 
-GRID = 24  # pictures shown of each split
-COLUMNS = ("tuned", "before", "blind", "majority")
-MEANING = {
-    "tuned": "the model evaluated",
-    "before": "the same model before it was tuned",
-    "blind": "the model evaluated, shown black images",
-    "majority": "the best constant answer of each family",
-}
+SHOWN = 12  # pictures with a right answer, and as many with a wrong one, of each dataset
+CANDIDATES = 5  # shown of a ranking
+PROBLEMS = 10  # listed of each dataset
+PAPER = (
+    "Numbers of the paper (arXiv 2305.06500, table 1) are in percent, as ours; the gap is to the \
+model of the same sizes."
+)
+SHORT = dict(zip(MODELS, ("FlanT5-XL", "FlanT5-XXL", "Vicuna-7B", "Vicuna-13B"), strict=True))
+
+Open = Callable[[int], Record]  # the record of a number, with its images
+Samples = Mapping[str, tuple[Open, Sequence[Prediction]]]
 
 
-def write_report(
+def line(name: str, result: Mapping[str, Any]) -> str:
+    """One line for people: the dataset, its value, the paper's."""
+    if result["unscored"]:
+        return f"{name}: NOT SCORED, {result['unscored']}"
+    said = f"{name}: {result['metric']} {result['value']:.2f}"
+    if result["standard_error"] is not None:
+        said += f" +- {result['standard_error']:.2f}"
+    said += f" ({result['count']} records"
+    said += f", {len(result['problems'])} could not be asked)" if result["problems"] else ")"
+    if result["gap"] is not None:
+        model = result["paper_model"]
+        said += f", paper {result['paper'][model]:.1f} ({SHORT[model]}), gap {result['gap']:+.2f}"
+    for value, reason in result["left_out"].items():
+        said += f"\n  {value} is left out: {reason}"
+    return said
+
+
+def markdown(model: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The tables of the report."""
+    lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in model.items()), ""]
+    if any(result["paper"] for result in results.values()):
+        lines += [*page.markdown_table(*_table(results)), "", PAPER]
+    for name, result in results.items():
+        lines += ["", f"## {name}", ""]
+        lines += [f"- {key}: {value}" for key, value in _facts(result)]
+        for head, rows in _tables(result):
+            lines += ["", *page.markdown_table(head, rows)]
+        if result["problems"]:
+            lines += ["", "Could not be asked:", ""]
+            lines += [f"- {each}" for each in _problems(result)]
+    return "\n".join(lines) + "\n"
+
+
+def write_html(
     path: str | os.PathLike,
-    *,
-    title: str,
-    splits: Mapping[str, Mapping[str, Any]],
-    samples: Mapping[str, Sequence[tuple[Record, Prediction]]],
+    model: Mapping[str, Any],
+    results: Mapping[str, Mapping[str, Any]],
+    samples: Samples,
     metrics: Sequence[Mapping[str, float]] = (),
-    facts: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the page.
 
-    Args:
-      path: of the HTML file.
-      title: what was evaluated.
-      splits: split -> {"count": n, "tasks": {family: {"count": n, "tuned": share, "blind": ...}},
-        "mean": {"tuned": share, ...}}, as in `results.json`.
-      samples: split -> records and their predictions, of which some are shown.
-      metrics: lines of `metrics.jsonl`; with none there are no curves.
-      facts: a table of names and values for the head of the page.
+    `samples` has what opens the records of each dataset, with their rows; `metrics` are lines of
+    `metrics.jsonl`, without which there are no curves.
     """
-    parts = [_facts(facts or {})]
+    parts = [page.pairs(model.items())]
+    if any(result["paper"] for result in results.values()):
+        parts += [page.table(*_table(results)), page.note(PAPER)]
     if any("loss" in line for line in metrics):
-        parts += ["<h2>Training</h2>", curves.picture(metrics)]
-    for split, scores in splits.items():
-        parts += [f"<h2>{html.escape(split)}</h2>", _table(scores)]
-        parts.append(_grid(samples.get(split, ())))
-    page.write(path, title, parts)
+        parts += [page.heading("Training"), curves.picture(metrics)]
+    for name, result in results.items():
+        parts += [page.heading(name), page.pairs(_facts(result))]
+        parts += [page.table(head, rows) for head, rows in _tables(result)]
+        if "families" in result and not result["unscored"]:
+            (_, _, *columns), _ = families.by_family(result)
+            parts.append(
+                page.note("; ".join(f"{each}: {families.MEANING[each]}" for each in columns))
+            )
+        if result["problems"]:
+            parts.append(page.note("Could not be asked:", _problems(result)))
+        parts.append(_grid(*samples[name]))
+    page.write(path, "Evaluation", parts)
 
 
-def _facts(facts: Mapping[str, str]) -> str:
-    rows = [
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
-        for name, value in facts.items()
+def _tables(result: Mapping[str, Any]) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """The tables of one dataset: of families beside baselines, or of all values."""
+    if result["unscored"]:
+        return
+    if "families" in result:
+        head, rows = families.by_family(result)
+        yield head, [[row[0], str(row[1]), *(f"{share:.1%}" for share in row[2:])] for row in rows]
+        return
+    errors = result["standard_errors"]
+    yield (
+        ["metric", "value", "standard error"],
+        [
+            [*each, f"{errors[each[0]]:.2f}" if each[0] in errors else "-"]
+            for each in _values(result)
+        ],
+    )
+
+
+def _table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    head = ["dataset", "split", "records", "metric", "ours", *SHORT.values(), "gap"]
+    rows = []
+    for name, result in results.items():
+        paper = [result["paper"].get(model) for model in MODELS]
+        value, gap = result["value"], result["gap"]
+        rows.append(
+            [
+                *(name, result["split"], str(result["count"]), result["metric"] or "-"),
+                "not scored" if value is None else f"{value:.1f}",
+                *("-" if each is None else f"{each:.1f}" for each in paper),
+                "-" if gap is None else f"{gap:+.1f}",
+            ]
+        )
+    return head, rows
+
+
+def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a reader wants to know of a dataset."""
+    facts = []
+    if "settings" in result:
+        settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
+        facts += [("prompt", repr(result["prompt"])), (result["mode"], settings)]
+        facts.append(("at once", f"{result['batch_size']} questions a device"))
+    if "candidates" in result:
+        facts.append(("candidates", str(result["candidates"]["count"])))
+    if "predictions" in result:
+        facts.append(("predictions", result["predictions"]))
+    if result["unscored"]:
+        facts.append(("not scored", result["unscored"]))
+    facts += [(f"{name} is left out", reason) for name, reason in result["left_out"].items()]
+    if cut := result["prompts_cut_for_the_qformer"]:
+        facts.append(("cut", f"the Q-Former reads the end of {cut} prompts alone"))
+    if result["problems"]:
+        facts.append(("could not be asked", f"{len(result['problems'])}, which count as wrong"))
+    return facts + [("note", note) for note in result["notes"]]
+
+
+def _values(result: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [name, f"{value:.0f}" if name in COUNTS[1:] else f"{value:.2f}"]
+        for name, value in result["values"].items()
     ]
-    return f"<table class='note'>{''.join(rows)}</table>"
 
 
-def _table(scores: Mapping[str, Any]) -> str:
-    columns = [name for name in COLUMNS if name in scores["mean"]]
-    head = "".join(f"<th title='{MEANING[name]}'>{name}</th>" for name in columns)
-    rows = [_row(task, values, columns) for task, values in scores["tasks"].items()]
-    rows.append(_row("mean of the families", {"count": scores["count"], **scores["mean"]}, columns))
-    legend = "; ".join(f"{name}: {MEANING[name]}" for name in columns)
-    return (
-        f"<table><thead><tr><th>exact match of whole answers</th><th>questions</th>{head}<th></th>"
-        f"</tr></thead><tbody>{''.join(rows)}</tbody></table><p class='note'>{legend}.</p>"
-    )
+def _problems(result: Mapping[str, Any]) -> list[str]:
+    more = len(result["problems"]) - PROBLEMS
+    return result["problems"][:PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
 
 
-def _row(name: str, values: Mapping[str, Any], columns: Sequence[str]) -> str:
-    cells = "".join(f"<td>{values[column]:.1%}</td>" for column in columns)
-    bar = f"<span class='bar' style='width:{12 * values['tuned']:.2f}em'></span>"
-    return (
-        f"<tr><td>{html.escape(name)}</td><td>{values['count']}</td>{cells}"
-        f"<td style='text-align:left'>{bar}</td></tr>"
-    )
+def _grid(opened: Open, rows: Sequence[Prediction]) -> str:
+    """Pictures with right answers and with wrong ones, as many of both where there are."""
+    scores = [row.score for row in rows if row.score is not None]
+    # A caption is neither right nor wrong: there the better half stands for the right ones.
+    bound = float(np.median(scores)) if scores and max(scores) > 1 else 0.5
+    right = [n for n, row in enumerate(rows) if row.score is not None and row.score >= bound]
+    wrong = [n for n, row in enumerate(rows) if row.score is None or row.score < bound]
+    chosen = sorted(_spread(right) + _spread(wrong))
+    cards = [_card(opened, n, rows[n], n in right) for n in chosen]
+    return page.grid(cards)
 
 
-def _grid(samples: Sequence[tuple[Record, Prediction]]) -> str:
-    count = min(GRID, len(samples))
-    chosen = [samples[index * len(samples) // count] for index in range(count)]
-    return f"<div class='grid'>{''.join(_card(*each) for each in chosen)}</div>"
+def _spread(numbers: Sequence[int]) -> list[int]:
+    count = min(SHOWN, len(numbers))
+    return [numbers[index * len(numbers) // count] for index in range(count)]
 
 
-def _card(record: Record, prediction: Prediction) -> str:
-    pictures = "".join(page.picture(source) for source in record.images[:1])
-    frames = f" <i>({len(record.images)} frames)</i>" if len(record.images) > 1 else ""
-    truth = " / ".join(dict.fromkeys(record.answers))
-    given = prediction.problem or prediction.text
-    return (
-        f"<div class='card {'right' if prediction.correct else 'wrong'}'>{pictures}{frames}"
-        f"<div><b>{html.escape(record.prompt)}</b></div>"
-        f"<div>answer: {html.escape(given)}</div><div>truth: {html.escape(truth)}</div>"
-        f"<div class='note'>{html.escape(prediction.task)}, log-probability "
-        f"{prediction.logprob:.2f}</div></div>"
-    )
+def _card(opened: Open, number: int, row: Prediction, right: bool) -> str:
+    try:
+        images = opened(number).images
+    except ValueError:  # its problem says why
+        images = ()
+    lines = [f"answer: {row.problem or row.text}", page.truth(row.answers)]
+    notes = []
+    if row.scores:
+        best = np.argsort(-np.asarray(row.scores), kind="stable")[:CANDIDATES]
+        named = row.candidates or [str(place) for place in range(len(row.scores))]
+        notes.append(", ".join(f"{named[place]} {row.scores[place]:.2f}" for place in best))
+    score = "" if row.score is None else f", score {row.score:.2f}"
+    chance = "" if row.logprob is None else f", log-probability {row.logprob:.2f}"
+    notes.append(f"{row.id}{f', {row.task}' if row.task else ''}{score}{chance}")
+    kind = "" if row.score is None else "right" if right else "wrong"
+    return page.card(images, row.prompt, lines, notes, kind)

@@ -9,7 +9,7 @@ from jax_instructblip.evaluation.choices import class_scores
 from jax_instructblip.evaluation.dialogue import score_ndcg
 from jax_instructblip.evaluation.metric import Metric, MetricError, Response, Scores
 from jax_instructblip.evaluation.metrics import get_metric
-from jax_instructblip.evaluation.stored import Row
+from jax_instructblip.evaluation.stored import Prediction
 from jax_instructblip.evaluation.task import Task
 
 COUNTS = ("mean_rank", "true_positives", "false_positives", "true_negatives", "false_negatives")
@@ -21,15 +21,15 @@ def metric_of(task: Task, *, full: bool = False) -> tuple[str, Metric] | None:
 
     `full` adds to captions what only Java computes, which takes a while.
     """
-    name = task.benchmark.metric
+    name = task.protocol.metric
     if not name:
         return None
     return name, get_metric("captions" if full and name == "cider" else name)
 
 
 def score(
-    task: Task, rows: Sequence[Row], records: Sequence[Record], *, full: bool = False
-) -> tuple[list[Row], Scores | None, str]:
+    task: Task, rows: Sequence[Prediction], records: Sequence[Record], *, full: bool = False
+) -> tuple[list[Prediction], Scores | None, str]:
     """The rows with their scores, the scores of all, and, without any, why there are none.
 
     Records whose right answer is not public are left out, with a note.
@@ -66,7 +66,7 @@ def percent(name: str, value: float) -> float:
 
 def summarise(
     task: Task,
-    rows: Sequence[Row],
+    rows: Sequence[Prediction],
     scores: Scores | None,
     reason: str,
     facts: Mapping[str, Any],
@@ -80,15 +80,18 @@ def summarise(
     that has these sizes ("" for none).
     """
     values = {} if scores is None else {k: percent(k, v) for k, v in scores.values.items()}
+    errors = {} if scores is None else scores.standard_errors()
     main = next(iter(values), "")
-    paper = dict(task.benchmark.paper)
-    notes = [*(scores.notes if scores else ()), task.preset.notes, task.benchmark.notes]
+    paper = dict(task.protocol.paper)
+    notes = [*(scores.notes if scores else ()), *task.protocol.notes]
     return {
         **facts,
         "count": len(rows),
         "metric": main,
         "value": values.get(main),
+        "standard_error": percent(main, errors[main]) if main in errors else None,
         "values": values,
+        "standard_errors": {name: percent(name, value) for name, value in errors.items()},
         "unscored": reason,
         "left_out": dict(scores.left_out) if scores else {},
         "paper": paper,
@@ -100,12 +103,12 @@ def summarise(
     }
 
 
-def _response(task: Task, row: Row) -> Response:
+def _response(task: Task, row: Prediction) -> Response:
     """What the metric takes of a row."""
-    if not task.preset.ranking or task.candidates or row.problem:
+    if not task.protocol.ranking or task.candidates or row.problem:
         return Response(row.id, row.text)
-    if task.preset.words and len(row.scores) == sum(map(len, task.preset.words)):
-        return Response(row.id, row.text, class_scores(row.scores, task.preset.words))
+    if task.protocol.words and len(row.scores) == sum(map(len, task.protocol.words)):
+        return Response(row.id, row.text, class_scores(row.scores, task.protocol.words))
     return Response(row.id, row.text, row.scores)
 
 

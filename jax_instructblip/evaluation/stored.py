@@ -24,8 +24,8 @@ from jax_instructblip.folders import encode_utf8, write_file
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """The answer to one record.
+class Prediction:
+    """The answer to one record: a line of `predictions/*.jsonl`, of whatever was asked.
 
     Attributes:
       id: of the record.
@@ -38,6 +38,7 @@ class Row:
       candidates: of a ranking: all in their order, or of very many the best, best first.
       scores: of those candidates.
       problem: why it could not be asked; it then counts as wrong.
+      task: the record's dataset or family.
     """
 
     id: str
@@ -50,13 +51,14 @@ class Row:
     candidates: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
     problem: str = ""
+    task: str = ""
 
     def line(self) -> str:
         """The row as JSON, with a new line."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False) + "\n"
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Prediction]:
     """The rows of a file that `Store` wrote.
 
     Raises:
@@ -75,7 +77,7 @@ def read_rows(path: Path) -> list[Row]:
     return unique_rows(path, rows)
 
 
-def unique_rows(path: Path, rows: list[Row]) -> list[Row]:
+def unique_rows(path: Path, rows: list[Prediction]) -> list[Prediction]:
     """The rows of a file; a MetricError where there are none, or ids that are used twice."""
     again = [name for name, n in collections.Counter(row.id for row in rows).items() if n > 1]
     if again:
@@ -85,7 +87,7 @@ def unique_rows(path: Path, rows: list[Row]) -> list[Row]:
     return rows
 
 
-def parse_row(fields: Any) -> Row:
+def parse_row(fields: Any) -> Prediction:
     """The row of a JSON object; `id` alone is needed.
 
     Raises:
@@ -105,7 +107,7 @@ def parse_row(fields: Any) -> Row:
         raise ValueError("; ".join(wrong))
     values: dict[str, Any] = {**fields, "id": str(fields["id"])}
     values |= {name: tuple(fields.get(name, ())) for name in ("answers", "candidates", "scores")}
-    return Row(**values)
+    return Prediction(**values)
 
 
 def _is_text(value: Any) -> bool:
@@ -132,14 +134,14 @@ _TEXTS = (_is_list(_is_text), "a list of texts")
 _NUMBER = (lambda value: value is None or _is_number(value), "a finite number, or null")
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "id": (_is_id, "text or a whole number"),
-    **dict.fromkeys(("prompt", "text", "normalised", "problem"), _TEXT),
+    **dict.fromkeys(("task", "prompt", "text", "normalised", "problem"), _TEXT),
     **dict.fromkeys(("answers", "candidates"), _TEXTS),
     **dict.fromkeys(("score", "logprob"), _NUMBER),
     "scores": (_is_list(_is_number), "a list of finite numbers"),
 }
 
 
-def check_ids(path: Path, rows: Iterable[Row], ids: Sequence[str], name: str) -> None:
+def check_ids(path: Path, rows: Iterable[Prediction], ids: Sequence[str], name: str) -> None:
     """Raises a MetricError where the rows are not those of these records; all ids are listed."""
     found, known = {row.id for row in rows}, set(ids)
     lacking = [each for each in ids if each not in found]
@@ -168,13 +170,18 @@ class Store:
         self._facts = json.loads(json.dumps(facts))
         self._own = self.partial / f"{process}.jsonl"
 
-    def begin(self) -> None:
+    def begin(self, *, replace: bool = False) -> None:
         """Makes ready what is there; one process does it, before the others look.
+
+        With `replace` answers to something else are removed.
 
         Raises:
           ValueError: answers to other questions, of another model or with other settings are there.
         """
-        if self._facts_path.is_file():
+        if replace and not self._is_ours():
+            self.path.unlink(missing_ok=True)
+            shutil.rmtree(self.partial, ignore_errors=True)
+        elif self._facts_path.is_file():
             self._compare(read_json(self._facts_path))
         elif self.path.is_file():
             raise ValueError(
@@ -192,7 +199,7 @@ class Store:
             if path.name != "done.jsonl":
                 path.unlink()
 
-    def rows(self) -> dict[str, Row]:
+    def rows(self) -> dict[str, Prediction]:
         """What has been answered so far, by id.
 
         Raises:
@@ -207,7 +214,7 @@ class Store:
             return {row.id: row for row in read_rows(self.path)}
         return self._unfinished()
 
-    def append(self, rows: Sequence[Row]) -> None:
+    def append(self, rows: Sequence[Prediction]) -> None:
         """Adds rows; they are on the disk when it returns."""
         data = "".join(row.line() for row in rows)
         with self._own.open("ab") as file:
@@ -215,18 +222,25 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
 
-    def finish(self, rows: Sequence[Row]) -> None:
+    def finish(self, rows: Sequence[Prediction]) -> None:
         """Writes the file of all rows, and removes what it was made of."""
         write_file(self.path, "".join(row.line() for row in rows))
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _unfinished(self) -> dict[str, Row]:
+    def _unfinished(self) -> dict[str, Prediction]:
         rows = {}
         for path in sorted(self.partial.glob("*.jsonl")):
             for line in path.read_bytes().split(b"\n")[:-1]:  # the last one was cut off, or is none
                 row = parse_row(parse_json(line))
                 rows[row.id] = row
         return rows
+
+    def _is_ours(self) -> bool:
+        """Whether what is there was asked as now, and of the same model."""
+        try:
+            return read_json(self._facts_path) == self._facts
+        except (ValueError, OSError):
+            return False
 
     def _compare(self, found: Mapping[str, Any]) -> None:
         if found == self._facts:

@@ -1,4 +1,4 @@
-"""Benchmarks with one model: answers, scores, `results.json` and the report.
+"""Tasks with one model: answers, scores, `results.json` and the report.
 
 Several processes answer together: each its share of the questions, on devices of its own, and
 process 0 puts the rows together. Where the weights are split over the processes, all of them answer
@@ -6,7 +6,11 @@ all questions in step, and process 0 alone writes.
 """
 
 import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
 import json
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,16 +18,21 @@ from typing import Any, NamedTuple
 import jax
 
 from jax_instructblip.data.progress import Progress
-from jax_instructblip.evaluation import benchmark_report, given, scoring, units
+from jax_instructblip.evaluation import families, given, report, scoring, units
 from jax_instructblip.evaluation.answering import Share, answer, count_left
-from jax_instructblip.evaluation.benchmarks import paper_model
-from jax_instructblip.evaluation.stored import Row, Store, check_ids
+from jax_instructblip.evaluation.families import Baseline
+from jax_instructblip.evaluation.metric import Scores
+from jax_instructblip.evaluation.protocol import paper_model
+from jax_instructblip.evaluation.stored import Prediction, Store, check_ids
 from jax_instructblip.evaluation.task import Task, check_choices
 from jax_instructblip.folders import write_file
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.parallel.distributed import agree
 
-PREDICTIONS, RESULTS = "predictions", "results.json"
+PREDICTIONS, BASELINES, RESULTS = "predictions", "baselines", "results.json"
+FORMAT = 2  # of RESULTS
+BENCHMARKS, FAMILIES = "benchmarks", "families"
+KINDS = {BENCHMARKS: "benchmarks", FAMILIES: "accuracies by family"}  # what a run has measured
 REPORTS = ("report.html", "report.md")
 
 Say = Callable[[str], None]
@@ -33,8 +42,19 @@ class Finished(NamedTuple):
     """A task with what came of it."""
 
     task: Task
-    rows: list[Row]
+    rows: list[Prediction]
     result: dict[str, Any]
+
+
+class Place(NamedTuple):
+    """Where answers go, and what they are of: a folder of an evaluation, weights and how many."""
+
+    folder: Path
+    weights: str
+    dtype: str
+    size: int
+    limit: int
+    replace: bool  # answers to something else that are there
 
 
 def run(
@@ -47,6 +67,8 @@ def run(
     limit: int = 0,
     full: bool = True,
     say: Say = print,
+    baselines: Sequence[Baseline] = (),
+    replace: bool = False,
 ) -> list[Finished]:
     """What came of every task; empty in all processes but the first.
 
@@ -59,44 +81,43 @@ def run(
       limit: of records a dataset, as the tasks were opened with.
       full: whether captions are scored by what only Java computes, too.
       say: where lines about what is going on go, of process 0.
+      baselines: what tasks of families are measured beside.
+      replace: remove predictions in `out` of something else, instead of refusing them.
 
     Raises:
       ValueError: records that cannot be asked at all, or predictions in `out` of something else.
     """
-    process = jax.process_index()
-    first, together = process == 0, blip.mesh is not None and blip.mesh.is_multi_process
-    share = Share() if together else Share(process, jax.process_count())
+    first = jax.process_index() == 0
     say = say if first else lambda line: None
+    place = Place(out / PREDICTIONS, model["weights"], model["dtype"], size, limit, replace)
     finished = []
     for task in tasks:
-        name = task.benchmark.name
-        line = Progress(len(task.records), f"reading {name}", "records", silent=not first)
+        line = Progress(len(task.records), f"reading {task.name}", "records", silent=not first)
         with agreed(), line:
             questions = units.plan(task, blip.text, size, line.update)
             check_choices(task, questions.records)
-        facts = {**task.facts(), "batch_size": size, "limit": limit}
-        stands = {"weights": model["weights"], "dtype": model["dtype"]}
-        identity = {**facts, **stands, "questions": questions.digest}
-        store = Store(out / PREDICTIONS, name, identity, process)
-        done = _begin(store, first)
-        say(describe(task, len(questions.records), len(done)))
-        left = count_left(questions, done)
-        total = left if together else -(-left // jax.process_count())
-        line = Progress(total, f"{name}: answering", "questions", silent=not first)
-
-        def take(rows: list[Row], line: Progress = line, store: Store = store) -> None:
-            if first or not together:
-                store.append(rows)
-            line.update(len(rows))
-
-        with line, agreed():
-            answer(blip, task, questions, size=size, done=done, share=share, take=take)
+        store = _ask(blip, task, questions, place, task.name, say)
+        beside = {}
+        if task.protocol.metric == families.METRIC:
+            for each in baselines:
+                there = place._replace(folder=out / BASELINES, weights=each.weights)
+                other = dataclasses.replace(task, black=each.black)
+                name = f"{task.name}.{each.name}"
+                beside[each.name] = _ask(each.blip, other, questions, there, name, say)
         with agreed():
             if first:
                 paper = paper_model(blip.variant)
-                finished.append(_finish(task, questions, store, facts, full, paper))
-                say(benchmark_report.line(name, finished[-1].result))
+                facts = {**task.facts(), "batch_size": size, "limit": limit}
+                finished.append(_finish(task, questions, store, beside, facts, full, paper))
+                say(describe_result(finished[-1]))
     return finished
+
+
+def describe_result(finished: Finished) -> str:
+    """What came of a task, for people."""
+    if finished.task.protocol.metric == families.METRIC:
+        return families.table(finished.task.name, finished.result)
+    return report.line(finished.task.name, finished.result)
 
 
 def score_given(task: Task, path: Path, *, full: bool = True) -> Finished:
@@ -107,35 +128,73 @@ def score_given(task: Task, path: Path, *, full: bool = True) -> Finished:
     """
     rows = given.read_given(path)
     records = [task.light(number) for number in range(len(task.records))]
-    check_ids(path, rows, [record.id for record in records], task.benchmark.name)
+    check_ids(path, rows, [record.id for record in records], task.name)
     ordered, notes = given.complete(task, path, rows, records)
     ordered, scores, reason = scoring.score(task, ordered, records, full=full)
-    facts = {"dataset": task.benchmark.dataset, "split": task.split, "predictions": str(path)}
+    facts = {"dataset": task.protocol.dataset, "split": task.split, "predictions": str(path)}
     result = scoring.summarise(task, ordered, scores, reason, facts, cut=0, model="")
     result["notes"] += notes
     return Finished(task, ordered, result)
 
 
-def write(out: Path, finished: Sequence[Finished], model: Mapping[str, Any]) -> None:
-    """Writes `results.json`, `report.html` and `report.md`."""
+def keep(out: Path, finished: Finished, given: Path) -> None:
+    """Writes the rows of answers that somebody has made, so that runs can be compared by them."""
+    path = out / PREDICTIONS / f"{finished.task.name}.jsonl"
+    if path.exists() and path.samefile(given):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, "".join(row.line() for row in finished.rows))
+    path.with_suffix(".json").unlink(missing_ok=True)  # these rows were asked elsewhere
+
+
+def write(
+    out: Path,
+    finished: Sequence[Finished],
+    model: Mapping[str, Any],
+    *,
+    command: str = "",
+    metrics: Sequence[Mapping[str, float]] = (),
+) -> None:
+    """Writes `results.json`, `report.html` and `report.md`.
+
+    `command` is what made them, `metrics` are the lines of the run's `metrics.jsonl`, if there are.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    results = {each.task.benchmark.name: each.result for each in finished}
-    document = {"format": 1, **model, "datasets": results}
+    results = {each.task.name: each.result for each in finished}
+    by_families = all(each.task.protocol.metric == families.METRIC for each in finished)
+    document = {
+        "format": FORMAT,
+        "kind": FAMILIES if by_families else BENCHMARKS,
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        **model,
+        "datasets": results,
+    }
     write_file(out / RESULTS, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    samples = {each.task.benchmark.name: (each.task.opened, each.rows) for each in finished}
+    samples = {each.task.name: (each.task.opened, each.rows) for each in finished}
     page, text = (out / name for name in REPORTS)
-    benchmark_report.write_html(page, model, results, samples)
-    write_file(text, benchmark_report.markdown(model, results))
+    report.write_html(page, model, results, samples, metrics)
+    write_file(text, report.markdown(model, results))
 
 
-def describe(task: Task, count: int, done: int = 0) -> str:
+def versions() -> dict[str, str]:
+    """The versions of what computes and scores."""
+    names = ("jax-instructblip", "jax", "jaxlib", "flax", "numpy", "transformers", "pycocoevalcap")
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def describe(task: Task, name: str, count: int, done: int = 0) -> str:
     """What is going to be asked, and how, for people."""
     facts = task.facts()
     settings = ", ".join(f"{name} {value}" for name, value in facts["settings"].items())
     lines = [
-        f"{task.benchmark.name} ({task.split}): {count} records"
-        + (f", {done} answered already" if done else ""),
-        f"  prompt: {facts['prompt']!r}",
+        f"{name} ({task.split}): {count} records" + (f", {done} answered already" if done else ""),
+        f"  prompt: {facts['prompt']!r}" + (", black images" if task.black else ""),
         f"  {facts['mode']}: {settings}",
     ]
     if task.candidates:
@@ -154,33 +213,86 @@ def agreed() -> Iterator[None]:
     agree(problem)
 
 
+def _ask(
+    blip: InstructBlipPipeline,
+    task: Task,
+    questions: units.Questions,
+    place: Place,
+    name: str,
+    say: Say,
+) -> Store:
+    """Where the answers to all questions are, this process's share answered by it."""
+    process = jax.process_index()
+    first, together = process == 0, blip.mesh is not None and blip.mesh.is_multi_process
+    share = Share() if together else Share(process, jax.process_count())
+    facts = {**task.facts(), "batch_size": place.size, "limit": place.limit}
+    stands = {"weights": place.weights, "dtype": place.dtype, "questions": questions.digest}
+    store = Store(place.folder, name, {**facts, **stands}, process)
+    done = _begin(store, first, place.replace)
+    say(describe(task, name, len(questions.records), len(done)))
+    left = count_left(questions, done)
+    total = left if together else -(-left // jax.process_count())
+    line = Progress(total, f"{name}: answering", "questions", silent=not first)
+
+    def take(rows: list[Prediction]) -> None:
+        if first or not together:
+            store.append(rows)
+        line.update(len(rows))
+
+    with line, agreed():
+        answer(blip, task, questions, size=place.size, done=done, share=share, take=take)
+    return store
+
+
 def _finish(
     task: Task,
     questions: units.Questions,
     store: Store,
+    beside: Mapping[str, Store],
     facts: Mapping[str, Any],
     full: bool,
     paper: str,
 ) -> Finished:
     """Puts the rows of all processes together, and scores them."""
+    rows, scores, reason = _scored(task, questions, store, full)
+    result = scoring.summarise(task, rows, scores, reason, facts, cut=questions.cut, model=paper)
+    if questions.alike:
+        note = f"{questions.alike} records have different candidates of the same tokens"
+        result["notes"].append(note)
+    if task.protocol.metric == families.METRIC:
+        baselines = {families.MAJORITY: families.majority(questions.records)}
+        for name, other in beside.items():
+            _, found, _ = _scored(task, questions, other, full)
+            baselines[name] = dict(found.values) if found else {}
+        result["families"] = families.counts(questions.records)
+        result["baselines"] = {
+            name: {each: 100 * value for each, value in values.items()}
+            for name, values in baselines.items()
+            if values
+        }
+    return Finished(task, rows, result)
+
+
+def _scored(
+    task: Task, questions: units.Questions, store: Store, full: bool
+) -> tuple[list[Prediction], Scores | None, str]:
     found = store.rows()
     rows = [found[record.id] for record in questions.records]
     rows, scores, reason = scoring.score(task, rows, questions.records, full=full)
     store.finish(rows)
-    result = scoring.summarise(task, rows, scores, reason, facts, cut=questions.cut, model=paper)
-    return Finished(task, rows, result)
+    return rows, scores, reason
 
 
-def _begin(store: Store, first: bool) -> dict[str, Row]:
+def _begin(store: Store, first: bool, replace: bool) -> dict[str, Prediction]:
     """What is answered already; every process has seen it when one goes on."""
     problem: Exception | None = None
     if first:
         try:
-            store.begin()
+            store.begin(replace=replace)
         except (ValueError, OSError) as error:
             problem = error
     agree(problem)
-    done: dict[str, Row] = {}
+    done: dict[str, Prediction] = {}
     try:
         done = store.rows()
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""A benchmark made ready: its records, what is asked of each, and how it is answered."""
+"""A protocol made ready: its records, what is asked of each, and how it is answered."""
 
 import dataclasses
 import difflib
@@ -16,38 +16,42 @@ from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import prepared_folder
 from jax_instructblip.data.templates import dress
-from jax_instructblip.evaluation.benchmarks import Benchmark
 from jax_instructblip.evaluation.metric import MetricError, listed
-from jax_instructblip.inference.presets import GENERATE, RANK, Preset, get_preset
+from jax_instructblip.evaluation.protocol import Protocol
 
 VIDEO_FRAMES = 4  # of a video that is read as it was downloaded
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One benchmark, ready to be asked.
+    """One protocol, ready to be asked.
 
     Attributes:
-      benchmark: its row of the table.
+      protocol: its row of the table, with what was overridden.
       split: of its dataset.
       records: with random access, as they are stored; `opened` and `light` give them.
       digest: stands for the content of the records' files.
-      preset: prompt, settings and candidates' words, with what was overridden.
       settings: keyword arguments of `blip.generate`, or of `blip.rank`.
       candidates: that every record is ranked over; () where records have their own choices.
       videos: whether images are paths of video files.
       relevance: of Visual Dialog the judgements of candidates, by id (`dialogue.read_relevance`).
+      black: whether black images are shown: what is right then was guessed from the question.
     """
 
-    benchmark: Benchmark
+    protocol: Protocol
     split: str
     records: Sequence[Record]
     digest: str
-    preset: Preset
     settings: Mapping[str, Any]
     candidates: tuple[str, ...] = ()
     videos: bool = False
     relevance: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    black: bool = False
+
+    @property
+    def name(self) -> str:
+        """What files and results call it."""
+        return self.protocol.name
 
     def opened(self, number: int) -> Record:
         """The record with its images, of a video with some of its frames."""
@@ -62,25 +66,27 @@ class Task:
 
     def prompt(self, record: Record) -> str:
         """What is asked of the record; what questions are made for is its first answer."""
-        return dress(self.preset.prompt, record, record.answers[0] if record.answers else "")
+        return dress(self.protocol.prompt, record, record.answers[0] if record.answers else "")
 
     def choices(self, record: Record) -> tuple[str, ...]:
         """What a ranking chooses among."""
-        if self.preset.words:
-            return tuple(word for words in self.preset.words for word in words)
+        if self.protocol.words:
+            return tuple(word for words in self.protocol.words for word in words)
         return self.candidates or record.choices
 
     def facts(self) -> dict[str, Any]:
         """What was asked and how, for people and for the comparison of two runs."""
         facts: dict[str, Any] = {
-            "dataset": self.benchmark.dataset,
+            "dataset": self.protocol.dataset,
             "split": self.split,
-            "mode": "ranked" if self.preset.ranking else "generated",
-            "prompt": self.preset.prompt,
+            "mode": self.protocol.mode,
+            "prompt": self.protocol.prompt,
             "settings": dict(self.settings),
         }
-        if self.preset.ranking and self.preset.words:
-            facts["words"] = [list(words) for words in self.preset.words]
+        if self.black:
+            facts["images"] = "black"
+        if self.protocol.ranking and self.protocol.words:
+            facts["words"] = [list(words) for words in self.protocol.words]
         if self.candidates:
             text = json.dumps(self.candidates).encode()
             facts["candidates"] = {
@@ -90,7 +96,7 @@ class Task:
         return facts
 
 
-class _Chosen(Sequence[Record]):
+class Chosen(Sequence[Record]):
     """Some of the records, read when they are asked for."""
 
     def __init__(self, records: Sequence[Record], numbers: Sequence[int]):
@@ -104,7 +110,7 @@ class _Chosen(Sequence[Record]):
 
 
 def open_task(
-    benchmark: Benchmark,
+    protocol: Protocol,
     data: Path,
     llm: str,
     *,
@@ -114,49 +120,38 @@ def open_task(
     overrides: Mapping[str, Any] | None = None,
     scoring: bool = False,
 ) -> Task:
-    """The task of a benchmark whose records lie in `data`.
+    """The task of a protocol whose records lie in `data`.
 
     Args:
-      benchmark: what to evaluate.
+      protocol: what to evaluate, a row with a dataset.
       data: what `jax-instructblip prepare` wrote (the folder of all datasets or of this one), or
         the files as they were downloaded (in a folder of the dataset's name, or alone).
       llm: the kind of the language model, which some settings depend on.
-      split: another than the benchmark's.
+      split: another than the protocol's.
       limit: so many of the records, always the same ones; 0: all.
       candidates: that a ranking over one list for all records takes, instead of those that
         `prepare` found.
-      overrides: fields of the preset that have another value here (`template`: the prompt).
+      overrides: what `Protocol.override` takes.
       scoring: only right answers are needed, so that files which a prompt takes may be missing.
 
     Raises:
       ValueError: there are no such records, there is no such split, or candidates are missing.
     """
-    dataset = DATASETS[benchmark.dataset]
-    split = split or benchmark.split or next(iter(dataset.files))
+    dataset = DATASETS[protocol.dataset]
+    split = split or protocol.split or next(iter(dataset.files))
     records, digest, found, videos = _open(dataset, data, split, scoring)
-    preset = override(get_preset(benchmark.name), overrides or {}, llm)
+    protocol = protocol.override(overrides or {}, llm)
     if limit:
-        records = _Chosen(records, pick_numbers(len(records), limit))
-    shared = dataset.shared_candidates and preset.ranking
+        records = Chosen(records, pick_numbers(len(records), limit))
+    shared = dataset.shared_candidates and protocol.ranking
     candidates = (candidates or found) if shared else ()
     if shared and not candidates:
         raise ValueError(
-            f"{benchmark.name} is ranked over one list of candidates, and {data} has none: put "
+            f"{protocol.name} is ranked over one list of candidates, and {data} has none: put "
             "qa_ans2label.json (or train_ans2label.json) beside the original files and prepare "
             "them again, give a file with --candidates, or generate answers with --mode generate"
         )
-    return Task(benchmark, split, records, digest, preset, preset.settings(llm), candidates, videos)
-
-
-def override(preset: Preset, fields: Mapping[str, Any], llm: str) -> Preset:
-    """The preset with other values; those of the other way of answering are left out."""
-    ranking = fields.get("ranking", preset.ranking)
-    usable = {"ranking", "template", *(RANK if ranking else GENERATE)}
-    fields = {name: value for name, value in fields.items() if name in usable}
-    if "template" in fields:
-        fields["dataset"] = ""  # whose prompt it would be
-    differing = preset.llama if llm == "llama" else {}
-    return dataclasses.replace(preset, **{**differing, **fields}, llama={})
+    return Task(protocol, split, records, digest, protocol.settings(), candidates, videos)
 
 
 def pick_numbers(count: int, limit: int) -> list[int]:
@@ -173,11 +168,11 @@ def pick_numbers(count: int, limit: int) -> list[int]:
 
 def check_choices(task: Task, records: Sequence[Record]) -> None:
     """Raises a ValueError that lists the records of a ranking that have nothing to choose among."""
-    if not task.preset.ranking or task.preset.words or task.candidates:
+    if not task.protocol.ranking or task.protocol.words or task.candidates:
         return
     if lacking := [record.id for record in records if not record.choices]:
         raise MetricError(
-            f"{task.benchmark.name} is ranked, but "
+            f"{task.name} is ranked, but "
             + listed("records have no candidates (`choices`)", lacking)
             + "; prepare them again from files that have them, or use --mode generate"
         )

@@ -16,8 +16,8 @@ from typing import NamedTuple
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation.task import Task
-from jax_instructblip.inference.questions import LENGTHS, prompt_limit
-from jax_instructblip.inference.ranking import Ids, Sizes, make_plan, tokenise
+from jax_instructblip.inference.questions import LENGTHS, Example, prompt_limit
+from jax_instructblip.inference.ranking import Ids, Sizes, make_plan, same_tokens, tokenise
 
 LOAD_UNITS = 8  # units a device is given at once, at most
 LOADS = 4  # a worker has at least, where there are units enough, so that all end together
@@ -45,6 +45,9 @@ class Questions:
     Attributes:
       records: with "-" for each image.
       prompts: of each record.
+      examples: the tokens of the prompts of those that can be asked, by number of the record.
+      ids: the tokens of every candidate of a ranking.
+      alike: how many records have different candidates of the same tokens.
       units: that can be asked.
       problems: number of a record that cannot be asked -> why.
       cut: how many prompts the Q-Former reads the end of alone.
@@ -53,6 +56,9 @@ class Questions:
 
     records: list[Record]
     prompts: list[str]
+    examples: dict[int, Example]
+    ids: dict[str, Ids]
+    alike: int
     units: list[Unit]
     problems: dict[int, str]
     cut: int
@@ -74,7 +80,13 @@ def plan(
     shapes: dict[int, tuple[int, int]] = {}
     sizes: dict[int, Sizes] = {}
     known: dict[tuple[str, ...], Sizes] = {}
-    shared = _longest(tokenise(text, list(task.choices(task.light(0))), 1)) if _shared(task) else 0
+    examples: dict[int, Example] = {}
+    ids: dict[str, Ids] = {}
+    alike = shared = 0
+    if _shared(task):
+        choices = list(task.choices(task.light(0)))
+        shared = _longest(lists := tokenise(text, choices, 1, ids))
+        alike = len(task.records) * bool(same_tokens([choices], lists))
     for number in range(len(task.records)):
         record = task.light(number)
         digest.update(repr(record).encode())
@@ -88,15 +100,17 @@ def plan(
             continue
         try:
             room = shared or task.settings.get("max_new_tokens", 0)
-            if task.preset.ranking and not shared:
+            if task.protocol.ranking and not shared:
                 choices = task.choices(record)
-                ids = tokenise(text, [list(choices)], 1)
-                room = _longest(ids)
+                lists = tokenise(text, [list(choices)], 1, ids)
+                room = _longest(lists)
+                alike += bool(same_tokens([choices], lists))
                 if choices not in known:
-                    known[choices] = make_plan(ids).sizes
+                    known[choices] = make_plan(lists).sizes
                 sizes[number] = known[choices]
-            shapes[number], short = _shape(text, prompts[-1], len(record.images), room)
-            cut += short
+            examples[number] = text.prompt(prompts[-1])
+            shapes[number] = _shape(text, examples[number], len(record.images), room)
+            cut += int(examples[number]["truncated"][0])
         except ValueError as error:
             problems[number] = str(error)
     floors = _floors({number: sizes.get(number, Sizes()) for number in shapes})
@@ -108,7 +122,9 @@ def plan(
         for group in sorted(groups)
         for start in range(0, len(groups[group]), size)
     ]
-    return Questions(records, prompts, units, problems, cut, digest.hexdigest())
+    return Questions(
+        *(records, prompts, examples, ids, alike, units, problems, cut, digest.hexdigest())
+    )
 
 
 def loads(units: Sequence[Unit], devices: int, workers: int) -> list[list[Unit]]:
@@ -137,22 +153,20 @@ def places(load: Sequence[Unit], size: int, devices: int) -> Iterator[tuple[int,
 
 
 def _shared(task: Task) -> bool:
-    return task.preset.ranking and bool(task.preset.words or task.candidates)
+    return task.protocol.ranking and bool(task.protocol.words or task.candidates)
 
 
 def _longest(lists: Sequence[Sequence[Ids]]) -> int:
     return max(len(ids) for each in lists for ids in each)
 
 
-def _shape(text: TextProcessor, prompt: str, frames: int, room: int) -> tuple[tuple[int, int], int]:
-    """Frames and padded length of a question, and 1 where the Q-Former reads its end alone."""
-    example = text.prompt(prompt)
+def _shape(text: TextProcessor, example: Example, frames: int, room: int) -> tuple[int, int]:
+    """Frames and padded length of a question."""
     count, limit = len(example["tokens"]), prompt_limit(text.variant, frames, room)
     if count > limit:
         raise ValueError(f"the prompt has {count} tokens, the model holds {limit}: shorten it")
     longest = max(count, len(example["qformer_tokens"]))
-    length = next(each for each in LENGTHS if each >= longest)
-    return (frames, length), int(example["truncated"][0])
+    return frames, next(each for each in LENGTHS if each >= longest)
 
 
 def _floors(sizes: dict[int, Sizes]) -> dict[int, Sizes]:

@@ -4,19 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import dataset_name
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import answering, families
-from jax_instructblip.evaluation.benchmarks import BENCHMARKS, Benchmark
 from jax_instructblip.evaluation.metric import MetricError
+from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.evaluation.scoring import score
-from jax_instructblip.evaluation.stored import Row
+from jax_instructblip.evaluation.stored import Prediction
 from jax_instructblip.evaluation.task import check_choices, open_task
 from jax_instructblip.evaluation.units import plan
+from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.models.instructblip import InstructBlip
 
@@ -39,46 +39,28 @@ def evaluate(
     Of a folder `path` that `jax-instructblip prepare` wrote, `accuracy` is the value of the
     dataset's own metric (of captions CIDEr), with the prompt and the settings of its preset, and
     the other values follow by name. Of other records it is exact match of whole answers, the mean
-    over the task families, with `accuracy/FAMILY`. `limit` questions are taken; 0 takes all.
+    over the families, with `accuracy/FAMILY`. `limit` questions are taken; 0 takes all.
 
     On a mesh of several processes each calls it with the same records and gets the same numbers.
 
     Raises:
       MetricError: the dataset cannot be scored here.
     """
-    silent = jax.process_index() > 0
     blip = InstructBlipPipeline(
-        model.variant, params, text, dtype=model.dtype, mesh=mesh, silent=silent
+        model.variant, params, text, dtype=model.dtype, mesh=mesh, silent=True
     )
+    kind, size = model.variant.llm.kind, max(1, batch_size // blip.splits)
     if name := dataset_name(path) if path else "":
-        return _benchmark(blip, BENCHMARKS[name], Path(path), split, limit, batch_size)
-    predictions = families.answer(
-        blip, families.pick(records, limit), batch_size=batch_size, max_new_tokens=max_new_tokens
-    )
-    by_task = families.accuracies(predictions)
-    return {
-        "accuracy": families.mean(by_task),
-        **{f"accuracy/{task}": value for task, value in by_task.items()},
-    }
-
-
-def _benchmark(
-    blip: InstructBlipPipeline,
-    benchmark: Benchmark,
-    path: Path,
-    split: str,
-    limit: int,
-    batch_size: int,
-) -> dict[str, float]:
-    task = open_task(benchmark, path, blip.variant.llm.kind, split=split, limit=limit)
-    size = max(1, batch_size // blip.splits)
+        task = open_task(BENCHMARKS[name], Path(path), kind, split=split, limit=limit)
+    else:
+        config = GenerationConfig(max_new_tokens=max_new_tokens)
+        task = families.family_task(split or "validation", records, config, limit=limit)
     questions = plan(task, blip.text, size)
     check_choices(task, questions.records)
-    rows: list[Row] = []
-    blip.silent = True
+    rows: list[Prediction] = []
     answering.answer(blip, task, questions, size=size, take=rows.extend)
     _, scores, reason = score(task, rows, questions.records)
     if scores is None:
-        raise MetricError(f"{path} cannot validate: {reason}")
+        raise MetricError(f"{path or 'what was given'} cannot validate: {reason}")
     main = next(iter(scores.values.values()))
-    return {"accuracy": main, **scores.values}
+    return {**scores.values, "accuracy": main}

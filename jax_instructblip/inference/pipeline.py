@@ -7,6 +7,7 @@ for answer in blip.generate(["a.jpg", "b.jpg"], ["What is in the picture?"]):
 
 import contextlib
 import functools
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,9 +29,13 @@ from jax_instructblip.inference.decode import generate_tokens, stream_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.questions import Picture, Question, compacted, make_parts, pair
 from jax_instructblip.inference.ranking import (
+    Ids,
     Sizes,
+    check_candidates,
+    describe_same,
     make_plan,
     pair_logprobs,
+    same_tokens,
     score,
     stack_scores,
     tokenise,
@@ -131,6 +136,12 @@ class InstructBlipPipeline:
         """
         config = _configured(config, settings)
         _check_batch_size(batch_size)
+        return self.answer(pair(images, prompts), config, batch_size)
+
+    def answer(
+        self, questions: Sequence[Question], config: GenerationConfig, batch_size: int = BATCH_SIZE
+    ) -> list[Answer]:
+        """`generate` of questions that were put together before, all of equally many frames."""
         key = _seed_key(config.seed)
 
         def decode(batch: Batch, rows: np.ndarray) -> dict[str, jax.Array]:
@@ -139,7 +150,6 @@ class InstructBlipPipeline:
             keys = _row_keys(key, self._on_devices(rows))
             return generate_tokens(self.model, self.params, batch, keys, config)
 
-        questions = pair(images, prompts)
         parts = self._run("answering", decode, questions, batch_size, room=config.max_new_tokens)
         answers = [
             best_answer(self.text, made, row, config.num_return_sequences)
@@ -173,7 +183,7 @@ class InstructBlipPipeline:
         keys = _row_keys(_seed_key(config.seed), self._on_devices(part.rows))
         batch = self._on_devices(part.batch)
         made = stream_tokens(self.model, self.params, batch, keys, config)
-        return pieces(self.text.decode, self._first_row(made))
+        return pieces(self.text.decode, self._first_row(made), rewrites=self.text.rewrites)
 
     def _first_row(self, made: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[int]:
         while True:
@@ -219,6 +229,22 @@ class InstructBlipPipeline:
         check({"length_normalise": length_normalise}, {"length_normalise": flag()})
         questions = pair(images, prompts)
         lists = tokenise(self.text, candidates, len(questions))
+        if same := same_tokens(check_candidates(candidates, len(questions)), lists):
+            logging.getLogger(__name__).warning("%s", describe_same(same))
+        return self.rank_tokens(
+            questions, lists, length_normalise=length_normalise, batch_size=batch_size, least=least
+        )
+
+    def rank_tokens(
+        self,
+        questions: Sequence[Question],
+        lists: Sequence[Sequence[Ids]],
+        *,
+        length_normalise: bool = False,
+        batch_size: int = BATCH_SIZE,
+        least: Sizes | None = None,
+    ) -> np.ndarray:
+        """`rank` of questions and candidates that were prepared before (`ranking.tokenise`)."""
         shared, plans = (make_plan(lists, least=least) if len(lists) == 1 else None), []
 
         def look(batch: Batch, rows: np.ndarray) -> list[jax.Array]:
@@ -271,7 +297,7 @@ class InstructBlipPipeline:
         self,
         label: str,
         compute: Callable[[Batch, np.ndarray], Any],
-        questions: list[Question],
+        questions: Sequence[Question],
         batch_size: int,
         room: int = 0,
     ) -> list[tuple[Any, int]]:

@@ -27,10 +27,15 @@ Example = dict[str, np.ndarray]
 
 
 class Question(NamedTuple):
-    """A prompt and the frames that it is about (a still image: one)."""
+    """A prompt and the frames that it is about (a still image: one).
 
-    frames: tuple[Frame, ...]
+    What was prepared before is not made again: frames may be the pixels that the model sees
+    (`pixels`), and `example` may hold the prompt's tokens (`TextProcessor.prompt`).
+    """
+
+    frames: tuple[Frame, ...] | np.ndarray
     prompt: str
+    example: Example | None = None
 
 
 class Part(NamedTuple):
@@ -96,18 +101,18 @@ def make_parts(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-    examples = [text.prompt(question.prompt) for question in questions]
+    examples = [question.example or text.prompt(question.prompt) for question in questions]
     _check_lengths(text, examples, len(questions[0].frames), room)
     shared = multiple == 1 and all(each.frames is questions[0].frames for each in questions)
-    pixels, opened = np.zeros(0, np.uint8), None
+    seen, opened = np.zeros(0, np.uint8), None
     for start in range(0, len(questions), batch_size):
         rows = range(start, min(start + batch_size, len(questions)))
         made = []
         for row in rows:
             if questions[row].frames is not opened:  # one image of many prompts is opened once
                 opened = questions[row].frames
-                pixels = _pixels(opened, text.variant.vision.image_size)
-            made.append({"images": pixels, **examples[row]})
+                seen = pixels(opened, text.variant.vision.image_size)
+            made.append({"images": seen, **examples[row]})
         few = 1 << (len(rows) - 1).bit_length()
         size = batch_size if len(questions) > batch_size else min(few, batch_size)
         size += -size % multiple
@@ -155,8 +160,10 @@ def compacted(batch: Batch) -> Batch:
     return batch
 
 
-def _pixels(frames: Sequence[Frame], size: int) -> np.ndarray:
-    """Frames `[F, size, size, 3]` uint8."""
+def pixels(frames: Sequence[Frame] | np.ndarray, size: int) -> np.ndarray:
+    """What the model sees of the frames: `[F, size, size, 3]` uint8, an array as it is."""
+    if isinstance(frames, np.ndarray):
+        return frames
     return np.stack([resize_squash(decode(frame), size) for frame in frames])
 
 

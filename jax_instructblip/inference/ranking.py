@@ -105,10 +105,17 @@ def check_candidates(candidates: Any, questions: int) -> list[list[str]]:
     return lists
 
 
-def tokenise(text: TextProcessor, candidates: Any, questions: int) -> list[list[Ids]]:
-    """The ids of the candidates, which are checked, too, for being too long or without a token."""
+def tokenise(
+    text: TextProcessor, candidates: Any, questions: int, known: dict[str, Ids] | None = None
+) -> list[list[Ids]]:
+    """The ids of the candidates, which are checked, too, for being too long or without a token.
+
+    What is `known` is not made again; what is made is added to it.
+    """
     lists = check_candidates(candidates, questions)
-    ids = {each: tuple(text.candidate(each).tolist()) for each in set(itertools.chain(*lists))}
+    ids = {} if known is None else known
+    for each in set(itertools.chain(*lists)) - ids.keys():
+        ids[each] = tuple(text.candidate(each).tolist())
     least = 1 + (text.variant.llm.kind == "t5")  # eos alone is no candidate
     wrong = []
     for name, each in _named(lists):
@@ -120,6 +127,29 @@ def tokenise(text: TextProcessor, candidates: Any, questions: int) -> list[list[
             "them"
         )
     return [[ids[each] for each in row] for row in lists]
+
+
+def same_tokens(
+    lists: Sequence[Sequence[str]], ids: Sequence[Sequence[Ids]]
+) -> list[tuple[str, ...]]:
+    """The different candidates of one question that have the same ids, together; each set once."""
+    found: dict[tuple[str, ...], None] = {}
+    for texts, tokens in zip(lists, ids, strict=True):
+        by_ids: dict[Ids, dict[str, None]] = {}
+        for each, own in zip(texts, tokens, strict=True):
+            by_ids.setdefault(own, {})[each] = None
+        found |= dict.fromkeys(tuple(group) for group in by_ids.values() if len(group) > 1)
+    return list(found)
+
+
+def describe_same(same: Sequence[tuple[str, ...]]) -> str:
+    """What to tell of candidates that the tokenizer cannot tell apart."""
+    shown = "; ".join(", ".join(repr(each[:40]) for each in group[:5]) for group in same[:3])
+    more = f" and {len(same) - 3} more sets" if len(same) > 3 else ""
+    return (
+        f"different candidates have the same tokens, and therefore equal scores: {shown}{more}. "
+        "The tokenizer does not know their characters, or takes no notice of how they differ"
+    )
 
 
 def _named(lists: Sequence[Sequence[Any]]) -> Iterator[tuple[str, Any]]:

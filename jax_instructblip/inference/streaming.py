@@ -1,22 +1,31 @@
 """From tokens that come one by one to pieces of text that can be shown at once."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 HALF = "\ufffd"  # what a tokenizer makes of a character whose last bytes are still to come
+_LAST_WORD = re.compile(r"\s+\S*\Z")
 
 
-def pieces(decode: Callable[[list[int]], str], tokens: Iterable[int]) -> Iterator[str]:
+def pieces(
+    decode: Callable[[list[int]], str], tokens: Iterable[int], *, rewrites: bool = False
+) -> Iterator[str]:
     """What each token adds to the text, where it adds any: joined, `decode` of all tokens.
 
-    A character of several tokens is held back until it is whole.
+    A character of several tokens is held back until it is whole. Where the tokenizer `rewrites`
+    what it has decoded ("do n't ." becomes "don't.") the last word is held back, too, with the
+    white space in front of it: no rule reaches farther back.
     """
-    ids, said = [], ""
+    ids, said, text = [], "", ""
     for token in tokens:
         ids.append(token)
         text = decode(ids)
-        if text.startswith(said) and text != said and not text.endswith(HALF):
-            yield text[len(said) :]
-            said = text
-    rest = decode(ids).removeprefix(said)
+        sure = _LAST_WORD.sub("", text) if rewrites and _LAST_WORD.search(text) else text
+        if rewrites and sure == text:
+            continue  # a single word so far
+        if sure.startswith(said) and sure != said and not sure.endswith(HALF):
+            yield sure[len(said) :]
+            said = sure
+    rest = text.removeprefix(said)
     if rest:
         yield rest

@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from jax_instructblip.commands import evaluate
-from jax_instructblip.evaluation.families import Prediction
+from jax_instructblip.evaluation.stored import read_rows
 from tests.micro import compile_cache, write_base, write_data
 
 
@@ -32,6 +32,21 @@ def test_a_place_that_cannot_be_written_is_refused_before_weights_are_read(files
         evaluate.main([*words, "--out", str(tmp_path / "file")])
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mode", "rank"], "--mode: only used with --datasets"),
+        (["--prompt", "x", "--tensor", "2"], "--prompt, --tensor: only used with --datasets"),
+        (["--num_beams", "0"], "num_beams is 0, expected at least 1"),
+        (["--length_penalty", "nan"], "length_penalty is nan"),
+    ],
+)
+def test_flags_that_change_nothing_are_refused(files, tmp_path, words, message):
+    given = ["--checkpoint", "/nowhere", "--data", str(files[1]), "--out", str(tmp_path)]
+    with pytest.raises(ValueError, match=message):
+        evaluate.main([*given, *words])
+
+
 def test_a_checkpoint_folder_is_measured_on_a_file(files, tmp_path, capsys):
     base, data = files
     broken = tmp_path / "data"
@@ -43,13 +58,17 @@ def test_a_checkpoint_folder_is_measured_on_a_file(files, tmp_path, capsys):
         assert evaluate.main(["--checkpoint", str(base), *words, "--batch_size", "4"]) == 0
     said = capsys.readouterr().out
     assert "mean of the families" in said and "report.html" in said
-    results = json.loads((out / "results.json").read_text())["splits"]["test"]
-    assert set(results["mean"]) == {"tuned", "majority", "blind"}  # nothing was tuned
-    assert results["mean"]["majority"] == pytest.approx(2 / 6)
-    assert results["tasks"]["color"]["count"] == results["count"] == 6
+    results = json.loads((out / "results.json").read_text())
+    assert results["command"].startswith("jax-instructblip evaluate --checkpoint ")
+    assert results["kind"] == "families" and results["versions"]["jax"] and results["date"]
+    results = results["datasets"]["test"]
+    assert set(results["baselines"]) == {"majority", "blind"}  # nothing was tuned
+    assert results["baselines"]["majority"]["accuracy"] == pytest.approx(100 * 2 / 6)
+    assert results["families"] == {"color": 6} and results["count"] == 6
     assert len(results["problems"]) == 1 and "2.png" in results["problems"][0]
     assert f"could not be asked: {results['problems'][0]}" in said
-    lines = (out / "predictions" / "test.jsonl").read_text().splitlines()
-    found = [Prediction(**json.loads(line)) for line in lines]
+    found = read_rows(out / "predictions" / "test.jsonl")
     assert [each.id for each in found] == [f"train:{number}" for number in range(1, 7)]
-    assert not found[2].correct
+    assert found[2].score == 0.0 and {each.task for each in found} == {"color"}
+    assert evaluate.main(["--compare", str(out), str(out)]) == 0
+    assert "test: 0 of 6 samples differ" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from jax_instructblip.commands import evaluate
 from jax_instructblip.data import prepare
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.evaluation import captioning
-from jax_instructblip.evaluation.benchmarks import HELD_OUT
+from jax_instructblip.evaluation.protocol import HELD_OUT
 from jax_instructblip.evaluation.stored import read_rows
 from tests.data.layouts import write_all
 from tests.evaluation.parrots import Parrot

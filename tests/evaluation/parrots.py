@@ -4,10 +4,9 @@ import numpy as np
 from PIL import Image
 
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation.benchmarks import BENCHMARKS
-from jax_instructblip.evaluation.task import Task, override
+from jax_instructblip.evaluation.protocol import BENCHMARKS
+from jax_instructblip.evaluation.task import Task
 from jax_instructblip.inference.pipeline import Answer
-from jax_instructblip.inference.presets import get_preset
 from tests.micro import micro
 
 
@@ -31,28 +30,31 @@ class Text:
 class Parrot:
     """Answers with the brightness of the first frame; ranks by how near candidates come to it."""
 
-    mesh, silent = None, True
+    mesh, silent, source = None, True, None
 
     def __init__(self, kind="t5", splits=1):
         self.variant, self.splits = micro(kind), splits
         self.text, self.calls = Text(self.variant), []
 
-    def generate(self, images, prompts, batch_size, **settings):
-        assert len(images) == len(prompts) and len(images) % batch_size == 0
-        assert len({len(frames) for frames in images}) == 1
-        self.calls.append((list(prompts), batch_size, settings))
-        return [Answer(str(int(frames[0].max())), (1,), -0.5) for frames in images]
+    def answer(self, questions, config, batch_size):
+        self._check(questions, batch_size, config)
+        values = [int(each.frames[0].max()) for each in questions]
+        return [Answer(str(value), (1,), -0.5) for value in values]
 
-    def rank(self, images, prompts, candidates, batch_size, least, **settings):
-        assert len(images) == len(prompts) and len(images) % batch_size == 0
-        self.calls.append((list(prompts), batch_size, settings))
-        lists = candidates if isinstance(candidates[0], list) else [candidates] * len(images)
-        width = max(map(len, lists))
-        scores = np.full((len(images), width), -np.inf, np.float32)
-        for row, (frames, names) in enumerate(zip(images, lists, strict=True)):
-            near = [-abs(int(frames[0].max()) - len(name)) / 7 for name in names]
-            scores[row, : len(names)] = near
+    def rank_tokens(self, questions, lists, *, batch_size, least, **settings):
+        self._check(questions, batch_size, settings)
+        lists = lists if len(lists) > 1 else lists * len(questions)
+        scores = np.full((len(questions), max(map(len, lists))), -np.inf, np.float32)
+        for row, (question, ids) in enumerate(zip(questions, lists, strict=True)):
+            value = int(question.frames[0].max())
+            scores[row, : len(ids)] = [-abs(value - (sum(each) - 1)) / 7 for each in ids]
         return scores
+
+    def _check(self, questions, batch_size, settings):
+        assert len(questions) % batch_size == 0
+        assert len({len(each.frames) for each in questions}) == 1
+        assert all(len(each.example["tokens"]) == len(each.prompt.split()) for each in questions)
+        self.calls.append(([each.prompt for each in questions], batch_size, settings))
 
 
 def record(value, words=3, **fields):
@@ -66,6 +68,5 @@ def record(value, words=3, **fields):
 
 
 def make_task(name, records, candidates=(), **overrides):
-    benchmark = BENCHMARKS[name]
-    preset = override(get_preset(name), {"template": "{question}", **overrides}, "t5")
-    return Task(benchmark, "test", records, "digest", preset, preset.settings("t5"), candidates)
+    protocol = BENCHMARKS[name].override({"prompt": "{question}", **overrides})
+    return Task(protocol, "test", records, "digest", protocol.settings(), candidates)

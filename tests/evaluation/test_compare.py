@@ -1,12 +1,13 @@
 import dataclasses
+import json
 
 import pytest
 
 from jax_instructblip.evaluation.compare import compare, lines
 from jax_instructblip.evaluation.metric import MetricError
-from jax_instructblip.evaluation.stored import Row
+from jax_instructblip.evaluation.stored import Prediction
 
-ROWS = [Row(str(n), "what?", f"a{n}", score=float(n % 2)) for n in range(4)]
+ROWS = [Prediction(str(n), "what?", f"a{n}", score=float(n % 2)) for n in range(4)]
 
 
 def write(folder, rows, name="gqa"):
@@ -32,9 +33,20 @@ def test_samples_that_differ_are_listed_with_both_answers(tmp_path):
     assert compare(tmp_path / "a", tmp_path / "a")[0].differing == []
 
 
+def test_two_runs_of_one_kind_alone_are_compared(tmp_path):
+    for name, kind in (("a", "families"), ("b", "benchmarks"), ("c", "families")):
+        write(tmp_path / name, ROWS, "test")
+        (tmp_path / name / "results.json").write_text(json.dumps({"kind": kind}))
+    assert compare(tmp_path / "a", tmp_path / "c")[0].differing == []
+    message = r"a holds accuracies by family \(test\), .*b holds benchmarks \(test\): only two runs"
+    for second in (tmp_path / "b", tmp_path / "b" / "predictions"):
+        with pytest.raises(MetricError, match=message.replace("b holds", "holds")):
+            compare(tmp_path / "a", second)
+
+
 def test_runs_of_other_records_are_refused(tmp_path):
     write(tmp_path / "a", ROWS)
-    write(tmp_path / "b", [*ROWS[:3], Row("x")])
+    write(tmp_path / "b", [*ROWS[:3], Prediction("x")])
     with pytest.raises(MetricError, match="not of the same records: 1 ids .*: '3'; 1 ids .*: 'x'"):
         compare(tmp_path / "a", tmp_path / "b")
     write(tmp_path / "c", ROWS, "vsr")

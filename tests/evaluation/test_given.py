@@ -5,7 +5,7 @@ import pytest
 from jax_instructblip.commands import evaluate
 from jax_instructblip.evaluation.given import complete, read_given
 from jax_instructblip.evaluation.metric import MetricError
-from jax_instructblip.evaluation.stored import Row
+from jax_instructblip.evaluation.stored import Prediction
 from jax_instructblip.evaluation.suite import score_given
 from tests.evaluation.parrots import make_task, record
 
@@ -30,7 +30,7 @@ def write(path, *rows):
 )
 def test_all_layouts_give_the_same_rows(tmp_path, rows):
     path = write(tmp_path / "p.jsonl", *rows)
-    assert read_given(path) == [Row("7", text="a"), Row("8", scores=(1, 2))]
+    assert read_given(path) == [Prediction("7", text="a"), Prediction("8", scores=(1, 2))]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_empty_answers_are_wrong_and_counted(tmp_path):
 
 def test_rows_are_completed_from_their_records(tmp_path):
     task = make_task("gqa", [record(1)])
-    ((row,), notes) = complete(task, tmp_path, [Row("r1", text="One!")], task.records)
+    ((row,), notes) = complete(task, tmp_path, [Prediction("r1", text="One!")], task.records)
     assert (row.prompt, row.normalised, row.answers) == ("how how how", "1", ("1",))
     assert notes == []
 
@@ -96,11 +96,14 @@ def test_rows_are_completed_from_their_records(tmp_path):
 def test_scores_alone_are_an_answer_only_where_candidates_are_known(tmp_path):
     task = make_task("gqa", [record(1)])
     with pytest.raises(MetricError, match="1 rows have scores, but neither text .*exact_match|gqa"):
-        complete(task, tmp_path, [Row("r1", scores=(0.1, 0.2))], task.records)
-    ranked = [Row("r1", scores=(0.1, 0.2), candidates=("0", "1"))]
+        complete(task, tmp_path, [Prediction("r1", scores=(0.1, 0.2))], task.records)
+    ranked = [Prediction("r1", scores=(0.1, 0.2), candidates=("0", "1"))]
     assert complete(task, tmp_path, ranked, task.records)[0][0].text == "1"
     task = make_task("iconqa", [record(1, choices=("a", "b"), correct=1)])
-    assert complete(task, tmp_path, [Row("r1", scores=(0.1, 0.2))], task.records)[0][0].text == "b"
+    assert (
+        complete(task, tmp_path, [Prediction("r1", scores=(0.1, 0.2))], task.records)[0][0].text
+        == "b"
+    )
 
 
 def test_published_answers_give_their_published_headline(shared, tmp_path, capsys):

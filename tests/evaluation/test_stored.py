@@ -3,10 +3,12 @@ import json
 import pytest
 
 from jax_instructblip.evaluation.metric import MetricError
-from jax_instructblip.evaluation.stored import Row, Store, check_ids, read_rows
+from jax_instructblip.evaluation.stored import Prediction, Store, check_ids, read_rows
 
 FACTS = {"prompt": "{question}", "settings": {"num_beams": 5}}
-ROWS = [Row(str(n), "what?", "é", scores=(-0.5, -1.0), candidates=("a", "b")) for n in range(4)]
+ROWS = [
+    Prediction(str(n), "what?", "é", scores=(-0.5, -1.0), candidates=("a", "b")) for n in range(4)
+]
 
 
 def begun(folder, facts=FACTS, process=0):
@@ -94,7 +96,7 @@ def test_missing_and_strange_ids_are_listed(tmp_path):
 
 
 def test_answers_to_texts_that_cannot_be_written_are_kept(tmp_path):
-    row = Row("\udc80", "what \ud800 \u7ea2?", "red", answers=("\udfff",))
+    row = Prediction("\udc80", "what \ud800 \u7ea2?", "red", answers=("\udfff",))
     store = begun(tmp_path, {"prompt": "\ud800"})
     store.append([row])
     assert store.rows() == {row.id: row}

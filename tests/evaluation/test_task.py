@@ -4,8 +4,8 @@ import pytest
 
 from jax_instructblip.data import prepare
 from jax_instructblip.data.datasets import DATASETS
-from jax_instructblip.evaluation.benchmarks import BENCHMARKS
 from jax_instructblip.evaluation.metric import MetricError
+from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.evaluation.task import VIDEO_FRAMES, check_choices, open_task
 from tests.data.layouts import LAYOUTS, write_all
 from tests.evaluation.parrots import make_task, record
@@ -57,7 +57,7 @@ def test_videos_are_ranked_over_the_candidates_that_were_found(raw, tmp_path):
 
 
 def test_what_is_overridden_is_what_is_asked(raw):
-    fields = {"template": "{question}?", "num_beams": 1, "length_normalise": True}
+    fields = {"prompt": "{question}?", "num_beams": 1, "length_normalise": True}
     task = open_task(BENCHMARKS["gqa"], raw, "llama", overrides=fields)
     facts = task.facts()
     assert facts["prompt"] == "{question}?" and task.prompt(task.light(1)).endswith("chair??")

@@ -4,9 +4,9 @@ from collections import Counter
 import pytest
 
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation.benchmarks import BENCHMARKS
 from jax_instructblip.evaluation.metric import MetricError, Response, mean
 from jax_instructblip.evaluation.metrics import get_metric
+from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.evaluation.vqa import (
     RULES,
     leave_one_out,

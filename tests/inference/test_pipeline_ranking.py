@@ -133,3 +133,12 @@ for candidates in ({lists!r}, {lists[1]!r}):
     for candidates, line in zip((lists, lists[1]), found.splitlines(), strict=True):
         expected = blip.rank(pictures(3), [QUESTION], candidates)
         np.testing.assert_allclose(json.loads(line), expected, rtol=0, atol=NOISE)
+
+
+def test_candidates_that_the_tokenizer_cannot_tell_apart_are_named(blip, caplog):
+    blip.rank(pictures(1), [QUESTION], ["red", "green"])
+    assert "the same tokens" not in caplog.text
+    scores = blip.rank(pictures(1), [QUESTION], ["red", "\u732b", "\u72ac", "red"])
+    assert scores[0, 1] == scores[0, 2]
+    assert "different candidates have the same tokens" in caplog.text
+    assert "'\u732b', '\u72ac'." in caplog.text

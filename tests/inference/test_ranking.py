@@ -7,7 +7,15 @@ import pytest
 
 from jax_instructblip.data.batch import IGNORE
 from jax_instructblip.inference import ranking
-from jax_instructblip.inference.ranking import Sizes, make_plan, pair_logprobs, round_up, score
+from jax_instructblip.inference.ranking import (
+    Sizes,
+    describe_same,
+    make_plan,
+    pair_logprobs,
+    round_up,
+    same_tokens,
+    score,
+)
 from jax_instructblip.models.instructblip import InstructBlip
 from tests.micro import make_batch, micro
 from tests.numerics import random_params
@@ -246,3 +254,12 @@ def test_length_normalise_divides_by_the_tokens(small):
     lengths = np.array([len(ids) for ids in candidates], np.float32)
     found = small.rank([candidates], length_normalise=True)
     np.testing.assert_allclose(found, small.rank([candidates]) / lengths[None], rtol=1e-6)
+
+
+def test_different_texts_of_the_same_ids_are_found():
+    lists = [["<", "{", "a", "<"], ["a", "b"], ["{", "<"]]
+    ids = [[(2, 1), (2, 1), (5, 1), (2, 1)], [(5, 1), (6, 1)], [(2, 1), (2, 1)]]
+    same = same_tokens(lists, ids)
+    assert same == [("<", "{"), ("{", "<")]
+    assert "'<', '{'; '{', '<'. The tokenizer does not know" in describe_same(same)
+    assert "and 7 more sets" in describe_same([("a", "b")] * 10)

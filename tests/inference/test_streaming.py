@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
+from transformers import T5Tokenizer
 
 import jax_instructblip
+from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.streaming import pieces
+from jax_instructblip.models.variants import VARIANTS
 from tests.micro import QUESTION
 from tests.small_checkpoint import write_checkpoint
 
@@ -33,6 +36,36 @@ def test_pieces_are_the_whole_text(kind, shared, tmp_path):
     for _ in range(200):
         ids = rng.integers(0, text.variant.llm.vocab - 1, rng.integers(1, 12)).tolist()
         assert "".join(pieces(text.decode, ids)) == text.decode(ids)
+
+
+REWRITTEN = "he do n't know , what 's it ? We 're here ! It ' s a ' b ' . I 'm ' n't 've"
+
+
+@pytest.mark.parametrize("cleans", [False, True])
+def test_pieces_are_the_whole_text_also_where_it_is_rewritten(cleans, shared):
+    """`clean_up_tokenization_spaces` takes away spaces that stand in a text already."""
+    tokenizer = T5Tokenizer.from_pretrained(
+        shared / "data" / "tokenizers" / "t5", clean_up_tokenization_spaces=cleans
+    )
+    text = object.__new__(TextProcessor)
+    object.__setattr__(text, "llm", tokenizer)
+    object.__setattr__(text, "variant", VARIANTS["instructblip-flan-t5-xl"])
+    assert text.rewrites == cleans
+    ids = tokenizer(REWRITTEN).input_ids
+    assert ("don't know, what's it?" in text.decode(ids)) == cleans
+    vocabulary = sorted(set(ids))
+    rng = np.random.default_rng(0)
+    given = [ids, *(rng.choice(vocabulary, rng.integers(1, 14)).tolist() for _ in range(200))]
+    given += [rng.integers(0, 32_000, 9).tolist() for _ in range(50)]
+    for row in given:
+        found = list(pieces(text.decode, row, rewrites=text.rewrites))
+        assert "".join(found) == text.decode(row)
+    assert len(list(pieces(text.decode, ids, rewrites=text.rewrites))) > 10
+
+
+def test_a_decoder_of_the_folder_is_not_trusted():
+    found = list(pieces(lambda ids: "".join(map(chr, ids)), b"to be or not", rewrites=True))
+    assert found == ["to", " be", " or", " not"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 2.0, "seed": 3}])

@@ -23,7 +23,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import common
 from jax_instructblip import checkpoint, trees
 from jax_instructblip.data.loader import put
-from jax_instructblip.evaluation import families
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.models.layers import Scan, Scans
@@ -285,7 +284,10 @@ def _evaluate(
 ):
     """The mean log-probability of the answers: a number that tells weights apart."""
     blip = InstructBlipPipeline(model.variant, params, text, dtype=model.dtype, mesh=mesh)
-    answers = families.answer(blip, records, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    images, prompts = zip(*((list(each.images), each.prompt) for each in records), strict=True)
+    answers = blip.generate(
+        list(images), list(prompts), batch_size=batch_size, max_new_tokens=max_new_tokens
+    )
     return {"accuracy": float(np.mean([each.logprob for each in answers]))}
 
 

@@ -6,9 +6,9 @@ from jax_instructblip.data import prepare
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.evaluation import answering, validation
-from jax_instructblip.evaluation.benchmarks import BENCHMARKS
 from jax_instructblip.evaluation.metric import MetricError
-from jax_instructblip.evaluation.stored import Row
+from jax_instructblip.evaluation.protocol import BENCHMARKS
+from jax_instructblip.evaluation.stored import Prediction
 from jax_instructblip.evaluation.task import open_task
 from jax_instructblip.inference.pipeline import load
 from jax_instructblip.training.metrics import read_metrics
@@ -67,8 +67,13 @@ def test_a_prepared_dataset_is_measured_by_its_own_metric(files, prepared, monke
     """All that `evaluate --datasets` does but for the files that it writes."""
 
     def best(blip, task, questions, *, size, take):
-        take([Row(each.id, text=each.choices[number % 2]) for number, each in enumerate(chosen)])
-        asked.append((task.preset.name, task.split, len(questions.units), size))
+        take(
+            [
+                Prediction(each.id, text=each.choices[number % 2])
+                for number, each in enumerate(chosen)
+            ]
+        )
+        asked.append((task.name, task.split, len(questions.units), size))
 
     path, asked = prepared / "iconqa", []
     task = open_task(BENCHMARKS["iconqa"], path, "llama", limit=LIMIT)

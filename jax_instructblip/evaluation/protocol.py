@@ -1,0 +1,302 @@
+"""What is asked of which dataset, how it is answered and scored, and what the paper reports of it.
+
+    protocol = get_protocol("nocaps")
+    blip.generate(images, [protocol.prompt], **protocol.settings(blip.variant.llm.kind))
+    protocol.metric, protocol.paper     -> "cider", {"instructblip-flan-t5-xl": 119.9, ...}
+
+One row a benchmark; beside them four ways to ask for every day. What the published figures were
+decoded with is partly code, not paper: the released tasks do not hand on every value of their
+configurations. A row says what reached the model. Lengths are new tokens; the released code counts
+one id more, which stands before them.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jax_instructblip import tables
+from jax_instructblip.data import templates
+from jax_instructblip.inference.generation_config import GenerationConfig
+from jax_instructblip.models.variants import VARIANTS, Variant
+
+GENERATE = (
+    *("num_beams", "length_penalty", "repetition_penalty"),
+    *("max_new_tokens", "min_new_tokens", "length_rule"),
+)
+RANK = ("length_normalise",)
+
+# InstructBLIP (arXiv 2305.06500), table 1: zero-shot results, in percent, of these models.
+MODELS = (
+    "instructblip-flan-t5-xl",
+    "instructblip-flan-t5-xxl",
+    "instructblip-vicuna-7b",
+    "instructblip-vicuna-13b",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """One way to ask, and to measure: data, not code.
+
+    Attributes:
+      name: what flags, files and results call it.
+      dataset: the row of the table of datasets that its records come from; "" for none.
+      split: what is evaluated unless another is named; "" where there is no usual one.
+      prompt: the prompt, with placeholders where a record's texts go (`templates.dress`).
+      metric: a name of `metrics.METRICS`, which follows the rule of the published numbers; ""
+        where nothing is scored.
+      ranking: whether an answer is chosen among candidates (`blip.rank`) or generated.
+      words: of a ranking, for each of the record's choices the words that stand for it; () where
+        the choices themselves are ranked.
+      decoding: how answers are generated; of a ranking, if it is told to generate.
+      llama: settings of `decoding` that differ with a LLaMA.
+      length_normalise: of a ranking, as in `blip.rank`.
+      paper: what InstructBLIP reports, in percent, by the names of its models.
+      notes: what is not known, or not as it seems.
+    """
+
+    name: str
+    prompt: str
+    dataset: str = ""
+    split: str = ""
+    metric: str = ""
+    ranking: bool = False
+    words: tuple[tuple[str, ...], ...] = ()
+    decoding: GenerationConfig = GenerationConfig()  # noqa: RUF009 (frozen)
+    llama: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    length_normalise: bool = False
+    paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def mode(self) -> str:
+        """How it is answered, in a word."""
+        return "ranked" if self.ranking else "generated"
+
+    def config(self, llm: str = "t5") -> GenerationConfig:
+        """How answers are generated with a language model of this kind (`variant.llm.kind`)."""
+        return self.decoding.replace(**self.llama) if llm == "llama" else self.decoding
+
+    def settings(self, llm: str = "t5") -> dict[str, Any]:
+        """Keyword arguments of `blip.generate`, or of `blip.rank` if `ranking`."""
+        if self.ranking:
+            return {name: getattr(self, name) for name in RANK}
+        config = self.config(llm)
+        return {name: getattr(config, name) for name in GENERATE} | config.changed()
+
+    def override(self, fields: Mapping[str, Any], llm: str = "t5") -> "Protocol":
+        """The protocol with other values: `prompt`, `ranking`, settings by name.
+
+        Settings of the other way of answering are left out.
+
+        Raises:
+          ValueError: a setting cannot be so.
+        """
+        own = {name: fields[name] for name in ("prompt", "ranking", *RANK) if name in fields}
+        config = self.config(llm)
+        if not fields.get("ranking", self.ranking):
+            config = config.replace(**{name: fields[name] for name in GENERATE if name in fields})
+        return dataclasses.replace(self, decoding=config, llama={}, **own)
+
+
+# The configurations of the released code, as they reach `generate`: of captioning all of it; of
+# questions no length penalty, for which `predict_answers` has a default of its own, -1 with T5 and
+# 0 with LLaMA, and no repetition penalty, whose default is `generate`'s.
+_CAPTION: dict[str, Any] = {
+    "decoding": GenerationConfig(
+        num_beams=5, repetition_penalty=1.15, max_new_tokens=80, min_new_tokens=9
+    ),
+    "llama": {"max_new_tokens": 79},
+}
+_SHORT: dict[str, Any] = {
+    "decoding": GenerationConfig(
+        num_beams=5, length_penalty=-1.0, repetition_penalty=1.5, max_new_tokens=10
+    ),
+    "llama": {"length_penalty": 0.0, "max_new_tokens": 9},
+}
+_LONG: dict[str, Any] = {  # the defaults of `generate`
+    "decoding": GenerationConfig(num_beams=5, repetition_penalty=1.5, max_new_tokens=256),
+    "llama": {"max_new_tokens": 255},
+}
+_RANKED: dict[str, Any] = {"ranking": True, **_SHORT}
+
+_CAPTION_PROMPT = "A short image description."
+# Appendix E names it for GQA, VizWiz and the video sets; VQAv2 and OK-VQA are asked the same way.
+_QUESTION = "Question: {question} Short answer:"
+_OPTIONS = "Question: {question} Options: {options}. Short answer:"
+_GENERATED_QUESTION = "Given the image, generate a question whose answer is: {answer}. Question:"
+
+_UNSCORED: dict[str, Any] = {"notes": ("The paper does not score it.",)}
+_CANDIDATES = "Ranked over `read_candidates`; the released code generates."
+
+
+def _paper(*values: float) -> dict[str, float]:
+    return dict(zip(MODELS, values, strict=True))
+
+
+def _row(
+    name: str, split: str, metric: str, prompt: str, decoding: Mapping[str, Any], **fields: Any
+) -> Protocol:
+    return Protocol(
+        name, prompt, split=split, metric=metric, **{"dataset": name, **decoding, **fields}
+    )
+
+
+EVERY_DAY = (
+    Protocol("caption", _CAPTION_PROMPT, **_CAPTION),
+    Protocol("vqa_short", _QUESTION, **_SHORT),
+    Protocol("describe", "Write a detailed description.", **_LONG),
+    Protocol("rank", "{question}", **_RANKED),
+)
+_BENCHMARKS = (
+    _row("coco_caption", "test", "cider", _CAPTION_PROMPT, _CAPTION),
+    _row("web_capfilt", "", "", _CAPTION_PROMPT, _CAPTION, **_UNSCORED),
+    _row(
+        *("nocaps", "val", "cider", _CAPTION_PROMPT, _CAPTION),
+        paper=_paper(119.9, 120.0, 123.1, 121.9),
+    ),
+    _row(
+        *("flickr30k", "test", "cider", _CAPTION_PROMPT, _CAPTION),
+        paper=_paper(84.5, 83.5, 82.4, 82.8),
+    ),
+    _row("textcaps", "val", "cider", _CAPTION_PROMPT, _CAPTION),
+    _row(
+        *("gqa", "testdev", "exact_match", _QUESTION, _SHORT),
+        paper=_paper(48.4, 47.9, 49.2, 49.5),
+    ),
+    _row(
+        *("vsr", "test", "accuracy"),
+        'Based on the image, is this statement true or false? "{question}" Answer:',
+        _SHORT,
+        paper=_paper(64.8, 65.6, 54.3, 52.1),
+        notes=(
+            "Whether the paper generated is not known; users rank yes, true, no, false.",
+            "The size of the paper's test set is not known.",
+        ),
+    ),
+    _row(
+        *("iconqa", "test", "accuracy", _OPTIONS, _RANKED),
+        paper=_paper(50.0, 51.2, 43.1, 44.8),
+    ),
+    # Numbers of VQAv2 are those of its test servers.
+    _row("vqav2", "val", "vqa_accuracy_evalai", _QUESTION, _SHORT),
+    _row(
+        *("vizwiz", "val", "vqa_accuracy_evalai", _QUESTION, _SHORT),
+        paper=_paper(32.7, 30.9, 34.5, 33.4),
+        notes=("The paper scored test-dev on the server, whose answers are not public.",),
+    ),
+    _row("okvqa", "val", "vqa_accuracy_lavis", _QUESTION, _SHORT),
+    _row("aokvqa", "val", "direct_answer", _QUESTION, _SHORT),
+    _row(
+        *("scienceqa", "test", "accuracy"),
+        "Context: {context} Question: {question} Options: {options}. Answer:",
+        _RANKED,
+        paper=_paper(70.4, 70.6, 60.5, 63.1),
+        notes=("Whether texts or letters were ranked is not known.",),
+    ),
+    _row(
+        *("textvqa", "val", "vqa_accuracy_evalai"),
+        "OCR tokens: {ocr}. Question: {question} Short answer:",
+        _SHORT,
+        paper=_paper(46.6, 46.6, 50.1, 50.7),
+    ),
+    _row("ocrvqa", "test", "exact_match", _QUESTION, _SHORT),
+    *(
+        _row(f"{name}_questions", "", "", _GENERATED_QUESTION, _LONG, **_UNSCORED)
+        for name in ("vqav2", "okvqa", "aokvqa")
+    ),
+    _row(
+        *("msvd_qa", "test", "exact_match", _QUESTION, _RANKED),
+        paper=_paper(43.4, 44.3, 41.8, 41.2),
+        notes=(_CANDIDATES,),
+    ),
+    _row(
+        *("msrvtt_qa", "test", "exact_match", _QUESTION, _RANKED),
+        paper=_paper(25.0, 25.6, 22.1, 24.8),
+        notes=(_CANDIDATES,),
+    ),
+    _row(
+        *("ivqa", "test", "ivqa_accuracy", _QUESTION, _SHORT),
+        paper=_paper(53.1, 53.8, 52.2, 51.0),
+    ),
+    _row(
+        *("visual_dialog", "val", "mrr"),
+        "Dialog history: {history}\n Question: {question} Short answer:",
+        _RANKED,
+        paper=_paper(46.6, 48.5, 45.2, 45.4),
+        notes=("Whether the paper scored all ten rounds or the last is not known.",),
+    ),
+    _row(
+        *("hateful_memes", "val", "auroc"),
+        'This is an image with: "{context}" written on it. {question} Answer:',
+        _RANKED,
+        words=(("yes", "true"), ("no", "false")),
+        paper=_paper(56.6, 54.1, 59.6, 57.5),
+        notes=(
+            "How one score was made of the four words is not known.",
+            "On which split the paper scored is not known.",
+        ),
+    ),
+    *(
+        _row(f"llava_{kind}", "", "", "{question}", _LONG, **_UNSCORED)
+        for kind in ("conversation", "detail", "reasoning")
+    ),
+    _row(
+        *("aokvqa_choices", "val", "accuracy", templates.CHOICE[0], _RANKED),
+        dataset="aokvqa",
+        notes=("Multiple choice; the prompt is that of training, as the paper gives none.",),
+    ),
+)
+BENCHMARKS: dict[str, Protocol] = {row.name: row for row in _BENCHMARKS}
+PROTOCOLS: dict[str, Protocol] = {row.name: row for row in EVERY_DAY} | BENCHMARKS
+
+# What `--datasets held_out` stands for, in the order of the paper's table.
+HELD_OUT = (
+    *("nocaps", "flickr30k", "gqa", "vsr", "iconqa", "textvqa", "visual_dialog", "hateful_memes"),
+    *("vizwiz", "scienceqa", "msvd_qa", "msrvtt_qa", "ivqa"),
+)
+
+
+def get_protocol(name: str) -> Protocol:
+    """The row of that name; a ValueError with those spelled alike where there is none."""
+    return tables.find(PROTOCOLS, name, "protocol")
+
+
+def get_benchmark(name: str) -> Protocol:
+    """The row of a dataset; a ValueError with those spelled alike where there is none."""
+    return tables.find(BENCHMARKS, name, "dataset")
+
+
+def table() -> str:
+    """All rows for people: what is asked of which split, how it is answered and scored."""
+    lines = []
+    for name, row in PROTOCOLS.items():
+        scored = f"scored by {row.metric}" if row.metric else "not scored"
+        split = (row.split or "any split") if row.dataset else "for every day"
+        lines.append(f"{name}: {split}, {row.mode}, {scored}")
+        lines.append(f"  prompt: {row.prompt!r}")
+        settings = {kind: row.settings(kind) for kind in ("t5", "llama")}
+        for kind, values in settings.items():
+            if kind == "t5" or values != settings["t5"]:
+                said = ", ".join(f"{field} {value}" for field, value in values.items())
+                lines.append(f"  {'settings' if kind == 't5' else 'with a LLaMA'}: {said}")
+        if row.words:
+            lines.append(f"  ranked: {'; '.join(' or '.join(words) for words in row.words)}")
+        if row.paper:
+            numbers = ", ".join(f"{model} {value}" for model, value in row.paper.items())
+            lines.append(f"  paper: {numbers}")
+        lines += [f"  note: {note}" for note in row.notes]
+    return "\n".join(lines)
+
+
+def paper_model(variant: Variant) -> str:
+    """Which of the paper's models has these sizes; "" for none."""
+
+    def sizes(variant: Variant) -> tuple[object, ...]:
+        llm, qformer, vision = variant.llm, variant.qformer, variant.vision
+        depth = getattr(llm, "layers", 0) or getattr(llm, "encoder_layers", 0)
+        return (llm.kind, llm.width, depth, qformer.width, qformer.layers, qformer.queries) + (
+            *(vision.width, vision.layers, qformer.instruction_aware),
+        )
+
+    return next((name for name in MODELS if sizes(VARIANTS[name]) == sizes(variant)), "")
