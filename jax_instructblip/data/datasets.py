@@ -35,9 +35,7 @@ def table() -> str:
     lines = []
     for dataset in DATASETS.values():
         use = "held in" if dataset.held_in else "held out"
-        scored = f", scored by {dataset.metric}" if dataset.metric else ""
-        ranked = ", ranked" if dataset.ranking else ""
-        lines.append(f"{dataset.name}: {dataset.family}, {use}{scored}{ranked}")
+        lines.append(f"{dataset.name}: {dataset.family}, {use}")
         for split, names in dataset.files.items():
             count = f"{dataset.counts[split]:,} records" if split in dataset.counts else ""
             again = " and ".join(dataset.rerelease.get(split, ()))

@@ -14,7 +14,7 @@ from jax_instructblip.commands import evaluate
 from jax_instructblip.data import prepare
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.evaluation import captioning
-from jax_instructblip.evaluation.protocol import HELD_OUT
+from jax_instructblip.evaluation.protocol import BENCHMARKS, HELD_OUT
 from jax_instructblip.evaluation.stored import read_rows
 from tests.data.layouts import write_all
 from tests.evaluation.parrots import Parrot
@@ -80,7 +80,7 @@ def test_every_held_out_dataset_from_folder_to_report(
             continue
         assert result["value"] is not None and not result["unscored"], result
         assert all(row.score is not None and row.text for row in rows), rows
-        ranked = DATASETS[name].ranking
+        ranked = BENCHMARKS[name].ranking
         assert all(bool(row.candidates) == ranked == bool(row.scores) for row in rows)
         if name in captions:
             assert result["left_out"] == dict.fromkeys(("meteor", "spice"), "it needs Java")

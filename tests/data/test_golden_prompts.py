@@ -20,6 +20,7 @@ from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.mixture import instruct
 from jax_instructblip.data.readers.dataset import FAMILIES
 from jax_instructblip.data.text import TextProcessor, load_tokenizers
+from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.models.variants import get_variant
 from tests.data.layouts import LAYOUTS, write_all
 
@@ -37,7 +38,7 @@ def prompts_of(name: str, raw: Path) -> dict:
     return {
         "record": record.id,
         "training": [list(pair) for pair in dict.fromkeys(drawn)],
-        "zero_shot": templates.dress(dataset.prompt, record, record.answers[0]),
+        "zero_shot": templates.dress(BENCHMARKS[name].prompt, record, record.answers[0]),
     }
 
 

@@ -25,9 +25,6 @@ TOY = Dataset(
     files={"train": ("toy.json",), "test": ("toy.json",)},
     counts={"train": COUNT},
     templates="question",
-    prompt="{question}",
-    metric="accuracy",
-    ranking=False,
     licence="",
     source="",
 )

@@ -298,7 +298,6 @@ def _coco_number(row: dict[str, Any], where: str) -> str:
     return str(int(digits))
 
 
-_SHORT = "A short image description."
 _LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/datasets"
 
 DATASETS = (
@@ -311,9 +310,6 @@ DATASETS = (
         rerelease=COCO_LAVIS,
         counts={"train": 566_747, "test": 5_000, "val2017": 5_000},
         templates="caption",
-        prompt=_SHORT,
-        metric="cider",
-        ranking=False,
         licence="captions CC BY 4.0; images: terms of Flickr",
         source="dataset_coco.json: https://cs.stanford.edu/people/karpathy/deepimagesent/"
         f"caption_datasets.zip; coco_karpathy_*.json: {_LAVIS}; annotations/ and images: "
@@ -329,9 +325,6 @@ DATASETS = (
         files=WEB_CAPFILT,
         counts={},
         templates="caption",
-        prompt=_SHORT,
-        metric="",
-        ranking=False,
         licence="not stated; the images belong to the owners of the web pages",
         source="not public: about 14 million (13,873,136 in LAVIS) web images with captions made "
         "and filtered by BLIP; lists of addresses and captions: https://github.com/salesforce/BLIP",
@@ -347,9 +340,6 @@ DATASETS = (
         rerelease=NOCAPS_LAVIS,
         counts={"val": 4_500, "test": 10_600},
         templates="caption",
-        prompt=_SHORT,
-        metric="cider",
-        ranking=False,
         licence="images CC BY 2.0 (Open Images)",
         source=f"https://nocaps.org/download; nocaps_*.json: {_LAVIS}",
         notes="Images in val/ and test/. Test captions are not public. CIDEr overall takes its "
@@ -364,9 +354,6 @@ DATASETS = (
         rerelease=FLICKR_LAVIS,
         counts={"test": 1_000},
         templates="caption",
-        prompt=_SHORT,
-        metric="cider",
-        ranking=False,
         licence="research and education only; images: terms of Flickr",
         source="dataset_flickr30k.json: https://cs.stanford.edu/people/karpathy/deepimagesent/"
         f"caption_datasets.zip; flickr30k_*.json: {_LAVIS}; images on request: "
@@ -382,9 +369,6 @@ DATASETS = (
         files=TEXTCAPS,
         counts={"train": 109_765},
         templates="caption",
-        prompt=_SHORT,
-        metric="cider",
-        ranking=False,
         licence="CC BY 4.0",
         source="https://textvqa.org/textcaps/dataset (captions and images), "
         "https://textvqa.org/dataset (Rosetta OCR)",

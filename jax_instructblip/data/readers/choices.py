@@ -21,7 +21,7 @@ from jax_instructblip.data.readers.files import (
     texts_of,
     unique,
 )
-from jax_instructblip.data.readers.vqa import SHORT_ANSWER, as_questions
+from jax_instructblip.data.readers.vqa import as_questions
 from jax_instructblip.data.records import Record
 
 _SPLITS = ("train", "val", "test")
@@ -150,8 +150,6 @@ def _choose(row: dict[str, Any], name: str | None, where: str) -> tuple[tuple[st
     return kept, sum(bool(choice.strip()) for choice in choices[:correct])
 
 
-_OPTIONS = "Question: {question} Options: {options}. Short answer:"
-
 _AOKVQA = Dataset(
     name="aokvqa",
     family="knowledge-grounded image QA",
@@ -160,9 +158,6 @@ _AOKVQA = Dataset(
     files=AOKVQA,
     counts={"train": 17_056, "val": 1_145, "test": 6_702},
     templates="question",
-    prompt=SHORT_ANSWER,
-    metric="direct_answer",
-    ranking=False,
     licence="Apache-2.0; images: terms of Flickr",
     source="https://github.com/allenai/aokvqa (aokvqa_v1p0.tar.gz); LAVIS: https://storage."
     "googleapis.com/sfr-vision-language-research/LAVIS/datasets/aokvqa/; images: "
@@ -182,9 +177,6 @@ DATASETS = (
         files=SCIENCEQA,
         counts={"test": 2_017},
         templates="choice",
-        prompt="Context: {context} Question: {question} Options: {options}. Answer:",
-        metric="accuracy",
-        ranking=True,
         licence="CC BY-NC-SA 4.0",
         source="https://github.com/lupantech/ScienceQA (data/scienceqa/problems.json, "
         "tools/download.sh for images)",
@@ -201,9 +193,6 @@ DATASETS = (
         rerelease=ICONQA_LAVIS,
         counts={"train": 18_946, "val": 6_316, "test": 6_316},
         templates="choice",
-        prompt=_OPTIONS,
-        metric="accuracy",
-        ranking=True,
         licence="CC BY-NC-SA 4.0",
         source="https://iconqa2021.s3.us-west-1.amazonaws.com/iconqa_data.zip; LAVIS: "
         "https://storage.googleapis.com/sfr-xinstructblip-data-research/data/iconqa/"

@@ -37,9 +37,6 @@ class Dataset:
       counts: expected number of records of a split, where it is known.
       templates: the list of `data/templates.py` that dresses a training prompt; "" for a dataset
         that brings its own instructions.
-      prompt: the zero-shot prompt; placeholders are those of `templates.dress`.
-      metric: how answers are scored; "" where nothing is.
-      ranking: whether an answer is chosen among candidates instead of generated.
       licence: of annotations or images, as the source states it.
       source: where to get the files.
       notes: what is dead, differs between releases, or could not be verified.
@@ -56,9 +53,6 @@ class Dataset:
     files: Mapping[str, tuple[str, ...]]
     counts: Mapping[str, int]
     templates: str
-    prompt: str
-    metric: str
-    ranking: bool
     licence: str
     source: str
     notes: str = ""

@@ -222,9 +222,6 @@ def _llava_dataset(name: str, read: Reader, notes: str) -> Dataset:
         rerelease=LLAVA_WHOLE,
         counts={},
         templates="",
-        prompt="{question}",
-        metric="",
-        ranking=False,
         licence="CC BY 4.0, and the terms of OpenAI (made by GPT-4); images: terms of Flickr",
         source="https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K; images: COCO "
         "train2017, https://cocodataset.org/#download",
@@ -242,9 +239,6 @@ DATASETS: tuple[Dataset, ...] = (
         files=VISDIAL,
         counts={"val": 20_640},
         templates="question",
-        prompt="Dialog history: {history}\n Question: {question} Short answer:",
-        metric="mrr",
-        ranking=True,
         licence="CC BY 4.0; images: terms of Flickr",
         source="https://visualdialog.org/data",
         notes="Images in VisualDialog_val2018/ and VisualDialog_test2018/. Scored on val: 2,064 "

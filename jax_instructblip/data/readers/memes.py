@@ -73,9 +73,6 @@ DATASETS: tuple[Dataset, ...] = (
             "test_unseen": 2_000,
         },
         templates="question",
-        prompt='This is an image with: "{context}" written on it. {question} Answer:',
-        metric="auroc",
-        ranking=True,
         licence="for research only, by Meta's agreement",
         source="https://ai.meta.com/tools/hatefulmemes (the page of the competition is gone)",
         notes="Images in img/. val and test are the seen sets; the other release is the older one, "

@@ -19,7 +19,6 @@ from jax_instructblip.data.readers.files import (
     text_of,
     unique,
 )
-from jax_instructblip.data.readers.vqa import SHORT_ANSWER
 from jax_instructblip.data.records import Record
 
 GQA = {split: (f"{split}_balanced_questions.json",) for split in ("train", "val", "testdev")}
@@ -101,9 +100,6 @@ DATASETS = (
         files=GQA,
         counts={},
         templates="question",
-        prompt=SHORT_ANSWER,
-        metric="exact_match",
-        ranking=False,
         licence="CC BY 4.0",
         source="https://cs.stanford.edu/people/dorarad/gqa/download.html; "
         "LAVIS, under the same names: https://storage.googleapis.com/"
@@ -118,9 +114,6 @@ DATASETS = (
         files=VSR,
         counts={"test": 1_222, "dev": 340, "random_test": 2_195, "random_dev": 1_097},
         templates="question",
-        prompt='Based on the image, is this statement true or false? "{question}" Answer:',
-        metric="accuracy",
-        ranking=False,
         licence="Apache-2.0; images: terms of Flickr",
         source="https://github.com/cambridgeltl/visual-spatial-reasoning (folder data)",
         notes="Images in images/. train, dev and test are the zero-shot split; the size of test "

@@ -142,7 +142,6 @@ def _ivqa(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]
 
 
 _FAMILY = "video QA"
-_PROMPT = "Question: {question} Short answer:"
 _SERVED = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/datasets"
 _XU = "https://github.com/xudejing/video-question-answering"
 _RANKED = (
@@ -160,9 +159,6 @@ DATASETS: tuple[Dataset, ...] = (
         rerelease=MSVD,
         counts={"test": 13_157},
         templates="question",
-        prompt=_PROMPT,
-        metric="exact_match",
-        ranking=True,
         shared_candidates=read_candidates,
         candidate_files=CANDIDATES,
         licence="questions MIT; videos from YouTube, not included",
@@ -179,9 +175,6 @@ DATASETS: tuple[Dataset, ...] = (
         rerelease=MSRVTT,
         counts={"val": 12_278},
         templates="question",
-        prompt=_PROMPT,
-        metric="exact_match",
-        ranking=True,
         shared_candidates=read_candidates,
         candidate_files=CANDIDATES,
         licence="questions MIT; videos from YouTube, not included",
@@ -197,9 +190,6 @@ DATASETS: tuple[Dataset, ...] = (
         files=IVQA,
         counts={},
         templates="question",
-        prompt=_PROMPT,
-        metric="ivqa_accuracy",
-        ranking=False,
         licence="not stated for the questions; videos of HowTo100M, not included",
         source="https://github.com/antoyang/just-ask (train.csv, val.csv, test.csv)",
         notes="Clips in videos/, VIDEO_START_END.mp4: cut them out of the videos first. About "

@@ -203,8 +203,6 @@ def _file_in(folder: str, row: dict[str, Any], where: str) -> str:
     return f"{folder}/{text_of(row, 'image_id', where)}"
 
 
-# Appendix E names it for GQA, VizWiz and the video sets; VQAv2 and OK-VQA are asked the same way.
-SHORT_ANSWER = "Question: {question} Short answer:"
 _VQA_LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/datasets"
 _COCO_IMAGES = "https://cocodataset.org/#download"
 
@@ -217,9 +215,6 @@ _VQAV2 = Dataset(
     rerelease=VQAV2_LAVIS,
     counts={"train": 443_757, "val": 214_354},
     templates="question",
-    prompt=SHORT_ANSWER,
-    metric="vqa_accuracy_evalai",
-    ranking=False,
     licence="annotations CC BY 4.0; images: terms of Flickr",
     source=f"https://visualqa.org/download.html; LAVIS: {_VQA_LAVIS}/vqav2/vqa_train.json, "
     f"vqa_val.json; images: {_COCO_IMAGES}",
@@ -235,9 +230,6 @@ _OKVQA = Dataset(
     rerelease=OKVQA_LAVIS,
     counts={"train": 9_009, "val": 5_046},
     templates="question",
-    prompt=SHORT_ANSWER,
-    metric="vqa_accuracy_lavis",
-    ranking=False,
     licence="annotations CC BY 4.0; images: terms of Flickr",
     source=f"https://okvqa.allenai.org/download.html; LAVIS: {_VQA_LAVIS}/okvqa/okvqa_train.json; "
     f"images: {_COCO_IMAGES}",
@@ -263,8 +255,6 @@ def as_questions(answering: Dataset, read: Callable[..., Iterator[Record]]) -> D
         rerelease={k: v for k, v in answering.rerelease.items() if k == "train"},
         counts={k: v for k, v in answering.counts.items() if k == "train"},
         templates="question_generation",
-        prompt="Given the image, generate a question whose answer is: {answer}. Question:",
-        metric="",
         notes=f"The files of {answering.name}, train alone: the paper does not score it.",
     )
 
@@ -280,9 +270,6 @@ DATASETS = (
         rerelease=VIZWIZ_TOOL,
         counts={"val": 4_319},
         templates="question",
-        prompt=SHORT_ANSWER,
-        metric="vqa_accuracy_evalai",
-        ranking=False,
         licence="CC BY 4.0",
         source="https://vizwiz.org/tasks-and-datasets/vqa",
         notes="Images in train/, val/ and test/. Test answers are not public: the paper's figure "

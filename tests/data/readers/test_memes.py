@@ -6,6 +6,7 @@ from jax_instructblip.data.readers.files import AnnotationError
 from jax_instructblip.data.readers.memes import DATASETS, read_hateful_memes
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.templates import dress
+from jax_instructblip.evaluation.protocol import BENCHMARKS
 
 ROW = {"id": 8291, "img": "img/08291.png", "label": 1, "text": "white people is this"}
 
@@ -51,7 +52,7 @@ def test_files_of_both_releases(tmp_path, split, file):
 def test_the_prompt_of_the_table(tmp_path):
     write(tmp_path / "train.jsonl", ROW)
     (record,) = read_hateful_memes(tmp_path, "train")
-    assert dress(DATASETS[0].prompt, record) == (
+    assert dress(BENCHMARKS["hateful_memes"].prompt, record) == (
         'This is an image with: "white people is this" written on it. Is it hateful? Answer:'
     )
 
@@ -79,4 +80,4 @@ def test_bad_lines(tmp_path, rows, message):
 
 def test_the_row_of_the_table():
     (row,) = DATASETS
-    assert (row.held_in, row.ranking, row.counts["val"]) == (False, True, 500)
+    assert (row.held_in, row.counts["val"]) == (False, 500)
