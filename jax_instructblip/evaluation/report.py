@@ -34,10 +34,12 @@ def line(name: str, result: Mapping[str, Any]) -> str:
     if result["unscored"]:
         return f"{name}: NOT SCORED, {result['unscored']}"
     said = f"{name}: {result['metric']} {result['value']:.2f}"
+    counted = [f"{result['count']} records"]
     if result["standard_error"] is not None:
-        said += f" +- {result['standard_error']:.2f}"
-    said += f" ({result['count']} records"
-    said += f", {len(result['problems'])} could not be asked)" if result["problems"] else ")"
+        counted.append(f"standard error {result['standard_error']:.2f}")
+    if result["problems"]:
+        counted.append(f"{len(result['problems'])} could not be asked")
+    said += f" ({', '.join(counted)})"
     if result["gap"] is not None:
         model = result["paper_model"]
         said += f", paper {result['paper'][model]:.1f} ({SHORT[model]}), gap {result['gap']:+.2f}"

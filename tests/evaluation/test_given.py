@@ -112,7 +112,10 @@ def test_published_answers_give_their_published_headline(shared, tmp_path, capsy
     given = folder / "llava-v1.5-13b_val_results_vqa_format.json"
     words = {"datasets": "textvqa", "data": folder, "out": tmp_path, "predictions": given}
     assert evaluate.main([f"--{name}={value}" for name, value in words.items()]) == 0
-    assert "textvqa: vqa_accuracy_evalai 61.25 (5000 records)" in capsys.readouterr().out
+    assert (
+        "textvqa: vqa_accuracy_evalai 61.25 (5000 records, standard error 0.66)"
+        in capsys.readouterr().out
+    )
     result = json.loads((tmp_path / "results.json").read_text())["datasets"]["textvqa"]
     assert round(result["value"], 2) == 61.25
     assert {name: round(value, 2) for name, value in result["values"].items()} == {

@@ -118,8 +118,8 @@ def test_the_same_as_markdown():
 
 def test_one_line_a_dataset():
     assert line("nocaps", RESULT) == (
-        "nocaps: cider 118.25 +- 1.50 (40 records, 12 could not be asked), paper 119.9 "
-        "(FlanT5-XL), gap -1.65\n  meteor is left out: it needs Java"
+        "nocaps: cider 118.25 (40 records, standard error 1.50, 12 could not be asked), "
+        "paper 119.9 (FlanT5-XL), gap -1.65\n  meteor is left out: it needs Java"
     )
     assert line("gqa", BARE) == "gqa: NOT SCORED, no tools"
 

@@ -48,7 +48,8 @@ def test_answers_scores_and_report(tmp_path):
     assert iconqa[4].candidates == ("aaaaa", "b") and iconqa[4].text == "aaaaa"
     assert iconqa[4].scores == (0.0, pytest.approx(-4 / 7))
     assert (
-        "num_beams 5" in said and "gqa: exact_match 41.67 +- 14.86 (12 records, 1 could not" in said
+        "num_beams 5" in said
+        and "gqa: exact_match 41.67 (12 records, standard error 14.86, 1 could" in said
     )
     document = json.loads((tmp_path / "results.json").read_text())
     assert document["weights"] == "green" and list(document["datasets"]) == ["gqa", "iconqa"]
