@@ -1,0 +1,280 @@
+"""How far bfloat16 is from float64: this package beside PyTorch under autocast.
+
+python -m benchmarks.precision [--models NAME ...]     measures, writes benchmarks/results/
+python -m benchmarks.precision --table                 the written results, as a table
+
+A model with random weights runs on each of `SIDES`, in a process of its own: logits, the gradient
+of the first step, the losses of five steps of the paper's AdamW at its peak rate, and how far these
+moved the trained weights. Frozen weights are numbers that bfloat16 has and dropout is off, so that
+what is compared is the computing.
+
+    float64    transformers on PyTorch, nothing narrower than float64: what the others are held to
+    float32    ours with `model.dtype=float32`: shows that both sides compute the same thing
+    bfloat16   ours as it trains by default
+    autocast   transformers under `torch.autocast(bfloat16)`, weights in float32 (`autocast.py`)
+    released   the same, weights as narrow as LAVIS loads them
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import autocast
+from benchmarks.workload import Lengths, facts
+from jax_instructblip.convert.hf import read_hf
+from jax_instructblip.models.instructblip import InstructBlip
+from jax_instructblip.models.variants import Variant, get_variant
+from jax_instructblip.training.optimizer import adamw
+from jax_instructblip.training.state import create_state, partition
+from jax_instructblip.training.step import compile_step
+from jax_instructblip.trees import flatten
+
+STEPS = 5
+SIDES = ("float64", "float32", "bfloat16", "autocast", "released")
+RESULTS = pathlib.Path("benchmarks/results/precision.json")
+_CUT = {"vision.layers": 4, "qformer.layers": 4, "llm.encoder_layers": 4, "llm.decoder_layers": 4}
+# XLA may leave out a rounding that the program asks for where it fuses; here it may not. Programs
+# run a few times only, so they are compiled quickly.
+_FLAGS = "--xla_allow_excess_precision=false --xla_backend_optimization_level=0"
+
+
+class Case(NamedTuple):
+    """A model to measure.
+
+    Attributes:
+      variant: its sizes.
+      lengths: tokens of a sample.
+      rows: samples of a batch.
+      seeds: of the weights; errors are means over them, largest errors the largest.
+      sharp: factor of the query and head kernels: above 1 the softmaxes are peaked.
+    """
+
+    variant: Variant
+    lengths: Lengths
+    rows: int
+    seeds: int
+    sharp: float
+
+
+_SHORT = Lengths(instruction=8, prompt=12, answer=8)
+CASES = {
+    "FlanT5-XL, 4 + 4 layers": Case(
+        get_variant("instructblip-flan-t5-xl").replace(**_CUT), Lengths(prompt=32), 2, 1, 1.0
+    ),
+    "sharp tiny T5": Case(get_variant("tiny-t5"), _SHORT, 16, 2, 6.0),
+    "sharp tiny Vicuna": Case(get_variant("tiny-vicuna"), _SHORT, 16, 2, 6.0),
+}
+
+
+def question_ids(case: Case, step: int) -> dict[str, np.ndarray]:
+    """Random pixels and ids of the batch of that step, without padding."""
+    rng, lengths = np.random.default_rng(step), case.lengths
+    ids = lambda width, vocab: rng.integers(3, vocab, (case.rows, width)).astype(np.int32)
+    side, vocab = case.variant.vision.image_size, min(case.variant.llm.vocab, 32000) - 2
+    return {
+        "images": rng.integers(0, 256, (case.rows, 1, side, side, 3), dtype=np.uint8),
+        "instruction": ids(lengths.instruction, case.variant.qformer.vocab),
+        "prompt": ids(lengths.prompt, vocab),
+        "answer": ids(lengths.answer, vocab),
+    }
+
+
+def make_batch(case: Case, step: int) -> dict[str, jax.Array]:
+    """The batch of that step as `models/instructblip.py` draws it."""
+    ids = question_ids(case, step)
+    prompt, answer = ids["prompt"], ids["answer"]
+    batch = {"images": ids["images"], "qformer_tokens": ids["instruction"]}
+    batch["qformer_mask"] = np.ones(ids["instruction"].shape, bool)
+    if case.variant.llm.kind == "t5":
+        batch |= {"tokens": prompt, "targets": answer}
+        batch["decoder_tokens"] = np.pad(answer[:, :-1], ((0, 0), (1, 0)))
+    else:
+        batch["tokens"] = np.concatenate([prompt, answer], axis=1)
+        unasked = ((0, 0), (prompt.shape[1] - 1, 1))
+        batch["targets"] = np.pad(answer, unasked, constant_values=-100)
+    batch["mask"] = np.ones(batch["tokens"].shape, bool)
+    return {key: jnp.asarray(leaf) for key, leaf in batch.items()}
+
+
+def measure_ours(case: Case, dtype: str, folder: pathlib.Path, steps: int) -> dict[str, np.ndarray]:
+    """What `measure` returns, of this package computing in `dtype`."""
+
+    def place(path: str, array: np.ndarray) -> jax.Array:
+        return jnp.asarray(array, jnp.float32 if path.startswith("qformer/") else dtype)
+
+    variant, params = read_hf(folder, place=place)
+    still = variant.replace(**{"qformer.dropout": 0.0, "llm.dropout": 0.0})
+    model, narrow = InstructBlip(still, jnp.dtype(dtype)), dtype != "float32"
+    trainable, frozen = partition(params, ("qformer",))
+    rate = lambda _: autocast.RATE
+    optimizer = adamw(rate)
+    step = compile_step(model=model, optimizer=optimizer, schedule=rate, narrow_weights=narrow)
+    # As `compile_step`: the stacked weights are not widened ahead of the scan.
+    options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if narrow else None
+    apply = jax.jit(
+        lambda params, batch: model.apply({"params": params}, batch), compiler_options=options
+    )
+    start = 0 if variant.llm.kind == "t5" else case.lengths.prompt - 1
+    asked = slice(start, start + case.lengths.answer)
+    read = lambda trained: np.asarray(
+        apply({**frozen, **trained}, make_batch(case, 0))[:, asked], np.float64
+    )
+    state = create_state(trainable, optimizer)
+    found, losses = {"logits": read(state.params)}, []
+    for number in range(steps):
+        state, metrics = step(state, frozen, make_batch(case, number), jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+        if number == 0:  # Adam's first moment is a tenth of the gradient
+            moments = flatten(state.optimizer[0].mu).items()
+            found |= {f"gradient:{path}": 10 * np.asarray(leaf) for path, leaf in moments}
+    if steps:
+        found |= {f"after:{path}": np.asarray(leaf) for path, leaf in flatten(state.params).items()}
+        found |= {"losses": np.array(losses), "logits_after": read(state.params)}
+    return found
+
+
+def measure(case: Case, side: str, folder: pathlib.Path, steps: int) -> dict[str, np.ndarray]:
+    """What that side makes of the weights in `folder`.
+
+    logits, logits_after   [B, U, V] of the first batch's answers, before and after the steps
+    losses                 [steps]
+    gradient:PATH          of the first step, by the paths of our tree
+    after:PATH             the trained weights after the steps
+    """
+    if side in ("float32", "bfloat16"):
+        return measure_ours(case, side, folder, steps)
+    batches = [question_ids(case, number) for number in range(max(steps, 1))]
+    return autocast.measure(case.variant, side, folder, batches, steps)
+
+
+def compare(found: dict, truth: dict, before: dict) -> dict[str, float]:
+    """Errors of a side's measurements, as parts of the size of what is measured.
+
+    `truth` are float64's, `before` the trained weights at the start. Key biases do not count: no
+    softmax sees them, their gradients are rounding noise.
+    """
+    errors = {}
+    for name in ("logits", "logits_after"):
+        scale = np.sqrt(np.square(truth[name]).mean())
+        difference = np.abs(found[name] - truth[name])
+        errors[f"{name}_max"] = float(difference.max() / scale)
+        errors[f"{name}_mean"] = float(difference.mean() / scale)
+        same = found[name].argmax(-1) == truth[name].argmax(-1)
+        errors[f"{name}_top1"] = float(same.mean())
+    losses = np.abs(found["losses"] - truth["losses"]) / truth["losses"]
+    errors |= {"loss_max": float(losses.max()), "loss_mean": float(losses.mean())}
+    paths = [path for path in before if not path.endswith("key/bias")]
+    join = lambda leaves: np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in leaves])
+    part = lambda tree, name: join(tree[f"{name}:{path}"] for path in paths)
+    norm = np.linalg.norm
+    gradient, after = part(truth, "gradient"), part(truth, "after")
+    errors["gradient"] = float(norm(part(found, "gradient") - gradient) / norm(gradient))
+    moved = norm(after - join(before[path] for path in paths))
+    errors["drift"] = float(norm(part(found, "after") - after) / moved)
+    return errors
+
+
+def run_side(name: str, side: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """What `measure` returns, from a process of its own: no two frameworks hold memory at once."""
+    out = folder / f"{side}.npz"
+    words = ["--case", name, "--side", side, "--folder", str(folder)]
+    settings = {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(folder.parent),  # other seeds have the same programs
+    }
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.precision", *words],
+        check=True,
+        env={**os.environ, **settings},
+    )
+    with np.load(out) as found:
+        values = dict(found)
+    out.unlink()
+    return values
+
+
+def run_case(name: str) -> dict[str, dict[str, float]]:
+    """The errors of every side but float64."""
+    case, rows = CASES[name], []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(case.seeds):
+            place = pathlib.Path(folder) / "weights"
+            before = autocast.make_weights(case.variant, case.sharp, seed, place)
+            truth = run_side(name, SIDES[0], place)
+            rows.append({})
+            for side in SIDES[1:]:
+                rows[-1][side] = compare(run_side(name, side, place), truth, before)
+                print(name, seed, side, rows[-1][side], flush=True)
+    most = lambda key: max if key.endswith("max") else np.mean
+    return {
+        side: {key: float(most(key)([row[side][key] for row in rows])) for key in rows[0][side]}
+        for side in SIDES[1:]
+    }
+
+
+COLUMNS = {
+    "logits, mean error": "logits_mean",
+    "largest": "logits_max",
+    "top-1 kept": "logits_top1",
+    "loss, mean error": "loss_mean",
+    "gradient": "gradient",
+    "drift in 5 steps": "drift",
+}
+NAMES = {
+    "float32": "ours, float32",
+    "bfloat16": "**ours, bfloat16**",
+    "autocast": "torch autocast, float32 weights",
+    "released": "torch autocast, weights as LAVIS loads them",
+}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| model | side | " + " | ".join(COLUMNS) + " |",
+        "|---|---|" + "---|" * len(COLUMNS),
+    ]
+    for name, sides in results["cases"].items():
+        for side, errors in sides.items():
+            cells = [
+                f"{errors[key]:.1%}" if "top1" in key else f"{errors[key]:.2g}"
+                for key in COLUMNS.values()
+            ]
+            lines.append(f"| {name} | {NAMES[side]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parses the flags; measures and writes, or prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="print the last results")
+    for name in ("case", "side", "folder"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.side:
+        folder = pathlib.Path(flags.folder)
+        found = measure(CASES[flags.case], flags.side, folder, STEPS)
+        np.savez(folder / f"{flags.side}.npz", **found)
+        return
+    if not flags.table:
+        results = {**facts("precision", sys.argv[1:]), "steps": STEPS, "cases": {}}
+        for name in flags.models:
+            results["cases"][name] = run_case(name)
+            flags.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(json.loads(flags.out.read_text())))
+
+
+if __name__ == "__main__":
+    main()
