@@ -12,6 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
+# Of the residual streams, whatever the layers between them compute in: in bfloat16 each sum would
+# be rounded to 8 bits, which is farther from float64 than autocast in PyTorch
+# (benchmarks/precision.py). Embeddings begin a stream in this dtype; sums and norms keep it.
+RESIDUAL = jnp.float32
 BATCH_AXES = ("data", "fsdp")  # mesh axes that split the batch
 FLAGS = ("keep", "train")  # arguments of a layer that are Python booleans
 
@@ -22,6 +26,7 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     "full": None,  # the whole layer, from its input
 }
 
+# To be called with float32: in bfloat16 1 + erf(x) has no digits left where x is below -2.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),  # erf, as PyTorch's default
     "gelu_new": lambda x: nn.gelu(x, approximate=True),
@@ -158,7 +163,7 @@ class Mlp(nn.Module):
         self.out = nn.Dense(self.width, dtype=self.dtype)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return self.out(ACTIVATIONS[self.activation](self.rise(x)))
+        return self.out(ACTIVATIONS[self.activation](self.rise(x).astype(jnp.float32)))
 
 
 class GatedMlp(nn.Module):
@@ -173,8 +178,8 @@ class GatedMlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"], train: bool = False) -> Float[Array, "*B D"]:
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
-        gate = ACTIVATIONS[self.activation](dense(self.hidden, name="gate")(x))
-        hidden = gate * dense(self.hidden, name="in")(x)
+        gate = ACTIVATIONS[self.activation](dense(self.hidden, name="gate")(x).astype(jnp.float32))
+        hidden = (gate * dense(self.hidden, name="in")(x)).astype(self.dtype)
         hidden = Dropout(self.dropout)(hidden, deterministic=not train)
         return dense(self.width, name="out")(hidden)
 

@@ -19,6 +19,7 @@ from jax_instructblip.models.attention import (
 )
 from jax_instructblip.models.cache import look, start, view, write
 from jax_instructblip.models.layers import (
+    RESIDUAL,
     Dropout,
     GatedMlp,
     Head,
@@ -48,10 +49,11 @@ def rotary(positions: Int[Array, "B T"], width: int, theta: float, dtype: Any) -
 
 
 def rotate(x: Float[Array, "B T N K"], rotation: Rotation) -> Float[Array, "B T N K"]:
-    """`x` turned by its position."""
+    """`x` turned by its position, in the dtype of the rotation; the result has that of `x`."""
     cosine, sine = (part[:, :, None, :] for part in rotation)
     first, second = jnp.split(x, 2, axis=-1)
-    return x * cosine + jnp.concatenate([-second, first], axis=-1) * sine
+    turned = x * cosine + jnp.concatenate([-second, first], axis=-1) * sine
+    return turned.astype(x.dtype)
 
 
 class LlamaLayer(nn.Module):
@@ -107,7 +109,7 @@ class Llama(Network):
         c = self.config
         unit = nn.initializers.normal(1.0)
         self.embedding = nn.Embed(
-            c.vocab, c.width, embedding_init=unit, dtype=self.dtype, name="embed"
+            c.vocab, c.width, embedding_init=unit, dtype=RESIDUAL, name="embed"
         )
         layers = scan_layers(LlamaLayer, c.layers, self.scan, call=4, step=3, tree=3)
         self.layers = layers(c, self.dtype)
@@ -115,7 +117,7 @@ class Llama(Network):
         self.head = Head(c.vocab, self.dtype, by_word=self.scan.separate)
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
-        """Token embeddings in the compute dtype."""
+        """Token embeddings, the beginning of a residual stream."""
         return constrain(self.embedding(tokens))
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -125,13 +127,14 @@ class Llama(Network):
     def hidden(self, inputs: Array, real: Array, keep: bool, train: bool) -> tuple[Array, Any]:
         """Normed hidden states `[B, S, D]`; keys and values of all layers where `keep`."""
         rotation = self.rotation(jnp.arange(inputs.shape[1])[None])
-        x, cache = self.layers(inputs, None, causal_mask(real), rotation, keep, train)
+        x = inputs.astype(RESIDUAL)
+        x, cache = self.layers(x, None, causal_mask(real), rotation, keep, train)
         return self.norm(x), cache
 
     def rotation(self, positions: Int[Array, "B T"]) -> Rotation:
         """Cosine and sine of `positions` for the heads of this model."""
         c = self.config
-        return rotary(positions, c.head_width, c.rope_theta, self.dtype)
+        return rotary(positions, c.head_width, c.rope_theta, jnp.float32)
 
     def __call__(
         self,

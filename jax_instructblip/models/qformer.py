@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_instructblip.models.attention import Attention
 from jax_instructblip.models.layers import (
+    RESIDUAL,
     Dropout,
     LayerNorm,
     Mlp,
@@ -103,7 +104,7 @@ class QFormer(Network):
         c = self.config
         image = LayerNorm(c.image_norm_eps, name="image_norm")(image)
         queries = self.param("queries", nn.initializers.normal(0.02), (1, c.queries, c.width))
-        x = jnp.broadcast_to(queries, (image.shape[0], *queries.shape[1:])).astype(self.dtype)
+        x = jnp.broadcast_to(queries, (image.shape[0], *queries.shape[1:])).astype(RESIDUAL)
         mask = None
         if c.instruction_aware:
             if tokens is None or real is None:
@@ -129,10 +130,8 @@ class QFormer(Network):
         """Word plus position embeddings `[B, L, D]`, before the norm."""
         c = self.config
         table = nn.initializers.normal(0.02)
-        words = nn.Embed(
-            c.vocab, c.width, embedding_init=table, dtype=self.dtype, name="text_embed"
-        )
+        words = nn.Embed(c.vocab, c.width, embedding_init=table, dtype=RESIDUAL, name="text_embed")
         places = nn.Embed(
-            c.max_positions, c.width, embedding_init=table, dtype=self.dtype, name="position_embed"
+            c.max_positions, c.width, embedding_init=table, dtype=RESIDUAL, name="position_embed"
         )
         return constrain(words(tokens) + places(jnp.arange(tokens.shape[1]))[None])

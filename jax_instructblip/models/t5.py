@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_instructblip.models.attention import Attention, Part, attend_parts, heads_first
 from jax_instructblip.models.cache import look, start, view, write
 from jax_instructblip.models.layers import (
+    RESIDUAL,
     Dropout,
     GatedMlp,
     Head,
@@ -149,7 +150,7 @@ class T5Stack(nn.Module):
         index = jnp.arange(x.shape[1])
         bias = self.bias(index[None, :] - index[:, None])[None]  # [1, N, T, T]
         drop = functools.partial(self.drop, deterministic=not train)
-        x, _ = self.layers(drop(x), None, mask, bias, encoded, encoded_mask, train)
+        x, _ = self.layers(drop(x.astype(RESIDUAL)), None, mask, bias, encoded, encoded_mask, train)
         return drop(self.norm(x))
 
     def look_at(self, encoded):
@@ -195,7 +196,7 @@ class T5(Network):
         c = self.config
         unit = nn.initializers.normal(1.0)
         self.embedding = nn.Embed(
-            c.vocab, c.width, embedding_init=unit, dtype=self.dtype, name="embed"
+            c.vocab, c.width, embedding_init=unit, dtype=RESIDUAL, name="embed"
         )
         # It runs once an answer, and nothing is gained by taking its stack apart.
         stacked = dataclasses.replace(self.scan, separate=False)
@@ -204,7 +205,7 @@ class T5(Network):
         self.head = Head(c.vocab, self.dtype, by_word=self.scan.separate)
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
-        """Token embeddings in the compute dtype."""
+        """Token embeddings, the beginning of a residual stream."""
         return constrain(self.embedding(tokens))
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, UInt8
 
 from jax_instructblip.models.attention import Attention
 from jax_instructblip.models.layers import (
+    RESIDUAL,
     LayerNorm,
     Mlp,
     Network,
@@ -91,8 +92,8 @@ class VisionTransformer(Network):
         )(normalise(images).astype(self.dtype))
         patches = patches.reshape(images.shape[0], -1, c.width)  # [B, P-1, D], row-major
         small = nn.initializers.truncated_normal(0.02)
-        cls = self.param("cls", small, (1, 1, c.width)).astype(self.dtype)
-        positions = self.param("pos_embed", small, (1, c.tokens, c.width)).astype(self.dtype)
+        cls = self.param("cls", small, (1, 1, c.width)).astype(RESIDUAL)
+        positions = self.param("pos_embed", small, (1, c.tokens, c.width)).astype(RESIDUAL)
         cls = jnp.broadcast_to(cls, (images.shape[0], 1, c.width))
         x = constrain(jnp.concatenate([cls, patches], axis=1) + positions)
         layers = scan_layers(VisionBlock, c.layers, self.scan, call=0)(c, self.dtype, name="layers")

@@ -1,6 +1,7 @@
-"""Every product of a program says how exact it is: float32 ones on all machines are float32."""
+"""How exact a program is: what its products ask for, what its residual streams are summed in."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -80,6 +81,34 @@ def test_narrow_answers_ask_for_nothing(program):
     assert set(asked(programs(model, parameters("t5"))[program])) == {None}
 
 
+def streams(jaxpr: Any) -> Iterator[Any]:
+    """The dtype of every stream `[B, T, D]` that a scan carries from layer to layer."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            first = equation.params["num_consts"]
+            for each in equation.invars[first : first + equation.params["num_carry"]]:
+                if each.aval.ndim == 3 and jnp.issubdtype(each.aval.dtype, jnp.floating):
+                    yield each.aval.dtype
+        for value in jax.tree.leaves(list(equation.params.values())):
+            yield from streams(getattr(value, "jaxpr", value)) if hasattr(value, "eqns") else ()
+
+
+@pytest.mark.parametrize("program", ["generate", "beam", "rank", "logits"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrow_layers_are_summed_in_float32(kind, program):
+    model = InstructBlip(micro(kind), jnp.dtype("bfloat16"))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), parameters(kind))
+    found = list(streams(jax.make_jaxpr(programs(model, params)[program])().jaxpr))
+    assert len(found) >= 3 and set(found) == {jnp.dtype("float32")}, found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_so_are_the_gradients_of_a_training_step(kind):
+    """Also what all layers add to, of the image's features and of the encoder's output."""
+    found = list(streams(step_jaxpr(kind, jnp.bfloat16)))
+    assert len(found) >= 5 and set(found) == {jnp.dtype("float32")}, found
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_of_a_loaded_model(tmp_path, dtype):
     blip = load(write_base(tmp_path / "base"), dtype=dtype)
@@ -92,7 +121,14 @@ def test_of_a_loaded_model(tmp_path, dtype):
     assert set(found) == ({HIGHEST} if dtype == "float32" else {None})
 
 
-def step_precisions(kind: str, dtype: Any, *, mode: str = "jit", remat: str = "none", **more: Any):
+def step_precisions(kind: str, dtype: Any, **settings: Any) -> list[Any]:
+    """The precision that each product of a training step asks for."""
+    found = [each.params["precision"] for each, _ in products(step_jaxpr(kind, dtype, **settings))]
+    assert len(found) > 20
+    return found
+
+
+def step_jaxpr(kind: str, dtype: Any, *, mode: str = "jit", remat: str = "none", **more: Any):
     variant, optimizer, rate = micro(kind), adamw(lambda _: 1e-2), lambda _: 1e-2
     scans = Scans(*(Scan(remat=remat) for _ in range(3)))
     settings = dict(model=InstructBlip(variant, dtype, scans), optimizer=optimizer, schedule=rate)
@@ -102,7 +138,7 @@ def step_precisions(kind: str, dtype: Any, *, mode: str = "jit", remat: str = "n
     else:
         step = functools.partial(train_step, **settings, **more)
     state = jax.eval_shape(functools.partial(create_state, optimizer=optimizer), chosen)
-    return asked(step, state, frozen, make_batch(variant), jax.random.key(0))
+    return jax.make_jaxpr(step)(state, frozen, make_batch(variant), jax.random.key(0)).jaxpr
 
 
 @pytest.mark.parametrize(("kind", "remat"), [("llama", "none"), ("t5", "dots"), ("t5", "full")])

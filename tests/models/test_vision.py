@@ -56,7 +56,7 @@ def test_large_activations_stay_finite_in_bfloat16():
     params = jax.tree.map(lambda leaf: leaf, PARAMS)
     params["pos_embed"] = 1e4 * PARAMS["pos_embed"]
     found = jax.jit(VisionTransformer(CONFIG, jnp.bfloat16).apply)({"params": params}, PIXELS)
-    assert found.dtype == jnp.bfloat16
+    assert found.dtype == jnp.float32  # of the residual stream
     assert jnp.isfinite(found).all() and jnp.abs(found).max() > 1e4
 
 
