@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 import transformers
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders
 
 from jax_instructblip.data.batch import IGNORE
+from jax_instructblip.data.sentencepiece_bpe import split_as_sentencepiece
 from jax_instructblip.fields import text_problem
 from jax_instructblip.models.variants import LlamaConfig, T5Config, Variant
 
@@ -87,7 +88,7 @@ def load_tokenizers(
         special = RELEASED_SPECIAL[kind] if bare else {}
     llm = _read(_CLASSES[kind], llm_folder, "language model's", **special)
     if kind == "llama":
-        _as_sentencepiece(llm, llm_folder)
+        split_as_sentencepiece(llm, llm_folder)
     # [DEC] starts the captions of the first pre-training stage; it makes the vocabulary 30,523.
     bert = transformers.BertTokenizer
     qformer = _read(bert, qformer_folder, "Q-Former's", bos_token="[DEC]")
@@ -299,38 +300,6 @@ def compact(tokens: np.ndarray, mask: np.ndarray, pad_id: int = 0) -> tuple[np.n
     order = np.argsort(~mask, axis=1, kind="stable")
     mask = np.take_along_axis(mask, order, axis=1)
     return np.where(mask, np.take_along_axis(tokens, order, axis=1), pad_id), mask
-
-
-def _as_sentencepiece(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
-    """Makes a LLaMA tokenizer split text as the SentencePiece model of the released code does.
-
-    transformers 5 differs: a leading space replaces the added one instead of following it, and
-    merges made from `tokenizer.model` are ordered by id instead of by score, so that two spaces
-    become one piece before a word is looked for.
-    """
-    backend = tokenizer.backend_tokenizer
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    if not (folder / "tokenizer.model").exists():
-        return
-    import sentencepiece  # only LLaMA folders with tokenizer.model need it
-
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    vocab = {pieces.id_to_piece(i): i for i in range(len(pieces))}
-    ranked = []
-    for piece, i in vocab.items():
-        for k in range(1, len(piece)):
-            left, right = piece[:k], piece[k:]
-            if left in vocab and right in vocab:
-                ranked.append((-pieces.get_score(i), i, vocab[left], vocab[right], left, right))
-    backend.model = models.BPE(
-        vocab=vocab,
-        merges=[(left, right) for *_, left, right in sorted(ranked)],
-        unk_token=tokenizer.unk_token,
-        fuse_unk=True,
-        byte_fallback=True,
-    )
 
 
 def _join_pieces(pieces: Sequence[str]) -> str:
