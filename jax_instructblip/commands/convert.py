@@ -8,12 +8,11 @@ import jax
 
 from jax_instructblip import checkpoint
 from jax_instructblip.convert import hf
-from jax_instructblip.convert.hf_config import name_of
 from jax_instructblip.convert.stored_model import copy_tokenizers
 from jax_instructblip.data.progress import Progress
 from jax_instructblip.files import refuse_addresses
 from jax_instructblip.folders import free_bytes, refuse_existing
-from jax_instructblip.models.variants import VARIANTS
+from jax_instructblip.models.variants import VARIANTS, released_name
 
 
 def main(argv: list[str]) -> int:
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> int:
         manifest = checkpoint.write_tree(args.out, counted(), extra=add)
     dtypes = ", ".join(f"{count} tensors {name}" for name, count in source["dtypes"].items())
     print(
-        f"{args.out}: {name_of(variant) or 'a variant of its own size'}, {dtypes} -> "
+        f"{args.out}: {released_name(variant) or 'a variant of its own size'}, {dtypes} -> "
         f"{len(manifest)} leaves, {leaves.nbytes / 1e9:.2f} GB"
     )
     for key, reason in leaves.dropped.items():

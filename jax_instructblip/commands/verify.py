@@ -17,6 +17,7 @@ from jax_instructblip.evaluation.published import Entry, Image
 from jax_instructblip.files import refuse_addresses
 from jax_instructblip.inference.pipeline import load
 from jax_instructblip.inference.source import read_source
+from jax_instructblip.models.variants import released_name
 
 
 def main(argv: list[str]) -> int:
@@ -26,12 +27,12 @@ def main(argv: list[str]) -> int:
     images, entries = published.read_facts(flags.facts)
     given = _read_images(flags.image, images)
     source = read_source(flags.checkpoint)
-    models = [flags.model] if flags.model else published.models_of(source.variant)
-    mine = [entry for entry in entries if entry.model in ("", *models)]
+    model = flags.model or released_name(source.variant)
+    mine = [entry for entry in entries if entry.model in ("", model)]
     if not mine:
         known = ", ".join(dict.fromkeys(entry.model for entry in entries))
         raise ValueError(
-            f"{flags.facts} has nothing about {' or '.join(models) or 'a model of these sizes'}; "
+            f"{flags.facts} has nothing about {model or 'a model of these sizes'}; "
             f"it knows {known}: name one of them by --model if the checkpoint is one"
         )
     asked = [entry for entry in mine if entry.image in given]

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_instructblip.convert import transforms
-from jax_instructblip.convert.safetensors import ConversionError, Tensor
+from jax_instructblip.convert.safetensors import DEQUANTISE, ConversionError, Tensor
 from jax_instructblip.convert.transforms import Transform
 
 FLOATS = {np.dtype(name) for name in ("float16", "float32", ml_dtypes.bfloat16)}
@@ -197,7 +197,7 @@ def _leaf(
                 (
                     key,
                     f"for {rule.target}: expected float32, float16 or bfloat16, "
-                    f"found {tensors[key].dtype} (a quantised folder?)",
+                    f"found {tensors[key].dtype}{_why(tensors[key].dtype)}",
                 )
             )
         else:
@@ -206,6 +206,11 @@ def _leaf(
         found = "; ".join(f"{dtype}: {', '.join(keys)}" for dtype, keys in dtypes.items())
         failures.append((rule.target, f"its layers have different dtypes: {found}"))
     return Leaf(rule, shape, next(iter(dtypes))) if len(failures) == before else None
+
+
+def _why(dtype: np.dtype) -> str:
+    """What weights of a dtype that is not taken are likely to be, and what to do."""
+    return ": save it in float32" if dtype.kind == "f" else f" (quantised weights? {DEQUANTISE})"
 
 
 def _check_zero(

@@ -1,23 +1,24 @@
-"""A Hugging Face InstructBLIP folder -> our leaves, checked against its config, one at a time."""
+"""A Hugging Face folder -> our leaves, checked against its config, one at a time."""
 
+import os
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax_instructblip import checkpoint
-from jax_instructblip.convert import llama, qformer, t5, vision
-from jax_instructblip.convert.engine import Entry, Plan, make_plan
+from jax_instructblip.convert.engine import Drop, Entry, Plan, make_plan
+from jax_instructblip.convert.families import Family, family_of
 from jax_instructblip.convert.hf_config import (
-    ARCHITECTURE,
     check_variant,
     has_tied_embeddings,
     read_config,
     read_json,
     variant_of,
 )
-from jax_instructblip.convert.safetensors import Tensor, fingerprint, open_folder
+from jax_instructblip.convert.safetensors import ConversionError, Tensor, fingerprint, open_folder
 from jax_instructblip.models.instructblip import param_shapes
-from jax_instructblip.models.variants import T5Config, Variant
+from jax_instructblip.models.variants import Variant
 
 SIDE_FILES = ("generation_config", "preprocessor_config", "processor_config")  # for the export
 
@@ -31,7 +32,7 @@ class Conversion(NamedTuple):
 
 
 def convert_hf(folder: str | Path, variant: str | None = None) -> Conversion:
-    """The conversion of a Hugging Face InstructBLIP folder, checked but with no weight read yet.
+    """The conversion of a Hugging Face folder, checked but with no weight read yet.
 
     `variant` demands the sizes of that released variant. Raises ConversionError with every reason
     why the folder cannot be converted.
@@ -39,27 +40,62 @@ def convert_hf(folder: str | Path, variant: str | None = None) -> Conversion:
     folder = Path(folder)
     config = read_config(folder)
     found = variant_of(folder, config)
+    family = family_of(found)
     if variant is not None:
         check_variant(folder, found, variant)
     tensors = open_folder(folder)
-    table = t5 if isinstance(found.llm, T5Config) else llama
-    tied_head = has_tied_embeddings(config) and table.HEAD not in tensors
+    _check_sizes(folder, found, family, tensors)
+    head = family.languages[found.llm.kind].head
+    tied_head = has_tied_embeddings(config) and head not in tensors
+    entries = family.rules(found, tied_head)
+    _check_prefix(folder, entries, tensors)
     plan = make_plan(
-        rules(found, tied_head),
+        entries,
         tensors,
         checkpoint.flatten(param_shapes(found)),
         f"the tensors of {folder} do not fit its config.json",
     )
-    return Conversion(found, _source(folder, config, tensors, plan, tied_head), plan)
+    source = _source(folder, config, family, tensors, plan, tied_head)
+    return Conversion(found, source, plan)
 
 
-def rules(variant: Variant, tied_head: bool = False) -> list[Entry]:
-    """The tables of all towers of a variant."""
-    if isinstance(variant.llm, T5Config):
-        language = t5.rules(variant.llm, tied_head)
-    else:
-        language = llama.rules(variant.llm, tied_head)
-    return [*vision.rules(variant.vision), *qformer.rules(variant.qformer), *language]
+def _check_sizes(
+    folder: Path, variant: Variant, family: Family, tensors: Mapping[str, Tensor]
+) -> None:
+    """Raises where a size is beyond what any tensor has: nothing is built of it."""
+    longest = max((axis for tensor in tensors.values() for axis in tensor.shape), default=0)
+    most = f"but the longest axis of all tensors is {longest}"
+    wrong = []
+    for name, value, is_count in family.sizes(variant):
+        if is_count and value > len(tensors):
+            wrong.append(f"{name} is {value}, but the folder has {len(tensors)} tensors in all")
+        elif not is_count and value > longest:
+            wrong.append(f"{name} is {value}, {most}")
+    if (length := variant.vision.tokens) > longest:
+        size = variant.vision.image_size
+        wrong.append(f"vision_config.image_size is {size}, {most} (patches and CLS: {length})")
+    if wrong:
+        raise ConversionError(f"{folder}/config.json does not describe its tensors", wrong)
+
+
+def _check_prefix(folder: Path, entries: Iterable[Entry], tensors: Mapping[str, Tensor]) -> None:
+    """Raises, once and with the cure, where all names begin with a word that none should have."""
+    expected = {key for e in entries if not isinstance(e, Drop) for key in e.keys}
+    if not tensors or expected & tensors.keys():
+        return
+    prefix = os.path.commonprefix(list(tensors))
+    prefix = prefix[: prefix.rfind(".") + 1]
+    for end in (n for n, letter in enumerate(prefix, start=1) if letter == "."):
+        word = prefix[:end]
+        if any(key.removeprefix(word) in expected for key in tensors):
+            raise ConversionError(
+                f"the tensors of {folder} have other names than a released folder",
+                [
+                    f"all {len(tensors)} begin with {word!r}, as a wrapped model saves them: take "
+                    "it away (in PyTorch: state = {key.removeprefix("
+                    f"{word!r}): t for key, t in state.items()}}) and save the folder again"
+                ],
+            )
 
 
 def read_hf(
@@ -78,7 +114,12 @@ def read_hf(
 
 
 def _source(
-    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], plan: Plan, tied_head: bool
+    folder: Path,
+    config: dict[str, Any],
+    family: Family,
+    tensors: dict[str, Tensor],
+    plan: Plan,
+    tied_head: bool,
 ) -> dict[str, Any]:
     sides = {
         name: read_json(folder / f"{name}.json")
@@ -87,7 +128,7 @@ def _source(
     }
     return {
         "kind": "huggingface",
-        "architecture": ARCHITECTURE,
+        "architecture": family.architecture,
         "dtypes": dict(Counter(tensor.dtype.name for tensor in tensors.values())),
         "files": fingerprint(tensors),
         "tied_head": tied_head,

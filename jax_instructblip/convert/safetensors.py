@@ -8,7 +8,9 @@ The usual library maps whole files, and mapped pages count as resident memory; t
 Everything a header or an index claims is checked before a tensor is read.
 """
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -19,9 +21,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jax_instructblip.files import parse_json, read_json
+from jax_instructblip.files import kind_of, parse_json, read_json
+from jax_instructblip.folders import free_bytes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MOST_AXES = 8
+LARGEST = 2**63  # bytes or elements
 HEADER_LIMIT = 100 * 2**20  # bytes; the format's own limit
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("float64"),
@@ -36,6 +41,15 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype("bool"),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What the format knows and this package does not read, in bits: quantised weights, and others.
+QUANTISED = {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+QUANTISED |= {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+OTHERS = {"U16": 16, "U32": 32, "U64": 64, "C64": 64}
+BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | QUANTISED | OTHERS
+DEQUANTISE = (
+    "take the release in bfloat16, float16 or float32, or load the folder in transformers, call "
+    "model.dequantize() and save it again"
+)
 
 
 class ConversionError(ValueError):
@@ -92,22 +106,19 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
             f"{folder} holds no weights",
             [f"neither {SINGLE} nor {INDEX} is there (only safetensors are read); found: {there}"],
         )
-    tensors, failures = _open_file(folder / SINGLE)
+    tensors, unread, failures = _open_file(folder / SINGLE)
     if failures:
         raise ConversionError(f"{folder / SINGLE} is damaged", failures)
+    _refuse_unread(folder, unread)
     return tensors
 
 
 def _open_shards(folder: Path) -> dict[str, Tensor]:
-    try:
-        index = read_json(folder / INDEX, dict)["weight_map"]
-        shards = sorted(set(index.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(
-            f"{folder / INDEX} is damaged", [f"no readable weight_map: {error!r}"]
-        ) from error
+    index = _read_index(folder / INDEX)
     tensors: dict[str, Tensor] = {}
+    unread: dict[str, str] = {}
     failures: list[str] = []
+    shards = sorted(set(index.values()))
     for shard in shards:
         if Path(shard).name != shard or not (folder / shard).is_file():
             keys = [key for key, name in index.items() if name == shard]
@@ -116,69 +127,133 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
                 f"({len(keys)} tensors, the first is {keys[0]})"
             )
             continue
-        found, wrong = _open_file(folder / shard)
+        found, others, wrong = _open_file(folder / shard)
         failures += wrong
         if wrong:
             continue
-        for key in found.keys() - index.keys():
+        held = found.keys() | others.keys()
+        for key in held - index.keys():
             failures.append(f"{shard}: holds {key}, which the index does not name")
         for key, name in index.items():
-            if name == shard and key not in found:
+            if name == shard and key not in held:
                 failures.append(f"{shard}: the index promises {key}, the file does not hold it")
-            elif name != shard and key in found:
+            elif name != shard and key in held:
                 failures.append(f"{shard}: holds {key}, which the index places in {name}")
         tensors |= found
+        unread |= others
     for path in sorted(folder.glob("model*.safetensors")):
         if path.name not in shards:
             failures.append(f"{path.name}: the index does not name this file")
     if failures:
         raise ConversionError(f"the weight files of {folder} do not fit together", sorted(failures))
+    _refuse_unread(folder, unread)
     return tensors
 
 
-def _open_file(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of one file, and what is wrong with it."""
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor."""
+    title = f"{path} is damaged"
+    try:
+        index = read_json(path, dict).get("weight_map")
+    except ValueError as error:
+        raise ConversionError(title, [str(error)]) from error
+    if not isinstance(index, dict) or not index:
+        raise ConversionError(
+            title,
+            [f"no readable weight_map: found {kind_of(index)}, expected file names by tensor"],
+        )
+    wrong = [key for key, name in index.items() if not isinstance(name, str) or not name]
+    if wrong:
+        raise ConversionError(
+            title,
+            [
+                f"{len(wrong)} tensors have no file name; the first is {wrong[0]}: found "
+                f"{kind_of(index[wrong[0]])}"
+            ],
+        )
+    return index
+
+
+def _refuse_unread(folder: Path, unread: Mapping[str, str]) -> None:
+    """Raises where there are tensors (key -> dtype) that this package does not read."""
+    lines = []
+    for dtype in sorted(set(unread.values())):
+        keys = [key for key, name in unread.items() if name == dtype]
+        cure = f"quantised weights: {DEQUANTISE}" if dtype in QUANTISED else "no weights of a model"
+        lines.append(f"{len(keys)} tensors are {dtype}, the first is {keys[0]}: {cure}")
+    if lines:
+        raise ConversionError(f"{folder} holds weights of a dtype that is not read", lines)
+
+
+def _open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """The tensors of one file, those of a dtype that is not read, and what is wrong with it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(HEADER_LIMIT, size - 8):
-            return {}, [
-                f"{path.name}: no safetensors header ({size} bytes): truncated, or no such file"
-            ]
+            reason = f"no safetensors header ({size} bytes): truncated, or no such file"
+            return {}, {}, [f"{path.name}: {reason}"]
         raw = file.read(length)
     try:
-        header = dict(parse_json(raw))
-        header.pop("__metadata__", None)
-        entries = {
-            key: (str(e["dtype"]), tuple(map(int, e["shape"])), *map(int, e["data_offsets"]))
-            for key, e in header.items()
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        return {}, [f"{path.name}: the header cannot be read: {error!r}"]
+        header = parse_json(raw)
+        if not isinstance(header, dict):
+            raise ValueError(f"found {kind_of(header)}, expected an object")
+    except ValueError as error:
+        return {}, {}, [f"{path.name}: the header cannot be read: {error}"]
+    metadata = header.pop("__metadata__", {})
+    failures = [
+        f"{path.name}: {key}: {reason}" for key, e in header.items() if (reason := _wrong_entry(e))
+    ]
+    if not isinstance(metadata, dict):
+        failures.append(f"{path.name}: __metadata__ is {kind_of(metadata)}, expected an object")
+    sound = {key: entry for key, entry in header.items() if not _wrong_entry(entry)}
     tensors: dict[str, Tensor] = {}
-    failures: list[str] = []
+    unread: dict[str, str] = {}
     at = 0
-    for key, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if len(entry) != 4 or entry[0] not in DTYPES or min(entry[1], default=0) < 0:
-            failures.append(f"{path.name}: {key}: entry {header[key]} cannot be read here")
-            continue
-        name, shape, begin, end = entry
-        tensor = Tensor(path, DTYPES[name], shape, 8 + length + begin)
-        if end - begin != tensor.nbytes:
+    for key, entry in sorted(sound.items(), key=lambda item: item[1]["data_offsets"]):
+        name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        needed = -(-math.prod(shape) * BITS[name] // 8)
+        if end - begin != needed:
             failures.append(
-                f"{path.name}: {key}: {list(shape)} {name} takes {tensor.nbytes} bytes, "
+                f"{path.name}: {key}: {list(shape)} {name} takes {needed} bytes, "
                 f"its offsets [{begin}, {end}] hold {end - begin}"
             )
         elif begin != at:
             what = "overlaps the tensor before it" if begin < at else "leaves a hole before it"
             failures.append(f"{path.name}: {key}: begins at {begin}, expected {at}: {what}")
         at = end
-        tensors[key] = tensor
+        if name in DTYPES:
+            tensors[key] = Tensor(path, DTYPES[name], shape, 8 + length + begin)
+        else:
+            unread[key] = name
     expected = 8 + length + at
     if size != expected:
         what = "truncated" if size < expected else "bytes left over"
         failures.append(f"{path.name}: {size} bytes, its header describes {expected}: {what}")
-    return tensors, failures
+    return tensors, unread, failures
+
+
+def _wrong_entry(entry: Any) -> str:
+    """Why an entry of a header cannot be read; "" where it can."""
+    if not isinstance(entry, dict):
+        return f"entry is {kind_of(entry)}, expected an object"
+    dtype, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in BITS:
+        return f"entry has the dtype {dtype!r:.60}, expected one of {', '.join(DTYPES)}"
+    if not _are_whole(shape, MOST_AXES):
+        return f"entry has the shape {shape!r:.60}, expected at most {MOST_AXES} whole numbers"
+    if not _are_whole(offsets, 2) or len(offsets or ()) < 2:
+        return f"entry has the data_offsets {offsets!r:.60}, expected two whole numbers"
+    return ""
+
+
+def _are_whole(values: Any, most: int) -> bool:
+    """A list of so many numbers of bytes or elements; True and 3.0 are none."""
+    return (
+        isinstance(values, list)
+        and len(values) <= most
+        and all(type(value) is int and 0 <= value < LARGEST for value in values)
+    )
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -230,7 +305,7 @@ class Writer:
             at = end
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
-        with path.open("wb") as file:
+        with _writing(path), path.open("wb") as file:
             file.write(len(raw).to_bytes(8, "little") + raw)
             file.truncate(8 + len(raw) + at)
         for key in order:
@@ -247,7 +322,7 @@ class Writer:
                 f"{'free' if key in self._left else 'taken'}"
             )
         self._left.remove(key)
-        with place.file.open("r+b") as file:
+        with _writing(place.file), place.file.open("r+b") as file:
             file.seek(place.offset)
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
@@ -255,6 +330,20 @@ class Writer:
         """Raises when a tensor was never written: its place would hold zeros."""
         if self._left:
             raise ValueError(f"never written: {', '.join(sorted(self._left))}")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns an OSError into one that names the file, the room left and what helps."""
+    try:
+        yield
+    except OSError as error:
+        free = free_bytes(path.parent) / 1e9
+        raise OSError(
+            error.errno or errno.EIO,
+            f"writing {path.name} to {path.parent.parent} failed ({free:.2f} GB are free there): "
+            f"{error.strerror or error}; make room there, or choose another folder",
+        ) from error
 
 
 def _shards(

@@ -17,7 +17,7 @@ from typing import Any
 from jax_instructblip import tables
 from jax_instructblip.data import templates
 from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.models.variants import VARIANTS, Variant
+from jax_instructblip.models.variants import Variant, released_name
 
 GENERATE = (
     *("num_beams", "length_penalty", "repetition_penalty"),
@@ -290,13 +290,6 @@ def table() -> str:
 
 
 def paper_model(variant: Variant) -> str:
-    """Which of the paper's models has these sizes; "" for none."""
-
-    def sizes(variant: Variant) -> tuple[object, ...]:
-        llm, qformer, vision = variant.llm, variant.qformer, variant.vision
-        depth = getattr(llm, "layers", 0) or getattr(llm, "encoder_layers", 0)
-        return (llm.kind, llm.width, depth, qformer.width, qformer.layers, qformer.queries) + (
-            *(vision.width, vision.layers, qformer.instruction_aware),
-        )
-
-    return next((name for name in MODELS if sizes(VARIANTS[name]) == sizes(variant)), "")
+    """Which of the paper's models it is; "" for none."""
+    name = released_name(variant)
+    return name if name in MODELS else ""

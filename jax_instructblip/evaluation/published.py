@@ -21,7 +21,6 @@ from typing import Any
 from jax_instructblip.files import read_json
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import Answer, InstructBlipPipeline
-from jax_instructblip.models.variants import VARIANTS, Variant
 
 FACTS = Path(__file__).with_name("published.json")
 AROUND = 20  # characters shown of each side of a difference
@@ -101,11 +100,6 @@ def read_facts(path: str | os.PathLike) -> tuple[dict[str, Image], list[Entry]]:
     return {name: image for name, image in known.items() if image}, [e for e in entries if e]
 
 
-def models_of(variant: Variant) -> list[str]:
-    """The names of the released variants of these sizes; norms and dropout may differ."""
-    return [name for name, each in VARIANTS.items() if _sizes(each) == _sizes(variant)]
-
-
 def compare(
     blip: InstructBlipPipeline, entry: Entry, image: str | os.PathLike
 ) -> tuple[Answer, Difference | None]:
@@ -163,20 +157,6 @@ def _token(blip: InstructBlipPipeline, tokens: Sequence[int], place: int) -> str
 
 def _around(text: str, place: int) -> str:
     return repr(text[max(0, place - AROUND) : place + AROUND]) if place < len(text) else "the end"
-
-
-def _sizes(variant: Variant) -> tuple[Any, ...]:
-    vision, qformer = variant.vision, variant.qformer
-    llm = {
-        name: value
-        for name, value in dataclasses.asdict(variant.llm).items()
-        if not name.endswith(("_eps", "_id")) and name != "dropout"
-    }
-    return (
-        *(vision.image_size, vision.patch_size, vision.width, vision.layers, vision.heads),
-        *(qformer.width, qformer.layers, qformer.queries, qformer.instruction_aware),
-        *sorted(llm.items()),
-    )
 
 
 def _entry(row: Any, number: int, images: Mapping[str, Any], problems: list[str]) -> Entry | None:

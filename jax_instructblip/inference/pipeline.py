@@ -41,7 +41,7 @@ from jax_instructblip.inference.ranking import (
     tokenise,
 )
 from jax_instructblip.inference.save import save_checkpoint
-from jax_instructblip.inference.source import Source, load_params, read_source
+from jax_instructblip.inference.source import Source, load_params, read_source, require_kind
 from jax_instructblip.inference.streaming import pieces
 from jax_instructblip.models.instructblip import InstructBlip, is_separate
 from jax_instructblip.models.layers import BATCH_AXES, Scan, Scans
@@ -54,7 +54,7 @@ BATCH_SIZE = 8  # questions that are answered at once
 def load(
     path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None
 ) -> "InstructBlipPipeline":
-    """The model of `path`, ready to answer.
+    """The model of `path`, ready to answer: what `READERS` has for its kind.
 
     Args:
       path: a Hugging Face folder, a checkpoint folder of ours, a run directory (the base it tuned,
@@ -68,18 +68,18 @@ def load(
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     source = read_source(path)
+    reader = require_kind(source, READERS)
     # The model refuses a dtype when it is bound: now, before gigabytes are read.
     _ = InstructBlip(source.variant, jnp.dtype(dtype)).bind({}).vision
     text = TextProcessor.load(source.folder, source.variant, **source.limits)
     params = load_params(source, jnp.dtype(dtype), mesh)
-    return InstructBlipPipeline(source.variant, params, text, dtype=dtype, mesh=mesh, source=source)
+    return reader(source.variant, params, text, dtype=dtype, mesh=mesh, source=source)
 
 
 class InstructBlipPipeline:
     """A model with its parameters and tokenizers: answers, features, logits.
 
-    Texts and batches are padded to few sizes (`questions.py`), so that a program that was compiled
-    once serves again. Padding changes no answer.
+    Texts and batches are padded to few sizes (`questions.py`), so compiled programs serve again.
     """
 
     def __init__(
@@ -343,6 +343,9 @@ class InstructBlipPipeline:
         )
 
 
+READERS = {"instructblip": InstructBlipPipeline}  # what `load` returns, by the kind of model
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(model: InstructBlip, params: Any, batch: Batch) -> Any:
     return model.apply({"params": params}, batch)
@@ -381,10 +384,7 @@ def _row_keys(key: Any, rows: np.ndarray) -> jax.Array:
 
 
 def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """The items, each handed out when the next one has been made.
-
-    The device answers one batch while the images of the next are decoded.
-    """
+    """The items, each when the next one is made: the device answers while images are decoded."""
     waiting = []
     for item in items:
         waiting.append(item)

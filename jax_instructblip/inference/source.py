@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ from jax_instructblip.step_meta import check_manifest, read_meta
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 
 SAMPLES, SAMPLE_BYTES = 256, 16_384  # of a file of gigabytes, for a digest within a second
+
+Reader = TypeVar("Reader")
 
 LIMITS = ("qformer_limit", "prompt_limit", "answer_limit")  # fields of TextProcessor
 
@@ -155,7 +157,7 @@ def _run_source(step: Path) -> Source:
     limits = _check_limits(step, meta.get("text", {}))
     check_manifest(meta, step, "trainable")
     tuned = {
-        "step": meta["step"],
+        "step": meta.get("step"),
         "base_sha256": wanted,
         "trained_sha256": checkpoint.manifest_digest(step / "trainable"),
     }
@@ -166,7 +168,7 @@ def _run_source(step: Path) -> Source:
 def _read_meta(step: Path) -> dict[str, Any]:
     """The meta.json of a run's checkpoint; CheckpointError with all that it does not say."""
     meta = read_meta(step)
-    wanted = {"step": int, "variant": dict, "trainable": list, "base": dict}
+    wanted = {"variant": dict, "trainable": list, "base": dict}
     wrong = [
         f"{name}: found {meta.get(name)!r}, expected {kind.__name__}"
         for name, kind in wanted.items()
@@ -210,6 +212,17 @@ def _base_folder(step: Path, base: Mapping[str, str]) -> str:
         f"the base that {step} was tuned on is gone: looked for {' and '.join(places)}; put the "
         f"checkpoint of sha256 {base['sha256'][:12]}... back there"
     )
+
+
+def require_kind(source: Source, readers: Mapping[str, type[Reader]]) -> type[Reader]:
+    """The reader of a model of this kind; a ValueError where there is none."""
+    kind = source.variant.kind
+    if kind not in readers:
+        raise ValueError(
+            f"{source.step or source.folder} is a model of kind {kind}, which nothing here answers "
+            f"with; expected one of the kinds {', '.join(readers)}"
+        )
+    return readers[kind]
 
 
 def stored_model(source: Source) -> StoredModel:

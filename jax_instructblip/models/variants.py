@@ -345,6 +345,38 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+def released_name(variant: Variant) -> str:
+    """The model of `VARIANTS` of this kind and these sizes; "" for none.
+
+    Vocabularies are apart: releases pad them differently (Vicuna's has 32,001 to 32,003 rows).
+    """
+    return next((n for n, known in VARIANTS.items() if not size_differences(variant, known)), "")
+
+
+def size_differences(found: Variant, wanted: Variant) -> list[str]:
+    """Where kind or sizes differ, as `vision.layers: expected 39, found 4`; [] for the same model.
+
+    Vocabularies, eps, ids, dropout and activations are a folder's own.
+    """
+    ours, theirs = _sizes(found), _sizes(wanted)
+    return [
+        f"{name}: expected {theirs[name]}, found {ours[name]}"
+        for name in theirs  # other language models have other sizes: `llm.kind` says so
+        if name in ours and ours[name] != theirs[name]
+    ]
+
+
+def _sizes(variant: Variant) -> dict[str, Any]:
+    """Kind, sizes and rotary base by dotted names."""
+    own = {"norm_eps", "image_norm_eps", "dropout", "vocab", "activation", "scale_decoder_outputs"}
+    sizes: dict[str, Any] = {"kind": variant.kind, "bridge": variant.bridge.key}
+    for name, tower in variant.towers.items():
+        for field, value in dataclasses.asdict(tower).items():
+            if field not in own and not field.endswith("_id"):
+                sizes[f"{name}.{field}"] = value
+    return sizes
+
+
 def get_variant(name: str) -> Variant:
     """The variant of that name; an unknown one is an error that suggests the nearest."""
     if name not in VARIANTS:

@@ -104,6 +104,8 @@ def test_disk_that_fills_up_leaves_nothing(forge, tmp_path):
         assert [each for each in progress if not each.startswith(labels)] == []
         assert line.startswith("error: ")
         assert "File too large" in line and len(line) < 1000  # not the name of every leaf
+        assert str(tmp_path) in line and " GB " in line
+        assert verb == "convert" or line.endswith("make room there, or choose another folder")
         assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 

@@ -234,3 +234,11 @@ def test_edited_source_config_is_what_comes_back(small, tmp_path):
     assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == {
         "max_length": 7
     }
+
+
+def test_shards_without_room_for_a_byte_are_refused(tmp_path):
+    random_checkpoint(tmp_path / "ours", "tiny-t5")
+    for size in (0, -5, 2.5, True):
+        with pytest.raises(ValueError, match=f"shard_bytes is {size}, expected"):
+            export_hf(tmp_path / "ours", tmp_path / "hf", shard_bytes=size)
+    assert not (tmp_path / "hf").exists()

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from jax_instructblip import checkpoint
-from jax_instructblip.convert import hf, hf_config
+from jax_instructblip.convert import hf
 from jax_instructblip.convert.safetensors import ConversionError
 from jax_instructblip.convert.stored_model import copy_tokenizers
 from jax_instructblip.models.instructblip import param_shapes
-from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.variants import get_variant, released_name
 from tests.convert.folders import INDEX, copy, edit_config, tensors
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
@@ -122,7 +122,7 @@ def test_sizes_and_ids_are_those_of_the_folder(forge):
         if wanted == "tiny-vicuna":
             expected = expected.replace(**{"llm.vocab": 32003})
         assert variant == expected
-        assert hf_config.name_of(variant) == wanted
+        assert released_name(variant) == wanted
         assert source["config"] == json.loads((folder / "config.json").read_text())
         assert str(folder) not in json.dumps(source)
 
@@ -187,6 +187,42 @@ def test_config_that_disagrees_with_the_tensors(vicuna, tmp_path):
     assert any("lm_head.weight" in x and "[301, 64], found [300, 64]" in x for x in lines)
     assert any("embed_tokens.weight" in x and "[301, 64], found [300, 64]" in x for x in lines)
     assert any(VISION_LAYER + "4.mlp.fc1.weight: missing" in x for x in lines)
+
+
+def test_sizes_beyond_the_tensors_are_told_before_anything_is_built(flan, vicuna, tmp_path):
+    def lie(config):
+        config["vision_config"].update(num_hidden_layers=2_000_000_000)
+        config["qformer_config"].update(hidden_size=2_000_000_004, vocab_size=2_000_000_000)
+        config["text_config"].update(num_decoder_layers=2_000_000_000, d_model=301)
+        config["num_query_tokens"] = 2_000_000_000
+
+    assert failures(copy(flan, tmp_path / "flan", config=lie)) == [
+        "num_query_tokens is 2000000000, but the longest axis of all tensors is 512",
+        "vision_config.num_hidden_layers is 2000000000, but the folder has 230 tensors in all",
+        "qformer_config.vocab_size is 2000000000, but the longest axis of all tensors is 512",
+        "qformer_config.hidden_size is 2000000004, but the longest axis of all tensors is 512",
+        "text_config.num_decoder_layers is 2000000000, but the folder has 230 tensors in all",
+    ]
+
+    def pixels(config):
+        config["vision_config"].update(image_size=14 * 100_000)
+
+    (line,) = failures(copy(vicuna, tmp_path / "vicuna", config=pixels))
+    assert line == (
+        "vision_config.image_size is 1400000, but the longest axis of all tensors is 512 (patches "
+        "and CLS: 10000000001)"
+    )
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.model."])
+def test_a_prefix_of_all_names_is_told_once_with_the_cure(flan, tmp_path, prefix):
+    def wrap(state):
+        for key in list(state):
+            state[prefix + key] = state.pop(key)
+
+    (line,) = failures(copy(flan, tmp_path / "wrapped", change=wrap))
+    assert line.startswith(f"all 230 begin with {prefix!r}")
+    assert f"key.removeprefix({prefix!r})" in line
 
 
 def test_key_bias_that_is_not_zero_is_refused_by_name(flan, tmp_path):

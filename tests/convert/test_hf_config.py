@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jax_instructblip.convert import hf_config
+from jax_instructblip.convert import families, hf_config
 from jax_instructblip.convert.safetensors import ConversionError
 from tests.convert.folders import edit_config
 
@@ -124,10 +124,10 @@ def test_defaults_are_those_of_transformers():
     import transformers
 
     made = {
-        transformers.InstructBlipVisionConfig: hf_config.VISION_DEFAULTS,
-        transformers.InstructBlipQFormerConfig: hf_config.QFORMER_DEFAULTS,
-        transformers.T5Config: hf_config.T5_DEFAULTS,
-        transformers.LlamaConfig: hf_config.LLAMA_DEFAULTS,
+        transformers.InstructBlipVisionConfig: families.EVA_VIT.defaults,
+        transformers.InstructBlipQFormerConfig: families.QFORMER.defaults,
+        transformers.T5Config: families.T5.defaults,
+        transformers.LlamaConfig: families.LLAMA.defaults,
     }
     # Not in the config classes of today: the one position embedding there is, RoPE in a new place.
     gone = {"position_embedding_type", "rope_theta"}
@@ -137,3 +137,87 @@ def test_defaults_are_those_of_transformers():
             key: value for key, value in ours.items() if key not in gone
         }, config
     assert transformers.LlamaConfig().rope_parameters["rope_theta"] == 10_000.0
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("", "vision_config", [3], "vision_config is a list, expected an object"),
+        ("", "text_config", "t5", "text_config is text, expected an object"),
+        ("", "num_query_tokens", 8.5, "num_query_tokens is 8.5, expected a whole number"),
+        ("", "image_token_index", 10**9, "image_token_index is 1000000000, expected an id below"),
+        ("", "image_token_index", "299", "image_token_index is '299', expected an id below"),
+        ("", "quantization_config", {"quant_method": "fp8"}, "take the release in bfloat16"),
+        ("", "use_decoder_only_language_model", True, "_model is True; expected False"),
+        ("text_config", "model_type", ["t5"], "text_config.model_type is ['t5']; supported"),
+        ("text_config", "eos_token_id", 1.5, "text_config.eos_token_id is 1.5"),
+        ("text_config", "decoder_start_token_id", 10**9, "below the vocab_size 300"),
+        ("text_config", "feed_forward_proj", 5, "text_config.feed_forward_proj is 5, expected"),
+        ("text_config", "scale_decoder_outputs", "no", "scale_decoder_outputs is 'no', expected"),
+        ("text_config", "relative_attention_max_distance", 16, "more than half of the 32 buckets"),
+        ("text_config", "relative_attention_num_buckets", 3, "num_buckets is 3; expected at least"),
+        ("vision_config", "layer_norm_eps", -1e-6, "layer_norm_eps is -1e-06, expected at least"),
+        ("vision_config", "num_hidden_layers", 2**40, "num_hidden_layers is 1099511627776"),
+        ("qformer_config", "num_hidden_layers", 3, "qformer.layers 3 is odd"),
+    ],
+)
+def test_nonsense_in_a_config_is_one_sentence(flan, tmp_path, section, key, value, said):
+    def change(config):
+        (config[section] if section else config)[key] = value
+
+    with pytest.raises(ConversionError) as error:
+        variant_after(flan, tmp_path, change)
+    assert [said in line for line in error.value.failures] == [True]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rope_theta": 0, "rope_parameters": None}, "rope_theta is 0, expected above 1"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta is 'x', expected"),
+        ({"rope_parameters": [1]}, "rope_parameters is [1]; expected an object"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'; supported: 'default'"),
+        ({"head_dim": 8.0}, "head_dim is 8.0; supported: 16"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings is -1, expected at least 1"),
+    ],
+)
+def test_nonsense_about_llama_is_one_sentence(vicuna, tmp_path, change, said):
+    with pytest.raises(ConversionError) as error:
+        variant_after(vicuna, tmp_path, lambda config: config["text_config"].update(change))
+    assert [said in line for line in error.value.failures] == [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.json", {"added_tokens": {"a": 1}}, "added_tokens is an object, expected a l"),
+        ("tokenizer.json", {"added_tokens": [5, {"id": "x", "content": "<pad>"}]}, "has the id"),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "is a list, expected an object"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "the id 'x'"),
+        ("tokenizer_config.json", {"eos_token": 5}, "eos_token is 5, expected a token's text"),
+        ("tokenizer_config.json", {"pad_token": {"content": []}}, "expected a token's text"),
+        ("added_tokens.json", {"<pad>": 1.5}, "has the id 1.5"),
+        ("special_tokens_map.json", {"bos_token": ["<s>"]}, "bos_token is ['<s>'], expected"),
+    ],
+)
+def test_nonsense_in_a_tokenizer_is_told(vicuna, tmp_path, name, content, said):
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ConversionError) as error:
+        variant_after(vicuna, tmp_path, lambda config: None)
+    assert all(said in line for line in error.value.failures)
+
+
+def test_numbers_that_json_has_not_are_refused_with_the_file(flan, tmp_path):
+    text = (flan / "config.json").read_text().replace("1e-12", "NaN")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConversionError, match="not valid JSON: NaN is no number here"):
+        hf_config.read_config(tmp_path)
+    for document in ([], 5, "text", None):
+        (tmp_path / "config.json").write_text(json.dumps(document))
+        with pytest.raises(ConversionError, match="at the top, expected an object"):
+            hf_config.read_config(tmp_path)
+    for named in (5, {"a": 1}, "InstructBlip", [["x"]], True):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": named}))
+        with pytest.raises(ConversionError, match="holds another architecture"):
+            hf_config.read_config(tmp_path)

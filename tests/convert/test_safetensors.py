@@ -156,9 +156,85 @@ def test_shards_and_index_that_disagree_are_all_listed(sharded):
     assert len(lines) == 7
 
 
-def test_damaged_index(sharded):
-    (sharded / INDEX).write_text("{}")
-    assert "no readable weight_map" in failures(sharded)[0]
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ({}, "no readable weight_map: found null"),
+        ({"weight_map": []}, "no readable weight_map: found a list"),
+        ({"weight_map": {}}, "no readable weight_map: found an object"),
+        ({"weight_map": {"a": 5, "b": None}}, "2 tensors have no file name; the first is a: found"),
+        ({"weight_map": {"a": ["x"]}}, "1 tensors have no file name"),
+        ([], "found a list at the top, expected an object"),
+        (5, "at the top, expected an object"),
+    ],
+)
+def test_damaged_index(sharded, document, said):
+    (sharded / INDEX).write_text(json.dumps(document))
+    (line,) = failures(sharded)
+    assert said in line
+    (sharded / INDEX).write_text('{"weight_map": {"a": "x", "a": "y"}}')
+    assert 'key "a" twice' in failures(sharded)[0]
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (5, "entry is int 5, expected an object"),
+        ([], "entry is a list, expected an object"),
+        ({"dtype": 5}, "entry has the dtype 5, expected one of F64, F32"),
+        ({"dtype": ["F32"]}, "entry has the dtype ['F32']"),
+        ({"shape": 3}, "entry has the shape 3"),
+        ({"shape": [3, 4.0]}, "entry has the shape [3, 4.0]"),
+        ({"shape": [True, 12]}, "entry has the shape [True, 12]"),
+        ({"shape": ["3", 4]}, "entry has the shape ['3', 4]"),
+        ({"shape": [-3, -4]}, "entry has the shape [-3, -4]"),
+        ({"shape": [1] * 9}, "expected at most 8 whole numbers"),
+        ({"shape": [2**70]}, "entry has the shape [1180591620717411303424]"),
+        ({"data_offsets": None}, "entry has the data_offsets None"),
+        ({"data_offsets": [0]}, "entry has the data_offsets [0]"),
+        ({"data_offsets": [0, 1, 2]}, "entry has the data_offsets [0, 1, 2]"),
+        ({"data_offsets": [0.0, 48.0]}, "entry has the data_offsets [0.0, 48.0]"),
+        ({"data_offsets": ["0", "48"]}, "entry has the data_offsets ['0', '48']"),
+        ({"data_offsets": {"a": 1}}, "entry has the data_offsets {'a': 1}"),
+    ],
+)
+def test_wrong_types_in_a_header_are_one_sentence(single, entry, said):
+    def change(header):
+        header["a"] = {**header["a"], **entry} if isinstance(entry, dict) else entry
+
+    rewrite_header(single / "model.safetensors", change)
+    assert any(
+        line.startswith("model.safetensors: a: ") and said in line for line in failures(single)
+    )
+
+
+@pytest.mark.parametrize("header", [b"[]", b"55", b'{"a": {}, "a": {}}', b"[" * 5000, b'"text"'])
+def test_a_header_that_is_none(single, header):
+    path = single / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    (line,) = failures(single)
+    assert line.startswith("model.safetensors: the header cannot be read: ")
+    path.write_bytes((24).to_bytes(8, "little") + b'{"__metadata__": [1] }  ')
+    assert "__metadata__ is a list, expected an object" in failures(single)[0]
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("F8_E4M3", "quantised weights: take"), ("U16", "no")])
+def test_a_dtype_that_is_not_read_is_named_once_with_the_cure(tmp_path, dtype, said):
+    size = 1 if dtype.startswith("F8") else 2
+    header = {
+        name: {"dtype": dtype, "shape": [4], "data_offsets": [4 * size * n, 4 * size * (n + 1)]}
+        for n, name in enumerate("abc")
+    }
+    raw = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(12 * size))
+    with pytest.raises(ConversionError, match="holds weights of a dtype that is not read") as error:
+        open_folder(tmp_path)
+    (line,) = error.value.failures
+    assert line.startswith(f"3 tensors are {dtype}, the first is a: {said}")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ConversionError, match="is damaged"):
+        open_folder(tmp_path)
 
 
 def test_file_that_shrinks_while_it_is_read(single):

@@ -76,3 +76,20 @@ def test_refusals_leave_nothing(base, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="other processes hold parts of the parameters"):
         blip.save(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_kind_without_a_reader_is_named(base, tmp_path):
+    params = checkpoint.read_tree(base)
+    config = checkpoint.read_config(base)
+    blind = {**config["variant"]["qformer"], "instruction_aware": False}
+    variant = {**config["variant"], "kind": "blip2", "qformer": blind}
+    checkpoint.write_tree(
+        tmp_path / "blip2",
+        checkpoint.flatten(params).items(),
+        extra=lambda folder: checkpoint.write_config(folder, {**config, "variant": variant}),
+    )
+    with pytest.raises(
+        ValueError, match="is a model of kind blip2, which nothing here answers"
+    ) as e:
+        jax_instructblip.load(tmp_path / "blip2")
+    assert str(tmp_path / "blip2") in str(e.value) and "instructblip" in str(e.value)

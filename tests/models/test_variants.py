@@ -5,7 +5,14 @@ import jax
 import pytest
 
 from jax_instructblip.models.instructblip import param_shapes
-from jax_instructblip.models.variants import VARIANTS, ProjectorConfig, Variant, get_variant
+from jax_instructblip.models.variants import (
+    VARIANTS,
+    ProjectorConfig,
+    Variant,
+    get_variant,
+    released_name,
+    size_differences,
+)
 
 # FlanT5-XL, FlanT5-XXL, Vicuna-7B and Vicuna-13B have 2.850, 11.135, 6.738 and 13.016 billion.
 RELEASED = {
@@ -162,3 +169,37 @@ def test_from_dict_refuses_values_of_another_type(tower, field, value):
         Variant.from_dict(fields)
     with pytest.raises(ValueError, match="vision is 3, expected its fields"):
         Variant.from_dict({**fields, "vision": 3})
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_released_model_is_known_by_kind_and_sizes_alone(name):
+    variant = get_variant(name)
+    own = {"llm.vocab": 32003, "qformer.vocab": 30522, "qformer.dropout": 0.0}
+    own |= {"llm.eos_id": 5, "llm.norm_eps": 1e-5, "qformer.image_norm_eps": 1e-6}
+    assert released_name(variant.replace(**own)) == name
+    fields = [
+        f"{tower}.{field.name}"
+        for tower, config in variant.towers.items()
+        for field in dataclasses.fields(config)
+        if field.type is int and field.name != "vocab" and not field.name.endswith("_id")
+    ]
+    assert len(fields) > 15
+    for field in fields:
+        tower, _, size = field.partition(".")
+        value = getattr(variant.towers[tower], size)
+        changed = variant.towers[tower]
+        object.__setattr__(changed := dataclasses.replace(changed), size, 2 * value)
+        attribute = "bridge" if tower == "qformer" else tower
+        other = dataclasses.replace(variant)
+        object.__setattr__(other, attribute, changed)
+        assert released_name(other) == "", field
+        assert size_differences(other, variant) == [f"{field}: expected {value}, found {2 * value}"]
+
+
+def test_blip2_of_the_same_sizes_is_no_instructblip():
+    known = get_variant("instructblip-flan-t5-xl")
+    blind = dataclasses.replace(known.qformer, instruction_aware=False)
+    assert released_name(known.replace(**{"qformer.instruction_aware": False})) == ""
+    assert released_name(Variant("blip2", known.vision, blind, known.llm)) == ""
+    assert released_name(Variant("blip2_stage1", known.vision, blind, None)) == ""
+    assert released_name(projected()) == ""

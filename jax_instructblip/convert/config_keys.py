@@ -1,0 +1,198 @@
+"""Keys of Hugging Face's config.json as rows of a table that is read in both directions.
+
+    Section("vision_config", (
+        Key("hidden_size", "width", SIZE, 1408),          # fills our field `width`, and back
+        Fixed("hidden_act", "gelu"),                      # this network has this value alone
+        Pair(read_activation, write_activation),          # keys and fields that are not one to one
+    ))
+
+A default is what transformers means where a key is left out. Types and ranges are checked before a
+value is used, and all complaints of a config are collected.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jax_instructblip.fields import Field, flag, number, one_of, text, whole
+from jax_instructblip.files import kind_of
+
+SIZE = whole(1)
+AXIS = whole(1)  # a size that is the length of some tensor's axis
+COUNT = whole(1)  # layers: each has tensors of its own
+ID = whole(0)
+EPS = number(1e-20, 0.1)
+RATE = number(0, below=1)  # of dropout
+FLAG = flag()
+
+__all__ = [
+    "AXIS",
+    "COUNT",
+    "EPS",
+    "FLAG",
+    "ID",
+    "RATE",
+    "SIZE",
+    "Fixed",
+    "Key",
+    "Pair",
+    "Same",
+    "Section",
+    "Values",
+    "equal",
+    "number",
+    "one_of",
+    "text",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key that fills one field of a tower's dataclass.
+
+    Attributes:
+      name: what config.json calls it.
+      field: what the tower's dataclass calls it.
+      kind: type and range; `AXIS` and `COUNT` are also compared with the tensors.
+      default: its value where it is absent.
+      else_as: the key above it whose value it has where it is absent or null.
+    """
+
+    name: str
+    field: str
+    kind: Field
+    default: Any = None
+    else_as: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A key whose value this network cannot change; absent, it has it."""
+
+    name: str
+    value: Any
+    written: bool = True  # a key of old, which is only read, is not
+
+
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """A key that must equal another one, which a `Key` reads."""
+
+    name: str
+    as_: str
+    default: Any = None  # None: the other key's value
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Keys and fields that are not one to one.
+
+    Attributes:
+      read: the fields, from the section's `Values`.
+      write: the keys, from the tower.
+      defaults: of the keys that `read` looks at.
+    """
+
+    read: Callable[["Values"], Mapping[str, Any]]
+    write: Callable[[Any], Mapping[str, Any]]
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Values(dict[str, Any]):
+    """The keys of a section, defaults filled in; `fail` collects complaints about them."""
+
+    def __init__(self, section: str, values: Mapping[str, Any]):
+        """`section` is its name in messages, "" for the top of the document."""
+        super().__init__(values)
+        self.prefix = f"{section}." if section else ""
+        self.failures: list[str] = []
+
+    def fail(self, key: str, expected: str) -> None:
+        """Notes that a key's value is not one of those expected."""
+        self.failures.append(f"{self.prefix}{key} is {self[key]!r:.60}; {expected}")
+
+    def checked(self, key: str, kind: Field, default: Any = None) -> Any:
+        """The value of a key where its type and range are right; otherwise `default`, noted."""
+        problems = kind.problems(self.prefix + key, self[key])
+        self.failures += problems
+        return default if problems else self[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One part of config.json, and how it maps to a tower's fields."""
+
+    name: str
+    rows: tuple[Key | Fixed | Same | Pair, ...]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What transformers means by leaving keys out."""
+        found: dict[str, Any] = {}
+        for row in self.rows:
+            if isinstance(row, Pair):
+                found |= row.defaults
+            elif isinstance(row, Fixed):
+                found[row.name] = row.value
+            elif row.default is not None:
+                found[row.name] = row.default
+        return found
+
+    def read(self, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """The fields that the section of a config.json fills, and all that is wrong with it."""
+        found = (config.get(self.name) if self.name else config) or {}
+        if not isinstance(found, Mapping):
+            return {}, [f"{self.name} is {kind_of(found)}, expected an object"]
+        values = Values(self.name, {**self.defaults, **found})
+        fields: dict[str, Any] = {}
+        taken: dict[str, Any] = {}  # by key
+        for row in self.rows:
+            if isinstance(row, Key):
+                if row.else_as and values.get(row.name) is None:
+                    taken[row.name] = taken[row.else_as]  # checked, and told of, there
+                else:
+                    taken[row.name] = values.checked(row.name, row.kind)
+                fields[row.field] = taken[row.name]
+        for row in self.rows:
+            if isinstance(row, Fixed) and not equal(values[row.name], row.value):
+                values.fail(row.name, f"supported: {row.value!r}")
+            elif isinstance(row, Same):
+                other = values.get(row.as_)
+                if not equal(values.setdefault(row.name, other), other):
+                    values.fail(row.name, f"supported: {other!r}")
+            elif isinstance(row, Pair):
+                fields |= row.read(values)
+        vocab = fields.get("vocab")
+        for row in self.rows:
+            if isinstance(row, Key) and row.kind is ID and vocab is not None:
+                if row.name in found and (fields[row.field] or 0) >= vocab:
+                    values.fail(row.name, f"expected an id below the vocab_size {vocab}")
+        return fields, values.failures
+
+    def write(self, tower: Any) -> dict[str, Any]:
+        """The keys that say what the tower is: `read` makes the same fields of them."""
+        keys: dict[str, Any] = {}
+        for row in self.rows:
+            if isinstance(row, Key):
+                keys[row.name] = getattr(tower, row.field)
+            elif isinstance(row, Fixed) and row.written:
+                keys[row.name] = row.value
+            elif isinstance(row, Same):
+                keys[row.name] = keys[row.as_]
+            elif isinstance(row, Pair):
+                keys |= row.write(tower)
+        return keys
+
+    def sizes(self, tower: Any) -> list[tuple[str, int, bool]]:
+        """(key, value, whether it counts layers) of each size that the tensors show."""
+        prefix = f"{self.name}." if self.name else ""
+        return [
+            (prefix + row.name, getattr(tower, row.field), row.kind is COUNT)
+            for row in self.rows
+            if isinstance(row, Key) and (row.kind is AXIS or row.kind is COUNT)
+        ]
+
+
+def equal(found: Any, wanted: Any) -> bool:
+    """Equal, and of the same type: 1 is not true."""
+    return isinstance(found, bool) == isinstance(wanted, bool) and found == wanted
