@@ -24,8 +24,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_instructblip import orbax_leaves, processes
-from jax_instructblip.file_hashes import verify_hashes, write_hashes
+from jax_instructblip import leaf_parts, orbax_leaves
+from jax_instructblip.file_hashes import hash_file, verify_hashes, write_hashes
 from jax_instructblip.files import read_json
 from jax_instructblip.folders import atomic_folder
 from jax_instructblip.manifest import (
@@ -41,7 +41,7 @@ from jax_instructblip.manifest import (
     manifest_digest,
     read_manifest,
 )
-from jax_instructblip.stored_leaf import StoredLeaf
+from jax_instructblip.stored_leaf import StoredParts
 from jax_instructblip.trees import Tree, flatten, unflatten
 
 FORMAT = 1
@@ -63,7 +63,6 @@ __all__ = [
     "unflatten",
     "write_config",
     "write_tree",
-    "write_tree_apart",
 ]
 
 Place = Callable[[str, np.ndarray], Any]
@@ -109,21 +108,6 @@ def write_tree(
     return manifest
 
 
-def write_tree_apart(
-    folder: str | os.PathLike, leaves: Iterable[tuple[str, np.ndarray]]
-) -> dict[str, dict[str, Any]]:
-    """As `write_tree`, in a process of its own, of leaves that are all in memory.
-
-    For one of several processes of a run: Orbax would wait for the others to write with it.
-    """
-    with processes.pool(1, _without_accelerator) as pool:
-        return pool.submit(write_tree, folder, list(leaves)).result()
-
-
-def _without_accelerator() -> None:
-    jax.config.update("jax_platforms", "cpu")  # the run holds the others
-
-
 def read_tree(
     folder: str | os.PathLike,
     *,
@@ -151,7 +135,7 @@ def read_tree(
         )
     kept: dict[str, Any] = {}
     damaged: list[str] = []
-    for path, array in _read(folder, stored, manifest if verify else {}, damaged):
+    for path, array in _read(folder, stored, manifest, damaged, verify):
         if not damaged:
             kept[path] = array if place is None else place(path, array)
         del array  # before the next one is read
@@ -165,7 +149,8 @@ def read_parts(
     process: int,
     processes: int,
     expected: Mapping[str, Any] | None = None,
-    place: Callable[[str, StoredLeaf], Any],
+    strict_dtype: bool = False,
+    place: Callable[[str, StoredParts], Any],
 ) -> Tree:
     """As `read_tree`, for one of several processes, each of which holds parts of the leaves.
 
@@ -173,24 +158,18 @@ def read_parts(
     hashes, which are of whole leaves, each process compares its share: all are, by all together.
     """
     folder = Path(folder).absolute()
-    manifest, stored = _open(folder)
+    manifest, _ = _open(folder)
     if expected is not None:
         claim = "this is not the checkpoint that was expected"
-        wanted = describe(flatten(expected), False)
-        compare(folder, claim, described(manifest, False), wanted)
-    largest_first = sorted(stored, key=lambda path: -math.prod(stored[path].shape))
+        wanted = describe(flatten(expected), strict_dtype)
+        compare(folder, claim, described(manifest, strict_dtype), wanted)
+    files = leaf_parts.files(folder / PARAMS, manifest)
     damaged: list[str] = []
-    for _ in _read(
-        folder, {p: stored[p] for p in largest_first[process::processes]}, manifest, damaged
-    ):
-        pass
+    for file in sorted(files, key=lambda file: -_size(file))[process::processes]:
+        _verify(file, *files[file], damaged)
     _refuse_damaged(folder, damaged)
-    kept = {}
-    for path, entry in manifest.items():
-        name = ".".join("0" * max(len(entry["shape"]), 1))  # of Zarr's only chunk
-        file = folder / PARAMS / "state" / path.replace("/", ".") / name
-        kept[path] = place(path, StoredLeaf(file, entry["shape"], dtype_of(entry)))
-    return unflatten(kept)
+    stored = lambda path: leaf_parts.stored_leaf(folder / PARAMS, path, manifest[path])
+    return unflatten({path: place(path, stored(path)) for path in manifest})
 
 
 def read_leaves(
@@ -235,8 +214,13 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def _open(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The manifest and Orbax's metadata, which agree."""
+    """The manifest and, by Orbax where it wrote the leaves, a description of each; they agree."""
     manifest = read_manifest(folder)
+    if leaf_parts.is_in_parts(manifest):
+        leaf_parts.check_parts(manifest, folder)
+        verify_hashes(folder)
+        shape = lambda entry: jax.ShapeDtypeStruct(entry["shape"], dtype_of(entry))
+        return manifest, {path: shape(entry) for path, entry in manifest.items()}
     stored = orbax_leaves.metadata(folder / PARAMS, manifest)
     claim = f"Orbax's metadata and {MANIFEST} disagree"
     compare(folder, claim, describe(stored, True), described(manifest, True))
@@ -245,16 +229,42 @@ def _open(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
 
 
 def _read(
-    folder: Path, stored: Mapping[str, Any], manifest: Mapping[str, Any], damaged: list[str]
+    folder: Path,
+    stored: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    damaged: list[str],
+    verify: bool = True,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The leaves in that order; those that differ from the manifest are named in `damaged`."""
+    if leaf_parts.is_in_parts(manifest):
+        for path in stored:
+            before, entry = len(damaged), {path: manifest[path]}
+            for file, (_, expected) in leaf_parts.files(folder / PARAMS, entry).items():
+                if verify:
+                    _verify(file, path, expected, damaged)
+            if len(damaged) == before:
+                yield path, leaf_parts.stored_leaf(folder / PARAMS, path, manifest[path])[...]
+        return
     for group in _groups(stored):
         for path, array in orbax_leaves.load(folder / PARAMS, group, damaged):
-            if path in manifest and entry_of(path, array) != manifest[path]:
+            if verify and entry_of(path, array) != manifest[path]:
                 damaged.append(f"{path}: its bytes have another sha256 than {MANIFEST} says")
             else:
                 yield path, array
             del array
+
+
+def _verify(file: Path, path: str, expected: str, damaged: list[str]) -> None:
+    """Names the leaf in `damaged` where a file of it has not the bytes that the manifest says."""
+    try:
+        if hash_file(file) != expected:
+            damaged.append(f"{path}: its bytes have another sha256 than {MANIFEST} says")
+    except OSError as error:
+        damaged.append(f"{path}: cannot be read: {error}")
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
 
 
 def _refuse_damaged(folder: Path, damaged: list[str]) -> None:

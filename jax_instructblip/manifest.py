@@ -14,6 +14,7 @@ import numpy as np
 from jax_instructblip.files import read_json
 
 MANIFEST = "manifest.json"
+_FIELDS = ({"shape", "dtype", "sha256"}, {"shape", "dtype", "parts"})  # `leaf_parts.py` has parts
 
 
 class CheckpointError(ValueError):
@@ -28,7 +29,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
     try:
         manifest = read_json(path, dict)
         for leaf, entry in manifest.items():
-            if set(entry) != {"shape", "dtype", "sha256"}:
+            if set(entry) not in _FIELDS:
                 raise ValueError(f"entry {leaf!r} has fields {sorted(entry)}")
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error

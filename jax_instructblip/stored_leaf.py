@@ -1,12 +1,15 @@
-"""A leaf on disk of which a host reads the parts that its devices hold, and no others."""
+"""A leaf on disk of which a host reads the places that its devices hold, and no others."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 _read = {"bytes": 0}
+_BLOCK = 16 * 2**20  # bytes of a file that are mapped at a time
 
 
 def bytes_read() -> int:
@@ -14,31 +17,89 @@ def bytes_read() -> int:
     return _read["bytes"]
 
 
-class StoredLeaf:
-    """The array in a file of raw bytes; like a numpy array, it has shape, dtype and slices."""
+@dataclasses.dataclass(frozen=True)
+class StoredPart:
+    """A file of raw bytes that holds a part of a leaf: where it begins in the leaf, its shape."""
 
-    def __init__(self, file: Path, shape: tuple[int, ...], dtype: Any, cast: Any = None):
-        """`dtype` is the file's, `cast` that of the parts (default: the same).
+    file: Path
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def map(self, dtype: np.dtype) -> np.ndarray:
+        """The bytes as an array, of which the pages that are used are read."""
+        return np.memmap(self.file, dtype, "r", shape=self.shape or (1,)).reshape(self.shape)
+
+
+class StoredParts:
+    """An array in files, each with a part of it; like an array, it has shape, dtype and slices."""
+
+    def __init__(
+        self, parts: Sequence[StoredPart], shape: tuple[int, ...], dtype: Any, cast: Any = None
+    ):
+        """`dtype` is the files', `cast` that of what is read (default: the same).
 
         Raises:
-            OSError: the file is not there.
-            ValueError: it is not as long as the array.
+            OSError: a file is not there.
+            ValueError: a file is not as long as its part.
         """
-        self.shape, self._file, self._stored = tuple(shape), file, np.dtype(dtype)
+        self.shape, self._parts, self._stored = tuple(shape), parts, np.dtype(dtype)
         self.dtype = np.dtype(cast or dtype)
-        wanted, found = math.prod(shape) * self._stored.itemsize, file.stat().st_size
-        if found != wanted:
-            raise ValueError(f"{file} has {found} bytes, expected {wanted}")
+        for part in parts:
+            wanted = math.prod(part.shape) * self._stored.itemsize
+            found = part.file.stat().st_size
+            if found != wanted:
+                raise ValueError(f"{part.file} has {found} bytes, expected {wanted}")
 
-    def astype(self, dtype: Any, copy: bool = False) -> "StoredLeaf":
+    def astype(self, dtype: Any, copy: bool = False) -> "StoredParts":
         """The same leaf, whose parts are cast when they are read."""
         del copy
-        return StoredLeaf(self._file, self.shape, self._stored, dtype)
+        return StoredParts(self._parts, self.shape, self._stored, dtype)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """The part, read now; `index` has slices of step 1."""
-        whole = np.memmap(self._file, self._stored, "r", shape=self.shape or (1,))
-        # The pages go back with the map: what stays is the part.
-        part = np.array(whole[index] if self.shape else whole[0], copy=True)
-        _read["bytes"] += part.nbytes
-        return part.astype(self.dtype, copy=False)
+        """The numbers there, read now; `index` is `...`, slices of step 1, whole numbers."""
+        index = () if index is Ellipsis else index if isinstance(index, tuple) else (index,)
+        index = (*index, *[slice(None)] * (len(self.shape) - len(index)))
+        single = tuple(axis for axis, each in enumerate(index) if not isinstance(each, slice))
+        bounds = [
+            (each.indices(size)[:2] if isinstance(each, slice) else (each, each + 1))
+            for each, size in zip(index, self.shape, strict=True)
+        ]
+        out = np.empty([end - begin for begin, end in bounds], self._stored)
+        for part in self._parts if out.size else ():
+            self._copy(part, bounds, out)
+        return (
+            out.astype(self.dtype, copy=False).squeeze(single)
+            if single
+            else out.astype(self.dtype, copy=False)
+        )
+
+    def _copy(self, part: StoredPart, bounds: list[tuple[int, int]], out: np.ndarray) -> None:
+        """Copies what the part has of the wanted place, some rows at a time."""
+        source, target = [], []
+        for (begin, end), first, size in zip(bounds, part.start, part.shape, strict=False):
+            low, high = max(begin, first), min(end, first + size)
+            if low >= high:
+                return
+            source.append(slice(low - first, high - first))
+            target.append(slice(low - begin, high - begin))
+        place = out[tuple(target)]
+        if not source:
+            out[...] = part.map(self._stored)
+        else:
+            rows, *others = source
+            step = max(1, _BLOCK * len(place) // max(place.nbytes, 1))
+            for row in range(rows.start, rows.stop, step):
+                some = slice(row, min(row + step, rows.stop))
+                # A map of its own for each block: its pages go back before the next are read.
+                found = part.map(self._stored)[(some, *others)]
+                place[row - rows.start : row - rows.start + len(found)] = found
+                del found
+        _read["bytes"] += place.nbytes
+
+
+class StoredLeaf(StoredParts):
+    """The array in one file of raw bytes."""
+
+    def __init__(self, file: Path, shape: tuple[int, ...], dtype: Any):
+        """Raises as `StoredParts`."""
+        super().__init__([StoredPart(file, (0,) * len(shape), tuple(shape))], shape, dtype)

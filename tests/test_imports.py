@@ -25,6 +25,7 @@ LAYERS = {
     "tables": 0,
     "tpu_compiler": 0,
     "file_hashes": 0.5,
+    "leaf_parts": 0.5,
     "orbax_leaves": 0.5,
     "step_meta": 0.5,
     "data": 1,

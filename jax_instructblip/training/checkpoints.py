@@ -10,11 +10,13 @@ In an object store, which knows no renaming, a folder is complete when `meta.jso
 written on the local disk first and then copied, that file last.
 """
 
+import dataclasses
 import errno
 import os
+import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from jax.experimental import multihost_utils
 
 from jax_instructblip import checkpoint, remote
 from jax_instructblip.folders import free_bytes, write_file
+from jax_instructblip.leaf_parts import own_parts
+from jax_instructblip.parallel.distributed import agree
 from jax_instructblip.step_meta import (
     FORMAT,
     META,
@@ -35,7 +39,9 @@ from jax_instructblip.step_meta import (
     parse_meta,
     seal,
 )
+from jax_instructblip.training.host_copy import copy_to_host
 from jax_instructblip.training.run_meta import Meta, compare_meta
+from jax_instructblip.training.shared_save import SharedSave
 from jax_instructblip.training.state import TrainState
 
 PARTS = ("trainable", "optimizer")
@@ -71,7 +77,8 @@ class Checkpoints:
         self._keep, self._keep_every = keep, keep_every
         self._writer = ThreadPoolExecutor(1, thread_name_prefix=THREAD)
         self._saving: Future | None = None
-        self._snapshot: dict[str, np.ndarray] = {}
+        self._snapshot: dict[str, dict[str, np.ndarray]] = {part: {} for part in PARTS}
+        self._token, self._ending = "", threading.Event()
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending."""
@@ -151,17 +158,66 @@ class Checkpoints:
                 f"{self._store or self.folder} holds the checkpoints {later}, made by another run "
                 f"than the one at step {step}: choose another workdir"
             )
-        writes = jax.process_index() == 0
-        trainable = _on_host(checkpoint.flatten(state.params), self._snapshot, writes)
-        rest = _on_host(dict(_optimizer_leaves(state, rng)), self._snapshot, writes)
         meta = {"format": FORMAT, "step": step, "score": None} | meta
-        if writes:
+        parts = dict(zip(PARTS, _leaves(state, rng), strict=True))
+        if jax.process_count() == 1:
+            write = self._prepare_alone(step, parts, meta)
+        else:
+            write = self._prepare_shared(step, parts, meta)
+        self._saving = self._writer.submit(self._write, step, write, then)
 
-            def work() -> None:
-                self._write(step, trainable, rest, meta)
-                then()
+    def _prepare_alone(
+        self, step: int, parts: Mapping[str, Mapping[str, Array]], meta: Meta
+    ) -> Callable[[], None]:
+        """Copies the leaves of both parts; what is returned writes the copies."""
+        copies = {
+            part: copy_to_host(leaves, self._snapshot[part]) for part, leaves in parts.items()
+        }
 
-            self._saving = self._writer.submit(work)
+        def write() -> None:
+            with checkpoint.atomic_folder(self.path(step)) as partial:
+                for part, leaves in copies.items():
+                    checkpoint.write_tree(partial / part, leaves.items())
+                (partial / META).write_text(seal(bind(meta, partial, PARTS)))
+            if self._store:
+                self._upload(step)
+
+        return write
+
+    def _prepare_shared(
+        self, step: int, parts: Mapping[str, Mapping[str, Array]], meta: Meta
+    ) -> Callable[[], None]:
+        """The same of what this process owns of the leaves; the first process then commits."""
+        if not self._token:
+            number = np.int64(secrets.randbits(62))
+            self._token = f"{int(multihost_utils.broadcast_one_to_all(number)):x}"
+        own = {part: list(own_parts(leaves)) for part, leaves in parts.items()}
+        copies = {
+            part: copy_to_host(
+                {f"{each.path} {each.name}": each.data for each in parts_},
+                self._snapshot[part],
+            )
+            for part, parts_ in own.items()
+        }
+        own = {
+            part: [
+                dataclasses.replace(each, data=copies[part][f"{each.path} {each.name}"])
+                for each in parts_
+            ]
+            for part, parts_ in own.items()
+        }
+        shapes = {
+            part: {path: leaf.shape for path, leaf in leaves.items()}
+            for part, leaves in parts.items()
+        }
+        shared = SharedSave(self.folder, self._store, step, self._token, self._ending)
+
+        def write() -> None:
+            shared.write(own)
+            if jax.process_index() == 0:
+                shared.commit(shapes, meta)
+
+        return write
 
     def check(self) -> None:
         """Raises what the save going on has raised, without waiting for it."""
@@ -186,6 +242,7 @@ class Checkpoints:
 
     def close(self, wait: bool = True) -> None:
         """Lets the save going on end, and waits for that or not; what it raises is for `wait`."""
+        self._ending.set()
         self._writer.shutdown(wait=wait)
 
     def restore(
@@ -194,53 +251,40 @@ class Checkpoints:
         """State, random key and meta of that step, placed as the leaves of `like` are.
 
         `meta` is what the present run would save: its variant, trainable parts and base are
-        compared first, then keys, shapes and dtypes, then the hash of every leaf.
+        compared first, then keys, shapes and dtypes, then the hash of every leaf. Of `like` shapes,
+        dtypes and shardings are used. Of several processes each reads what its devices hold.
         """
         found = self.meta(step)
         compare_meta(self.place(step), found, meta)
-        if self._store:
-            remote.get(self.place(step), self.path(step))
-        rest_like = checkpoint.unflatten(dict(_optimizer_leaves(like, rng)))
+        read, problem = {}, None
         try:
-            for part in PARTS:
+            if self._store:
+                remote.get(self.place(step), self.path(step))
+            for part, leaves in zip(PARTS, _leaves(like, rng), strict=True):
                 check_manifest(found, self.path(step), part)
-            trainable = self._read(step, "trainable", like.params)
-            rest = checkpoint.flatten(self._read(step, "optimizer", rest_like))
+                read[part] = _read_leaves(self.path(step) / part, leaves)
         except checkpoint.CheckpointError as error:
-            message = f"{error}\n  {self._way_past(step)}"
-            raise checkpoint.CheckpointError(message) from error
+            problem = checkpoint.CheckpointError(f"{error}\n  {self._way_past(step)}")
+            problem.__cause__ = error
+        except OSError as error:
+            problem = error
         finally:
             if self._store:
                 shutil.rmtree(self.path(step), ignore_errors=True)
-        place = lambda leaf, old: jax.make_array_from_callback(
-            old.shape, old.sharding, lambda part: np.asarray(leaf)[part]
-        )
-        params = jax.tree.map(place, trainable, like.params)
+        agree(problem)
+        trainable, rest = (read[part] for part in PARTS)
         flat, treedef = jax.tree_util.tree_flatten_with_path(like.optimizer)
-        moments = [place(rest[_leaf_path(path)], old) for path, old in flat]
         state = TrainState(
-            place(rest["step"], like.step),
-            params,
-            jax.tree_util.tree_unflatten(treedef, moments),
+            rest["step"],
+            checkpoint.unflatten(trainable),
+            jax.tree_util.tree_unflatten(treedef, [rest[_leaf_path(path)] for path, _ in flat]),
         )
         key = jax.random.wrap_key_data(jnp.asarray(rest["rng"]), impl=jax.random.key_impl(rng))
         return state, key, found
 
-    def _read(self, step: int, part: str, like: Any) -> checkpoint.Tree:
-        return checkpoint.read_tree(self.path(step) / part, expected=like, strict_dtype=True)
-
-    def _write(
-        self, step: int, trainable: Mapping[str, Any], rest: Mapping[str, Any], meta: Meta
-    ) -> None:
+    def _write(self, step: int, write: Callable[[], None], then: Callable[[], None]) -> None:
         try:
-            alone = jax.process_count() == 1
-            write_tree = checkpoint.write_tree if alone else checkpoint.write_tree_apart
-            with checkpoint.atomic_folder(self.path(step)) as partial:
-                write_tree(partial / "trainable", trainable.items())
-                write_tree(partial / "optimizer", rest.items())
-                (partial / META).write_text(seal(bind(meta, partial, PARTS)))
-            if self._store:
-                self._upload(step)
+            write()
         except OSError as error:
             cure = "When the store answers" if self._store else "With room made there"
             raise OSError(
@@ -248,7 +292,9 @@ class Checkpoints:
                 f"the checkpoint of step {step} was not saved ({error.strerror or error}); intact "
                 f"in {self._store or self.folder}: {self._there()}. {cure}, start the run again",
             ) from error
-        self._remove_old()
+        if jax.process_index() == 0:
+            self._remove_old()
+            then()
 
     def _write_score(self, step: int, score: float) -> None:
         text = seal(self.meta(step) | {"score": score})
@@ -311,43 +357,30 @@ def is_step(name: str) -> bool:
     return name.isascii() and name.isdecimal() and str(int(name)) == name
 
 
-def _on_host(
-    leaves: Mapping[str, Array], kept: dict[str, np.ndarray], wanted: bool
-) -> dict[str, np.ndarray]:
-    """The host's copies of the leaves, whichever devices of all processes hold their parts.
-
-    Every process must ask; none are there where they are not `wanted`. Copies of a CPU's arrays are
-    `kept` until those of the next save take their place: the pages of fresh memory would have to be
-    fetched, which takes longer than the copying.
-    """
-    on_cpu = jax.default_backend() == "cpu"
-    here = {
-        path
-        for path, leaf in leaves.items()
-        if leaf.is_fully_addressable or leaf.is_fully_replicated
-    }
-    if wanted and not on_cpu:
-        for path in here:  # all under way, before the first is waited for
-            leaves[path].copy_to_host_async()
-    copies: dict[str, np.ndarray] = {}
-    for path, leaf in leaves.items():
-        if path not in here:
-            leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        if not wanted:
-            continue
-        copies[path] = np.asarray(leaf)
-        if on_cpu and path in here:  # a view of the buffer, which the next step takes over
-            kept.setdefault(path, np.empty_like(copies[path]))
-            np.copyto(kept[path], copies[path])
-            copies[path] = kept[path]
-    return copies
-
-
-def _optimizer_leaves(state: TrainState, rng: Array) -> Iterator[tuple[str, Array]]:
-    yield "step", state.step
-    yield "rng", jax.random.key_data(rng)
+def _leaves(state: TrainState, rng: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+    """What goes into each of `PARTS`, by path."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state.optimizer)
-    yield from ((_leaf_path(path), leaf) for path, leaf in flat)
+    rest = {_leaf_path(path): leaf for path, leaf in flat}
+    rest = {"step": state.step, "rng": jax.random.key_data(rng), **rest}
+    return checkpoint.flatten(state.params), rest
+
+
+def _read_leaves(folder: Path, like: Mapping[str, Array]) -> dict[str, Any]:
+    """The leaves of a part, each on the devices where that of `like` lies."""
+
+    def place(path: str, leaf: Any) -> Any:
+        old = like[path]
+        if path == "rng":  # lies wherever it is used
+            return np.asarray(leaf[...])
+        part = lambda index: np.asarray(leaf[index])
+        return jax.make_array_from_callback(old.shape, old.sharding, part)
+
+    given: dict[str, Any] = {"expected": checkpoint.unflatten(like), "strict_dtype": True}
+    given["place"] = place
+    if jax.process_count() == 1:
+        return checkpoint.flatten(checkpoint.read_tree(folder, **given))
+    share = {"process": jax.process_index(), "processes": jax.process_count()}
+    return checkpoint.flatten(checkpoint.read_parts(folder, **share, **given))
 
 
 def _leaf_path(path: tuple[Any, ...]) -> str:

@@ -10,6 +10,7 @@ from jax_instructblip.folders import set_aside
 from jax_instructblip.step_meta import META
 from jax_instructblip.training import metrics
 from jax_instructblip.training.checkpoints import Checkpoints, is_step
+from jax_instructblip.training.shared_save import remove_parts
 
 CONFIG = "config.json"
 SAVED = "saved"  # the field of config.json: whether the run has ever saved a checkpoint
@@ -42,6 +43,7 @@ def set_incomplete_aside(checkpoints: Checkpoints, *, fresh: bool) -> list[str]:
                 f"{path} is no complete checkpoint, it has no {META} (an interrupted copy?): set "
                 f"aside as {set_aside(path, 'incomplete')}"
             )
+    remove_parts(folder)
     for step in checkpoints.steps():
         checkpoints.meta(step)
     return notes

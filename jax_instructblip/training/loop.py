@@ -188,8 +188,14 @@ class _Run:
             place = self.checkpoints.place(0).removesuffix("/0")
             _in_first_process(lambda: earlier.set_metrics_aside(self.workdir, place, fresh=fresh))
         else:
+            like = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+                state,
+            )
+            for leaf in jax.tree.leaves(state):  # never both states at once
+                leaf.delete()
             self.state, self.rng, found = self.checkpoints.restore(
-                self.first, state, self.rng, self.meta
+                self.first, like, self.rng, self.meta
             )
             _compare_cursors(
                 self.checkpoints.place(self.first), found["data"], self.cursor(self.first)

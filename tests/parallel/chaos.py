@@ -14,7 +14,7 @@ EVERY = 2  # steps between checkpoints
 END_LIMIT = 60.0  # seconds in which a process that lost another one ends
 START_LIMIT = 300.0  # the same where they have not found together yet
 WAIT_LIMIT = 300.0  # seconds until the moment of a kill has come
-SAVING = re.compile(r"\.\d+\.partial-")  # a checkpoint that is being written
+SAVING = re.compile(r"\.\d+\.part")  # a checkpoint that is being written
 FIELDS = {"checkpoints.every": EVERY, "checkpoints.keep": 2}
 
 

@@ -53,6 +53,8 @@ def words(files, workdir, **fields):
         "optimizer.warmup_steps": 1,
         "checkpoints.every": 20,
         "validation.path": "",
+        "mesh.data": 2,
+        "mesh.fsdp": 2,  # each process holds a half of the large leaves
     }
     overrides = [f"--config.{name}={value}" for name, value in (values | fields).items()]
     return ["train", "--config", "configs/custom_jsonl.py", *overrides]
@@ -282,12 +284,12 @@ def test_four_processes_make_the_curve_of_one(files, alone, tmp_path):
 @pytest.mark.parametrize(("before", "after"), [(4, 1), (2, 4), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(files, alone, tmp_path, before, after):
     """Of 4 devices each time, over which weights, moments and batches are split."""
-    workdir, split = tmp_path / "run", {"mesh.data": 2, "mesh.fsdp": 2, "checkpoints.every": 10}
-    processes = start(before, 4 // before, words(files, workdir, **split))
+    workdir, fields = tmp_path / "run", {"checkpoints.every": 10}
+    processes = start(before, 4 // before, words(files, workdir, **fields))
     wait_for_step(processes, workdir, 12)
     processes[0].send_signal(signal.SIGTERM)
     found = ended(processes)
     assert [code for _, code in found] == [0] * before, "\n".join(said for said, _ in found)
-    curve, said = run(files, workdir, after, 4 // after, **split)
+    curve, said = run(files, workdir, after, 4 // after, **fields)
     assert "told to stop" in found[0][0] and re.search(r"resuming .* at step \d+ of", said)
     np.testing.assert_allclose(curve, alone[0], rtol=0, atol=TOLERANCE)

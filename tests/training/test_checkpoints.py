@@ -71,13 +71,18 @@ def test_restores_what_was_saved_to_the_bit(tmp_path):
 
 def test_what_is_saved_is_a_copy(tmp_path, monkeypatch):
     """The next step takes over the buffers while the thread still writes."""
-    written = []
-    monkeypatch.setattr(Checkpoints, "_write", lambda self, *given: written.append(given))
+    write, written = checkpoint.write_tree, {}
+
+    def record(folder, leaves):
+        written[folder.name] = dict(leaves)
+        return write(folder, written[folder.name].items())
+
+    monkeypatch.setattr(checkpoint, "write_tree", record)
     manager, places = Checkpoints(tmp_path), []
     for step in (1, 2):
         state = make_state(step, seed=step)
         save_one(manager, state)
-        _, trainable, rest, _ = written[-1]
+        trainable, rest = written["trainable"], written["optimizer"]
         taken = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)}
         kept = {leaf.ctypes.data for leaf in [*trainable.values(), *rest.values()]}
         assert len(kept) == len(taken) + 1  # and the random key
