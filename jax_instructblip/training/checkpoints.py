@@ -8,6 +8,9 @@ checkpoints/
 
 In an object store, which knows no renaming, a folder is complete when `meta.json` is there: each is
 written on the local disk first and then copied, that file last.
+
+A process alone writes whole leaves, with Orbax. Of several, each writes and reads the parts that its
+devices hold, and no other (`leaf_parts.py`, `shared_save.py`); either reads what the other wrote.
 """
 
 import dataclasses
@@ -29,7 +32,7 @@ from jax.experimental import multihost_utils
 
 from jax_instructblip import checkpoint, remote
 from jax_instructblip.folders import free_bytes, write_file
-from jax_instructblip.leaf_parts import own_parts
+from jax_instructblip.leaf_parts import OwnPart, own_parts
 from jax_instructblip.parallel.distributed import agree
 from jax_instructblip.step_meta import (
     FORMAT,
@@ -52,8 +55,7 @@ class Checkpoints:
     """The folder `checkpoints/` of a run; one save at a time goes on in a thread.
 
     Old ones are removed after a save: the newest `keep` stay, the best by score, and with
-    `keep_every` those whose step is a multiple of it. Of several processes, which all see the
-    folder, the first one writes.
+    `keep_every` those whose step is a multiple of it. Several processes all see the folder.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Checkpoints:
         self._keep, self._keep_every = keep, keep_every
         self._writer = ThreadPoolExecutor(1, thread_name_prefix=THREAD)
         self._saving: Future | None = None
-        self._snapshot: dict[str, dict[str, np.ndarray]] = {part: {} for part in PARTS}
+        self._snapshot: dict[str, dict[Any, np.ndarray]] = {part: {} for part in PARTS}
         self._token, self._ending = "", threading.Event()
 
     def steps(self) -> list[int]:
@@ -191,21 +193,12 @@ class Checkpoints:
         if not self._token:
             number = np.int64(secrets.randbits(62))
             self._token = f"{int(multihost_utils.broadcast_one_to_all(number)):x}"
-        own = {part: list(own_parts(leaves)) for part, leaves in parts.items()}
-        copies = {
-            part: copy_to_host(
-                {f"{each.path} {each.name}": each.data for each in parts_},
-                self._snapshot[part],
-            )
-            for part, parts_ in own.items()
-        }
-        own = {
-            part: [
-                dataclasses.replace(each, data=copies[part][f"{each.path} {each.name}"])
-                for each in parts_
-            ]
-            for part, parts_ in own.items()
-        }
+        own: dict[str, list[OwnPart]] = {}
+        for part, leaves in parts.items():
+            here = {(each.path, each.name): each for each in own_parts(leaves)}
+            arrays = {key: each.data for key, each in here.items()}
+            copies = copy_to_host(arrays, self._snapshot[part])
+            own[part] = [dataclasses.replace(here[key], data=copies[key]) for key in here]
         shapes = {
             part: {path: leaf.shape for path, leaf in leaves.items()}
             for part, leaves in parts.items()
@@ -263,11 +256,11 @@ class Checkpoints:
             for part, leaves in zip(PARTS, _leaves(like, rng), strict=True):
                 check_manifest(found, self.path(step), part)
                 read[part] = _read_leaves(self.path(step) / part, leaves)
-        except checkpoint.CheckpointError as error:
-            problem = checkpoint.CheckpointError(f"{error}\n  {self._way_past(step)}")
-            problem.__cause__ = error
         except OSError as error:
             problem = error
+        except ValueError as error:
+            problem = checkpoint.CheckpointError(f"{error}\n  {self._way_past(step)}")
+            problem.__cause__ = error
         finally:
             if self._store:
                 shutil.rmtree(self.path(step), ignore_errors=True)

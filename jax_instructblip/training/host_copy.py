@@ -1,13 +1,14 @@
 """Copies of arrays in the host's memory, made while the devices work on."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 
 
-def copy_to_host(leaves: Mapping[str, Array], kept: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def copy_to_host(leaves: Mapping[Any, Array], kept: dict[Any, np.ndarray]) -> dict[Any, np.ndarray]:
     """The host's copies of arrays that this process holds.
 
     Copies of a CPU's arrays are `kept` until those of the next save take their place: the pages of
@@ -17,7 +18,7 @@ def copy_to_host(leaves: Mapping[str, Array], kept: dict[str, np.ndarray]) -> di
     if not on_cpu:
         for leaf in leaves.values():  # all under way, before the first is waited for
             leaf.copy_to_host_async()
-    copies: dict[str, np.ndarray] = {}
+    copies: dict[Any, np.ndarray] = {}
     for path, leaf in leaves.items():
         copies[path] = np.asarray(leaf)
         if on_cpu:  # a view of the buffer, which the next step takes over

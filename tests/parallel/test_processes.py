@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,8 +54,6 @@ def words(files, workdir, **fields):
         "optimizer.warmup_steps": 1,
         "checkpoints.every": 20,
         "validation.path": "",
-        "mesh.data": 2,
-        "mesh.fsdp": 2,  # each process holds a half of the large leaves
     }
     overrides = [f"--config.{name}={value}" for name, value in (values | fields).items()]
     return ["train", "--config", "configs/custom_jsonl.py", *overrides]
@@ -154,9 +153,20 @@ def test_split_weights_are_read_and_saved_in_parts(files, alone, tmp_path):
     np.testing.assert_allclose(found[:1], alone[0][:1], rtol=0, atol=TOLERANCE)
     read, whole = map(float, re.search(r"read ([\d.]+) of ([\d.]+) MB", said).groups())
     assert 0.3 < read / whole < 0.8
-    assert {path: leaf.shape for path, leaf in final(tmp_path / "run", 4).items()} == {
+    ended_with = final(tmp_path / "run", 4)
+    assert {path: leaf.shape for path, leaf in ended_with.items()} == {
         path: leaf.shape for path, leaf in alone[1].items()
     }
+    newest = tmp_path / "run" / "checkpoints" / "4"
+    manifest = checkpoint.read_manifest(newest / "trainable")
+    counts = {path: len(entry["parts"]) for path, entry in manifest.items()}
+    assert counts["qformer/queries"] == 1 and counts["qformer/projection/kernel"] == 2
+    shutil.rmtree(newest)  # as if it had been killed there
+    again, said = run(files, tmp_path / "run", 2, 1, **split)
+    assert "at step 2 of 4" in said
+    np.testing.assert_array_equal(again, found)
+    for path, leaf in final(tmp_path / "run", 4).items():
+        np.testing.assert_array_equal(leaf, ended_with[path], err_msg=path)
 
 
 @pytest.mark.parametrize(
@@ -284,12 +294,12 @@ def test_four_processes_make_the_curve_of_one(files, alone, tmp_path):
 @pytest.mark.parametrize(("before", "after"), [(4, 1), (2, 4), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(files, alone, tmp_path, before, after):
     """Of 4 devices each time, over which weights, moments and batches are split."""
-    workdir, fields = tmp_path / "run", {"checkpoints.every": 10}
-    processes = start(before, 4 // before, words(files, workdir, **fields))
+    workdir, split = tmp_path / "run", {"mesh.data": 2, "mesh.fsdp": 2, "checkpoints.every": 10}
+    processes = start(before, 4 // before, words(files, workdir, **split))
     wait_for_step(processes, workdir, 12)
     processes[0].send_signal(signal.SIGTERM)
     found = ended(processes)
     assert [code for _, code in found] == [0] * before, "\n".join(said for said, _ in found)
-    curve, said = run(files, workdir, after, 4 // after, **fields)
+    curve, said = run(files, workdir, after, 4 // after, **split)
     assert "told to stop" in found[0][0] and re.search(r"resuming .* at step \d+ of", said)
     np.testing.assert_allclose(curve, alone[0], rtol=0, atol=TOLERANCE)
