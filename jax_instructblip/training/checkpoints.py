@@ -9,8 +9,8 @@ checkpoints/
 In an object store, which knows no renaming, a folder is complete when `meta.json` is there: each is
 written on the local disk first and then copied, that file last.
 
-A process alone writes whole leaves, with Orbax. Of several, each writes and reads the parts that its
-devices hold, and no other (`leaf_parts.py`, `shared_save.py`); either reads what the other wrote.
+A process alone writes whole leaves, with Orbax. Of several, each writes and reads the parts that
+its devices hold, and no other (`leaf_parts.py`, `shared_save.py`); either reads what both wrote.
 """
 
 import dataclasses
