@@ -235,8 +235,12 @@ class Checkpoints:
 
     def close(self, wait: bool = True) -> None:
         """Lets the save going on end, and waits for that or not; what it raises is for `wait`."""
-        self._ending.set()
         self._writer.shutdown(wait=wait)
+
+    def abandon(self) -> None:
+        """As `close`, when another process has gone: its parts are waited for no longer."""
+        self._ending.set()
+        self.close()
 
     def restore(
         self, step: int, like: TrainState, rng: Array, meta: Meta

@@ -233,7 +233,7 @@ class _Run:
             self.profile["folder"], first=self.first, steps=self.profile["steps"]
         )
         self.stop_order, self.watchdog = StopOrder(), Watchdog(self.hang_limit)
-        peers.on_loss(self.checkpoints.close)
+        peers.on_loss(self.checkpoints.abandon)
         try:
             if self.first == 0 and self.validation and self.validation.first:
                 self.validate(0)

@@ -8,6 +8,7 @@ In a store each puts its parts into `3000/`, and process 0 `meta.json`, at the e
 meet through these files alone: a thread that saves cannot take part in collectives.
 """
 
+import contextlib
 import errno
 import json
 import shutil
@@ -31,7 +32,7 @@ from jax_instructblip.step_meta import META, bind, seal
 
 POLL_SECONDS = 0.05  # on a disk
 POLL_STORE_SECONDS = 1.0
-GRACE_SECONDS = 10.0  # for the parts of the others, when the run ends
+GRACE_SECONDS = 10.0  # in which some part must have grown, when a process has gone
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 
@@ -43,7 +44,7 @@ class SharedSave:
         """`token` is the same in all processes, and another one in each run.
 
         `folder` is seen by all processes, or, with `store`, each has one of its own. `ending` is
-        set when the run ends: parts that do not come then are not waited for.
+        set when a process has gone: parts that do not come then are waited for no longer.
         """
         self._folder, self._step, self._token, self._ending = folder, step, token, ending
         self._store = f"{store}/{step}" if store else ""
@@ -97,11 +98,12 @@ class SharedSave:
 
     def _await(self, count: int) -> None:
         """Returns when all processes have written their parts."""
-        limit = float("inf")
+        size, limit = -1, float("inf")
         while absent := [index for index in range(count) if not self._is_done(index)]:
-            if self._ending.is_set():
-                limit = min(limit, time.monotonic() + GRACE_SECONDS)
-            if time.monotonic() > limit:
+            before, size = size, sum(map(self._size, absent)) if self._ending.is_set() else -1
+            if size != before:
+                limit = time.monotonic() + GRACE_SECONDS
+            if self._ending.is_set() and time.monotonic() > limit:
                 names = ", ".join(map(str, absent))
                 raise OSError(errno.EIO, f"the parts of process {names} did not come")
             time.sleep(POLL_STORE_SECONDS if self._store else POLL_SECONDS)
@@ -110,6 +112,14 @@ class SharedSave:
         if self._store:
             return remote.holds(self._store, self._done(index))
         return (self._part_folder(index) / self._done(index)).is_file()
+
+    def _size(self, index: int) -> int:
+        """How much a process has written so far, where that can be seen."""
+        size = 0
+        for path in self._part_folder(index).rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # it has its last name now
+                size += path.stat().st_size
+        return size
 
     def _manifests(self, index: int) -> dict[str, leaf_parts.Manifest]:
         if self._store:

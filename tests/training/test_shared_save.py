@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 import types
 
 import numpy as np
@@ -103,6 +104,24 @@ def test_nothing_appears_without_the_parts_of_all(tmp_path, processes, monkeypat
     check_saved(tmp_path / "7")
     remove_parts(tmp_path)
     assert os.listdir(tmp_path) == ["7"]
+
+
+def test_while_the_parts_of_the_others_grow_they_are_waited_for(tmp_path, processes, monkeypatch):
+    """A process has gone, but its parts were complete; another one still writes."""
+    monkeypatch.setattr(shared_save, "GRACE_SECONDS", 0.5)
+    ending, write = threading.Event(), shared_save.write_file
+    ending.set()
+
+    def slow(path, text):
+        if path.name == "done-ab-2.json":
+            for size in range(12):
+                time.sleep(0.1)
+                (path.parent / "growing").write_bytes(b"x" * size)
+        write(path, text)
+
+    monkeypatch.setattr(shared_save, "write_file", slow)
+    assert processes(saver(tmp_path, ending=ending)) == []
+    check_saved(tmp_path / "7")
 
 
 def test_a_disk_that_is_full_leaves_nothing_of_this_process(tmp_path, processes, monkeypatch):
