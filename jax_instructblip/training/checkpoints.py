@@ -47,7 +47,7 @@ from jax_instructblip.training.run_meta import Meta, compare_meta
 from jax_instructblip.training.shared_save import SharedSave
 from jax_instructblip.training.state import TrainState
 
-PARTS = ("trainable", "optimizer")
+PARTS: tuple[str, ...] = ("trainable", "optimizer")
 THREAD = "checkpoint"
 
 
@@ -161,7 +161,7 @@ class Checkpoints:
                 f"than the one at step {step}: choose another workdir"
             )
         meta = {"format": FORMAT, "step": step, "score": None} | meta
-        parts = dict(zip(PARTS, _leaves(state, rng), strict=True))
+        parts: dict[str, dict[str, Array]] = dict(zip(PARTS, _leaves(state, rng), strict=True))
         if jax.process_count() == 1:
             write = self._prepare_alone(step, parts, meta)
         else:
