@@ -34,8 +34,9 @@ from jax_instructblip.data.batch import collate
 from jax_instructblip.data.images import decode, resize_squash
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.source import read_params, read_source
-from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.vlm import VisionLanguageModel
+from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw, warmup_cosine
 from jax_instructblip.training.state import create_state, partition
 from jax_instructblip.training.step import compile_step
@@ -52,7 +53,8 @@ def make_batch(folder: pathlib.Path, variant: Variant, photo: pathlib.Path) -> d
     """A training batch of one sample."""
     example = TextProcessor.load(folder, variant).example(QUESTION, ANSWER)
     pixels = resize_squash(decode(photo), variant.vision.image_size)
-    batch = collate([{**example, "images": pixels[None]}])
+    examples = [{**example, "images": pixels[None]}]
+    batch = collate(examples, visual_tokens=variant.visual_tokens)
     del batch["truncated"]
     return batch
 
@@ -85,7 +87,15 @@ def theirs(flags: argparse.Namespace) -> dict[str, Any]:
     source = read_source(flags.checkpoint)
     batch = make_batch(flags.folder, source.variant, flags.photo)
     pixels = (batch["images"][:, 0] / 255 - np.array(MEAN)) / np.array(STD)
-    text = {key: torch.tensor(batch[key], dtype=torch.long) for key in batch if key != "images"}
+    skip = source.variant.visual_tokens  # the image stands first
+    text = {
+        "qformer_tokens": batch["qformer_tokens"][:, 0],
+        "qformer_mask": batch["qformer_mask"][:, 0],
+        "tokens": batch["tokens"][:, skip:],
+        "mask": batch["segments"][:, skip:] > 0,
+        "decoder_tokens": batch["decoder_tokens"],
+    }
+    text = {key: torch.tensor(leaf, dtype=torch.long) for key, leaf in text.items()}
     with torch.inference_mode():
         fill(model.vision_model, "vision_model.")
         pixels = torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32)
@@ -121,7 +131,7 @@ def ours(flags: argparse.Namespace) -> dict[str, Any]:
     """Our float32 logits from the converted checkpoint, and how far transformers' are."""
     variant = read_source(flags.checkpoint).variant
     batch = make_batch(flags.checkpoint, variant, flags.photo)
-    model = InstructBlip(variant)
+    model = VisionLanguageModel(variant)
 
     def run(tower: str, stage, *values):
         """`stage` of one tower, whose weights are read for it and dropped after it."""
@@ -138,14 +148,15 @@ def ours(flags: argparse.Namespace) -> dict[str, Any]:
         return jax.block_until_ready(apply(params, *values))
 
     paths = list(checkpoint.read_manifest(flags.checkpoint))
-    features = run("vision", InstructBlip.encode_image, batch["images"])
-    text = batch["qformer_tokens"], batch["qformer_mask"]
-    seen = run("qformer", lambda model, *values: model.qformer(*values), features, *text)
+    features = run("vision", VisionLanguageModel.encode_image, batch["images"])
+    text = batch["qformer_tokens"][:, 0], batch["qformer_mask"][:, 0]
+    seen = run("qformer", lambda model, *values: model.bridge(*values), features, *text)
 
     def read(model, seen, batch):
-        inputs = jnp.concatenate([seen, model.llm.embed(batch["tokens"])], axis=1)
-        real = jnp.concatenate([jnp.ones(seen.shape[:2], bool), batch["mask"]], axis=1)
-        return model.llm(inputs, real, batch["decoder_tokens"])
+        tokens = model.llm.embed(batch["tokens"][:, seen.shape[1] :])  # the image stands first
+        inputs = jnp.concatenate([seen, tokens], axis=1)
+        names = ("segments", "positions", "asked", "decoder_tokens", "decoder_segments")
+        return model.llm(inputs, *(batch[name] for name in names))
 
     found = np.asarray(run("llm", read, seen, batch), np.float64)
     expected = np.load(flags.work / LOGITS).astype(np.float64)
@@ -187,7 +198,9 @@ def train(flags: argparse.Namespace) -> dict[str, Any]:
     state = create_state(trainable, optimizer)
     del trainable
     step = compile_step(
-        model=InstructBlip(source.variant, jnp.bfloat16), optimizer=optimizer, schedule=schedule
+        objective=LanguageObjective(VisionLanguageModel(source.variant, jnp.bfloat16)),
+        optimizer=optimizer,
+        schedule=schedule,
     )
     results = []
     for _ in range(2):

@@ -12,8 +12,9 @@ import numpy as np
 
 from benchmarks.ours import random_batch
 from benchmarks.workload import VARIANTS, Lengths
-from jax_instructblip.models.instructblip import InstructBlip, init_params
 from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.vlm import VisionLanguageModel, init_params
+from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw, warmup_cosine
 from jax_instructblip.training.state import create_state, partition
 from jax_instructblip.training.step import compile_step
@@ -29,13 +30,14 @@ def one_step(name: str, dtype: jnp.dtype, device: jax.Device) -> dict[str, np.nd
             params = init_params(variant, jax.random.key(0))
         params = jax.device_put(params, device)
         batch = jax.device_put(random_batch(variant, 4, Lengths.of(name), training=True), device)
-        model = InstructBlip(variant, dtype)
+        model = VisionLanguageModel(variant, dtype)
         logits = jax.jit(lambda params, batch: model.apply({"params": params}, batch))(
             params, batch
         )
         trainable, frozen = partition(params, ("qformer",))
         optimizer = adamw(schedule)
-        step = compile_step(model=model, optimizer=optimizer, schedule=schedule)
+        objective = LanguageObjective(model)
+        step = compile_step(objective=objective, optimizer=optimizer, schedule=schedule)
         _, metrics = step(create_state(trainable, optimizer), frozen, batch, jax.random.key(0))
         return {
             "logits": np.asarray(logits, np.float64),

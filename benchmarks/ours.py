@@ -13,10 +13,12 @@ import numpy as np
 
 from benchmarks.workload import TRAIN_BATCH, Lengths, decode_bytes, seconds, train_flops
 from jax_instructblip.checkpoint import flatten, unflatten
+from jax_instructblip.data.batch import IGNORE, collate
 from jax_instructblip.inference.decode import generate_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.models.instructblip import InstructBlip, param_shapes
 from jax_instructblip.models.variants import Variant, get_variant
+from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
+from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw, warmup_cosine
 from jax_instructblip.training.state import create_state, partition
 from jax_instructblip.training.step import compile_step
@@ -52,22 +54,21 @@ def random_batch(variant: Variant, size: int, lengths: Lengths, training: bool) 
 
     answer = ids(lengths.answer, min(m.vocab, 32000))
     tokens = ids(lengths.prompt, min(m.vocab, 32000))
-    batch = {
+    leaves = {
         "images": rng.integers(0, 256, (size, 1, side, side, 3), dtype=np.uint8),
         "qformer_tokens": ids(lengths.instruction, variant.qformer.vocab),
-        "qformer_mask": np.ones((size, lengths.instruction), bool),
+        "tokens": tokens,
     }
     if training and m.kind == "t5":
         start = np.full((size, 1), m.decoder_start_id, np.int32)
-        batch["decoder_tokens"] = np.concatenate([start, answer[:, :-1]], axis=1)
-        batch["targets"] = answer
+        leaves["decoder_tokens"] = np.concatenate([start, answer[:, :-1]], axis=1)
+        leaves["targets"] = answer
     elif training:
-        ignored = np.full((size, lengths.prompt - 1), -100, np.int32)
-        end = np.full((size, 1), -100, np.int32)
-        batch["targets"] = np.concatenate([ignored, answer, end], axis=1)
-        tokens = np.concatenate([tokens, answer], axis=1)
-    batch |= {"tokens": tokens, "mask": np.ones(tokens.shape, bool)}
-    return jax.device_put(batch)
+        ignored = np.full((size, lengths.prompt), IGNORE, np.int32)
+        leaves["targets"] = np.concatenate([ignored, answer], axis=1)
+        leaves["tokens"] = np.concatenate([tokens, answer], axis=1)
+    examples = [{name: leaf[row] for name, leaf in leaves.items()} for row in range(size)]
+    return jax.device_put(collate(examples, visual_tokens=variant.visual_tokens))
 
 
 def time_training(name: str, params: dict, batch: int, lengths: Lengths, repeats: int) -> dict:
@@ -79,7 +80,9 @@ def time_training(name: str, params: dict, batch: int, lengths: Lengths, repeats
     while batch:
         optimizer = adamw(schedule)
         step = compile_step(
-            model=InstructBlip(variant, jnp.bfloat16), optimizer=optimizer, schedule=schedule
+            objective=LanguageObjective(VisionLanguageModel(variant, jnp.bfloat16)),
+            optimizer=optimizer,
+            schedule=schedule,
         )
         state, key = create_state(trainable, optimizer), jax.random.key(0)
         data, box = random_batch(variant, batch, lengths, training=True), {}
@@ -112,7 +115,7 @@ def time_training(name: str, params: dict, batch: int, lengths: Lengths, repeats
 def time_decoding(name: str, params: dict, batch: int, lengths: Lengths, repeats: int) -> dict:
     """Seconds of image + prompt + `lengths.new` greedy tokens for `batch` rows."""
     variant = get_variant(name)
-    model = InstructBlip(variant, jnp.bfloat16)
+    model = VisionLanguageModel(variant, jnp.bfloat16)
     data = random_batch(variant, batch, lengths, training=False)
     keys = jax.random.split(jax.random.key(0), batch)
 

@@ -31,8 +31,10 @@ import numpy as np
 from benchmarks import autocast
 from benchmarks.workload import Lengths, facts
 from jax_instructblip.convert.hf import read_hf
-from jax_instructblip.models.instructblip import InstructBlip
+from jax_instructblip.data.batch import IGNORE, collate
 from jax_instructblip.models.variants import Variant, get_variant
+from jax_instructblip.models.vlm import VisionLanguageModel
+from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
 from jax_instructblip.training.step import compile_step
@@ -89,19 +91,23 @@ def question_ids(case: Case, step: int) -> dict[str, np.ndarray]:
 
 
 def make_batch(case: Case, step: int) -> dict[str, jax.Array]:
-    """The batch of that step as `models/instructblip.py` draws it."""
-    ids = question_ids(case, step)
-    prompt, answer = ids["prompt"], ids["answer"]
-    batch = {"images": ids["images"], "qformer_tokens": ids["instruction"]}
-    batch["qformer_mask"] = np.ones(ids["instruction"].shape, bool)
-    if case.variant.llm.kind == "t5":
-        batch |= {"tokens": prompt, "targets": answer}
-        batch["decoder_tokens"] = np.pad(answer[:, :-1], ((0, 0), (1, 0)))
+    """The batch of that step, one sample a row, as `models/vlm.py` draws it."""
+    ids, llm = question_ids(case, step), case.variant.llm
+    leaves = {
+        "images": ids["images"],
+        "qformer_tokens": ids["instruction"],
+        "tokens": ids["prompt"],
+    }
+    if llm.encoder_decoder:
+        leaves["targets"] = ids["answer"]
+        leaves["decoder_tokens"] = np.pad(ids["answer"][:, :-1], ((0, 0), (1, 0)))
     else:
-        batch["tokens"] = np.concatenate([prompt, answer], axis=1)
-        unasked = ((0, 0), (prompt.shape[1] - 1, 1))
-        batch["targets"] = np.pad(answer, unasked, constant_values=-100)
-    batch["mask"] = np.ones(batch["tokens"].shape, bool)
+        leaves["tokens"] = np.concatenate([ids["prompt"], ids["answer"]], axis=1)
+        unlearned = ((0, 0), (ids["prompt"].shape[1], 0))
+        leaves["targets"] = np.pad(ids["answer"], unlearned, constant_values=IGNORE)
+    rows = range(len(leaves["tokens"]))
+    examples = [{name: leaf[row] for name, leaf in leaves.items()} for row in rows]
+    batch = collate(examples, visual_tokens=case.variant.visual_tokens)
     return {key: jnp.asarray(leaf) for key, leaf in batch.items()}
 
 
@@ -113,21 +119,18 @@ def measure_ours(case: Case, dtype: str, folder: pathlib.Path, steps: int) -> di
 
     variant, params = read_hf(folder, place=place)
     still = variant.replace(**{"qformer.dropout": 0.0, "llm.dropout": 0.0})
-    model, narrow = InstructBlip(still, jnp.dtype(dtype)), dtype != "float32"
+    model, narrow = VisionLanguageModel(still, jnp.dtype(dtype)), dtype != "float32"
     trainable, frozen = partition(params, ("qformer",))
     rate = lambda _: autocast.RATE
     optimizer = adamw(rate)
-    step = compile_step(model=model, optimizer=optimizer, schedule=rate, narrow_weights=narrow)
+    chosen = dict(objective=LanguageObjective(model), optimizer=optimizer, schedule=rate)
+    step = compile_step(**chosen, narrow_weights=narrow)
     # As `compile_step`: the stacked weights are not widened ahead of the scan.
     options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if narrow else None
     apply = jax.jit(
         lambda params, batch: model.apply({"params": params}, batch), compiler_options=options
     )
-    start = 0 if variant.llm.kind == "t5" else case.lengths.prompt - 1
-    asked = slice(start, start + case.lengths.answer)
-    read = lambda trained: np.asarray(
-        apply({**frozen, **trained}, make_batch(case, 0))[:, asked], np.float64
-    )
+    read = lambda trained: np.asarray(apply({**frozen, **trained}, make_batch(case, 0)), np.float64)
     state = create_state(trainable, optimizer)
     found, losses = {"logits": read(state.params)}, []
     for number in range(steps):

@@ -20,6 +20,7 @@ import transformers
 from benchmarks.theirs import config_of
 from benchmarks.workload import Lengths, variant_of
 from jax_instructblip.convert.hf import read_hf
+from jax_instructblip.data.batch import collate
 from jax_instructblip.models.instructblip import InstructBlip, separate_decoder
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.variants import Variant
@@ -84,11 +85,8 @@ def questions(variant: Variant, size: int, lengths: Lengths) -> tuple[dict, dict
     }
     theirs = {name: torch.tensor(leaf, dtype=torch.long) for name, leaf in given.items()}
     theirs["pixel_values"] = torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32)
-    ours = {
-        "images": images,
-        "qformer_tokens": text,
-        "qformer_mask": np.ones(text.shape, bool),
-        "tokens": tokens,
-        "mask": np.ones(tokens.shape, bool),
-    }
-    return theirs, jax.device_put(ours)
+    examples = [
+        {"images": images[row], "qformer_tokens": text[row], "tokens": tokens[row]}
+        for row in range(size)
+    ]
+    return theirs, jax.device_put(collate(examples, visual_tokens=variant.visual_tokens))

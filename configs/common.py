@@ -39,6 +39,9 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.sources = ConfigDict()  # name -> source(...)
     config.data.batch_size = 128  # samples, on all devices together
+    # Samples that share a row, without seeing each other: answers are short, and rows of one sample
+    # are mostly padding. Fewer where a device has fewer.
+    config.data.samples_per_row = 1
     config.data.buckets = (64,)  # tokens that rows are padded to, besides the limits below
     config.data.augment = True  # random crop (half to all of the area) and mirroring
     # 0: JPEGs are decoded whole, and crops have the released code's pixels. Above it they are

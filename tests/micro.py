@@ -23,6 +23,7 @@ from jax_instructblip.models.variants import (
 )
 from jax_instructblip.training.pretrain_tokenizers import make_bert, make_llama, make_t5
 from tests.numerics import random_params
+from tests.rows import lay_out
 
 # Sizes differ from each other, so that a shape tells what it belongs to.
 LANGUAGE = {
@@ -62,10 +63,10 @@ def make_batch(variant: Variant, rows: int = 4, text: int = 9, answer: int = 6, 
         targets = ids(variant.llm.vocab, rows, answer)
         batch["decoder_tokens"] = np.pad(targets[:, :-1], ((0, 0), (1, 0)))
         batch["targets"] = np.where(np.arange(answer) < lengths, targets, IGNORE).astype(np.int32)
-        return batch
+        return lay_out(variant, batch)
     asked = mask & (np.arange(text) >= answer - 2)
     batch["targets"] = np.where(asked, ids(variant.llm.vocab, rows, text), IGNORE).astype(np.int32)
-    return batch
+    return lay_out(variant, batch)
 
 
 def write_base(folder: Path, kind: str = "llama", **fields: Any) -> Path:

@@ -1,100 +1,199 @@
-"""What a batch is, and how examples become one.
+"""From examples to rows: samples dealt out to rows, texts and visual vectors laid into slots.
 
-A batch is a dict of numpy arrays. Padding is only at the end of a row, and no result depends on it:
+An example is one sample, in numpy, without a batch axis and without padding:
 
-    images          [B, F, H, W, 3] uint8   F frames in order of time; a still image is F = 1
-    qformer_tokens  [B, L] int32            the instruction for the Q-Former
-    qformer_mask    [B, L] bool             True on tokens, False on padding
-    tokens          [B, T] int32            what the language model reads after the image
-    mask            [B, T] bool
-    truncated       [B, 3] int32            optional: 1 where instruction, prompt, answer were cut
+    images          [F, H, W, 3] uint8   its images in order; the frames of a video; may be none
+    image_at        [F] int32            before which of its tokens each image stands; by default 0
+    qformer_tokens  [L] int32            the instruction, where the Q-Former reads it
+    tokens          [T] int32            what the language model reads besides the images
+    truncated       [3] int32            optional: 1 where instruction, prompt, answer were cut
 
 and for training
 
-    targets         [B, T] int32            LLaMA: what follows each of `tokens`
-                    [B, U] int32            T5: the answer
-    decoder_tokens  [B, U] int32            T5 only: `targets` shifted right by one
+    targets         [T] int32            LLaMA: the token itself where it is learned, else IGNORE
+                    [U] int32            T5: the answer
+    decoder_tokens  [U] int32            T5 only: `targets` shifted right by one
 
-For example LLaMA, B = 2, T = 6 (`<` and `>` stand for `</s>`, `.` for padding, `-` for IGNORE):
-
-    tokens   < what ? a cup >      mask   1 1 1 1 1 1      targets   - - a cup > -
-             < and  ? 2 >   .             1 1 1 1 1 0                - - 2 >   - -
-
-An example is the same without the batch axis, the masks and the padding.
+A batch is drawn in `models/vlm.py` and listed in `spec.py`. Padding stands at the end of a row, and
+no result depends on it, nor on who shares a row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-IGNORE = -100  # a target that the loss passes over
+from jax_instructblip.data.spec import IGNORE as IGNORE
+from jax_instructblip.data.spec import Batch
 
-Batch = dict[str, np.ndarray]
+Example = Mapping[str, np.ndarray]
 Lengths = Mapping[str, int | Sequence[int]]
 
-# The key whose bucket a padded key takes: arrays of one row must stay equally long.
-_LENGTH_OF = {
-    "qformer_tokens": "qformer_tokens",
-    "tokens": "tokens",
-    "targets": "targets",
-    "decoder_tokens": "targets",
-}
-_MASK_OF = {"qformer_tokens": "qformer_mask", "tokens": "mask"}
-_NOT_PADDED = ("images", "truncated")
+# What `lengths` may name: the widths of rows.
+ROW_LENGTHS = ("images", "qformer_tokens", "slots", "targets")
 
 
 def collate(
-    examples: Sequence[Mapping[str, np.ndarray]],
+    examples: Sequence[Example],
     *,
+    visual_tokens: int = 0,
+    samples_per_row: int = 1,
     lengths: Lengths | None = None,
     pad_id: int = 0,
     qformer_pad_id: int = 0,
 ) -> Batch:
-    """One batch of the examples, in their order, padded on the right.
+    """Rows of `samples_per_row` examples each, in their order, padded on the right.
 
-    `lengths` gives the padded length of `tokens`, `qformer_tokens` and (T5) `targets`: one number,
-    or several buckets of which the smallest that fits is taken. A key without an entry is padded to
-    the longest example. `pad_id` is the language model's padding id.
+    `visual_tokens` are the vectors that an image becomes. `lengths` gives the width of rows: of
+    `slots`, `qformer_tokens`, `targets` (and of T5's decoder) and how many `images`; one number, or
+    several of which the smallest that fits is taken. What has no entry is as wide as the widest row
+    needs. `pad_id` is the language model's padding id. Counts about examples (`truncated`) come
+    back as `[examples, ...]`.
     """
-    if not examples:
-        raise ValueError("there are no examples to make a batch of")
     lengths = dict(lengths or {})
-    if unknown := sorted(set(lengths) - set(_LENGTH_OF.values())):
-        raise ValueError(
-            f"lengths has unknown keys {unknown}, expected some of qformer_tokens, tokens, targets"
-        )
-    keys = list(examples[0])
-    for index, example in enumerate(examples):
-        if set(example) != set(keys):
-            raise ValueError(
-                f"example {index} has the keys {sorted(example)}, example 0 has {sorted(keys)}"
-            )
-    pads = {
-        "tokens": pad_id,
-        "decoder_tokens": pad_id,
-        "qformer_tokens": qformer_pad_id,
-        "targets": IGNORE,
-    }
-    aligned = "decoder_tokens" not in keys  # LLaMA: a target for each token
+    _check_examples(examples, samples_per_row, lengths)
+    rows = [
+        _Row(examples[first : first + samples_per_row], visual_tokens)
+        for first in range(0, len(examples), samples_per_row)
+    ]
+
+    def width(name: str, held: Iterable[int]) -> int:
+        return bucket(max(held), lengths.get(name), name)
+
+    slots = width("slots", (len(row.tokens) for row in rows))
     batch: Batch = {}
-    for key in keys:
-        rows = [np.asarray(example[key]) for example in examples]
-        if key in _NOT_PADDED:
-            batch[key] = _stack(key, rows)
-            continue
-        if key not in pads:
-            raise ValueError(f"an example has the unknown key {key!r}")
-        name = "tokens" if key == "targets" and aligned else _LENGTH_OF[key]
-        length = bucket(max(len(row) for row in rows), lengths.get(name), name)
-        batch[key] = pad_to(rows, length, pads[key])
-        if key in _MASK_OF:
-            held = np.array([len(row) for row in rows])
-            batch[_MASK_OF[key]] = np.arange(length) < held[:, None]
+    if "images" in examples[0]:
+        images = width("images", (len(row.image_sample) for row in rows))
+        batch["images"] = _stack_images([row.images for row in rows], images)
+        batch["image_sample"] = pad_to([row.image_sample for row in rows], images, 0)
+        places = [row.places for row in rows]
+        batch["places"] = pad_to(places, images * visual_tokens, slots)
+    if "qformer_tokens" in examples[0]:
+        texts = [np.asarray(example["qformer_tokens"]) for example in examples]
+        length = width("qformer_tokens", map(len, texts))
+        apart = (len(rows), samples_per_row, length)
+        batch["qformer_tokens"] = pad_to(texts, length, qformer_pad_id).reshape(apart)
+        held = np.array([len(text) for text in texts])
+        batch["qformer_mask"] = (np.arange(length) < held[:, None]).reshape(apart)
+    for name, pad in (("tokens", pad_id), ("slots", -1), ("segments", 0), ("positions", 0)):
+        batch[name] = pad_to([getattr(row, name) for row in rows], slots, pad)
+    if "targets" in examples[0]:
+        targets = width("targets", (len(row.targets) for row in rows))
+        batch["targets"] = pad_to([row.targets for row in rows], targets, IGNORE)
+        asked_of = slots
+        if "decoder_tokens" in examples[0]:
+            asked_of = targets  # each slot of the decoder is asked for one target
+            batch["decoder_tokens"] = pad_to([row.decoder for row in rows], targets, pad_id)
+            segments = [row.decoder_segments for row in rows]
+            batch["decoder_segments"] = pad_to(segments, targets, 0)
+        batch["asked"] = pad_to([row.asked for row in rows], targets, asked_of)
+    if "truncated" in examples[0]:
+        batch["truncated"] = np.stack([example["truncated"] for example in examples])
     return batch
 
 
+class _Row:
+    """The samples of one row, laid into its slots one after the other; nothing is padded yet."""
+
+    def __init__(self, examples: Sequence[Example], visual_tokens: int):
+        parts: dict[str, list[np.ndarray]] = {}
+        slot = vector = answered = 0
+        for sample, example in enumerate(examples, start=1):
+            own = lay_slots(example, visual_tokens)
+            length = len(own["slots"])
+            visual = own["slots"] >= 0
+            own["slots"] = np.where(visual, own["slots"] + vector, -1)
+            own["segments"] = np.full(length, sample)
+            own["positions"] = np.arange(length)
+            own["places"] = slot + np.flatnonzero(visual)
+            own["image_sample"] = np.full(visual.sum() // max(visual_tokens, 1), sample)
+            if "decoder_tokens" in example:
+                own["decoder"] = np.asarray(example["decoder_tokens"])
+                own["targets"] = np.asarray(example["targets"])
+                own["decoder_segments"] = np.full(len(own["decoder"]), sample)
+                own["asked"] = answered + np.arange(len(own["decoder"]))
+                answered += len(own["decoder"])
+            elif "targets" in example:
+                own["asked"] = slot + own["asked"]
+            slot, vector = slot + length, vector + visual.sum()
+            for name, values in own.items():
+                parts.setdefault(name, []).append(values)
+        self._parts = {name: np.concatenate(values) for name, values in parts.items()}
+        self.images = [example["images"] for example in examples if "images" in example]
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        return self._parts[name]
+
+
+def lay_slots(example: Example, visual_tokens: int) -> dict[str, np.ndarray]:
+    """`tokens` and `slots` [X] of one sample, each image before the token that `image_at` names.
+
+    Of a decoder-only model, too, its `targets` and the slots `asked`: those right before them. For
+    two images of two vectors at 1 and 3, and a target on the last of four tokens:
+
+        tokens  a . . b c . . d         slots  -1 0 1 -1 -1 2 3 -1         asked  6
+
+    Raises:
+        ValueError: images that do not stand in order inside of the text, or a first slot that is a
+            target: nothing stands before it.
+    """
+    text = np.asarray(example["tokens"])
+    count = len(example["images"]) if "images" in example else 0
+    at = np.asarray(example.get("image_at", np.zeros(count, np.int32)))
+    if at.shape != (count,) or (np.diff(at) < 0).any() or (count and not 0 <= at[0] <= at[-1]):
+        raise ValueError(f"image_at is {at.tolist()}, expected {count} places in order")
+    if count and at[-1] > len(text):
+        raise ValueError(f"image_at is {at.tolist()}, but there are {len(text)} tokens")
+    index = np.arange(len(text))
+    places = index + visual_tokens * np.searchsorted(at, index, side="right")
+    slots = np.full(len(text) + count * visual_tokens, -1)
+    visual = np.ones(len(slots), bool)
+    visual[places] = False
+    slots[visual] = np.arange(count * visual_tokens)
+    tokens = np.zeros(len(slots), np.int32)
+    tokens[places] = text
+    laid = {"tokens": tokens, "slots": slots}
+    if "targets" in example and "decoder_tokens" not in example:
+        targets = np.asarray(example["targets"])
+        if targets.shape != text.shape:
+            raise ValueError(f"targets {targets.shape} is not as long as tokens {text.shape}")
+        learned = targets != IGNORE
+        laid |= {"targets": targets[learned], "asked": places[learned] - 1}
+        if (laid["asked"] < 0).any():
+            raise ValueError("the first slot is a target, but nothing stands before it")
+    return laid
+
+
+def deal(sizes: Sequence[Sequence[int]], rows: int) -> np.ndarray:
+    """Which samples share a row: numbers `[rows, samples / rows]`, for rows of nearly equal sizes.
+
+    `sizes` has for each sample how much of every size of a row it takes (its slots, its targets).
+    Longest first, each to the emptiest row with room; with one sample a row each stays in its
+    place. A function of the sizes alone, so that hosts agree on it.
+
+    Raises:
+        ValueError: the samples cannot be divided by the rows.
+    """
+    if len(sizes) % rows:
+        raise ValueError(f"{len(sizes)} samples cannot be dealt out evenly to {rows} rows")
+    room = len(sizes) // rows
+    if room == 1:
+        return np.arange(rows)[:, None]
+    whole = [max(sum(each), 1) for each in zip(*sizes, strict=True)]
+    fullness = lambda size: sum(a / b for a, b in zip(size, whole, strict=True))
+    order = sorted(range(len(sizes)), key=lambda sample: (-fullness(sizes[sample]), sample))
+    held: list[list[int]] = [[] for _ in range(rows)]
+    taken = [[0] * len(whole) for _ in range(rows)]
+    for sample in order:
+        free = (row for row in range(rows) if len(held[row]) < room)
+        row = min(free, key=lambda row: (fullness(taken[row]), row))
+        held[row].append(sample)
+        taken[row] = [a + b for a, b in zip(taken[row], sizes[sample], strict=True)]
+    return np.array(held)
+
+
 def bucket(length: int, buckets: int | Sequence[int] | None, name: str) -> int:
-    """The smallest of `buckets` that holds `length` tokens; `length` itself without buckets."""
+    """The smallest of `buckets` that holds `length`; `length` itself without buckets."""
     if buckets is None:
         return max(length, 1)
     buckets = [buckets] if isinstance(buckets, int) else sorted(buckets)
@@ -102,8 +201,8 @@ def bucket(length: int, buckets: int | Sequence[int] | None, name: str) -> int:
         if length <= size:
             return size
     raise ValueError(
-        f"{name} has a row of {length} tokens, more than the largest of the lengths {buckets}: "
-        f"raise lengths[{name!r}], or lower the limit of tokens"
+        f"{name} has a row of {length}, more than the largest of the lengths {buckets}: raise "
+        f"lengths[{name!r}], or lower the limit of tokens"
     )
 
 
@@ -119,96 +218,68 @@ def pad_to(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:
     return out
 
 
-def text_positions(batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """[2] int64: how many positions of the batch's texts hold a token, and how many there are.
+def compact(tokens: np.ndarray, mask: np.ndarray, pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """`tokens` [B, T] and `mask` [B, T] bool with all padding moved to the end, order kept.
 
-    Counted is what a tower works on: the instruction, the prompt and, for T5, the answer.
+    For input that comes from elsewhere, padded on the left or with holes:
+
+        . . a b        a b . .
+        a . . b   ->   a b . .
     """
-    held = [batch["qformer_mask"], batch["mask"]]
-    if "decoder_tokens" in batch:
-        held.append(batch["targets"] != IGNORE)
-    return np.array([sum(each.sum() for each in held), sum(each.size for each in held)], np.int64)
-
-
-def validate_batch(batch: Mapping[str, np.ndarray], *, training: bool = False) -> None:
-    """Raises a `ValueError` that lists everything in which `batch` is not what the top says."""
-    wrong = _wrong_arrays(batch, training)
-    if not wrong:
-        wrong = [*_wrong_masks(batch), *(_wrong_targets(batch) if training else [])]
-    if wrong:
-        raise ValueError("this is not a batch:\n  " + "\n  ".join(wrong))
-
-
-def _wrong_arrays(batch: Mapping[str, np.ndarray], training: bool) -> list[str]:
-    expected = {
-        "images": (np.uint8, 5),
-        "qformer_tokens": (np.int32, 2),
-        "qformer_mask": (np.bool_, 2),
-        "tokens": (np.int32, 2),
-        "mask": (np.bool_, 2),
-    }
-    optional = {
-        "truncated": (np.int32, 2),
-        "targets": (np.int32, 2),
-        "decoder_tokens": (np.int32, 2),
-    }
-    if training:
-        expected["targets"] = optional["targets"]
-    wrong = [f"{key} is missing" for key in expected if key not in batch]
-    wrong += [f"{key} is not part of a batch" for key in batch if key not in expected | optional]
-    for key, (dtype, rank) in (expected | optional).items():
-        if key in batch and (batch[key].dtype != dtype or batch[key].ndim != rank):
-            wrong.append(
-                f"{key} is {batch[key].dtype} {batch[key].shape}, expected {np.dtype(dtype)} of "
-                f"{rank} dimensions"
-            )
-    if wrong:
-        return wrong
-    rows = len(batch["images"])
-    wrong += [
-        f"{key} has {len(value)} rows, images has {rows}"
-        for key, value in batch.items()
-        if len(value) != rows
-    ]
-    if batch["images"].shape[-1] != 3 or 0 in batch["images"].shape:
-        wrong.append(f"images has shape {batch['images'].shape}, expected [B, F, H, W, 3]")
-    for key, other in (
-        ("qformer_mask", "qformer_tokens"),
-        ("mask", "tokens"),
-        ("targets", "decoder_tokens" if "decoder_tokens" in batch else "tokens"),
-    ):
-        if key in batch and batch[key].shape != batch[other].shape:
-            wrong.append(f"{key} {batch[key].shape} is not as long as {other} {batch[other].shape}")
-    return wrong
-
-
-def _wrong_masks(batch: Mapping[str, np.ndarray]) -> list[str]:
-    wrong = []
-    for key in ("qformer_mask", "mask"):
-        mask = batch[key]
-        if holes := np.flatnonzero((~mask[:, :-1] & mask[:, 1:]).any(axis=1)).tolist():
-            wrong.append(f"{key} has padding before a token in rows {holes}: compact() moves it")
-        if empty := np.flatnonzero(~mask.any(axis=1)).tolist():
-            wrong.append(f"{key} has no token in rows {empty}")
-    return wrong
-
-
-def _wrong_targets(batch: Mapping[str, np.ndarray]) -> list[str]:
-    wrong = []
-    targets = batch["targets"]
-    if empty := np.flatnonzero((targets == IGNORE).all(axis=1)).tolist():
-        wrong.append(f"targets has nothing to learn in rows {empty}")
-    if "decoder_tokens" not in batch:
-        padding = (targets != IGNORE) & ~batch["mask"]
-        if rows := np.flatnonzero(padding.any(axis=1)).tolist():
-            wrong.append(f"targets asks for something after padding in rows {rows}")
-    return wrong
-
-
-def _stack(key: str, rows: Sequence[np.ndarray]) -> np.ndarray:
-    shapes = sorted({row.shape for row in rows})
-    if len(shapes) > 1:
+    mask = np.asarray(mask).astype(bool)
+    tokens = np.asarray(tokens)
+    if tokens.shape != mask.shape or tokens.ndim != 2:
         raise ValueError(
-            f"{key} of one batch must have one shape, found {', '.join(map(str, shapes))}"
+            f"tokens {tokens.shape} and mask {mask.shape} do not match, expected both [B, T]"
         )
-    return np.stack(rows)
+    order = np.argsort(~mask, axis=1, kind="stable")
+    mask = np.take_along_axis(mask, order, axis=1)
+    return np.where(mask, np.take_along_axis(tokens, order, axis=1), pad_id), mask
+
+
+def slot_counts(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[2] int64: how many positions of the batch's texts are in use, and how many there are.
+
+    Counted is what a tower works on: the instructions, the rows and, for T5, the decoder's rows.
+    """
+    used = [batch["segments"] > 0]
+    used += [batch[name] for name in ("qformer_mask",) if name in batch]
+    used += [batch[name] > 0 for name in ("decoder_segments",) if name in batch]
+    return np.array([sum(each.sum() for each in used), sum(each.size for each in used)], np.int64)
+
+
+def _check_examples(examples: Sequence[Example], per_row: int, lengths: Mapping[str, Any]) -> None:
+    if not examples:
+        raise ValueError("there are no examples to make a batch of")
+    if per_row < 1 or len(examples) % per_row:
+        raise ValueError(f"{len(examples)} examples cannot be laid into rows of {per_row} each")
+    if unknown := sorted(set(lengths) - set(ROW_LENGTHS)):
+        raise ValueError(
+            f"lengths has unknown keys {unknown}, expected some of {', '.join(ROW_LENGTHS)}"
+        )
+    known = {"images", "image_at", "qformer_tokens", "tokens", "truncated", "targets"}
+    if unknown := sorted(set(examples[0]) - known - {"decoder_tokens"}):
+        raise ValueError(f"an example has the unknown keys {unknown}")
+    for index, example in enumerate(examples):
+        if set(example) - {"image_at"} != set(examples[0]) - {"image_at"}:
+            raise ValueError(
+                f"example {index} has the keys {sorted(example)}, "
+                f"example 0 has {sorted(examples[0])}"
+            )
+
+
+def _stack_images(rows: Sequence[Sequence[np.ndarray]], count: int) -> np.ndarray:
+    """[G, count, H, W, 3]: the images of each row's samples, then black ones."""
+    found = sorted({each.shape[1:] for images in rows for each in images if len(each)})
+    if len(found) > 1:
+        sizes = ", ".join(map(str, found))
+        raise ValueError(f"images of one batch must have one shape, found {sizes}")
+    dtype = rows[0][0].dtype
+    shape = found[0] if found else rows[0][0].shape[1:]
+    out = np.zeros((len(rows), count, *shape), dtype)
+    for row, images in enumerate(rows):
+        start = 0
+        for each in images:
+            out[row, start : start + len(each)] = each
+            start += len(each)
+    return out

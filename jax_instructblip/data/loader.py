@@ -10,7 +10,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
-from jax_instructblip.data.batch import text_positions
+from jax_instructblip.data.batch import slot_counts
 from jax_instructblip.data.mixture import TrainBatches
 
 # Keys of a batch that only the host looks at.
@@ -47,24 +47,24 @@ def load(
         made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     waiting: collections.deque[tuple[DeviceBatch, Counts]] = collections.deque()
     for batch in made:
-        counts = {name: batch.pop(name) for name in HOST_KEYS} | {"text": text_positions(batch)}
-        waiting.append((put(batch, sharding, batches.rows, batches.batch_size), counts))
+        counts = {name: batch.pop(name) for name in HOST_KEYS} | {"text": slot_counts(batch)}
+        waiting.append((put(batch, sharding, batches.rows, batches.row_count), counts))
         if len(waiting) > 1:  # one is on its way to the device while another is worked on
             yield waiting.popleft()
     yield from waiting
 
 
 def put(
-    batch: Mapping[str, np.ndarray], sharding: NamedSharding, rows: np.ndarray, batch_size: int
+    batch: Mapping[str, np.ndarray], sharding: NamedSharding, rows: np.ndarray, count: int
 ) -> DeviceBatch:
-    """Global arrays `[batch_size, ...]` of which this process holds `rows`, given as `batch`."""
+    """Global arrays `[count, ...]` of which this process holds `rows`, given as `batch`."""
 
     def place(local: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_size)
+            start, stop, _ = index[0].indices(count)
             first = int(np.searchsorted(rows, start))
             return local[first : first + stop - start]
 
-        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
+        return jax.make_array_from_callback((count, *local.shape[1:]), sharding, part)
 
     return {name: place(value) for name, value in batch.items()}

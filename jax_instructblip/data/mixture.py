@@ -13,20 +13,22 @@ import functools
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import grain
 import numpy as np
 
 from jax_instructblip.data import images, templates
-from jax_instructblip.data.batch import Batch, bucket, collate
+from jax_instructblip.data.batch import bucket, collate, deal
 from jax_instructblip.data.records import Record
+from jax_instructblip.data.spec import IGNORE, Batch
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.models.variants import T5Config
 
-ATTEMPTS = 100  # replacements tried for one row before the run stops
-WARNINGS = 10  # replaced rows that are named one by one
+ATTEMPTS = 100  # replacements tried for one sample before the run stops
+FITTING = 20  # replacements passed over for their length before one is cut
+WARNINGS = 10  # replaced samples that are named one by one
+ROUND = 64  # slots, of whose multiples rows of several samples are
 
 # Weight of a source of n records: the paper's, and the two it was compared with.
 SAMPLING: dict[str, Callable[[int], float]] = {
@@ -152,8 +154,8 @@ class Mixture:
 class TrainBatches:
     """Random access to batches: `batches[s]` holds this host's rows of the global batch s.
 
-    Besides the keys of a training batch it has `truncated` [b, 3], and `replaced` [b], int32: how
-    many unusable records were passed over before the row's.
+    Besides the keys of a training batch it has, for each sample of these rows in turn, `truncated`
+    [b, 3], and `replaced` [b], int32: how many unusable records were passed over before it.
     """
 
     def __init__(
@@ -163,25 +165,33 @@ class TrainBatches:
         *,
         batch_size: int,
         steps: int,
+        samples_per_row: int = 1,
         buckets: Sequence[int] = (),
         augment: bool = True,
         least_pixels: float = 0.0,
         rows: np.ndarray | None = None,
     ):
-        """`batch_size` is the global one; `rows` are the numbers of this host's rows of it.
+        """`batch_size` samples make a global batch; `rows` are the numbers of this host's rows.
 
-        Rows are padded to the smallest of `buckets` that holds the longest text of the *global*
-        batch, or else to the text's limit. `augment` crops and mirrors; without, the whole image is
-        squashed to the model's size (mirrored images would spoil reading, left and right).
-        `least_pixels`: `least` of `images.random_resized_crop_flip`.
+        With one sample a row, texts are padded to the smallest of `buckets` that holds the longest
+        one of the *global* batch, or else to the text's limit. Rows of several are as wide as the
+        widest of the batch, rounded up to `ROUND`. Rows with fewer images than others get black
+        ones that nothing sees. `augment` crops and mirrors; without, the whole image is squashed to
+        the model's size (mirrored images would spoil reading, left and right). `least_pixels`:
+        `least` of `images.random_resized_crop_flip`.
 
-        Raises `ValueError` if sources differ in how many images their (first) records have.
+        Raises:
+            ValueError: `samples_per_row` does not divide the batch.
         """
-        _same_frames((source.name, source.records[0]) for source in mixture.sources)
+        if samples_per_row < 1 or batch_size % samples_per_row:
+            raise ValueError(
+                f"{samples_per_row} samples a row do not divide a batch of {batch_size}"
+            )
         self.mixture, self.text = mixture, text
         self.batch_size, self.steps = batch_size, steps
+        self.samples_per_row, self.row_count = samples_per_row, batch_size // samples_per_row
         self.augment, self.least_pixels = augment, least_pixels
-        self.rows = np.arange(batch_size) if rows is None else rows
+        self.rows = np.arange(self.row_count) if rows is None else rows
         self.buckets = {name: _cut(buckets, limit) for name, limit in _limits(text).items()}
         self._warned = 0
 
@@ -190,28 +200,55 @@ class TrainBatches:
 
     def __getitem__(self, step: int) -> Batch:
         first = step * self.batch_size
-        fixed = all(len(sizes) == 1 for sizes in self.buckets.values())
-        rows = self.rows if fixed else range(self.batch_size)
-        # The text of all rows is looked at by all hosts, which so agree on the shapes.
-        found = {int(row): self._text(first + int(row)) for row in rows}
-        _same_frames((record.id, record) for _, record, _ in found.values())
-        lengths = {
-            name: bucket(max(len(example[name]) for _, _, example in found.values()), sizes, name)
-            for name, sizes in self.buckets.items()
-        }
-        examples, replaced = [], []
-        for row in map(int, self.rows):
-            attempt, example = self._whole(first + row, *found[row], lengths)
-            examples.append(example)
-            replaced.append(attempt)
+        # Looked at by all hosts, the texts of all samples tell each who shares a row, and its size.
+        found = {sample: self._text(first + sample) for sample in range(self.batch_size)}
+        sizes = [self._size(*each[1:]) for each in found.values()]
+        shared = deal([(size["slots"], size["targets"]) for size in sizes], self.row_count)
+        chosen = [int(sample) for sample in shared[self.rows].flat]
+        made = [self._whole(first + sample, *found[sample]) for sample in chosen]
         llm = self.text.variant.llm
         batch = collate(
-            examples,
-            lengths=lengths,
+            [example for _, example in made],
+            visual_tokens=self.text.variant.visual_tokens,
+            samples_per_row=self.samples_per_row,
+            lengths=self._lengths(sizes, shared),
             pad_id=llm.pad_id,
             qformer_pad_id=cast(int, self.text.qformer.pad_token_id or 0),
         )
-        return batch | {"replaced": np.array(replaced, np.int32)}
+        return batch | {"replaced": np.array([attempt for attempt, _ in made], np.int32)}
+
+    def _check_positions(self, record: Record, example: Example) -> None:
+        most, size = self.text.variant.llm.max_positions, self._size(record, example)
+        if most is not None and size["slots"] > most:
+            raise ValueError(
+                f"it has {size['slots']} slots ({size['images']} images, {size['tokens']} tokens), "
+                f"the language model has {most} positions: lower prompt_limit or answer_limit"
+            )
+
+    def _size(self, record: Record, example: Example) -> dict[str, int]:
+        """How much of a row a sample takes."""
+        tokens, count = len(example["tokens"]), len(record.images)
+        return {
+            "images": count,
+            "tokens": tokens,
+            "slots": tokens + count * self.text.variant.visual_tokens,
+            "qformer_tokens": len(example["qformer_tokens"]),
+            "targets": int((example["targets"] != IGNORE).sum()),
+        }
+
+    def _lengths(self, sizes: Sequence[Mapping[str, int]], shared: np.ndarray) -> dict[str, int]:
+        """The width of all rows of the global batch; a few widths, so that programs are few."""
+        sums = {
+            name: max(sum(sizes[sample][name] for sample in row) for row in shared)
+            for name in ("images", "slots", "targets")
+        }
+        longest = lambda name: bucket(max(s[name] for s in sizes), self.buckets[name], name)
+        lengths = {"images": sums["images"], "qformer_tokens": longest("qformer_tokens")}
+        if self.samples_per_row > 1:
+            round_up = lambda name: -(-sums[name] // ROUND) * ROUND
+            return lengths | {name: round_up(name) for name in ("slots", "targets")}
+        visual = sums["images"] * self.text.variant.visual_tokens
+        return lengths | {"slots": visual + longest("tokens"), "targets": longest("targets")}
 
     def ids(self, step: int) -> list[str]:
         """The ids of the records of the global batch `step`."""
@@ -219,11 +256,16 @@ class TrainBatches:
         return [self.mixture.record(first + row)[1].id for row in range(self.batch_size)]
 
     def fingerprint(self) -> str:
-        """The mixture's, and the batch size: with another one a step would hold other samples."""
+        """The mixture's, and the batch size: with another one a step would hold other samples.
+
+        Who shares a row is no part of it: that changes no sample.
+        """
         return _digest([self.mixture.fingerprint(), self.batch_size])
 
-    def _text(self, place: int, attempt: int = 0) -> tuple[int, Record, Example]:
-        """The first attempt whose text can be used, its record, and its tokens."""
+    def _text(
+        self, place: int, attempt: int = 0, room: Example | None = None
+    ) -> tuple[int, Record, Example]:
+        """The first attempt whose text can be used, its record, its tokens cut to `room`."""
         while True:
             source, record = self.mixture.record(place, attempt)
             try:
@@ -231,23 +273,33 @@ class TrainBatches:
                     raise ValueError("; ".join(problems))
                 rng = self.mixture.rng(place, attempt, use="text")
                 prompt, answer = self.mixture.instruct(source, record, rng)
-                return attempt, record, self.text.example(prompt, answer)
+                example = self.text.example(prompt, answer, room)
+                self._check_positions(record, example)
+                return attempt, record, example
             except ValueError as error:
                 attempt = self._next(source, record, attempt, error)
 
     def _whole(
-        self, place: int, attempt: int, record: Record, example: Example, lengths: dict[str, int]
+        self, place: int, attempt: int, record: Record, example: Example
     ) -> tuple[int, Example]:
-        """The example with its pixels; where they cannot be read, another that fits `lengths`."""
+        """The example with its pixels; where they cannot be read, another one in its room.
+
+        Rows are laid out before pixels are read, so nothing of the other may be longer. Where none
+        of `FITTING` others is as short, the next one is cut.
+        """
+        room, source = self._size(record, example), self.mixture.record(place)[0]
+        limits, passed = example, 0
         while True:
             try:
                 return attempt, example | {"images": self._pixels(record, place, attempt)}
             except images.ImageError as error:
-                source = self.mixture.record(place)[0]
                 attempt = self._next(source, record, attempt, error)
             attempt, record, example = self._text(place, attempt)
-            while any(len(example[name]) > length for name, length in lengths.items()):
-                source = self.mixture.record(place)[0]
+            while not _fits(self._size(record, example), room):
+                passed += 1
+                if passed > FITTING and len(record.images) <= room["images"]:
+                    attempt, record, example = self._text(place, attempt, limits)
+                    break
                 attempt = self._next(source, record, attempt, None)
                 attempt, record, example = self._text(place, attempt)
 
@@ -267,7 +319,8 @@ class TrainBatches:
     def _next(self, source: Source, record: Record, attempt: int, error: Exception | None) -> int:
         if error is not None and self._warned < WARNINGS:
             self._warned += 1
-            logging.getLogger(__name__).warning("%s: replaced: %s", record.id, error)
+            text = f"{record.id}: replaced: {error}".encode("utf-8", "backslashreplace").decode()
+            logging.getLogger(__name__).warning(text)
         if attempt >= ATTEMPTS:
             raise ValueError(
                 f"{ATTEMPTS} records of source {source.name!r} in a row cannot be used, the last "
@@ -300,27 +353,17 @@ def instruct(
     return prompt, record.prompt if turned else answer
 
 
-def _same_frames(named: Iterable[tuple[str, Record]]) -> None:
-    """Raises a `ValueError` if the records cannot share a batch, whose images are one array."""
-    found: dict[int, list[str]] = {}
-    for name, record in named:
-        found.setdefault(len(record.images), []).append(name)
-    if len(found) > 1:
-        rows = [f"{count}: {', '.join(names[:13])}" for count, names in sorted(found.items())]
-        raise ValueError(
-            "all records of a training must have equally many images (a video: frames), found\n  "
-            + "\n  ".join(rows)
-            + "\ntrain on images and on videos in runs of their own, or prepare videos with "
-            "--frames 1"
-        )
+def _fits(size: Mapping[str, int], room: Mapping[str, int]) -> bool:
+    return all(size[name] <= room[name] for name in room)
 
 
 def _limits(text: TextProcessor) -> dict[str, int]:
-    """The most tokens that each padded key of a training batch can have."""
-    limits = {"qformer_tokens": text.qformer_limit}
-    if isinstance(text.variant.llm, T5Config):
-        return limits | {"tokens": text.prompt_limit, "targets": text.answer_limit}
-    return limits | {"tokens": text.prompt_limit + text.answer_limit - 1}
+    """The most tokens of the texts of a sample."""
+    limits = {"qformer_tokens": text.qformer_limit, "tokens": text.prompt_limit}
+    if text.variant.llm.encoder_decoder:
+        return limits | {"targets": text.answer_limit}
+    answer = text.answer_limit - 1  # of which the first, which is dropped, is counted
+    return limits | {"tokens": text.prompt_limit + answer, "targets": answer}
 
 
 def _cut(buckets: Sequence[int], limit: int) -> tuple[int, ...]:

@@ -48,9 +48,8 @@ def token_rows(example: Mapping[str, np.ndarray], text: TextProcessor) -> dict[s
         rows["encoder reads"] = [(piece, False) for piece in pieces]
         rows["decoder writes"] = [(piece, True) for piece in answer]
     else:
-        # A target stands on the token before the one that it asks for.
-        asked = np.roll(example["targets"] != IGNORE, 1).tolist()
-        rows["LLM reads"] = list(zip(pieces, asked, strict=True))
+        learned = (example["targets"] != IGNORE).tolist()
+        rows["LLM reads"] = list(zip(pieces, learned, strict=True))
     return rows
 
 

@@ -5,12 +5,13 @@
             targets         answer ... </s>
 
     LLaMA   tokens          </s> prompt ... answer ... </s>
-            targets          .   .   .  p1  ... pn  </s> .   what follows each token; '.' is IGNORE
+            targets          .   .      ... answer ... </s>  what is learned; '.' is IGNORE
 
     both    qformer_tokens  [CLS] prompt ... [SEP]           what the Q-Former reads
 
 Limits are those of the released training: a prompt loses tokens on its left, an answer on its
-right. For answering, the language model's prompt is not cut. Nothing is padded here (`batch.py`).
+right. For answering, the language model's prompt is not cut. Nothing is padded here, and images
+have no token: `batch.py` lays out rows.
 """
 
 import dataclasses
@@ -18,14 +19,14 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import transformers
 from tokenizers import decoders
 
-from jax_instructblip.data.batch import IGNORE
 from jax_instructblip.data.sentencepiece_bpe import split_as_sentencepiece
+from jax_instructblip.data.spec import IGNORE
 from jax_instructblip.fields import text_problem
 from jax_instructblip.models.variants import LlamaConfig, T5Config, Variant
 
@@ -99,6 +100,14 @@ def load_tokenizers(
     return llm, qformer
 
 
+class Limits(NamedTuple):
+    """Most tokens of each text, counted as the attributes of `TextProcessor` are."""
+
+    instruction: int
+    prompt: int
+    answer: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextProcessor:
     """Turns text into the token ids of one variant, and ids back into text.
@@ -133,15 +142,19 @@ class TextProcessor:
         tokenizers = load_tokenizers(*tokenizer_folders(folder), variant.llm.kind)
         return cls(variant, *tokenizers, **limits)
 
-    def example(self, prompt: str, answer: str) -> dict[str, np.ndarray]:
+    def example(
+        self, prompt: str, answer: str, room: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         """Token ids and targets for training, as drawn at the top; all int32.
 
-        `truncated` [3] is 1 where instruction, prompt or answer lost tokens to its limit. An
-        answer without any token is an error.
+        `truncated` [3] is 1 where instruction, prompt or answer lost tokens to its limit; with
+        `room`, another example, the limits are its lengths. An answer without any token is an
+        error.
         """
+        limits = self._limits(room)
         if isinstance(self.variant.llm, T5Config):
-            return self._t5_example(self.variant.llm, prompt, answer)
-        return self._llama_example(self.variant.llm, prompt, answer)
+            return self._t5_example(self.variant.llm, prompt, answer, limits)
+        return self._llama_example(self.variant.llm, prompt, answer, limits)
 
     def prompt(self, prompt: str) -> dict[str, np.ndarray]:
         """Token ids for answering: `tokens`, not cut, and `qformer_tokens`; all int32.
@@ -151,7 +164,7 @@ class TextProcessor:
         llm = self.variant.llm
         ids = self._llm_ids(prompt)
         ids = [*ids, llm.eos_id] if isinstance(llm, T5Config) else [llm.bos_id, *ids]
-        instruction, cut = self._instruction(prompt)
+        instruction, cut = self._instruction(prompt, self.qformer_limit)
         return {
             "tokens": _int32(ids),
             "qformer_tokens": instruction,
@@ -169,7 +182,7 @@ class TextProcessor:
     def instruction(self, prompt: str) -> np.ndarray:
         """Ids [L] int32 that the Q-Former reads: [CLS] prompt [SEP], cut on the left."""
         _require_readable(prompt)
-        return self._instruction(prompt)[0]
+        return self._instruction(prompt, self.qformer_limit)[0]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of generated ids, without special tokens and outer white space."""
@@ -193,10 +206,21 @@ class TextProcessor:
         plain = isinstance(self.llm.backend_tokenizer.decoder, decoders.Metaspace)
         return not plain or bool(getattr(self.llm, "clean_up_tokenization_spaces", False))
 
-    def _t5_example(self, llm: T5Config, prompt: str, answer: str) -> dict[str, np.ndarray]:
-        prompt_ids, prompt_cut = _keep_right(self._llm_ids(prompt), self.prompt_limit - 1)
-        answer_ids, answer_cut = _keep_left(self._answer_ids(answer), self.answer_limit - 1)
-        instruction, instruction_cut = self._instruction(prompt)
+    def _limits(self, room: Mapping[str, np.ndarray] | None) -> Limits:
+        if room is None:
+            return Limits(self.qformer_limit, self.prompt_limit, self.answer_limit)
+        instruction, tokens = len(room["qformer_tokens"]), len(room["tokens"])
+        answer = int((room["targets"] != IGNORE).sum())
+        if isinstance(self.variant.llm, T5Config):
+            return Limits(instruction, tokens, answer)
+        return Limits(instruction, tokens - answer, answer + 1)
+
+    def _t5_example(
+        self, llm: T5Config, prompt: str, answer: str, limits: Limits
+    ) -> dict[str, np.ndarray]:
+        prompt_ids, prompt_cut = _keep_right(self._llm_ids(prompt), limits.prompt - 1)
+        answer_ids, answer_cut = _keep_left(self._answer_ids(answer), limits.answer - 1)
+        instruction, instruction_cut = self._instruction(prompt, limits.instruction)
         targets = [*answer_ids, llm.eos_id]
         return {
             "tokens": _int32([*prompt_ids, llm.eos_id]),
@@ -206,23 +230,24 @@ class TextProcessor:
             "truncated": _int32([instruction_cut, prompt_cut, answer_cut]),
         }
 
-    def _llama_example(self, llm: LlamaConfig, prompt: str, answer: str) -> dict[str, np.ndarray]:
-        prompt_ids, prompt_cut = _keep_right(self._llm_ids(prompt), self.prompt_limit - 1)
+    def _llama_example(
+        self, llm: LlamaConfig, prompt: str, answer: str, limits: Limits
+    ) -> dict[str, np.ndarray]:
+        prompt_ids, prompt_cut = _keep_right(self._llm_ids(prompt), limits.prompt - 1)
         answer_ids = [*self._answer_ids(answer), llm.eos_id]
-        answer_ids, answer_cut = _keep_left(answer_ids, self.answer_limit - 1)
-        instruction, instruction_cut = self._instruction(prompt)
+        answer_ids, answer_cut = _keep_left(answer_ids, limits.answer - 1)
+        instruction, instruction_cut = self._instruction(prompt, limits.instruction)
         prompt_ids = [llm.bos_id, *prompt_ids]
         return {
             "tokens": _int32([*prompt_ids, *answer_ids]),
-            # The last prompt token predicts the first of the answer, the last of all nothing.
-            "targets": _int32([IGNORE] * (len(prompt_ids) - 1) + answer_ids + [IGNORE]),
+            "targets": _int32([IGNORE] * len(prompt_ids) + answer_ids),
             "qformer_tokens": instruction,
             "truncated": _int32([instruction_cut, prompt_cut, answer_cut]),
         }
 
-    def _instruction(self, prompt: str) -> tuple[np.ndarray, bool]:
+    def _instruction(self, prompt: str, limit: int) -> tuple[np.ndarray, bool]:
         ids = self.qformer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
-        ids, cut = _keep_right(ids, self.qformer_limit - 2)
+        ids, cut = _keep_right(ids, limit - 2)
         return _int32([self.qformer.cls_token_id, *ids, self.qformer.sep_token_id]), cut
 
     def _answer_ids(self, answer: str) -> list[int]:
@@ -281,25 +306,6 @@ class TextProcessor:
                 bound = f"at least {least}" + (f" and at most {most}" if most else "")
                 wrong.append(f"{name} is {value}, expected {bound}")
         return wrong
-
-
-def compact(tokens: np.ndarray, mask: np.ndarray, pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """`tokens` [B, T] and `mask` [B, T] bool with all padding moved to the end, order kept.
-
-    For input that comes from elsewhere, padded on the left or with holes:
-
-        . . a b        a b . .
-        a . . b   ->   a b . .
-    """
-    mask = np.asarray(mask).astype(bool)
-    tokens = np.asarray(tokens)
-    if tokens.shape != mask.shape or tokens.ndim != 2:
-        raise ValueError(
-            f"tokens {tokens.shape} and mask {mask.shape} do not match, expected both [B, T]"
-        )
-    order = np.argsort(~mask, axis=1, kind="stable")
-    mask = np.take_along_axis(mask, order, axis=1)
-    return np.where(mask, np.take_along_axis(tokens, order, axis=1), pad_id), mask
 
 
 def _join_pieces(pieces: Sequence[str]) -> str:

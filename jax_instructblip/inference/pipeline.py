@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,15 +19,23 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jax_instructblip.data.batch import Batch
+from jax_instructblip.data import spec
 from jax_instructblip.data.progress import Progress
+from jax_instructblip.data.spec import Batch
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.fields import check, flag, whole
 from jax_instructblip.inference.answers import Answer, best_answer, check_finite
 from jax_instructblip.inference.beam import beam_tokens
 from jax_instructblip.inference.decode import generate_tokens, stream_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.inference.questions import Picture, Question, compacted, make_parts, pair
+from jax_instructblip.inference.questions import (
+    Picture,
+    Question,
+    asking,
+    compacted,
+    make_parts,
+    pair,
+)
 from jax_instructblip.inference.ranking import (
     Ids,
     Sizes,
@@ -42,7 +50,7 @@ from jax_instructblip.inference.ranking import (
 )
 from jax_instructblip.inference.save import save_checkpoint
 from jax_instructblip.inference.source import Source, load_params, read_source, require_kind
-from jax_instructblip.inference.streaming import pieces
+from jax_instructblip.inference.streaming import one_ahead, pieces
 from jax_instructblip.models.instructblip import InstructBlip, is_separate
 from jax_instructblip.models.layers import BATCH_AXES, Scan, Scans
 from jax_instructblip.models.variants import Variant
@@ -285,13 +293,18 @@ class InstructBlipPipeline:
         save_checkpoint(folder, self.variant, self.params, self.text, self.source)
 
     def logits(self, batch: Batch) -> np.ndarray:
-        """Float32 logits `[B, T or U, V]` of a training batch, aligned with its targets.
+        """Float32 logits `[G, A, V]` of what a training batch asks, aligned with its targets.
 
-        The batch is as `data/batch.py` draws it. Padding before or between tokens is moved to the
-        end first, for LLaMA in the targets too: the logits belong to the compacted rows.
+        The batch is as `models/vlm.py` draws it. Padding before or between tokens is moved to the
+        end first. One without targets asks a decoder-only model for every slot: `[G, X, V]`.
+
+        Raises:
+          ValueError: it is no such batch; the error lists everything that is wrong.
         """
+        batch = asking(self.variant, compacted(batch))
+        spec.check(batch, self.variant)
         with self._mesh():
-            return np.asarray(_logits(self.model, self.params, self._on_devices(compacted(batch))))
+            return np.asarray(_logits(self.model, self.params, self._on_devices(batch)))
 
     def _run(
         self,
@@ -307,7 +320,7 @@ class InstructBlipPipeline:
         results = []
         line = Progress(len(questions), label, "questions", silent=self.silent)
         # Processes that talk to each other do one thing at a time, in the same order.
-        ready = made if self._spans else _one_ahead(made)
+        ready = made if self._spans else one_ahead(made)
         with self._mesh(), line as progress:
             for result, count in ready:
                 results.append((self._fetch(result), count))
@@ -353,7 +366,7 @@ def _logits(model: InstructBlip, params: Any, batch: Batch) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _visual_prompt(model: InstructBlip, params: Any, batch: Batch) -> Any:
-    return model.apply({"params": params}, batch, method="visual_prompt")
+    return model.apply({"params": params}, batch, method="visual_vectors")
 
 
 def _configured(config: Any, settings: dict[str, Any]) -> GenerationConfig:
@@ -381,13 +394,3 @@ def _seed_key(seed: int) -> np.ndarray:
 def _row_keys(key: Any, rows: np.ndarray) -> jax.Array:
     """A random key for each row, from the seed's key and the row's place in the call."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.wrap_key_data(key), rows)
-
-
-def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """The items, each when the next one is made: the device answers while images are decoded."""
-    waiting = []
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > 1:
-            yield waiting.pop(0)
-    yield from waiting

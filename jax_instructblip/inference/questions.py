@@ -13,9 +13,10 @@ from typing import NamedTuple, cast
 import numpy as np
 from PIL import Image
 
-from jax_instructblip.data.batch import IGNORE, Batch, collate
+from jax_instructblip.data.batch import collate, compact
 from jax_instructblip.data.images import decode, resize_squash
-from jax_instructblip.data.text import TextProcessor, compact
+from jax_instructblip.data.spec import IGNORE, Batch
+from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.fields import text_problem
 from jax_instructblip.models.variants import Variant
 
@@ -117,7 +118,12 @@ def make_parts(
         size = batch_size if len(questions) > batch_size else min(few, batch_size)
         size += -size % multiple
         made += made[-1:] * (size - len(rows))
-        batch = collate(made, lengths=_common_length(text, made), pad_id=text.variant.llm.pad_id)
+        batch = collate(
+            made,
+            visual_tokens=text.variant.visual_tokens,
+            lengths=_common_length(text, made),
+            pad_id=text.variant.llm.pad_id,
+        )
         del batch["truncated"]
         if shared:
             batch["images"] = batch["images"][:1]  # which the model then looks at once
@@ -150,14 +156,48 @@ def check_room(variant: Variant, frames: int, room: int) -> None:
 
 
 def compacted(batch: Batch) -> Batch:
-    """A copy of `batch` with the padding of both texts at the end, and LLaMA's targets alike."""
+    """A copy of `batch` with the padding of all texts at the end, order kept.
+
+    For batches that come from elsewhere, padded on the left or with holes.
+    """
     batch = dict(batch)
-    if "targets" in batch and "decoder_tokens" not in batch:
-        batch["targets"] = compact(batch["targets"], batch["mask"], IGNORE)[0]
-    for tokens, mask in (("tokens", "mask"), ("qformer_tokens", "qformer_mask")):
-        if tokens in batch:
-            batch[tokens], batch[mask] = compact(batch[tokens], batch[mask])
+    decoding = "decoder_segments" in batch
+    moved = _move_padding(batch, "segments", ("tokens", "slots", "positions"))
+    indices = ["places"] if decoding else ["places", "asked"]
+    for name in (name for name in indices if name in batch):
+        batch[name] = _follow(batch[name], moved)
+    if decoding:
+        moved = _move_padding(batch, "decoder_segments", ("decoder_tokens",))
+        batch["asked"] = _follow(batch["asked"], moved)
+    if "qformer_mask" in batch:
+        flat = [batch[name].reshape(-1, batch[name].shape[-1]) for name in _INSTRUCTION]
+        for name, leaf in zip(_INSTRUCTION, compact(*flat), strict=True):
+            batch[name] = leaf.reshape(batch[name].shape)
     return batch
+
+
+def asking(variant: Variant, batch: Batch) -> Batch:
+    """The batch; without targets, a decoder-only model is asked for every slot."""
+    if "asked" in batch or variant.llm.encoder_decoder:
+        return batch
+    slots = np.zeros_like(batch["slots"]) + np.arange(batch["slots"].shape[1], dtype=np.int32)
+    return batch | {"asked": slots, "targets": np.full_like(slots, IGNORE)}
+
+
+_INSTRUCTION = ("qformer_tokens", "qformer_mask")
+
+
+def _move_padding(batch: Batch, segments: str, names: Sequence[str]) -> np.ndarray:
+    """Moves padding to the end of the rows in place; where each slot went, the last: nowhere."""
+    order = np.argsort(batch[segments] == 0, axis=1, kind="stable")
+    for name in (segments, *names):
+        batch[name] = np.take_along_axis(np.asarray(batch[name]), order, axis=1)
+    nowhere = np.full((len(order), 1), order.shape[1])
+    return np.concatenate([np.argsort(order, axis=1), nowhere], axis=1).astype(np.int32)
+
+
+def _follow(index: np.ndarray, moved: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(moved, np.asarray(index).clip(0, moved.shape[1] - 1), axis=1)
 
 
 def pixels(frames: Sequence[Frame] | np.ndarray, size: int) -> np.ndarray:
@@ -168,10 +208,14 @@ def pixels(frames: Sequence[Frame] | np.ndarray, size: int) -> np.ndarray:
 
 
 def _common_length(text: TextProcessor, examples: Sequence[Example]) -> dict[str, tuple[int, ...]]:
-    """One length for both texts: if each had its own, every pair of lengths would be a program."""
+    """One length for both texts: if each had its own, every pair of lengths would be a program.
+
+    A row has the slots of the images besides.
+    """
     longest = max(len(each[name]) for each in examples for name in ("tokens", "qformer_tokens"))
     length = next(size for size in LENGTHS if size >= longest)
-    return {"tokens": (length,), "qformer_tokens": (min(length, text.qformer_limit),)}
+    visual = len(examples[0]["images"]) * text.variant.visual_tokens
+    return {"slots": (visual + length,), "qformer_tokens": (min(length, text.qformer_limit),)}
 
 
 def _check_lengths(

@@ -51,10 +51,11 @@ class TracedSettings(NamedTuple):
 def counted(llm: LanguageConfig, batch: dict[str, Any], prompt_counts: jax.Array) -> jax.Array:
     """Ids `[B, V]` that the repetition penalty counts before the first new token."""
     nothing = jnp.zeros((len(batch["tokens"]), llm.vocab), bool)
-    if llm.kind == "t5":
+    if llm.encoder_decoder:
         return nothing.at[:, llm.decoder_start_id].set(True)
     rows = jnp.arange(len(nothing))[:, None]
-    prompt = nothing.at[rows, batch["tokens"]].max(batch["mask"])
+    text = (batch["slots"] < 0) & (batch["segments"] > 0)
+    prompt = nothing.at[rows, batch["tokens"]].max(text)
     return jnp.where(
         prompt_counts, prompt, nothing.at[:, _UNREAD_ID.get(llm.kind, llm.bos_id)].set(True)
     )

@@ -1,7 +1,8 @@
-"""From tokens that come one by one to pieces of text that can be shown at once."""
+"""Answers as they come: pieces of text for a reader, batches one ahead of the device."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 HALF = "\ufffd"  # what a tokenizer makes of a character whose last bytes are still to come
 _LAST_WORD = re.compile(r"\s+\S*\Z")
@@ -29,3 +30,16 @@ def pieces(
     rest = text.removeprefix(said)
     if rest:
         yield rest
+
+
+def one_ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """The items, each handed out when the next one has been made.
+
+    The device answers one batch while the images of the next are decoded.
+    """
+    waiting = []
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting

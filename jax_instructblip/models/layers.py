@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 # Of the residual streams, whatever the layers between them compute in: in bfloat16 each sum would
 # be rounded to 8 bits, which is farther from float64 than autocast in PyTorch
@@ -60,7 +60,7 @@ class Scans:
     """How the layers of each tower are run."""
 
     vision: Scan = Scan()
-    qformer: Scan = Scan()
+    qformer: Scan = Scan()  # of the bridge, where it has layers
     llm: Scan = Scan()
 
 
@@ -203,6 +203,42 @@ class Head(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         return jnp.einsum(f"...D,{axes}->...V", x, kernel, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def take_slots(
+    x: Float[Array, "B S D"], index: Int[Array, "B T"], inverse: Int[Array, "B S"]
+) -> Float[Array, "B T D"]:
+    """`x[b, index[b, t]]`, zeros where an index is out of range.
+
+    No slot is taken twice, and `inverse` says where each of the S is taken (T or more where
+    nowhere), so the gradient is a gather, too; that of an ordinary one is a scatter-add, a tenth of
+    a training step.
+    """
+    del inverse
+    taken = jnp.take_along_axis(x, jnp.clip(index, 0, x.shape[1] - 1)[..., None], axis=1)
+    inside = (index >= 0) & (index < x.shape[1])
+    return jnp.where(inside[..., None], taken, 0)
+
+
+def _take_forward(x: Array, index: Array, inverse: Array) -> tuple[Array, tuple[Array, Array]]:
+    return take_slots(x, index, inverse), (index, inverse)
+
+
+def _take_backward(indices: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
+    index, inverse = indices
+    return take_slots(gradient, inverse, index), None, None
+
+
+take_slots.defvjp(_take_forward, _take_backward)
+
+
+def unique_inverse(index: Int[Array, "B T"], length: int) -> Int[Array, "B S"]:
+    """Where in `index` each of 0 ... `length` - 1 stands; T where nowhere."""
+    rows, count = jnp.arange(index.shape[0])[:, None], index.shape[1]
+    nowhere = jnp.full((index.shape[0], length), count, jnp.int32)
+    own = jnp.arange(count, dtype=jnp.int32)[None]
+    return nowhere.at[rows, jnp.where(index < 0, length, index)].set(own, mode="drop")
 
 
 def scan_layers(

@@ -29,6 +29,8 @@ from jax_instructblip.models.layers import (
     beside,
     constrain,
     scan_layers,
+    take_slots,
+    unique_inverse,
 )
 from jax_instructblip.models.masks import causal_mask, padding_mask, tree_mask
 from jax_instructblip.models.variants import LlamaConfig
@@ -124,11 +126,12 @@ class Llama(Network):
         """Float32 vocabulary logits of normed hidden states."""
         return self.head(x)
 
-    def hidden(self, inputs: Array, real: Array, keep: bool, train: bool) -> tuple[Array, Any]:
-        """Normed hidden states `[B, S, D]`; keys and values of all layers where `keep`."""
-        rotation = self.rotation(jnp.arange(inputs.shape[1])[None])
-        x = inputs.astype(RESIDUAL)
-        x, cache = self.layers(x, None, causal_mask(real), rotation, keep, train)
+    def hidden(
+        self, inputs: Array, segments: Array, positions: Array, keep: bool, train: bool
+    ) -> tuple[Array, Any]:
+        """Normed hidden states `[B, X, D]`; keys and values of all layers where `keep`."""
+        mask, rotation = causal_mask(segments), self.rotation(positions)
+        x, cache = self.layers(inputs.astype(RESIDUAL), None, mask, rotation, keep, train)
         return self.norm(x), cache
 
     def rotation(self, positions: Int[Array, "B T"]) -> Rotation:
@@ -138,30 +141,33 @@ class Llama(Network):
 
     def __call__(
         self,
-        inputs: Float[Array, "B S D"],
-        real: Bool[Array, "B S"],
+        inputs: Float[Array, "B X D"],
+        segments: Int[Array, "B X"],
+        positions: Int[Array, "B X"],
+        asked: Int[Array, "B A"],
         decoder_tokens: None = None,
-        skip: int = 0,
+        decoder_segments: None = None,
         train: bool = False,
-    ) -> Float[Array, "B T V"]:
-        """Logits `[B, S - skip, V]`: position t tells the token after t.
+    ) -> Float[Array, "B A V"]:
+        """Logits `[B, A, V]`: those of slot t tell the token after it.
 
-        `inputs` are the embedded [visual prompt ; instruction ; answer], `real` is False on
-        padding. The first `skip` positions (the visual prompt, never a target) get no logits.
-        `decoder_tokens` are of the encoder-decoders: none here.
+        `inputs` are the embedded slots, `segments` the sample that owns each (0: padding),
+        `positions` its place in the sample. Slots that nobody asked for get no logits.
+        `decoder_tokens` and `decoder_segments` are of the encoder-decoders: none here.
         """
-        del decoder_tokens
-        x, _ = self.hidden(inputs, real, keep=False, train=train)
-        return self.head(x[:, skip:])
+        del decoder_tokens, decoder_segments
+        x, _ = self.hidden(inputs, segments, positions, keep=False, train=train)
+        return self.head(take_slots(x, asked, unique_inverse(asked, x.shape[1])))
 
     def prefill(
-        self, inputs: Float[Array, "B S D"], real: Bool[Array, "B S"], tail_length: int
+        self, inputs: Float[Array, "B S D"], valid: Bool[Array, "B S"], tail_length: int
     ) -> tuple[Float[Array, "B 1 V"], dict[str, Any]]:
         """Logits of the first new token, and the cache with room for `tail_length` new ones."""
-        x, prefix = self.hidden(inputs, real, keep=True, train=False)
-        last = real.sum(axis=1) - 1  # padding stands at the end only
+        positions = jnp.arange(inputs.shape[1])[None]
+        x, prefix = self.hidden(inputs, valid.astype(jnp.int32), positions, keep=True, train=False)
+        last = valid.sum(axis=1) - 1  # padding stands at the end only
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-        return self.head(x), start(prefix, real, tail_length)
+        return self.head(x), start(prefix, valid, tail_length)
 
     def decode_step(
         self, token: Int[Array, "B R"], cache: dict[str, Any]

@@ -1,38 +1,53 @@
 """Every attention mask, drawn. True (#) means: the query of this row sees the key of this column.
 
-Rows are never padded anywhere but at their end (`data/text.py` compacts what comes in otherwise),
-so positions are plain indices and three pictures are enough.
+A row holds one sample or several, each in slots of its own without a gap (`segments`), so plain
+indices tell what comes before what. Masks compose with `&`.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
-def padding_mask(real: Bool[Array, "B S"]) -> Bool[Array, "B 1 1 S"]:
-    """Everybody sees every real key: ViT without padding, Q-Former, T5 encoder, cross-attention.
+def padding_mask(valid: Bool[Array, "B S"]) -> Bool[Array, "B 1 1 S"]:
+    """Everybody sees every valid key: the Q-Former, and what decodes behind one cached prompt.
 
-    For real = 1 1 1 0:
+    For valid = 1 1 1 0:
 
         # # # .
         # # # .
         # # # .
         # # # .
     """
-    return real[:, None, None, :]
+    return valid[:, None, None, :]
 
 
-def causal_mask(real: Bool[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
-    """Each position sees the real ones up to itself: LLaMA rows and T5 targets.
+def segment_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
+    """A slot sees those of its own sample: T5's encoder; its cross-attention, of two rows.
 
-    For real = 1 1 1 0 (a padded position still sees the real ones, so no row is empty):
+    Padding, segment 0, sees padding: no row is empty, and no sample sees it. For segments 1 1 2 0:
 
-        # . . .
         # # . .
-        # # # .
-        # # # .
+        # # . .
+        . . # .
+        . . . #
     """
-    index = jnp.arange(real.shape[1])
-    return (index[:, None] >= index[None, :])[None, None] & padding_mask(real)
+    return (queries[:, :, None] == keys[:, None, :])[:, None]
+
+
+def causal_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
+    """A slot sees those of its own sample up to itself: LLaMA's rows, and T5's decoder.
+
+    For segments 1 1 2 2 0:
+
+        # . . . .
+        # # . . .
+        . . # . .
+        . . # # .
+        . . . . #
+    """
+    index = jnp.arange(segments.shape[1])
+    earlier = (index[:, None] >= index[None, :])[None, None]
+    return earlier & segment_mask(segments, segments)
 
 
 def tree_mask(ends: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:

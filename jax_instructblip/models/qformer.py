@@ -90,24 +90,24 @@ class QFormer(Network):
     @nn.compact
     def __call__(
         self,
-        image: Float[Array, "B P Dv"],
+        patches: Float[Array, "B P Dv"],
         tokens: Int[Array, "B L"] | None = None,
-        real: Bool[Array, "B L"] | None = None,
+        valid: Bool[Array, "B L"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B Q Dl"]:
         """The Q query outputs, projected to the language model's width.
 
-        `tokens` are the instruction in BERT ids, `real` is False on padding; both are left out (and
-        ignored) where the Q-Former is not instruction-aware. Queries carry no position, text
+        `tokens` are the instruction in BERT ids, `valid` is False on padding; both are left out
+        (and ignored) where the Q-Former is not instruction-aware. Queries carry no position, text
         positions start at 0, and one norm covers both.
         """
         c = self.config
-        image = LayerNorm(c.image_norm_eps, name="image_norm")(image)
+        image = LayerNorm(c.image_norm_eps, name="image_norm")(patches)
         queries = self.param("queries", nn.initializers.normal(0.02), (1, c.queries, c.width))
         x = jnp.broadcast_to(queries, (image.shape[0], *queries.shape[1:])).astype(RESIDUAL)
         mask = None
         if c.instruction_aware:
-            if tokens is None or real is None:
+            if tokens is None or valid is None:
                 raise ValueError(
                     "this Q-Former reads the instruction: the batch lacks qformer_tokens or "
                     "qformer_mask"
@@ -118,8 +118,8 @@ class QFormer(Network):
                     f"{c.max_positions} positions: truncate it (data/text.py does, at 128)"
                 )
             x = jnp.concatenate([x, self.embed_text(tokens)], axis=1)
-            seen = jnp.concatenate([jnp.ones((x.shape[0], c.queries), bool), real], axis=1)
-            mask = padding_mask(seen)
+            queries = jnp.ones((x.shape[0], c.queries), bool)
+            mask = padding_mask(jnp.concatenate([queries, valid], axis=1))
         x = LayerNorm(c.norm_eps, name="embed_norm")(x)
         x = Dropout(c.dropout)(x, deterministic=not train)
         pairs = scan_layers(QFormerPair, c.layers // 2, self.scan, call=3)

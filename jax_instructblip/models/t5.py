@@ -26,8 +26,16 @@ from jax_instructblip.models.layers import (
     beside,
     constrain,
     scan_layers,
+    take_slots,
+    unique_inverse,
 )
-from jax_instructblip.models.masks import causal_mask, lineage_mask, padding_mask, tree_mask
+from jax_instructblip.models.masks import (
+    causal_mask,
+    lineage_mask,
+    padding_mask,
+    segment_mask,
+    tree_mask,
+)
 from jax_instructblip.models.variants import T5Config
 
 
@@ -216,33 +224,35 @@ class T5(Network):
 
     def __call__(
         self,
-        inputs: Float[Array, "B S D"],
-        real: Bool[Array, "B S"],
+        inputs: Float[Array, "B X D"],
+        segments: Int[Array, "B X"],
+        positions: Int[Array, "B X"],
+        asked: Int[Array, "B A"],
         decoder_tokens: Int[Array, "B U"],
-        skip: int = 0,
+        decoder_segments: Int[Array, "B U"],
         train: bool = False,
-    ) -> Float[Array, "B U V"]:
-        """Logits `[B, U, V]` of the answer, aligned with `decoder_tokens` (targets shifted right).
+    ) -> Float[Array, "B A V"]:
+        """Logits `[B, A, V]` of the decoder's slots `asked`.
 
-        `inputs` are the embedded [visual prompt ; instruction], `real` is False on padding. `skip`
-        is of the decoder-only models: all logits here belong to the answer.
+        `inputs` are the embedded slots of the encoder, `segments` the sample that owns each (0:
+        padding); `decoder_tokens` are targets shifted right, with segments of their own.
+        `positions` are not read: the bias is of distances, and a sample has no gap.
         """
-        del skip
-        seen = padding_mask(real)
-        encoded = self.encoder(inputs, seen, train=train)
-        causal = causal_mask(jnp.ones(decoder_tokens.shape, bool))
-        x = self.decoder(self.embed(decoder_tokens), causal, encoded, seen, train=train)
-        return self.logits(x)
+        del positions
+        encoded = self.encoder(inputs, segment_mask(segments, segments), train=train)
+        causal, cross = causal_mask(decoder_segments), segment_mask(decoder_segments, segments)
+        x = self.decoder(self.embed(decoder_tokens), causal, encoded, cross, train=train)
+        return self.logits(take_slots(x, asked, unique_inverse(asked, x.shape[1])))
 
     def prefill(
-        self, inputs: Float[Array, "B S D"], real: Bool[Array, "B S"], tail_length: int
+        self, inputs: Float[Array, "B S D"], valid: Bool[Array, "B S"], tail_length: int
     ) -> tuple[Float[Array, "B 1 V"], dict[str, Any]]:
         """Logits of the first new token, and the cache with room for `tail_length` new ones.
 
         The tail has a slot more, for the start id.
         """
-        encoded = self.encoder(inputs, padding_mask(real))
-        cache = start(self.decoder.look_at(encoded), real, tail_length + 1)
+        encoded = self.encoder(inputs, padding_mask(valid))
+        cache = start(self.decoder.look_at(encoded), valid, tail_length + 1)
         token = jnp.full((inputs.shape[0], 1), self.config.decoder_start_id, jnp.int32)
         return self.decode_step(token, cache)
 

@@ -50,6 +50,7 @@ FIELDS: dict[str, Field] = {
     "model.remat.qformer": _REMAT,
     "model.remat.llm": _REMAT,
     "data.batch_size": _SAMPLES,
+    "data.samples_per_row": whole(1, 65_536, unit="samples"),
     "data.buckets": several(whole(1, _TOKENS, unit="tokens")),
     "data.augment": flag(),
     "data.least_pixels": number(0, unit="share of the model's pixels; 0: decoded whole"),

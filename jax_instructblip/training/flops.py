@@ -60,20 +60,24 @@ def counted(function: Callable[..., Any], *arguments: Any) -> tuple[int, list[tu
     return count(jaxpr), shapes
 
 
-def analytic(variant: Variant, rows: int, text: int, tokens: int, answer: int = 0) -> int:
-    """FLOPs of one step as the network is built: head on all T tokens, full attention.
+def analytic(
+    variant: Variant, batch: int, text: int, tokens: int, answer: int, *, samples_per_row: int = 1
+) -> int:
+    """FLOPs of one step as the network is built: head on all targets, attention over whole rows.
 
     The ViT runs forward only; the Q-Former forward and backward, weights included; of the language
-    model backward has the activations' half alone. `text` tokens for the Q-Former, `tokens` for
-    the language model, `answer` for T5's decoder. Of the keys and values of the cross-attention
-    only the weights' gradients are counted, as in the ideal; the step as built adds what the
-    trained image norm before them asks for, under 1 % of the whole.
+    model backward has the activations' half alone. A sample has `text` tokens for the Q-Former,
+    `tokens` for the language model and `answer` targets. Of the keys and values of the
+    cross-attention only the weights' gradients are counted, as in the ideal; the step as built adds
+    what the trained image norm before them asks for, under 1 % of the whole.
     """
-    keys_values, qformer = _qformer(variant, rows, text)
-    forward, attention = _language(variant.llm, rows, variant.visual_tokens, tokens, answer)
+    keys_values, qformer = _qformer(variant, batch, text)
+    width = samples_per_row * (variant.visual_tokens + tokens)
+    rows, answers = batch // samples_per_row, samples_per_row * answer
+    forward, attention = _language(variant.llm, rows, width, answers)
     # Backward: each frozen weight once (dX); each product of the attention twice.
     llm = 2 * forward + 3 * attention
-    return _vision(variant, rows) + 3 * qformer - keys_values + llm
+    return _vision(variant, batch) + 3 * qformer - keys_values + llm
 
 
 def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) -> int:
@@ -136,15 +140,12 @@ def _qformer(variant: Variant, rows: int, text: int) -> tuple[int, int]:
     return keys_values, forward
 
 
-def _language(
-    config: LanguageConfig, rows: int, queries: int, tokens: int, answer: int
-) -> tuple[int, int]:
+def _language(config: LanguageConfig, rows: int, length: int, answer: int) -> tuple[int, int]:
     """Forward: products with weights, and those of the attention."""
-    length = queries + tokens
     if isinstance(config, LlamaConfig):
         weights = config.layers * (4 * config.width**2 + 3 * config.width * config.mlp)
         attention = config.layers * 2 * linear(rows * length, length, config.width)
-        head = linear(rows * tokens, config.width, config.vocab)
+        head = linear(rows * answer, config.width, config.vocab)
         return linear(rows * length, weights) + head, attention
     assert isinstance(config, T5Config)
     inner = config.heads * config.head_width

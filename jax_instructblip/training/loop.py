@@ -29,13 +29,14 @@ from jax_instructblip.data import loader
 from jax_instructblip.data.mixture import TrainBatches
 from jax_instructblip.data.progress import Progress
 from jax_instructblip.folders import write_file
-from jax_instructblip.models.instructblip import InstructBlip
+from jax_instructblip.models.vlm import VisionLanguageModel
 from jax_instructblip.parallel import peers
 from jax_instructblip.parallel.distributed import StopOrder, Watchdog, agree
 from jax_instructblip.parallel.mesh import batch_sharding
 from jax_instructblip.training import earlier, metrics, observe, setup
 from jax_instructblip.training.checkpoints import Checkpoints, Meta
 from jax_instructblip.training.metrics import MetricsWriter, Window, read_metrics
+from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.spoilt import Spoilt
 from jax_instructblip.training.start import Start, read_start
 from jax_instructblip.training.state import TrainState, create_state
@@ -79,6 +80,7 @@ def _run(
     fresh: bool,
 ) -> None:
     mesh = setup.read_mesh(config)
+    shared = setup.read_samples_per_row(config, mesh)
     rows = setup.read_rows(config, mesh)
     optimizer, schedule = setup.read_optimizer(config)
     mixture = setup.read_mixture(config)
@@ -95,8 +97,9 @@ def _run(
         mesh=mesh,
     )
     _say(*start.notes)
-    batches = setup.read_batches(config, mixture, start, rows)
-    model = InstructBlip(start.variant, dtype, setup.read_scans(config))
+    batches = setup.read_batches(config, mixture, start, rows, shared)
+    model = VisionLanguageModel(start.variant, dtype, setup.read_scans(config))
+    objective = LanguageObjective(model)
     validation = setup.read_validation(
         config, evaluate, validated, model=model, text=batches.text, mesh=mesh
     )
@@ -106,7 +109,7 @@ def _run(
         mesh=mesh,
         mode=config.parallel.mode,
         narrow_weights=frozen_dtype.itemsize < 4,
-        model=model,
+        objective=objective,
         optimizer=optimizer,
         schedule=schedule,
         clip_norm=config.optimizer.clip_norm or None,
@@ -114,7 +117,7 @@ def _run(
         skip_non_finite=config.train.non_finite == "skip",
     )
     peak = observe.peak_flops(config.train.peak_flops)
-    utilisation = observe.Utilisation(start.variant, dtype, peak)
+    utilisation = observe.Utilisation(objective, peak)
     tuning = _Run(config, workdir, start, batches, step, validation, utilisation)
     del start  # its trainable weights have been copied
     # Under pmap every device runs a program of its own, which knows of no mesh.

@@ -4,20 +4,24 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_instructblip.data.batch import IGNORE
+from jax_instructblip.data.spec import IGNORE
 
 
-def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
-    """The sum of -log p(target) over the target tokens, and how many they are; both float32.
+def cross_entropy(logits: Array, targets: Array) -> Array:
+    """The sum of -log p(target) over the target tokens, float32.
 
-    `logits` are `[B, T, V]`, `targets` are ids `[B, T]` with `IGNORE` where nothing is asked. The
-    loss of a batch is the ratio of the two. They come apart because the mean is over the target
-    tokens of the *global* batch: shards add up numerators and denominators before they divide, so
-    the loss does not depend on how many devices share it.
+    `logits` are `[G, A, V]`, `targets` are ids `[G, A]` with `IGNORE` on padding. The loss of a
+    batch divides it by `count_targets` of the *global* batch, so that it does not depend on how
+    many devices share it.
     """
     asked = targets != IGNORE
     logits = logits.astype(jnp.float32)
-    # logsumexp - logit keeps one [B, T, V] array for the gradient; log_softmax would keep two.
+    # logsumexp - logit keeps one [G, A, V] array for the gradient; log_softmax would keep two.
     chosen = jnp.take_along_axis(logits, jnp.where(asked, targets, 0)[..., None], axis=-1)[..., 0]
     surprise = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.where(asked, surprise, 0.0).sum(), asked.sum(dtype=jnp.float32)
+    return jnp.where(asked, surprise, 0.0).sum()
+
+
+def count_targets(targets: Array) -> Array:
+    """How many of `targets` are asked for, float32."""
+    return (targets != IGNORE).sum(dtype=jnp.float32)

@@ -7,9 +7,8 @@ from typing import Any
 
 import jax
 
-from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.training import flops
-from jax_instructblip.training.step import summed_loss
+from jax_instructblip.training.objective import Objective
 
 # What makers state of bfloat16 products (float16 where there is no bfloat16), without sparsity:
 # FLOPs a second of what JAX calls a device. The first pattern that `device_kind` matches counts.
@@ -44,9 +43,9 @@ class Utilisation:
     Counted are those that the model asks for: not what is computed again to save memory.
     """
 
-    def __init__(self, variant: Any, dtype: Any, peak: float):
+    def __init__(self, objective: Objective, peak: float):
         """`peak` of one device, 0 for unknown: then nothing is counted, which takes seconds."""
-        self._model, self._peak = InstructBlip(variant, dtype), peak
+        self._objective, self._peak = objective, peak
         self._known: dict[tuple[Any, ...], int] = {}
 
     def of_step(self, trainable: Any, frozen: Any, batch: Mapping[str, Any]) -> int:
@@ -58,9 +57,13 @@ class Utilisation:
             like = lambda tree: jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree
             )
-            gradient = jax.grad(summed_loss, has_aux=True)
+
+            def loss(trainable: Any, frozen: Any, batch: Any, rng: Any) -> Any:
+                totals = self._objective.totals(batch)
+                return self._objective({**frozen, **trainable}, batch, rng, totals)
+
             arguments = like(trainable), like(frozen), like(dict(batch)), jax.random.key(0)
-            jaxpr = jax.make_jaxpr(gradient, static_argnums=4)(*arguments, self._model)
+            jaxpr = jax.make_jaxpr(jax.grad(loss, has_aux=True))(*arguments)
             self._known[key] = flops.count(jaxpr.jaxpr)
         return self._known[key]
 

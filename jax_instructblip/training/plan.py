@@ -21,16 +21,18 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from jax_instructblip.data import spec
 from jax_instructblip.inference import decode
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.source import read_source
-from jax_instructblip.models.instructblip import InstructBlip, param_shapes
 from jax_instructblip.models.layers import Scans
 from jax_instructblip.models.variants import VARIANTS, Variant
+from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.parallel import hlo, rules
 from jax_instructblip.parallel.mesh import batch_sharding, replicated
 from jax_instructblip.training import flops, setup
 from jax_instructblip.training.config_table import check_config
+from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.state import TrainState, create_state, partition
 from jax_instructblip.training.step import compile_step
 
@@ -52,13 +54,15 @@ class Job:
     Attributes:
       step: "train", or "decode": prompts of a batch read and answered greedily.
       batch: samples, on all devices together.
-      lengths: tokens of a row of each text: `qformer_tokens`, `tokens`, and of T5 `targets`.
+      samples_per_row: of which so many share a row.
+      lengths: tokens of a sample: `qformer_tokens`, `tokens` and, in training, `targets`.
       new_tokens: of an answer ("decode").
     """
 
     variant: Variant
     step: str
     batch: int
+    samples_per_row: int
     lengths: Mapping[str, int]
     trainable: tuple[str, ...]
     scans: Scans
@@ -82,8 +86,10 @@ class Job:
         """FLOPs of the products that the network as built cannot do without."""
         text, tokens = self.lengths["qformer_tokens"], self.lengths["tokens"]
         if self.step == "train":
-            answer = self.lengths.get("targets", 0)
-            return flops.analytic(self.variant, self.batch, text, tokens, answer)
+            answer, shared = self.lengths["targets"], self.samples_per_row
+            return flops.analytic(
+                self.variant, self.batch, text, tokens, answer, samples_per_row=shared
+            )
         return flops.generation(self.variant, self.batch, text, tokens, self.new_tokens)
 
 
@@ -126,11 +132,13 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
     if train and variant.llm.encoder_decoder:
         lengths["targets"] = limits.answer_limit
     elif train:
-        lengths["tokens"] += limits.answer_limit - 1
+        lengths["targets"] = limits.answer_limit - 1
+        lengths["tokens"] += lengths["targets"]
     return Job(
         variant=variant.replace(**setup.read_variant_fields(config)),
         step=step,
         batch=config.data.batch_size if train else config.validation.batch_size,
+        samples_per_row=config.data.samples_per_row if train else 1,
         lengths=lengths,
         trainable=tuple(config.model.trainable),
         scans=setup.read_scans(config),
@@ -171,11 +179,12 @@ def read_variant(config: ConfigDict) -> tuple[str, Variant]:
 def check_rows(job: Job, mesh: Mesh) -> None:
     """Raises a ValueError where the batch cannot be divided over the mesh."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    parts = devices * (job.accumulate if job.step == "train" else 1)
+    parts = devices * (job.accumulate if job.step == "train" else 1) * job.samples_per_row
     if job.batch % parts:
+        rows = f", in rows of {job.samples_per_row} samples" if job.samples_per_row > 1 else ""
         raise ValueError(
             f"a batch of {job.batch} cannot be worked on in {job.accumulate} parts by data x fsdp "
-            f"= {devices} devices: it must be a multiple of {parts}"
+            f"= {devices} devices{rows}: it must be a multiple of {parts}"
         )
 
 
@@ -293,29 +302,29 @@ def _place(tree: Any, mesh: Mesh) -> Any:
 
 
 def _batch(job: Job, rows: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as `data/batch.py` draws it, all rows as long as they can be."""
-    made = lambda shape, dtype: jax.ShapeDtypeStruct((job.batch, *shape), dtype, sharding=rows)
-    size = job.variant.vision.image_size
-    text, tokens = job.lengths["qformer_tokens"], job.lengths["tokens"]
-    batch = {
-        "images": made((1, size, size, 3), jnp.uint8),
-        "qformer_tokens": made((text,), jnp.int32),
-        "qformer_mask": made((text,), jnp.bool_),
-        "tokens": made((tokens,), jnp.int32),
-        "mask": made((tokens,), jnp.bool_),
+    """A batch as `data/spec.py` lists it, all samples as long as they can be."""
+    shared = job.samples_per_row
+    answer = shared * job.lengths.get("targets", 0)
+    sizes = {
+        "G": job.batch // shared,
+        "J": shared,
+        "I": shared,
+        "L": job.lengths["qformer_tokens"],
+        "X": shared * (job.variant.visual_tokens + job.lengths["tokens"]),
+        "A": answer,
+        "U": answer,
     }
-    if job.step == "train":
-        answer = job.lengths.get("targets", tokens)
-        batch["targets"] = made((answer,), jnp.int32)
-        if "targets" in job.lengths:
-            batch["decoder_tokens"] = made((answer,), jnp.int32)
-    return batch
+    made = spec.shapes(job.variant, sizes, training=job.step == "train")
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        for name, (shape, dtype) in made.items()
+    }
 
 
 def job_function(job: Job, mesh: Mesh, arguments: tuple[Any, ...]) -> Any:
     """The compiled function whose `trace` takes the job's arguments."""
     if job.step == "decode":
-        model = InstructBlip(job.variant, job.dtype)
+        model = VisionLanguageModel(job.variant, job.dtype)
         return jax.jit(
             lambda params, batch, keys: decode.generate_tokens(
                 model, params, batch, keys, GenerationConfig(max_new_tokens=job.new_tokens)
@@ -325,7 +334,7 @@ def job_function(job: Job, mesh: Mesh, arguments: tuple[Any, ...]) -> Any:
     return compile_step(
         like=state,
         mesh=mesh,
-        model=InstructBlip(job.variant, job.dtype, job.scans),
+        objective=LanguageObjective(VisionLanguageModel(job.variant, job.dtype, job.scans)),
         optimizer=job.optimizer,
         schedule=job.schedule,
         clip_norm=job.clip_norm,

@@ -131,7 +131,8 @@ def text_rows(
             row["targets"] = np.concatenate([np.full(len(seen), IGNORE), row["targets"]])
         rows.append(row)
     longest = {name: max(len(row[name]) for row in rows) for name in ("tokens", "targets")}
-    lengths = {name: -(-length // ROUND) * ROUND for name, length in longest.items()}
+    round_up = lambda name: -(-longest[name] // ROUND) * ROUND
+    lengths = {"slots": round_up("tokens"), "targets": round_up("targets")}
     batch = collate(rows, lengths=lengths, pad_id=text.variant.llm.pad_id)
     batch["family"] = np.array([NAMES.index(name) for name, *_ in examples], np.int32)
     return batch
@@ -148,8 +149,9 @@ class Reader(Network):
 
     def __call__(self, batch: dict[str, jax.Array], train: bool = False) -> jax.Array:
         """Logits aligned with the batch's targets."""
-        inputs = self.llm.embed(batch["tokens"])
-        return self.llm(inputs, batch["mask"], batch.get("decoder_tokens"), train=train)
+        decoder = {name: batch[name] for name in batch if name.startswith("decoder_")}
+        rows = (batch[name] for name in ("segments", "positions", "asked"))
+        return self.llm(self.llm.embed(batch["tokens"]), *rows, **decoder, train=train)
 
 
 def pool(

@@ -57,11 +57,12 @@ def read_mesh(config: ConfigDict) -> Mesh:
     return mesh
 
 
-def read_rows(config: ConfigDict, mesh: Mesh) -> np.ndarray:
-    """The numbers of the rows of each batch that this host's devices work on.
+def read_samples_per_row(config: ConfigDict, mesh: Mesh) -> int:
+    """How many samples share a row: as many as asked for, or as there are for a device and part.
 
     Raises:
-        ValueError: the batch cannot be divided among the devices and the parts of a step.
+        ValueError: the batch cannot be divided among the devices, the parts of a step and rows of
+            that many samples.
     """
     size, parts = config.data.batch_size, config.train.accumulate
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -71,7 +72,22 @@ def read_rows(config: ConfigDict, mesh: Mesh) -> np.ndarray:
             f"(config.train.accumulate) by data x fsdp = {devices} devices it must be a multiple "
             f"of {devices * parts}"
         )
-    return local_rows(batch_sharding(mesh), size)
+    apart = size // (devices * parts)
+    shared = min(config.data.samples_per_row, apart)
+    if apart % shared:
+        fitting = [each for each in range(1, apart + 1) if apart % each == 0]
+        raise ValueError(
+            f"config.data.samples_per_row is {shared}, which does not divide the {apart} samples "
+            f"of each device and part (config.data.batch_size {size} over {devices} devices and "
+            f"{parts} parts): choose one of {', '.join(map(str, fitting))}"
+        )
+    return shared
+
+
+def read_rows(config: ConfigDict, mesh: Mesh) -> np.ndarray:
+    """The numbers of the rows of each batch that this host's devices work on."""
+    count = config.data.batch_size // read_samples_per_row(config, mesh)
+    return local_rows(batch_sharding(mesh), count)
 
 
 def read_scans(config: ConfigDict) -> Scans:
@@ -109,7 +125,11 @@ def read_mixture(config: ConfigDict) -> Mixture:
 
 
 def read_batches(
-    config: ConfigDict, mixture: Mixture, start: Start, rows: np.ndarray
+    config: ConfigDict,
+    mixture: Mixture,
+    start: Start,
+    rows: np.ndarray,
+    samples_per_row: int = 1,
 ) -> TrainBatches:
     """The batches of the run, of which this host makes `rows`."""
     return TrainBatches(
@@ -117,6 +137,7 @@ def read_batches(
         TextProcessor.load(start.folder, start.variant, **config.text),
         batch_size=config.data.batch_size,
         steps=config.train.steps,
+        samples_per_row=samples_per_row,
         buckets=tuple(config.data.buckets),
         augment=config.data.augment,
         least_pixels=config.data.least_pixels,

@@ -10,24 +10,14 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from jax_instructblip.models.instructblip import Batch, InstructBlip
+from jax_instructblip.models.vlm import Batch
 from jax_instructblip.parallel import pmap
 from jax_instructblip.parallel.mesh import replicated
-from jax_instructblip.training.loss import cross_entropy
+from jax_instructblip.training.objective import Metrics, Objective, Totals, check_parts
 from jax_instructblip.training.state import Params, TrainState
 
-Metrics = dict[str, Array]
 Step = Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Metrics]]
-Sums = tuple[Array, Array, Any]  # loss, target tokens, gradient of the loss: sums, not means
-
-
-def summed_loss(
-    trainable: Any, frozen: Any, batch: Batch, rng: Array, model: InstructBlip
-) -> tuple[Array, Array]:
-    """The summed loss of the batch and its target tokens; dropout is drawn from `rng`."""
-    params = {**frozen, **trainable}
-    logits = model.apply({"params": params}, batch, train=True, rngs={"dropout": rng})
-    return cross_entropy(cast(Array, logits), batch["targets"])
+Sums = tuple[Array, Metrics, Any]  # loss, metrics and gradient of a batch, or of a part of it
 
 
 def train_step(
@@ -36,7 +26,7 @@ def train_step(
     batch: Batch,
     rng: Array,
     *,
-    model: InstructBlip,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     clip_norm: float | None = None,
@@ -52,35 +42,37 @@ def train_step(
     Args:
       state: before the step.
       frozen: the weights that are not trained.
-      batch: as `models/instructblip.py` draws it, targets included.
+      batch: as `models/vlm.py` draws it, targets included.
       rng: of dropout.
-      model: what computes the logits.
+      objective: what is made smaller.
       optimizer: what makes updates of gradients.
       schedule: the learning rate of each step, for the metrics.
       clip_norm: the largest norm that the gradient may have (None: no clipping).
       accumulate: parts of the batch that are worked on one after the other. They add up to the
-        same step: losses and tokens are summed over all before they are divided.
+        same step: each term is divided by its total over all of them.
       skip_non_finite: whether weights and moments stay as they are where the loss or the gradient
         is no finite number; the step counts all the same, for the schedule and the data.
       axis_name: of the mapped axis under `jax.pmap`, where each device is given its own rows.
 
-    Metrics: `loss` (mean over the global batch's target tokens), `tokens` (how many those are),
-    `gradient_norm` (before clipping), `parameter_norm` (trainable, before the update),
-    `learning_rate` and, with `skip_non_finite`, `skipped` (1 or 0).
+    Metrics: `loss`, what the objective tells besides, the totals of its terms (`tokens`: target
+    tokens of the global batch), `gradient_norm` (before clipping), `parameter_norm` (trainable,
+    before the update), `learning_rate` and, with `skip_non_finite`, `skipped` (1 or 0).
     """
     rng = jax.random.fold_in(rng, state.step)
     if axis_name is not None:
         rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
-    sums = _sums(state.params, frozen, batch, rng, model, accumulate)
+    totals = objective.totals(batch)
+    if axis_name is not None:
+        totals = jax.lax.psum(totals, axis_name)
+    sums = _sums(state.params, frozen, batch, rng, objective, totals, accumulate)
     if axis_name is not None:
         sums = jax.lax.psum(sums, axis_name)
-    total, tokens, gradient = sums
-    count = jnp.maximum(tokens, 1.0)  # a batch without any target gives a loss of 0, not NaN
-    gradient = jax.tree.map(lambda leaf: leaf / count, gradient)
+    loss, told, gradient = sums
     norm = optax.tree.norm(gradient)
     metrics = {
-        "loss": total / count,
-        "tokens": tokens,
+        "loss": loss,
+        **told,
+        **totals,
         "gradient_norm": norm,
         "parameter_norm": optax.tree.norm(state.params),
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
@@ -91,7 +83,7 @@ def train_step(
     updates, moments = optimizer.update(gradient, state.optimizer, state.params)
     params = cast(Params, optax.apply_updates(state.params, updates))
     if skip_non_finite:
-        fine = jnp.isfinite(total) & jnp.isfinite(norm)
+        fine = jnp.isfinite(loss) & jnp.isfinite(norm)
         metrics["skipped"] = 1.0 - fine.astype(jnp.float32)
         keep = lambda new, old: jnp.where(fine, new, old)
         params = jax.tree.map(keep, params, state.params)
@@ -120,6 +112,9 @@ def compile_step(
     says that frozen weights are narrower than float32: XLA for CPUs would widen a whole stacked
     tower ahead of its scan, several times the model's memory.
     """
+    check_parts(
+        settings["objective"], accumulate=settings.get("accumulate", 1), mapped=mode == "pmap"
+    )
     step = functools.partial(train_step, **settings)
     if mode == "pmap":
         assert mesh is not None
@@ -134,14 +129,20 @@ def compile_step(
 
 
 def _sums(
-    trainable: Any, frozen: Any, batch: Batch, rng: Array, model: InstructBlip, parts: int
+    trainable: Any,
+    frozen: Any,
+    batch: Batch,
+    rng: Array,
+    objective: Objective,
+    totals: Totals,
+    parts: int,
 ) -> Sums:
-    """Loss, target tokens and gradient of the batch, each summed over its `parts`."""
+    """Loss, metrics and gradient of the batch, each summed over its `parts`."""
 
     def sums(rows: Batch, rng: Array) -> Sums:
-        both = jax.value_and_grad(summed_loss, has_aux=True)
-        (total, tokens), gradient = both(trainable, frozen, rows, rng, model)
-        return total, tokens, gradient
+        loss_of = lambda params: objective({**frozen, **params}, rows, rng, totals)
+        (loss, told), gradient = jax.value_and_grad(loss_of, has_aux=True)(trainable)
+        return loss, told, gradient
 
     if parts == 1:
         return sums(batch, rng)
@@ -151,13 +152,14 @@ def _sums(
         found = sums(rows, jax.random.fold_in(rng, number))
         return jax.tree.map(jnp.add, so_far, found), None
 
-    zero = jnp.zeros((), jnp.float32)
-    nothing = zero, zero, jax.tree.map(jnp.zeros_like, trainable)
-    return jax.lax.scan(add, nothing, (jnp.arange(parts), _split(batch, parts)))[0]
+    divided = _split(batch, parts)
+    first = jax.tree.map(lambda leaf: leaf[0], divided)
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(sums, first, rng))
+    return jax.lax.scan(add, nothing, (jnp.arange(parts), divided))[0]
 
 
 def _split(batch: Batch, parts: int) -> Batch:
-    """`[B, ...]` to `[parts, B / parts, ...]`: part i takes every parts-th row from i on.
+    """`[G, ...]` to `[parts, G / parts, ...]`: part i takes every parts-th row from i on.
 
     So each device keeps the rows that it has; runs of rows would have to move between devices.
     """

@@ -39,7 +39,7 @@ def test_prints_and_writes_a_plan(words, tmp_path, capsys):
     text, found = capsys.readouterr().out, json.loads(path.read_text())
     assert "train step on cpu:1, 1 chips" in text and "verdict: " in text
     assert found["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1} and found["fits"]
-    assert found["lengths"] == {"qformer_tokens": 9, "tokens": 17}
+    assert found["lengths"] == {"qformer_tokens": 9, "tokens": 17, "targets": 8}
     assert 1.0 <= found["flops"]["ratio"] <= 1.05
     memory = found["memory"]
     parts = ("arguments", "outputs", "temporaries", "code")

@@ -90,8 +90,8 @@ def test_tokens_are_the_golden_ones(kind, shared, golden):
         joined = asked if kind == "t5" else asked + target
         assert example["tokens"].tolist() == joined
         assert not example["truncated"].any()
-        if kind == "llama":  # the last token of the prompt predicts the first of the answer
-            expected = [IGNORE] * (len(asked) - 1) + target + [IGNORE]
+        if kind == "llama":
+            expected = [IGNORE] * len(asked) + target
             assert example["targets"].tolist() == expected
 
 

@@ -10,7 +10,7 @@ import sentencepiece
 import transformers
 
 from jax_instructblip.data import text
-from jax_instructblip.data.batch import IGNORE
+from jax_instructblip.data.batch import IGNORE, compact
 from jax_instructblip.models.variants import (
     LlamaConfig,
     QFormerConfig,
@@ -129,10 +129,10 @@ def test_t5_prompt_ids_are_the_embedded_ones(golden, shared, tag):
 def test_vicuna_examples_equal_the_released_rows(golden, tag):
     processor, inputs, outputs = golden("instruct_vicuna", **TRAIN_TAGS[tag])
     queries = 8
-    ids, mask = text.compact(
+    ids, mask = compact(
         outputs[f"{tag}/concat/llm_input_ids"], outputs[f"{tag}/concat/llm_attention_mask"]
     )
-    labels, _ = text.compact(
+    labels, _ = compact(
         outputs[f"{tag}/llm_labels"][:, queries:], outputs[f"{tag}/concat/llm_attention_mask"]
     )
     for row, (prompt, answer) in enumerate(
@@ -141,21 +141,33 @@ def test_vicuna_examples_equal_the_released_rows(golden, tag):
         example = processor.example(str(prompt), str(answer))
         held = int(mask[row].sum())
         np.testing.assert_array_equal(example["tokens"], ids[row, :held])
-        # The released labels stand on the token itself, ours on the one before it.
-        np.testing.assert_array_equal(example["targets"], [*labels[row, 1:held], IGNORE])
+        np.testing.assert_array_equal(example["targets"], labels[row, :held])
         assert example["tokens"][0] == 2
     found = [processor.instruction(str(p)).tolist() for p in inputs["instructions"]]
     assert found == unpad(outputs[f"{tag}/qformer_text_ids"], 0)
 
 
-def test_vicuna_targets_name_the_token_that_follows(real):
+def test_vicuna_learns_the_answer_and_its_end(real):
     example = real["llama"].example("What is it?", "a cat")
     tokens, targets = example["tokens"], example["targets"]
-    asked = targets != IGNORE
-    np.testing.assert_array_equal(targets[:-1][asked[:-1]], tokens[1:][asked[:-1]])
-    assert not asked[-1] and targets[-2] == tokens[-1] == 2
     prompt = real["llama"].prompt("What is it?")["tokens"]
-    assert asked.tolist().index(True) == len(prompt) - 1
+    assert (targets[: len(prompt)] == IGNORE).all()
+    np.testing.assert_array_equal(targets[len(prompt) :], tokens[len(prompt) :])
+    assert targets[-1] == 2
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_an_example_is_cut_to_the_room_of_another(real, kind):
+    for short in (("What?", "a cat"), ("", "yes")):
+        room = real[kind].example(*short)
+        cut = real[kind].example("What is the long dog doing there?", "it sleeps all day", room)
+        for name in ("tokens", "targets", "qformer_tokens"):
+            assert len(cut[name]) == len(room[name]), name
+        assert (cut["targets"] != IGNORE).sum() == (room["targets"] != IGNORE).sum()
+        assert cut["truncated"].tolist() == [1, 1, 1]
+        same = real[kind].example(*short, room)
+        for name, leaf in real[kind].example(*short).items():
+            np.testing.assert_array_equal(same[name], leaf)
 
 
 @pytest.mark.parametrize("case", ["instruct_t5", "instruct_vicuna"])
@@ -390,11 +402,11 @@ def test_loading_does_not_import_torch(shared, block):
 def test_compact_moves_padding_to_the_end():
     tokens = np.array([[9, 9, 1, 2], [1, 9, 9, 2], [1, 2, 3, 4], [9, 9, 9, 9]])
     mask = np.array([[0, 0, 1, 1], [1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]])
-    moved, moved_mask = text.compact(tokens, mask, pad_id=7)
+    moved, moved_mask = compact(tokens, mask, pad_id=7)
     np.testing.assert_array_equal(moved, [[1, 2, 7, 7], [1, 2, 7, 7], [1, 2, 3, 4], [7, 7, 7, 7]])
     np.testing.assert_array_equal(
         moved_mask, [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
     )
     assert moved_mask.dtype == bool and moved.dtype == tokens.dtype
     with pytest.raises(ValueError, match="do not match"):
-        text.compact(tokens, mask[:, 1:])
+        compact(tokens, mask[:, 1:])

@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_instructblip.data.text import compact
 from jax_instructblip.inference import decode
 from jax_instructblip.inference.decode import generate_tokens, stream_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
+from jax_instructblip.inference.questions import compacted
 from jax_instructblip.inference.scores import TracedSettings, draw, first_eos, penalise, truncate
 from jax_instructblip.models.instructblip import InstructBlip
 from tests.compile_counter import count_compiles
 from tests.numerics import random_params, small
+from tests.rows import lay_out, read_text, to_answer
 
 NEW = 16  # tokens of an answer
 LENGTHS = (3, 9, 1, 6)  # tokens of the prompts
@@ -21,6 +22,10 @@ IDS = {
     "t5": {"llm.eos_id": 13, "llm.decoder_start_id": 55},
     "vicuna": {"llm.eos_id": 9},
 }
+
+
+# Images and texts of both kinds are laid out alike: answering reads nothing that training adds.
+SIZES = small("vicuna")
 
 
 @pytest.fixture(scope="module", params=("t5", "vicuna"))
@@ -45,10 +50,11 @@ def make_batch(lengths=LENGTHS, padded=9, frames=1, padding="end") -> dict[str, 
         }[padding]
         tokens[row, places], mask[row, places] = ids, True
     images = np.stack([pixels for _, pixels in rows]).astype(np.uint8)
-    return {
+    given = {
         **{"images": images, "tokens": tokens, "mask": mask},
         **{"qformer_tokens": tokens, "qformer_mask": mask},
     }
+    return to_answer(lay_out(SIZES, given))
 
 
 def rows_of(batch, rows):
@@ -113,7 +119,7 @@ def test_tokens_and_logprobs_are_those_of_the_whole_rows(model, settings):
     """The cached steps against one pass over prompt and answer; logprobs whatever the settings."""
     network, params = model
     made = generate(model, make_batch(), **settings)
-    batch, tokens = make_batch(), made["tokens"][:, 0]
+    batch, tokens = read_text(SIZES, make_batch()), made["tokens"][:, 0]
     llm = network.variant.llm
     if llm.kind == "t5":
         start = llm.decoder_start_id
@@ -127,7 +133,7 @@ def test_tokens_and_logprobs_are_those_of_the_whole_rows(model, settings):
         batch["tokens"] = np.array([[*row, *[0] * (width - len(row))] for row in rows])
         batch["mask"] = np.arange(width) < np.array([len(row) for row in rows])[:, None]
         after = np.array(LENGTHS)[:, None] - 1 + np.arange(NEW)
-    logits = np.asarray(whole_rows(network, params, batch))
+    logits = np.asarray(whole_rows(network, params, lay_out(network.variant, batch)))
     logits = np.take_along_axis(logits, after[..., None], axis=1)  # [B, NEW, V]
     logprobs = np.asarray(jax.nn.log_softmax(logits))
     for row, length in enumerate(made["lengths"][:, 0]):
@@ -148,15 +154,16 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_padding(model, greedy):
         assert_same(alone, rows_of_made(greedy, [row]))
     # Without any padding: a program for the length of this row.
     row = int(np.argmin(LENGTHS))
-    alone = generate(model, rows_of(make_batch(), [row]) | bare(row))
+    alone = generate(model, bare(row))
     assert_same(alone, rows_of_made(greedy, [row]))
     assert_same(generate(model, make_batch(padded=24)), greedy)
 
 
 def bare(row):
-    """The texts of that row without padding."""
-    names = ("tokens", "mask", "qformer_tokens", "qformer_mask")
-    return {name: make_batch()[name][[row], : LENGTHS[row]] for name in names}
+    """That row alone, without padding."""
+    given = read_text(SIZES, rows_of(make_batch(), [row]))
+    cut = {name: leaf[:, : LENGTHS[row]] for name, leaf in given.items() if name != "images"}
+    return to_answer(lay_out(SIZES, given | cut))
 
 
 def rows_of_made(made, rows):
@@ -166,9 +173,8 @@ def rows_of_made(made, rows):
 @pytest.mark.parametrize("padding", ["start", "holes"])
 def test_compacted_input_gives_the_same(model, greedy, padding):
     batch = make_batch(padding=padding, padded=9)
-    tokens, mask = compact(batch["tokens"], batch["mask"])
-    names = {"tokens": tokens, "mask": mask, "qformer_tokens": tokens, "qformer_mask": mask}
-    assert_same(generate(model, batch | names), greedy, atol=0)
+    assert (np.diff(batch["segments"]) > 0).any()
+    assert_same(generate(model, compacted(batch)), greedy, atol=0)
 
 
 def test_min_new_tokens_masks_eos_until_then(model, greedy):

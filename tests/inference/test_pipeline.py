@@ -109,6 +109,29 @@ def spread(mask, left):
     return np.take_along_axis(order, back, axis=1)
 
 
+def scattered(batch, left):
+    """The same batch with its padding elsewhere, indices following."""
+    moved = dict(batch)
+
+    def move(segments, names, indices):
+        order = spread(batch[segments] > 0, left)
+        moved.update({name: np.take_along_axis(batch[name], order, axis=1) for name in names})
+        nowhere = np.full((len(order), 1), order.shape[1])
+        went = np.concatenate([np.argsort(order, axis=1), nowhere], axis=1)
+        for name in indices:
+            moved[name] = np.take_along_axis(went, batch[name], axis=1).astype(np.int32)
+
+    decoding = "decoder_segments" in batch
+    names = ("segments", "tokens", "slots", "positions")
+    move("segments", names, ("places",) if decoding else ("places", "asked"))
+    if decoding:
+        move("decoder_segments", ("decoder_segments", "decoder_tokens"), ("asked",))
+    order = spread(batch["qformer_mask"][:, 0], left)[:, None]
+    for name in ("qformer_tokens", "qformer_mask"):
+        moved[name] = np.take_along_axis(batch[name], order, axis=2)
+    return moved
+
+
 def test_logprob_is_that_of_the_whole_answer(blip, answers):
     """Against `logits` of a training batch that has the answer as its target."""
     llm, examples = blip.variant.llm, []
@@ -121,10 +144,10 @@ def test_logprob_is_that_of_the_whole_answer(blip, answers):
         else:
             before = example["tokens"]
             example["tokens"] = np.array([*before, *tokens])
-            example["targets"] = np.array([*[IGNORE] * (len(before) - 1), *tokens, IGNORE])
+            example["targets"] = np.array([*[IGNORE] * len(before), *tokens])
         pixels = Image.fromarray(image).resize((56, 56), Image.Resampling.BICUBIC)
         examples.append({"images": np.asarray(pixels)[None], **example})
-    batch = collate(examples)
+    batch = collate(examples, visual_tokens=blip.variant.visual_tokens)
     del batch["truncated"]
     logprobs = np.asarray(jax.nn.log_softmax(blip.logits(batch)))
     targets = batch["targets"]
@@ -135,20 +158,13 @@ def test_logprob_is_that_of_the_whole_answer(blip, answers):
         rtol=1e-4,
     )
 
-    # The same rows padded on the left, and between tokens: compacted at the border, targets too.
-    real = batch["mask"] if llm.kind == "llama" else targets != IGNORE
+    # The same rows padded on the left, and between tokens: compacted at the border.
     for left in (True, False):
-        moved = dict(batch)
-        for mask, names in {
-            "mask": ["mask", "tokens", *(["targets"] if llm.kind == "llama" else [])],
-            "qformer_mask": ["qformer_mask", "qformer_tokens"],
-        }.items():
-            order = spread(batch[mask], left)
-            moved |= {name: np.take_along_axis(batch[name], order, axis=1) for name in names}
-        assert (np.diff(moved["mask"].astype(int)) > 0).any()
+        moved = scattered(batch, left)
+        assert (np.diff(moved["segments"]) > 0).any()
         for name, leaf in compacted(moved).items():
             np.testing.assert_array_equal(leaf, batch[name], name)
-        np.testing.assert_array_equal(blip.logits(moved)[real], blip.logits(batch)[real])
+        np.testing.assert_array_equal(blip.logits(moved), blip.logits(batch))
 
 
 def test_nothing_compiles_after_the_warm_up(t5):
@@ -278,7 +294,7 @@ def test_more_tokens_than_the_cache_holds(blip, ask):
 
 def test_a_prompt_that_the_qformer_cannot_read_whole_is_reported(t5, caplog):
     parts = list(make_parts(t5.text, pair(images(1), ["dog " * 200]), batch_size=1))
-    assert parts[0].batch["qformer_tokens"].shape == (1, 128)
+    assert parts[0].batch["qformer_tokens"].shape == (1, 1, 128)
     assert "1 of 1 prompts have more than 128 tokens: the Q-Former reads" in caplog.text
 
 
@@ -303,7 +319,7 @@ def test_load_casts(folders):
 
 def text_batch(blip):
     example = {"images": np.zeros((1, 56, 56, 3), np.uint8), **blip.text.prompt("Why?")}
-    batch = collate([example])
+    batch = collate([example], visual_tokens=blip.variant.visual_tokens)
     del batch["truncated"]
     return batch
 

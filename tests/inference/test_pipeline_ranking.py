@@ -28,7 +28,8 @@ def test_rank_is_the_logprob_of_a_training_answer(blip):
     assert found.shape == (2, 6) and found.dtype == np.float32
     asked = [(image, candidate) for image in images for candidate in candidates]
     batch = collate(
-        [{"images": image[None], **blip.text.example(QUESTION, each)} for image, each in asked]
+        [{"images": image[None], **blip.text.example(QUESTION, each)} for image, each in asked],
+        visual_tokens=blip.variant.visual_tokens,
     )
     del batch["truncated"]
     targets = batch["targets"]

@@ -19,6 +19,7 @@ from jax_instructblip.inference.ranking import (
 from jax_instructblip.models.instructblip import InstructBlip
 from tests.micro import make_batch, micro
 from tests.numerics import random_params
+from tests.rows import lay_out, read_text, to_answer
 
 KINDS = ("llama", "t5")
 QUESTIONS, BATCH = 200, 40
@@ -43,9 +44,8 @@ class Small:
         self.model = InstructBlip(self.variant)
         self.params = jax.tree.map(jnp.asarray, random_params(self.variant))
         drawn = make_batch(self.variant, rows=QUESTIONS, text=TEXT)
-        names = ("images", "qformer_tokens", "qformer_mask", "tokens", "mask")
-        self.batch = {name: drawn[name] for name in names}
-        seen = jax.jit(functools.partial(self.model.apply, method="visual_prompt"))
+        self.batch = to_answer(drawn)
+        seen = jax.jit(functools.partial(self.model.apply, method="visual_vectors"))
         self.seen = np.asarray(seen({"params": self.params}, self.batch))
 
     def draw(self, count, seed=0):
@@ -70,8 +70,8 @@ class Small:
         candidates = self.draw(1000, seed=1)
         parts = []
         for row in range(QUESTIONS):
-            one = {name: leaf[row : row + 1] for name, leaf in self.batch.items()}
-            del one["images"]
+            text = read_text(self.variant, self.batch)
+            one = {name: text[name][row : row + 1] for name in ("tokens", "mask")}
             one["seen"] = self.seen[row : row + 1]
             many = {name: np.repeat(leaf, len(candidates), axis=0) for name, leaf in one.items()}
             parts.append(self.whole_rows(self.params, self.append(many, candidates)))
@@ -102,10 +102,18 @@ class Small:
     def whole_rows(self):
         def run(model, many):
             inputs = jnp.concatenate([many["seen"], model.llm.embed(many["tokens"])], axis=1)
-            real = jnp.pad(many["mask"], ((0, 0), (many["seen"].shape[1], 0)), constant_values=True)
-            skip = many["seen"].shape[1]
-            logits = model.llm(inputs, real, many.get("decoder_tokens"), skip=skip)
-            targets = many["targets"]
+            skip, targets = many["seen"].shape[1], many["targets"]
+            real = jnp.pad(many["mask"], ((0, 0), (skip, 0)), constant_values=True)
+            segments, index = (
+                real.astype(jnp.int32),
+                lambda leaf: jnp.broadcast_to(jnp.arange(leaf.shape[1]), leaf.shape[:2]),
+            )
+            rows = segments, index(inputs), index(targets) + (0 if self.kind == "t5" else skip)
+            decoder = {}
+            if self.kind == "t5":
+                decoder["decoder_tokens"] = many["decoder_tokens"]
+                decoder["decoder_segments"] = jnp.ones_like(many["decoder_tokens"])
+            logits = model.llm(inputs, *rows, **decoder)
             found = jnp.take_along_axis(
                 jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[..., None], axis=-1
             )
@@ -226,9 +234,10 @@ def test_padding_and_neighbours_change_nothing(small):
     expected = small.rank([candidates])
     longer = {
         name: np.pad(leaf, ((0, 0), (0, 5))) if leaf.ndim == 2 else leaf
-        for name, leaf in batch.items()
+        for name, leaf in read_text(small.variant, batch).items()
     }
     longer["tokens"] = np.where(longer["mask"], longer["tokens"], 3)
+    longer = to_answer(lay_out(small.variant, longer))
     np.testing.assert_allclose(small.rank([candidates], batch=longer), expected, rtol=0, atol=NOISE)
     others = small.rows(slice(BATCH, 2 * BATCH))
     mixed = {name: np.concatenate([batch[name][:1], others[name][1:]]) for name in batch}

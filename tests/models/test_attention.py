@@ -127,8 +127,9 @@ def test_attention_projects_each_head_and_joins_them():
     assert error(jax.jit(module.apply)({"params": params}, x, context), expected) < 1e-6
 
 
-def test_a_padded_position_of_a_causal_row_sees_real_keys_only():
+def test_a_sample_of_a_causal_row_sees_its_own_keys_only():
     query, key = draw(1, 4, N, K), draw(1, 4, N, K, seed=1)
-    mask = causal_mask(jnp.array([[True, True, False, False]]))
+    mask = causal_mask(jnp.array([[1, 1, 2, 2]]))
     found = attend(query, key, key, mask)
-    assert error(found[:, 3:], attend(query[:, 3:], key[:, :2], key[:, :2])) < 1e-6
+    assert error(found[:, 3:], attend(query[:, 3:], key[:, 2:], key[:, 2:])) < 1e-6
+    assert error(found[:, 1:2], attend(query[:, 1:2], key[:, :2], key[:, :2])) < 1e-6

@@ -12,6 +12,7 @@ from jax_instructblip.models.instructblip import InstructBlip, separate_decoder
 from jax_instructblip.models.layers import Scan, Scans
 from tests.micro import make_batch, micro
 from tests.numerics import error, random_params
+from tests.rows import lay_out, read_text, to_answer
 
 STEPS = 4
 PARENTS = (  # which row each of three continues: [step, B, R]
@@ -30,15 +31,15 @@ class Small:
         self.model = InstructBlip(self.variant, scans=Scans(llm=Scan(separate=separate)))
         params = jax.tree.map(jnp.asarray, random_params(self.variant))
         self.params = separate_decoder(self.variant, params) if separate else params
-        names = ("images", "qformer_tokens", "qformer_mask", "tokens", "mask")
-        self.batch = {name: make_batch(self.variant, rows=2)[name] for name in names}
+        self.batch = to_answer(make_batch(self.variant, rows=2))
         apply = functools.partial(self.model.apply, {"params": self.params})
         self.prefill = jax.jit(lambda batch: apply(batch, STEPS, method="prefill"))
         self.step = jax.jit(lambda *given: apply(*given, method="decode_step"))
 
     def whole(self, row, answer):
         """Logits `[len(answer) + 1, V]` behind the prompt of `row` and each of its tokens."""
-        one = {name: leaf[row : row + 1] for name, leaf in self.batch.items()}
+        one = read_text(self.variant, self.batch)
+        one = {name: leaf[row : row + 1] for name, leaf in one.items()}
         count = int(one["mask"].sum())
         if self.variant.llm.kind == "t5":
             start = self.variant.llm.decoder_start_id
@@ -47,6 +48,7 @@ class Small:
         else:
             one["tokens"] = np.array([[*one["tokens"][0, :count], *answer]], np.int32)
             one["mask"] = np.ones(one["tokens"].shape, bool)
+        one = lay_out(self.variant, one)
         logits = jax.jit(self.model.apply)({"params": self.params}, one)[0]
         return logits[count - 1 : count + len(answer)]
 

@@ -16,11 +16,15 @@ INPUTS = jnp.asarray(DRAW.standard_normal((3, 9, CONFIG.width), np.float32))
 LENGTHS = (5, 9, 7)
 
 
+def rows(inputs, real, skip=0):
+    """What a call takes for one sample a row, all slots but the first `skip` asked for."""
+    index = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
+    return inputs, real.astype(jnp.int32), index, index[:, skip:]
+
+
 @functools.cache
 def call(skip=0):
-    return jax.jit(
-        lambda inputs, real: MODEL.apply({"params": PARAMS}, inputs, real, None, skip=skip)
-    )
+    return jax.jit(lambda inputs, real: MODEL.apply({"params": PARAMS}, *rows(inputs, real, skip)))
 
 
 @jax.jit
@@ -67,7 +71,7 @@ def test_rotary_is_computed_in_float32():
     assert error(cosine[0, :, 0], np.cos([256.0, 257.0])) < 0.01
 
 
-def test_skipped_positions_get_no_logits():
+def test_slots_that_nobody_asks_for_get_no_logits():
     whole = call()(INPUTS, real(LENGTHS, 9))
     assert whole.shape == (3, 9, CONFIG.vocab) and whole.dtype == jnp.float32
     np.testing.assert_allclose(call(4)(INPUTS, real(LENGTHS, 9)), whole[:, 4:], atol=1e-5)
@@ -88,6 +92,20 @@ def test_padding_is_invisible():
         alone = call()(INPUTS[row : row + 1, :length], jnp.ones((1, length), bool))
         assert error(together[row, :length], alone[0]) < 1e-5
         assert error(longer[row, :length], alone[0]) < 1e-5
+
+
+def test_samples_of_a_row_do_not_see_each_other():
+    """Two samples in a row of their own order; each as if it were alone."""
+    for first, second in ((2, 0), (1, 1)):
+        a, b = LENGTHS[first], LENGTHS[second]
+        inputs = jnp.concatenate([INPUTS[first, :a], INPUTS[second, :b], INPUTS[0, :2]])[None]
+        segments = jnp.array([[1] * a + [2] * b + [0] * 2])
+        positions = jnp.array([[*range(a), *range(b), 0, 0]])
+        asked = jnp.arange(a + b)[None]
+        found = MODEL.apply({"params": PARAMS}, inputs, segments, positions, asked)[0]
+        alone = call()(INPUTS, real(LENGTHS, 9))
+        assert error(found[:a], alone[first, :a]) < 1e-5
+        assert error(found[a:], alone[second, :b]) < 1e-5
 
 
 def test_cached_steps_are_whole_rows():
@@ -137,5 +155,6 @@ def test_a_tree_of_tokens_is_whole_rows():
 def test_bfloat16_survives_large_activations():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
     apply = jax.jit(Llama(CONFIG, jnp.bfloat16).apply)
-    found = apply({"params": params}, jnp.asarray(1e5 * INPUTS, jnp.bfloat16), real(LENGTHS, 9))
+    inputs = jnp.asarray(1e5 * INPUTS, jnp.bfloat16)
+    found = apply({"params": params}, *rows(inputs, real(LENGTHS, 9)))
     assert found.dtype == jnp.float32 and jnp.isfinite(found).all()

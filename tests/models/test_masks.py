@@ -2,7 +2,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_instructblip.models.masks import causal_mask, lineage_mask, padding_mask, tree_mask
+from jax_instructblip.models.masks import (
+    causal_mask,
+    lineage_mask,
+    padding_mask,
+    segment_mask,
+    tree_mask,
+)
 
 
 def drawn(picture: str) -> np.ndarray:
@@ -20,11 +26,23 @@ def test_padding_mask_shows_every_real_key_to_everybody():
     assert (np.broadcast_to(mask[1, 0], (2, 4)) == drawn("# . . .\n# . . .")).all()
 
 
-def test_causal_mask_hides_what_comes_and_what_is_padding():
-    mask = causal_mask(real([3, 4], 4))
-    assert mask.shape == (2, 1, 4, 4)
-    assert (mask[0, 0] == drawn("# . . .\n# # . .\n# # # .\n# # # .")).all()
-    assert (mask[1, 0] == drawn("# . . .\n# # . .\n# # # .\n# # # #")).all()
+SEGMENTS = jnp.array([[1, 1, 2, 2, 0], [1, 1, 1, 0, 0]])
+
+
+def test_causal_mask_hides_what_comes_and_other_samples():
+    mask = causal_mask(SEGMENTS)
+    assert mask.shape == (2, 1, 5, 5)
+    two = "# . . . .\n# # . . .\n. . # . .\n. . # # .\n. . . . #"
+    assert (mask[0, 0] == drawn(two)).all()
+    one = "# . . . .\n# # . . .\n# # # . .\n. . . # .\n. . . # #"
+    assert (mask[1, 0] == drawn(one)).all()
+
+
+def test_segment_mask_shows_a_sample_its_own_slots_in_both_rows():
+    mask = segment_mask(SEGMENTS, jnp.array([[1, 2, 0], [1, 1, 1]]))
+    assert mask.shape == (2, 1, 5, 3)
+    assert (mask[0, 0] == drawn("# . .\n# . .\n. # .\n. # .\n. . #")).all()
+    assert (mask[1, 0] == drawn("# # #\n# # #\n# # #\n. . .\n. . .")).all()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from jax.lax import Precision
 
 from jax_instructblip.inference.beam import beam_tokens
 from jax_instructblip.inference.decode import generate_tokens
+from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import load
 from jax_instructblip.inference.ranking import make_plan, pair_logprobs
 from jax_instructblip.models.instructblip import (
@@ -24,6 +25,7 @@ from jax_instructblip.models.qformer import QFormer
 from jax_instructblip.models.vision import VisionTransformer
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.training.flops import products
+from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
 from jax_instructblip.training.step import compile_step, train_step
@@ -55,8 +57,8 @@ def programs(model: InstructBlip, params: Any) -> dict[str, Any]:
     plan = make_plan([[(3, 4, 5), (3, 6)]])
     given = model, params, batch
     return {
-        "generate": lambda: generate_tokens(*given, keys, max_new_tokens=3),
-        "beam": lambda: beam_tokens(*given, max_new_tokens=3, num_beams=2),
+        "generate": lambda: generate_tokens(*given, keys, GenerationConfig(max_new_tokens=3)),
+        "beam": lambda: beam_tokens(*given, GenerationConfig(max_new_tokens=3, num_beams=2)),
         "rank": lambda: pair_logprobs(*given, plan.chunks),
         "logits": lambda: model.apply({"params": params}, batch),
     }
@@ -115,7 +117,9 @@ def test_of_a_loaded_model(tmp_path, dtype):
     batch = jax.tree.map(jnp.asarray, make_batch(blip.variant))
     keys = jax.random.split(jax.random.key(0), 4)
     found = asked(
-        lambda params: generate_tokens(blip.model, params, batch, keys, max_new_tokens=2),
+        lambda params: generate_tokens(
+            blip.model, params, batch, keys, GenerationConfig(max_new_tokens=2)
+        ),
         blip.params,
     )
     assert set(found) == ({HIGHEST} if dtype == "float32" else {None})
@@ -131,7 +135,8 @@ def step_precisions(kind: str, dtype: Any, **settings: Any) -> list[Any]:
 def step_jaxpr(kind: str, dtype: Any, *, mode: str = "jit", remat: str = "none", **more: Any):
     variant, optimizer, rate = micro(kind), adamw(lambda _: 1e-2), lambda _: 1e-2
     scans = Scans(*(Scan(remat=remat) for _ in range(3)))
-    settings = dict(model=InstructBlip(variant, dtype, scans), optimizer=optimizer, schedule=rate)
+    objective = LanguageObjective(InstructBlip(variant, dtype, scans))
+    settings = dict(objective=objective, optimizer=optimizer, schedule=rate)
     chosen, frozen = partition(param_shapes(variant), ("qformer",))
     if mode == "pmap":
         step = compile_step(mode="pmap", mesh=make_mesh(data=1), **settings, **more)
@@ -169,7 +174,7 @@ def test_a_tower_alone(kind):
     towers = {
         "vision": (VisionTransformer, jnp.zeros((1, 28, 28, 3), jnp.uint8)),
         "qformer": (QFormer, jnp.zeros((1, 5, 22)), ids, valid),
-        "llm": (LANGUAGE_MODELS[kind], prompt, valid, ids if kind == "t5" else None),
+        "llm": (LANGUAGE_MODELS[kind], prompt, *[ids] * (5 if kind == "t5" else 3)),
     }
     for name, (tower, *inputs) in towers.items():
         apply = tower(getattr(variant, name), jnp.float32).apply

@@ -18,9 +18,16 @@ LENGTHS = (5, 9, 7)
 ANSWERS = jnp.asarray(DRAW.integers(0, CONFIG.vocab, (3, 4)))
 
 
+def rows(inputs, real, answers):
+    """What a call takes for one sample a row, all slots of the decoder asked for."""
+    index = lambda leaf: jnp.broadcast_to(jnp.arange(leaf.shape[1]), leaf.shape[:2])
+    segments = real.astype(jnp.int32)
+    return inputs, segments, index(inputs), index(answers), answers, jnp.ones_like(answers)
+
+
 @jax.jit
 def call(inputs, real, answers):
-    return MODEL.apply({"params": PARAMS}, inputs, real, answers)
+    return MODEL.apply({"params": PARAMS}, *rows(inputs, real, answers))
 
 
 @jax.jit
@@ -80,6 +87,21 @@ def test_padding_is_invisible():
         assert error(longer[row, :count], alone[0]) < 1e-5
 
 
+def test_samples_of_a_row_do_not_see_each_other():
+    """Two samples share a row of the encoder and one of the decoder; each as if it were alone."""
+    (first, a, u), (second, b, w) = (2, 7, 3), (0, 5, 4)
+    inputs = jnp.concatenate([INPUTS[first, :a], INPUTS[second, :b], INPUTS[0, :2]])[None]
+    segments = jnp.array([[1] * a + [2] * b + [0] * 2])
+    answers = jnp.concatenate([ANSWERS[first, :u], ANSWERS[second, :w], ANSWERS[0, :1]])[None]
+    answered = jnp.array([[1] * u + [2] * w + [0]])
+    asked = jnp.array([[*range(u + w), u + w + 1]])  # the last: nowhere
+    apply = jax.jit(MODEL.apply)
+    found = apply({"params": PARAMS}, inputs, segments, segments, asked, answers, answered)[0]
+    alone = call(INPUTS, real(LENGTHS, 9), ANSWERS)
+    assert error(found[:u], alone[first, :u]) < 1e-5
+    assert error(found[u : u + w], alone[second, :w]) < 1e-5
+
+
 def test_cached_steps_are_whole_rows():
     """Prefill and two steps at two padded lengths, with three rows of their own a sample."""
     tokens = jnp.asarray(DRAW.integers(0, CONFIG.vocab, (3, 3, 2)))  # [B, R, steps]
@@ -122,9 +144,9 @@ def test_a_tree_of_tokens_is_whole_rows():
 
 def test_dropout_of_the_frozen_model_is_drawn_in_training():
     apply = jax.jit(functools.partial(MODEL.apply, train=True))
-    rows = INPUTS, real(LENGTHS, 9), ANSWERS
+    given = rows(INPUTS, real(LENGTHS, 9), ANSWERS)
     found = [
-        apply({"params": PARAMS}, *rows, rngs={"dropout": jax.random.key(seed)})
+        apply({"params": PARAMS}, *given, rngs={"dropout": jax.random.key(seed)})
         for seed in (0, 0, 1)
     ]
     np.testing.assert_array_equal(found[0], found[1])
@@ -135,5 +157,5 @@ def test_bfloat16_survives_large_activations():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
     apply = jax.jit(T5(CONFIG, jnp.bfloat16).apply)
     inputs = jnp.asarray(1e5 * INPUTS, jnp.bfloat16)
-    found = apply({"params": params}, inputs, real(LENGTHS, 9), ANSWERS)
+    found = apply({"params": params}, *rows(inputs, real(LENGTHS, 9), ANSWERS))
     assert found.dtype == jnp.float32 and jnp.isfinite(found).all()

@@ -167,6 +167,7 @@ def test_from_dict_refuses_values_of_another_type(tower, field, value):
     fields[tower][field] = value
     with pytest.raises(ValueError, match=rf"{tower}\.{field} is .*, expected"):
         Variant.from_dict(fields)
+    fields = get_variant("tiny-t5").to_dict()
     with pytest.raises(ValueError, match="vision is 3, expected its fields"):
         Variant.from_dict({**fields, "vision": 3})
 

@@ -24,7 +24,6 @@ from configs import common
 from jax_instructblip import checkpoint, trees
 from jax_instructblip.data.loader import put
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
-from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.variants import (
     LlamaConfig,
@@ -33,11 +32,13 @@ from jax_instructblip.models.variants import (
     Variant,
     VisionConfig,
 )
+from jax_instructblip.models.vlm import VisionLanguageModel
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import batch_sharding, make_mesh
 from jax_instructblip.training import loop
 from jax_instructblip.training.checkpoints import Checkpoints
 from jax_instructblip.training.metrics import read_metrics
+from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
 from jax_instructblip.training.step import compile_step, train_step
@@ -95,8 +96,10 @@ class Setting:
 
     def settings(self, remat="none", weights=rules.constrain_layer):
         scan = Scan(remat, weights)
-        model = InstructBlip(self.variant, jnp.float32, Scans(scan, scan, scan))
-        return dict(model=model, optimizer=self.optimizer, schedule=self.schedule)
+        model = VisionLanguageModel(self.variant, jnp.float32, Scans(scan, scan, scan))
+        return dict(
+            objective=LanguageObjective(model), optimizer=self.optimizer, schedule=self.schedule
+        )
 
     def train(self, mesh, steps=10, mode="jit", remat="none", **settings):
         """Losses of the steps, and the trained weights after the first and the last."""

@@ -17,6 +17,7 @@ from jax_instructblip.models.variants import (
     Variant,
     VisionConfig,
 )
+from tests.rows import lay_out
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 CASES = ("instruct_t5", "instruct_vicuna", "instruct_t5_noqftext", "instruct_vicuna_noqftext")
@@ -133,7 +134,7 @@ def batch(case: str, tag: str) -> dict[str, np.ndarray]:
                 [[*row[seen][skip + 1 :], IGNORE] for row, seen in zip(labels, real, strict=True)],
                 IGNORE,
             )
-    return made
+    return lay_out(sizes, made)
 
 
 def pad(rows: list[list], value: int | bool) -> np.ndarray:

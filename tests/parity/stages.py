@@ -11,7 +11,7 @@ from jax_instructblip.models.layers import LayerNorm
 from jax_instructblip.models.masks import padding_mask
 from jax_instructblip.models.qformer import QFormer
 from jax_instructblip.models.variants import QFormerConfig, Variant
-from jax_instructblip.training.loss import cross_entropy
+from jax_instructblip.training.loss import count_targets, cross_entropy
 
 
 @functools.cache
@@ -22,15 +22,15 @@ def stages(variant: Variant):
     def values(qformer, params, batch):
         params = {"params": {**params, "qformer": qformer}}
         logits = model.apply(params, batch)
-        total, count = cross_entropy(logits, batch["targets"])
+        total, count = cross_entropy(logits, batch["targets"]), count_targets(batch["targets"])
         features = model.apply(params, batch["images"], method="encode_image")
         norm = LayerNorm(variant.qformer.image_norm_eps)
-        text = batch.get("qformer_tokens"), batch.get("qformer_mask")
+        text = [batch[name][:, 0] for name in ("qformer_tokens", "qformer_mask") if name in batch]
         made = {
             "features": features,
             "image_norm": norm.apply({"params": qformer["image_norm"]}, features),
             "queries": query_outputs(variant.qformer, qformer, features, *text),
-            "prompt": model.apply(params, batch, method="prompt")[0],
+            "prompt": model.apply(params, batch, method="embed_row"),
             "logits": logits,
         }
         if variant.llm.kind == "t5":
@@ -48,5 +48,4 @@ def query_outputs(config: QFormerConfig, params, features, *text) -> jax.Array:
 
 
 def _encode(model, batch):
-    inputs, real = model.prompt(batch)
-    return model.llm.encoder(inputs, padding_mask(real))
+    return model.llm.encoder(model.embed_row(batch), padding_mask(batch["segments"] > 0))

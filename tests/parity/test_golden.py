@@ -16,6 +16,7 @@ from jax_instructblip.models.instructblip import InstructBlip, param_shapes
 from tests.numerics import error
 from tests.parity import golden
 from tests.parity.stages import stages
+from tests.rows import lay_out, read_text
 
 TOWER, LOSS, GRADIENT = 1e-4, 1e-5, 1e-4  # parts of the largest value; the loss absolutely
 
@@ -49,8 +50,8 @@ class Case:
         """Jitted (params, batch) -> the prompt, the first new token's logits, and the cache."""
 
         def prefill(model, batch):
-            inputs, real = model.prompt(batch)
-            return inputs, *model.llm.prefill(inputs, real, 4)
+            inputs = model.embed_row(batch)
+            return inputs, *model.llm.prefill(inputs, batch["segments"] > 0, 4)
 
         model = InstructBlip(self.variant)
         return jax.jit(lambda params, batch: model.apply({"params": params}, batch, method=prefill))
@@ -102,7 +103,7 @@ def test_logits_and_loss(case, tag):
         return  # recorded with the instruction branch only
     batch = golden.batch(case.name, tag)
     if tag != "train":  # at the lengths of 'train': no second compilation, and padding is invisible
-        batch = _as_long_as(golden.batch(case.name, "train"), batch)
+        batch = _as_long_as(case.variant, golden.batch(case.name, "train"), batch)
     (loss, made), _ = case.train(batch)
     assert abs(loss - case.recorded[f"{tag}/loss"]) < LOSS
     logits, recorded = made["logits"], case.recorded[f"{tag}/logits"]
@@ -176,10 +177,11 @@ def _real_rows(case, tag, ours, name):
         yield row[: seen.sum()], theirs[seen]
 
 
-def _as_long_as(like, batch):
+def _as_long_as(variant, like, batch):
     """`batch` padded at the end of its rows to the shapes of `like`."""
     value = {"targets": golden.IGNORE}
-    return {
+    like, batch = read_text(variant, like), read_text(variant, batch)
+    given = {
         name: leaf
         if name == "images"
         else np.pad(
@@ -189,3 +191,4 @@ def _as_long_as(like, batch):
         )
         for name, leaf in batch.items()
     }
+    return lay_out(variant, given)

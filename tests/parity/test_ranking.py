@@ -58,12 +58,14 @@ class Case:
 
     def batch(self, prompts, images):
         examples = [self.text.prompt(prompt) for prompt in prompts]
+        visual = golden.images(images).shape[1] * self.model.variant.visual_tokens
         batch = collate(
             [
                 {"images": frames, **example}
                 for frames, example in zip(golden.images(images), examples, strict=True)
             ],
-            lengths={"tokens": 96, "qformer_tokens": LIMIT},  # one program for all prompts
+            visual_tokens=self.model.variant.visual_tokens,
+            lengths={"slots": 96 + visual, "qformer_tokens": LIMIT},  # one program for all prompts
         )
         del batch["truncated"]
         if not self.model.variant.qformer.instruction_aware:
@@ -160,4 +162,4 @@ def test_token_ids(case, tag):
     if case.model.variant.qformer.instruction_aware:
         found = case.batch(prompts_of(case, tag), "image")["qformer_tokens"]
         recorded = case.recorded[f"{tag}/qformer_text_ids"]
-        np.testing.assert_array_equal(found[:, : recorded.shape[1]], recorded)
+        np.testing.assert_array_equal(found[:, 0, : recorded.shape[1]], recorded)

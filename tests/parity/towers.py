@@ -23,6 +23,7 @@ from jax_instructblip.convert.hf import read_hf
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.training.loss import IGNORE
 from tests.parity.stages import stages
+from tests.rows import lay_out, read_text
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
 
@@ -144,7 +145,7 @@ class Pair:
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """The batch as transformers takes it: placeholders for the image, then the text."""
-        batch, queries = self.batch, self.variant.visual_tokens
+        batch, queries = read_text(self.variant, self.batch), self.variant.visual_tokens
         rows, skip = len(batch["images"]), ((0, 0), (queries, 0))
         token = self.config["image_token_index"]
         mean, std = np.array(MEAN), np.array(STD)
@@ -221,7 +222,7 @@ def batch(variant: Variant, seed: int = 0) -> dict[str, np.ndarray]:
         after = np.pad(made["tokens"], ((0, 0), (0, 1)))[:, 1:]
         asked = np.pad(made["mask"], ((0, 0), (0, 1)))[:, 1:] & (np.arange(21) >= 4)
         made["targets"] = np.where(asked, after, IGNORE)
-    return made
+    return lay_out(variant, made)
 
 
 def layers(

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_instructblip.models.instructblip import InstructBlip
+from jax_instructblip.models.vlm import VisionLanguageModel
+from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
 from tests.micro import make_batch, micro
@@ -23,9 +24,8 @@ def tuning():
         if key not in made:
             variant = micro(kind, **fields)
             schedule = lambda _: RATE
-            settings = dict(
-                model=InstructBlip(variant), optimizer=adamw(schedule), schedule=schedule
-            )
+            objective = LanguageObjective(VisionLanguageModel(variant))
+            settings = dict(objective=objective, optimizer=adamw(schedule), schedule=schedule)
             params = jax.tree.map(
                 lambda leaf: jnp.asarray(leaf, jnp.float32), random_params(variant)
             )

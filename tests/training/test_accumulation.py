@@ -23,13 +23,14 @@ def test_parts_add_up_to_the_whole(tuning):
     settings, state, frozen, batch = tuning("t5", **STILL)
     counts = [(batch["targets"][part::2] >= 0).sum() for part in (0, 1)]
     assert counts[0] != counts[1]  # so a mean of the parts' means would be another number
+    totals = settings["objective"].totals(batch)
+    assert totals["tokens"] == sum(counts)
     whole, found = (
-        compiled(_sums, model=settings["model"], parts=parts)(
+        compiled(_sums, objective=settings["objective"], totals=totals, parts=parts)(
             state.params, frozen, batch, jax.random.key(0)
         )
         for parts in (1, 2)
     )
-    assert found[1] == whole[1] == sum(counts)
     assert found[0] == pytest.approx(float(whole[0]), rel=1e-6)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole[2]))
     for ours, theirs in zip(jax.tree.leaves(found[2]), jax.tree.leaves(whole[2]), strict=True):
@@ -48,9 +49,10 @@ def test_a_step_in_parts_is_the_step(tuning):
 
 def test_every_part_draws_its_own_dropout(tuning):
     settings, state, frozen, batch = tuning("llama", **{"qformer.dropout": 0.5})
-    sums = lambda parts: compiled(_sums, model=settings["model"], parts=parts)
     key = jax.random.key(0)
     same = {name: np.repeat(rows[:1], 4, axis=0) for name, rows in batch.items()}
+    shared = dict(objective=settings["objective"], totals=settings["objective"].totals(same))
+    sums = lambda parts: compiled(_sums, **shared, parts=parts)
     total = float(sums(4)(state.params, frozen, same, key)[0])
     one, each = {name: rows[:1] for name, rows in batch.items()}, sums(1)
     losses = [
@@ -69,15 +71,16 @@ def test_every_device_draws_its_own_dropout(tuning):
     step = functools.partial(train_step, **settings, axis_name="devices")
     mapped = jax.vmap(step, (None, None, 0, None), None, axis_name="devices")
     _, metrics = compiled(mapped)(state, frozen, same, jax.random.key(0))
-    each, key = compiled(_sums, model=settings["model"], parts=1), jax.random.key(0)
-    sums = [
-        each(state.params, frozen, one, jax.random.fold_in(jax.random.fold_in(key, 0), device))
+    totals = settings["objective"].totals(same)
+    each = compiled(_sums, objective=settings["objective"], totals=totals, parts=1)
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    losses = [
+        float(each(state.params, frozen, one, jax.random.fold_in(key, device))[0])
         for device in range(2)
     ]
-    losses, tokens = ([float(found[part]) for found in sums] for part in (0, 1))
     assert losses[0] != losses[1]
-    assert metrics["loss"] == pytest.approx(sum(losses) / sum(tokens), rel=1e-6)
-    assert metrics["tokens"] == sum(tokens)
+    assert metrics["loss"] == pytest.approx(sum(losses), rel=1e-6)
+    assert metrics["tokens"] == totals["tokens"]
 
 
 def test_rows_stay_with_their_devices():

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_instructblip.models.instructblip import example_batch, param_shapes
+from jax_instructblip.data.spec import example_batch
 from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.training import flops, observe
 from jax_instructblip.training.metrics import Window
+from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.state import partition
 from tests.micro import micro
 
@@ -37,12 +39,16 @@ def test_the_peak_of_a_device_is_known_by_its_kind(kind, peak):
     assert observe.peak_flops(7e12, kind) == 7e12
 
 
+def objective(variant, dtype=jnp.float32):
+    return LanguageObjective(VisionLanguageModel(variant, dtype))
+
+
 @pytest.mark.parametrize("name", ["instructblip-flan-t5-xl", "instructblip-vicuna-13b"])
 def test_the_products_of_a_full_size_step_are_the_analytic_ones(name):
     variant, rows, text = get_variant(name), 2, 16
-    batch = example_batch(variant, batch=rows, text=text)
+    batch = example_batch(variant, batch=rows, text=text, answer=text)
     trainable, frozen = partition(param_shapes(variant), ("qformer",))
-    use = observe.Utilisation(variant, jnp.bfloat16, 1e12)
+    use = observe.Utilisation(objective(variant, jnp.bfloat16), 1e12)
     done = use.of_step(trainable, frozen, batch)
     assert done == pytest.approx(flops.analytic(variant, rows, *[text] * 3), rel=0.01)
     # In two seconds, on as many devices as there are.
@@ -53,13 +59,13 @@ def test_the_products_of_a_full_size_step_are_the_analytic_ones(name):
 
 
 def test_nothing_is_counted_against_an_unknown_peak():
-    use = observe.Utilisation(micro("t5"), jnp.float32, 0.0)
+    use = observe.Utilisation(objective(micro("t5")), 0.0)
     assert use.of_step({}, {}, {}) == 0 and use.metrics(0, 1.0) == {}
-    assert observe.Utilisation(micro("t5"), jnp.float32, 1e12).metrics(0, 1.0) == {}
+    assert observe.Utilisation(objective(micro("t5")), 1e12).metrics(0, 1.0) == {}
 
 
 def test_rates_are_of_all_steps_since_the_last_line():
-    use = observe.Utilisation(micro("t5"), jnp.float32, 1e9)
+    use = observe.Utilisation(objective(micro("t5")), 1e9)
     window = Window(use)
     counts = {"replaced": np.zeros(4), "truncated": np.zeros((4, 3)), "text": np.array([1, 2])}
     window.skip(-10.0)  # as if it had begun ten seconds ago

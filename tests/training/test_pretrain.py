@@ -61,7 +61,7 @@ def test_a_row_is_the_description_and_a_training_example(kind):
     examples = [example for example in examples if example is not None]
     batch = text_rows(text, examples)
     for row, (_, description, prompt, answer) in enumerate(examples):
-        read = text.decode(batch["tokens"][row][batch["mask"][row]])
+        read = text.decode(batch["tokens"][row][batch["segments"][row] > 0])
         learned = batch["targets"][row][batch["targets"][row] != IGNORE]
         assert learned[-1] == text.variant.llm.eos_id
         assert text.decode(learned) == answer

@@ -1,17 +1,15 @@
 """Computing layers again changes what is kept in memory and what is computed, and no number."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
 
-from jax_instructblip.models.instructblip import InstructBlip, param_shapes
 from jax_instructblip.models.layers import REMAT, Scan, Scans
 from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.training import flops
+from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.state import partition
-from jax_instructblip.training.step import summed_loss
 from tests.micro import make_batch, micro
 from tests.numerics import random_params
 
@@ -20,8 +18,13 @@ TOWERS = ("vision", "qformer", "llm")
 
 def gradient_of(variant, remat, towers=TOWERS):
     """The function that takes the gradient of trained weights, its layers computed again so."""
-    model = InstructBlip(variant, scans=Scans(**{tower: Scan(remat) for tower in towers}))
-    return jax.value_and_grad(functools.partial(summed_loss, model=model), has_aux=True)
+    scans = Scans(**{tower: Scan(remat) for tower in towers})
+    objective = LanguageObjective(VisionLanguageModel(variant, scans=scans))
+
+    def loss(trainable, frozen, batch, rng):
+        return objective({**frozen, **trainable}, batch, rng, objective.totals(batch))
+
+    return jax.value_and_grad(loss, has_aux=True)
 
 
 def shapes_of(variant, trainable=("qformer",), **sizes):

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_instructblip.models.instructblip import InstructBlip, example_batch, param_shapes
+from jax_instructblip.data.spec import example_batch
 from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.training import flops
+from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
-from jax_instructblip.training.step import compile_step, summed_loss, train_step
+from jax_instructblip.training.step import compile_step, train_step
 from tests.interpreter import run_python
 from tests.micro import micro
 
@@ -21,7 +23,7 @@ _COMPILED = {}
 
 def compiled(settings, **more):
     """The step of these settings, compiled once for all tests."""
-    key = id(settings["model"]), *more.items()
+    key = id(settings["objective"]), *more.items()
     if key not in _COMPILED:
         step = functools.partial(train_step, **settings, **more)
         _COMPILED[key] = jax.jit(step)
@@ -89,30 +91,24 @@ def traced(kind, function=None, variant=None):
     """FLOPs, shapes of products and analytic FLOPs of a step, or of `function` in its place."""
     variant = variant or micro(kind)
     rows, text, answer = 3, 11, 10
-    batch = jax.eval_shape(lambda: make_shaped(variant, rows, text, answer))
+    batch = jax.eval_shape(lambda: example_batch(variant, rows, text, answer))
     chosen, frozen = partition(param_shapes(variant), ("qformer",))
     rate = lambda _: 1e-2
     optimizer = adamw(rate)
     state = jax.eval_shape(lambda tree: create_state(tree, optimizer), chosen)
-    model = InstructBlip(variant)
-    step = functools.partial(train_step, model=model, optimizer=optimizer, schedule=rate)
-    function = step if function is None else functools.partial(function, model)
+    objective = LanguageObjective(VisionLanguageModel(variant))
+    step = functools.partial(train_step, objective=objective, optimizer=optimizer, schedule=rate)
+    function = step if function is None else functools.partial(function, objective)
     rng = jax.eval_shape(lambda: jax.random.key(0))
     found, shapes = flops.counted(function, state, frozen, batch, rng)
     return found, shapes, flops.analytic(variant, rows, text, text, answer), frozen
 
 
-def make_shaped(variant, rows, text, answer):
-    batch = example_batch(variant, rows, text)
-    if variant.llm.kind == "t5":
-        batch["targets"] = batch["decoder_tokens"] = jnp.zeros((rows, answer), jnp.int32)
-    return batch
-
-
-def gradient_of_everything(model, state, frozen, batch, rng):
+def gradient_of_everything(objective, state, frozen, batch, rng):
     """What the step must not be: zeroing the gradient of frozen weights after computing it."""
-    params = {**frozen, **state.params}
-    return jax.grad(lambda p: summed_loss(p, {}, batch, rng, model)[0])(params)
+    totals = objective.totals(batch)
+    loss = lambda params: objective(params, batch, rng, totals)[0]
+    return jax.grad(loss)({**frozen, **state.params})
 
 
 def frozen_gradients(shapes, frozen):
@@ -202,7 +198,7 @@ def test_narrow_frozen_weights_are_not_widened_ahead_of_the_scan():
     temporary = {}
     for narrow in (False, True):
         step = compile_step(
-            model=InstructBlip(variant, jnp.bfloat16),
+            objective=LanguageObjective(VisionLanguageModel(variant, jnp.bfloat16)),
             optimizer=optimizer,
             schedule=rate,
             narrow_weights=narrow,

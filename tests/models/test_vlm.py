@@ -7,14 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_instructblip.models.instructblip import (
-    InstructBlip,
-    example_batch,
-    init_params,
-    param_shapes,
-)
+from jax_instructblip.data.spec import example_batch
 from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.vlm import VisionLanguageModel, init_params, param_shapes
 from tests.numerics import error, random_params, small
+from tests.rows import lay_out
 
 KINDS = ("t5", "vicuna")
 LENGTHS = {"qformer": (3, 6, 1), "text": (5, 2, 7), "answer": (1, 4, 3)}
@@ -28,7 +25,7 @@ def params(kind):
 @functools.cache
 def run(kind, dtype=jnp.float32):
     """Logits of training, of the first new token, and of the token after that (id 5)."""
-    model = InstructBlip(small(kind), dtype)
+    model = VisionLanguageModel(small(kind), dtype)
 
     @jax.jit
     def stages(params, batch):
@@ -57,7 +54,9 @@ def mixed_batch(kind, frames=1, widths=(6, 7, 4)):
         "tokens": made["text"][0],
         "mask": made["text"][1],
     }
-    return {**batch, "decoder_tokens": made["answer"][0]} if kind == "t5" else batch
+    if kind == "t5":
+        batch["decoder_tokens"] = made["answer"][0]
+    return lay_out(small(kind), batch)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,15 +89,19 @@ def test_a_causal_model_tells_in_prefill_what_it_tells_in_training():
 
 
 def test_frames_are_looked_at_one_by_one():
-    model = InstructBlip(small("t5"))
+    model = VisionLanguageModel(small("t5"))
     look = jax.jit(
-        lambda batch: model.apply({"params": params("t5")}, batch, method="visual_prompt")
+        lambda batch: model.apply({"params": params("t5")}, batch, method="visual_vectors")
     )
     batch = mixed_batch("t5", frames=3)
     video = look(batch)
     queries, width = model.variant.visual_tokens, model.variant.llm.width
     assert video.shape == (3, 3 * queries, width)
-    frames = [look({**batch, "images": batch["images"][:, f : f + 1]}) for f in range(3)]
+    one = batch["image_sample"][:, :1]
+    frames = [
+        look({**batch, "images": batch["images"][:, f : f + 1], "image_sample": one})
+        for f in range(3)
+    ]
     assert error(video, np.concatenate(frames, axis=1)) < 1e-5
     assert error(frames[0], frames[1]) > 1e-2
 
@@ -123,7 +126,7 @@ def test_bfloat16_stays_near_float32(kind):
 
 
 def test_float16_is_refused_for_t5():
-    model = InstructBlip(small("t5"), jnp.float16)
+    model = VisionLanguageModel(small("t5"), jnp.float16)
     with pytest.raises(ValueError, match="T5 cannot compute in float16.*bfloat16 or float32"):
         model.apply({"params": {}}, jnp.zeros((1, 1, 56, 56, 3)), method="encode_image")
 
@@ -131,7 +134,10 @@ def test_float16_is_refused_for_t5():
 @pytest.mark.parametrize("name", ["instructblip-flan-t5-xxl", "instructblip-vicuna-13b"])
 def test_released_sizes_give_logits(name):
     variant = get_variant(name)
-    model, batch = InstructBlip(variant, jnp.bfloat16), example_batch(variant, batch=2, text=5)
+    model, batch = (
+        VisionLanguageModel(variant, jnp.bfloat16),
+        example_batch(variant, batch=2, text=5, answer=5),
+    )
     apply = lambda params, batch: model.apply({"params": params}, batch)
     logits = jax.eval_shape(apply, param_shapes(variant), batch)
     assert (logits.shape, logits.dtype) == ((2, 5, variant.llm.vocab), jnp.float32)

@@ -1,0 +1,250 @@
+"""The one list of what a batch holds: every key with its type, its axes and its padding.
+
+A batch is a dict of rows, drawn in `models/vlm.py`. All arrays lead with G, so that devices, parts
+of a step and hosts split rows and nothing else:
+
+    G  rows          H W 3  an image         X  slots of a row           A  targets of a row
+    J  samples       L      an instruction   S  visual vectors, I x Q    U  slots of a decoder's row
+    I  images of a row, of all its samples
+
+`example_batch` makes arrays of given sizes, `check` says everything in which a batch is not one.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jax_instructblip.models.variants import Variant
+
+IGNORE = -100  # a target that the loss passes over
+
+Batch = dict[str, np.ndarray]
+NOWHERE = "nowhere"  # padding of an index: the length of what it points into
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One key of a batch.
+
+    Attributes:
+      dtype: of its array.
+      axes: the letters of its axes.
+      pad: what stands on padding; `NOWHERE` for an index.
+      into: of an index, the letter of the axis that it points into.
+      train_only: whether a batch to be answered does without it.
+    """
+
+    dtype: Any
+    axes: str
+    pad: Any
+    into: str = ""
+    train_only: bool = False
+
+
+def fields(variant: Variant) -> dict[str, Field]:
+    """The keys of this variant's batches, in the order in which they are made."""
+    pad, encoder_decoder = variant.llm.pad_id, variant.llm.encoder_decoder
+    found = {
+        "images": Field(np.uint8, "G I H W 3", 0),
+        "image_sample": Field(np.int32, "G I", 0),  # whose it is, 1 ... J; 0: unused, never seen
+        "qformer_tokens": Field(np.int32, "G J L", 0),
+        "qformer_mask": Field(np.bool_, "G J L", False),
+        "tokens": Field(np.int32, "G X", pad),
+        "slots": Field(np.int32, "G X", -1, into="S"),
+        "segments": Field(np.int32, "G X", 0),
+        "positions": Field(np.int32, "G X", 0),
+        "places": Field(np.int32, "G S", NOWHERE, into="X"),
+        "targets": Field(np.int32, "G A", IGNORE, train_only=True),
+    }
+    asked_of = "U" if encoder_decoder else "X"
+    found["asked"] = Field(np.int32, "G A", NOWHERE, into=asked_of, train_only=True)
+    if encoder_decoder:
+        found["decoder_tokens"] = Field(np.int32, "G U", pad, train_only=True)
+        found["decoder_segments"] = Field(np.int32, "G U", 0, train_only=True)
+    return found
+
+
+def shapes(
+    variant: Variant, sizes: Mapping[str, int], *, training: bool = True
+) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of every key for sizes by letter; S, H and W follow from the variant."""
+    size = variant.vision.image_size
+    known = {"J": 1, "I": 1, **sizes, "H": size, "W": size, "3": 3}
+    known["S"] = known["I"] * variant.visual_tokens
+    return {
+        name: (tuple(known[letter] for letter in field.axes.split()), field.dtype)
+        for name, field in fields(variant).items()
+        if training or not field.train_only
+    }
+
+
+def example_batch(variant: Variant, batch: int = 1, text: int = 4, answer: int = 4) -> Batch:
+    """A batch of one sample a row: an image, `text` equal ids behind it, `answer` targets."""
+    visual = variant.visual_tokens
+    sizes = {"G": batch, "X": visual + text, "L": text, "A": answer, "U": answer}
+    made = {name: np.zeros(*each) for name, each in shapes(variant, sizes).items()}
+    slots = np.arange(visual + text, dtype=np.int32)
+    made["image_sample"] += 1
+    made["qformer_mask"] |= True
+    made["slots"] += np.where(slots < visual, slots, -1)
+    made["segments"] += 1
+    made["positions"] += slots
+    made["places"] += slots[:visual]
+    made["asked"] += np.arange(answer, dtype=np.int32)
+    if variant.llm.encoder_decoder:
+        made["decoder_segments"] += 1
+    else:
+        made["asked"] += visual + text - answer
+    return made
+
+
+def check(batch: Mapping[str, Any], variant: Variant) -> None:
+    """Raises a `ValueError` that lists everything in which `batch` is no batch of that variant."""
+    wrong = _wrong_arrays(batch, variant)
+    if not wrong:
+        rows = {name: np.asarray(leaf) for name, leaf in batch.items() if name != "images"}
+        for rule in (
+            _wrong_segments,
+            _wrong_slots,
+            _wrong_ids,
+            _wrong_targets,
+            _wrong_instructions,
+        ):
+            wrong += rule(rows, variant)
+    if wrong:
+        raise ValueError("this is not a batch:\n  " + "\n  ".join(wrong))
+
+
+def _wrong_arrays(batch: Mapping[str, Any], variant: Variant) -> list[str]:
+    known, wrong = fields(variant), []
+    unread = () if variant.reads_instruction else ("qformer_tokens", "qformer_mask")
+    training = "targets" in batch or "asked" in batch
+    for name, field in known.items():
+        needed = name not in unread and (training or not field.train_only)
+        if needed and name not in batch:
+            wrong.append(f"{name} is missing")
+    wrong += [f"{name} is no key of a batch" for name in batch if name not in known]
+    size = variant.vision.image_size
+    sizes = {"H": (size, "the model"), "W": (size, "the model"), "3": (3, "the model")}
+    for name in sorted(known.keys() & batch.keys(), key=lambda name: name == "images"):
+        field, leaf, letters = known[name], batch[name], known[name].axes.split()
+        floats = name == "images" and np.issubdtype(leaf.dtype, np.floating)  # normalised already
+        if (leaf.dtype != field.dtype and not floats) or leaf.ndim != len(letters):
+            wrong.append(
+                f"{name} is {leaf.dtype} {leaf.shape}, expected {np.dtype(field.dtype)} "
+                f"[{', '.join(letters)}]"
+            )
+            continue
+        for letter, length in zip(letters, leaf.shape, strict=True):
+            expected, origin = sizes.setdefault(letter, (length, name))
+            shared = name == "images" and letter == "G" and length == 1  # images of all rows
+            if length != expected and not shared:
+                wrong.append(f"{name} has {letter} = {length}, but {origin} has {expected}")
+    visual = variant.visual_tokens
+    if not wrong and (count := sizes["S"][0]) != (images := sizes["I"][0]) * visual:
+        wrong.append(f"places names {count} vectors, {images} images have {visual} each")
+    return wrong
+
+
+def _wrong_segments(batch: Batch, variant: Variant) -> list[str]:
+    wrong = []
+    most = variant.llm.max_positions
+    for name in ("segments", "decoder_segments"):
+        for row, segments in enumerate(batch.get(name, ())):
+            owners, starts, lengths = np.unique(segments, return_index=True, return_counts=True)
+            for owner, first, length in zip(owners, starts, lengths, strict=True):
+                if owner == 0:
+                    continue
+                whole = (segments[first : first + length] == owner).all()
+                where = f"row {row}: sample {owner} of {name}"
+                if owner < 0 or not whole:
+                    wrong.append(f"{where} overlaps another, or has a gap: its slots must be a run")
+                elif name == "segments":
+                    positions = batch["positions"][row, first : first + length]
+                    if (positions != np.arange(length)).any():
+                        wrong.append(f"{where} has positions that do not count from 0: {positions}")
+                    if most is not None and length > most:
+                        wrong.append(f"{where} has {length} slots, the model {most} positions")
+    return wrong
+
+
+def _wrong_slots(batch: Batch, variant: Variant) -> list[str]:
+    wrong, visual = [], variant.visual_tokens
+    count = batch["places"].shape[1]
+    for row, (slots, places, segments, owners) in enumerate(
+        zip(*(batch[name] for name in ("slots", "places", "segments", "image_sample")), strict=True)
+    ):
+        if outside := slots[(slots < -1) | (slots >= count)].tolist():
+            wrong.append(f"row {row}: slots {outside} name no vector of the row, which has {count}")
+            continue
+        used = np.flatnonzero(slots >= 0)
+        expected = np.full(count, len(slots))
+        expected[slots[used]] = used
+        if len(set(slots[used])) < len(used) or (np.minimum(places, len(slots)) != expected).any():
+            wrong.append(f"row {row}: places is not the inverse of slots: {places.tolist()}")
+        strange = used[owners[slots[used] // visual] != segments[used]]
+        if len(strange):
+            wrong.append(f"row {row}: slots {strange.tolist()} show an image of another sample")
+    return wrong
+
+
+def _wrong_ids(batch: Batch, variant: Variant) -> list[str]:
+    wrong = []
+    seen = {"tokens": batch["slots"] < 0}
+    for name, vocab in (
+        ("tokens", variant.llm.vocab),
+        ("decoder_tokens", variant.llm.vocab),
+        ("targets", variant.llm.vocab),
+        ("qformer_tokens", getattr(variant.bridge, "vocab", 0)),
+    ):
+        if name not in batch or (name == "qformer_tokens" and not variant.reads_instruction):
+            continue
+        ids = batch[name]
+        bad = ((ids < 0) | (ids >= vocab)) & seen.get(name, True)
+        if name == "targets":
+            bad &= ids != IGNORE
+        if bad.any():
+            found = np.unique(ids[bad])[:8].tolist()
+            wrong.append(f"{name} has ids {found}, the model's are 0 to {vocab - 1}")
+    return wrong
+
+
+def _wrong_targets(batch: Batch, variant: Variant) -> list[str]:
+    if "asked" not in batch:
+        return []
+    wrong = []
+    owners = batch["decoder_segments" if variant.llm.encoder_decoder else "segments"]
+    for row, (asked, targets, segments) in enumerate(
+        zip(batch["asked"], batch["targets"], owners, strict=True)
+    ):
+        real = asked[targets != IGNORE]
+        if ((real < 0) | (real >= len(segments))).any():
+            wrong.append(f"row {row}: asked has slots outside of the row: {real.tolist()}")
+        elif (segments[real] == 0).any():
+            wrong.append(f"row {row}: targets are asked of padding")
+        inside = asked[(asked >= 0) & (asked < len(segments))]
+        if len(np.unique(inside)) < len(inside):
+            wrong.append(f"row {row}: asked names a slot twice")
+    return wrong
+
+
+def _wrong_instructions(batch: Batch, variant: Variant) -> list[str]:
+    wrong = []
+    if "qformer_mask" in batch:
+        mask = batch["qformer_mask"]
+        holes = (~mask[..., :-1] & mask[..., 1:]).any(axis=-1)
+        if holes.any():
+            rows = np.flatnonzero(holes.any(axis=1)).tolist()
+            wrong.append(f"qformer_mask has padding before a token in rows {rows}")
+        samples = mask.shape[1]
+        if (owners := batch["image_sample"]).size and (owners.min() < 0 or owners.max() > samples):
+            wrong.append(f"image_sample names samples outside of 0 to {samples}")
+        if variant.reads_instruction and owners.size:
+            index = np.maximum(owners - 1, 0).clip(max=samples - 1)
+            empty = ~np.take_along_axis(mask.any(axis=-1), index, axis=1) & (owners > 0)
+            if empty.any():
+                rows = np.flatnonzero(empty.any(axis=1)).tolist()
+                wrong.append(f"images in rows {rows} have no instruction to be read with")
+    return wrong

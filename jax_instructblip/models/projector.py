@@ -1,0 +1,37 @@
+"""LLaVA's projector: each patch becomes one vector of the language model's width.
+
+v1 has one linear layer, v1.5 two with an erf-GELU between them (`mlp2x_gelu`). CLS is left out.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_instructblip.models.layers import Network, Scan, constrain
+from jax_instructblip.models.variants import ProjectorConfig
+
+
+class Projector(Network):
+    """Patch features to visual vectors; the instruction is not read."""
+
+    config: ProjectorConfig
+    dtype: Any
+    scan: Scan = Scan()  # of the bridges with layers to scan
+
+    @nn.compact
+    def __call__(
+        self,
+        patches: Float[Array, "B P Dv"],
+        tokens: Int[Array, "B L"] | None = None,
+        valid: Bool[Array, "B L"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "B Q Dl"]:
+        """Q = P - 1 vectors an image, in the order of its patches."""
+        del tokens, valid, train
+        width = self.config.llm_width
+        x = nn.Dense(width, dtype=self.dtype, name="in")(patches[:, 1:])
+        if self.config.layers == 2:
+            x = nn.Dense(width, dtype=self.dtype, name="out")(jax.nn.gelu(x, approximate=False))
+        return constrain(x)

@@ -1,0 +1,184 @@
+"""The generative models on one page: images and text to logits.
+
+    images  [G, I, H, W, 3] uint8                  of all samples of the row; one still image: I = 1
+       --vision-->  patches [G*I, P, Dv]           frozen: no gradient is ever asked of it
+       --bridge, with the instruction-->  visual vectors [G, I*Q, Dl]
+    row of X slots: the token, or the visual vector that `slots` names
+       --llm-->  logits [G, A, V] of what is asked
+
+A batch is a dict of rows. `data/spec.py` lists its keys with their types, axes and padding; a row
+holds one sample, or several that do not see each other (`segments`):
+
+    tokens     a  b  .  .  c  d  e  .        ids; anything where a visual vector stands
+    slots     -1 -1  0  1 -1 -1 -1 -1        -1: the token; else which of the row's vectors
+    segments   1  1  1  1  1  2  2  0        0 padding, else the sample that owns the slot
+    positions  0  1  2  3  4  0  1  0        from 0 in each sample
+    asked      3  5                          slots that predict the `targets` (of T5, decoder slots)
+    places     2  3                          where each visual vector stands: the inverse of `slots`
+
+InstructBLIP and BLIP-2 put the image first, LLaVA inside a turn: that is a matter of `slots` alone.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jax_instructblip.models.layers import Network, Scans, constrain, separate_layers, take_slots
+from jax_instructblip.models.llama import Llama
+from jax_instructblip.models.projector import Projector
+from jax_instructblip.models.protocols import Bridge, LanguageModel
+from jax_instructblip.models.qformer import QFormer
+from jax_instructblip.models.t5 import T5
+from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.vision import VisionTransformer
+
+BRIDGES: dict[str, Any] = {"qformer": QFormer, "projector": Projector}
+LANGUAGE_MODELS: dict[str, Any] = {"t5": T5, "llama": Llama}
+# The layers that decode, whose parameters may be taken apart (`layers.Scan.separate`).
+DECODERS = {"t5": "llm/decoder/layers", "llama": "llm/layers"}
+
+Batch = dict[str, Array]
+
+
+class VisionLanguageModel(Network):
+    """A whole model; `dtype` is what it computes in, whatever its parameters are stored in.
+
+    `scans` is how its layers are run, which changes no value: `layers.Scan`.
+    """
+
+    variant: Variant
+    dtype: Any = jnp.float32
+    scans: Scans = Scans()
+
+    def setup(self):
+        v, scans = self.variant, self.scans
+        if v.llm.kind == "t5" and self.dtype == jnp.float16:
+            raise ValueError(
+                "T5 cannot compute in float16: its feed-forwards overflow (activations near 1e5); "
+                "use bfloat16 or float32"
+            )
+        self.vision = VisionTransformer(v.vision, self.dtype, scans.vision)
+        bridge = BRIDGES[v.bridge.key](v.bridge, self.dtype, scans.qformer, name=v.bridge.key)
+        self.bridge: Bridge = bridge
+        self.llm: LanguageModel = LANGUAGE_MODELS[v.llm.kind](v.llm, self.dtype, scans.llm)
+
+    def __call__(self, batch: Batch, train: bool = False) -> Float[Array, "G A V"]:
+        """Float32 logits of what is asked, aligned with the batch's targets."""
+        inputs = self.embed_row(batch, train)
+        decoder = {name: batch[name] for name in batch if name.startswith("decoder_")}
+        rows = batch["segments"], batch["positions"], batch["asked"]
+        return self.llm(inputs, *rows, **decoder, train=train)
+
+    def encode_image(self, images: Array) -> Float[Array, "B P Dv"]:
+        """Patch features `[G*I, P, Dv]` of all images of all rows."""
+        return self.vision(images.reshape(-1, *images.shape[2:]))
+
+    def visual_vectors(self, batch: Batch, train: bool = False) -> Float[Array, "G S Dl"]:
+        """The vectors of a row's images, `[G, I*Q, Dl]`, image after image.
+
+        Each image is read with the instruction of the sample that it belongs to; nothing marks the
+        time of a video's frames (as released). Where all rows ask about the same images, `images`
+        may hold them for one row alone.
+        """
+        rows = batch["tokens"].shape[0]
+        patches = self.encode_image(batch["images"])
+        if len(batch["images"]) != rows:
+            patches = jnp.tile(patches, (rows, 1, 1))
+        vectors = self.bridge(patches, *self._instructions(batch), train=train)
+        return constrain(vectors.reshape(rows, -1, vectors.shape[-1]))
+
+    def embed_row(self, batch: Batch, train: bool = False) -> Float[Array, "G X Dl"]:
+        """What the language model reads: embedded tokens, and visual vectors where `slots` says."""
+        tokens = self.llm.embed(batch["tokens"])
+        visual = take_slots(self.visual_vectors(batch, train), batch["slots"], batch["places"])
+        return constrain(jnp.where((batch["slots"] >= 0)[..., None], visual, tokens))
+
+    def prefill(self, batch: Batch, tail_length: int) -> tuple[Float[Array, "B 1 V"], Any]:
+        """Logits of the first new token, and the cache that the LLM's `prefill` draws.
+
+        A row holds one sample (J = 1), its padding at the end.
+        """
+        return self.llm.prefill(self.embed_row(batch), batch["segments"] > 0, tail_length)
+
+    def decode_step(
+        self, token: Int[Array, "B R"], cache: dict[str, Any]
+    ) -> tuple[Float[Array, "B R V"], dict[str, Any]]:
+        """Logits of the token after `token`, and the cache one token longer."""
+        return self.llm.decode_step(token, cache)
+
+    def decode_tree(
+        self,
+        tokens: Int[Array, "#B T"],
+        depths: Int[Array, "#B T"],
+        ends: Int[Array, "#B T"],
+        cache: dict[str, Any],
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of a tree of continuations in depth-first order, as the LLM says."""
+        return self.llm.decode_tree(tokens, depths, ends, cache)
+
+    def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Float32 vocabulary logits of the LLM's hidden states."""
+        return self.llm.logits(x)
+
+    def make_params(self) -> None:
+        """Runs every tower once on inputs of the smallest shapes, for `init`."""
+        size, ones = self.variant.vision.image_size, jnp.ones((1, 2), jnp.int32)
+        patches = self.vision(jnp.zeros((1, size, size, 3), jnp.uint8))
+        text = (ones, ones > 0) if self.variant.reads_instruction else ()
+        inputs = self.bridge(patches, *text)[:, :2]
+        if self.variant.llm.encoder_decoder:
+            self.llm(inputs, ones, ones, ones, decoder_tokens=ones, decoder_segments=ones)
+        else:
+            self.llm(inputs, ones, ones, ones)
+        self.llm.embed(ones)
+
+    def _instructions(self, batch: Batch) -> tuple[Array, ...]:
+        """Ids and mask `[G*I, L]` of the instruction about each image, for a bridge that reads."""
+        if not self.variant.reads_instruction:
+            return ()
+        owner = jnp.maximum(batch["image_sample"] - 1, 0)[..., None]  # unused ones: never seen
+        leaves = (batch["qformer_tokens"], batch["qformer_mask"])
+        chosen = (jnp.take_along_axis(leaf, owner, axis=1) for leaf in leaves)
+        return tuple(leaf.reshape(-1, leaf.shape[-1]) for leaf in chosen)
+
+
+def init_params(variant: Variant, key: Array) -> dict[str, Any]:
+    """Random float32 parameters: {'vision': ..., 'qformer' or 'projector': ..., 'llm': ...}."""
+    return dict(VisionLanguageModel(variant).init(key, method="make_params")["params"])
+
+
+def param_shapes(variant: Variant) -> dict[str, Any]:
+    """Shapes and (float32) dtypes of all parameters, without making any."""
+    return jax.tree.map(lambda leaf: leaf, _param_shapes(variant))  # a tree of the caller's own
+
+
+@functools.lru_cache(maxsize=16)
+def _param_shapes(variant: Variant) -> dict[str, Any]:
+    """Traced once: it takes about a second, and a command asks ten times."""
+    return jax.eval_shape(lambda key: init_params(variant, key), jax.random.key(0))
+
+
+def separate_decoder(variant: Variant, params: dict[str, Any]) -> dict[str, Any]:
+    """`params` for a model whose `scans.llm` is `separate`: one tree for each decoding layer.
+
+    Leaves of these layers may be tuples instead of stacks. The kernel of the head becomes `[V, D]`.
+    """
+
+    def replace(tree: dict[str, Any], path: list[str]) -> dict[str, Any]:
+        name, *rest = path
+        changed = replace(tree[name], rest) if rest else separate_layers(tree[name])
+        return {**tree, name: changed}
+
+    found = replace(params, DECODERS[variant.llm.kind].split("/"))
+    head = {"kernel": jnp.asarray(found["llm"]["head"]["kernel"]).T}
+    return {**found, "llm": {**found["llm"], "head": head}}
+
+
+def is_separate(variant: Variant, params: dict[str, Any]) -> bool:
+    """Whether `separate_decoder` made these parameters."""
+    for name in DECODERS[variant.llm.kind].split("/"):
+        params = params[name]
+    return "0" in params

@@ -1,0 +1,76 @@
+"""Batches from plain arrays of text: one sample a row, its images first.
+
+`lay_out` takes what is easy to write by hand:
+
+    images          [B, F, H, W, 3]
+    tokens, mask    [B, T]     text behind the images
+    targets         [B, T]     decoder-only, optional: what follows each of `tokens`, or IGNORE
+                    [B, U]     encoder-decoder, optional
+    decoder_tokens  [B, U]     encoder-decoder
+    qformer_tokens, qformer_mask  [B, L]   optional
+
+and gives a batch (`data/spec.py`) that asks all T tokens, or all U, so that logits are aligned with
+them.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jax_instructblip.data.spec import IGNORE
+from jax_instructblip.models.variants import Variant
+
+
+def lay_out(variant: Variant, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    tokens, mask = np.asarray(given["tokens"]), np.asarray(given["mask"], bool)
+    rows, text = tokens.shape
+    images = np.asarray(given["images"])
+    frames = images.shape[1]
+    visual = frames * variant.visual_tokens
+    own = np.arange(visual, dtype=np.int32)
+    spread = lambda row: np.broadcast_to(row, (rows, len(row))).astype(np.int32)
+    batch = {
+        "images": images,
+        "image_sample": np.ones((rows, frames), np.int32),
+        "tokens": np.pad(tokens, ((0, 0), (visual, 0))).astype(np.int32),
+        "slots": spread(np.concatenate([own, np.full(text, -1)])),
+        "segments": np.pad(mask, ((0, 0), (visual, 0)), constant_values=True).astype(np.int32),
+        "positions": spread(np.arange(visual + text)),
+        "places": spread(own),
+    }
+    for name in ("qformer_tokens", "qformer_mask"):
+        if name in given:
+            leaf = np.asarray(given[name])
+            batch[name] = leaf.astype(bool if name == "qformer_mask" else np.int32)[:, None]
+    if variant.llm.encoder_decoder:
+        if "decoder_tokens" not in given:
+            return batch
+        decoder = np.asarray(given["decoder_tokens"]).astype(np.int32)
+        batch |= {"decoder_tokens": decoder, "decoder_segments": np.ones(decoder.shape, np.int32)}
+        asked = np.arange(decoder.shape[1])
+    else:
+        asked = visual + np.arange(text)
+    batch["asked"] = spread(asked)
+    missing = np.full(batch["asked"].shape, IGNORE)
+    batch["targets"] = np.asarray(given.get("targets", missing)).astype(np.int32)
+    return batch
+
+
+def read_text(variant: Variant, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The plain arrays that `lay_out` made `batch` of."""
+    visual = batch["images"].shape[1] * variant.visual_tokens
+    given = {
+        "images": batch["images"],
+        "tokens": batch["tokens"][:, visual:],
+        "mask": batch["segments"][:, visual:] > 0,
+    }
+    given |= {
+        name: batch[name][:, 0] for name in ("qformer_tokens", "qformer_mask") if name in batch
+    }
+    return given | {name: batch[name] for name in ("decoder_tokens", "targets") if name in batch}
+
+
+def to_answer(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The batch without what only training reads."""
+    training = ("targets", "asked", "decoder_tokens", "decoder_segments")
+    return {name: leaf for name, leaf in batch.items() if name not in training}
