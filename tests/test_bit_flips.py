@@ -77,17 +77,14 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(saved, count, monkeypatch):
         after[place] ^= 1 << bit
         path.write_bytes(after)
         where = f"bit {bit} of byte {place} in {path.relative_to(folder)}"
-        for work, right in zip((loaded, resumed), expected, strict=True):
-            arguments = (like, meta) if work is resumed else ()
-            try:
-                found = work(folder, *arguments)
-            except (ValueError, OSError) as error:
-                assert str(error), where
-                noticed += 1
-                continue
-            assert found == right, where
+        try:
+            assert loaded(folder) == expected[0], where
+            assert resumed(folder, like, meta) == expected[1], where  # it reads more files
+        except (ValueError, OSError) as error:
+            assert str(error), where
+            noticed += 1
         path.write_bytes(before)
-    assert noticed >= count  # nearly all, by one or by both
+    assert noticed > 0.9 * count
     assert (loaded(folder), resumed(folder, like, meta)) == expected
 
 
