@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import make_mesh
@@ -172,6 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     if flags.phase:
         jax.distributed.initialize(flags.coordinator, PROCESSES, flags.process)
+        # Now, while both have just begun: gloo allows 30 seconds for its first meeting.
+        multihost_utils.sync_global_devices("begin")
         print(json.dumps(work(flags.phase, flags.folder, flags.gigabytes)), flush=True)
         jax.distributed.shutdown()
         return 0
