@@ -13,7 +13,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -39,8 +38,8 @@ from jax_instructblip.data.survey import (
     refuse_other_draft,
     survey,
 )
-from jax_instructblip.data.video import VideoError, read_frames
-from jax_instructblip.files import ANNOTATION_LIMIT, read_json
+from jax_instructblip.data.video import VideoError, encode_frames
+from jax_instructblip.files import ANNOTATION_LIMIT, read_json, require_file
 from jax_instructblip.folders import write_file
 
 VERSION = "1.1.0"  # of the layout: raise it where what is stored changes
@@ -287,10 +286,11 @@ def with_pixels(record: Record) -> Record:
     for image in record.images:
         if isinstance(image, str):
             try:
+                require_file(image)  # reading a pipe could wait for ever
                 image = pathlib.Path(image).read_bytes()
-            except OSError as error:
-                name = pathlib.Path(image).name
-                raise ImageError(f"{name}: {error.strerror}") from error
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise ImageError(f"{pathlib.Path(image).name}: {reason}") from error
         decode(image)
         images.append(image)
     return dataclasses.replace(record, images=tuple(images))
@@ -302,13 +302,8 @@ def with_frames(record: Record, frames: int) -> Record:
     Raises:
         VideoError: a file that is missing, damaged, too short, or holds no video.
     """
-    images, times = read_frames(str(record.images[0]), frames)
-    encoded = []
-    for image in images:
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-        encoded.append(buffer.getvalue())
-    return dataclasses.replace(record, images=tuple(encoded), times=times)
+    images, times = encode_frames(str(record.images[0]), frames, quality=JPEG_QUALITY)
+    return dataclasses.replace(record, images=images, times=times)
 
 
 def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:

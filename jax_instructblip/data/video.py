@@ -3,6 +3,8 @@
 PyAV decodes them; it is installed with `pip install -e .[video]`.
 """
 
+import functools
+import io
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -10,19 +12,71 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from jax_instructblip.data.images import MAX_PIXELS
+from jax_instructblip.files import require_file
 
 if TYPE_CHECKING:
     import av
 
 # Files that hold a video themselves: none that is a list of other files or addresses.
 _OPTIONS = {
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,asf,flv,mpeg,mpegts,ogg",
     "protocol_whitelist": "file",
 }
 
 
+VIDEOS_KEPT = 256  # whose few frames stay in memory: a fifth of a megabyte each
+
+
 class VideoError(ValueError):
     """A video cannot be used; the message names the file and the reason."""
+
+
+@functools.lru_cache(maxsize=VIDEOS_KEPT)
+def _kept_frames(
+    path: str, wanted: int, quality: int, state: tuple[int, ...]
+) -> tuple[tuple[bytes, ...], tuple[float, ...]] | str:
+    """JPEGs of the frames and their seconds, or the reason why there are none.
+
+    `state` is of the file: another one is decoded again.
+    """
+    try:
+        images, times = read_frames(path, wanted)
+    except VideoError as error:
+        return str(error)
+    encoded = []
+    for image in images:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        encoded.append(buffer.getvalue())
+    return tuple(encoded), times
+
+
+def encode_frames(
+    path: str | os.PathLike[str], wanted: int, *, quality: int
+) -> tuple[tuple[bytes, ...], tuple[float, ...]]:
+    """JPEGs of `read_frames` and their seconds; a video of many questions is decoded once.
+
+    Those of the last `VIDEOS_KEPT` videos are kept. Raises as `read_frames`.
+    """
+    found = _kept_frames(os.fspath(path), wanted, quality, _state(path))
+    if isinstance(found, str):
+        raise VideoError(found)
+    return found
+
+
+def _state(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Which file it is, in which state; () where FFmpeg will say why it cannot be opened.
+
+    Raises:
+        VideoError: opening it could block: a pipe, a device.
+    """
+    try:
+        status = require_file(path)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
+        return ()
+    except (OSError, ValueError) as error:
+        raise VideoError(str(error)) from error
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def sample_indices(count: int, wanted: int, how: str = "uniform") -> tuple[int, ...]:
@@ -66,6 +120,7 @@ def read_frames(
         VideoError: no such file, none with a video, damaged, larger than `images.MAX_PIXELS`, of
             fewer frames than wanted; or PyAV is not installed.
     """
+    _state(path)
     times = [_seconds(path, frame) for frame in _decode(path)]
     try:
         chosen = sample_indices(len(times), wanted, how)

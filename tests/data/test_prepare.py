@@ -366,3 +366,17 @@ def test_beam_takes_what_is_prepared_and_nothing_else(raw, tmp_path, monkeypatch
         prepare_with_beam(TOY, raw, tmp_path / "out", **settings)
     shutil.rmtree(raw)
     assert prepare_with_beam(TOY, raw, tmp_path / "out", **settings) == folder
+
+
+@pytest.mark.parametrize("picture", ["3.png", "1.png"])
+def test_a_pipe_is_no_picture_and_does_not_block(raw, tmp_path, picture):
+    (raw / picture).unlink()
+    os.mkfifo(raw / picture)
+    folder = prepare.prepare(TOY, raw, tmp_path / "out", max_missing=0.3)
+    left_out = prepare.read_report(folder)["splits"]["train"]["left_out"]
+    assert len(left_out) == 5
+    assert {reason for _, reason in left_out} == {
+        f"{picture}: {raw / picture} is a pipe, expected a regular file".replace(
+            str(raw / picture), picture
+        )
+    }

@@ -1,6 +1,7 @@
 import builtins
 import fractions
 import json
+import os
 
 import numpy as np
 import pytest
@@ -210,3 +211,36 @@ def test_without_the_library(monkeypatch, tmp_path):
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(VideoError, match=r"videos need PyAV: pip install -e \.\[video\]"):
         read_frames(tmp_path / "a.mp4", 1)
+
+
+def test_a_video_of_many_questions_is_decoded_once(clip, monkeypatch):
+    decoded, real = [], video.read_frames
+    monkeypatch.setattr(
+        video, "read_frames", lambda path, wanted: decoded.append(path) or real(path, wanted)
+    )
+    path = clip("a.mp4", "mpeg4")
+    found = [video.encode_frames(path, 3, quality=95) for _ in range(30)]
+    assert decoded == [str(path)] and found == [found[0]] * 30
+    assert len(video.encode_frames(path, 2, quality=95)[0]) == 2
+    path.write_bytes(b"no video")  # another file of that name is another video
+    for _ in range(3):
+        with pytest.raises(VideoError, match="cannot be read after 0 frames"):
+            video.encode_frames(path, 3, quality=95)
+    assert len(decoded) == 3  # three frames, two, and once the damaged file
+
+
+def test_a_pipe_is_no_video(tmp_path):
+    os.mkfifo(tmp_path / "a.mp4")
+    with pytest.raises(VideoError, match=r"a\.mp4 is a pipe, expected a regular file"):
+        read_frames(tmp_path / "a.mp4", 1)
+    with pytest.raises(VideoError, match=r"a\.mp4 is a pipe, expected a regular file"):
+        video.encode_frames(tmp_path / "a.mp4", 1, quality=9)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.MOV", "mpeg4"), ("a.flv", "flv"), ("a.wmv", "wmv2"), ("a.ts", "mpeg4")],
+)
+def test_other_containers_are_read(clip, name, codec):
+    images, times = read_frames(clip(name, codec), 2)
+    assert len(images) == 2 and times[0] == 0.0

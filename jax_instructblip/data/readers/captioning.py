@@ -17,12 +17,13 @@ from jax_instructblip.data.readers.files import (
     inside,
     pick_layout,
     read_json,
-    read_text,
+    read_lines,
     require,
     text_of,
     texts_of,
     unique,
 )
+from jax_instructblip.data.readers.named_files import PICTURES, NamedFiles
 from jax_instructblip.data.readers.rosetta import read_rosetta
 from jax_instructblip.data.records import Record
 
@@ -236,7 +237,7 @@ def _lines(
     raw: pathlib.Path, names: pathlib.Path, captions: list[pathlib.Path], folder: str
 ) -> Iterator[_Image]:
     """A file of image names and files of captions, line by line."""
-    columns = [read_text(path).rstrip("\n").split("\n") for path in (names, *captions)]
+    columns = [read_lines(path) for path in (names, *captions)]
     lengths = {
         path.name: len(lines) for path, lines in zip((names, *captions), columns, strict=True)
     }
@@ -256,6 +257,7 @@ def _textcaps(
 ) -> Iterator[_Image]:
     """`{"data": [{"image_id", "caption_str", ...}]}`, a row for each caption."""
     folder = "test_images" if split == "test" else "train_images"
+    pictures = NamedFiles(raw, PICTURES)
     captions: dict[str, list[str]] = {}
     for number, row in enumerate(_rows(read_json(path, dict), "data", path)):
         where = f"{path}: data[{number}]"
@@ -263,7 +265,7 @@ def _textcaps(
         if split != "test":
             said.append(text_of(row, "caption_str", where))
     for image, said in captions.items():
-        place = inside(raw, folder, f"{image}.jpg", where=f"{path}: image {image}")
+        place = pictures.find(folder, image, usual=".jpg", where=f"{path}: image {image}")
         yield _Image(image, place, tuple(said), ocr.get(image, ()))
 
 

@@ -21,6 +21,7 @@ from jax_instructblip.data.readers.files import (
     texts_of,
     unique,
 )
+from jax_instructblip.data.readers.named_files import PICTURES, NamedFiles
 from jax_instructblip.data.readers.vqa import as_questions
 from jax_instructblip.data.records import Record
 
@@ -63,17 +64,18 @@ def read_iconqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 def _aokvqa(raw: pathlib.Path, split: str, task: str, path: pathlib.Path) -> Iterator[Record]:
     """`[{"question_id", "image_id", "question", "choices", "correct_choice_idx", ...}]`."""
+    pictures = NamedFiles(raw, PICTURES)
     for number, row in enumerate(read_json(path, list)):
         name = text_of(require(row, dict, f"{path}: row {number}"), "question_id", f"{path}")
         where = f"{path}: question {name}"
         if "image" in row:
             image = text_of(row, "image", where)
         else:
-            image = f"{split}2017/{field(row, 'image_id', int, where):012d}.jpg"
+            image = f"{split}2017/{field(row, 'image_id', int, where):012d}"
         choices, correct = _choose(row, None if split == "test" else "correct_choice_idx", where)
         yield Record(
             id=name,
-            images=(inside(raw, image, where=where),),
+            images=(pictures.find(image, usual=".jpg", where=where),),
             prompt=text_of(row, "question", where),
             task=task,
             split=split,
@@ -100,8 +102,9 @@ def _iconqa(raw: pathlib.Path, split: str, folder: pathlib.Path) -> Iterator[Rec
     problems = list(folder.glob("*/data.json"))
     if not problems:
         raise AnnotationError(f"{folder} has no folder with a data.json: unpack it again")
+    pictures = NamedFiles(folder, PICTURES)
     for path in sorted(problems, key=lambda path: (len(path.parent.name), path.parent.name)):
-        image = str(path.with_name("image.png"))
+        image = pictures.find(path.parent.name, "image", usual=".png")
         yield _choice(path.parent.name, image, "iconqa", split, read_json(path, dict), str(path))
 
 

@@ -19,6 +19,7 @@ from jax_instructblip.data.readers.files import (
     text_of,
     unique,
 )
+from jax_instructblip.data.readers.named_files import PICTURES, NamedFiles
 from jax_instructblip.data.records import Record
 
 VISDIAL = {split: (f"visdial_1.0_{split}.json",) for split in ("val", "test")}
@@ -87,6 +88,7 @@ def part_of(rounds: Sequence[tuple[str, str]]) -> str:
 
 def _visual_dialog(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
     data = field(read_json(path, dict), "data", dict, str(path))
+    pictures = NamedFiles(raw, PICTURES)
     questions, answers = (
         _texts(field(data, name, list, f"{path}: data"), f"{path}: {name}")
         for name in ("questions", "answers")
@@ -104,7 +106,7 @@ def _visual_dialog(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterato
                 choices, correct = _candidates(row, answers, answer, spot)
                 yield Record(
                     id=f"{image_id}:{turn}",
-                    images=(inside(raw, name, f"{name}_{image_id:012d}.jpg"),),
+                    images=(pictures.find(name, f"{name}_{image_id:012d}", usual=".jpg"),),
                     prompt=question,
                     answers=(answer,) if answer else (),
                     task="visual_dialog",

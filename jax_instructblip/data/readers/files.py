@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -28,7 +29,7 @@ def read_json(path: pathlib.Path, kind: type = object) -> Any:
         document = files.read_json(path, limit=files.ANNOTATION_LIMIT)
     if not isinstance(document, kind):
         raise AnnotationError(
-            f"{path}: found {files.kind_of(document)} at the top, expected {files.KINDS[kind]}: "
+            f"{path}: found {_kind(document)} at the top, expected {files.KINDS[kind]}: "
             "is it another release of the file?"
         )
     return document
@@ -57,16 +58,41 @@ def _annotation(path: pathlib.Path) -> Iterator[None]:
         raise AnnotationError(f"{error}; it may be damaged or cut off: get it again") from error
 
 
+def read_lines(path: pathlib.Path) -> list[str]:
+    """The lines of a text, ended by newlines alone: other separators are part of a line."""
+    return read_text(path).rstrip("\n").split("\n")
+
+
 def read_csv(path: pathlib.Path, columns: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """(`FILE:LINE`, row) of a CSV file with a header, which must have `columns`."""
-    reader = csv.DictReader(read_text(path).splitlines())
-    missing = sorted(set(columns) - set(reader.fieldnames or ()))
-    if missing:
+    """(`FILE:LINE`, row) of a CSV file with a header, which must have `columns`.
+
+    A quoted cell may hold line breaks; the line is the row's first.
+    """
+    # Lines are cut by the parser, which knows what is quoted, and at newlines alone.
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    number = 1
+    try:
+        names = list(reader.fieldnames or ())
+        if missing := sorted(set(columns) - set(names)):
+            raise AnnotationError(
+                f"{path}: no columns {', '.join(missing)}; found {', '.join(names) or 'none'}"
+            )
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise AnnotationError(f"{path}: columns {', '.join(map(repr, twice))} are there twice")
+        number = reader.line_num + 1
+        for row in reader:
+            where = f"{path}:{number}"
+            if reader.restkey in row:
+                raise AnnotationError(
+                    f"{where}: {len(names) + len(row[reader.restkey])} cells, expected "
+                    f"{len(names)}: a comma inside of a cell needs quotes around the cell"
+                )
+            yield where, row
+            number = reader.line_num + 1
+    except csv.Error as error:
         raise AnnotationError(
-            f"{path}: no columns {', '.join(missing)}; found {', '.join(reader.fieldnames or ())}"
-        )
-    for row in reader:
-        yield f"{path}:{reader.line_num}", row
+            f"{path}:{number}: the row that begins here is no CSV: {error}; correct the quotes"
+        ) from error
 
 
 def field(row: dict[str, Any], name: str, kind: type | tuple[type, ...], where: str) -> Any:
@@ -84,7 +110,7 @@ def require(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(files.KINDS[each] for each in kinds)
-        raise AnnotationError(f"{where}: found {files.kind_of(value)}, expected {expected}")
+        raise AnnotationError(f"{where}: found {_kind(value)}, expected {expected}")
     return value
 
 
@@ -165,3 +191,7 @@ def unique(records: Iterable[Record]) -> Iterator[Record]:
                 f"{before} and {number}"
             )
         yield record
+
+
+def _kind(value: Any) -> str:
+    return files.KINDS.get(type(value), repr(value)[:40])

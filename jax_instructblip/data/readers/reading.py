@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import urllib.parse
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,13 +12,13 @@ from jax_instructblip.data.readers.files import (
     AnnotationError,
     annotated,
     field,
-    inside,
     pick_layout,
     read_json,
     require,
     text_of,
     unique,
 )
+from jax_instructblip.data.readers.named_files import PICTURES, NamedFiles
 from jax_instructblip.data.readers.rosetta import read_rosetta
 from jax_instructblip.data.readers.vqa import vqa_tool
 from jax_instructblip.data.records import Record
@@ -64,13 +65,15 @@ def read_textvqa_answers(raw: pathlib.Path, split: str) -> Iterator[Record]:
 def read_ocrvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
     """OCR-VQA: the questions about each book cover, one after the other.
 
-    Images: `images/KEY.jpg`. The dataset has no words of its own, and what InstructBLIP read the
-    covers with is not known; your own may stand in `ocr_tokens.json`, in the layout of Rosetta's
-    files. A missing answer (a book without author) leaves a question without answers.
+    Images: `images/KEY.jpg`, or with the ending of its address, or any other. The dataset has no
+    words of its own, and what InstructBLIP read the covers with is not known; your own may stand in
+    `ocr_tokens.json`, in the layout of Rosetta's files. A missing answer (a book without
+    author) leaves a question without answers.
     """
     _, (path,) = pick_layout(raw, split, OCRVQA, OCRVQA_LAVIS)
     ocr = raw / "ocr_tokens.json"
     words = read_rosetta(ocr) if ocr.is_file() else {}
+    pictures = NamedFiles(raw, PICTURES)
     for key, row in read_json(path, dict).items():
         where = f"{path}: {key}"
         number = field(require(row, dict, where), "split", int, where)
@@ -80,6 +83,11 @@ def read_ocrvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
             continue
         questions = field(row, "questions", list, where)
         answers = field(row, "answers", list, where)
+        # The official script keeps the ending of the address, which need not be `.jpg`.
+        address = field(row, "imageURL", str, where) if "imageURL" in row else ""
+        ending = pathlib.PurePosixPath(urllib.parse.urlsplit(address).path).suffix.lower()
+        usual = ending if ending in PICTURES else ".jpg"
+        image = pictures.find("images", key, usual=usual, where=where)
         if len(questions) != len(answers):
             raise AnnotationError(f"{where}: {len(questions)} questions, {len(answers)} answers")
         for index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
@@ -87,7 +95,7 @@ def read_ocrvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
             pair = {"question": question, "answer": answer}
             yield Record(
                 id=f"{key}:{index}",
-                images=(inside(raw, "images", f"{key}.jpg", where=where),),
+                images=(image,),
                 prompt=text_of(pair, "question", spot),
                 answers=tuple(filter(str.strip, (field(pair, "answer", str, spot),))),
                 task="ocrvqa",
@@ -122,12 +130,14 @@ def _textvqa_records(
 
 def _textvqa(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
     """`{"data": [{"question_id", "question", "image_id", "answers": [10 texts]}]}`."""
+    pictures = NamedFiles(raw, PICTURES)
     for number, row in enumerate(field(read_json(path, dict), "data", list, str(path))):
         where = f"{path}: data[{number}]"
         row = require(row, dict, where)
+        image = _textvqa_image(split, row, where)
         yield Record(
             id=str(field(row, "question_id", (int, str), where)),
-            images=(inside(raw, _textvqa_image(split, row, where), where=where),),
+            images=(pictures.find(image, usual=".jpg", where=where),),
             prompt=text_of(row, "question", where),
             task="textvqa",
             split=split,
@@ -137,7 +147,7 @@ def _textvqa(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Reco
 
 def _textvqa_image(split: str, row: dict[str, Any], where: str) -> str:
     folder = "test_images" if split == "test" else "train_images"
-    return f"{folder}/{text_of(row, 'image_id', where)}.jpg"
+    return f"{folder}/{text_of(row, 'image_id', where)}"
 
 
 DATASETS: tuple[Dataset, ...] = (
@@ -169,9 +179,9 @@ DATASETS: tuple[Dataset, ...] = (
         templates="question",
         licence="UNVERIFIED (copies say Apache 2.0); book covers belong to their publishers",
         source="https://ocr-vqa.github.io (dataset.json and loadDataset.py, which fetches covers)",
-        notes="Images in images/, KEY.jpg. Many addresses of covers are dead: use an archive of "
-        "them. About 798,250 training questions, 1,002,146 in all. UNVERIFIED: with which "
-        "program InstructBLIP read the covers; ocr_tokens.json, in the layout of Rosetta's files, "
-        "brings your own words.",
+        notes="Images in images/, KEY.jpg or KEY.gif. Many addresses of covers are dead: use an "
+        "archive of them. About 798,250 training questions, 1,002,146 in all. UNVERIFIED: with "
+        "which program InstructBLIP read the covers; ocr_tokens.json, in the layout of Rosetta's "
+        "files, brings your own words.",
     ),
 )

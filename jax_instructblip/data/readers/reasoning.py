@@ -19,6 +19,7 @@ from jax_instructblip.data.readers.files import (
     text_of,
     unique,
 )
+from jax_instructblip.data.readers.named_files import PICTURES, NamedFiles
 from jax_instructblip.data.records import Record
 
 GQA = {split: (f"{split}_balanced_questions.json",) for split in ("train", "val", "testdev")}
@@ -50,19 +51,20 @@ def read_vsr(raw: pathlib.Path, split: str) -> Iterator[Record]:
 def _gqa(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
     """`{id: {"imageId", "question", "answer"}}`, or a list with `image` and `question_id`."""
     document = read_json(path)
+    pictures = NamedFiles(raw, PICTURES)
     released = isinstance(require(document, (dict, list), str(path)), dict)
     for number, item in enumerate(document.items() if released else document):
         name, row = item if released else ("", item)
         where = f"{path}: question {name}" if released else f"{path}: row {number}"
         require(row, dict, where)
         if released:
-            image = f"{text_of(row, 'imageId', where)}.jpg"
+            image = text_of(row, "imageId", where)
         else:
             name = str(field(row, "question_id", (int, str), where))
             image = text_of(row, "image", where)
         yield Record(
             id=name,
-            images=(inside(raw, "images", image, where=where),),
+            images=(pictures.find("images", image, usual=".jpg", where=where),),
             prompt=text_of(row, "question", where),
             answers=(text_of(row, "answer", where),),
             task="gqa",

@@ -9,15 +9,15 @@ from jax_instructblip.data.readers.files import (
     AnnotationError,
     annotated,
     field,
-    inside,
     pick_layout,
     read_csv,
     read_json,
-    read_text,
+    read_lines,
     require,
     text_of,
     unique,
 )
+from jax_instructblip.data.readers.named_files import VIDEOS, NamedFiles
 from jax_instructblip.data.records import Record
 
 _SPLITS = ("train", "val", "test")
@@ -29,7 +29,6 @@ IVQA = {split: (f"{split}.csv",) for split in _SPLITS}
 CANDIDATES = ("qa_ans2label.json", "train_ans2label.json")  # either
 _IVQA_CLIP = ("video_id", "start", "end")
 _IVQA_ANSWERS = tuple(f"answer{number}" for number in range(1, 6))
-_CONTAINERS = (".avi", ".gif", ".mkv", ".mp4", ".webm")
 
 
 def read_msvd_qa(raw: pathlib.Path, split: str) -> Iterator[Record]:
@@ -87,6 +86,7 @@ def _records(
 ) -> Iterator[Record]:
     """LAVIS has `video`, `question_id`; the original `video_id`, `id`, and `names` of numbers."""
     document = require(read_json(path), (list, dict), str(path))
+    videos = NamedFiles(raw, VIDEOS)
     rows = document.items() if isinstance(document, dict) else enumerate(document)
     for key, row in rows:
         where = f"{path}: [{key!r}]"
@@ -94,11 +94,9 @@ def _records(
             number, video = "id", _numbered(row, names, where)
         else:
             number, video = "question_id", text_of(row, "video", where)
-        if pathlib.PurePosixPath(video).suffix not in _CONTAINERS:
-            video += container
         yield Record(
             id=str(field(row, number, (int, str), where)),
-            images=(inside(raw, "videos", video, where=where),),
+            images=(videos.find("videos", video, usual=container, where=where),),
             prompt=text_of(row, "question", where),
             answers=(text_of(row, "answer", where),),
             task=task,
@@ -119,8 +117,10 @@ def _numbered(row: dict[str, Any], names: dict[str, str], where: str) -> str:
 def _mapping(path: pathlib.Path) -> dict[str, str]:
     """Lines `-4wsuPCjDBc_5_15 vid1`, turned around."""
     names = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         words = line.split()
+        if not words:
+            continue
         if len(words) != 2:
             raise AnnotationError(f"{path}:{number}: found {line!r}, expected NAME vidNUMBER")
         names[words[1]] = words[0]
@@ -128,12 +128,13 @@ def _mapping(path: pathlib.Path) -> dict[str, str]:
 
 
 def _ivqa(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
+    videos = NamedFiles(raw, VIDEOS)
     for where, row in read_csv(path, (*_IVQA_CLIP, "question", *_IVQA_ANSWERS)):
         clip = "_".join(text_of(row, part, where) for part in _IVQA_CLIP)
         answers = [field(row, column, str, where).strip() for column in _IVQA_ANSWERS]
         yield Record(
             id=clip,
-            images=(inside(raw, "videos", f"{clip}.mp4", where=where),),
+            images=(videos.find("videos", f"{clip}.mp4", where=where),),
             prompt=text_of(row, "question", where),
             task="ivqa",
             split=split,

@@ -22,6 +22,7 @@ from jax_instructblip.data.readers.files import (
     text_of,
     unique,
 )
+from jax_instructblip.data.readers.named_files import PICTURES, NamedFiles
 from jax_instructblip.data.records import Record
 
 VQAV2 = {
@@ -72,7 +73,7 @@ def vqa_tool(
       AnnotationError: a question has no annotation, or an annotation no question.
     """
     answers = _tool_answers(paths[1]) if len(paths) > 1 else None
-    asked = set()
+    asked, pictures = set(), NamedFiles(raw, PICTURES)
     for row in _rows(paths[0], "questions"):
         name = _number(row, "question_id", str(paths[0]))
         where = f"{paths[0]}: question {name}"
@@ -84,7 +85,7 @@ def vqa_tool(
         known: dict[str, Any] = {"answers": ()} if answers is None else answers[name]
         yield Record(
             id=name,
-            images=(inside(raw, image(row, where), where=where),),
+            images=(pictures.find(image(row, where), usual=".jpg", where=where),),
             prompt=text_of(row, "question", where),
             task=task,
             split=split,
@@ -196,7 +197,7 @@ def _number(row: dict[str, Any], name: str, where: str) -> str:
 
 
 def _coco_image(folder: str, row: dict[str, Any], where: str) -> str:
-    return f"{folder}/COCO_{folder}_{field(row, 'image_id', int, where):012d}.jpg"
+    return f"{folder}/COCO_{folder}_{field(row, 'image_id', int, where):012d}"
 
 
 def _file_in(folder: str, row: dict[str, Any], where: str) -> str:

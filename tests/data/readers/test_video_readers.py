@@ -170,3 +170,54 @@ def test_bad_ivqa(tmp_path, lines, message):
 def test_the_rows_of_the_table():
     found = [(row.name, row.held_in, row.family) for row in DATASETS]
     assert found == [(name, False, "video QA") for name in ("msvd_qa", "msrvtt_qa", "ivqa")]
+
+
+def test_cells_keep_line_breaks_and_rare_separators(shared, tmp_path):
+    (tmp_path / "test.csv").write_bytes((shared / "data/cases/ivqa_cells.csv").read_bytes())
+    records = list(read_ivqa(tmp_path, "test"))
+    assert [record.prompt for record in records] == ["what is\nthis?", "what\u2028now?"]
+    assert [record.id for record in records] == ["v1_0_10", "v2_0_10"]
+    assert records[0].answers == ("cup", "cup", "mug", "cup", "cup")
+
+
+@pytest.mark.parametrize("separator", list("\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029") + ["\r\n"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_no_separator_but_an_unquoted_newline_ends_a_row(tmp_path, separator, ending):
+    rows = [f'v{n},0,1,"a{separator}b",c,,d,d,d,d' for n in range(3)]
+    text = ending.join([HEADER.strip(), *rows, ""])
+    (tmp_path / "test.csv").write_bytes(text.encode())
+    records = list(read_ivqa(tmp_path, "test"))
+    assert [record.id for record in records] == ["v0_0_1", "v1_0_1", "v2_0_1"]
+    asked = f"a{separator}b".replace("\r\n", "\n")
+    assert {record.prompt for record in records} == {asked}
+
+
+ROWS = {
+    "one,0,1,what, now?,c,,d,d,d,d\n": r"test.csv:2: 11 cells, expected 10: a comma inside of a c",
+    'one,0,1,"what\nnow?,c,,d,d,d,d\n': r"test.csv:2: the row that begins here is no CSV: unexpec",
+    'one,0,1,"what" now,c,,d,d,d,d\n': r"test.csv:2: the row that begins here is no CSV: ',' exp",
+    'one,0,1,"a\nb",c,,d,d,d,d\ntwo,0,1,x\n': r"test.csv:4: answer1: found null, expected text",
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_that_are_cut_elsewhere_are_named(tmp_path, rows):
+    (tmp_path / "test.csv").write_text(HEADER + rows)
+    with pytest.raises(AnnotationError, match=ROWS[rows]):
+        list(read_ivqa(tmp_path, "test"))
+
+
+def test_columns_that_are_there_twice_are_refused(tmp_path):
+    (tmp_path / "test.csv").write_text(HEADER.replace("conf1", "question"))
+    with pytest.raises(AnnotationError, match="test.csv: columns 'question' are there twice"):
+        list(read_ivqa(tmp_path, "test"))
+
+
+def test_a_mapping_may_have_blank_lines_and_rare_separators_in_names(tmp_path):
+    write(tmp_path / "val_qa.json", [NUMBERED])
+    write(tmp_path / "youtube_mapping.txt", "a\u2028b vid6\n\nxyz_2_4 vid7\n\n")
+    with pytest.raises(AnnotationError, match="youtube_mapping.txt:1: found 'a.*b vid6'"):
+        list(read_msvd_qa(tmp_path, "val"))
+    write(tmp_path / "youtube_mapping.txt", "ab vid6\n\nxyz_2_4 vid7\n\n")
+    (record,) = read_msvd_qa(tmp_path, "val")
+    assert record.images == (str(tmp_path / "videos" / "xyz_2_4.avi"),)
