@@ -178,7 +178,7 @@ def read_validation_records(config: ConfigDict) -> Sequence[Record] | None:
     """The records to validate on, opened before any weight is read; None: there is no validation.
 
     Raises:
-        ValueError: they are not there, or nothing can be said of answers to them.
+        ValueError: they are not there.
     """
     given = config.validation
     if not given.path:
@@ -187,12 +187,6 @@ def read_validation_records(config: ConfigDict) -> Sequence[Record] | None:
         records, _ = open_records(given.path, given.split)
     except (ValueError, OSError) as error:
         raise ValueError(f"config.validation.path cannot be used: {error}") from error
-    dataset = DATASETS.get(dataset_name(given.path))
-    if dataset and not dataset.metric:
-        raise ValueError(
-            f"config.validation.path is {given.path}, but no metric belongs to {dataset.name}: "
-            "choose a dataset that `jax-instructblip prepare --list` says is scored"
-        )
     return records
 
 
