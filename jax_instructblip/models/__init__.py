@@ -3,6 +3,9 @@
 One alphabet, in shape annotations and einsum strings alike:
 
     B  batch               L  instruction tokens (Q-Former side)
+    G  rows of a batch     X  slots of a row: tokens and visual vectors
+    J  samples of a row    A  slots of a row that are asked for a target
+    I  images of a row     U  slots of a row of a decoder
     F  frames of a video   T  query side of an attention, tokens of a language model
     H W C  image           S  key side of an attention
     P  patches (and CLS)   N  attention heads

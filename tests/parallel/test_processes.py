@@ -137,6 +137,22 @@ def together(files, tmp_path_factory):
     return run(files, workdir, 2, 2)[0], final(workdir)
 
 
+@pytest.mark.full
+def test_packed_rows_on_two_processes_make_the_curve_of_plain_ones(files, tmp_path):
+    """An image that cannot be read is replaced by the same sample everywhere."""
+    base, data = files
+    shutil.copytree(data.parent, tmp_path / "data")
+    (tmp_path / "data" / "3.png").write_bytes(b"no image")
+    given = base, tmp_path / "data" / data.name
+    still = {"model.qformer_dropout": 0.0, "model.llm_dropout": 0.0, "train.steps": 12}
+    plain, _ = run(given, tmp_path / "plain", 1, 4, **still)
+    packed, _ = run(given, tmp_path / "packed", 2, 2, **still, **{"data.samples_per_row": 2})
+    assert len(plain) == 12 and (plain[:, 1] == packed[:, 1]).all()
+    assert np.abs(plain - packed).max() < TOLERANCE
+    replaced = [line.get("replaced", 0) for line in read_metrics(tmp_path / "packed")]
+    assert sum(replaced) > 0
+
+
 def test_two_processes_make_the_curve_of_one(alone, together):
     np.testing.assert_allclose(together[0], alone[0], rtol=0, atol=TOLERANCE)
     assert together[0][0, 0] > together[0][-1, 0]

@@ -99,3 +99,21 @@ def test_refuses_parts_of_unequal_size(tuning):
     config.data.batch_size = 8
     rows = setup.read_rows(config, make_mesh(devices=jax.devices()[:1]))
     assert rows.tolist() == list(range(8))
+
+
+def test_as_many_samples_share_a_row_as_a_device_and_part_have():
+    config, mesh = common.get_config(), make_mesh(devices=jax.devices()[:1])
+    config.data.batch_size = 24
+    for wanted, parts, shared in ((1, 1, 1), (8, 1, 8), (12, 2, 12), (12, 4, 6), (100, 3, 8)):
+        config.data.samples_per_row, config.train.accumulate = wanted, parts
+        assert setup.read_samples_per_row(config, mesh) == shared
+        assert len(setup.read_rows(config, mesh)) == 24 // shared
+
+
+def test_samples_that_do_not_fill_rows_are_refused():
+    config, mesh = common.get_config(), make_mesh(devices=jax.devices()[:1])
+    config.data.batch_size, config.data.samples_per_row, config.train.accumulate = 24, 5, 2
+    with pytest.raises(
+        ValueError, match=r"samples_per_row is 5, .* 12 samples .* 1, 2, 3, 4, 6, 12"
+    ):
+        setup.read_samples_per_row(config, mesh)
