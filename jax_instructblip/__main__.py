@@ -4,7 +4,9 @@ VERB is a module of `jax_instructblip.commands`; only that one is imported.
 """
 
 import ast
+import contextlib
 import difflib
+import errno
 import importlib
 import io
 import os
@@ -45,7 +47,33 @@ def main(argv: list[str] | None = None) -> int:
     Such an error is printed as one line. Anything else is a defect and keeps its traceback;
     `JAX_INSTRUCTBLIP_TRACEBACK=1` shows the traceback always.
     """
-    words = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal without a character shows its number: what was computed is printed.
+        with contextlib.suppress(OSError):
+            sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a reader that left is noticed here, not while Python ends
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left (`| head`)
+        _drop_output()
+        return 1
+    except (ValueError, OSError, MemoryError, RecursionError, RuntimeError) as error:
+        sentence = _sentence(error)
+        if os.environ.get("JAX_INSTRUCTBLIP_TRACEBACK") == "1" or not sentence:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _drop_output()  # it may be what is full
+        return 1
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
@@ -57,34 +85,47 @@ def main(argv: list[str] | None = None) -> int:
         known = ", ".join(verbs)
         print(f"error: unknown verb {verb!r}; {hint}known: {known}", file=sys.stderr)
         return 2
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal without a character shows its number: what was computed is printed.
-        sys.stdout.reconfigure(errors="backslashreplace")
     tpu_compiler.set_flags()  # before JAX, which a verb imports, loads it
-    try:
-        code = importlib.import_module(f"{commands.__name__}.{verb}").main(rest)
-        sys.stdout.flush()  # a reader that left is noticed here, not while the interpreter ends
-        return code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of our output left (`| head`). What is still buffered has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError) as error:
-        if os.environ.get("JAX_INSTRUCTBLIP_TRACEBACK") == "1" or not _is_for_the_user(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return importlib.import_module(f"{commands.__name__}.{verb}").main(rest)
 
 
-def _is_for_the_user(error: Exception) -> bool:
-    """Whether it reports the world (OSError) or this package raised it, not a library below."""
+def _sentence(error: Exception) -> str:
+    """What the user is told of an error that reports the world or what was given; "" for others.
+
+    Those are errors of the system, errors that this package raised (not a library below), and
+    whatever takes more memory or nesting than there is.
+    """
+    if isinstance(error, MemoryError) or _is_exhausted(error):
+        first = (str(error).splitlines() or [""])[0]
+        return (
+            f"out of memory{first and f' ({first[:200]})'}: ask for less at once (a smaller batch, "
+            "fewer beams, shorter texts), or take a larger machine"
+        )
+    if isinstance(error, RecursionError):
+        return (
+            "what was given is nested too deeply to be read (JAX_INSTRUCTBLIP_TRACEBACK=1 shows "
+            "where)"
+        )
     if isinstance(error, OSError):
-        return True
+        return str(error)
+    if isinstance(error, UnicodeError):
+        return f"a text cannot be read or written: {error}"
     frames = traceback.extract_tb(error.__traceback__)
-    return _PACKAGE in Path(frames[-1].filename).parents
+    ours = isinstance(error, ValueError) and _PACKAGE in Path(frames[-1].filename).parents
+    return str(error) if ours else ""
+
+
+def _is_exhausted(error: Exception) -> bool:
+    """Whether a device or the compiler had no memory for what was asked."""
+    words = str(error)
+    return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and any(
+        each in words for each in ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
+    )
+
+
+def _drop_output() -> None:
+    """Sends what is still buffered nowhere: Python would try to write it once more as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

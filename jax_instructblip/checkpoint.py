@@ -206,7 +206,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         found = config.get("format")
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    if found != FORMAT:
+    if found != FORMAT or isinstance(found, bool):
         why = "update the package" if isinstance(found, int) else "is it another program's folder?"
         raise CheckpointError(f"{path} has format {found!r}, this version reads {FORMAT}: {why}")
     verify_hashes(folder)

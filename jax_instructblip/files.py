@@ -81,8 +81,8 @@ def local_path(path: str | os.PathLike, name: str = "the path") -> Path:
     return Path(path)
 
 
-def refuse_addresses(flags: Mapping[str, Any]) -> None:
-    """Raises a ValueError that names every flag of a verb whose path is an address.
+def find_addresses(flags: Mapping[str, Any]) -> list[str]:
+    """What is wrong with every flag of a verb whose path is an address.
 
     Paths are the values that are `Path`s already, and those of flags of `_PATH_FLAGS`.
     """
@@ -90,13 +90,12 @@ def refuse_addresses(flags: Mapping[str, Any]) -> None:
     for flag, value in flags.items():
         for each in value if isinstance(value, list | tuple) else [value]:
             if isinstance(each, Path) or (flag in _PATH_FLAGS and isinstance(each, str)):
-                text = os.fspath(each)
-                if flag == "image":
-                    text = text.partition("=")[2] if _NAMED.match(text) else text  # NAME=FILE
-                problem = address_problem(text.removeprefix("@"))
-                problems += [f"{flag} {problem}"] if problem else []
-    if problems:
-        raise ValueError("; ".join(problems))
+                text = os.fspath(each).removeprefix("@")
+                if flag == "image" and _NAMED.match(text):  # NAME=FILE
+                    text = text.partition("=")[2]
+                if problem := address_problem(text):
+                    problems.append(f"{flag} {problem}")
+    return problems
 
 
 def require_file(path: str | os.PathLike) -> os.stat_result:

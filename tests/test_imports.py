@@ -16,6 +16,7 @@ LAYERS = {
     "models": 0,
     "fields": -1,
     "files": -2,
+    "flags": 0,
     "folders": 0,
     "trees": 0,
     "manifest": 0,

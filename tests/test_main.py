@@ -184,3 +184,67 @@ def test_output_that_a_terminal_cannot_show_is_printed_all_the_same(tmp_path, en
     assert json.loads(line) == {"a": "\u7ea2 \U0001f534 \xe4"}
     shown = {"ascii": "\\u7ea2 \\U0001f534 \\xe4", "latin-1": "\\u7ea2 \\U0001f534 \xe4"}
     assert text == shown.get(encoding, "\u7ea2 \U0001f534 \xe4") + " \\ud800"
+
+
+class JaxRuntimeError(RuntimeError):
+    """Named as what XLA raises."""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory: ask for less at once"),
+        (MemoryError("Unable to allocate 9 TiB"), "out of memory (Unable to allocate 9 TiB): ask"),
+        (
+            JaxRuntimeError("RESOURCE_EXHAUSTED: 9 TiB\nmore"),
+            "out of memory (RESOURCE_EXHAUST",
+        ),
+        (JaxRuntimeError("INTERNAL: Out of memory"), "out of memory (INTERNAL: Out of memory)"),
+        (RecursionError("maximum"), "what was given is nested too deeply"),
+        (
+            UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"),
+            "a text cannot be read or written: ",
+        ),
+        (OSError(28, "No space left on device", "a"), "[Errno 28] No space left on device: 'a'"),
+    ],
+)
+def test_whatever_a_user_can_cause_is_one_line(monkeypatch, capsys, error, message):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fail)
+    monkeypatch.setattr(cli, "_drop_output", lambda: None)
+    assert cli.main(["verb"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {message}") and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [JaxRuntimeError("INTERNAL: a bug"), RuntimeError("a bug")])
+def test_other_errors_of_the_run_time_keep_their_traceback(monkeypatch, error):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fail)
+    with pytest.raises(type(error), match="a bug"):
+        cli.main(["verb"])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["talk", "--help"]])
+def test_help_whose_reader_left_costs_no_traceback(tmp_path, words):
+    (tmp_path / "talk.py").write_text(
+        "import argparse\ndef main(argv):\n    argparse.ArgumentParser(prog='x').parse_args(argv)\n"
+    )
+    body = f"from jax_instructblip import commands; commands.__path__ = [{str(tmp_path)!r}]\n"
+    body += "import os; reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1)"
+    with _run(body, *words, stderr=subprocess.PIPE) as process:
+        assert process.stderr and process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is not there")
+def test_output_to_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        with _run("", "--help", stdout=full, stderr=subprocess.PIPE) as process:
+            assert process.stderr
+            assert process.stderr.read() == "error: [Errno 28] No space left on device\n"
+    assert process.returncode == 1

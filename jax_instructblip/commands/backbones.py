@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jax_instructblip import checkpoint
-from jax_instructblip.files import refuse_addresses
+from jax_instructblip.flags import check_flags
 from jax_instructblip.training import backbones
 from jax_instructblip.training.pretrain_language import CURRICULUM, Stage, train_language
 from jax_instructblip.training.pretrain_vision import train_vision
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     merge.add_argument("run", type=Path, help="run directory of the caption phase")
     merge.add_argument("out", type=Path)
     flags = parser.parse_args(argv)
-    refuse_addresses(vars(flags))
+    check_flags(flags)
     if flags.part == "merge":
         _merge(flags.base, flags.run, flags.out)
     else:

@@ -19,7 +19,7 @@ from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.records import Record, scan_jsonl
 from jax_instructblip.data.samples import histogram, render, token_counts, token_rows
 from jax_instructblip.data.text import TRUNCATED, TextProcessor
-from jax_instructblip.files import refuse_addresses
+from jax_instructblip.flags import check_flags
 from jax_instructblip.inference.source import read_source
 
 _WORKERS = min(8, os.cpu_count() or 1)  # Pillow decodes outside of Python's lock
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--samples", type=int, default=5, help="how many to show (default: 5)")
     flags = parser.parse_args(argv)
-    refuse_addresses(vars(flags))
+    check_flags(flags)
     source = read_source(flags.checkpoint)
     text = TextProcessor.load(source.folder, source.variant, **source.limits)
     found = examine(flags.file, text, flags.samples)

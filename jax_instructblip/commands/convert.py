@@ -10,7 +10,7 @@ from jax_instructblip import checkpoint
 from jax_instructblip.convert import hf
 from jax_instructblip.convert.stored_model import copy_tokenizers
 from jax_instructblip.data.progress import Progress
-from jax_instructblip.files import refuse_addresses
+from jax_instructblip.flags import check_flags
 from jax_instructblip.folders import free_bytes, refuse_existing
 from jax_instructblip.models.variants import VARIANTS, released_name
 
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
     parser.add_argument("--variant", choices=sorted(VARIANTS), help="demand the sizes of this one")
     args = parser.parse_args(argv)
-    refuse_addresses(vars(args))
+    check_flags(args)
     jax.config.update("jax_platforms", "cpu")  # it is all files: no accelerator is held meanwhile
 
     refuse_existing(args.out)

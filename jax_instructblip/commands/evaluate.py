@@ -29,7 +29,8 @@ from jax_instructblip.evaluation.dialogue import read_relevance
 from jax_instructblip.evaluation.placement import choose_mesh
 from jax_instructblip.evaluation.protocol import BENCHMARKS, HELD_OUT, get_benchmark, table
 from jax_instructblip.evaluation.task import Task, open_task
-from jax_instructblip.files import read_json, read_lines, refuse_addresses
+from jax_instructblip.files import read_json, read_lines
+from jax_instructblip.flags import check_flags
 from jax_instructblip.inference.generation_config import GenerationConfig, add_flags
 from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
 from jax_instructblip.inference.source import read_source, weights_digest
@@ -49,7 +50,7 @@ _FAMILIES_BATCH, _DATASETS_BATCH = 64, 8  # questions answered at once
 def main(argv: list[str]) -> int:
     """Prints results and writes them; returns 1 where a dataset could not be scored."""
     args = _parser().parse_args(argv)
-    refuse_addresses(vars(args))
+    check_flags(args)
     if args.list:
         print(table())
         return 0

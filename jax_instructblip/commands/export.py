@@ -8,7 +8,7 @@ import jax
 
 from jax_instructblip.convert.export import SHARD_BYTES, export_hf
 from jax_instructblip.data.progress import count_bytes
-from jax_instructblip.files import refuse_addresses
+from jax_instructblip.flags import check_flags
 from jax_instructblip.folders import refuse_existing
 from jax_instructblip.inference.source import read_source, stored_model
 from jax_instructblip.training.step_choice import add_flags, choose_step
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--shard_bytes", type=int, default=SHARD_BYTES, help="largest shard")
     add_flags(parser)
     args = parser.parse_args(argv)
-    refuse_addresses(vars(args))
+    check_flags(args)
     jax.config.update("jax_platforms", "cpu")  # it is all files: no accelerator is held meanwhile
 
     refuse_existing(args.out)

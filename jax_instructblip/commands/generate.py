@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from jax_instructblip.data.images import ImageError, decode
-from jax_instructblip.files import json_line, refuse_addresses
+from jax_instructblip.files import json_line
+from jax_instructblip.flags import check_flags
 from jax_instructblip.inference.generation_config import (
     HELP,
     GenerationConfig,
@@ -24,7 +25,7 @@ from jax_instructblip.inference.source import resolve_checkpoint
 def main(argv: list[str]) -> int:
     """Prints image, prompt, answer and log-probability of each question; returns 0."""
     flags = _parser().parse_args(argv)
-    refuse_addresses(vars(flags))
+    check_flags(flags)
     if flags.stream and (flags.num_beams > 1 or flags.json):
         raise ValueError(
             "--stream shows each token as it is chosen: leave out --num_beams, which is certain of "

@@ -8,7 +8,7 @@ import jax
 
 from jax_instructblip.convert.stored_model import write_checkpoint
 from jax_instructblip.data.progress import count_bytes
-from jax_instructblip.files import refuse_addresses
+from jax_instructblip.flags import check_flags
 from jax_instructblip.folders import refuse_existing
 from jax_instructblip.inference.source import read_source, stored_model
 from jax_instructblip.training.step_choice import add_flags, choose_step
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
     add_flags(parser)
     args = parser.parse_args(argv)
-    refuse_addresses(vars(args))
+    check_flags(args)
     jax.config.update("jax_platforms", "cpu")  # it is all files: no accelerator is held meanwhile
 
     refuse_existing(args.out)

@@ -19,7 +19,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jax_instructblip.commands.train import read_config
-from jax_instructblip.files import read_json, refuse_addresses
+from jax_instructblip.files import read_json
+from jax_instructblip.flags import check_flags
 from jax_instructblip.folders import write_file
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.parallel.topology import GIB, Topology, known, read_topology
@@ -32,7 +33,7 @@ EFFORTS = {"quick": plan.QUICK, "full": 0.0}
 def main(argv: list[str]) -> int:
     """Prints the plan, or of several the best; 0 where it fits."""
     flags, rest = _parser().parse_known_args(argv)
-    refuse_addresses(vars(flags))
+    check_flags(flags)
     config = read_config(rest)
     check_config(config)
     topology = read_topology(flags.topology)

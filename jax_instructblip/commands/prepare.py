@@ -19,7 +19,7 @@ from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation.preview import draw, write_preview
-from jax_instructblip.files import refuse_addresses
+from jax_instructblip.flags import check_flags
 from jax_instructblip.inference.source import read_source
 
 SAMPLES = 1000  # drawn for the page: the lengths are those of as many
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
         "(`DirectRunner`); flags that are unknown here are the runner's",
     )
     flags, options = parser.parse_known_args(argv)
-    refuse_addresses(vars(flags))
+    check_flags(flags)
     if options and not flags.beam_runner:
         parser.error(f"unknown flags: {' '.join(options)}")
     if flags.list:
@@ -72,10 +72,6 @@ def main(argv: list[str]) -> int:
     missing = [f"--{name}" for name in ("raw", "out") if getattr(flags, name) is None]
     if flags.dataset is None or missing:
         parser.error(f"expected {' and '.join(['DATASET'] * (flags.dataset is None) + missing)}")
-    if flags.workers < 0 or min(flags.shard_size, flags.frames) < 1:
-        parser.error("expected --workers 0 or more, --shard_size and --frames 1 or more")
-    if not 0 <= flags.max_missing <= 1:
-        parser.error(f"--max_missing is {flags.max_missing}, expected a part from 0 to 1")
     dataset = datasets.get_dataset(flags.dataset)
     splits = flags.split.split(",") if flags.split else ()
     if flags.preview:

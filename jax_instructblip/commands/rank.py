@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from jax_instructblip.commands.generate import check_images
-from jax_instructblip.files import json_line, read_lines, refuse_addresses
+from jax_instructblip.files import json_line, read_lines
+from jax_instructblip.flags import check_flags
 from jax_instructblip.inference.pipeline import BATCH_SIZE, load
 from jax_instructblip.inference.questions import pair
 from jax_instructblip.inference.ranking import check_candidates
@@ -22,13 +23,11 @@ from jax_instructblip.inference.source import resolve_checkpoint
 def main(argv: list[str]) -> int:
     """Prints the best candidates of each question, their scores and probabilities; returns 0."""
     flags = _parser().parse_args(argv)
-    refuse_addresses(vars(flags))
+    check_flags(flags)
     # Mistakes here should not wait for the weights, nor bad images for the scores of good ones.
     questions = pair(flags.image, flags.prompt)
     candidates = _read(flags.candidates)
     check_candidates(candidates, len(questions))
-    if flags.top < 1:
-        raise ValueError(f"--top is {flags.top}, expected at least 1")
     resolve_checkpoint(flags.checkpoint)
     check_images(flags.image)
     blip = load(flags.checkpoint, dtype=flags.dtype)

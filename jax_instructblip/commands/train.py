@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jax_instructblip.evaluation import curves, validation
-from jax_instructblip.files import refuse_addresses
+from jax_instructblip.flags import check_flags
 from jax_instructblip.parallel import distributed
 from jax_instructblip.training import checkpoints, loop
 
@@ -55,7 +56,7 @@ def read_config(argv: list[str]) -> ConfigDict:
         OSError: the file cannot be read.
     """
     given, overrides = _parser().parse_known_args(argv)
-    refuse_addresses(vars(given))
+    check_flags(given)
     config = load_config(given.config)
     _refuse_unknown(config, overrides)
     own = flags.FlagValues()  # not absl's global ones: a process may call this twice
@@ -110,14 +111,30 @@ def load_config(path: str) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is no Python file: a config is one, with get_config()")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} has no get_config(): see configs/custom_jsonl.py for one")
     try:
-        return module.get_config()
-    except (AttributeError, KeyError, TypeError) as error:
-        # ml_collections refuses fields and types that common.get_config() does not have.
-        raise ValueError(f"{path}: {error}") from error
+        spec.loader.exec_module(module)
+        made = getattr(module, "get_config", None)
+        config = made() if callable(made) else None
+    except Exception as error:  # the file is a program of the user's; fields and types besides
+        raise ValueError(f"{_place(path, error)}: {type(error).__name__}: {error}") from error
+    if made is None:
+        raise ValueError(f"{path} has no get_config(): see configs/custom_jsonl.py for one")
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"{path}: get_config() returns a {type(config).__name__}, expected the ConfigDict of "
+            "common.get_config() with some fields changed: is `return config` missing?"
+        )
+    return config
+
+
+def _place(path: str, error: Exception) -> str:
+    """FILE:LINE of the config's own line that an error came from."""
+    own = Path(path).absolute()
+    if isinstance(error, SyntaxError):
+        return f"{error.filename or path}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).absolute() == own]
+    return f"{path}:{lines[-1]}" if lines else path
 
 
 def _refuse_unknown(config: ConfigDict, overrides: list[str]) -> None:

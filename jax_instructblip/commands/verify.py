@@ -14,7 +14,7 @@ from pathlib import Path
 from jax_instructblip.data.images import decode
 from jax_instructblip.evaluation import published
 from jax_instructblip.evaluation.published import Entry, Image
-from jax_instructblip.files import refuse_addresses
+from jax_instructblip.flags import check_flags
 from jax_instructblip.inference.pipeline import load
 from jax_instructblip.inference.source import read_source
 from jax_instructblip.models.variants import released_name
@@ -23,7 +23,7 @@ from jax_instructblip.models.variants import released_name
 def main(argv: list[str]) -> int:
     """Prints a line for each question and a summary; 0 if all that were asked match, else 1."""
     flags = _parser().parse_args(argv)
-    refuse_addresses(vars(flags))
+    check_flags(flags)
     images, entries = published.read_facts(flags.facts)
     given = _read_images(flags.image, images)
     source = read_source(flags.checkpoint)

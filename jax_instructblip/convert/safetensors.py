@@ -21,6 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jax_instructblip.fields import check, whole
 from jax_instructblip.files import kind_of, parse_json, read_json
 from jax_instructblip.folders import free_bytes
 
@@ -282,6 +283,7 @@ class Writer:
         """Writes the headers and, where there is more than one shard, the index."""
         self._left = set(specs)
         self._places: dict[str, Tensor] = {}
+        check({"shard_bytes": shard_bytes}, {"shard_bytes": whole(1, 2**50, unit="bytes")})
         shards = list(_shards(specs, shard_bytes))
         index = {}
         for number, keys in enumerate(shards, 1):

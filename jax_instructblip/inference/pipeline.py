@@ -23,7 +23,7 @@ from jax_instructblip.data import spec
 from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.spec import Batch
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.fields import check, flag, whole
+from jax_instructblip.fields import check, flag
 from jax_instructblip.inference.answers import Answer, best_answer, check_finite
 from jax_instructblip.inference.beam import beam_tokens
 from jax_instructblip.inference.decode import generate_tokens, stream_tokens
@@ -32,6 +32,7 @@ from jax_instructblip.inference.questions import (
     Picture,
     Question,
     asking,
+    check_batch_size,
     compacted,
     make_parts,
     pair,
@@ -49,7 +50,13 @@ from jax_instructblip.inference.ranking import (
     tokenise,
 )
 from jax_instructblip.inference.save import save_checkpoint
-from jax_instructblip.inference.source import Source, load_params, read_source, require_kind
+from jax_instructblip.inference.source import (
+    Source,
+    load_params,
+    read_dtype,
+    read_source,
+    require_kind,
+)
 from jax_instructblip.inference.streaming import one_ahead, pieces
 from jax_instructblip.models.instructblip import InstructBlip, is_separate
 from jax_instructblip.models.layers import BATCH_AXES, Scan, Scans
@@ -73,14 +80,13 @@ def load(
       dtype: what weights are held and computed in; by default bfloat16, on a CPU float32. Norms,
         softmax and logits are float32 anyway. float16 is refused for T5, where it overflows.
     """
-    if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtype = read_dtype(dtype)
     source = read_source(path)
     reader = require_kind(source, READERS)
     # The model refuses a dtype when it is bound: now, before gigabytes are read.
-    _ = InstructBlip(source.variant, jnp.dtype(dtype)).bind({}).vision
+    _ = InstructBlip(source.variant, dtype).bind({}).vision
     text = TextProcessor.load(source.folder, source.variant, **source.limits)
-    params = load_params(source, jnp.dtype(dtype), mesh)
+    params = load_params(source, dtype, mesh)
     return reader(source.variant, params, text, dtype=dtype, mesh=mesh, source=source)
 
 
@@ -143,7 +149,7 @@ class InstructBlipPipeline:
             that are not finite.
         """
         config = _configured(config, settings)
-        _check_batch_size(batch_size)
+        check_batch_size(batch_size)
         return self.answer(pair(images, prompts), config, batch_size)
 
     def answer(
@@ -233,7 +239,7 @@ class InstructBlipPipeline:
         Raises:
           ValueError: as `generate`; no candidates, or one that is empty or too long.
         """
-        _check_batch_size(batch_size)
+        check_batch_size(batch_size)
         check({"length_normalise": length_normalise}, {"length_normalise": flag()})
         questions = pair(images, prompts)
         lists = tokenise(self.text, candidates, len(questions))
@@ -279,7 +285,7 @@ class InstructBlipPipeline:
         These are the Q-Former's query outputs, projected to the width of the language model; the Q
         vectors of frame 0 come first. `images` and `prompts` are as in `generate`.
         """
-        _check_batch_size(batch_size)
+        check_batch_size(batch_size)
 
         def look(batch: Batch, rows: np.ndarray) -> jax.Array:
             del rows
@@ -379,10 +385,6 @@ def _configured(config: Any, settings: dict[str, Any]) -> GenerationConfig:
             "max_new_tokens=30"
         )
     return config.replace(**settings)
-
-
-def _check_batch_size(batch_size: Any) -> None:
-    check({"batch_size": batch_size}, {"batch_size": whole(1)})
 
 
 def _seed_key(seed: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from jax_instructblip.data.batch import collate, compact
 from jax_instructblip.data.images import decode, resize_squash
 from jax_instructblip.data.spec import IGNORE, Batch
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.fields import text_problem
+from jax_instructblip.fields import check, text_problem, whole
 from jax_instructblip.models.variants import Variant
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens
@@ -87,6 +87,11 @@ def pair(images: Sequence[Picture], prompts: Sequence[str]) -> list[Question]:
     return [Question(*each) for each in zip(pictures, itertools.cycle(prompts), strict=False)]
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Raises a ValueError where so many questions cannot be answered at once."""
+    check({"batch_size": batch_size}, {"batch_size": whole(1, 65_536, unit="questions")})
+
+
 def make_parts(
     text: TextProcessor,
     questions: Sequence[Question],
@@ -100,8 +105,7 @@ def make_parts(
     picture, `images` has one row alone, unless batches are to be split. Everything is checked
     before the first batch is handed out, except the images, which are opened batch by batch.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    check_batch_size(batch_size)
     examples = [question.example or text.prompt(question.prompt) for question in questions]
     _check_lengths(text, examples, len(questions[0].frames), room)
     shared = multiple == 1 and all(each.frames is questions[0].frames for each in questions)

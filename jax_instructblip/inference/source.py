@@ -32,6 +32,8 @@ from jax_instructblip.step_meta import check_manifest, read_meta
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 SAMPLES, SAMPLE_BYTES = 256, 16_384  # of a file of gigabytes, for a digest within a second
 
 Reader = TypeVar("Reader")
@@ -64,6 +66,23 @@ class Source:
     step: Path | None = None
     limits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def read_dtype(dtype: Any) -> np.dtype:
+    """The dtype to compute in; by default bfloat16, on a CPU float32.
+
+    Raises:
+        ValueError: it is none of the three that models compute in.
+    """
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise ValueError(f"dtype is {str(dtype)[:60]!r}, expected one of {', '.join(DTYPES)}")
+    return found
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> Path:
@@ -101,7 +120,7 @@ def read_source(path: str | os.PathLike) -> Source:
         model = read_stored_model(folder)
         limits = _check_limits(folder, model.limits)
         return Source(folder, model.variant, limits=limits, facts=model.facts)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_json(folder / "config.json", dict) if (folder / "config.json").is_file() else {}
     if "architectures" in config or "model_type" in config:
         variant, facts, leaves = convert_hf(folder)
         return Source(folder, variant, leaves, facts=facts)

@@ -191,6 +191,11 @@ class Variant:
 
         Without a `kind`, as in checkpoints of the first format, it is `instructblip`.
         """
+        if not isinstance(fields, dict) or not isinstance(fields.get("kind", ""), str):
+            raise ValueError(f"variant is {fields!r:.60}, expected an object of its towers")
+        for name in fields.keys() & {"vision", "llm", *BRIDGES}:
+            if not isinstance(fields[name], dict) and (name, fields[name]) != ("llm", None):
+                raise ValueError(f"variant.{name} is {fields[name]!r:.60}, expected an object")
         kind = fields.get("kind", "instructblip")
         bridges = [name for name in BRIDGES if name in fields]
         expected = {"vision", *bridges} | (set() if kind in WITHOUT_LLM else {"llm"})
@@ -200,7 +205,7 @@ class Variant:
         if unknown or missing:
             raise ValueError(f"variant: unknown fields {unknown}, missing fields {sorted(missing)}")
         llm: Any = fields.get("llm")
-        if llm is not None and llm.get("kind") not in LANGUAGE_CONFIGS:
+        if llm is not None and str(llm.get("kind")) not in LANGUAGE_CONFIGS:
             raise ValueError(
                 f"llm.kind is {llm.get('kind')!r}, expected one of "
                 f"{', '.join(sorted(LANGUAGE_CONFIGS))}"

@@ -7,6 +7,7 @@ each direction. Products of clouds count otherwise (a `v5p-16` has 8 chips, a `v
 import dataclasses
 import difflib
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from jax.experimental import topologies
 from jax_instructblip import tpu_compiler
 
 GIB = 2**30
+MOST_CHIPS = 16_384  # the largest pod has 8,960
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,11 @@ def read_topology(name: str) -> Topology:
         ValueError: the name is of no known kind or size, or the compiler of TPUs is not installed.
     """
     kind, _, size = name.partition(":")
+    if re.fullmatch(r"\d+(x\d+)*", size) and (len(size) > 40 or _count(size) > MOST_CHIPS):
+        raise ValueError(
+            f"topology {name[:60]!r} has more than {MOST_CHIPS:,} chips: no pod has, and each is "
+            "kept track of by itself"
+        )
     if kind == "cpu" and re.fullmatch(r"[1-9]\d*", size):
         return Topology(name, _cpu_devices(int(size)), None)
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", size):
@@ -107,6 +114,10 @@ def read_topology(name: str) -> Topology:
             f"{', '.join(chip.sizes)}"
         ) from error
     return Topology(name, devices, chip)
+
+
+def _count(size: str) -> int:
+    return math.prod(map(int, size.split("x")))
 
 
 def known() -> list[str]:

@@ -9,6 +9,8 @@ import socket
 import time
 from pathlib import Path
 
+from jax_instructblip.files import parse_json
+
 FILE = "run.lock"
 
 
@@ -29,8 +31,8 @@ class Owner:
     def parse(cls, text: str | bytes) -> "Owner | None":
         """The owner that `str` of `to_json` describes; None where it is no such text."""
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError, RecursionError):
+            return cls(**parse_json(text))
+        except (ValueError, TypeError):
             return None
 
     def to_json(self) -> str:

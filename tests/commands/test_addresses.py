@@ -65,7 +65,7 @@ def test_every_verb_is_tried_and_looks_at_its_flags():
     for path in verbs.values():
         nodes = ast.walk(ast.parse(path.read_text()))
         calls = {getattr(node.func, "id", "") for node in nodes if isinstance(node, ast.Call)}
-        assert "refuse_addresses" in calls, path.name
+        assert "check_flags" in calls, path.name
 
 
 @pytest.mark.parametrize(

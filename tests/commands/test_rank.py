@@ -89,9 +89,9 @@ def test_errors_are_one_line(candidates, more, message, photographs, tmp_path, m
 @pytest.mark.parametrize(
     ("prompt", "candidates", "message"),
     [
-        ("what\ud800", "red,blue", "prompt 0 cannot be written as UTF-8: '.ud800' at character 4"),
+        ("what\ud800", "red,blue", "--prompt cannot be written as UTF-8: '.ud800' at character 4"),
         ("what?", "red,bl\udce4u", "candidate 1 cannot be written as UTF-8: .* the byte 0xE4 of"),
-        ("x" * 100_001, "red,blue", "prompt 0 has 100,001 characters, at most 100,000 are read"),
+        ("x" * 100_001, "red,blue", "--prompt has 100,001 characters, at most 100,000 are read"),
     ],
 )
 def test_texts_that_cannot_be_read_are_refused_before_weights(

@@ -1,4 +1,5 @@
 import importlib
+import os
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,39 @@ def test_the_papers_recipe(name):
     assert config.validation.every == 3_000
     assert len(config.data.sources) == 13
     assert config.model.checkpoint == ""  # must be given: it is where the run starts from
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            "def get_config():\n    pass\n",
+            "get_config() returns a NoneType, expected the Conf",
+        ),
+        (
+            "def get_config():\n    return {'a': 1}\n",
+            "get_config() returns a dict, expected",
+        ),
+        ("get_config = 3\n", "get_config() returns a NoneType"),
+        ("def get_config(:\n", ":1: SyntaxError: invalid syntax"),
+        ("\nimport nowhere\n", ":2: ModuleNotFoundError: No module named 'nowhere'"),
+        ("def get_config():\n    return 1 / 0\n", ":2: ZeroDivisionError: division by zero"),
+        ("def get_config():\n    return get_config()\n", "RecursionError: maximum recursion depth"),
+        ("x = '\\ud800'\ndef get_config():\n    raise ValueError('no')\n", ":3: ValueError: no"),
+    ],
+)
+def test_a_config_file_that_gives_no_config_is_named_with_its_line(tmp_path, body, message):
+    path = tmp_path / "mine.py"
+    path.write_text(body)
+    with pytest.raises(ValueError) as error:
+        train.read_config([f"--config={path}"])
+    assert str(path) in str(error.value) and message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["fifo", "folder.py", "zero"])
+def test_a_config_that_is_no_regular_file_is_refused(tmp_path, name):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with pytest.raises(OSError, match="no config file|expected a regular file"):
+        train.read_config([f"--config={tmp_path / name}"])

@@ -253,6 +253,7 @@ def test_pair_refuses(given, message):
         ({"batch_size": None}, "batch_size is None, expected a whole number"),
         ({"config": 20}, "config is 20, expected a GenerationConfig.*max_new_tokens=30"),
         ({"max_length": 20}, "unknown setting 'max_length': it is max_new_tokens"),
+        ({"batch_size": 10**7}, "batch_size is 10000000, expected at least 1 and at most 65,536"),
     ],
 )
 def test_generate_refuses(t5, settings, message):
@@ -407,3 +408,9 @@ print(json.dumps([answer.tokens for answer in found]))
     found = run_python(code, devices=2)
     expected = t5.generate(images(3), PROMPTS[:3], max_new_tokens=NEW)
     assert json.loads(found) == [list(answer.tokens) for answer in expected]
+
+
+@pytest.mark.parametrize("dtype", ["float15", "int32", int, "float64", object(), "bf16"])
+def test_a_dtype_that_no_model_computes_in_is_refused_before_weights(dtype):
+    with pytest.raises(ValueError, match="dtype is .*, expected one of float32, bfloat16, float16"):
+        jax_instructblip.load("nowhere", dtype=dtype)

@@ -57,3 +57,12 @@ except ValueError as error:
     assert mesh == "4 2 2"
     assert found == ["v5e:4x4 16", "v4:2x2x4 16", "v5p:2x2x4 16", "v6e:4x4 16", "v5e:1x1 1"]
     assert "the compiler knows no v5e:3x5" in refused and "4x4" in refused
+
+
+@pytest.mark.parametrize(
+    "name", ["cpu:100000000", "v5e:100000x100000", "cpu:" + "9" * 5000, "v4:" + "2x" * 5000 + "2"]
+)
+def test_more_chips_than_any_pod_has_are_refused_at_once(name):
+    with pytest.raises(ValueError, match="has more than 16,384 chips") as error:
+        topology.read_topology(name)
+    assert len(str(error.value)) < 200

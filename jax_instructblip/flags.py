@@ -1,0 +1,44 @@
+"""What the verbs' flags may be: numbers in their ranges, paths of a disk; all in one report."""
+
+import argparse
+
+from jax_instructblip.fields import Field, find_problems, number, text_problem, whole
+from jax_instructblip.files import find_addresses
+
+_DEVICES = whole(1, 1_000_000, unit="devices")
+
+# By name: a flag means the same in every verb that has it.
+NUMBERS: dict[str, Field] = {
+    "batch_size": whole(1, 65_536, unit="questions", optional=True),
+    "frames": whole(1, 1_024, unit="of a video"),
+    "fsdp": _DEVICES,
+    "limit": whole(0, unit="questions; 0: all"),
+    "max_missing": number(0, 1, unit="part of the records"),
+    "process": whole(0, special=(-1,)),
+    "processes": whole(0, 1_000_000),
+    "samples": whole(0, 10_000),
+    "scale": number(above=0, at_most=1_000),
+    "seed": whole(0, 2**32 - 1),  # a key has 32 bits: larger ones would be others again
+    "shard_bytes": whole(1, 2**50, unit="bytes"),
+    "shard_size": whole(1, unit="records"),
+    "silence_limit": number(above=0, unit="seconds"),
+    "tensor": _DEVICES,
+    "top": whole(1),
+    "tries": whole(1, 1_000, unit="plans"),
+    "wait_limit": number(above=0, unit="seconds"),
+    "workers": whole(0, 1_024, unit="processes"),
+}
+TEXTS = ("prompt",)
+
+
+def check_flags(flags: argparse.Namespace) -> None:
+    """Raises a ValueError that names every flag whose value cannot be used."""
+    values = vars(flags)
+    problems = [*find_problems(values, NUMBERS, "--"), *find_addresses(values)]
+    for name in TEXTS:
+        given = values.get(name) or []
+        for each in given if isinstance(given, list) else [given]:
+            if problem := text_problem(each):
+                problems.append(f"--{name} {problem}")
+    if problems:
+        raise ValueError("; ".join(problems))
