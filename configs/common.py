@@ -92,14 +92,14 @@ def get_config() -> ConfigDict:
 
     config.validation = ConfigDict()
     # Records to validate on, as in source(); "": no validation. What `prepare` wrote is asked with
-    # the preset of its dataset and scored by its metric, as `evaluate --datasets` does.
+    # the protocol of its dataset and scored by its metric, as `evaluate --datasets` does.
     config.validation.path = ""
     config.validation.split = "validation"
     config.validation.every = 3_000  # steps
     config.validation.first = True  # whether the weights are validated before the first step
     config.validation.limit = 1_000  # questions, always the same ones; 0: all
     config.validation.batch_size = 64  # questions answered at once
-    config.validation.max_new_tokens = 30  # of an answer, where no preset says it
+    config.validation.max_new_tokens = 30  # of an answer, where no protocol says it
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices that hold whole copies of the weights; -1: all that are left

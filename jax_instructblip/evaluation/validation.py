@@ -37,7 +37,7 @@ def evaluate(
     """`accuracy`, by which a run chooses its best checkpoint, and what else there is to say.
 
     Of a folder `path` that `jax-instructblip prepare` wrote, `accuracy` is the value of the
-    dataset's own metric (of captions CIDEr), with the prompt and the settings of its preset, and
+    dataset's own metric (of captions CIDEr), with the prompt and the settings of its protocol, and
     the other values follow by name. Of other records it is exact match of whole answers, the mean
     over the families, with `accuracy/FAMILY`. `limit` questions are taken; 0 takes all.
 
