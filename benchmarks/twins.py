@@ -21,17 +21,17 @@ from benchmarks.theirs import config_of
 from benchmarks.workload import Lengths, variant_of
 from jax_instructblip.convert.hf import read_hf
 from jax_instructblip.data.batch import collate
-from jax_instructblip.models.instructblip import InstructBlip, separate_decoder
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vision import IMAGE_MEAN, IMAGE_STD
+from jax_instructblip.models.vlm import VisionLanguageModel, separate_decoder
 
 
 class Twins(NamedTuple):
     """Both sides, in float32."""
 
     theirs: transformers.InstructBlipForConditionalGeneration
-    ours: InstructBlip
+    ours: VisionLanguageModel
     params: dict[str, Any]
     variant: Variant
 
@@ -53,7 +53,7 @@ def make_twins(name: str, seed: int = 0) -> Twins:
         theirs.save_pretrained(folder)
         variant, params = read_hf(folder)
     params = separate_decoder(variant, jax.tree.map(jnp.asarray, params))  # as `load` does
-    ours = InstructBlip(variant, scans=Scans(llm=Scan(separate=True)))
+    ours = VisionLanguageModel(variant, scans=Scans(llm=Scan(separate=True)))
     return Twins(theirs, ours, params, variant)
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_instructblip.models.instructblip import param_shapes
 from jax_instructblip.models.variants import Variant, get_variant
+from jax_instructblip.models.vlm import param_shapes
 
 
 def error(found: Any, expected: Any) -> float:

@@ -169,7 +169,7 @@ def test_public_names():
     ]
 
 
-@pytest.mark.parametrize("module", ["models.instructblip", "inference.pipeline", "training.step"])
+@pytest.mark.parametrize("module", ["models.vlm", "inference.pipeline", "training.step"])
 def test_computing_needs_no_data_library(module):
     run_python(f"""
         import sys

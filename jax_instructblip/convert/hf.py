@@ -17,8 +17,8 @@ from jax_instructblip.convert.hf_config import (
     variant_of,
 )
 from jax_instructblip.convert.safetensors import ConversionError, Tensor, fingerprint, open_folder
-from jax_instructblip.models.instructblip import param_shapes
 from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.vlm import param_shapes
 
 SIDE_FILES = ("generation_config", "preprocessor_config", "processor_config")  # for the export
 

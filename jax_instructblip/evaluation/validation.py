@@ -18,12 +18,12 @@ from jax_instructblip.evaluation.task import check_choices, open_task
 from jax_instructblip.evaluation.units import plan
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
-from jax_instructblip.models.instructblip import InstructBlip
+from jax_instructblip.models.vlm import VisionLanguageModel
 
 
 def evaluate(
     *,
-    model: InstructBlip,
+    model: VisionLanguageModel,
     params: dict[str, Any],
     text: TextProcessor,
     records: Sequence[Record],

@@ -39,7 +39,7 @@ from jax_instructblip.inference.scores import (
     first_eos,
 )
 from jax_instructblip.models.cache import follow, widen
-from jax_instructblip.models.instructblip import InstructBlip
+from jax_instructblip.models.vlm import VisionLanguageModel
 
 
 class Search(NamedTuple):
@@ -84,7 +84,7 @@ class _State(NamedTuple):
 
 
 def beam_tokens(
-    model: InstructBlip,
+    model: VisionLanguageModel,
     params: dict[str, Any],
     batch: dict[str, Any],
     config: GenerationConfig,
@@ -119,7 +119,7 @@ def beam_tokens(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _search(
-    model: InstructBlip,
+    model: VisionLanguageModel,
     max_new_tokens: int,
     num_beams: int,
     params: dict[str, Any],

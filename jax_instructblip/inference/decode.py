@@ -28,7 +28,7 @@ from jax_instructblip.inference.scores import (
     draw,
     first_eos,
 )
-from jax_instructblip.models.instructblip import InstructBlip
+from jax_instructblip.models.vlm import VisionLanguageModel
 
 
 class _State(NamedTuple):
@@ -44,7 +44,7 @@ class _State(NamedTuple):
 
 
 def generate_tokens(
-    model: InstructBlip,
+    model: VisionLanguageModel,
     params: dict[str, Any],
     batch: dict[str, Any],
     keys: jax.Array,
@@ -71,7 +71,7 @@ def generate_tokens(
 
 
 def stream_tokens(
-    model: InstructBlip,
+    model: VisionLanguageModel,
     params: dict[str, Any],
     batch: dict[str, Any],
     keys: jax.Array,
@@ -95,7 +95,7 @@ def stream_tokens(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _decode(
-    model: InstructBlip,
+    model: VisionLanguageModel,
     max_new_tokens: int,
     sample: bool,
     params: dict[str, Any],
@@ -134,7 +134,7 @@ def _newest(state: _State) -> tuple[tuple[jax.Array, jax.Array], jax.Array, _Sta
 
 
 def _start(
-    model: InstructBlip,
+    model: VisionLanguageModel,
     max_new_tokens: int,
     sample: bool,
     params: dict[str, Any],
@@ -161,7 +161,7 @@ def _start(
 
 
 def _advance(
-    model: InstructBlip,
+    model: VisionLanguageModel,
     sample: bool,
     params: dict[str, Any],
     keys: jax.Array,
@@ -175,7 +175,7 @@ def _advance(
 
 
 def _choose(
-    model: InstructBlip,
+    model: VisionLanguageModel,
     sample: bool,
     keys: jax.Array,
     settings: TracedSettings,

@@ -58,9 +58,9 @@ from jax_instructblip.inference.source import (
     require_kind,
 )
 from jax_instructblip.inference.streaming import one_ahead, pieces
-from jax_instructblip.models.instructblip import InstructBlip, is_separate
 from jax_instructblip.models.layers import BATCH_AXES, Scan, Scans
 from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.vlm import VisionLanguageModel, is_separate
 from jax_instructblip.parallel.mesh import batch_sharding
 
 BATCH_SIZE = 8  # questions that are answered at once
@@ -84,7 +84,7 @@ def load(
     source = read_source(path)
     reader = require_kind(source, READERS)
     # The model refuses a dtype when it is bound: now, before gigabytes are read.
-    _ = InstructBlip(source.variant, dtype).bind({}).vision
+    _ = VisionLanguageModel(source.variant, dtype).bind({}).vision
     text = TextProcessor.load(source.folder, source.variant, **source.limits)
     params = load_params(source, dtype, mesh)
     return reader(source.variant, params, text, dtype=dtype, mesh=mesh, source=source)
@@ -109,12 +109,12 @@ class InstructBlipPipeline:
     ):
         """The pipeline of parameters that are on their devices already; `load` reads a folder.
 
-        Decoding layers may be stacked, or separate (`models.instructblip.separate_decoder`).
+        Decoding layers may be stacked, or separate (`models.vlm.separate_decoder`).
         """
         self.variant, self.params, self.text, self.mesh = variant, params, text, mesh
         self.silent, self.source = silent, source  # silent: no progress lines
         scans = Scans(llm=Scan(separate=is_separate(variant, params)))
-        self.model = InstructBlip(variant, jnp.dtype(dtype), scans)
+        self.model = VisionLanguageModel(variant, jnp.dtype(dtype), scans)
 
     def generate(
         self,
@@ -366,12 +366,12 @@ READERS = {"instructblip": InstructBlipPipeline}  # what `load` returns, by the 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model: InstructBlip, params: Any, batch: Batch) -> Any:
+def _logits(model: VisionLanguageModel, params: Any, batch: Batch) -> Any:
     return model.apply({"params": params}, batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _visual_prompt(model: InstructBlip, params: Any, batch: Batch) -> Any:
+def _visual_prompt(model: VisionLanguageModel, params: Any, batch: Batch) -> Any:
     return model.apply({"params": params}, batch, method="visual_vectors")
 
 

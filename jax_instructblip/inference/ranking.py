@@ -26,7 +26,7 @@ import numpy as np
 
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.fields import text_problem
-from jax_instructblip.models.instructblip import InstructBlip
+from jax_instructblip.models.vlm import VisionLanguageModel
 
 NODES = 256  # inner tokens of a chunk: its attention grows with their square
 LOGITS = 1 << 22  # vocabulary logits that are held at once: 16 MiB in float32
@@ -277,7 +277,10 @@ def _stack(chunks: Sequence[_Chunk], inner: int, pairs: int) -> Tree:
 
 
 def pair_logprobs(
-    model: InstructBlip, params: dict[str, Any], batch: dict[str, Any], chunks: Sequence[Tree]
+    model: VisionLanguageModel,
+    params: dict[str, Any],
+    batch: dict[str, Any],
+    chunks: Sequence[Tree],
 ) -> list[jax.Array]:
     """Log-probabilities `[B, E]` of every chunk's pairs, float32; the prompt is read once."""
     first, cache = _prefill(model, params, batch)
@@ -285,7 +288,7 @@ def pair_logprobs(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _prefill(model: InstructBlip, params: dict[str, Any], batch: dict[str, Any]) -> Any:
+def _prefill(model: VisionLanguageModel, params: dict[str, Any], batch: dict[str, Any]) -> Any:
     return model.apply({"params": params}, batch, 0, method="prefill")
 
 

@@ -13,8 +13,8 @@ from jax_instructblip.convert.stored_model import check_room, copy_tokenizers, w
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.folders import refuse_existing
 from jax_instructblip.inference.source import LIMITS, Source
-from jax_instructblip.models.instructblip import DECODERS, is_separate
 from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.vlm import DECODERS, is_separate
 
 
 def save_checkpoint(

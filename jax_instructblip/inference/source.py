@@ -24,8 +24,8 @@ from jax_instructblip import checkpoint
 from jax_instructblip.convert.hf import convert_hf
 from jax_instructblip.convert.stored_model import StoredModel, read_stored_model, tuned
 from jax_instructblip.files import local_path, read_json
-from jax_instructblip.models.instructblip import DECODERS, param_shapes, separate_decoder
 from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.vlm import DECODERS, param_shapes, separate_decoder
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import is_split, replicated
 from jax_instructblip.step_meta import check_manifest, read_meta
@@ -310,7 +310,7 @@ def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> checkpo
     """The parameters of `source` on the first device, or laid over `mesh` by `parallel/rules.py`.
 
     Of a mesh of several processes each reads what it holds. On a CPU that holds them whole the
-    layers that decode are separate, which is faster (`models.instructblip.separate_decoder`).
+    layers that decode are separate, which is faster (`models.vlm.separate_decoder`).
     """
     place = functools.partial(_place, dtype=dtype, mesh=mesh)
     if mesh is not None:

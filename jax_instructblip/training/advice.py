@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jax_instructblip.models.instructblip import param_shapes
 from jax_instructblip.models.variants import LlamaConfig, Variant
+from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.parallel.topology import GIB, Chip, Topology

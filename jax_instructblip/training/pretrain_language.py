@@ -18,9 +18,9 @@ from jax_instructblip.data import shapes, shapes_tasks
 from jax_instructblip.data.batch import IGNORE, collate
 from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.models.instructblip import LANGUAGE_MODELS
 from jax_instructblip.models.layers import Network
 from jax_instructblip.models.variants import LanguageConfig, T5Config
+from jax_instructblip.models.vlm import LANGUAGE_MODELS
 
 ROUND = 8  # rows are padded to a multiple of this many tokens
 BUCKETS = 4  # groups of like lengths, so that little of a batch is padding
@@ -144,7 +144,7 @@ class Reader(Network):
     config: LanguageConfig
 
     def setup(self):
-        """Names the model `llm`, as `InstructBlip` does."""
+        """Names the model `llm`, as `VisionLanguageModel` does."""
         self.llm = LANGUAGE_MODELS[self.config.kind](self.config, jnp.float32)
 
     def __call__(self, batch: dict[str, jax.Array], train: bool = False) -> jax.Array:

@@ -15,8 +15,8 @@ from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import dataset_name, open_records
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.folders import unwritable
-from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.models.layers import Scan, Scans
+from jax_instructblip.models.vlm import VisionLanguageModel
 from jax_instructblip.parallel import pmap, rules
 from jax_instructblip.parallel.mesh import batch_sharding, local_rows, make_mesh
 from jax_instructblip.training.config_table import check_config
@@ -195,7 +195,7 @@ def read_validation(
     evaluate: Evaluate | None,
     records: Sequence[Record] | None,
     *,
-    model: InstructBlip,
+    model: VisionLanguageModel,
     text: TextProcessor,
     mesh: Mesh,
 ) -> Validation | None:

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from jax_instructblip import checkpoint, stored_leaf
 from jax_instructblip.inference.source import base_digest, read_params, read_source
-from jax_instructblip.models.instructblip import InstructBlip, param_shapes
 from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.parallel import rules
 from jax_instructblip.training.state import Params, partition
 
@@ -70,7 +70,7 @@ def read_start(
     digest = base_digest(source)
     variant = source.variant.replace(**(fields or {}))
     # The model refuses a dtype when it is bound: now, before gigabytes are read.
-    _ = InstructBlip(variant, jnp.dtype(dtype)).bind({}).vision
+    _ = VisionLanguageModel(variant, jnp.dtype(dtype)).bind({}).vision
     notes = [f"frozen weights: {source.folder} (sha256 {digest[:12]}...)"]
     if mesh is not None:  # what it cannot divide is told now, too
         rules.shardings(param_shapes(variant), mesh)

@@ -10,8 +10,8 @@ from jax_instructblip import checkpoint
 from jax_instructblip.convert import hf
 from jax_instructblip.convert.safetensors import ConversionError
 from jax_instructblip.convert.stored_model import copy_tokenizers
-from jax_instructblip.models.instructblip import param_shapes
 from jax_instructblip.models.variants import get_variant, released_name
+from jax_instructblip.models.vlm import param_shapes
 from tests.convert.folders import INDEX, copy, edit_config, tensors
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")

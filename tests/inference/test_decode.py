@@ -10,7 +10,7 @@ from jax_instructblip.inference.decode import generate_tokens, stream_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.questions import compacted
 from jax_instructblip.inference.scores import TracedSettings, draw, first_eos, penalise, truncate
-from jax_instructblip.models.instructblip import InstructBlip
+from jax_instructblip.models.vlm import VisionLanguageModel
 from tests.compile_counter import count_compiles
 from tests.numerics import random_params, small
 from tests.rows import lay_out, read_text, to_answer
@@ -31,7 +31,7 @@ SIZES = small("vicuna")
 @pytest.fixture(scope="module", params=("t5", "vicuna"))
 def model(request):
     variant = small(request.param).replace(**IDS[request.param], **{"llm.pad_id": 0})
-    return InstructBlip(variant), random_params(variant)
+    return VisionLanguageModel(variant), random_params(variant)
 
 
 def make_batch(lengths=LENGTHS, padded=9, frames=1, padding="end") -> dict[str, np.ndarray]:
@@ -332,4 +332,4 @@ def test_parameters_are_no_constants_of_the_program(model):
 def test_t5_refuses_float16():
     variant = small("t5")
     with pytest.raises(ValueError, match="float16.*overflow"):
-        generate((InstructBlip(variant, jnp.float16), random_params(variant)), make_batch())
+        generate((VisionLanguageModel(variant, jnp.float16), random_params(variant)), make_batch())

@@ -16,7 +16,7 @@ from jax_instructblip.inference.ranking import (
     same_tokens,
     score,
 )
-from jax_instructblip.models.instructblip import InstructBlip
+from jax_instructblip.models.vlm import VisionLanguageModel
 from tests.micro import make_batch, micro
 from tests.numerics import random_params
 from tests.rows import lay_out, read_text, to_answer
@@ -41,7 +41,7 @@ class Small:
 
     def __init__(self, kind):
         self.kind, self.variant = kind, micro(kind)
-        self.model = InstructBlip(self.variant)
+        self.model = VisionLanguageModel(self.variant)
         self.params = jax.tree.map(jnp.asarray, random_params(self.variant))
         drawn = make_batch(self.variant, rows=QUESTIONS, text=TEXT)
         self.batch = to_answer(drawn)

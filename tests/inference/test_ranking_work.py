@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip.inference.ranking import NODES, make_plan, tree_logprobs
-from jax_instructblip.models.instructblip import InstructBlip, param_shapes
+from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.training.flops import counted
 from tests.micro import make_batch, micro
 
@@ -27,7 +27,7 @@ class Work:
 
     def __init__(self, kind):
         self.variant, self.params = micro(kind), param_shapes(micro(kind))
-        self.model = InstructBlip(self.variant)
+        self.model = VisionLanguageModel(self.variant)
 
     def __call__(self, candidates, prompt=8):
         batch = make_batch(self.variant, rows=1, text=prompt)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jax_instructblip.models.cache import follow, look, start, view, widen, write
-from jax_instructblip.models.instructblip import InstructBlip, separate_decoder
 from jax_instructblip.models.layers import Scan, Scans
+from jax_instructblip.models.vlm import VisionLanguageModel, separate_decoder
 from tests.micro import make_batch, micro
 from tests.numerics import error, random_params
 from tests.rows import lay_out, read_text, to_answer
@@ -28,7 +28,7 @@ class Small:
 
     def __init__(self, kind, separate):
         self.variant = micro(kind)
-        self.model = InstructBlip(self.variant, scans=Scans(llm=Scan(separate=separate)))
+        self.model = VisionLanguageModel(self.variant, scans=Scans(llm=Scan(separate=separate)))
         params = jax.tree.map(jnp.asarray, random_params(self.variant))
         self.params = separate_decoder(self.variant, params) if separate else params
         self.batch = to_answer(make_batch(self.variant, rows=2))

@@ -14,15 +14,15 @@ from jax_instructblip.inference.decode import generate_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import load
 from jax_instructblip.inference.ranking import make_plan, pair_logprobs
-from jax_instructblip.models.instructblip import (
-    LANGUAGE_MODELS,
-    InstructBlip,
-    param_shapes,
-    separate_decoder,
-)
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.qformer import QFormer
 from jax_instructblip.models.vision import VisionTransformer
+from jax_instructblip.models.vlm import (
+    LANGUAGE_MODELS,
+    VisionLanguageModel,
+    param_shapes,
+    separate_decoder,
+)
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.training.flops import products
 from jax_instructblip.training.objective import LanguageObjective
@@ -50,7 +50,7 @@ def parameters(kind: str) -> dict[str, Any]:
     return jax.tree.map(jnp.asarray, random_params(micro(kind)))
 
 
-def programs(model: InstructBlip, params: Any) -> dict[str, Any]:
+def programs(model: VisionLanguageModel, params: Any) -> dict[str, Any]:
     """What answers, ranks and validates, as calls without arguments."""
     batch = jax.tree.map(jnp.asarray, make_batch(model.variant))
     keys = jax.random.split(jax.random.key(0), 4)
@@ -73,13 +73,13 @@ def test_answers_in_float32_are_float32_everywhere(kind, program, separate):
     params = parameters(kind)
     params = separate_decoder(micro(kind), params) if separate else params
     scans = Scans(llm=Scan(separate=separate))
-    model = InstructBlip(micro(kind), jnp.dtype("float32"), scans)
+    model = VisionLanguageModel(micro(kind), jnp.dtype("float32"), scans)
     assert set(asked(programs(model, params)[program])) == {HIGHEST}
 
 
 @pytest.mark.parametrize("program", ["generate", "rank"])
 def test_narrow_answers_ask_for_nothing(program):
-    model = InstructBlip(micro("t5"), jnp.dtype("bfloat16"))
+    model = VisionLanguageModel(micro("t5"), jnp.dtype("bfloat16"))
     assert set(asked(programs(model, parameters("t5"))[program])) == {None}
 
 
@@ -98,7 +98,7 @@ def streams(jaxpr: Any) -> Iterator[Any]:
 @pytest.mark.parametrize("program", ["generate", "beam", "rank", "logits"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_narrow_layers_are_summed_in_float32(kind, program):
-    model = InstructBlip(micro(kind), jnp.dtype("bfloat16"))
+    model = VisionLanguageModel(micro(kind), jnp.dtype("bfloat16"))
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), parameters(kind))
     found = list(streams(jax.make_jaxpr(programs(model, params)[program])().jaxpr))
     assert len(found) >= 3 and set(found) == {jnp.dtype("float32")}, found
@@ -135,7 +135,7 @@ def step_precisions(kind: str, dtype: Any, **settings: Any) -> list[Any]:
 def step_jaxpr(kind: str, dtype: Any, *, mode: str = "jit", remat: str = "none", **more: Any):
     variant, optimizer, rate = micro(kind), adamw(lambda _: 1e-2), lambda _: 1e-2
     scans = Scans(*(Scan(remat=remat) for _ in range(3)))
-    objective = LanguageObjective(InstructBlip(variant, dtype, scans))
+    objective = LanguageObjective(VisionLanguageModel(variant, dtype, scans))
     settings = dict(objective=objective, optimizer=optimizer, schedule=rate)
     chosen, frozen = partition(param_shapes(variant), ("qformer",))
     if mode == "pmap":

@@ -4,7 +4,6 @@ import json
 import jax
 import pytest
 
-from jax_instructblip.models.instructblip import param_shapes
 from jax_instructblip.models.variants import (
     VARIANTS,
     ProjectorConfig,
@@ -13,6 +12,7 @@ from jax_instructblip.models.variants import (
     released_name,
     size_differences,
 )
+from jax_instructblip.models.vlm import param_shapes
 
 # FlanT5-XL, FlanT5-XXL, Vicuna-7B and Vicuna-13B have 2.850, 11.135, 6.738 and 13.016 billion.
 RELEASED = {

@@ -8,8 +8,8 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from jax_instructblip import trees
-from jax_instructblip.models.instructblip import param_shapes
 from jax_instructblip.models.variants import VARIANTS, get_variant
+from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import AXES, make_mesh
 from jax_instructblip.training import start

@@ -6,18 +6,18 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.models.layers import LayerNorm
 from jax_instructblip.models.masks import padding_mask
 from jax_instructblip.models.qformer import QFormer
 from jax_instructblip.models.variants import QFormerConfig, Variant
+from jax_instructblip.models.vlm import VisionLanguageModel
 from jax_instructblip.training.loss import count_targets, cross_entropy
 
 
 @functools.cache
 def stages(variant: Variant):
     """Jitted (qformer, params, batch) -> ((loss, values of each stage), gradient of qformer)."""
-    model = InstructBlip(variant)
+    model = VisionLanguageModel(variant)
 
     def values(qformer, params, batch):
         params = {"params": {**params, "qformer": qformer}}

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 import jax_instructblip
 from jax_instructblip.inference.beam import beam_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.vlm import VisionLanguageModel
 from tests.parity import golden
 from tests.parity.test_generation import (
     CASES,
@@ -52,7 +52,7 @@ def test_answers_are_those_of_the_original_code(shared, case, tag, setting):
     recorded = outputs[f"{tag}/{setting}/ids"][:, 1:]
     settings = {"num_beams": 5, "max_new_tokens": 12} | SETTINGS[setting]
     settings["max_new_tokens"] -= case != "instruct_t5"
-    model = InstructBlip(golden.variant(case))
+    model = VisionLanguageModel(golden.variant(case))
     config = GenerationConfig(**settings)
     made = beam_tokens(model, golden.params(case), golden.batch(case, tag), config)
     made = jax.tree.map(np.asarray, made)

@@ -13,8 +13,8 @@ import jax_instructblip
 from jax_instructblip.inference.decode import generate_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.scores import TracedSettings, truncate
-from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.models.vision import IMAGE_MEAN, IMAGE_STD
+from jax_instructblip.models.vlm import VisionLanguageModel
 from tests.parity import golden
 
 # The recorded `min_length` 8 counts T5's start id, and the first id of transformers 4.33.2 that the
@@ -34,7 +34,7 @@ def case(request, shared):
 
 @pytest.fixture(scope="module")
 def model(case):
-    return InstructBlip(golden.variant(case)), golden.params(case)
+    return VisionLanguageModel(golden.variant(case)), golden.params(case)
 
 
 def assert_same_answers(model, made, recorded):

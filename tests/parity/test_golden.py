@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_instructblip.models.instructblip import InstructBlip, param_shapes
+from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from tests.numerics import error
 from tests.parity import golden
 from tests.parity.stages import stages
@@ -53,13 +53,13 @@ class Case:
             inputs = model.embed_row(batch)
             return inputs, *model.llm.prefill(inputs, batch["segments"] > 0, 4)
 
-        model = InstructBlip(self.variant)
+        model = VisionLanguageModel(self.variant)
         return jax.jit(lambda params, batch: model.apply({"params": params}, batch, method=prefill))
 
     @functools.cached_property
     def step(self):
         """Jitted (params, token, cache) -> logits of the next token, and the cache."""
-        model = InstructBlip(self.variant)
+        model = VisionLanguageModel(self.variant)
         return jax.jit(
             lambda params, token, cache: model.apply(
                 {"params": params}, token, cache, method="decode_step"

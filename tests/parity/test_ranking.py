@@ -11,7 +11,7 @@ import pytest
 from jax_instructblip.data.batch import collate
 from jax_instructblip.data.text import RELEASED_SPECIAL, TextProcessor, load_tokenizers
 from jax_instructblip.inference.ranking import make_plan, pair_logprobs, score, tokenise
-from jax_instructblip.models.instructblip import InstructBlip
+from jax_instructblip.models.vlm import VisionLanguageModel
 from tests.numerics import error
 from tests.parity import golden
 
@@ -40,7 +40,7 @@ LISTS = {
 @dataclasses.dataclass
 class Case:
     name: str
-    model: InstructBlip
+    model: VisionLanguageModel
     params: dict
     text: TextProcessor
     given: dict
@@ -89,7 +89,7 @@ def case(request, shared):
     recorded = golden.outputs(request.param)
     return Case(
         request.param,
-        InstructBlip(variant),
+        VisionLanguageModel(variant),
         params,
         TextProcessor(variant, llm, bert, qformer_limit=LIMIT),
         given,

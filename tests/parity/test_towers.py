@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_instructblip.models.instructblip import InstructBlip
 from jax_instructblip.models.llama import LlamaLayer, rotary
 from jax_instructblip.models.masks import causal_mask, padding_mask
 from jax_instructblip.models.qformer import QFormerLayer
 from jax_instructblip.models.t5 import T5Layer, T5Stack
 from jax_instructblip.models.vision import VisionBlock
+from jax_instructblip.models.vlm import VisionLanguageModel
 from tests.numerics import error
 from tests.parity import stages, towers
 
@@ -171,7 +171,7 @@ def test_qformer_without_instruction(read_pair):
 def test_prefill_and_steps(read_pair, name):
     """Two cached steps with the next tokens of a longer row that transformers reads whole."""
     pair = read_pair(name)
-    model = InstructBlip(pair.variant)
+    model = VisionLanguageModel(pair.variant)
     queries, tokens = pair.variant.visual_tokens, np.array([[7, 11], [8, 12], [9, 13]])
     prefill = jax.jit(
         lambda params, batch: model.apply({"params": params}, batch, 2, method="prefill")

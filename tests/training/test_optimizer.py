@@ -4,8 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from jax_instructblip.models.instructblip import param_shapes
 from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.training.optimizer import adamw, decays, staircase_cosine, warmup_cosine
 
 PAPER = dict(start=1e-8, peak=1e-5, end=0.0, warmup_steps=1_000, total_steps=60_000)
