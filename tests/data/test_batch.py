@@ -5,6 +5,7 @@ from jax_instructblip.data.batch import (
     IGNORE,
     bucket,
     collate,
+    compact,
     deal,
     lay_slots,
     pad_to,
@@ -214,3 +215,16 @@ def test_dealing_leaves_little_room_empty():
     shared = deal([(length, 1) for length in lengths], 16)
     widths, in_order = lengths[shared].sum(axis=1), lengths.reshape(16, 8).sum(axis=1)
     assert widths.mean() / widths.max() > 0.85 > in_order.mean() / in_order.max()
+
+
+def test_compact_moves_padding_to_the_end():
+    tokens = np.array([[9, 9, 1, 2], [1, 9, 9, 2], [1, 2, 3, 4], [9, 9, 9, 9]])
+    mask = np.array([[0, 0, 1, 1], [1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]])
+    moved, moved_mask = compact(tokens, mask, pad_id=7)
+    np.testing.assert_array_equal(moved, [[1, 2, 7, 7], [1, 2, 7, 7], [1, 2, 3, 4], [7, 7, 7, 7]])
+    np.testing.assert_array_equal(
+        moved_mask, [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
+    )
+    assert moved_mask.dtype == bool and moved.dtype == tokens.dtype
+    with pytest.raises(ValueError, match="do not match"):
+        compact(tokens, mask[:, 1:])

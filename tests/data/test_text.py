@@ -397,16 +397,3 @@ def test_loading_does_not_import_torch(shared, block):
     script = _LOAD.format(block=block, files=str(shared / "data" / "tokenizers"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_compact_moves_padding_to_the_end():
-    tokens = np.array([[9, 9, 1, 2], [1, 9, 9, 2], [1, 2, 3, 4], [9, 9, 9, 9]])
-    mask = np.array([[0, 0, 1, 1], [1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]])
-    moved, moved_mask = compact(tokens, mask, pad_id=7)
-    np.testing.assert_array_equal(moved, [[1, 2, 7, 7], [1, 2, 7, 7], [1, 2, 3, 4], [7, 7, 7, 7]])
-    np.testing.assert_array_equal(
-        moved_mask, [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
-    )
-    assert moved_mask.dtype == bool and moved.dtype == tokens.dtype
-    with pytest.raises(ValueError, match="do not match"):
-        compact(tokens, mask[:, 1:])

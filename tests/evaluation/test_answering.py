@@ -1,8 +1,10 @@
 import pytest
 
+from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import units
 from jax_instructblip.evaluation.answering import Share, answer, count_left
 from jax_instructblip.evaluation.units import loads, plan
+from jax_instructblip.inference import questions as batching
 from jax_instructblip.inference.pipeline import load
 from tests.compile_counter import count_compiles
 from tests.evaluation.parrots import Parrot, make_task, record
@@ -24,14 +26,36 @@ def varied(count):
     ]
 
 
+def count_calls(monkeypatch):
+    """How often pictures and texts are prepared from now on, by the name of the function."""
+    made = dict.fromkeys(("decode", "resize_squash", "prompt", "candidate"), 0)
+
+    def count(owner, name):
+        called = getattr(owner, name)
+
+        def counted(*args, **rest):
+            made[name] += 1
+            return called(*args, **rest)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for name in ("decode", "resize_squash"):
+        count(batching, name)
+    for name in ("prompt", "candidate"):
+        count(TextProcessor, name)
+    return made
+
+
 @pytest.mark.parametrize("name", ["gqa", "iconqa"])
-def test_nothing_is_compiled_after_the_first_load_of_a_group(tmp_path, name, monkeypatch):
+def test_nothing_is_made_twice_or_compiled_after_the_first_load(tmp_path, name, monkeypatch):
     monkeypatch.setattr(units, "LOAD_UNITS", 1)
     blip = load(write_base(tmp_path / "base", "llama", **{"llm.max_positions": 512}))
     blip.silent = True
     task = make_task(name, varied(24), num_beams=1, max_new_tokens=3)
+    made = count_calls(monkeypatch)
     questions = plan(task, blip.text, 1)
     rows, compiled, seen = [], [], set()
+    planned = dict(made)
     with count_compiles() as seconds:
 
         def take(made):
@@ -49,6 +73,11 @@ def test_nothing_is_compiled_after_the_first_load_of_a_group(tmp_path, name, mon
             assert new > 0
         seen.add(each[0].group)
     assert sorted(row.id for row in rows) == sorted(each.id for each in questions.records)
+    # Each picture is decoded and resized once, each text is tokenised once.
+    texts = {each for record in questions.records for each in record.choices}
+    tokenised = {"prompt": 24, "candidate": len(texts) if task.protocol.ranking else 0}
+    assert planned == {"decode": 0, "resize_squash": 0, **tokenised}
+    assert made == {"decode": 24, "resize_squash": 24, **tokenised}
 
 
 def test_shares_together_are_all():
