@@ -110,7 +110,7 @@ def test_texts():
     assert texts_of({"a": ["b", " ", "b", " c"]}, "a", "r") == ("b", "b", " c")
     with pytest.raises(AnnotationError, match="r: a is blank"):
         text_of({"a": "\n"}, "a", "r")
-    with pytest.raises(AnnotationError, match=r"r: a\[1\]: found int 7, expected text"):
+    with pytest.raises(AnnotationError, match=r"r: a\[1\]: found a whole number, expected text"):
         texts_of({"a": ["b", 7]}, "a", "r")
 
 
