@@ -54,7 +54,7 @@ def read_stored_model(folder: Path) -> StoredModel:
     """The model of a checkpoint folder; CheckpointError where it is none."""
     config = checkpoint.read_config(folder)
     try:
-        variant = Variant.from_dict(config.get("variant"))
+        variant = Variant.from_dict(config.get("variant", {}))
     except ValueError as error:
         raise checkpoint.CheckpointError(f"{folder}/config.json is damaged: {error}") from error
     return StoredModel(

@@ -7,13 +7,14 @@ mended where the vocabulary is LLaMA's, whose scores are known, and refused wher
 """
 
 import itertools
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import transformers
 from tokenizers import models, normalizers
+
+from jax_instructblip.files import parse_json
 
 SPACE = "▁"
 # Enough of LLaMA's 32,000 pieces to know them. Their scores fall with their ids; those of spaces
@@ -42,7 +43,7 @@ def split_as_sentencepiece(
         vocab = {pieces.id_to_piece(i): i for i in range(len(pieces))}
         backend.model = _model(tokenizer, vocab, pieces.get_score)
         return
-    written = json.loads(backend.to_str())["model"]
+    written = parse_json(backend.to_str())["model"]
     vocab = written.get("vocab")
     if not isinstance(vocab, dict) or not _lost_scores(written):
         return

@@ -84,7 +84,7 @@ def example_batch(variant: Variant, batch: int = 1, text: int = 4, answer: int =
     """A batch of one sample a row: an image, `text` equal ids behind it, `answer` targets."""
     visual = variant.visual_tokens
     sizes = {"G": batch, "X": visual + text, "L": text, "A": answer, "U": answer}
-    made = {name: np.zeros(*each) for name, each in shapes(variant, sizes).items()}
+    made: dict[str, Any] = {n: np.zeros(*each) for n, each in shapes(variant, sizes).items()}
     slots = np.arange(visual + text, dtype=np.int32)
     made["image_sample"] += 1
     made["qformer_mask"] |= True
@@ -234,9 +234,9 @@ def _wrong_instructions(batch: Batch, variant: Variant) -> list[str]:
     wrong = []
     if "qformer_mask" in batch:
         mask = batch["qformer_mask"]
-        holes = (~mask[..., :-1] & mask[..., 1:]).any(axis=-1)
+        holes = np.any(~mask[..., :-1] & mask[..., 1:], axis=(1, 2))
         if holes.any():
-            rows = np.flatnonzero(holes.any(axis=1)).tolist()
+            rows = np.flatnonzero(holes).tolist()
             wrong.append(f"qformer_mask has padding before a token in rows {rows}")
         samples = mask.shape[1]
         if (owners := batch["image_sample"]).size and (owners.min() < 0 or owners.max() > samples):

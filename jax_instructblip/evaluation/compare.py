@@ -33,6 +33,7 @@ def compare(first: Path, second: Path) -> list[Comparison]:
         what = [
             f"{suite.KINDS[kind]} ({', '.join(names)})"
             for kind, names in zip(kinds, files, strict=True)
+            if kind is not None
         ]
         raise MetricError(
             f"{first} holds {what[0]}, {second} holds {what[1]}: only two runs that measured the "

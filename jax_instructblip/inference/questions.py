@@ -174,8 +174,8 @@ def compacted(batch: Batch) -> Batch:
         moved = _move_padding(batch, "decoder_segments", ("decoder_tokens",))
         batch["asked"] = _follow(batch["asked"], moved)
     if "qformer_mask" in batch:
-        flat = [batch[name].reshape(-1, batch[name].shape[-1]) for name in _INSTRUCTION]
-        for name, leaf in zip(_INSTRUCTION, compact(*flat), strict=True):
+        tokens, mask = (batch[name].reshape(-1, batch[name].shape[-1]) for name in _INSTRUCTION)
+        for name, leaf in zip(_INSTRUCTION, compact(tokens, mask), strict=True):
             batch[name] = leaf.reshape(batch[name].shape)
     return batch
 

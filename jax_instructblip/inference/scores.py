@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.models.variants import LanguageConfig
+from jax_instructblip.models.variants import LanguageConfig, T5Config
 
 # What the released code puts before the new ids of a decoder-only model: `bos_token_id` of the
 # language model's generation config, which for Vicuna is not the bos of its tokenizer (`</s>`).
@@ -51,7 +51,7 @@ class TracedSettings(NamedTuple):
 def counted(llm: LanguageConfig, batch: dict[str, Any], prompt_counts: jax.Array) -> jax.Array:
     """Ids `[B, V]` that the repetition penalty counts before the first new token."""
     nothing = jnp.zeros((len(batch["tokens"]), llm.vocab), bool)
-    if llm.encoder_decoder:
+    if isinstance(llm, T5Config):
         return nothing.at[:, llm.decoder_start_id].set(True)
     rows = jnp.arange(len(nothing))[:, None]
     text = (batch["slots"] < 0) & (batch["segments"] > 0)

@@ -67,8 +67,8 @@ def attend(
     rounding of a bfloat16 query.
     `drop` is applied to the weights, in training.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = jnp.einsum("BTNK,BSNK->BNTS", query, key, preferred_element_type=jnp.float32) * scale
+    factor: float = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = jnp.einsum("BTNK,BSNK->BNTS", query, key, preferred_element_type=jnp.float32) * factor
     if bias is not None:
         scores = scores + bias
     if mask is not None:
@@ -110,16 +110,16 @@ def attend_parts(
     where attention over a whole row has its queries, and heads come before slots as products on a
     CPU want them. The newest token comes apart, so that the tail is read before it is written.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     query = heads_first(query)
     score = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores = []
     for part in parts:
-        found = score("BNRK,BNSK->BNRS", query, part.key) * scale
+        found = score("BNRK,BNSK->BNRS", query, part.key) * factor
         found = found if part.bias is None else found + part.bias
         scores.append(jnp.where(part.mask, found, MASKED))
     if own is not None:
-        found = score("BNRK,BNRK->BNR", query, own.key)[..., None] * scale
+        found = score("BNRK,BNRK->BNR", query, own.key)[..., None] * factor
         scores.append(found if own.bias is None else found + own.bias[None, :, None, None])
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
     mixed, start = jnp.zeros_like(query), 0

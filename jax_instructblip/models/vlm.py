@@ -87,7 +87,8 @@ class VisionLanguageModel(Network):
         patches = self.encode_image(batch["images"])
         if len(batch["images"]) != rows:
             patches = jnp.tile(patches, (rows, 1, 1))
-        vectors = self.bridge(patches, *self._instructions(batch), train=train)
+        tokens, valid = self._instructions(batch)
+        vectors = self.bridge(patches, tokens, valid, train=train)
         return constrain(vectors.reshape(rows, -1, vectors.shape[-1]))
 
     def embed_row(self, batch: Batch, train: bool = False) -> Float[Array, "G X Dl"]:
@@ -135,14 +136,14 @@ class VisionLanguageModel(Network):
             self.llm(inputs, ones, ones, ones)
         self.llm.embed(ones)
 
-    def _instructions(self, batch: Batch) -> tuple[Array, ...]:
+    def _instructions(self, batch: Batch) -> tuple[Array | None, Array | None]:
         """Ids and mask `[G*I, L]` of the instruction about each image, for a bridge that reads."""
         if not self.variant.reads_instruction:
-            return ()
+            return None, None
         owner = jnp.maximum(batch["image_sample"] - 1, 0)[..., None]  # unused ones: never seen
-        leaves = (batch["qformer_tokens"], batch["qformer_mask"])
-        chosen = (jnp.take_along_axis(leaf, owner, axis=1) for leaf in leaves)
-        return tuple(leaf.reshape(-1, leaf.shape[-1]) for leaf in chosen)
+        of_image = lambda name: jnp.take_along_axis(batch[name], owner, axis=1)
+        flat = lambda leaf: leaf.reshape(-1, leaf.shape[-1])
+        return flat(of_image("qformer_tokens")), flat(of_image("qformer_mask"))
 
 
 def init_params(variant: Variant, key: Array) -> dict[str, Any]:

@@ -26,7 +26,10 @@ class Objective(Protocol):
         compares samples with each other needs them all at once.
     """
 
-    whole_batch: str
+    @property
+    def whole_batch(self) -> str:
+        """See above."""
+        ...
 
     def totals(self, batch: Batch) -> Totals:
         """The denominator of each term, of the batch alone; those of its parts add up."""

@@ -24,7 +24,7 @@ import jax
 from jax_instructblip import leaf_parts, remote
 from jax_instructblip.checkpoint import PARAMS
 from jax_instructblip.file_hashes import write_hashes
-from jax_instructblip.files import read_json
+from jax_instructblip.files import parse_json, read_json
 from jax_instructblip.folders import atomic_folder, write_file
 from jax_instructblip.leaf_parts import OwnPart
 from jax_instructblip.manifest import MANIFEST
@@ -123,7 +123,7 @@ class SharedSave:
 
     def _manifests(self, index: int) -> dict[str, leaf_parts.Manifest]:
         if self._store:
-            return json.loads(remote.read(self._store, self._done(index)) or b"")
+            return parse_json(remote.read(self._store, self._done(index)) or b"")
         return read_json(self._part_folder(index) / self._done(index), dict)
 
     def _part_folder(self, index: int) -> Path:

@@ -22,6 +22,7 @@ def test_convert_and_export(forge, tmp_path, capsys):
     assert f"{ours}: tiny-t5, 230 tensors bfloat16 -> 111 leaves, 0.01 GB" in out
     assert sorted(path.name for path in ours.iterdir()) == [
         "config.json",
+        "files.json",
         "manifest.json",
         "params",
         "qformer_tokenizer",

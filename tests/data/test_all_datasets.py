@@ -130,6 +130,7 @@ STORED = {
             "answers": ("cigarette",) * 9,
             "choices": ("toothpick", "food", "cigarette"),
             "correct": 2,
+            "blank": 1,
         },
     ),
     "scienceqa": (
@@ -149,6 +150,7 @@ STORED = {
             "id": "v-0_10_20",
             "prompt": "What, in the end, is put into the pan?",
             "answers": ("salt", "salt", "sugar", "a pinch of salt"),
+            "blank": 1,
         },
     ),
     "visual_dialog": (

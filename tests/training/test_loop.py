@@ -17,6 +17,7 @@ from configs import common
 from jax_instructblip import checkpoint
 from jax_instructblip.training import loop
 from jax_instructblip.training.metrics import Window, read_metrics
+from jax_instructblip.training.optimizer import adamw
 from tests.bucket import bucket
 from tests.micro import compile_cache, write_base, write_data
 from tests.parallel.spoil import spoilt
@@ -245,13 +246,15 @@ def test_validation_chooses_the_best_checkpoint(files, tmp_path):
     assert sorted(os.listdir(workdir / "checkpoints")) == ["2", "4"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path):
-    config = make_config(files, tmp_path / "run", **{"optimizer.learning_rate": 1e30})
+def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path, monkeypatch):
+    rate = lambda _: 1e30
+    monkeypatch.setattr(loop.setup, "read_optimizer", lambda config: (adamw(rate), rate))
+    config = make_config(files, tmp_path / "run")
     with pytest.raises(ValueError, match=r"step \d: loss .*samples: train:\d+, .*learning_rate"):
         loop.run(config)
-    steps = [int(name) for name in os.listdir(tmp_path / "run" / "checkpoints")]
-    for step in steps:  # nothing that cannot be trusted was saved
-        tree = checkpoint.read_tree(tmp_path / "run" / "checkpoints" / str(step) / "trainable")
+    saved = (tmp_path / "run" / "checkpoints").glob("*")
+    for step in (path.name for path in saved):  # nothing that cannot be trusted was saved
+        tree = checkpoint.read_tree(tmp_path / "run" / "checkpoints" / step / "trainable")
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
