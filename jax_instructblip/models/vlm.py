@@ -128,8 +128,8 @@ class VisionLanguageModel(Network):
         """Runs every tower once on inputs of the smallest shapes, for `init`."""
         size, ones = self.variant.vision.image_size, jnp.ones((1, 2), jnp.int32)
         patches = self.vision(jnp.zeros((1, size, size, 3), jnp.uint8))
-        text = (ones, ones > 0) if self.variant.reads_instruction else ()
-        inputs = self.bridge(patches, *text)[:, :2]
+        reads = self.variant.reads_instruction
+        inputs = self.bridge(patches, *((ones, ones > 0) if reads else (None, None)))[:, :2]
         if self.variant.llm.encoder_decoder:
             self.llm(inputs, ones, ones, ones, decoder_tokens=ones, decoder_segments=ones)
         else:
