@@ -74,3 +74,34 @@ def to_answer(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The batch without what only training reads."""
     training = ("targets", "asked", "decoder_tokens", "decoder_segments")
     return {name: leaf for name, leaf in batch.items() if name not in training}
+
+
+def spread(mask, left):
+    """Columns that put the padding of each row first, or anywhere, and keep the tokens in order."""
+    place = np.sort(mask) if left else np.random.default_rng(0).permuted(mask, axis=1)
+    order = np.argsort(~mask, axis=1, kind="stable")  # tokens, then padding
+    back = np.argsort(np.argsort(~place, axis=1, kind="stable"), axis=1)
+    return np.take_along_axis(order, back, axis=1)
+
+
+def scattered(batch, left):
+    """The same batch with its padding elsewhere, indices following."""
+    moved = dict(batch)
+
+    def move(segments, names, indices):
+        order = spread(batch[segments] > 0, left)
+        moved.update({name: np.take_along_axis(batch[name], order, axis=1) for name in names})
+        nowhere = np.full((len(order), 1), order.shape[1])
+        went = np.concatenate([np.argsort(order, axis=1), nowhere], axis=1)
+        for name in indices:
+            moved[name] = np.take_along_axis(went, batch[name], axis=1).astype(np.int32)
+
+    decoding = "decoder_segments" in batch
+    names = ("segments", "tokens", "slots", "positions")
+    move("segments", names, ("places",) if decoding else ("places", "asked"))
+    if decoding:
+        move("decoder_segments", ("decoder_segments", "decoder_tokens"), ("asked",))
+    order = spread(batch["qformer_mask"][:, 0], left)[:, None]
+    for name in ("qformer_tokens", "qformer_mask"):
+        moved[name] = np.take_along_axis(batch[name], order, axis=2)
+    return moved

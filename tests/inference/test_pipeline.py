@@ -16,6 +16,7 @@ from jax_instructblip.inference.questions import compacted, make_parts, pair
 from jax_instructblip.inference.source import resolve_checkpoint
 from tests.compile_counter import count_compiles
 from tests.interpreter import run_python
+from tests.rows import scattered
 from tests.small_checkpoint import KINDS, write_checkpoint
 
 NEW = 12  # tokens of an answer
@@ -99,37 +100,6 @@ def test_one_image_of_many_prompts_is_looked_at_once(t5, frames):
     assert len(next(make_parts(t5.text, pair([video], PROMPTS), 4, 2)).batch["images"]) == 4
     expected = t5.generate([list(video) for _ in PROMPTS], PROMPTS, max_new_tokens=NEW)
     assert_same(t5.generate([video], PROMPTS, max_new_tokens=NEW, batch_size=4), expected)
-
-
-def spread(mask, left):
-    """Columns that put the padding of each row first, or anywhere, and keep the tokens in order."""
-    place = np.sort(mask) if left else np.random.default_rng(0).permuted(mask, axis=1)
-    order = np.argsort(~mask, axis=1, kind="stable")  # tokens, then padding
-    back = np.argsort(np.argsort(~place, axis=1, kind="stable"), axis=1)
-    return np.take_along_axis(order, back, axis=1)
-
-
-def scattered(batch, left):
-    """The same batch with its padding elsewhere, indices following."""
-    moved = dict(batch)
-
-    def move(segments, names, indices):
-        order = spread(batch[segments] > 0, left)
-        moved.update({name: np.take_along_axis(batch[name], order, axis=1) for name in names})
-        nowhere = np.full((len(order), 1), order.shape[1])
-        went = np.concatenate([np.argsort(order, axis=1), nowhere], axis=1)
-        for name in indices:
-            moved[name] = np.take_along_axis(went, batch[name], axis=1).astype(np.int32)
-
-    decoding = "decoder_segments" in batch
-    names = ("segments", "tokens", "slots", "positions")
-    move("segments", names, ("places",) if decoding else ("places", "asked"))
-    if decoding:
-        move("decoder_segments", ("decoder_segments", "decoder_tokens"), ("asked",))
-    order = spread(batch["qformer_mask"][:, 0], left)[:, None]
-    for name in ("qformer_tokens", "qformer_mask"):
-        moved[name] = np.take_along_axis(batch[name], order, axis=2)
-    return moved
 
 
 def test_logprob_is_that_of_the_whole_answer(blip, answers):
