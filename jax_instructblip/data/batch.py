@@ -15,7 +15,7 @@ and for training
     decoder_tokens  [U] int32            T5 only: `targets` shifted right by one
 
 A batch is drawn in `models/vlm.py` and listed in `spec.py`. Padding stands at the end of a row, and
-no result depends on it, nor on who shares a row.
+no result depends on it, nor, dropout off, on who shares a row.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -110,6 +110,11 @@ class _Row:
             if "decoder_tokens" in example:
                 own["decoder"] = np.asarray(example["decoder_tokens"])
                 own["targets"] = np.asarray(example["targets"])
+                if own["targets"].shape != own["decoder"].shape:
+                    raise ValueError(
+                        f"targets {own['targets'].shape} is not as long as decoder_tokens "
+                        f"{own['decoder'].shape}"
+                    )
                 own["decoder_segments"] = np.full(len(own["decoder"]), sample)
                 own["asked"] = answered + np.arange(len(own["decoder"]))
                 answered += len(own["decoder"])

@@ -300,7 +300,7 @@ class TrainBatches:
                 if passed > FITTING and len(record.images) <= room["images"]:
                     attempt, record, example = self._text(place, attempt, limits)
                     break
-                attempt = self._next(source, record, attempt, None)
+                attempt = self._next(source, record, attempt, _TOO_LONG)
                 attempt, record, example = self._text(place, attempt)
 
     def _pixels(self, record: Record, place: int, attempt: int) -> np.ndarray:
@@ -316,8 +316,8 @@ class TrainBatches:
                 frames.append(images.resize_squash(images.decode(source), size))
         return np.stack(frames)
 
-    def _next(self, source: Source, record: Record, attempt: int, error: Exception | None) -> int:
-        if error is not None and self._warned < WARNINGS:
+    def _next(self, source: Source, record: Record, attempt: int, error: Exception) -> int:
+        if error is not _TOO_LONG and self._warned < WARNINGS:
             self._warned += 1
             text = f"{record.id}: replaced: {error}".encode("utf-8", "backslashreplace").decode()
             logging.getLogger(__name__).warning(text)
@@ -351,6 +351,10 @@ def instruct(
         choices = templates.TEMPLATES[kind] if kind else ("{question}",)
         prompt = templates.dress(choices[int(rng.integers(len(choices)))], record, answer)
     return prompt, record.prompt if turned else answer
+
+
+# Records that are passed over so are usable, and are not named one by one.
+_TOO_LONG = ValueError("it has more images, or a longer text, than the one that it would replace")
 
 
 def _fits(size: Mapping[str, int], room: Mapping[str, int]) -> bool:

@@ -102,25 +102,26 @@ def example_batch(variant: Variant, batch: int = 1, text: int = 4, answer: int =
 
 def check(batch: Mapping[str, Any], variant: Variant) -> None:
     """Raises a `ValueError` that lists everything in which `batch` is no batch of that variant."""
-    wrong = _wrong_arrays(batch, variant)
-    if not wrong:
-        rows = {name: np.asarray(leaf) for name, leaf in batch.items() if name != "images"}
-        for rule in (
-            _wrong_segments,
-            _wrong_slots,
-            _wrong_ids,
-            _wrong_targets,
-            _wrong_instructions,
-        ):
-            wrong += rule(rows, variant)
+    check_arrays(batch, variant)
+    rows = {name: np.asarray(leaf) for name, leaf in batch.items() if name != "images"}
+    wrong = _wrong_segments(rows, variant) + _wrong_slots(rows, variant)
+    wrong += _wrong_ids(rows, variant) + _wrong_targets(rows, variant)
+    wrong += _wrong_instructions(rows, variant)
     if wrong:
+        raise ValueError("this is not a batch:\n  " + "\n  ".join(wrong))
+
+
+def check_arrays(batch: Mapping[str, Any], variant: Variant) -> None:
+    """Raises a `ValueError` that lists missing keys, and those of another type or shape."""
+    if wrong := _wrong_arrays(batch, variant):
         raise ValueError("this is not a batch:\n  " + "\n  ".join(wrong))
 
 
 def _wrong_arrays(batch: Mapping[str, Any], variant: Variant) -> list[str]:
     known, wrong = fields(variant), []
     unread = () if variant.reads_instruction else ("qformer_tokens", "qformer_mask")
-    training = "targets" in batch or "asked" in batch
+    # Where a decoder-only model is asked for nothing, it can be asked for everything.
+    training = variant.llm.encoder_decoder or "targets" in batch or "asked" in batch
     for name, field in known.items():
         needed = name not in unread and (training or not field.train_only)
         if needed and name not in batch:
@@ -151,6 +152,9 @@ def _wrong_arrays(batch: Mapping[str, Any], variant: Variant) -> list[str]:
 def _wrong_segments(batch: Batch, variant: Variant) -> list[str]:
     wrong = []
     most = variant.llm.max_positions
+    for row, answered in enumerate(batch.get("decoder_segments", ())):
+        if unknown := sorted(set(answered.tolist()) - {0, *batch["segments"][row].tolist()}):
+            wrong.append(f"row {row}: decoder_segments has samples {unknown} that segments has not")
     for name in ("segments", "decoder_segments"):
         for row, segments in enumerate(batch.get(name, ())):
             owners, starts, lengths = np.unique(segments, return_index=True, return_counts=True)

@@ -31,7 +31,7 @@ from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.questions import (
     Picture,
     Question,
-    asking,
+    ask_every_slot,
     check_batch_size,
     compacted,
     make_parts,
@@ -307,7 +307,9 @@ class InstructBlipPipeline:
         Raises:
           ValueError: it is no such batch; the error lists everything that is wrong.
         """
-        batch = asking(self.variant, compacted(batch))
+        batch = {name: np.asarray(leaf) for name, leaf in batch.items()}
+        spec.check_arrays(batch, self.variant)
+        batch = ask_every_slot(self.variant, compacted(batch))
         spec.check(batch, self.variant)
         with self._mesh():
             return np.asarray(_logits(self.model, self.params, self._on_devices(batch)))

@@ -180,9 +180,9 @@ def compacted(batch: Batch) -> Batch:
     return batch
 
 
-def asking(variant: Variant, batch: Batch) -> Batch:
-    """The batch; without targets, a decoder-only model is asked for every slot."""
-    if "asked" in batch or variant.llm.encoder_decoder:
+def ask_every_slot(variant: Variant, batch: Batch) -> Batch:
+    """The batch; one without targets asks a decoder-only model for every slot."""
+    if {"asked", "targets"} & batch.keys() or variant.llm.encoder_decoder:
         return batch
     slots = np.zeros_like(batch["slots"]) + np.arange(batch["slots"].shape[1], dtype=np.int32)
     return batch | {"asked": slots, "targets": np.full_like(slots, IGNORE)}
@@ -201,7 +201,9 @@ def _move_padding(batch: Batch, segments: str, names: Sequence[str]) -> np.ndarr
 
 
 def _follow(index: np.ndarray, moved: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(moved, np.asarray(index).clip(0, moved.shape[1] - 1), axis=1)
+    nowhere = moved.shape[1] - 1
+    index = np.where((index < 0) | (index > nowhere), nowhere, index)
+    return np.take_along_axis(moved, index, axis=1)
 
 
 def pixels(frames: Sequence[Frame] | np.ndarray, size: int) -> np.ndarray:

@@ -234,7 +234,7 @@ take_slots.defvjp(_take_forward, _take_backward)
 
 
 def unique_inverse(index: Int[Array, "B T"], length: int) -> Int[Array, "B S"]:
-    """Where in `index` each of 0 ... `length` - 1 stands; T where nowhere."""
+    """The place in `index` of each of 0 ... `length` - 1; T for those that it has not."""
     rows, count = jnp.arange(index.shape[0])[:, None], index.shape[1]
     nowhere = jnp.full((index.shape[0], length), count, jnp.int32)
     own = jnp.arange(count, dtype=jnp.int32)[None]

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int
 
 
 def padding_mask(valid: Bool[Array, "B S"]) -> Bool[Array, "B 1 1 S"]:
-    """Everybody sees every valid key: the Q-Former, and what decodes behind one cached prompt.
+    """The mask of the Q-Former, and of what decodes behind a cached prompt: all valid keys.
 
     For valid = 1 1 1 0:
 
@@ -22,9 +22,10 @@ def padding_mask(valid: Bool[Array, "B S"]) -> Bool[Array, "B 1 1 S"]:
 
 
 def segment_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
-    """A slot sees those of its own sample: T5's encoder; its cross-attention, of two rows.
+    """The mask of T5's encoder, and of its cross-attention: the slots of the same sample.
 
-    Padding, segment 0, sees padding: no row is empty, and no sample sees it. For segments 1 1 2 0:
+    Padding, segment 0, sees padding alone, or nothing where the keys have none; no sample sees it.
+    For segments 1 1 2 0 of both:
 
         # # . .
         # # . .
@@ -35,7 +36,7 @@ def segment_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Ar
 
 
 def causal_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
-    """A slot sees those of its own sample up to itself: LLaMA's rows, and T5's decoder.
+    """The mask of LLaMA's rows and T5's decoder: the slots of the same sample up to itself.
 
     For segments 1 1 2 2 0:
 

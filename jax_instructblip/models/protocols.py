@@ -12,7 +12,7 @@ Cache = dict[str, Any]  # drawn in `cache.py`
 
 
 class Bridge(Protocol):
-    """From the patches of an image to Q vectors of the language model's width."""
+    """Makes Q vectors of the language model's width of an image's patches."""
 
     def __call__(
         self,

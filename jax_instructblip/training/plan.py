@@ -176,8 +176,16 @@ def read_variant(config: ConfigDict) -> tuple[str, Variant]:
     )
 
 
+def fit_rows(job: Job, mesh: Mesh) -> Job:
+    """The job with no more samples a row than each device and part of the step has, as in a run."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * job.accumulate
+    shared = max(1, min(job.samples_per_row, job.batch // parts))
+    return dataclasses.replace(job, samples_per_row=shared)
+
+
 def check_rows(job: Job, mesh: Mesh) -> None:
     """Raises a ValueError where the batch cannot be divided over the mesh."""
+    job = fit_rows(job, mesh)
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     parts = devices * (job.accumulate if job.step == "train" else 1) * job.samples_per_row
     if job.batch % parts:
@@ -242,6 +250,7 @@ def compile_job(job: Job, mesh: Mesh, *, effort: float = QUICK) -> Report:
 
 def job_arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
     """The arguments of the job's program, as shapes that know where they lie."""
+    job = fit_rows(job, mesh)
     shapes = param_shapes(job.variant)
     rows = batch_sharding(mesh)
     # As a loader makes it; keys are uint32 pairs behind an opaque dtype.

@@ -190,6 +190,8 @@ def test_examples_that_do_not_fit_together_are_refused():
         collate([LLAMA[0] | {"text": ids(1)}])
     with pytest.raises(ValueError, match="targets .* is not as long as tokens"):
         collate([LLAMA[0] | {"targets": ids(1)}])
+    with pytest.raises(ValueError, match="targets .* is not as long as decoder_tokens"):
+        collate([T5[0] | {"targets": ids(1, 2)}])
     with pytest.raises(ValueError, match=r"row 0 has shape \(1, 2\)"):
         pad_to([np.zeros((1, 2), np.int32)], 4, 0)
 

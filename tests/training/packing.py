@@ -38,8 +38,9 @@ def still(kind: str) -> Variant:
 
 
 def parameters(variant: Variant) -> dict[str, Any]:
-    """Random ones; T5's query kernels are smaller, or its unscaled scores make a softmax so sharp
-    that rounding shows.
+    """Random parameters with small query kernels in T5.
+
+    Raw ones make a softmax of unscaled scores so sharp that rounding shows.
     """
     small = 64**-0.5 if variant.llm.kind == "t5" else 1.0
 
@@ -128,15 +129,18 @@ def gradients(
 
 
 def differences(found: dict, expected: dict) -> dict[str, float]:
-    """The loss's difference, the largest one of a gradient as a part of the largest gradient.
+    """The difference of the losses, and the largest one of gradients, relative to its own leaf.
 
-    Key biases come apart: a softmax does not see them, so theirs is rounding noise.
+    A leaf whose gradient is below a thousandth of the largest one is compared with that. Key biases
+    come apart: a softmax does not see them, so theirs is rounding noise.
     """
     assert found.keys() == expected.keys() and found["tokens"] == expected["tokens"]
     names = [name for name in found if name.startswith("gradient/")]
     noise = [name for name in names if name.endswith("key/bias")]
-    largest = max(np.abs(expected[name]).max() for name in names)
-    worst = lambda chosen: max(np.abs(found[n] - expected[n]).max() for n in chosen) / largest
+    size = {name: np.abs(expected[name]).max() for name in names}
+    floor = 1e-3 * max(size.values())
+    off = lambda name: np.abs(found[name] - expected[name]).max() / max(size[name], floor)
+    worst = lambda chosen: max(off(name) for name in chosen)
     return {
         "loss": float(abs(found["loss"] - expected["loss"])),
         "gradient": float(worst([name for name in names if name not in noise])),
