@@ -64,7 +64,7 @@ class Double(TorchFunctionMode):
 
 @contextlib.contextmanager
 def computing(side: str):
-    """What the calls of a side run under."""
+    """The context that the calls of a side run under."""
     if side == "float64":
         with Double():
             yield
@@ -111,7 +111,7 @@ def measure(
     batches: Sequence[dict[str, np.ndarray]],
     steps: int,
 ) -> dict[str, np.ndarray]:
-    """What `precision.measure` returns, of transformers as `side` says."""
+    """Measures transformers as `side` says; returns what `precision.measure` does."""
     with quiet():
         model = transformers.InstructBlipForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"

@@ -60,7 +60,7 @@ def shapes(gigabytes: float) -> Any:
 
 
 def values(number: int, shape: tuple[int, ...], dtype: Any, index: Any) -> np.ndarray:
-    """What the leaf of that number holds there: other bytes in each row."""
+    """The bytes of the leaf of that number there, others in each row."""
     if not shape:
         return np.asarray(number, dtype)
     bounds = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
@@ -81,7 +81,7 @@ def memory(name: str) -> int:
 
 
 def measured(work: Any) -> tuple[Any, dict[str, int | float]]:
-    """What it returns; memory before it, its peak meanwhile, and the time."""
+    """The result of a call; memory before it, its peak meanwhile, and the time."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is what is used now
     before, began = memory("VmRSS"), time.monotonic()
     result = work()
@@ -139,7 +139,7 @@ def work(phase: str, folder: str, gigabytes: float) -> dict[str, Any]:
 
 
 def run(phase: str, folder: str, gigabytes: float) -> list[dict[str, Any]]:
-    """What both processes measure."""
+    """The measurements of both processes."""
     with socket.create_server(("", 0)) as free:
         port = free.getsockname()[1]
     words = [sys.executable, "-m", "benchmarks.checkpoint_memory", "--gigabytes", str(gigabytes)]

@@ -37,7 +37,7 @@ SIDE = 160  # of a picture of shapes, for a model that sees 64 x 64
 
 
 def pixel_difference(photos: list[pathlib.Path]) -> dict[str, Any]:
-    """Of each photograph and of all: mean and largest difference of values from 0 to 255."""
+    """Mean and largest difference, of each photograph and of all, of values from 0 to 255."""
     rows = {}
     seconds = {0.0: 0.0, LEAST: 0.0}
     for photo in photos:
@@ -94,7 +94,7 @@ def write_pictures(folder: pathlib.Path) -> pathlib.Path:
 
 
 def accuracy(work: pathlib.Path, seeds: list[int], steps: int, limit: int) -> dict[str, Any]:
-    """Of each way of decoding and seed: exact match in percent, of all families and of words."""
+    """Exact match in percent by way of decoding and seed, of all families and of words."""
     data = write_pictures(work / "data")
     rows: dict[str, Any] = {}
     for name, least in (("whole", 0.0), ("reduced", LEAST)):

@@ -112,7 +112,7 @@ def make_batch(case: Case, step: int) -> dict[str, jax.Array]:
 
 
 def measure_ours(case: Case, dtype: str, folder: pathlib.Path, steps: int) -> dict[str, np.ndarray]:
-    """What `measure` returns, of this package computing in `dtype`."""
+    """Measures this package computing in `dtype`; returns what `measure` does."""
 
     def place(path: str, array: np.ndarray) -> jax.Array:
         return jnp.asarray(array, jnp.float32 if path.startswith("qformer/") else dtype)
