@@ -168,7 +168,7 @@ def test_from_dict_refuses_values_of_another_type(tower, field, value):
     with pytest.raises(ValueError, match=rf"{tower}\.{field} is .*, expected"):
         Variant.from_dict(fields)
     fields = get_variant("tiny-t5").to_dict()
-    with pytest.raises(ValueError, match="vision is 3, expected its fields"):
+    with pytest.raises(ValueError, match="variant.vision is 3, expected an object"):
         Variant.from_dict({**fields, "vision": 3})
 
 
