@@ -72,8 +72,8 @@ CASES = {
     "FlanT5-XL, 4 + 4 layers": Case(
         get_variant("instructblip-flan-t5-xl").replace(**_CUT), Lengths(prompt=32), 2, 1, 1.0
     ),
-    "sharp tiny T5": Case(get_variant("tiny-t5"), _SHORT, 16, 2, 6.0),
-    "sharp tiny Vicuna": Case(get_variant("tiny-vicuna"), _SHORT, 16, 2, 6.0),
+    "sharp tiny T5": Case(get_variant("tiny-t5"), _SHORT, 16, 4, 6.0),
+    "sharp tiny Vicuna": Case(get_variant("tiny-vicuna"), _SHORT, 16, 4, 6.0),
 }
 
 

@@ -4,14 +4,16 @@
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from jax_instructblip import checkpoint
+from jax_instructblip import checkpoint, files
 from jax_instructblip.flags import check_flags
+from jax_instructblip.folders import write_file
 from jax_instructblip.training import backbones
 from jax_instructblip.training.pretrain_language import CURRICULUM, Stage, train_language
 from jax_instructblip.training.pretrain_vision import train_vision
@@ -19,6 +21,7 @@ from jax_instructblip.training.pretrain_vision import train_vision
 KINDS = tuple(backbones.LANGUAGE)
 VISION_STEPS, VISION_SCENES = 1500, 16_000
 TEXT_EXAMPLES = 24_000  # a stage of the curriculum
+RECIPE = "recipe.json"  # of the parts in a folder
 
 
 def main(argv: list[str]) -> int:
@@ -46,6 +49,7 @@ def main(argv: list[str]) -> int:
 
 
 def _train_towers(work: Path, kinds: list[str], seed: int, scale: float) -> None:
+    _claim(work, {"seed": seed, "scale": scale, "vision_steps": VISION_STEPS})
     vision = work / "vision"
     if not vision.is_dir():
         steps = _scaled(VISION_STEPS, scale)
@@ -67,6 +71,23 @@ def _train_towers(work: Path, kinds: list[str], seed: int, scale: float) -> None
         made = {"vision": "trained on shapes", "llm": "trained on text", "qformer": "random"}
         backbones.write_checkpoint(base, params, made, kind=kind, seed=seed)
         print(f"written: {base}")
+
+
+def _claim(work: Path, recipe: dict[str, float]) -> None:
+    """Notes how the parts in `work` are made; a ValueError where they were made otherwise."""
+    path = work / RECIPE
+    if not path.is_file() and not any(each.is_dir() for each in work.glob("*")):
+        work.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(recipe))
+        return
+    before = files.read_json(path, dict) if path.is_file() else {}
+    if before != recipe:
+        say = lambda values: ", ".join(f"{name} {value}" for name, value in values.items())
+        raise ValueError(
+            f"{work} holds parts made otherwise ({say(before) or 'it is not noted how'}; asked for "
+            f"is {say(recipe)}): remove it, or choose another folder (WORK= of "
+            "launch/backbones.sh)"
+        )
 
 
 def _merge(base: Path, run: Path, out: Path) -> None:

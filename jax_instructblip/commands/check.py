@@ -22,6 +22,7 @@ from jax_instructblip.data.text import TRUNCATED, TextProcessor
 from jax_instructblip.flags import check_flags
 from jax_instructblip.inference.source import read_source
 
+_SHOWN = 3  # samples with unknown characters
 _WORKERS = min(8, os.cpu_count() or 1)  # Pillow decodes outside of Python's lock
 
 
@@ -53,12 +54,14 @@ class Findings:
     good: int
     lengths: dict[str, list[int]]
     cut: np.ndarray  # [3], how many samples lost tokens of each of TRUNCATED
+    unknown: dict[str, list[tuple[int, str]]]  # lines and texts with unknown pieces, likewise
     samples: list[tuple[int, Record, Mapping[str, np.ndarray]]]
 
 
 def examine(file: pathlib.Path, text: TextProcessor, samples: int) -> Findings:
     """Reads every line, opens every image and counts the tokens of every answer."""
-    found = Findings({}, 0, collections.defaultdict(list), np.zeros(len(TRUNCATED), np.int64), [])
+    cut, unknown = np.zeros(len(TRUNCATED), np.int64), {name: [] for name in TRUNCATED}
+    found = Findings({}, 0, collections.defaultdict(list), cut, unknown, [])
     records: dict[int, Record] = {}
     with Progress(None, "reading", "lines") as progress:
         for line, record, reasons in scan_jsonl(file):
@@ -83,6 +86,13 @@ def examine(file: pathlib.Path, text: TextProcessor, samples: int) -> Findings:
                 found.bad[line] = list(dict.fromkeys(reasons))
                 continue
             found.good += 1
+            for answer in record.answers:
+                texts = (record.prompt, record.prompt, answer)
+                for name, is_in, held in zip(
+                    TRUNCATED, text.unknown(record.prompt, answer), texts, strict=True
+                ):
+                    if is_in:
+                        found.unknown[name].append((line, held))
             for example in examples:
                 found.cut += example["truncated"]
                 for name, count in token_counts(example).items():
@@ -105,6 +115,16 @@ def describe(file: pathlib.Path, found: Findings, text: TextProcessor) -> Iterat
     for name, count in zip(TRUNCATED, found.cut.tolist(), strict=True):
         if count:
             yield f"{count} of {samples} samples lose tokens of their {name} to its limit"
+    for name, where in found.unknown.items():
+        if where:
+            whose = "the Q-Former's" if name == "instruction" else "the language model's"
+            yield (
+                f"{len(where)} of {samples} samples have characters in their {name} that {whose} "
+                "tokenizer does not know: they all become one and the same <unk>"
+            )
+            yield from (f"  {file}:{line}: {held[:60]!r}" for line, held in where[:_SHOWN])
+            if len(where) > _SHOWN:
+                yield f"  and {len(where) - _SHOWN} more"
     if found.samples:
         yield "\nsamples, the loss asks for the tokens in [brackets]:"
     for line, record, example in found.samples:

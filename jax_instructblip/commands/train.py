@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
     """Runs the training; returns 0, also when it was told to stop and has saved."""
     flags, _ = _parser().parse_known_args(argv)
     config = read_config(argv)
+    validation.check(config.validation.path, config.validation.split)
     calls = {"evaluate": validation.evaluate, "report": curves.write}
     try:
         with distributed.joined(*distributed.read_flags(flags)):

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from jax_instructblip.data.spec import FIELDS, NOWHERE, PAD_ID, Batch
 from jax_instructblip.data.spec import IGNORE as IGNORE
-from jax_instructblip.data.spec import Batch
 
 Example = Mapping[str, np.ndarray]
 Lengths = Mapping[str, int | Sequence[int]]
@@ -60,33 +60,36 @@ def collate(
     def width(name: str, held: Iterable[int]) -> int:
         return bucket(max(held), lengths.get(name), name)
 
+    def pad(name: str, values: Sequence[np.ndarray], length: int, into: int = 0) -> None:
+        known = {NOWHERE: into, PAD_ID: qformer_pad_id if name == "qformer_tokens" else pad_id}
+        filler = FIELDS[name].pad
+        batch[name] = pad_to(values, length, known.get(filler, filler))
+
     slots = width("slots", (len(row.tokens) for row in rows))
     batch: Batch = {}
     if "images" in examples[0]:
         images = width("images", (len(row.image_sample) for row in rows))
         batch["images"] = _stack_images([row.images for row in rows], images)
-        batch["image_sample"] = pad_to([row.image_sample for row in rows], images, 0)
-        places = [row.places for row in rows]
-        batch["places"] = pad_to(places, images * visual_tokens, slots)
+        pad("image_sample", [row.image_sample for row in rows], images)
+        pad("places", [row.places for row in rows], images * visual_tokens, into=slots)
     if "qformer_tokens" in examples[0]:
         texts = [np.asarray(example["qformer_tokens"]) for example in examples]
         length = width("qformer_tokens", map(len, texts))
         apart = (len(rows), samples_per_row, length)
-        batch["qformer_tokens"] = pad_to(texts, length, qformer_pad_id).reshape(apart)
+        pad("qformer_tokens", texts, length)
+        batch["qformer_tokens"] = batch["qformer_tokens"].reshape(apart)
         held = np.array([len(text) for text in texts])
         batch["qformer_mask"] = (np.arange(length) < held[:, None]).reshape(apart)
-    for name, pad in (("tokens", pad_id), ("slots", -1), ("segments", 0), ("positions", 0)):
-        batch[name] = pad_to([getattr(row, name) for row in rows], slots, pad)
+    for name in ("tokens", "slots", "segments", "positions"):
+        pad(name, [getattr(row, name) for row in rows], slots)
     if "targets" in examples[0]:
         targets = width("targets", (len(row.targets) for row in rows))
-        batch["targets"] = pad_to([row.targets for row in rows], targets, IGNORE)
-        asked_of = slots
-        if "decoder_tokens" in examples[0]:
-            asked_of = targets  # each slot of the decoder is asked for one target
-            batch["decoder_tokens"] = pad_to([row.decoder for row in rows], targets, pad_id)
-            segments = [row.decoder_segments for row in rows]
-            batch["decoder_segments"] = pad_to(segments, targets, 0)
-        batch["asked"] = pad_to([row.asked for row in rows], targets, asked_of)
+        pad("targets", [row.targets for row in rows], targets)
+        decodes = "decoder_tokens" in examples[0]  # each slot of a decoder is asked for one target
+        pad("asked", [row.asked for row in rows], targets, into=targets if decodes else slots)
+        if decodes:
+            pad("decoder_tokens", [row.decoder for row in rows], targets)
+            pad("decoder_segments", [row.decoder_segments for row in rows], targets)
     if "truncated" in examples[0]:
         batch["truncated"] = np.stack([example["truncated"] for example in examples])
     return batch

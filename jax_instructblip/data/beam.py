@@ -51,8 +51,7 @@ def prepare_with_beam(
         from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore
     except ImportError as error:
         raise prepare.PrepareError(
-            "Apache Beam is not installed: pip install 'jax_instructblip[beam]', here and on the "
-            "workers"
+            "Apache Beam is not installed: pip install -e '.[beam]', here and on the workers"
         ) from error
 
     raw, out = pathlib.Path(raw), pathlib.Path(out)

@@ -13,18 +13,19 @@ import contextlib
 import dataclasses
 import fcntl
 import io
+import itertools
 import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from jax_instructblip.data.records import Record
+from jax_instructblip.data.records import Record, RecordError
 
 BUILDER = "jax_instructblip_records"  # the folder of TFDS's own naming
 TEXTS = ("id", "prompt", "task", "split", "context")
@@ -101,17 +102,41 @@ class JaxInstructblipRecords(tfds.core.GeneratorBasedBuilder):
 class RecordSource:
     """Random access to the records of one split; what a Grain `MapDataset.source` takes."""
 
-    def __init__(self, rows: Any, name: str):
-        """Wraps a TFDS data source that gives the bytes of each row."""
-        self._rows, self._name = rows, name
+    def __init__(self, rows: Any, name: str, shards: Sequence[tuple[str, int]] = ()):
+        """Wraps a TFDS data source that gives the bytes of each row.
+
+        `shards` are the files that hold them, in order, each with its number of rows.
+        """
+        self._rows, self._name, self._shards = rows, name, tuple(shards)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Record:
-        """The record at `index`, its images as encoded bytes."""
+        """The record at `index`, its images as encoded bytes.
+
+        Raises:
+            RecordError: it cannot be read: its shard is damaged, cut short or gone.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}: {self!r}")
+        try:
+            return self._read(index)
+        except Exception as error:  # Riegeli's, protobuf's, or a field that is not there
+            summary = f"{self._shard(index)}: record {index} of the split cannot be read: " + (
+                str(error) or type(error).__name__
+            )
+            cure = "the file is damaged or incomplete: copy it anew, or prepare the dataset again"
+            raise RecordError(summary, [cure]) from error
+
+    def _shard(self, index: int) -> str:
+        ends = itertools.accumulate(rows for _, rows in self._shards)
+        return next(
+            (path for (path, _), end in zip(self._shards, ends, strict=True) if index < end),
+            self._name,
+        )
+
+    def _read(self, index: int) -> Record:
         # TFDS would look at every feature by its type, which takes five times as long.
         example: Any = tf_example_pb2.Example  # pyright: ignore (its module is made by protobuf)
         row = example.FromString(self._rows[int(index)]).features.feature
@@ -205,7 +230,11 @@ def open_folder(path: str | os.PathLike[str], split: str) -> RecordSource:
     with quiet():
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         rows = builder.as_data_source(split, deserialize_method=raw)
-    return RecordSource(rows, f"{path}:{split}")
+    shards = [
+        (each.filename, each.examples_in_shard)
+        for each in builder.info.splits[split].file_instructions
+    ]
+    return RecordSource(rows, f"{path}:{split}", shards)
 
 
 def _file(image: Any) -> Any:

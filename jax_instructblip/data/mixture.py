@@ -119,11 +119,16 @@ class Mixture:
 
     def record(self, place: int, attempt: int = 0) -> tuple[Source, Record]:
         """The record at that place; `attempt` > 0 gives others of the same source instead."""
+        source, index = self.find(place, attempt)
+        return source, source.records[index]
+
+    def find(self, place: int, attempt: int = 0) -> tuple[Source, int]:
+        """The source of that record, and its number there; the record itself is not read."""
         number, index = cast(tuple[int, int], self._order[place])
         source = self.sources[number]
         if attempt:
             index = int(self.rng(place, attempt, use="replace").integers(len(source.records)))
-        return source, source.records[index]
+        return source, index
 
     def rng(self, place: int, attempt: int, use: str) -> np.random.Generator:
         """Random numbers of one sample, independent for each `use` of them."""
@@ -267,8 +272,11 @@ class TrainBatches:
     ) -> tuple[int, Record, Example]:
         """The first attempt whose text can be used, its record, its tokens cut to `room`."""
         while True:
-            source, record = self.mixture.record(place, attempt)
+            source, index = self.mixture.find(place, attempt)
+            name = f"record {index} of {source.name}"
             try:
+                record = source.records[index]
+                name = record.id
                 if problems := record.text_problems():
                     raise ValueError("; ".join(problems))
                 rng = self.mixture.rng(place, attempt, use="text")
@@ -277,7 +285,7 @@ class TrainBatches:
                 self._check_positions(record, example)
                 return attempt, record, example
             except ValueError as error:
-                attempt = self._next(source, record, attempt, error)
+                attempt = self._next(source, name, attempt, error)
 
     def _whole(
         self, place: int, attempt: int, record: Record, example: Example
@@ -287,20 +295,22 @@ class TrainBatches:
         Rows are laid out before pixels are read, so nothing of the other may be longer. Where none
         of `FITTING` others is as short, the next one is cut.
         """
-        room, source = self._size(record, example), self.mixture.record(place)[0]
+        room, source = self._size(record, example), self.mixture.find(place)[0]
         limits, passed = example, 0
         while True:
             try:
                 return attempt, example | {"images": self._pixels(record, place, attempt)}
             except images.ImageError as error:
-                attempt = self._next(source, record, attempt, error)
+                attempt = self._next(source, record.id, attempt, error)
             attempt, record, example = self._text(place, attempt)
             while not _fits(self._size(record, example), room):
                 passed += 1
-                if passed > FITTING and len(record.images) <= room["images"]:
+                if passed > FITTING:
                     attempt, record, example = self._text(place, attempt, limits)
+                    kept = record.images[: room["images"]]
+                    record = dataclasses.replace(record, images=kept)
                     break
-                attempt = self._next(source, record, attempt, _TOO_LONG)
+                attempt = self._next(source, record.id, attempt, _TOO_LONG)
                 attempt, record, example = self._text(place, attempt)
 
     def _pixels(self, record: Record, place: int, attempt: int) -> np.ndarray:
@@ -316,15 +326,15 @@ class TrainBatches:
                 frames.append(images.resize_squash(images.decode(source), size))
         return np.stack(frames)
 
-    def _next(self, source: Source, record: Record, attempt: int, error: Exception) -> int:
+    def _next(self, source: Source, name: str, attempt: int, error: Exception) -> int:
         if error is not _TOO_LONG and self._warned < WARNINGS:
             self._warned += 1
-            text = f"{record.id}: replaced: {error}".encode("utf-8", "backslashreplace").decode()
+            text = f"{name}: replaced: {error}".encode("utf-8", "backslashreplace").decode()
             logging.getLogger(__name__).warning(text)
         if attempt >= ATTEMPTS:
             raise ValueError(
                 f"{ATTEMPTS} records of source {source.name!r} in a row cannot be used, the last "
-                f"one being {record.id!r} ({error}); `jax-instructblip check` lists what is wrong"
+                f"one being {name!r} ({error}); `jax-instructblip check` lists what is wrong"
             )
         return attempt + 1
 

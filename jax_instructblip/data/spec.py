@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, Variant
 
 IGNORE = -100  # a target that the loss passes over
 
 Batch = dict[str, np.ndarray]
 NOWHERE = "nowhere"  # padding of an index: the length of what it points into
+PAD_ID = "pad_id"  # padding of ids: the tokenizer's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,39 +32,37 @@ class Field:
     Attributes:
       dtype: of its array.
       axes: the letters of its axes.
-      pad: what stands on padding; `NOWHERE` for an index.
-      into: of an index, the letter of the axis that it points into.
+      pad: what stands on padding; `NOWHERE` of an index, `PAD_ID` of ids.
       train_only: whether a batch to be answered does without it.
     """
 
     dtype: Any
     axes: str
     pad: Any
-    into: str = ""
     train_only: bool = False
 
 
+FIELDS = {  # in the order in which they are made
+    "images": Field(np.uint8, "G I H W 3", 0),
+    "image_sample": Field(np.int32, "G I", 0),  # whose it is, 1 ... J; 0: unused, never seen
+    "qformer_tokens": Field(np.int32, "G J L", PAD_ID),
+    "qformer_mask": Field(np.bool_, "G J L", False),
+    "tokens": Field(np.int32, "G X", PAD_ID),
+    "slots": Field(np.int32, "G X", -1),  # into S
+    "segments": Field(np.int32, "G X", 0),
+    "positions": Field(np.int32, "G X", 0),
+    "places": Field(np.int32, "G S", NOWHERE),  # into X
+    "targets": Field(np.int32, "G A", IGNORE, train_only=True),
+    "asked": Field(np.int32, "G A", NOWHERE, train_only=True),  # into U, without a decoder into X
+    "decoder_tokens": Field(np.int32, "G U", PAD_ID, train_only=True),
+    "decoder_segments": Field(np.int32, "G U", 0, train_only=True),
+}
+
+
 def fields(variant: Variant) -> dict[str, Field]:
-    """The keys of this variant's batches, in the order in which they are made."""
-    pad, encoder_decoder = variant.llm.pad_id, variant.llm.encoder_decoder
-    found = {
-        "images": Field(np.uint8, "G I H W 3", 0),
-        "image_sample": Field(np.int32, "G I", 0),  # whose it is, 1 ... J; 0: unused, never seen
-        "qformer_tokens": Field(np.int32, "G J L", 0),
-        "qformer_mask": Field(np.bool_, "G J L", False),
-        "tokens": Field(np.int32, "G X", pad),
-        "slots": Field(np.int32, "G X", -1, into="S"),
-        "segments": Field(np.int32, "G X", 0),
-        "positions": Field(np.int32, "G X", 0),
-        "places": Field(np.int32, "G S", NOWHERE, into="X"),
-        "targets": Field(np.int32, "G A", IGNORE, train_only=True),
-    }
-    asked_of = "U" if encoder_decoder else "X"
-    found["asked"] = Field(np.int32, "G A", NOWHERE, into=asked_of, train_only=True)
-    if encoder_decoder:
-        found["decoder_tokens"] = Field(np.int32, "G U", pad, train_only=True)
-        found["decoder_segments"] = Field(np.int32, "G U", 0, train_only=True)
-    return found
+    """The keys of this variant's batches: a decoder-only model has no row of a decoder."""
+    keep = lambda name: variant.llm.encoder_decoder or not name.startswith("decoder_")
+    return {name: field for name, field in FIELDS.items() if keep(name)}
 
 
 def shapes(
@@ -106,7 +105,7 @@ def check(batch: Mapping[str, Any], variant: Variant) -> None:
     rows = {name: np.asarray(leaf) for name, leaf in batch.items() if name != "images"}
     wrong = _wrong_segments(rows, variant) + _wrong_slots(rows, variant)
     wrong += _wrong_ids(rows, variant) + _wrong_targets(rows, variant)
-    wrong += _wrong_instructions(rows, variant)
+    wrong += _wrong_instructions(rows, variant) + _wrong_images(batch)
     if wrong:
         raise ValueError("this is not a batch:\n  " + "\n  ".join(wrong))
 
@@ -147,6 +146,29 @@ def _wrong_arrays(batch: Mapping[str, Any], variant: Variant) -> list[str]:
     if not wrong and (count := sizes["S"][0]) != (images := sizes["I"][0]) * visual:
         wrong.append(f"places names {count} vectors, {images} images have {visual} each")
     return wrong
+
+
+def _wrong_images(batch: Mapping[str, Any]) -> list[str]:
+    """Floats that were not normalised: from 0 to 1, or farther out than black and white."""
+    images = batch["images"]
+    if not np.issubdtype(images.dtype, np.floating) or not images.size:
+        return []
+    if images.shape[0] == batch["image_sample"].shape[0]:
+        images = images[batch["image_sample"] > 0]  # not those that fill up a row
+    mean, std = np.array(IMAGE_MEAN), np.array(IMAGE_STD)
+    black, white = ((value - mean) / std for value in (0, 1))
+    least, most = float(images.min(initial=np.inf)), float(images.max(initial=-np.inf))
+    finite = bool(np.isfinite(images).all())
+    if not finite or least < black.min() - 0.01 or most > white.max() + 0.01:
+        found = f"from {least:.3g} to {most:.3g}" if finite else "not all finite"
+    elif len(images) and least >= 0 and most <= 1:
+        found = f"from {least:.3g} to {most:.3g}, as no normalised photograph is"
+    else:
+        return []
+    return [
+        f"images are floats {found}: give uint8 pixels from 0 to 255, or floats normalised by "
+        f"CLIP's mean and deviation ({black.min():.2f} to {white.max():.2f})"
+    ]
 
 
 def _wrong_segments(batch: Batch, variant: Variant) -> list[str]:

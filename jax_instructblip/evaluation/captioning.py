@@ -51,7 +51,7 @@ def score_captions(
     Raises:
       MetricError: the caption tools are not installed, or Java is demanded and is not there.
     """
-    folder = _tools()
+    folder = find_tools()
     pairs = align(responses, records)
     found = shutil.which("java") is not None
     if java and not found:
@@ -82,7 +82,7 @@ def tokenise_stanford(captions: Sequence[str]) -> list[str]:
       MetricError: Java fails, or answers with another number of lines than it was given.
     """
     lines = [" ".join(caption.split()) for caption in captions]
-    jar = _tools() / TOKENISER
+    jar = find_tools() / TOKENISER
     command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
     done = subprocess.run(
         [*command, "-preserveLines", "-lowerCase", "-encoding", "utf-8"],
@@ -108,13 +108,12 @@ def _tokenised(
     return references, {record.id: [next(given)] for _, record in pairs}
 
 
-def _tools() -> Path:
-    """The folder of the caption tools."""
+def find_tools() -> Path:
+    """The folder of the caption tools; a MetricError where they are not installed."""
     spec = importlib.util.find_spec(TOOLS)
     if spec is None or not spec.submodule_search_locations:
         raise MetricError(
-            f"captions are scored with {TOOLS}, which is not installed: "
-            "pip install 'jax_instructblip[eval]'"
+            f"captions are scored with {TOOLS}, which is not installed: pip install -e '.[eval]'"
         )
     return Path(spec.submodule_search_locations[0])
 

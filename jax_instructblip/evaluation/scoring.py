@@ -13,6 +13,7 @@ from jax_instructblip.evaluation.stored import Prediction
 from jax_instructblip.evaluation.task import Task
 
 COUNTS = ("mean_rank", "true_positives", "false_positives", "true_negatives", "false_negatives")
+NO_METRIC = "nothing is scored: no metric belongs to this dataset"
 HIDDEN = "the right answers of this split are not public: hand in the predictions where they are"
 
 
@@ -36,9 +37,9 @@ def score(
     """
     metric = metric_of(task, full=full)
     if metric is None:
-        return list(rows), None, "nothing is scored: no metric belongs to this dataset"
+        return list(rows), None, NO_METRIC
     by_id = {row.id: row for row in rows}
-    scored = [record for record in records if _is_known(record, metric[0])]
+    scored = [record for record in records if is_known(record, metric[0])]
     if not scored:
         return list(rows), None, HIDDEN
     responses = [_response(task, by_id[record.id]) for record in scored]
@@ -103,6 +104,11 @@ def summarise(
     }
 
 
+def is_known(record: Record, metric: str) -> bool:
+    """Whether it is public what is right."""
+    return record.correct >= 0 if metric in ("accuracy", "auroc", "mrr") else bool(record.answers)
+
+
 def _response(task: Task, row: Prediction) -> Response:
     """What the metric takes of a row."""
     if not task.protocol.ranking or task.candidates or row.problem:
@@ -110,8 +116,3 @@ def _response(task: Task, row: Prediction) -> Response:
     if task.protocol.words and len(row.scores) == sum(map(len, task.protocol.words)):
         return Response(row.id, row.text, class_scores(row.scores, task.protocol.words))
     return Response(row.id, row.text, row.scores)
-
-
-def _is_known(record: Record, metric: str) -> bool:
-    """Whether it is public what is right."""
-    return record.correct >= 0 if metric in ("accuracy", "auroc", "mrr") else bool(record.answers)

@@ -7,18 +7,43 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jax_instructblip.data.records import Record
-from jax_instructblip.data.sources import dataset_name
+from jax_instructblip.data.sources import dataset_name, open_records
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.evaluation import answering, families
+from jax_instructblip.evaluation import answering, captioning, families
 from jax_instructblip.evaluation.metric import MetricError
 from jax_instructblip.evaluation.protocol import BENCHMARKS
-from jax_instructblip.evaluation.scoring import score
+from jax_instructblip.evaluation.scoring import HIDDEN, NO_METRIC, is_known, score
 from jax_instructblip.evaluation.stored import Prediction
-from jax_instructblip.evaluation.task import check_choices, open_task
+from jax_instructblip.evaluation.task import check_choices, open_task, pick_numbers
 from jax_instructblip.evaluation.units import plan
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.models.vlm import VisionLanguageModel
+
+_LOOKED_AT = 64  # records, of which one must have a right answer
+
+
+def check(path: str, split: str) -> None:
+    """Looks before anything is trained whether the records of `path` can be scored; "": no path.
+
+    Raises:
+      MetricError: they cannot be.
+      ValueError: there are no such records.
+    """
+    if not path:
+        return
+    name, (records, _) = dataset_name(path), open_records(path, split)
+    metric = BENCHMARKS[name].metric if name else families.METRIC
+    some = [records[number] for number in pick_numbers(len(records), _LOOKED_AT)]
+    try:
+        if not metric:
+            raise MetricError(NO_METRIC)
+        if not any(is_known(record, metric) for record in some):
+            raise MetricError(HIDDEN)
+        if metric == "cider":
+            captioning.find_tools()
+    except MetricError as error:
+        raise MetricError(f"config.validation.path is {path}, {split}: {error}") from error
 
 
 def evaluate(

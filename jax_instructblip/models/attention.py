@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jax_instructblip.models.layers import Dense
+
 MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
 
 
@@ -30,12 +32,9 @@ class Attention(nn.Module):
 
     def setup(self):
         heads = (self.heads, self.head_width)
-        self.query = nn.DenseGeneral(heads, use_bias="query" in self.biases, dtype=self.dtype)
-        self.key = nn.DenseGeneral(heads, use_bias="key" in self.biases, dtype=self.dtype)
-        self.value = nn.DenseGeneral(heads, use_bias="value" in self.biases, dtype=self.dtype)
-        self.out = nn.DenseGeneral(
-            self.width, axis=(-2, -1), use_bias="out" in self.biases, dtype=self.dtype
-        )
+        project = lambda name: Dense(heads, self.dtype, use_bias=name in self.biases)
+        self.query, self.key, self.value = project("query"), project("key"), project("value")
+        self.out = Dense((self.width,), self.dtype, use_bias="out" in self.biases, contracted=2)
 
     def __call__(
         self,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -149,6 +150,66 @@ class RMSNorm(nn.Module):
         return normal * _rank_of(scale.astype(x.dtype), x)
 
 
+class Dense(nn.Module):
+    """`x @ kernel + bias`: a product in `dtype` and a float32 sum, rounded to `dtype` once.
+
+    The last `contracted` axes of `x` become `features`. In `nn.Dense` the product would be rounded
+    before the bias is added, and gradients of a bias would be summed in `dtype`.
+    """
+
+    features: tuple[int, ...]
+    dtype: Any
+    use_bias: bool = True
+    contracted: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        given = x.shape[x.ndim - self.contracted :]
+        flat = (math.prod(given), math.prod(self.features))
+        draw = lambda key, shape: nn.initializers.lecun_normal()(key, flat).reshape(shape)
+        kernel = self.param("kernel", draw, (*given, *self.features))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if not self.use_bias:
+            return jnp.tensordot(x, kernel, self.contracted)
+        bias = self.param("bias", nn.initializers.zeros, self.features)
+        return affine(x, kernel, bias.astype(jnp.float32))
+
+
+@jax.custom_vjp
+def affine(x: Array, kernel: Array, bias: Float[Array, "..."]) -> Array:
+    """The sum of a product in the dtype of `x` and `kernel` and a float32 bias; in that dtype.
+
+    The products of its gradient are in that dtype, too: without a rule of its own they would have
+    one float32 factor, as the sum has.
+    """
+    count = kernel.ndim - bias.ndim
+    product = functools.partial(jnp.tensordot, preferred_element_type=jnp.float32)
+    made = product(x, kernel, count, precision=_precision(x))
+    return (made + _rank_of(bias, made)).astype(x.dtype)
+
+
+def _affine_forward(x: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
+    return affine(x, kernel, bias), (x, kernel, bias)
+
+
+def _affine_backward(kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
+    x, kernel, bias = kept
+    product = functools.partial(jnp.tensordot, precision=_precision(x))
+    lead = tuple(range(gradient.ndim - bias.ndim))
+    made = tuple(range(-bias.ndim, 0))
+    of_x = product(gradient, kernel, (made, made))
+    of_kernel = product(x, gradient, (lead, lead))
+    return of_x, of_kernel, gradient.sum(lead, dtype=jnp.float32)
+
+
+affine.defvjp(_affine_forward, _affine_backward)
+
+
+def _precision(x: Array) -> str | None:
+    """As `Network` asks for: the gradient's products are made after `apply` has returned."""
+    return "highest" if x.dtype.itemsize >= 4 else None
+
+
 class Mlp(nn.Module):
     """`out(activation(in(x)))`, with biases."""
 
@@ -159,8 +220,8 @@ class Mlp(nn.Module):
 
     def setup(self):
         # `in` is a Python keyword, so the submodule is named in words.
-        self.rise = nn.Dense(self.hidden, dtype=self.dtype, name="in")
-        self.out = nn.Dense(self.width, dtype=self.dtype)
+        self.rise = Dense((self.hidden,), self.dtype, name="in")
+        self.out = Dense((self.width,), self.dtype)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return self.out(ACTIVATIONS[self.activation](self.rise(x).astype(jnp.float32)))
@@ -177,11 +238,12 @@ class GatedMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"], train: bool = False) -> Float[Array, "*B D"]:
-        dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
-        gate = ACTIVATIONS[self.activation](dense(self.hidden, name="gate")(x).astype(jnp.float32))
-        hidden = (gate * dense(self.hidden, name="in")(x)).astype(self.dtype)
+        dense = functools.partial(Dense, dtype=self.dtype, use_bias=False)
+        wide = dense((self.hidden,), name="gate")(x).astype(jnp.float32)
+        gate = ACTIVATIONS[self.activation](wide)
+        hidden = (gate * dense((self.hidden,), name="in")(x)).astype(self.dtype)
         hidden = Dropout(self.dropout)(hidden, deterministic=not train)
-        return dense(self.width, name="out")(hidden)
+        return dense((self.width,), name="out")(hidden)
 
 
 class Head(nn.Module):

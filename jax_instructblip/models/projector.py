@@ -6,10 +6,10 @@ v1 has one linear layer, v1.5 two with an erf-GELU between them (`mlp2x_gelu`). 
 from typing import Any
 
 import flax.linen as nn
-import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_instructblip.models.layers import Network, Scan, constrain
+from jax_instructblip.models.layers import ACTIVATIONS, Dense, Network, Scan, constrain
 from jax_instructblip.models.variants import ProjectorConfig
 
 
@@ -31,7 +31,7 @@ class Projector(Network):
         """Q = P - 1 vectors an image, in the order of its patches."""
         del tokens, valid, train
         width = self.config.llm_width
-        x = nn.Dense(width, dtype=self.dtype, name="in")(patches[:, 1:])
+        x = Dense((width,), self.dtype, name="in")(patches[:, 1:])
         if self.config.layers == 2:
-            x = nn.Dense(width, dtype=self.dtype, name="out")(jax.nn.gelu(x, approximate=False))
+            x = Dense((width,), self.dtype, name="out")(ACTIVATIONS["gelu"](x.astype(jnp.float32)))
         return constrain(x)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_instructblip.models.attention import Attention
 from jax_instructblip.models.layers import (
     RESIDUAL,
+    Dense,
     Dropout,
     LayerNorm,
     Mlp,
@@ -124,7 +125,7 @@ class QFormer(Network):
         x = Dropout(c.dropout)(x, deterministic=not train)
         pairs = scan_layers(QFormerPair, c.layers // 2, self.scan, call=3)
         x, _ = pairs(c, self.dtype, name="layers")(x, None, mask, image, train)
-        return nn.Dense(c.llm_width, dtype=self.dtype, name="projection")(x[:, : c.queries])
+        return Dense((c.llm_width,), self.dtype, name="projection")(x[:, : c.queries])
 
     def embed_text(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Word plus position embeddings `[B, L, D]`, before the norm."""

@@ -10,6 +10,9 @@ import difflib
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in 0..1
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
@@ -128,7 +131,7 @@ LanguageConfig = T5Config | LlamaConfig
 
 KINDS = ("instructblip", "blip2", "blip2_stage1", "llava")
 WITHOUT_LLM = ("blip2_stage1",)  # their `llm` is None
-BRIDGES: dict[str, type] = {each.key: each for each in (QFormerConfig, ProjectorConfig)}
+BRIDGE_CONFIGS: dict[str, type] = {each.key: each for each in (QFormerConfig, ProjectorConfig)}
 LANGUAGE_CONFIGS: dict[str, type] = {each.kind: each for each in (T5Config, LlamaConfig)}
 if TYPE_CHECKING:  # every model that generates has one, and does not ask
     MaybeLanguage = LanguageConfig
@@ -193,15 +196,15 @@ class Variant:
         """
         if not isinstance(fields, dict) or not isinstance(fields.get("kind", ""), str):
             raise ValueError(f"variant is {fields!r:.60}, expected an object of its towers")
-        for name in fields.keys() & {"vision", "llm", *BRIDGES}:
+        for name in fields.keys() & {"vision", "llm", *BRIDGE_CONFIGS}:
             if not isinstance(fields[name], dict) and (name, fields[name]) != ("llm", None):
                 raise ValueError(f"variant.{name} is {fields[name]!r:.60}, expected an object")
         kind = fields.get("kind", "instructblip")
-        bridges = [name for name in BRIDGES if name in fields]
+        bridges = [name for name in BRIDGE_CONFIGS if name in fields]
         expected = {"vision", *bridges} | (set() if kind in WITHOUT_LLM else {"llm"})
         unknown, missing = sorted(fields.keys() - expected - {"kind"}), expected - fields.keys()
         if len(bridges) != 1:
-            missing.add(" or ".join(BRIDGES))
+            missing.add(" or ".join(BRIDGE_CONFIGS))
         if unknown or missing:
             raise ValueError(f"variant: unknown fields {unknown}, missing fields {sorted(missing)}")
         llm: Any = fields.get("llm")
@@ -215,7 +218,7 @@ class Variant:
         return cls(
             kind=kind,
             vision=_build(VisionConfig, "vision", fields["vision"]),
-            bridge=_build(BRIDGES[bridge], bridge, fields[bridge]),
+            bridge=_build(BRIDGE_CONFIGS[bridge], bridge, fields[bridge]),
             llm=language,
         )
 

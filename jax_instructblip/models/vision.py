@@ -21,10 +21,7 @@ from jax_instructblip.models.layers import (
     constrain,
     scan_layers,
 )
-from jax_instructblip.models.variants import VisionConfig
-
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in 0..1
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, VisionConfig
 
 
 def normalise(images: UInt8[Array, "*B 3"] | Float[Array, "*B 3"]) -> Float[Array, "*B 3"]:

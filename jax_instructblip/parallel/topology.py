@@ -99,7 +99,7 @@ def read_topology(name: str) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             f"to compile for {name} the compiler of TPUs is needed, also where there is no TPU: "
-            "pip install 'jax_instructblip[tpu]'"
+            "pip install -e '.[tpu]'"
         )
     chip, dimensions = CHIPS[kind], size.split("x")
     options: dict[str, Any] = dict(chip.options)

@@ -58,7 +58,7 @@ def read_mesh(config: ConfigDict) -> Mesh:
 
 
 def read_samples_per_row(config: ConfigDict, mesh: Mesh) -> int:
-    """How many samples share a row: as many as asked for, or as there are for a device and part.
+    """The number of samples that share a row: that asked for, or that of a device and part.
 
     Raises:
         ValueError: the batch cannot be divided among the devices, the parts of a step and rows of

@@ -168,3 +168,25 @@ def test_the_recorded_case_of_such_lines(checkpoint, shared, capsys):
     out = capsys.readouterr().out
     assert "1 good lines, 2 bad" in out
     assert f"{path}:2: prompt cannot" in out and f"{path}:3: answers[0] cannot" in out
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_characters_that_a_tokenizer_does_not_know_are_counted(checkpoint, data, capsys, kind):
+    answers = [GOOD | {"answer": "\U0001f534"}, GOOD | {"answer": "红色"}] * 2
+    path = write(data, GOOD, *answers, GOOD | {"prompt": "Is it \U0001f534?"})
+    assert main(["check", str(path), "--checkpoint", checkpoint(kind)]) == 0
+    out = capsys.readouterr().out
+    count = "samples have characters in their"
+    # LLaMA's tokenizer writes what it does not know as bytes.
+    assert (f"4 of 6 {count} answer that the language model's tokenizer" in out) == (kind == "t5")
+    assert (f"1 of 6 {count} prompt that the language model's tokenizer" in out) == (kind == "t5")
+    assert f"1 of 6 {count} instruction that the Q-Former's tokenizer does not know" in out
+    assert (f"  {path}:2: '\U0001f534'\n" in out) == (kind == "t5")
+    assert ("  and 1 more\n" in out) == (kind == "t5")
+    assert f"  {path}:6: 'Is it \U0001f534?'\n" in out
+
+
+def test_a_file_whose_characters_are_known_tells_of_none(checkpoint, data, capsys):
+    for kind in ("t5", "llama"):
+        assert main(["check", str(write(data, GOOD)), "--checkpoint", checkpoint(kind)]) == 0
+    assert "does not know" not in capsys.readouterr().out

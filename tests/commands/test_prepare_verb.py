@@ -64,7 +64,7 @@ def test_flags_that_nobody_knows_are_refused(raw, tmp_path, capsys):
 def test_without_beam_it_says_what_to_install(raw, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     assert main(words(raw, tmp_path / "out", "--beam_runner", "DirectRunner")) == 1
-    assert "pip install 'jax_instructblip[beam]'" in capsys.readouterr().err
+    assert "pip install -e '.[beam]'" in capsys.readouterr().err
 
 
 def test_the_table_is_printed(capsys):

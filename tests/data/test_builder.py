@@ -15,7 +15,7 @@ from PIL import Image
 
 from jax_instructblip.data import builder, shapes_records
 from jax_instructblip.data.images import decode
-from jax_instructblip.data.records import Record
+from jax_instructblip.data.records import Record, RecordError
 
 SMALL = {"train": 12, "validation": 4, "test": 4, "test_pairs": 4, "test_families": 4}
 
@@ -112,7 +112,7 @@ def test_a_killed_run_leaves_nothing_that_counts(tmp_path):
     script = """
         import os, signal, sys
         from jax_instructblip.data import builder
-        from jax_instructblip.data.records import Record
+        from jax_instructblip.data.records import Record, RecordError
         def records():
             yield Record("a", (open(sys.argv[2], "rb").read(),), "Q?", ("A",))
             os.kill(os.getpid(), signal.SIGKILL)
@@ -165,3 +165,40 @@ def test_what_is_prepared_with_other_splits_is_not_taken(tmp_path):
     for splits in ({"train": read, "test": read}, {"test": read}):
         with pytest.raises(ValueError, match="has the splits train, asked for are .*test"):
             builder.prepare(tmp_path, "toy", splits)
+
+
+def flip(content):
+    """One bit in the middle, where a row is."""
+    half = len(content) // 2
+    return content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "lost"),
+    [
+        (flip, 1),
+        (lambda content: content[: len(content) // 2], 40),
+        (lambda content: b"", 40),
+        (None, 40),
+    ],
+    ids=["flipped", "cut", "empty", "gone"],
+)
+def test_a_record_of_a_damaged_shard_is_named_with_its_file(tmp_path, spoil, lost):
+    noise = np.random.default_rng(0)
+    records = [Record(f"r{i}", (noise.bytes(4000),), "what?", ("a",)) for i in range(40)]
+    folder = builder.prepare(tmp_path, "toy", {"train": lambda: records})
+    (shard,) = folder.glob("*.array_record*")
+    if spoil is None:
+        shard.unlink()
+    else:
+        shard.write_bytes(spoil(shard.read_bytes()))
+    found = builder.open_folder(folder, "train")
+    wrong = []
+    for index, record in enumerate(records):
+        try:
+            assert found[index] == record
+        except RecordError as error:
+            assert str(error).startswith(f"{shard}: record {index} of the split cannot be read")
+            assert "copy it anew" in str(error)
+            wrong.append(index)
+    assert len(wrong) == lost

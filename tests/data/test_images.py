@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from jax_instructblip.data import images
 from jax_instructblip.data.images import ImageError, decode
-from jax_instructblip.models.vision import IMAGE_MEAN, IMAGE_STD
+from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD
 
 # Files of `difficult` that cannot be used, and why.
 REFUSED = {

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from jax_instructblip.checkpoint import read_config
+from jax_instructblip.data import builder
 from jax_instructblip.data.images import decode, resize_squash
 from jax_instructblip.data.mixture import (
     ATTEMPTS,
@@ -325,6 +326,19 @@ def test_a_damaged_row_is_replaced_and_counted(text, caplog):
     assert "a3: replaced: image of 8 bytes" in caplog.text
 
 
+def test_a_row_of_a_damaged_shard_is_replaced_and_counted(text, tmp_path, caplog):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3)).astype(np.uint8)
+    rows = [Record(f"r{i}", (Image.fromarray(noise),), "what?", ("red",)) for i in range(16)]
+    folder = builder.prepare(tmp_path, "toy", {"train": lambda: rows})
+    (shard,) = folder.glob("*.array_record*")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    batches = make_batches(text, [Source("toy", builder.open_folder(folder, "train"), "")])
+    assert sum(int((batches[step]["replaced"] > 0).sum()) for step in range(4)) == 1
+    assert "of toy: replaced: " in caplog.text and str(shard) in caplog.text
+
+
 def test_a_row_whose_text_cannot_be_used_is_replaced(text):
     bad = Record("bad", (RED,), "an <image> in the text", ("red",))
     good = Record("good", (RED,), "what color?", ("red",))
@@ -347,6 +361,17 @@ def test_a_replacement_fits_the_shape_of_the_batch(text):
     batch = batches[step]
     assert batch["qformer_tokens"].shape[-1] == 4
     assert batch["replaced"][0] > 0
+
+
+def test_a_replacement_with_more_images_is_cut(text):
+    many = [Record(f"m{i}", (RED,) * 3, "what?", ("red",)) for i in range(60)]
+    batches = make_batches(
+        text, [Source("a", [*many, Record("d", (b"x",), "what?", ("red",))], "")], 1, steps=61
+    )
+    step = next(step for step in range(61) if batches.ids(step) == ["d"])
+    batch = batches[step]
+    assert batch["replaced"][0] > 0
+    assert batch["images"].shape[1] == 1 and batch["image_sample"].tolist() == [[1]]
 
 
 def test_nothing_but_damage_stops_the_run(text):

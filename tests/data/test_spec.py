@@ -3,7 +3,7 @@ import pytest
 
 from jax_instructblip.data.batch import collate
 from jax_instructblip.data.spec import IGNORE, check, example_batch, fields, shapes
-from jax_instructblip.models.variants import VARIANTS, get_variant
+from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, VARIANTS, get_variant
 from tests.micro import micro
 
 
@@ -135,3 +135,34 @@ def test_one_picture_may_serve_all_rows():
     variant, made = samples("t5", 1)
     batch = collate(made * 3, visual_tokens=variant.visual_tokens)
     check({**batch, "images": batch["images"][:1]}, variant)
+
+
+def normalised(pixels):
+    return ((pixels / 255 - np.array(IMAGE_MEAN)) / np.array(IMAGE_STD)).astype(np.float32)
+
+
+def test_floats_that_were_not_normalised_are_named():
+    variant, batch = rows("t5")
+    pixels = np.random.default_rng(0).integers(0, 256, batch["images"].shape, np.uint8)
+    check({**batch, "images": normalised(pixels)}, variant)
+    black_and_white = np.where(pixels < 128, 0, 255)
+    check({**batch, "images": normalised(black_and_white)}, variant)
+    wrong = {
+        "from 0 to 1, as no normalised photograph is": (pixels / 255).astype(np.float32),
+        "from 0 to 255": pixels.astype(np.float32),
+        "from -1e[+]06 to 1e[+]06": (pixels / 127.5 - 1).astype(np.float32) * 1e6,
+        "not all finite": np.where(pixels == 7, np.nan, normalised(pixels)),
+    }
+    for reason, images in wrong.items():
+        with pytest.raises(ValueError, match=f"images are floats {reason}"):
+            check({**batch, "images": images}, variant)
+
+
+def test_images_that_fill_up_a_row_are_not_looked_at():
+    variant, batch = rows("t5", 1)  # of one image and of two
+    assert (batch["image_sample"] == 0).any()
+    unused = (batch["image_sample"] == 0)[..., None, None, None]
+    images = np.where(unused, 0.5, normalised(batch["images"])).astype(np.float32)
+    check({**batch, "images": images}, variant)
+    with pytest.raises(ValueError, match="from 0.5 to 0.5"):
+        check({**batch, "images": np.full_like(images, 0.5)}, variant)

@@ -13,7 +13,7 @@ import jax_instructblip
 from jax_instructblip.inference.decode import generate_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.scores import TracedSettings, truncate
-from jax_instructblip.models.vision import IMAGE_MEAN, IMAGE_STD
+from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD
 from jax_instructblip.models.vlm import VisionLanguageModel
 from tests.parity import golden
 

@@ -8,6 +8,7 @@ import pytest
 
 from jax_instructblip import checkpoint
 from jax_instructblip.__main__ import main
+from jax_instructblip.commands import backbones
 from jax_instructblip.data import shapes
 from jax_instructblip.data.batch import IGNORE
 from jax_instructblip.data.shapes import Scene, Thing
@@ -120,3 +121,22 @@ def test_captioned_queries_come_over_their_base_and_into_its_text_branch(tmp_pat
         same = np.asarray(expected).astype(leaf.dtype) == leaf
         assert same.all(), path
     assert {path.split("/")[1] for path in kept} == {"text_embed", "position_embed"}
+
+
+def test_towers_made_otherwise_are_not_taken_for_those_asked_for(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(backbones, "train_vision", lambda *a, **b: made.append(b) or {"a": 1.0})
+    monkeypatch.setattr(backbones, "train_language", lambda *a, **b: {"a": 1.0})
+    written = lambda folder, *a, **b: made.append(folder) or folder.mkdir()
+    monkeypatch.setattr(backbones.backbones, "write_checkpoint", written)
+    monkeypatch.setattr(backbones.checkpoint, "read_tree", lambda folder: {})
+    towers = lambda *more: main(["backbones", "towers", str(tmp_path / "work"), *more])
+    assert towers("--kinds", "t5", "--scale", "0.01") == 0 and len(made) == 2
+    assert towers("--scale", "0.01") == 0 and made[2:] == [tmp_path / "work" / "base_llama"]
+    for other in (["--scale", "0.02"], ["--scale", "0.01", "--seed", "1"]):
+        with pytest.raises(ValueError, match=r"made otherwise \(seed 0, scale 0.01.* asked for is"):
+            backbones.main(["towers", str(tmp_path / "work"), *other])
+    assert len(made) == 3
+    (tmp_path / "work" / "recipe.json").unlink()
+    with pytest.raises(ValueError, match="it is not noted how"):
+        backbones.main(["towers", str(tmp_path / "work"), "--scale", "0.01"])

@@ -2,8 +2,10 @@
 
 import pytest
 
+from jax_instructblip.commands import train
 from jax_instructblip.data import prepare
 from jax_instructblip.data.datasets import DATASETS
+from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.evaluation import answering, validation
 from jax_instructblip.evaluation.metric import MetricError
@@ -11,6 +13,7 @@ from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.evaluation.stored import Prediction
 from jax_instructblip.evaluation.task import open_task
 from jax_instructblip.inference.pipeline import load
+from jax_instructblip.training import loop
 from jax_instructblip.training.metrics import read_metrics
 from tests.data.layouts import write_all
 from tests.micro import compile_cache, write_base, write_data
@@ -90,3 +93,18 @@ def test_what_no_metric_belongs_to_does_not_validate(files, prepared, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(answering, "answer", lambda *args, **rest: None)
             evaluate(files[0], prepared / "web_capfilt", "train")
+
+
+def test_what_cannot_be_scored_is_told_before_a_run_begins(prepared, monkeypatch):
+    validation.check("", "")
+    validation.check(str(prepared / "iconqa"), "test")
+    path, begun = prepared / "web_capfilt", []
+    monkeypatch.setattr(loop, "run", lambda *args, **rest: begun.append(args))
+    given = ["--config", "configs/common.py", f"--config.validation.path={path}"]
+    with pytest.raises(MetricError, match="validation.path is .*web_capfilt, train: nothing is sc"):
+        train.main([*given, "--config.validation.split=train"])
+    hidden = [Record("a", ("a.png",), "what?", (), choices=("b", "c"))]
+    monkeypatch.setattr(validation, "open_records", lambda path, split: (hidden, ""))
+    with pytest.raises(MetricError, match="iconqa, test: the right answers .* are not public"):
+        validation.check(str(prepared / "iconqa"), "test")
+    assert not begun
