@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         sentence = _sentence(error)
         if os.environ.get("JAX_INSTRUCTBLIP_TRACEBACK") == "1" or not sentence:
             raise
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {_printable(sentence)}", file=sys.stderr)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             _drop_output()  # it may be what is full
         return 1
@@ -113,6 +113,12 @@ def _sentence(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = isinstance(error, ValueError) and _PACKAGE in Path(frames[-1].filename).parents
     return str(error) if ours else ""
+
+
+def _printable(sentence: str) -> str:
+    """The sentence with names and values of files that would steer a terminal written out."""
+    shown = lambda letter: letter.isprintable() or letter == "\n"
+    return "".join(each if shown(each) else repr(each)[1:-1] for each in sentence)
 
 
 def _is_exhausted(error: Exception) -> bool:

@@ -17,23 +17,26 @@ from typing import Any
 
 import numpy as np
 
-from jax_instructblip.files import address_problem
+from jax_instructblip.files import path_problem
 
 INT32 = 2**31 - 1
 FLOAT32 = float(np.finfo(np.float32).max)
 SMALLEST = float(np.finfo(np.float32).tiny)  # what is nearer to 0 is 0 on the device
 
+MOST_SECONDS = 1e9  # 30 years; the system's own clocks take no more than ten times as much
+
 TEXT_LIMIT = 100_000  # characters: ten times what the longest context of the models holds
 
 _NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+_NAMES |= {dict: "an object"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """What one value may be; made by `whole`, `number`, `flag`, `text`, `one_of`, `several`.
+    """What one value may be; made by `whole`, `number`, `flag`, `text`, `one_of`, ...
 
     Attributes:
-      kind: int, float (whole numbers are taken, too), bool, str, or tuple (a list is taken, too).
+      kind: int, float (whole numbers are taken, too), bool, str, dict, or tuple (a list, too).
       at_least: smallest value.
       at_most: largest value.
       above: a bound that the value itself is not.
@@ -74,10 +77,10 @@ class Field:
                 expected = f"{expected}, {ranged}" if not self.choices else ranged
             return [f"{name} is {_show(value)}, expected {expected}{self._also()}"]
         if self.kind is str:
-            if problem := text_problem(value) or (self.local and address_problem(value)):
+            if problem := text_problem(value) or (self.local and path_problem(value)):
                 return [f"{name} {problem}"]
             good = not self.choices or value in self.choices
-        elif self.kind is bool:
+        elif self.kind in (bool, dict):
             good = True
         else:
             good = value in self.special or self._in_range(value)
@@ -151,6 +154,11 @@ def one_of(*choices: str, **more: Any) -> Field:
 def several(each: Field, **more: Any) -> Field:
     """A tuple or list, perhaps empty, of values that are each such a one."""
     return Field(tuple, each=each, **more)
+
+
+def mapping(**more: Any) -> Field:
+    """An object, whatever is in it."""
+    return Field(dict, **more)
 
 
 def find_problems(values: Any, table: Mapping[str, Field], prefix: str = "") -> list[str]:

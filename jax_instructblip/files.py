@@ -74,9 +74,22 @@ def address_problem(path: str | os.PathLike) -> str:
     )
 
 
+def path_problem(path: str | os.PathLike) -> str:
+    """Why this is no path of a disk, an address among them, and what to do; "" for a path."""
+    text = os.fspath(path)
+    if "\0" in text:
+        return f"is {text!r:.80}, which cannot be the name of a file: embedded null character"
+    return address_problem(path)
+
+
 def local_path(path: str | os.PathLike, name: str = "the path") -> Path:
-    """The path, which is one of a disk; ValueError for an address, which `name` is then said of."""
-    if problem := address_problem(path):
+    """The path, which is one of a disk; ValueError for what is none, which `name` is then said of.
+
+    A path is text or a `Path`; bytes, numbers and None are none.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{name} is {path!r:.60}, expected text or a Path")
+    if problem := path_problem(path):
         raise ValueError(f"{name} {problem}")
     return Path(path)
 
@@ -93,7 +106,7 @@ def find_addresses(flags: Mapping[str, Any]) -> list[str]:
                 text = os.fspath(each).removeprefix("@")
                 if flag == "image" and _NAMED.match(text):  # NAME=FILE
                     text = text.partition("=")[2]
-                if problem := address_problem(text):
+                if problem := path_problem(text):
                     problems.append(f"{flag} {problem}")
     return problems
 

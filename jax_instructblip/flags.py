@@ -2,7 +2,7 @@
 
 import argparse
 
-from jax_instructblip.fields import Field, find_problems, number, text_problem, whole
+from jax_instructblip.fields import MOST_SECONDS, Field, find_problems, number, text_problem, whole
 from jax_instructblip.files import find_addresses
 
 _DEVICES = whole(1, 1_000_000, unit="devices")
@@ -21,11 +21,11 @@ NUMBERS: dict[str, Field] = {
     "seed": whole(0, 2**32 - 1),  # a key has 32 bits: larger ones would be others again
     "shard_bytes": whole(1, 2**50, unit="bytes"),
     "shard_size": whole(1, unit="records"),
-    "silence_limit": number(above=0, unit="seconds"),
+    "silence_limit": number(above=0, at_most=MOST_SECONDS, unit="seconds"),
     "tensor": _DEVICES,
     "top": whole(1),
     "tries": whole(1, 1_000, unit="plans"),
-    "wait_limit": number(above=0, unit="seconds"),
+    "wait_limit": number(above=0, at_most=MOST_SECONDS, unit="seconds"),
     "workers": whole(0, 1_024, unit="processes"),
 }
 TEXTS = ("prompt",)

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from jax_instructblip.files import address_problem, local_path
+from jax_instructblip.files import local_path, path_problem
 
 
 @contextlib.contextmanager
@@ -74,7 +74,7 @@ def refuse_existing(folder: str | os.PathLike) -> None:
 
 def unwritable(folder: str | os.PathLike) -> str:
     """Why nothing can be written to this folder, which need not exist yet; "" if it can be."""
-    if problem := address_problem(folder):
+    if problem := path_problem(folder):
         return f"it {problem}"
     place = Path(folder).absolute()
     there = next(path for path in (place, *place.parents) if path.exists())

@@ -14,12 +14,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jax_instructblip.fields import find_problems, mapping, number, several, text, whole
 from jax_instructblip.files import parse_json
 from jax_instructblip.manifest import CheckpointError, manifest_digest
 
 META = "meta.json"
 FORMAT = 1
 _MANIFESTS, _SEAL = "manifests", "sha256"
+_NEEDED = {"variant": mapping(), "trainable": several(text()), "base": mapping()}
+_FIELDS = _NEEDED | {
+    "step": whole(0),
+    "score": number(optional=True),
+    "data": mapping(),
+    "text": mapping(),
+    _MANIFESTS: mapping(),
+}
+_BASE = {"path": text(), "sha256": text(), "name": text()}
 
 
 def seal(meta: Mapping[str, Any]) -> str:
@@ -31,7 +41,7 @@ def parse_meta(raw: bytes, where: str | os.PathLike) -> dict[str, Any]:
     """The fields of a `meta.json`.
 
     Raises:
-        CheckpointError: it is none, or is damaged.
+        CheckpointError: it is none, or is damaged; the error lists every field that cannot be.
     """
     path = f"{os.fspath(where)}/{META}"
     try:
@@ -49,6 +59,8 @@ def parse_meta(raw: bytes, where: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is damaged: its fields have another sha256 than the one it states"
         )
+    if wrong := _wrong_fields(meta):
+        raise CheckpointError("\n  ".join([f"{path} is damaged; copy it again:", *wrong]))
     return meta
 
 
@@ -76,6 +88,15 @@ def check_manifest(meta: Mapping[str, Any], folder: Path, part: str) -> None:
 def bind(meta: Mapping[str, Any], folder: Path, parts: tuple[str, ...]) -> dict[str, Any]:
     """`meta` with the sha256 of the manifests of these parts of the folder."""
     return {**meta, _MANIFESTS: {part: manifest_digest(folder / part) for part in parts}}
+
+
+def _wrong_fields(meta: Mapping[str, Any]) -> list[str]:
+    """What is missing, and what is of another kind than it must be."""
+    filled = dict.fromkeys(_NEEDED) | meta
+    wrong = find_problems(filled, _FIELDS)
+    if isinstance(base := filled["base"], dict):
+        wrong += find_problems({"path": None, "sha256": None} | base, _BASE, "base.")
+    return wrong
 
 
 def _digest(meta: Mapping[str, Any]) -> str:

@@ -204,6 +204,33 @@ def test_what_is_an_address_and_no_path(path, problem):
         assert local_path(path) == Path(path)
 
 
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (
+            "a\0b",
+            "the run is 'a\\x00b', which cannot be the name of a file: embedded null character",
+        ),
+        (None, "the run is None, expected text or a Path"),
+        (b"a", "the run is b'a', expected text or a Path"),
+        (5, "the run is 5, expected text or a Path"),
+    ],
+)
+def test_what_cannot_be_a_path_is_refused(path, said):
+    with pytest.raises(ValueError) as error:
+        local_path(path, "the run")
+    assert str(error.value) == said
+
+
+def test_a_null_character_is_no_part_of_a_path_anywhere():
+    said = "'a\\x00b', which cannot be the name of a file: embedded null character"
+    assert find_addresses({"out": Path("a\0b"), "data": "a\0b"}) == [
+        f"out is {said}",
+        f"data is {said}",
+    ]
+    assert folders.unwritable("a\0b") == f"it is {said}"
+
+
 def test_every_address_among_flags_is_named():
     flags = {
         "out": Path("s3://b/x"),

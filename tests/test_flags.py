@@ -41,6 +41,10 @@ ASK = ["--checkpoint", "none", "--image", "a.png", "--prompt", "what?"]
         ),
         (["backbones", "towers", "a", "--seed", "4294967296"], "--seed is 4294967296, expected"),
         (
+            ["evaluate", "--checkpoint", "a", "--wait_limit", "1e30"],
+            "--wait_limit is 1e+30, expected above 0 and at most",
+        ),
+        (
             ["rank", *ASK[:-1], "a\udce4", "--candidates", "a,b"],
             "--prompt cannot be written",
         ),

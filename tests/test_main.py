@@ -248,3 +248,13 @@ def test_output_to_a_full_disk_is_one_line():
             assert process.stderr
             assert process.stderr.read() == "error: [Errno 28] No space left on device\n"
     assert process.returncode == 1
+
+
+def test_a_name_that_would_steer_the_terminal_is_written_out(monkeypatch, capsys):
+    def run(words):
+        raise OSError("a\x1b[2Jb\r\0\ud800: no such file\n  in the second line, é 字")
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main(["any"]) == 1
+    said = "error: a\\x1b[2Jb\\r\\x00\\ud800: no such file\n  in the second line, é 字\n"
+    assert capsys.readouterr().err == said

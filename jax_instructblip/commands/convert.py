@@ -8,11 +8,12 @@ import jax
 
 from jax_instructblip import checkpoint
 from jax_instructblip.convert import hf
+from jax_instructblip.convert.engine import is_finite
 from jax_instructblip.convert.stored_model import copy_tokenizers
 from jax_instructblip.data.progress import Progress
 from jax_instructblip.flags import check_flags
 from jax_instructblip.folders import free_bytes, refuse_existing
-from jax_instructblip.models.variants import VARIANTS, released_name
+from jax_instructblip.models.variants import VARIANTS, Variant, released_name
 
 
 def main(argv: list[str]) -> int:
@@ -27,12 +28,13 @@ def main(argv: list[str]) -> int:
 
     refuse_existing(args.out)
     variant, source, leaves = hf.convert_hf(args.folder, args.variant)
+    unread = _tokenizer_problem(args.folder, variant)
     free = free_bytes(args.out)
     if free < leaves.nbytes:
         raise OSError(
             f"{args.out} needs {leaves.nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there"
         )
-    absent = []
+    absent, spoilt = [], []
 
     def add(folder: Path) -> None:
         checkpoint.write_config(folder, {"variant": variant.to_dict(), "source": source})
@@ -44,6 +46,8 @@ def main(argv: list[str]) -> int:
             done = 0
             for path, array in leaves:
                 size = array.nbytes
+                if not is_finite(array):
+                    spoilt.append(path)
                 yield path, array
                 del array
                 done, before = done + size, done
@@ -61,4 +65,23 @@ def main(argv: list[str]) -> int:
         print("the folder has no lm_head: filled from the tied embedding")
     for name in absent:
         print(f"warning: no {name} in {args.folder}: the checkpoint cannot answer", file=sys.stderr)
+    if spoilt:
+        print(
+            f"warning: NaN or infinity in {', '.join(spoilt)}: is a file of {args.folder} damaged, "
+            "or were its weights rounded to float16? Answers may end in an error",
+            file=sys.stderr,
+        )
+    if unread and not absent:
+        print(f"warning: {unread}: the checkpoint cannot answer", file=sys.stderr)
     return 0
+
+
+def _tokenizer_problem(folder: Path, variant: Variant) -> str:
+    """What a tokenizer lacks; a ValueError where one is damaged, or of another model."""
+    from jax_instructblip.data.text import TextProcessor  # seconds, which --help need not wait for
+
+    try:
+        TextProcessor.load(folder, variant)
+    except FileNotFoundError as error:
+        return str(error)
+    return ""

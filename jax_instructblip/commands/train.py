@@ -16,6 +16,7 @@ from jax_instructblip.evaluation import curves, validation
 from jax_instructblip.flags import check_flags
 from jax_instructblip.parallel import distributed
 from jax_instructblip.training import checkpoints, loop
+from jax_instructblip.training.config_table import check_config
 
 # The configs of the repository share `configs/common.py`, whatever the working directory is.
 _ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> int:
     """Runs the training; returns 0, also when it was told to stop and has saved."""
     flags, _ = _parser().parse_known_args(argv)
     config = read_config(argv)
+    check_config(config, run=True)  # before the records to validate on are read, or drawn
     validation.check(config.validation.path, config.validation.split)
     calls = {"evaluate": validation.evaluate, "report": curves.write}
     try:
@@ -66,7 +68,7 @@ def read_config(argv: list[str]) -> ConfigDict:
         config_flags.DEFINE_config_dict("config", config, flag_values=own, sys_argv=words)
         rest = own(words)
     except flags.Error as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_short(str(error))) from error
     if rest[1:]:
         raise ValueError(f"unexpected {' '.join(rest[1:])!r}: values are given as --FIELD=VALUE")
     config = own["config"].value
@@ -75,6 +77,11 @@ def read_config(argv: list[str]) -> ConfigDict:
         config.train.profile_folder = given.profile
         config.train.profile_steps = config.train.profile_steps or PROFILE_STEPS
     return config
+
+
+def _short(message: str) -> str:
+    """The message without the middle of a value of thousands of letters."""
+    return message if len(message) <= 400 else f"{message[:200]} ... {message[-200:]}"
 
 
 def _parser() -> argparse.ArgumentParser:

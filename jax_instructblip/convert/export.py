@@ -21,7 +21,7 @@ from jax_instructblip import fields
 from jax_instructblip.convert import hf, transforms
 from jax_instructblip.convert.engine import Drop, Entry, Rule, Zeros
 from jax_instructblip.convert.families import Family, family_of
-from jax_instructblip.convert.hf_config import variant_of
+from jax_instructblip.convert.hf_config import preprocessor, variant_of
 from jax_instructblip.convert.safetensors import Writer
 from jax_instructblip.convert.stored_model import (
     TOKENIZERS,
@@ -32,7 +32,7 @@ from jax_instructblip.convert.stored_model import (
 from jax_instructblip.fields import whole
 from jax_instructblip.files import TOKENIZER_LIMIT, read_json
 from jax_instructblip.folders import atomic_folder, refuse_existing
-from jax_instructblip.models.variants import QFormerConfig, Variant
+from jax_instructblip.models.variants import QFormerConfig
 
 SHARD_BYTES = 5_000_000_000
 QFORMER_LIMIT = 128  # tokens of an instruction, as released
@@ -179,7 +179,7 @@ def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> l
                 "the tokenizer has no <image> token: transformers needs one, and image_token_index"
             )
     notes += _losses(model, family, config)
-    sides = {"preprocessor_config": _preprocessor(variant)}
+    sides = {"preprocessor_config": preprocessor(variant)}
     sides |= {name: facts[name] for name in hf.SIDE_FILES if name in facts}
     for name, document in {"config": config, **sides}.items():
         (out / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
@@ -236,19 +236,3 @@ def _image_token(folder: Path) -> int | None:
         return None
     tokens = read_json(path, dict, limit=TOKENIZER_LIMIT).get("added_tokens", [])
     return next((token["id"] for token in tokens if token["content"] == "<image>"), None)
-
-
-def _preprocessor(variant: Variant) -> dict[str, Any]:
-    size = variant.vision.image_size
-    return {
-        "image_processor_type": "BlipImageProcessor",
-        "do_resize": True,
-        "size": {"height": size, "width": size},
-        "resample": 3,  # PIL's bicubic
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "do_convert_rgb": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }

@@ -10,6 +10,7 @@ from jax_instructblip import checkpoint
 from jax_instructblip.convert.engine import Drop, Entry, Plan, make_plan
 from jax_instructblip.convert.families import Family, family_of
 from jax_instructblip.convert.hf_config import (
+    check_preprocessor,
     check_variant,
     has_tied_embeddings,
     read_config,
@@ -45,6 +46,7 @@ def convert_hf(folder: str | Path, variant: str | None = None) -> Conversion:
         check_variant(folder, found, variant)
     tensors = open_folder(folder)
     _check_sizes(folder, found, family, tensors)
+    check_preprocessor(folder, found)
     head = family.languages[found.llm.kind].head
     tied_head = has_tied_embeddings(config) and head not in tensors
     entries = family.rules(found, tied_head)

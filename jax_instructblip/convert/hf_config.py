@@ -4,6 +4,7 @@ Sizes are as the file has them. What the sources disagree on is taken from it to
 eps, T5's activation, the scaling of decoder outputs. Only LLaMA's special ids are the tokenizer's.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from jax_instructblip.convert.families import FAMILIES, Family
 from jax_instructblip.convert.safetensors import DEQUANTISE, ConversionError
 from jax_instructblip.files import kind_of
 from jax_instructblip.models.variants import (
+    IMAGE_MEAN,
+    IMAGE_STD,
     Variant,
     get_variant,
     released_name,
@@ -43,7 +46,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         named = ", ".join(map(str, named)) if isinstance(named, list) else str(named)
         known = ", ".join(family.architecture for family in FAMILIES)
         raise ConversionError(
-            f"{folder} holds another architecture", [f"found {named:.200}; supported: {known}"]
+            f"{folder} holds another architecture by architectures and model_type of config.json",
+            [f"found {named:.200}; supported: {known}"],
         )
     return config
 
@@ -127,6 +131,60 @@ def has_tied_embeddings(config: Mapping[str, Any]) -> bool:
     assert family is not None  # the config was read
     defaults = family.languages[section["model_type"]].section.defaults
     return {**defaults, **section}["tie_word_embeddings"] is not False
+
+
+def preprocessor(variant: Variant) -> dict[str, Any]:
+    """The preprocessor_config.json that says how images are prepared here."""
+    size = variant.vision.image_size
+    return {
+        "image_processor_type": "BlipImageProcessor",
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,  # PIL's bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
+    }
+
+
+def check_preprocessor(folder: Path, variant: Variant) -> None:
+    """Raises ConversionError where a folder's images are prepared otherwise than here.
+
+    transformers 5 has the same keys in an object of processor_config.json.
+    """
+    wanted = preprocessor(variant) | {"do_center_crop": False}
+    del wanted["image_processor_type"]  # there are several that do the same
+    failures = []
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        found = read_json(folder / name) if (folder / name).is_file() else {}
+        if name == "processor_config.json":
+            found = found.get("image_processor") or {}
+        if not isinstance(found, Mapping):
+            failures.append(f"{name}: image_processor is {kind_of(found)}, expected an object")
+            continue
+        failures += [
+            f"{name}: {key} is {found[key]!r:.60}; supported: {value!r}"
+            for key, value in wanted.items()
+            if found.get(key) is not None and not _is_near(found[key], value)
+        ]
+    if failures:
+        raise ConversionError(f"the images of {folder} are prepared otherwise than here", failures)
+
+
+def _is_near(found: Any, wanted: Any) -> bool:
+    """Equal, numbers but for rounding; one number as a size means both sides."""
+    if isinstance(wanted, Mapping):
+        sides = found if isinstance(found, Mapping) else dict.fromkeys(wanted, found)
+        return sides.keys() == wanted.keys() and all(_is_near(sides[k], wanted[k]) for k in wanted)
+    if isinstance(wanted, list):
+        alike = isinstance(found, list) and len(found) == len(wanted)
+        return alike and all(map(_is_near, found, wanted))
+    if isinstance(wanted, bool) or isinstance(found, bool) or not isinstance(found, int | float):
+        return equal(found, wanted)
+    return math.isclose(found, wanted, rel_tol=1e-4)
 
 
 def check_variant(folder: Path, found: Variant, name: str) -> None:

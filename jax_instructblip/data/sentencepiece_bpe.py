@@ -29,17 +29,21 @@ def split_as_sentencepiece(
     """Changes the tokenizer that was read from `folder`.
 
     Raises:
-        ValueError: `folder` has no `tokenizer.model`, and its `tokenizer.json` does not tell how
-            spaces are split.
+        ValueError: `tokenizer.model` is damaged; or there is none, and `tokenizer.json` does not
+            tell how spaces are split.
     """
     backend = tokenizer.backend_tokenizer
     backend.normalizer = normalizers.Sequence(
         [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
     )
-    if (folder / "tokenizer.model").exists():
+    path = folder / "tokenizer.model"
+    if path.is_file():
         import sentencepiece  # only LLaMA folders with tokenizer.model need it
 
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        try:
+            pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): copy it again") from error
         vocab = {pieces.id_to_piece(i): i for i in range(len(pieces))}
         backend.model = _model(tokenizer, vocab, pieces.get_score)
         return

@@ -110,6 +110,19 @@ def check(batch: Mapping[str, Any], variant: Variant) -> None:
         raise ValueError("this is not a batch:\n  " + "\n  ".join(wrong))
 
 
+def to_arrays(batch: Any) -> Batch:
+    """The batch with numpy arrays, also of lists; a `ValueError` where it or a part cannot be."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"the batch is a {type(batch).__name__}, expected a dict of arrays")
+    arrays = {}
+    for name, leaf in batch.items():
+        try:
+            arrays[name] = np.asarray(leaf)
+        except ValueError as error:  # lists of different lengths
+            raise ValueError(f"this is not a batch: {name} is no array ({error})") from error
+    return arrays
+
+
 def check_arrays(batch: Mapping[str, Any], variant: Variant) -> None:
     """Raises a `ValueError` that lists missing keys, and those of another type or shape."""
     if wrong := _wrong_arrays(batch, variant):

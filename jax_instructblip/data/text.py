@@ -28,6 +28,7 @@ from tokenizers import decoders
 from jax_instructblip.data.sentencepiece_bpe import split_as_sentencepiece
 from jax_instructblip.data.spec import IGNORE
 from jax_instructblip.fields import text_problem
+from jax_instructblip.files import require_file
 from jax_instructblip.models.variants import LlamaConfig, T5Config, Variant
 
 # The concrete classes: AutoTokenizer imports torch where it is installed, and guesses the class.
@@ -43,6 +44,9 @@ RELEASED_SPECIAL = {
         "pad_token": "[PAD]",
     },
 }
+
+# Files beside the vocabulary that transformers reads where they are there.
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 # What the counts in an example's `truncated` are about, in order.
 TRUNCATED = ("instruction", "prompt", "answer")
@@ -291,6 +295,9 @@ class TextProcessor:
                 wrong.append(
                     f"{name}: the model expects id {want}, the tokenizer has {found} ({token!r})"
                 )
+        for name, want in (("cls", "[CLS]"), ("sep", "[SEP]")):
+            if (token := getattr(self.qformer, f"{name}_token")) != want:
+                wrong.append(f"{name}: the Q-Former expects {want}, its tokenizer has {token!r}")
         for name, tokenizer, vocab in (
             ("language model", self.llm, llm.vocab),
             ("Q-Former", self.qformer, self.variant.qformer.vocab),
@@ -359,6 +366,9 @@ def _require(folder: pathlib.Path, names: Sequence[str], whose: str) -> None:
             f"the {whose} tokenizer is missing: expected one of {', '.join(names)} in {folder}, "
             f"found {found}"
         )
+    for name in (*names, *_SETTINGS):
+        if (folder / name).exists():  # a pipe would be waited for
+            require_file(folder / name)
 
 
 def _read(kind: type[Tokenizer], folder: pathlib.Path, whose: str, **special: Any) -> Tokenizer:

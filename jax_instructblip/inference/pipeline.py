@@ -307,7 +307,7 @@ class InstructBlipPipeline:
         Raises:
           ValueError: it is no such batch; the error lists everything that is wrong.
         """
-        batch = {name: np.asarray(leaf) for name, leaf in batch.items()}
+        batch = spec.to_arrays(batch)
         spec.check_arrays(batch, self.variant)
         batch = ask_every_slot(self.variant, compacted(batch))
         spec.check(batch, self.variant)

@@ -22,6 +22,8 @@ from jax_instructblip.models.variants import Variant
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens
 
+MOST_FRAMES = 1_024  # of a video; attention needs memory by the square of them
+
 Frame = str | os.PathLike | bytes | Image.Image | np.ndarray
 Picture = Frame | Sequence[Frame]  # several frames, in order of time, are a video
 Example = dict[str, np.ndarray]
@@ -81,6 +83,8 @@ def pair(images: Sequence[Picture], prompts: Sequence[str]) -> list[Question]:
             "all images of a call need the same number of frames (a still image is one), at least "
             f"one; found, in order, {lengths}"
         )
+    if lengths[0] > MOST_FRAMES:
+        raise ValueError(f"a video has {lengths[0]} frames, at most {MOST_FRAMES} are read")
     count = max(len(pictures), len(prompts))
     if len(pictures) == 1:
         pictures = pictures * count

@@ -210,7 +210,8 @@ def make_plan(
     are rounded up to few, so that one compiled program serves many lists; `least` pads the plan to
     those of another, or more.
     """
-    least = least or Sizes()
+    if not isinstance(least := least or Sizes(), Sizes):
+        raise ValueError(f"least is a {type(least).__name__}, expected Sizes or None")
     grown = [_grow(candidates, nodes) for candidates in lists]
     count = max(least.chunks, *(len(chunks) for chunks, _ in grown))
     rows = [chunks + [_Chunk()] * (count - len(chunks)) for chunks, _ in grown]

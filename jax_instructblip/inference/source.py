@@ -164,7 +164,7 @@ def read_params(
 
 
 def _run_source(step: Path) -> Source:
-    meta = _read_meta(step)
+    meta = read_meta(step)
     base = read_source(_base_folder(step, meta["base"]))
     found, wanted = base_digest(base), meta["base"]["sha256"]
     if found != wanted:
@@ -182,28 +182,6 @@ def _run_source(step: Path) -> Source:
     }
     facts = {**base.facts, "tuned": tuned}
     return dataclasses.replace(base, variant=variant, step=step, limits=limits, facts=facts)
-
-
-def _read_meta(step: Path) -> dict[str, Any]:
-    """The meta.json of a run's checkpoint; CheckpointError with all that it does not say."""
-    meta = read_meta(step)
-    wanted = {"variant": dict, "trainable": list, "base": dict}
-    wrong = [
-        f"{name}: found {meta.get(name)!r}, expected {kind.__name__}"
-        for name, kind in wanted.items()
-        if not isinstance(meta.get(name), kind)
-    ]
-    if not wrong:
-        wrong += [
-            f"base.{name}: found {meta['base'].get(name)!r}, expected str"
-            for name in ("path", "sha256")
-            if not isinstance(meta["base"].get(name), str)
-        ]
-    if wrong:
-        raise checkpoint.CheckpointError(
-            "\n  ".join([f"{step / 'meta.json'} is damaged; copy it again:", *wrong])
-        )
-    return meta
 
 
 def _check_limits(folder: Path, limits: Any) -> Mapping[str, int]:
@@ -283,7 +261,7 @@ def _latest_step(folder: Path) -> Path:
 
 def _read_trained(step: Path, variant: Variant, place: checkpoint.Place) -> checkpoint.Tree:
     shapes = param_shapes(variant)
-    expected = {name: shapes[name] for name in _read_meta(step)["trainable"]}
+    expected = {name: shapes[name] for name in read_meta(step)["trainable"]}
     return checkpoint.read_tree(step / "trainable", expected=expected, place=place)
 
 
@@ -312,6 +290,8 @@ def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> checkpo
     Of a mesh of several processes each reads what it holds. On a CPU that holds them whole the
     layers that decode are separate, which is faster (`models.vlm.separate_decoder`).
     """
+    if not (mesh is None or isinstance(mesh, Mesh)):
+        raise ValueError(f"mesh is a {type(mesh).__name__}, expected a jax.sharding.Mesh or None")
     place = functools.partial(_place, dtype=dtype, mesh=mesh)
     if mesh is not None:
         rules.shardings(param_shapes(source.variant), mesh)  # what it cannot divide: now

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from jax_instructblip.data import mixture, templates
 from jax_instructblip.fields import (
+    MOST_SECONDS,
     Field,
     find_problems,
     flag,
@@ -65,7 +66,7 @@ FIELDS: dict[str, Field] = {
     "text.answer_limit": whole(2, _TOKENS, unit="tokens"),
     "train.steps": _STEPS,
     "train.log_every": _STEPS,
-    "train.hang_limit": number(above=0, unit="seconds"),
+    "train.hang_limit": number(above=0, at_most=MOST_SECONDS, unit="seconds"),
     "train.non_finite": one_of("stop", "skip"),
     "train.non_finite_limit": _STEPS,
     "train.peak_flops": number(0, unit="a second; 0: as known of the device"),

@@ -87,6 +87,7 @@ def _run(
     validated = setup.read_validation_records(config) if evaluate else None
     _say(mixture.table())
     dtype, frozen_dtype = jnp.dtype(config.model.dtype), jnp.dtype(config.model.frozen_dtype)
+    setup.check_model(config)
     start = read_start(
         config.model.checkpoint,
         init=config.model.init,

@@ -15,13 +15,15 @@ from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import dataset_name, open_records
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.folders import unwritable
+from jax_instructblip.inference.source import read_source
 from jax_instructblip.models.layers import Scan, Scans
-from jax_instructblip.models.vlm import VisionLanguageModel
+from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.parallel import pmap, rules
 from jax_instructblip.parallel.mesh import batch_sharding, local_rows, make_mesh
 from jax_instructblip.training.config_table import check_config
 from jax_instructblip.training.optimizer import adamw, staircase_cosine, warmup_cosine
 from jax_instructblip.training.start import Start
+from jax_instructblip.training.state import partition
 
 # Called, in every process, with model, params, text, records, mesh, limit, batch_size,
 # max_new_tokens, path and split by name; `accuracy` of what it returns chooses the best checkpoint.
@@ -46,6 +48,9 @@ def read_workdir(config: ConfigDict) -> str:
         remote.check(config.workdir)
     elif problem := unwritable(config.workdir):
         raise ValueError(f"config.workdir is {config.workdir}: {problem}; choose another one")
+    traces = config.train.profile_folder if config.train.profile_steps else ""
+    if traces and (problem := unwritable(traces)):
+        raise ValueError(f"config.train.profile_folder is {traces}: {problem}; choose another one")
     return config.workdir
 
 
@@ -143,6 +148,29 @@ def read_batches(
         least_pixels=config.data.least_pixels,
         rows=rows,
     )
+
+
+def check_model(config: ConfigDict) -> None:
+    """Raises where `config.model` and `config.text` do not fit each other; no weight is read.
+
+    Raises:
+        FileNotFoundError: a checkpoint is not there, or lacks a tokenizer.
+        ValueError: it cannot be used, has no such parts to train, or not so many positions.
+    """
+    sources = {}
+    for name in ("checkpoint", "init"):
+        try:
+            if config.model[name]:
+                sources[name] = read_source(config.model[name])
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"config.model.{name}: {error}") from error
+    base = sources["checkpoint"]
+    variant = base.variant.replace(**read_variant_fields(config))
+    try:
+        partition(param_shapes(variant), tuple(config.model.trainable))
+    except ValueError as error:
+        raise ValueError(f"config.model.trainable: {error}") from error
+    TextProcessor.load(base.folder, variant, **config.text)
 
 
 def read_variant_fields(config: ConfigDict) -> dict[str, Any]:

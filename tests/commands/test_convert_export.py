@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -131,3 +132,38 @@ def test_tied_head_and_dropped_tensors_are_reported(forge, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "left out qformer.embeddings.position_ids: a buffer" in out
     assert "filled from the tied embedding" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.json", "{", "tokenizer in .* cannot be read"),
+        ("qformer_tokenizer/tokenizer.json", "", "Q-Former's tokenizer in .* cannot be read"),
+        ("tokenizer_config.json", '{"eos_token": "x"}', "eos: the model expects id 1, the token"),
+    ],
+)
+def test_a_damaged_tokenizer_is_told_before_weights_are_read(
+    forge, tmp_path, capsys, name, content, said
+):
+    folder = copy(forge(FLAN, "bfloat16"), tmp_path / "folder")
+    (folder / name).unlink()
+    (folder / name).write_text(content)
+    assert main(["convert", str(folder), "--out", str(tmp_path / "ours")]) == 1
+    assert re.search(said, capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_tokenizer_without_vocabulary_is_a_warning(forge, tmp_path, capsys):
+    folder = copy(forge(FLAN, "bfloat16"), tmp_path / "folder")
+    (folder / "qformer_tokenizer" / "tokenizer.json").unlink()
+    assert main(["convert", str(folder), "--out", str(tmp_path / "ours")]) == 0
+    assert "warning: the Q-Former's tokenizer is missing" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_a_warning(forge, tmp_path, capsys):
+    def change(state):
+        state["language_model.lm_head.weight"][3, 4] = float("inf")
+
+    folder = copy(forge(FLAN, "bfloat16"), tmp_path / "folder", change=change)
+    assert main(["convert", str(folder), "--out", str(tmp_path / "ours")]) == 0
+    assert "warning: NaN or infinity in llm/head/kernel: is a file" in capsys.readouterr().err

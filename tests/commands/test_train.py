@@ -54,6 +54,19 @@ def test_a_mistake_is_said_with_the_nearest_name(word, message):
     assert message in str(error.value)
 
 
+def test_a_long_value_is_not_repeated_whole():
+    with pytest.raises(ValueError, match=r"^flag --config.train.steps=a+ \.\.\. '?a+$") as error:
+        read("--config.train.steps=" + "a" * 10_000)
+    assert len(str(error.value)) < 500
+
+
+def test_a_config_is_checked_before_the_records_to_validate_on_are_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(train.validation, "check", lambda *_: pytest.fail("records were read"))
+    words = ["--config", str(CONFIGS / "quickstart.py"), f"--config.workdir={tmp_path}"]
+    with pytest.raises(ValueError, match="config.checkpoints.every is -1"):
+        train.main([*words, "--config.checkpoints.every=-1"])
+
+
 def test_a_misspelt_field_in_a_config_file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(

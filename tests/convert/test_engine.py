@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jax_instructblip.convert import engine
 from jax_instructblip.convert.engine import Drop, Rule, Zeros, make_plan
 from jax_instructblip.convert.safetensors import ConversionError
 from jax_instructblip.convert.transforms import attention_bias, identity, linear
@@ -120,6 +121,17 @@ def test_nan_is_not_zero():
     state = source()
     state["layers.0.qv.bias"][4] = np.nan
     assert "must be zero" in failures(state)[0]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_told_by_their_bits(dtype, value, monkeypatch):
+    monkeypatch.setattr(engine, "CHUNK", 4)
+    largest = np.finfo(np.float16).max if dtype == np.float16 else 3e38
+    weight = np.full((2, 3), largest).astype(dtype)
+    assert engine.is_finite(weight)
+    weight[1, 2] = value
+    assert not engine.is_finite(weight)
 
 
 def test_leaf_without_rule_and_rule_without_leaf():

@@ -208,6 +208,38 @@ def test_nonsense_in_a_tokenizer_is_told(vicuna, tmp_path, name, content, said):
     assert all(said in line for line in error.value.failures)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("image_mean", [0.5, 0.5, 0.5], "image_mean is [0.5, 0.5, 0.5]; supported: [0.48145466"),
+        ("image_std", "x", "image_std is 'x'; supported"),
+        ("image_std", [0.26862954], "image_std is [0.26862954]; supported"),
+        ("size", {"shortest_edge": 56}, "size is {'shortest_edge': 56}; supported: {'height'"),
+        ("size", {"height": 56, "width": 57}, "size is {'height': 56, 'width': 57}; supported"),
+        ("resample", 2, "resample is 2; supported: 3"),
+        ("do_normalize", False, "do_normalize is False; supported: True"),
+        ("do_rescale", 1, "do_rescale is 1; supported: True"),
+        ("do_center_crop", True, "do_center_crop is True; supported: False"),
+        ("rescale_factor", 1, "rescale_factor is 1; supported: 0.0039"),
+    ],
+)
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_images_that_are_prepared_otherwise_are_refused(flan, tmp_path, name, key, value, said):
+    variant = variant_after(flan, tmp_path, lambda config: None)
+
+    def write(settings):
+        inner = {"image_processor": settings} if name == "processor_config.json" else settings
+        (tmp_path / name).write_text(json.dumps(inner))
+
+    write(hf_config.preprocessor(variant) | {"size": 56, "image_mean": None, "new": [5]})
+    hf_config.check_preprocessor(tmp_path, variant)
+    write(json.loads((flan / "preprocessor_config.json").read_text()) | {key: value})
+    with pytest.raises(ConversionError, match="prepared otherwise than here") as error:
+        hf_config.check_preprocessor(tmp_path, variant)
+    (line,) = error.value.failures
+    assert line.startswith(f"{name}: {said}")
+
+
 def test_numbers_that_json_has_not_are_refused_with_the_file(flan, tmp_path):
     text = (flan / "config.json").read_text().replace("1e-12", "NaN")
     (tmp_path / "config.json").write_text(text)

@@ -1,6 +1,8 @@
 import json
+import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 
@@ -369,6 +371,44 @@ def test_damaged_tokenizer_names_its_folder(shared, tmp_path, whose):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=f"the {whose}'s tokenizer in {tmp_path} cannot be read"):
         text.load_tokenizers(*folders.values(), "t5")
+
+
+def test_damaged_sentencepiece_model_is_named(shared, tmp_path):
+    files = shared / "data" / "tokenizers"
+    llama = shared / "golden" / "tokenizers" / "llama"
+    llm, bert = text.load_tokenizers(llama, files / "bert-base-uncased", "llama")
+    llm.save_pretrained(tmp_path)
+    for content in (b"", b"no model"):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(ValueError, match="tokenizer.model cannot be read .*: copy it again"):
+            text.load_tokenizers(tmp_path, files / "bert-base-uncased", "llama")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model", "tokenizer_config.json"])
+def test_a_pipe_among_the_files_of_a_tokenizer_is_not_waited_for(shared, tmp_path, name):
+    files = shared / "data" / "tokenizers"
+    shutil.copytree(files / "t5", tmp_path / "t5")
+    (tmp_path / "t5" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "t5" / name)
+    if name != "tokenizer_config.json":
+        (tmp_path / "t5" / "tokenizer.model").write_bytes(b"another vocabulary")
+    with pytest.raises(OSError, match=f"{name} is a pipe, expected a regular file"):
+        text.load_tokenizers(tmp_path / "t5", files / "bert-base-uncased", "t5")
+
+
+@pytest.mark.parametrize("token", [None, "the"])
+def test_a_qformer_without_its_own_special_tokens_is_refused(real, shared, tmp_path, token):
+    bert = real["t5"].qformer
+    bert.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {"cls_token": token, "sep_token": token}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    folder = shared / "data" / "tokenizers" / "t5"
+    llm, qformer = text.load_tokenizers(folder, tmp_path, "t5")
+    with pytest.raises(ValueError) as error:
+        text.TextProcessor(variant(tiny_t5()), llm, qformer)
+    for name in ("[CLS]", "[SEP]"):
+        assert f"the Q-Former expects {name}, its tokenizer has {token!r}" in str(error.value)
 
 
 def test_processor_survives_pickling(real):

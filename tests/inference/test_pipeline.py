@@ -198,6 +198,7 @@ def test_features_of_a_video_are_those_of_its_frames(t5):
         ((np.zeros((2, 2, 3), np.uint8), ["a"]), "images is a ndarray, expected a list"),
         ((["a", ["b", "c"]], ["a"]), r"same number of frames .* in order, \[1, 2\]"),
         (([[]], ["a"]), r"at least one; found, in order, \[0\]"),
+        (([["a"] * 1025], ["a"]), "a video has 1025 frames, at most 1024 are read"),
         ((["a"], ["a", None, 3]), r"prompts must be strings; those at \[1, 2\] are not"),
     ],
 )
@@ -384,3 +385,21 @@ print(json.dumps([answer.tokens for answer in found]))
 def test_a_dtype_that_no_model_computes_in_is_refused_before_weights(dtype):
     with pytest.raises(ValueError, match="dtype is .*, expected one of float32, bfloat16, float16"):
         jax_instructblip.load("nowhere", dtype=dtype)
+
+
+@pytest.mark.parametrize("path", [None, 5, b"shapes_t5", [], True])
+def test_a_path_that_is_none_is_refused(path):
+    with pytest.raises(ValueError, match="the checkpoint is .*, expected text or a Path"):
+        jax_instructblip.load(path)
+
+
+def test_arguments_of_another_kind_are_named(t5):
+    with pytest.raises(ValueError, match="mesh is a list, expected a jax.sharding.Mesh or None"):
+        jax_instructblip.load("shapes_t5", mesh=[])
+    with pytest.raises(ValueError, match="least is a tuple, expected Sizes or None"):
+        t5.rank(images(1), ["a"], ["red"], least=(1, 2, 3))
+    for batch in (None, 5, [], "x"):
+        with pytest.raises(ValueError, match="the batch is a .*, expected a dict of arrays"):
+            t5.logits(batch)
+    with pytest.raises(ValueError, match="this is not a batch: tokens is no array"):
+        t5.logits({"tokens": [[1], [1, 2]]})

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip import checkpoint
+from jax_instructblip.step_meta import read_meta, seal
 from jax_instructblip.training import checkpoints
 from jax_instructblip.training.checkpoints import Checkpoints
 from jax_instructblip.training.optimizer import adamw
@@ -304,6 +305,36 @@ def test_damaged_or_foreign_meta_is_named(tmp_path):
     path.write_text("{")
     with pytest.raises(checkpoint.CheckpointError, match="meta.json is damaged"):
         manager.meta(1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("variant", None, "variant is None, expected an object"),
+        ("trainable", 5, "trainable is 5, expected a tuple, each of it text"),
+        ("trainable", ["qformer", 5], "trainable[1] is 5, expected text"),
+        ("base", "tiny", "base is 'tiny', expected an object"),
+        ("base", {"path": "/a", "sha256": 7}, "base.sha256 is 7, expected text"),
+        ("base", {"path": "/a", "sha256": "ab", "name": []}, "base.name is [], expected text"),
+        ("data", ["f"], "data is ['f'], expected an object"),
+        ("score", "0.5", "score is '0.5', expected a number or None"),
+        ("step", True, "step is True, expected a whole number"),
+        ("manifests", [1], "manifests is [1], expected an object"),
+    ],
+)
+def test_a_field_of_another_kind_in_meta_is_named(tmp_path, field, value, said):
+    manager = Checkpoints(tmp_path)
+    save(manager, 1)
+    meta = manager.meta(1) | {field: value}
+    (tmp_path / "1" / "meta.json").write_text(seal(meta))
+    for read in (manager.meta, lambda step: read_meta(tmp_path / "1")):
+        with pytest.raises(checkpoint.CheckpointError) as error:
+            read(1)
+        assert f"{tmp_path / '1'}/meta.json is damaged" in str(error.value)
+        assert said in str(error.value)
+    (tmp_path / "1" / "meta.json").write_text("{}")
+    with pytest.raises(checkpoint.CheckpointError, match="base is None, expected an object"):
+        manager.restore(1, make_state(), RNG, make_meta())
 
 
 def test_a_score_may_come_after_the_save(tmp_path):

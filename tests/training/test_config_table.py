@@ -89,6 +89,8 @@ def test_the_common_config_and_an_override_of_each_kind_pass():
         ("mesh.fsdp", 0, "at least 1 and at most 1,000,000 or -1"),
         ("mesh.tensor", -2, "at least 1"),
         ("workdir", "a\ud800", ""),
+        ("train.hang_limit", 1e30, "at most 1,000,000,000.0 (seconds)"),
+        ("validation.path", "a\0b", "cannot be the name of a file"),
     ],
 )
 def test_a_value_out_of_its_row_is_refused_by_name(field, value, expected):

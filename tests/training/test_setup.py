@@ -7,7 +7,7 @@ import pytest
 from configs import common
 from jax_instructblip.data import prepare
 from jax_instructblip.data.sources import open_records
-from jax_instructblip.training.setup import read_mixture
+from jax_instructblip.training.setup import check_model, read_mixture, read_workdir
 from tests.data.toy import COUNT, TOY, write_raw
 
 
@@ -56,3 +56,35 @@ def test_held_out_datasets_are_not_trained_on_unless_named(prepared):
 def test_unknown_rules_are_refused(prepared, field, value):
     with pytest.raises(ValueError, match=f"{field} is '{value}', expected one of"):
         read_mixture(configure(prepared("vqav2"), **{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model.checkpoint": "nowhere"}, "config.model.checkpoint: no checkpoint 'nowhere'"),
+        ({"model.init": "nowhere"}, "config.model.init: no checkpoint 'nowhere'"),
+        (
+            {"model.trainable": ("qformr",)},
+            r"config.model.trainable: cannot train \['qformr'\].* did you mean 'qformer'",
+        ),
+        ({"text.qformer_limit": 1_000}, "qformer_limit is 1000, expected at least 3 and at most"),
+    ],
+)
+def test_what_the_model_has_not_is_named_before_weights_are_read(fields, message):
+    config = common.get_config()
+    config.update_from_flattened_dict({"model.checkpoint": "shapes_t5", "text.qformer_limit": 34})
+    check_model(config)
+    config.update_from_flattened_dict(fields)
+    with pytest.raises((ValueError, OSError), match=message):
+        check_model(config)
+
+
+def test_a_folder_for_traces_that_cannot_be_written_is_named(tmp_path):
+    config = configure("shapes")
+    config.workdir, config.model.checkpoint = str(tmp_path), "shapes_t5"
+    (tmp_path / "file").write_text("")
+    config.train.profile_folder = str(tmp_path / "file")
+    assert read_workdir(config) == str(tmp_path)  # nothing is traced
+    config.train.profile_steps = 1
+    with pytest.raises(ValueError, match="config.train.profile_folder is .*/file is a file"):
+        read_workdir(config)
