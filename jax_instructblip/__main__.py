@@ -13,6 +13,7 @@ import os
 import pkgutil
 import sys
 import traceback
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 from jax_instructblip import commands, tpu_compiler
@@ -100,6 +101,11 @@ def _sentence(error: Exception) -> str:
         return (
             f"out of memory{first and f' ({first[:200]})'}: ask for less at once (a smaller batch, "
             "fewer beams, shorter texts), or take a larger machine"
+        )
+    if isinstance(error, BrokenExecutor):
+        return (
+            "a process that worked for this one has ended, most likely for want of memory: take "
+            "fewer of them (--workers, config.data.workers)"
         )
     if isinstance(error, RecursionError):
         return (

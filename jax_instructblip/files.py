@@ -89,7 +89,7 @@ def local_path(path: str | os.PathLike, name: str = "the path") -> Path:
     """
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"{name} is {path!r:.60}, expected text or a Path")
-    if problem := path_problem(path):
+    if problem := "is empty: give a path" if path == "" else path_problem(path):
         raise ValueError(f"{name} {problem}")
     return Path(path)
 
@@ -106,6 +106,8 @@ def find_addresses(flags: Mapping[str, Any]) -> list[str]:
                 text = os.fspath(each).removeprefix("@")
                 if flag == "image" and _NAMED.match(text):  # NAME=FILE
                     text = text.partition("=")[2]
+                if not text and flag != "profile":  # whose default it is
+                    problems.append(f"{flag} is empty: give a path")
                 if problem := path_problem(text):
                     problems.append(f"{flag} {problem}")
     return problems

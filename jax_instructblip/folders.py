@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from jax_instructblip.fields import text_problem
 from jax_instructblip.files import local_path, path_problem
 
 
@@ -66,6 +67,8 @@ def set_aside(path: Path, word: str = "aside") -> Path:
 def refuse_existing(folder: str | os.PathLike) -> None:
     """Raises FileExistsError where a writer would have to overwrite; an empty folder may stand."""
     folder = local_path(folder)
+    if problem := text_problem(os.fspath(folder)):
+        raise ValueError(f"{folder} {problem}; choose another name")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(
             f"{folder} exists and is not overwritten: remove it, or choose another folder"
@@ -74,7 +77,7 @@ def refuse_existing(folder: str | os.PathLike) -> None:
 
 def unwritable(folder: str | os.PathLike) -> str:
     """Why nothing can be written to this folder, which need not exist yet; "" if it can be."""
-    if problem := path_problem(folder):
+    if problem := path_problem(folder) or text_problem(os.fspath(folder)):
         return f"it {problem}"
     place = Path(folder).absolute()
     there = next(path for path in (place, *place.parents) if path.exists())

@@ -211,6 +211,7 @@ def test_what_is_an_address_and_no_path(path, problem):
             "a\0b",
             "the run is 'a\\x00b', which cannot be the name of a file: embedded null character",
         ),
+        ("", "the run is empty: give a path"),
         (None, "the run is None, expected text or a Path"),
         (b"a", "the run is b'a', expected text or a Path"),
         (5, "the run is 5, expected text or a Path"),
@@ -229,6 +230,12 @@ def test_a_null_character_is_no_part_of_a_path_anywhere():
         f"data is {said}",
     ]
     assert folders.unwritable("a\0b") == f"it is {said}"
+
+
+def test_an_empty_path_is_not_the_present_folder():
+    flags = {"checkpoint": "", "image": ["a.png", ""], "profile": "", "prompt": ""}
+    said = "is empty: give a path"
+    assert find_addresses(flags) == [f"checkpoint {said}", f"image {said}"]
 
 
 def test_every_address_among_flags_is_named():

@@ -116,3 +116,14 @@ def test_what_is_set_aside_replaces_nothing(tmp_path):
         assert (tmp_path / f"a.aside{number}.jsonl").read_text() == number
     (tmp_path / "1.5").mkdir()
     assert set_aside(tmp_path / "1.5", "old") == tmp_path / "1.5.old"
+
+
+def test_a_name_that_is_not_utf_8_is_refused_before_anything_is_made(tmp_path):
+    folder = tmp_path / "a\udce9"
+    said = "cannot be written as UTF-8: .* is the byte 0xE9 of another encoding"
+    with pytest.raises(ValueError, match=said):
+        refuse_existing(folder)
+    with pytest.raises(ValueError, match=said), atomic_folder(folder):
+        raise AssertionError("must not be entered")
+    assert "the byte 0xE9" in folders.unwritable(folder)
+    assert list(tmp_path.iterdir()) == []

@@ -1,3 +1,4 @@
+import concurrent.futures.process
 import json
 import os
 import signal
@@ -248,6 +249,15 @@ def test_output_to_a_full_disk_is_one_line():
             assert process.stderr
             assert process.stderr.read() == "error: [Errno 28] No space left on device\n"
     assert process.returncode == 1
+
+
+def test_a_worker_that_was_ended_is_one_line(monkeypatch, capsys):
+    def run(words):
+        raise concurrent.futures.process.BrokenProcessPool("terminated abruptly")
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main(["any"]) == 1
+    assert "error: a process that worked for this one has ended" in capsys.readouterr().err
 
 
 def test_a_name_that_would_steer_the_terminal_is_written_out(monkeypatch, capsys):

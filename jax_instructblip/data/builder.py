@@ -220,10 +220,14 @@ def open_folder(path: str | os.PathLike[str], split: str) -> RecordSource:
     """The records of one split of the TFDS folder `path`, whichever program wrote it.
 
     Raises:
-        ValueError: it has no such split; the message lists those that it has.
+        ValueError: it is damaged, or has no such split; the message lists those that it has.
     """
-    with quiet():
-        builder: Any = tfds.builder_from_directory(path)
+    try:
+        with quiet():
+            builder: Any = tfds.builder_from_directory(path)
+    except Exception as error:  # of damaged files: whatever the libraries below raise
+        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
+        raise ValueError(f"{path} cannot be read ({what}): prepare or copy it again") from error
     if split not in builder.info.splits:
         known = ", ".join(sorted(builder.info.splits))
         raise ValueError(f"{path} has no split {split!r}; its splits: {known}")

@@ -39,11 +39,13 @@ from jax_instructblip.data.survey import (
     survey,
 )
 from jax_instructblip.data.video import VideoError, encode_frames
+from jax_instructblip.fields import find_problems, mapping, text
 from jax_instructblip.files import ANNOTATION_LIMIT, read_json, require_file
-from jax_instructblip.folders import write_file
+from jax_instructblip.folders import unwritable, write_file
 
 VERSION = "1.1.0"  # of the layout: raise it where what is stored changes
 REPORT = "prepared.json"
+_REPORT_FIELDS = {"name": text(), "options": mapping(), "splits": mapping()}
 CANDIDATES = "candidates.json"  # that all records are ranked over, where there are such
 VIDEO = "video QA"  # the family whose files are videos
 JPEG_QUALITY = 95  # of the frames of a video
@@ -84,6 +86,8 @@ def prepare(
     if done.is_dir() and not raw.exists():  # what it was read from has been tidied away
         check_done(done, splits, options, max_missing)
         return done
+    if not done.is_dir() and (problem := unwritable(out)):  # before hours of reading
+        raise PrepareError(f"--out {out} cannot be used, {problem}: choose another folder")
     names = choose_splits(dataset, raw, splits)
     read = [survey(dataset, raw, name, shard_size) for name in names]
     draft = done.with_name(f"incomplete.{VERSION}")
@@ -140,7 +144,11 @@ def check_done(
 
 def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What `prepare` noted of a finished dataset: counts, digests, records left out."""
-    return read_json(pathlib.Path(folder) / REPORT, dict, limit=ANNOTATION_LIMIT)
+    path = pathlib.Path(folder) / REPORT
+    report = read_json(path, dict, limit=ANNOTATION_LIMIT)
+    if wrong := find_problems({"name": None, "splits": None} | report, _REPORT_FIELDS):
+        raise PrepareError(f"{path} is damaged ({'; '.join(wrong)}): prepare the dataset again")
+    return report
 
 
 def raw_candidates(dataset: Dataset, raw: pathlib.Path) -> tuple[str, ...]:
