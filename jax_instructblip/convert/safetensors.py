@@ -27,6 +27,7 @@ from jax_instructblip.folders import free_bytes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_AXES = 8
+LONGEST_NAME = 255  # bytes, of a file in its folder
 LARGEST = 2**63  # bytes or elements
 HEADER_LIMIT = 100 * 2**20  # bytes; the format's own limit
 DTYPES: dict[str, np.dtype] = {
@@ -121,10 +122,15 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
     failures: list[str] = []
     shards = sorted(set(index.values()))
     for shard in shards:
-        if Path(shard).name != shard or not (folder / shard).is_file():
+        is_name = (
+            Path(shard).name == shard != ".."
+            and len(shard.encode("utf-8", "replace")) <= LONGEST_NAME
+        )
+        if not is_name or not (folder / shard).is_file():
             keys = [key for key, name in index.items() if name == shard]
+            what = "there is no such file" if is_name else "it is no name of a file beside it"
             failures.append(
-                f"{shard}: the index names this shard, but there is no such file "
+                f"{shard:.{LONGEST_NAME}}: the index names this shard, but {what} "
                 f"({len(keys)} tensors, the first is {keys[0]})"
             )
             continue

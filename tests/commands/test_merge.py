@@ -129,7 +129,7 @@ def test_what_cannot_be_written_is_one_sentence(base, tmp_path, capsys, verb):
     assert f"is gone: looked for {own}" in error
     for text, words in (
         ("{}", "meta.json is damaged; copy it again:"),
-        ('{"base": 3}', "base: found 3, expected dict"),
+        ('{"base": 3}', "base is 3, expected an object"),
         ("[]", "meta.json is damaged"),
         ("{", "meta.json is damaged"),
     ):

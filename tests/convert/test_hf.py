@@ -319,3 +319,11 @@ def test_conversion_imports_neither_torch_nor_transformers():
         "sys.exit(bool({'torch', 'transformers', 'safetensors', 'tensorflow'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_folder_with_other_pixels_is_refused(flan, tmp_path):
+    folder = copy(flan, tmp_path / "other")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_std": [0.5, 0.5, 0.5]}))
+    (line,) = failures(folder)
+    assert line.startswith("preprocessor_config.json: image_std is [0.5, 0.5, 0.5]; supported")

@@ -287,3 +287,13 @@ def test_writer_refuses_what_does_not_fit(tmp_path):
 def test_every_dtype_has_one_name():
     assert len(NAMES) == 10
     assert Tensor(None, np.dtype("float16"), (3, 4), 0).nbytes == 24
+
+
+@pytest.mark.parametrize("name", ["../a/x.safetensors", "/a/x.safetensors", "..", ".", "x" * 300])
+def test_a_shard_that_is_no_name_of_a_file_beside_the_index_is_refused(tmp_path, name):
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ConversionError) as error:
+        open_folder(tmp_path)
+    (line,) = error.value.failures
+    said = f"{name:.255}: the index names this shard, but it is no name of a file beside it (1"
+    assert line.startswith(said)

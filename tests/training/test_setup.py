@@ -1,12 +1,14 @@
 """Which data a configuration may train on."""
 
 import dataclasses
+import types
 
 import pytest
 
 from configs import common
 from jax_instructblip.data import prepare
 from jax_instructblip.data.sources import open_records
+from jax_instructblip.training import loop
 from jax_instructblip.training.setup import check_model, read_mixture, read_workdir
 from tests.data.toy import COUNT, TOY, write_raw
 
@@ -88,3 +90,15 @@ def test_a_folder_for_traces_that_cannot_be_written_is_named(tmp_path):
     config.train.profile_steps = 1
     with pytest.raises(ValueError, match="config.train.profile_folder is .*/file is a file"):
         read_workdir(config)
+
+
+def test_a_run_checks_its_model_before_weights_are_read(monkeypatch, tmp_path):
+    config = configure("shapes")
+    config.workdir = str(tmp_path / "run")
+    config.model.checkpoint, config.data.batch_size = "shapes_t5", 8
+    config.text.qformer_limit = 1_000
+    monkeypatch.setattr(loop, "read_start", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(loop.setup, "read_mixture", lambda _: types.SimpleNamespace(table=str))
+    with pytest.raises(ValueError, match="qformer_limit is 1000"):
+        loop.run(config)
+    assert not (tmp_path / "run").exists()
