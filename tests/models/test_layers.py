@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from jax_instructblip.models import layers
-from jax_instructblip.models.layers import GatedMlp, Head, LayerNorm, Mlp, RMSNorm
+from jax_instructblip.models.layers import Dense, GatedMlp, Head, LayerNorm, Mlp, RMSNorm
+from jax_instructblip.training.flops import products
 from tests.numerics import error
 
 RNG = np.random.default_rng(0)
@@ -83,6 +84,51 @@ def test_activations():
     assert set(expected) == set(layers.ACTIVATIONS)
     for name, values in expected.items():
         np.testing.assert_allclose(layers.ACTIVATIONS[name](jnp.float32(x)), values, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("features", "contracted", "use_bias"), [((5,), 1, True), ((2, 3), 1, True), ((5,), 2, False)]
+)
+def test_dense_is_that_of_flax_in_float32(features, contracted, use_bias):
+    axes = tuple(range(-contracted, 0))
+    theirs = nn.DenseGeneral(features, axis=axes, use_bias=use_bias)
+    ours = Dense(features, jnp.float32, use_bias, contracted)
+    params = theirs.init(jax.random.key(1), X)
+    jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(1), X), params)
+    params = jax.tree.map(lambda leaf: leaf + 0.5, params)
+    square = lambda module: lambda params, x: jnp.square(module.apply(params, x)).sum()
+    assert error(ours.apply(params, X), theirs.apply(params, X)) < 1e-6
+    found, expected = (jax.grad(square(each), (0, 1))(params, X) for each in (ours, theirs))
+    for leaf, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert error(leaf, right) < 1e-6
+
+
+def test_dense_rounds_once():
+    narrow = lambda shape: jnp.asarray(RNG.standard_normal(shape), jnp.bfloat16)
+    x, kernel = narrow((64, 32)), narrow((32, 48))
+    bias = jnp.asarray(RNG.standard_normal(48), jnp.float32)
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64) + np.asarray(bias)
+    found = Dense((48,), jnp.bfloat16).apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+
+
+def test_gradients_of_a_bias_are_summed_in_float32():
+    # In bfloat16, 1001 is 1000.
+    params = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}
+    total = lambda params: Dense((3,), jnp.bfloat16).apply(params, jnp.ones((1001, 2))).sum()
+    found = jax.grad(total)({"params": params})["params"]
+    assert found["bias"].dtype == jnp.float32 and found["bias"].tolist() == [1001] * 3
+
+
+def test_products_of_the_gradient_are_narrow_too():
+    params = Mlp(8, 5, jnp.bfloat16).init(jax.random.key(0), X)
+    total = lambda params, x: Mlp(8, 5, jnp.bfloat16).apply(params, x).astype(jnp.float32).sum()
+    jaxpr = jax.make_jaxpr(jax.grad(total, (0, 1)))(params, X).jaxpr
+    factors = [
+        {str(each.aval.dtype) for each in equation.invars} for equation, _ in products(jaxpr)
+    ]
+    assert factors == [{"bfloat16"}] * 6
 
 
 def test_mlp():
