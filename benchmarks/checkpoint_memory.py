@@ -1,4 +1,4 @@
-"""How much memory a save and a restore of a large trained tree take, in each of two processes.
+"""Peak memory of a save and a restore of a large trained tree, in each of two processes.
 
 python -m benchmarks.checkpoint_memory [--gigabytes 2] [--folder DIR] [--out FILE]
 

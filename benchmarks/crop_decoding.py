@@ -1,4 +1,4 @@
-"""What `config.data.least_pixels` = 0.6 costs beside whole decoding: pixels, and accuracy.
+"""The cost of `config.data.least_pixels` = 0.6 beside whole decoding: pixels, and accuracy.
 
 python -m benchmarks.crop_decoding --photos DIR [--seeds 0 1] [--steps 300] [--out FILE]
 

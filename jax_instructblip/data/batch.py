@@ -173,7 +173,7 @@ def lay_slots(example: Example, visual_tokens: int) -> dict[str, np.ndarray]:
 
 
 def deal(sizes: Sequence[Sequence[int]], rows: int) -> np.ndarray:
-    """Which samples share a row: numbers `[rows, samples / rows]`, for rows of nearly equal sizes.
+    """The samples that share a row, `[rows, samples / rows]`, for rows of nearly one size.
 
     `sizes` has for each sample how much of every size of a row it takes (its slots, its targets).
     Longest first, each to the emptiest row with room; with one sample a row each stays in its
@@ -246,7 +246,7 @@ def compact(tokens: np.ndarray, mask: np.ndarray, pad_id: int = 0) -> tuple[np.n
 
 
 def slot_counts(batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """[2] int64: how many positions of the batch's texts are in use, and how many there are.
+    """[2] int64, the positions of the batch's texts: those in use, and all.
 
     Counted is what a tower works on: the instructions, the rows and, for T5, the decoder's rows.
     """

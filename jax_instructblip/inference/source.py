@@ -307,10 +307,9 @@ def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> checkpo
 def _place(path: str, array: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.Array:
     """The leaf on its devices; floats are cast first, so that the wider copy is never there."""
     dtype = dtype if jnp.issubdtype(array.dtype, jnp.floating) else array.dtype
-    if mesh is not None and is_split(mesh):
+    if mesh is None or is_split(mesh):
         return rules.place(path, array, mesh, dtype)
-    where = None if mesh is None else replicated(mesh)
-    return jax.device_put(array.astype(dtype, copy=False), where)
+    return jax.device_put(array.astype(dtype, copy=False), replicated(mesh))
 
 
 def _place_apart(variant: Variant, place: checkpoint.Place, path: str, array: np.ndarray) -> Any:

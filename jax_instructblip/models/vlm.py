@@ -158,7 +158,7 @@ def param_shapes(variant: Variant) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def _param_shapes(variant: Variant) -> dict[str, Any]:
-    """Traced once: it takes about a second, and a command asks ten times."""
+    """As `param_shapes`; kept, since tracing takes a second and a command asks ten times."""
     return jax.eval_shape(lambda key: init_params(variant, key), jax.random.key(0))
 
 

@@ -99,10 +99,15 @@ def spec_of(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
     return _decide(path, shape, sizes)[1]
 
 
-def place(path: str, array: np.ndarray, mesh: Mesh, dtype: Any = None) -> jax.Array:
-    """The leaf on its devices, each given its own part alone; cast to `dtype` before that."""
+def place(path: str, array: np.ndarray, mesh: Mesh | None, dtype: Any = None) -> jax.Array:
+    """The leaf on its devices, each given its own part alone; cast to `dtype` before that.
+
+    Without a mesh it is on the default device.
+    """
     if dtype is not None:
         array = array.astype(dtype, copy=False)
+    if mesh is None:
+        return jax.device_put(array)
     sharding = NamedSharding(mesh, spec_of(path, array.shape, mesh.shape))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

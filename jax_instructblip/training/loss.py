@@ -23,5 +23,5 @@ def cross_entropy(logits: Array, targets: Array) -> Array:
 
 
 def count_targets(targets: Array) -> Array:
-    """How many of `targets` are asked for, float32."""
+    """The number of `targets` that are asked for, float32."""
     return (targets != IGNORE).sum(dtype=jnp.float32)

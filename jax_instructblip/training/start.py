@@ -83,7 +83,7 @@ def read_start(
             return None
         floats = jnp.issubdtype(array.dtype, jnp.floating)
         dtype = array.dtype if not floats else (jnp.float32 if trains else frozen_dtype)
-        return _place(path, array, dtype, mesh)
+        return rules.place(path, array, mesh, dtype)
 
     share = {"process": jax.process_index(), "processes": jax.process_count()}
     chosen, frozen = partition(read_params(source, place, **share), trainable)
@@ -96,7 +96,7 @@ def read_start(
         def place_init(path: str, array: np.ndarray) -> jax.Array | None:
             if path.partition("/")[0] not in trainable:
                 return None
-            return _place(path, array, jnp.float32, mesh)
+            return rules.place(path, array, mesh, jnp.float32)
 
         chosen = partition(read_params(other, place_init, **share), trainable)[0]
     notes.append(f"{', '.join(trainable)} starts from: {init or source.folder}")
@@ -108,12 +108,6 @@ def read_start(
         )
     where = {"name": os.fspath(base), "path": str(source.folder.absolute()), "sha256": digest}
     return Start(variant, kept, frozen, where, source.folder, tuple(notes))
-
-
-def _place(path: str, array: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.Array:
-    if mesh is None:
-        return jax.device_put(array.astype(dtype, copy=False))
-    return rules.place(path, array, mesh, dtype)
 
 
 def _fit(chosen: Params, variant: Variant, trainable: tuple[str, ...]) -> tuple[Params, list[str]]:
