@@ -32,9 +32,10 @@ class Attention(nn.Module):
 
     def setup(self):
         heads = (self.heads, self.head_width)
-        project = lambda name: Dense(heads, self.dtype, use_bias=name in self.biases)
+        project = lambda name: Dense(heads, self.dtype, name in self.biases)
         self.query, self.key, self.value = project("query"), project("key"), project("value")
-        self.out = Dense((self.width,), self.dtype, use_bias="out" in self.biases, contracted=2)
+        biased = "out" in self.biases
+        self.out = Dense((self.width,), self.dtype, biased, contracted=2, wide=biased)
 
     def __call__(
         self,

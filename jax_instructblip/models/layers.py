@@ -151,16 +151,18 @@ class RMSNorm(nn.Module):
 
 
 class Dense(nn.Module):
-    """`x @ kernel + bias`: a product in `dtype` and a float32 sum, rounded to `dtype` once.
+    """`x @ kernel + bias`, a product of `dtype` over the last `contracted` axes of `x`.
 
-    The last `contracted` axes of `x` become `features`. In `nn.Dense` the product would be rounded
-    before the bias is added, and gradients of a bias would be summed in `dtype`.
+    The result has `dtype`; with `wide`, which is for residual sums and needs a bias, it is the
+    float32 that the product was summed in. (Without biases, in T5 and LLaMA, a float32 result would
+    be kept for the backward pass of `remat` "dots".)
     """
 
     features: tuple[int, ...]
     dtype: Any
     use_bias: bool = True
     contracted: int = 1
+    wide: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -168,50 +170,52 @@ class Dense(nn.Module):
         flat = (math.prod(given), math.prod(self.features))
         draw = lambda key, shape: nn.initializers.lecun_normal()(key, flat).reshape(shape)
         kernel = self.param("kernel", draw, (*given, *self.features))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        x = x.astype(self.dtype)
         if not self.use_bias:
-            return jnp.tensordot(x, kernel, self.contracted)
+            return jnp.tensordot(x, kernel.astype(self.dtype), self.contracted)
         bias = self.param("bias", nn.initializers.zeros, self.features)
-        return affine(x, kernel, bias.astype(jnp.float32))
+        return affine(x, kernel, bias, jnp.dtype(jnp.float32 if self.wide else self.dtype))
 
 
-@jax.custom_vjp
-def affine(x: Array, kernel: Array, bias: Float[Array, "..."]) -> Array:
-    """The sum of a product in the dtype of `x` and `kernel` and a float32 bias; in that dtype.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def affine(x: Array, kernel: Array, bias: Array, dtype: Any) -> Array:
+    """The product of `x` and a kernel of its dtype, plus a bias, in `dtype`.
 
-    The products of its gradient are in that dtype, too: without a rule of its own they would have
-    one float32 factor, as the sum has.
+    In its gradient, too, both factors of a product have the dtype of `x`, while what weights are
+    given is summed in their own: JAX's rule would multiply a float32 gradient as it is, and sum a
+    bias's in `dtype`.
     """
-    count = kernel.ndim - bias.ndim
-    product = functools.partial(jnp.tensordot, preferred_element_type=jnp.float32)
-    made = product(x, kernel, count, precision=_precision(x))
-    return (made + _rank_of(bias, made)).astype(x.dtype)
+    product = functools.partial(jnp.tensordot, precision=_precision(x))
+    contracted = kernel.ndim - bias.ndim
+    made = product(x, kernel.astype(x.dtype), contracted, preferred_element_type=dtype)
+    return made + _rank_of(bias.astype(dtype), made)
 
 
-def _affine_forward(x: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
-    return affine(x, kernel, bias), (x, kernel, bias)
+def _affine_forward(x: Array, kernel: Array, bias: Array, dtype: Any) -> tuple[Array, Any]:
+    return affine(x, kernel, bias, dtype), (x, kernel, bias)
 
 
-def _affine_backward(kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
+def _affine_backward(dtype: Any, kept: Any, gradient: Array) -> tuple[Array, Array, Array]:
+    del dtype
     x, kernel, bias = kept
     product = functools.partial(jnp.tensordot, precision=_precision(x))
-    lead = tuple(range(gradient.ndim - bias.ndim))
-    made = tuple(range(-bias.ndim, 0))
-    of_x = product(gradient, kernel, (made, made))
-    of_kernel = product(x, gradient, (lead, lead))
-    return of_x, of_kernel, gradient.sum(lead, dtype=jnp.float32)
+    lead, made = tuple(range(gradient.ndim - bias.ndim)), tuple(range(-bias.ndim, 0))
+    narrow = gradient.astype(x.dtype)
+    of_x = product(narrow, kernel.astype(x.dtype), (made, made))
+    of_kernel = product(x, narrow, (lead, lead), preferred_element_type=kernel.dtype)
+    return of_x, of_kernel, gradient.sum(lead, dtype=jnp.float32).astype(bias.dtype)
 
 
 affine.defvjp(_affine_forward, _affine_backward)
 
 
 def _precision(x: Array) -> str | None:
-    """As `Network` asks for: the gradient's products are made after `apply` has returned."""
+    """As `Network` asks for: these products may be made after its `apply` has returned."""
     return "highest" if x.dtype.itemsize >= 4 else None
 
 
 class Mlp(nn.Module):
-    """`out(activation(in(x)))`, with biases."""
+    """`out(activation(in(x)))`, with biases; float32."""
 
     width: int
     hidden: int
@@ -221,7 +225,7 @@ class Mlp(nn.Module):
     def setup(self):
         # `in` is a Python keyword, so the submodule is named in words.
         self.rise = Dense((self.hidden,), self.dtype, name="in")
-        self.out = Dense((self.width,), self.dtype)
+        self.out = Dense((self.width,), self.dtype, wide=True)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return self.out(ACTIVATIONS[self.activation](self.rise(x).astype(jnp.float32)))

@@ -103,22 +103,28 @@ def test_dense_is_that_of_flax_in_float32(features, contracted, use_bias):
         assert error(leaf, right) < 1e-6
 
 
-def test_dense_rounds_once():
-    narrow = lambda shape: jnp.asarray(RNG.standard_normal(shape), jnp.bfloat16)
-    x, kernel = narrow((64, 32)), narrow((32, 48))
-    bias = jnp.asarray(RNG.standard_normal(48), jnp.float32)
-    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64) + np.asarray(bias)
-    found = Dense((48,), jnp.bfloat16).apply({"params": {"kernel": kernel, "bias": bias}}, x)
-    assert found.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+def narrow(*shape):
+    return jnp.asarray(RNG.standard_normal(shape), jnp.bfloat16)
 
 
-def test_gradients_of_a_bias_are_summed_in_float32():
+def test_a_wide_dense_does_not_round_what_it_sums():
+    x, params = narrow(64, 32), {"kernel": narrow(32, 48), "bias": narrow(48)}
+    exact = np.asarray(x, np.float64) @ np.asarray(params["kernel"], np.float64)
+    exact += np.asarray(params["bias"], np.float64)
+    apply = lambda **more: Dense((48,), jnp.bfloat16, **more).apply({"params": params}, x)
+    assert apply().dtype == jnp.bfloat16 and 1e-4 < error(apply(), exact) < 1e-2
+    assert apply(wide=True).dtype == jnp.float32 and error(apply(wide=True), exact) < 1e-6
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_gradients_of_weights_are_summed_in_float32(wide):
     # In bfloat16, 1001 is 1000.
     params = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}
-    total = lambda params: Dense((3,), jnp.bfloat16).apply(params, jnp.ones((1001, 2))).sum()
+    dense = Dense((3,), jnp.bfloat16, wide=wide)
+    total = lambda params: dense.apply(params, jnp.ones((1001, 2))).sum()
     found = jax.grad(total)({"params": params})["params"]
     assert found["bias"].dtype == jnp.float32 and found["bias"].tolist() == [1001] * 3
+    assert found["kernel"].dtype == jnp.float32 and found["kernel"].tolist() == [[1001] * 3] * 2
 
 
 def test_products_of_the_gradient_are_narrow_too():
