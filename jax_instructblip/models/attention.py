@@ -29,10 +29,13 @@ class Attention(nn.Module):
     head_width: int
     dtype: Any
     biases: tuple[str, ...] = ()
+    bias_dtype: Any = jnp.float32
 
     def setup(self):
         heads = (self.heads, self.head_width)
-        project = lambda name: Dense(heads, self.dtype, name in self.biases)
+        project = lambda name: Dense(
+            heads, self.dtype, name in self.biases, bias_dtype=self.bias_dtype
+        )
         self.query, self.key, self.value = project("query"), project("key"), project("value")
         biased = "out" in self.biases
         self.out = Dense((self.width,), self.dtype, biased, contracted=2, wide=biased)

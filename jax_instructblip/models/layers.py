@@ -153,9 +153,16 @@ class RMSNorm(nn.Module):
 class Dense(nn.Module):
     """`x @ kernel + bias`, a product of `dtype` over the last `contracted` axes of `x`.
 
-    The result has `dtype`; with `wide`, which is for residual sums and needs a bias, it is the
-    float32 that the product was summed in. (Without biases, in T5 and LLaMA, a float32 result would
-    be kept for the backward pass of `remat` "dots".)
+    Attributes:
+      features: axes of the result after those of `x` that stay.
+      dtype: of the factors, and of the result.
+      use_bias: whether there is a bias.
+      contracted: how many axes of `x` are summed over.
+      wide: the result is the float32 that the product was summed in, for a residual sum. It needs a
+        bias: without (in T5 and LLaMA) `remat` "dots" would keep twice the bytes.
+      bias_dtype: of the sum with a bias. In float32 a result is rounded once. In `dtype` XLA adds
+        the bias inside of a GPU's product, which rounds once, too, and joins products of the same
+        factor; where it does not, the product is rounded before.
     """
 
     features: tuple[int, ...]
@@ -163,6 +170,7 @@ class Dense(nn.Module):
     use_bias: bool = True
     contracted: int = 1
     wide: bool = False
+    bias_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -174,7 +182,8 @@ class Dense(nn.Module):
         if not self.use_bias:
             return jnp.tensordot(x, kernel.astype(self.dtype), self.contracted)
         bias = self.param("bias", nn.initializers.zeros, self.features)
-        return affine(x, kernel, bias, jnp.dtype(jnp.float32 if self.wide else self.dtype))
+        made = affine(x, kernel, bias, jnp.dtype(jnp.float32 if self.wide else self.bias_dtype))
+        return made if self.wide else made.astype(self.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -221,10 +230,11 @@ class Mlp(nn.Module):
     hidden: int
     dtype: Any
     activation: str = "gelu"
+    bias_dtype: Any = jnp.float32
 
     def setup(self):
         # `in` is a Python keyword, so the submodule is named in words.
-        self.rise = Dense((self.hidden,), self.dtype, name="in")
+        self.rise = Dense((self.hidden,), self.dtype, bias_dtype=self.bias_dtype, name="in")
         self.out = Dense((self.width,), self.dtype, wide=True)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

@@ -48,12 +48,13 @@ class VisionBlock(nn.Module):
             c.width // c.heads,
             self.dtype,
             biases=("query", "value", "out"),
+            bias_dtype=self.dtype,
             name="attention",
         )
         y = LayerNorm(c.norm_eps, name="attention_norm")(x)
         x = constrain(x + attention(y, y))
         y = LayerNorm(c.norm_eps, name="mlp_norm")(x)
-        x = x + Mlp(c.width, c.mlp, self.dtype, name="mlp")(y)
+        x = x + Mlp(c.width, c.mlp, self.dtype, bias_dtype=self.dtype, name="mlp")(y)
         return constrain(x), None
 
 

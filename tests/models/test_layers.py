@@ -112,8 +112,19 @@ def test_a_wide_dense_does_not_round_what_it_sums():
     exact = np.asarray(x, np.float64) @ np.asarray(params["kernel"], np.float64)
     exact += np.asarray(params["bias"], np.float64)
     apply = lambda **more: Dense((48,), jnp.bfloat16, **more).apply({"params": params}, x)
-    assert apply().dtype == jnp.bfloat16 and 1e-4 < error(apply(), exact) < 1e-2
-    assert apply(wide=True).dtype == jnp.float32 and error(apply(wide=True), exact) < 1e-6
+    for dtype in (jnp.float32, jnp.bfloat16):  # that of the bias makes no difference
+        found = apply(wide=True, bias_dtype=dtype)
+        assert found.dtype == jnp.float32 and error(found, exact) < 1e-6
+
+
+def test_a_dense_rounds_once():
+    x, params = narrow(64, 32), {"kernel": narrow(32, 48), "bias": X[0, 0, 0] + jnp.arange(48.0)}
+    exact = np.asarray(x, np.float64) @ np.asarray(params["kernel"], np.float64)
+    exact += np.asarray(params["bias"], np.float64)
+    found = Dense((48,), jnp.bfloat16).apply({"params": params}, x)
+    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+    fused = Dense((48,), jnp.bfloat16, bias_dtype=jnp.bfloat16).apply({"params": params}, x)
+    assert found.dtype == fused.dtype == jnp.bfloat16 and error(fused, exact) < 1e-2
 
 
 @pytest.mark.parametrize("wide", [False, True])
