@@ -1,6 +1,7 @@
 """How exact a program is: what its products ask for, what its residual streams are summed in."""
 
 import functools
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -180,3 +181,13 @@ def test_a_tower_alone(kind):
         apply = tower(getattr(variant, name), jnp.float32).apply
         jaxpr = jax.make_jaxpr(apply)({"params": params[name]}, *inputs).jaxpr
         assert {each.params["precision"] for each, _ in products(jaxpr)} == {HIGHEST}, name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["sharp tiny T5", "sharp tiny Vicuna"])
+def test_bfloat16_is_no_farther_from_float64_than_autocast(name):
+    pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
+    found = importlib.import_module("benchmarks.precision").run_case(name)
+    assert found["float32"]["logits_mean"] < 1e-5  # both sides compute the same thing
+    for key in ("logits_mean", "gradient", "drift"):
+        assert found["bfloat16"][key] < found["autocast"][key], key
