@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jax_instructblip.models.layers import Dense
+from jax_instructblip.models.dense import Dense
 
 MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
 

@@ -1,9 +1,8 @@
-"""What several towers share: norms, feed-forwards, the head, precision, the scan over layers."""
+"""What several towers share: norms, feed-forwards, precision, slots, the scan over layers."""
 
 import dataclasses
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from jax_instructblip.models.dense import Dense, rank_of
 
 # Of the residual streams, whatever the layers between them compute in: in bfloat16 each sum would
 # be rounded to 8 bits, which is farther from float64 than autocast in PyTorch
@@ -132,7 +133,7 @@ class LayerNorm(nn.Module):
         centred = wide - wide.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         normal = centred * jax.lax.rsqrt(variance + self.eps)
-        scale, bias = (_rank_of(leaf.astype(jnp.float32), x) for leaf in (scale, bias))
+        scale, bias = (rank_of(leaf.astype(jnp.float32), x) for leaf in (scale, bias))
         return (normal * scale + bias).astype(x.dtype)
 
 
@@ -147,80 +148,7 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.float32)
         variance = jnp.square(wide).mean(-1, keepdims=True)
         normal = (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
-        return normal * _rank_of(scale.astype(x.dtype), x)
-
-
-class Dense(nn.Module):
-    """`x @ kernel + bias`, a product of `dtype` over the last `contracted` axes of `x`.
-
-    Attributes:
-      features: axes of the result after those of `x` that stay.
-      dtype: of the factors, and of the result.
-      use_bias: whether there is a bias.
-      contracted: how many axes of `x` are summed over.
-      wide: the result is the float32 that the product was summed in, for a residual sum. It needs a
-        bias: without (in T5 and LLaMA) `remat` "dots" would keep twice the bytes.
-      bias_dtype: of the sum with a bias. In float32 a result is rounded once. In `dtype` XLA adds
-        the bias inside of a GPU's product, which rounds once, too, and joins products of the same
-        factor; where it does not, the product is rounded before.
-    """
-
-    features: tuple[int, ...]
-    dtype: Any
-    use_bias: bool = True
-    contracted: int = 1
-    wide: bool = False
-    bias_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        given = x.shape[x.ndim - self.contracted :]
-        flat = (math.prod(given), math.prod(self.features))
-        draw = lambda key, shape: nn.initializers.lecun_normal()(key, flat).reshape(shape)
-        kernel = self.param("kernel", draw, (*given, *self.features))
-        x = x.astype(self.dtype)
-        if not self.use_bias:
-            return jnp.tensordot(x, kernel.astype(self.dtype), self.contracted)
-        bias = self.param("bias", nn.initializers.zeros, self.features)
-        made = affine(x, kernel, bias, jnp.dtype(jnp.float32 if self.wide else self.bias_dtype))
-        return made if self.wide else made.astype(self.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def affine(x: Array, kernel: Array, bias: Array, dtype: Any) -> Array:
-    """The product of `x` and a kernel of its dtype, plus a bias, in `dtype`.
-
-    In its gradient, too, both factors of a product have the dtype of `x`, while what weights are
-    given is summed in their own: JAX's rule would multiply a float32 gradient as it is, and sum a
-    bias's in `dtype`.
-    """
-    product = functools.partial(jnp.tensordot, precision=_precision(x))
-    contracted = kernel.ndim - bias.ndim
-    made = product(x, kernel.astype(x.dtype), contracted, preferred_element_type=dtype)
-    return made + _rank_of(bias.astype(dtype), made)
-
-
-def _affine_forward(x: Array, kernel: Array, bias: Array, dtype: Any) -> tuple[Array, Any]:
-    return affine(x, kernel, bias, dtype), (x, kernel, bias)
-
-
-def _affine_backward(dtype: Any, kept: Any, gradient: Array) -> tuple[Array, Array, Array]:
-    del dtype
-    x, kernel, bias = kept
-    product = functools.partial(jnp.tensordot, precision=_precision(x))
-    lead, made = tuple(range(gradient.ndim - bias.ndim)), tuple(range(-bias.ndim, 0))
-    narrow = gradient.astype(x.dtype)
-    of_x = product(narrow, kernel.astype(x.dtype), (made, made))
-    of_kernel = product(x, narrow, (lead, lead), preferred_element_type=kernel.dtype)
-    return of_x, of_kernel, gradient.sum(lead, dtype=jnp.float32).astype(bias.dtype)
-
-
-affine.defvjp(_affine_forward, _affine_backward)
-
-
-def _precision(x: Array) -> str | None:
-    """As `Network` asks for: these products may be made after its `apply` has returned."""
-    return "highest" if x.dtype.itemsize >= 4 else None
+        return normal * rank_of(scale.astype(x.dtype), x)
 
 
 class Mlp(nn.Module):
@@ -258,27 +186,6 @@ class GatedMlp(nn.Module):
         hidden = (gate * dense((self.hidden,), name="in")(x)).astype(self.dtype)
         hidden = Dropout(self.dropout)(hidden, deterministic=not train)
         return dense((self.width,), name="out")(hidden)
-
-
-class Head(nn.Module):
-    """Vocabulary logits in float32: the product accumulates in float32 whatever `dtype` is.
-
-    The kernel is `[D, V]`, or `[V, D]` with `by_word`, which few rows at a time are read faster
-    through on a CPU.
-    """
-
-    vocab: int
-    dtype: Any
-    by_word: bool = False
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        shape, axes = (x.shape[-1], self.vocab), "DV"
-        if self.by_word:
-            shape, axes = shape[::-1], "VD"
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        return jnp.einsum(f"...D,{axes}->...V", x, kernel, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
@@ -416,7 +323,3 @@ def _policy(remat: str) -> Callable[..., bool] | None:
     return lambda primitive, *given, **more: (
         primitive.name != "sharding_constraint" and policy(primitive, *given, **more)
     )
-
-
-def _rank_of(leaf: Array, x: Array) -> Array:
-    return leaf.reshape((1,) * (x.ndim - leaf.ndim) + leaf.shape)

@@ -18,11 +18,11 @@ from jax_instructblip.models.attention import (
     heads_first,
 )
 from jax_instructblip.models.cache import look, start, view, write
+from jax_instructblip.models.dense import Head
 from jax_instructblip.models.layers import (
     RESIDUAL,
     Dropout,
     GatedMlp,
-    Head,
     Network,
     RMSNorm,
     Scan,

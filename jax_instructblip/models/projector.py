@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_instructblip.models.layers import ACTIVATIONS, Dense, Network, Scan, constrain
+from jax_instructblip.models.dense import Dense
+from jax_instructblip.models.layers import ACTIVATIONS, Network, Scan, constrain
 from jax_instructblip.models.variants import ProjectorConfig
 
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_instructblip.models.attention import Attention
+from jax_instructblip.models.dense import Dense
 from jax_instructblip.models.layers import (
     RESIDUAL,
-    Dense,
     Dropout,
     LayerNorm,
     Mlp,

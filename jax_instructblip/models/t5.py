@@ -15,11 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_instructblip.models.attention import Attention, Part, attend_parts, heads_first
 from jax_instructblip.models.cache import look, start, view, write
+from jax_instructblip.models.dense import Head
 from jax_instructblip.models.layers import (
     RESIDUAL,
     Dropout,
     GatedMlp,
-    Head,
     Network,
     RMSNorm,
     Scan,

@@ -1,0 +1,109 @@
+"""Products with weights: projections with or without a bias, and the head of a language model."""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Dense(nn.Module):
+    """`x @ kernel + bias`, a product of `dtype` over the last `contracted` axes of `x`.
+
+    Attributes:
+      features: axes of the result after those of `x` that stay.
+      dtype: of the factors, and of the result.
+      use_bias: whether there is a bias.
+      contracted: how many axes of `x` are summed over.
+      wide: the result is the float32 that the product was summed in, for a residual sum. It needs a
+        bias: without (in T5 and LLaMA) `remat` "dots" would keep twice the bytes.
+      bias_dtype: of the sum with a bias. In float32 a result is rounded once. In `dtype` XLA adds
+        the bias inside of a GPU's product, which rounds once, too, and joins products of the same
+        factor; where it does not, the product is rounded before.
+    """
+
+    features: tuple[int, ...]
+    dtype: Any
+    use_bias: bool = True
+    contracted: int = 1
+    wide: bool = False
+    bias_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        given = x.shape[x.ndim - self.contracted :]
+        flat = (math.prod(given), math.prod(self.features))
+        draw = lambda key, shape: nn.initializers.lecun_normal()(key, flat).reshape(shape)
+        kernel = self.param("kernel", draw, (*given, *self.features))
+        x = x.astype(self.dtype)
+        if not self.use_bias:
+            return jnp.tensordot(x, kernel.astype(self.dtype), self.contracted)
+        bias = self.param("bias", nn.initializers.zeros, self.features)
+        made = affine(x, kernel, bias, jnp.dtype(jnp.float32 if self.wide else self.bias_dtype))
+        return made if self.wide else made.astype(self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def affine(x: Array, kernel: Array, bias: Array, dtype: Any) -> Array:
+    """The product of `x` and a kernel of its dtype, plus a bias, in `dtype`.
+
+    In its gradient, too, both factors of a product have the dtype of `x`, while what weights are
+    given is summed in their own: JAX's rule would multiply a float32 gradient as it is, and sum a
+    bias's in `dtype`.
+    """
+    product = functools.partial(jnp.tensordot, precision=_precision(x))
+    contracted = kernel.ndim - bias.ndim
+    made = product(x, kernel.astype(x.dtype), contracted, preferred_element_type=dtype)
+    return made + rank_of(bias.astype(dtype), made)
+
+
+def _affine_forward(x: Array, kernel: Array, bias: Array, dtype: Any) -> tuple[Array, Any]:
+    return affine(x, kernel, bias, dtype), (x, kernel, bias)
+
+
+def _affine_backward(dtype: Any, kept: Any, gradient: Array) -> tuple[Array, Array, Array]:
+    del dtype
+    x, kernel, bias = kept
+    product = functools.partial(jnp.tensordot, precision=_precision(x))
+    lead, made = tuple(range(gradient.ndim - bias.ndim)), tuple(range(-bias.ndim, 0))
+    narrow = gradient.astype(x.dtype)
+    of_x = product(narrow, kernel.astype(x.dtype), (made, made))
+    of_kernel = product(x, narrow, (lead, lead), preferred_element_type=kernel.dtype)
+    return of_x, of_kernel, gradient.sum(lead, dtype=jnp.float32).astype(bias.dtype)
+
+
+affine.defvjp(_affine_forward, _affine_backward)
+
+
+def _precision(x: Array) -> str | None:
+    """As `Network` asks for: these products may be made after its `apply` has returned."""
+    return "highest" if x.dtype.itemsize >= 4 else None
+
+
+class Head(nn.Module):
+    """Vocabulary logits in float32: the product accumulates in float32 whatever `dtype` is.
+
+    The kernel is `[D, V]`, or `[V, D]` with `by_word`, which few rows at a time are read faster
+    through on a CPU.
+    """
+
+    vocab: int
+    dtype: Any
+    by_word: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        shape, axes = (x.shape[-1], self.vocab), "DV"
+        if self.by_word:
+            shape, axes = shape[::-1], "VD"
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        return jnp.einsum(f"...D,{axes}->...V", x, kernel, preferred_element_type=jnp.float32)
+
+
+def rank_of(leaf: Array, x: Array) -> Array:
+    """`leaf` with axes of size 1 before its own, as many as `x` has."""
+    return leaf.reshape((1,) * (x.ndim - leaf.ndim) + leaf.shape)
