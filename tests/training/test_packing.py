@@ -13,13 +13,21 @@ from tests.interpreter import run_python
 from tests.training import packing
 
 KINDS = ("llama", "t5")
-CLOSE = 1e-5  # of the loss, and of the largest gradient
+CLOSE = 1e-5  # of the loss, and of each leaf's gradient
+# Of key biases, whose gradients are nothing but rounding: no softmax sees them. Their unit is a
+# thousandth of the largest gradient (`packing.differences`).
+NOISE = 1e-4
 QUICK = (8,)  # samples a row that are tried in every run of the tests
 
 
 @pytest.fixture(scope="module", autouse=True)
 def recorded(shared):
     """The lengths of the mixture's samples are among the shared files."""
+
+
+def assert_close(found, road=""):
+    for name, difference in found.items():
+        assert difference < (NOISE if name == "key_bias" else CLOSE), (road, found)
 
 
 @functools.cache
@@ -40,7 +48,7 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_plain_ones(kind, per_row)
     variant = packing.still(kind)
     batch = packing.rows(variant, packing.samples(variant), per_row)
     found = packing.differences(packing.gradients(variant, batch), expected(kind))
-    assert max(found.values()) < CLOSE, found
+    assert_close(found)
 
 
 @pytest.mark.full
@@ -50,7 +58,7 @@ def test_on_eight_devices_under_pmap_and_in_parts(kind):
     found = json.loads(printed.splitlines()[-1])
     assert len(found) == 4
     for road, differences in found.items():
-        assert max(differences.values()) < CLOSE, (road, differences)
+        assert_close(differences, road)
 
 
 @pytest.mark.parametrize("kind", KINDS)
