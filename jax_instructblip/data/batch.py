@@ -61,7 +61,10 @@ def collate(
         return bucket(max(held), lengths.get(name), name)
 
     def pad(name: str, values: Sequence[np.ndarray], length: int, into: int = 0) -> None:
-        known = {NOWHERE: into, PAD_ID: qformer_pad_id if name == "qformer_tokens" else pad_id}
+        known: dict[Any, int] = {
+            NOWHERE: into,
+            PAD_ID: qformer_pad_id if name == "qformer_tokens" else pad_id,
+        }
         filler = FIELDS[name].pad
         batch[name] = pad_to(values, length, known.get(filler, filler))
 

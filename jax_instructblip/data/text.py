@@ -350,7 +350,7 @@ def _has_unknown(tokenizer: Tokenizer, text: str) -> bool:
     # That of the model: on a tokenizer of LLaMA the released code sets another one, which it uses
     # for nothing.
     token = getattr(backend.model, "unk_token", None) or tokenizer.unk_token
-    unknown = backend.token_to_id(token) if token else None
+    unknown = backend.token_to_id(str(token)) if token else None
     return unknown in backend.encode(text, add_special_tokens=False).ids
 
 

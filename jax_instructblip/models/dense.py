@@ -42,7 +42,8 @@ class Dense(nn.Module):
         if not self.use_bias:
             return jnp.tensordot(x, kernel.astype(self.dtype), self.contracted)
         bias = self.param("bias", nn.initializers.zeros, self.features)
-        made = affine(x, kernel, bias, jnp.dtype(jnp.float32 if self.wide else self.bias_dtype))
+        dtype = jnp.dtype(jnp.float32 if self.wide else self.bias_dtype)
+        made: Array = affine(x, kernel, bias, dtype)  # pyright: ignore (custom_vjp hides it)
         return made if self.wide else made.astype(self.dtype)
 
 
