@@ -65,8 +65,8 @@ def collate(
             NOWHERE: into,
             PAD_ID: qformer_pad_id if name == "qformer_tokens" else pad_id,
         }
-        filler = FIELDS[name].pad
-        batch[name] = pad_to(values, length, known.get(filler, filler))
+        filler: Any = FIELDS[name].pad
+        batch[name] = pad_to(values, length, known[filler] if filler in known else filler)
 
     slots = width("slots", (len(row.tokens) for row in rows))
     batch: Batch = {}
