@@ -61,10 +61,8 @@ def collate(
         return bucket(max(held), lengths.get(name), name)
 
     def pad(name: str, values: Sequence[np.ndarray], length: int, into: int = 0) -> None:
-        known: dict[Any, int] = {
-            NOWHERE: into,
-            PAD_ID: qformer_pad_id if name == "qformer_tokens" else pad_id,
-        }
+        own = qformer_pad_id if name == "qformer_tokens" else pad_id
+        known: dict[Any, int] = {NOWHERE: into, PAD_ID: own}
         filler: Any = FIELDS[name].pad
         batch[name] = pad_to(values, length, known[filler] if filler in known else filler)
 
