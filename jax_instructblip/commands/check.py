@@ -86,13 +86,12 @@ def examine(file: pathlib.Path, text: TextProcessor, samples: int) -> Findings:
                 found.bad[line] = list(dict.fromkeys(reasons))
                 continue
             found.good += 1
+            asked = {name: text.has_unknown(name, record.prompt) for name in TRUNCATED[:2]}
             for answer in record.answers:
-                texts = (record.prompt, record.prompt, answer)
-                for name, is_in, held in zip(
-                    TRUNCATED, text.unknown(record.prompt, answer), texts, strict=True
-                ):
-                    if is_in:
-                        found.unknown[name].append((line, held))
+                told = asked | {"answer": text.has_unknown("answer", answer)}
+                for name in filter(told.get, TRUNCATED):
+                    shown = answer if name == "answer" else record.prompt
+                    found.unknown[name].append((line, shown))
             for example in examples:
                 found.cut += example["truncated"]
                 for name, count in token_counts(example).items():

@@ -188,15 +188,19 @@ class TextProcessor:
         _require_readable(prompt)
         return self._instruction(prompt, self.qformer_limit)[0]
 
-    def unknown(self, prompt: str, answer: str) -> tuple[bool, bool, bool]:
-        """Whether instruction, prompt and answer hold pieces that their tokenizer has no id for.
+    def has_unknown(self, name: str, text: str) -> bool:
+        """Whether a text holds pieces that its tokenizer has no id for; `name` is of `TRUNCATED`.
 
         All of those get one id, `<unk>`: the model cannot tell them apart, nor learn to write them.
         A tokenizer that falls back to bytes knows everything.
         """
-        texts = ((self.qformer, prompt), (self.llm, prompt), (self.llm, answer))
-        instruction, asked, answered = (_has_unknown(*each) for each in texts)
-        return instruction, asked, answered
+        tokenizer = self.qformer if name == "instruction" else self.llm
+        backend = tokenizer.backend_tokenizer
+        # That of the backend's model: on a tokenizer of LLaMA the released code sets another one,
+        # which it uses for nothing.
+        token = getattr(backend.model, "unk_token", None) or tokenizer.unk_token
+        unknown = backend.token_to_id(str(token)) if token else None
+        return unknown in backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of generated ids, without special tokens and outer white space."""
@@ -343,15 +347,6 @@ def _join_pieces(pieces: Sequence[str]) -> str:
             text += data[: error.start].decode() + "\ufffd"
             del data[: error.start + 1]
     return text
-
-
-def _has_unknown(tokenizer: Tokenizer, text: str) -> bool:
-    backend = tokenizer.backend_tokenizer
-    # That of the model: on a tokenizer of LLaMA the released code sets another one, which it uses
-    # for nothing.
-    token = getattr(backend.model, "unk_token", None) or tokenizer.unk_token
-    unknown = backend.token_to_id(str(token)) if token else None
-    return unknown in backend.encode(text, add_special_tokens=False).ids
 
 
 def _require_readable(text: str) -> None:
