@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from jax_instructblip.evaluation import curves, validation
 from jax_instructblip.flags import check_flags
 from jax_instructblip.parallel import distributed
-from jax_instructblip.training import checkpoints, loop
+from jax_instructblip.training import checkpoints, loop, setup
 from jax_instructblip.training.config_table import check_config
 
 # The configs of the repository share `configs/common.py`, whatever the working directory is.
@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
     flags, _ = _parser().parse_known_args(argv)
     config = read_config(argv)
     check_config(config, run=True)  # before the records to validate on are read, or drawn
-    validation.check(config.validation.path, config.validation.split)
+    if (records := setup.read_validation_records(config)) is not None:
+        validation.check(records, config.validation.path, config.validation.split)
     calls = {"evaluate": validation.evaluate, "report": curves.write}
     try:
         with distributed.joined(*distributed.read_flags(flags)):

@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jax_instructblip.data.records import Record
-from jax_instructblip.data.sources import dataset_name, open_records
+from jax_instructblip.data.sources import dataset_name
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import answering, captioning, families
 from jax_instructblip.evaluation.metric import MetricError
@@ -23,16 +23,13 @@ from jax_instructblip.models.vlm import VisionLanguageModel
 _LOOKED_AT = 64  # records, of which one must have a right answer
 
 
-def check(path: str, split: str) -> None:
-    """Looks before anything is trained whether the records of `path` can be scored; "": no path.
+def check(records: Sequence[Record], path: str, split: str) -> None:
+    """Looks before anything is trained whether the records of that path can be scored.
 
     Raises:
       MetricError: they cannot be.
-      ValueError: there are no such records.
     """
-    if not path:
-        return
-    name, (records, _) = dataset_name(path), open_records(path, split)
+    name = dataset_name(path)
     metric = BENCHMARKS[name].metric if name else families.METRIC
     some = [records[number] for number in pick_numbers(len(records), _LOOKED_AT)]
     try:

@@ -7,7 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+PRODUCT = "product"  # the name of what a `Dense` with a bias gives, for `remat`
 
 
 class Dense(nn.Module):
@@ -44,7 +47,8 @@ class Dense(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, self.features)
         dtype = jnp.dtype(jnp.float32 if self.wide else self.bias_dtype)
         made: Array = affine(x, kernel, bias, dtype)  # pyright: ignore (custom_vjp hides it)
-        return made if self.wide else made.astype(self.dtype)
+        # Named, since no policy sees the product inside of a function with its own gradient.
+        return checkpoint_name(made if self.wide else made.astype(self.dtype), PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

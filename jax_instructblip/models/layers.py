@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jax_instructblip.models.dense import Dense, rank_of
+from jax_instructblip.models.dense import PRODUCT, Dense, rank_of
 
 # Of the residual streams, whatever the layers between them compute in: in bfloat16 each sum would
 # be rounded to 8 bits, which is farther from float64 than autocast in PyTorch
@@ -24,7 +24,10 @@ FLAGS = ("keep", "train")  # arguments of a layer that are Python booleans
 # What a backward pass computes again instead of keeping it since the forward pass.
 REMAT: dict[str, Callable[..., bool] | None] = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # scores, softmax, norms ...
+    "dots": jax.checkpoint_policies.save_from_both_policies(  # scores, softmax, norms ...
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
     "full": None,  # the whole layer, from its input
 }
 

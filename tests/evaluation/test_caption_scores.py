@@ -139,7 +139,7 @@ def test_java_is_demanded_in_vain(monkeypatch):
 
 def test_the_tools_are_not_installed(monkeypatch):
     monkeypatch.setattr(captioning, "TOOLS", "pycocoevalcap_of_nobody")
-    with pytest.raises(MetricError, match=r"not installed: pip install 'jax_instructblip\[eval\]'"):
+    with pytest.raises(MetricError, match=r"not installed: pip install -e '.\[eval\]'"):
         score_captions([Response("1", "a")], [record("1", "a")])
 
 

@@ -234,7 +234,8 @@ def _constraints(jaxpr, inside=False):
 def restores():
     """Whether a state that was saved on some devices is the same, and lies right, on others."""
     setting = Setting("llama")
-    meta = {"variant": {}, "trainable": ["qformer"], "base": {"sha256": "0"}, "data": {}}
+    meta = {"variant": {}, "trainable": ["qformer"], "base": {"path": "b", "sha256": "0"}}
+    meta["data"] = {}
     found = {}
     for before, after in (
         ((1, 1, 1), (2, 2, 2)),

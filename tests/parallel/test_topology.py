@@ -24,7 +24,7 @@ def test_unknown_names_are_answered_with_known_ones(name, hint):
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'jax_instructblip\[tpu\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '.\[tpu\]'"):
         topology.read_topology("v5e:4x4")
 
 

@@ -98,7 +98,7 @@ def save_run(base, folder):
     changed = jax.tree.map(lambda leaf: leaf + 1.0, start.trainable)
     checkpoints = Checkpoints(folder / "checkpoints")
     meta = {"variant": start.variant.to_dict(), "trainable": ["qformer"], "base": start.base}
-    checkpoints.save(create_state(changed, optimizer), jax.random.key(0), {**meta, "data": None})
+    checkpoints.save(create_state(changed, optimizer), jax.random.key(0), {**meta, "data": {}})
     checkpoints.wait()
     return checkpoint.flatten(changed)
 

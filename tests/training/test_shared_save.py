@@ -17,7 +17,8 @@ from tests.bucket import bucket
 
 COUNT = 3
 KERNEL = np.arange(24, dtype=np.float32).reshape(6, 4)
-META = {"format": 1, "step": 7}
+META = {"format": 1, "step": 7, "variant": {}, "trainable": []}
+META["base"] = {"path": "base", "sha256": "0"}
 SHAPES = {"trainable": {"a/kernel": (6, 4)}, "optimizer": {"step": ()}}
 
 

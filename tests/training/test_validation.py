@@ -95,16 +95,18 @@ def test_what_no_metric_belongs_to_does_not_validate(files, prepared, tmp_path):
             evaluate(files[0], prepared / "web_capfilt", "train")
 
 
-def test_what_cannot_be_scored_is_told_before_a_run_begins(prepared, monkeypatch):
-    validation.check("", "")
-    validation.check(str(prepared / "iconqa"), "test")
-    path, begun = prepared / "web_capfilt", []
+def test_what_cannot_be_scored_is_told_before_a_run_begins(files, prepared, tmp_path, monkeypatch):
+    given = dict(zip(("model.checkpoint", "data.sources.mine.path"), files, strict=True))
+    given |= {"workdir": tmp_path / "run", "validation.path": prepared / "web_capfilt"}
+    given |= {"validation.split": "train"}
+    begun = []
     monkeypatch.setattr(loop, "run", lambda *args, **rest: begun.append(args))
-    given = ["--config", "configs/common.py", f"--config.validation.path={path}"]
+    words = [f"--config.{name}={value}" for name, value in given.items()]
     with pytest.raises(MetricError, match="validation.path is .*web_capfilt, train: nothing is sc"):
-        train.main([*given, "--config.validation.split=train"])
+        train.main(["--config", "configs/custom_jsonl.py", *words])
+    path = str(prepared / "iconqa")
+    validation.check(open_records(path, "test")[0], path, "test")
     hidden = [Record("a", ("a.png",), "what?", (), choices=("b", "c"))]
-    monkeypatch.setattr(validation, "open_records", lambda path, split: (hidden, ""))
     with pytest.raises(MetricError, match="iconqa, test: the right answers .* are not public"):
-        validation.check(str(prepared / "iconqa"), "test")
+        validation.check(hidden, path, "test")
     assert not begun
