@@ -27,13 +27,18 @@ MOST_SECONDS = 1e9  # 30 years; the system's own clocks take no more than ten ti
 
 TEXT_LIMIT = 100_000  # characters: ten times what the longest context of the models holds
 
-_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
-_NAMES |= {dict: "an object"}
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "text",
+    dict: "an object",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """What one value may be; made by `whole`, `number`, `flag`, `text`, `one_of`, ...
+    """The values that one setting may have; made by `whole`, `number`, `flag`, `text` and so on.
 
     Attributes:
       kind: int, float (whole numbers are taken, too), bool, str, dict, or tuple (a list, too).

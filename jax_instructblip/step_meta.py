@@ -91,7 +91,7 @@ def bind(meta: Mapping[str, Any], folder: Path, parts: tuple[str, ...]) -> dict[
 
 
 def _wrong_fields(meta: Mapping[str, Any]) -> list[str]:
-    """What is missing, and what is of another kind than it must be."""
+    """Sentences about fields that are missing, or of another kind than they must be."""
     filled = {**dict.fromkeys(_NEEDED), **meta}
     wrong = find_problems(filled, _FIELDS)
     if isinstance(base := filled["base"], dict):

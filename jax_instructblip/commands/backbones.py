@@ -49,7 +49,9 @@ def main(argv: list[str]) -> int:
 
 
 def _train_towers(work: Path, kinds: list[str], seed: int, scale: float) -> None:
-    _claim(work, {"seed": seed, "scale": scale, "vision_steps": VISION_STEPS})
+    counts = {"vision_steps": VISION_STEPS, "vision_scenes": VISION_SCENES}
+    counts |= {"text_steps": sum(stage.steps for stage in CURRICULUM), "examples": TEXT_EXAMPLES}
+    _claim(work, {"seed": seed, "scale": scale, **counts})
     vision = work / "vision"
     if not vision.is_dir():
         steps = _scaled(VISION_STEPS, scale)

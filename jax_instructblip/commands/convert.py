@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
 
 
 def _tokenizer_problem(folder: Path, variant: Variant) -> str:
-    """What a tokenizer lacks; a ValueError where one is damaged, or of another model."""
+    """A sentence about tokenizers that are not there; ValueError for damaged or foreign ones."""
     from jax_instructblip.data.text import TextProcessor  # seconds, which --help need not wait for
 
     try:

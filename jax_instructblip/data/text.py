@@ -189,7 +189,7 @@ class TextProcessor:
         return self._instruction(prompt, self.qformer_limit)[0]
 
     def has_unknown(self, name: str, text: str) -> bool:
-        """Whether a text holds pieces that its tokenizer has no id for; `name` is of `TRUNCATED`.
+        """Looks for pieces of a text that its tokenizer has no id for; `name` is of `TRUNCATED`.
 
         All of those get one id, `<unk>`: the model cannot tell them apart, nor learn to write them.
         A tokenizer that falls back to bytes knows everything.

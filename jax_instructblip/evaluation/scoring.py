@@ -105,7 +105,7 @@ def summarise(
 
 
 def is_known(record: Record, metric: str) -> bool:
-    """Whether it is public what is right."""
+    """Tells whether the right answer of a record is public."""
     return record.correct >= 0 if metric in ("accuracy", "auroc", "mrr") else bool(record.answers)
 
 

@@ -1,4 +1,4 @@
-"""What several towers share: norms, feed-forwards, precision, slots, the scan over layers."""
+"""Parts of several towers: norms, feed-forwards, precision, slots, the scan over layers."""
 
 import dataclasses
 import functools
