@@ -1,8 +1,6 @@
 import json
-import os
 import pickle
 import random
-import shutil
 import subprocess
 import sys
 
@@ -353,47 +351,6 @@ def test_length_limit_inside_a_tokenizer_file_is_ignored(real, shared, tmp_path)
     loaded = text.TextProcessor.load(tmp_path, variant(tiny_t5()))
     for key, ids in real["t5"].prompt("What is unusual about this image?").items():
         np.testing.assert_array_equal(loaded.prompt("What is unusual about this image?")[key], ids)
-
-
-def test_missing_tokenizer_names_folder_and_files(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json.*found \['config\.json'\]"):
-        text.TextProcessor.load(tmp_path, variant(tiny_t5()))
-    with pytest.raises(ValueError, match="kind 'opt'"):
-        text.load_tokenizers(tmp_path, tmp_path, "opt")
-
-
-@pytest.mark.parametrize("whose", ["language model", "Q-Former"])
-def test_damaged_tokenizer_names_its_folder(shared, tmp_path, whose):
-    files = shared / "data" / "tokenizers"
-    folders = {"language model": files / "t5", "Q-Former": files / "bert-base-uncased"}
-    folders[whose] = tmp_path
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=f"the {whose}'s tokenizer in {tmp_path} cannot be read"):
-        text.load_tokenizers(*folders.values(), "t5")
-
-
-def test_damaged_sentencepiece_model_is_named(shared, tmp_path):
-    files = shared / "data" / "tokenizers"
-    llama = shared / "golden" / "tokenizers" / "llama"
-    llm, bert = text.load_tokenizers(llama, files / "bert-base-uncased", "llama")
-    llm.save_pretrained(tmp_path)
-    for content in (b"", b"no model"):
-        (tmp_path / "tokenizer.model").write_bytes(content)
-        with pytest.raises(ValueError, match="tokenizer.model cannot be read .*: copy it again"):
-            text.load_tokenizers(tmp_path, files / "bert-base-uncased", "llama")
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model", "tokenizer_config.json"])
-def test_a_pipe_among_the_files_of_a_tokenizer_is_not_waited_for(shared, tmp_path, name):
-    files = shared / "data" / "tokenizers"
-    shutil.copytree(files / "t5", tmp_path / "t5")
-    (tmp_path / "t5" / name).unlink(missing_ok=True)
-    os.mkfifo(tmp_path / "t5" / name)
-    if name != "tokenizer_config.json":
-        (tmp_path / "t5" / "tokenizer.model").write_bytes(b"another vocabulary")
-    with pytest.raises(OSError, match=f"{name} is a pipe, expected a regular file"):
-        text.load_tokenizers(tmp_path / "t5", files / "bert-base-uncased", "t5")
 
 
 @pytest.mark.parametrize("token", [None, "the"])
