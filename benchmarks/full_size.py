@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_instructblip
-from jax_instructblip import checkpoint, trees
+from jax_instructblip import checkpoint
+from jax_instructblip.checkpoint import trees
 from jax_instructblip.data.batch import collate
 from jax_instructblip.data.images import decode, resize_squash
 from jax_instructblip.data.text import TextProcessor

@@ -19,7 +19,7 @@ import tempfile
 import time
 from typing import Any
 
-from jax_instructblip.folders import write_file
+from jax_instructblip.atomic import write_file
 from jax_instructblip.parallel.topology import GIB
 
 RESULTS = pathlib.Path(__file__).parent / "results"

@@ -30,6 +30,7 @@ import numpy as np
 
 from benchmarks import autocast
 from benchmarks.workload import Lengths, facts
+from jax_instructblip.checkpoint.trees import flatten
 from jax_instructblip.convert.hf import read_hf
 from jax_instructblip.data.batch import IGNORE, collate
 from jax_instructblip.models.variants import Variant, get_variant
@@ -38,7 +39,6 @@ from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
 from jax_instructblip.training.step import compile_step
-from jax_instructblip.trees import flatten
 
 STEPS = 5
 SIDES = ("float64", "float32", "bfloat16", "autocast", "released")

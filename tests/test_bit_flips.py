@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from jax_instructblip import checkpoint, orbax_leaves
+from jax_instructblip import checkpoint
+from jax_instructblip.checkpoint import orbax_leaves
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.source import base_digest, read_params, read_source
 from jax_instructblip.training.checkpoints import Checkpoints

@@ -13,8 +13,9 @@ import orbax.checkpoint
 import pytest
 from orbax.checkpoint.experimental import v1 as ocp
 
-from jax_instructblip import checkpoint, orbax_leaves
-from jax_instructblip.checkpoint import CheckpointError
+from jax_instructblip import checkpoint
+from jax_instructblip.checkpoint import CheckpointError, orbax_leaves
+from jax_instructblip.checkpoint import folder as checkpoint_folder
 
 
 def bits(array):
@@ -95,7 +96,7 @@ def test_flatten_and_unflatten_undo_each_other():
 
 
 def test_one_leaf_is_held_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "GROUP_BYTES", 1)
+    monkeypatch.setattr(checkpoint_folder, "GROUP_BYTES", 1)
     born = []
 
     def alive():
@@ -245,7 +246,7 @@ def test_config_of_another_format_is_refused(tmp_path):
         checkpoint.read_config(tmp_path)
 
 
-@pytest.mark.parametrize("group", [1, checkpoint.GROUP_BYTES])
+@pytest.mark.parametrize("group", [1, checkpoint_folder.GROUP_BYTES])
 @pytest.mark.parametrize(
     ("leaves", "message"),
     [
@@ -258,14 +259,14 @@ def test_config_of_another_format_is_refused(tmp_path):
 def test_unwritable_leaves_are_refused_and_leave_nothing(
     tmp_path, monkeypatch, leaves, message, group
 ):
-    monkeypatch.setattr(checkpoint, "GROUP_BYTES", group)
+    monkeypatch.setattr(checkpoint_folder, "GROUP_BYTES", group)
     with pytest.raises(ValueError, match=message):
         checkpoint.write_tree(tmp_path / "ck", leaves)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_failing_generator_leaves_nothing_and_the_old_checkpoint_loads(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "GROUP_BYTES", 1)
+    monkeypatch.setattr(checkpoint_folder, "GROUP_BYTES", 1)
 
     def leaves():
         yield "a", np.ones(3)
@@ -283,8 +284,9 @@ WRITER = """
 import sys, time
 import numpy as np
 from jax_instructblip import checkpoint
+from jax_instructblip.checkpoint import folder as checkpoint_folder
 
-checkpoint.GROUP_BYTES = 1
+checkpoint_folder.GROUP_BYTES = 1
 
 def leaves():
     for i in range(1000):

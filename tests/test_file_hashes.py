@@ -4,9 +4,9 @@ import os
 import pytest
 
 from jax_instructblip import checkpoint
-from jax_instructblip.file_hashes import FILES, verify_hashes, write_hashes
+from jax_instructblip.checkpoint.file_hashes import FILES, verify_hashes, write_hashes
+from jax_instructblip.checkpoint.manifest import CheckpointError
 from jax_instructblip.inference.source import EMBEDDED
-from jax_instructblip.manifest import CheckpointError
 from tests.micro import write_base
 
 

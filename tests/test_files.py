@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_instructblip import files, folders
+from jax_instructblip import atomic, files
 from jax_instructblip.files import (
     DEPTH_LIMIT,
     address_problem,
@@ -229,7 +229,7 @@ def test_a_null_character_is_no_part_of_a_path_anywhere():
         f"out is {said}",
         f"data is {said}",
     ]
-    assert folders.unwritable("a\0b") == f"it is {said}"
+    assert atomic.unwritable("a\0b") == f"it is {said}"
 
 
 def test_an_empty_path_is_not_the_present_folder():
@@ -255,11 +255,11 @@ def test_nothing_is_read_from_or_written_to_an_address(tmp_path, monkeypatch):
     for call in (
         lambda: read_json("s3://b/x.json"),
         lambda: list(scan_jsonl(Path("s3://b/x.jsonl"))),
-        lambda: folders.write_file(Path("s3://b/x"), ""),
-        lambda: folders.atomic_folder("gs://b/x").__enter__(),
-        lambda: folders.refuse_existing(Path("gs://b/x")),
+        lambda: atomic.write_file(Path("s3://b/x"), ""),
+        lambda: atomic.atomic_folder("gs://b/x").__enter__(),
+        lambda: atomic.refuse_existing(Path("gs://b/x")),
     ):
         with pytest.raises(ValueError, match="is (s3|gs)://b/x.*: weights and data are read"):
             call()
-    assert "it is gs://b" in folders.unwritable("gs://b")
+    assert "it is gs://b" in atomic.unwritable("gs://b")
     assert list(tmp_path.iterdir()) == []

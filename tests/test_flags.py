@@ -6,7 +6,7 @@ import re
 import pytest
 
 from jax_instructblip.__main__ import find_verbs, main
-from jax_instructblip.flags import NUMBERS, check_flags
+from jax_instructblip.commands.flags import NUMBERS, check_flags
 
 ASK = ["--checkpoint", "none", "--image", "a.png", "--prompt", "what?"]
 

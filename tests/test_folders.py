@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jax_instructblip import folders
-from jax_instructblip.folders import (
+from jax_instructblip import atomic
+from jax_instructblip.atomic import (
     atomic_folder,
     free_bytes,
     refuse_existing,
@@ -101,12 +101,12 @@ def test_a_text_that_is_no_utf8_is_written_as_json_has_it(tmp_path):
 
 
 def test_what_cannot_be_written_to_is_told_before_anything_is_made(tmp_path, monkeypatch):
-    assert folders.unwritable(tmp_path / "new" / "run") == ""
+    assert atomic.unwritable(tmp_path / "new" / "run") == ""
     (tmp_path / "file").write_text("")
-    assert folders.unwritable(tmp_path / "file" / "run") == f"{tmp_path / 'file'} is a file"
+    assert atomic.unwritable(tmp_path / "file" / "run") == f"{tmp_path / 'file'} is a file"
     # Of a read-only disk; what permissions say does not bind the superuser.
-    monkeypatch.setattr(folders.os, "access", lambda place, how: place != tmp_path)
-    assert folders.unwritable(tmp_path / "new").startswith(f"{tmp_path} cannot be written to")
+    monkeypatch.setattr(atomic.os, "access", lambda place, how: place != tmp_path)
+    assert atomic.unwritable(tmp_path / "new").startswith(f"{tmp_path} cannot be written to")
 
 
 def test_what_is_set_aside_replaces_nothing(tmp_path):
@@ -125,5 +125,5 @@ def test_a_name_that_is_not_utf_8_is_refused_before_anything_is_made(tmp_path):
         refuse_existing(folder)
     with pytest.raises(ValueError, match=said), atomic_folder(folder):
         raise AssertionError("must not be entered")
-    assert "the byte 0xE9" in folders.unwritable(folder)
+    assert "the byte 0xE9" in atomic.unwritable(folder)
     assert list(tmp_path.iterdir()) == []

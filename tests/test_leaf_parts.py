@@ -4,10 +4,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_instructblip import checkpoint, leaf_parts
-from jax_instructblip.file_hashes import write_hashes
-from jax_instructblip.leaf_parts import OwnPart
-from jax_instructblip.manifest import CheckpointError
+from jax_instructblip import checkpoint
+from jax_instructblip.checkpoint import leaf_parts
+from jax_instructblip.checkpoint.file_hashes import write_hashes
+from jax_instructblip.checkpoint.leaf_parts import OwnPart
+from jax_instructblip.checkpoint.manifest import CheckpointError
 
 LEAVES = {
     "llm/layers/mlp/in/kernel": np.arange(4 * 6 * 10).reshape(4, 6, 10).astype(ml_dtypes.bfloat16),
@@ -72,7 +73,7 @@ def test_parts_are_read_as_whole_leaves(written):
 
 @pytest.mark.parametrize("block", [1, 200, 2**24])
 def test_any_place_is_read_from_the_parts_that_have_it(written, monkeypatch, block):
-    monkeypatch.setattr("jax_instructblip.stored_leaf._BLOCK", block)
+    monkeypatch.setattr("jax_instructblip.checkpoint.stored_leaf._BLOCK", block)
     keep = lambda path, leaf: leaf
     tree = checkpoint.read_parts(written, process=0, processes=2, place=keep)
     kernel = checkpoint.flatten(tree)["llm/layers/mlp/in/kernel"]

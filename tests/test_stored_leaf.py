@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip import checkpoint
-from jax_instructblip.stored_leaf import StoredLeaf, bytes_read
+from jax_instructblip.checkpoint.stored_leaf import StoredLeaf, bytes_read
 
 LEAVES = {
     "llm/layers/mlp/in/kernel": np.arange(4 * 6 * 10).reshape(4, 6, 10).astype(ml_dtypes.bfloat16),

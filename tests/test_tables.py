@@ -2,7 +2,7 @@
 
 import pytest
 
-from jax_instructblip.tables import find
+from jax_instructblip.lookup import find
 
 TABLE = {"gqa": 1, "vqav2": 2, "okvqa": 3, "textvqa": 4}
 

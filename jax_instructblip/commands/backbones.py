@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from jax_instructblip import checkpoint, files
-from jax_instructblip.flags import check_flags
-from jax_instructblip.folders import write_file
+from jax_instructblip.atomic import write_file
+from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.training import backbones
 from jax_instructblip.training.pretrain_language import CURRICULUM, Stage, train_language
 from jax_instructblip.training.pretrain_vision import train_vision

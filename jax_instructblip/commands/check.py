@@ -14,13 +14,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.data.images import ImageError, decode
-from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.records import Record, scan_jsonl
 from jax_instructblip.data.samples import histogram, render, token_counts, token_rows
 from jax_instructblip.data.text import TRUNCATED, TextProcessor
-from jax_instructblip.flags import check_flags
 from jax_instructblip.inference.source import read_source
+from jax_instructblip.progress import Progress
 
 _SHOWN = 3  # samples with unknown characters
 _WORKERS = min(8, os.cpu_count() or 1)  # Pillow decodes outside of Python's lock

@@ -7,13 +7,13 @@ from pathlib import Path
 import jax
 
 from jax_instructblip import checkpoint
+from jax_instructblip.atomic import free_bytes, refuse_existing
+from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.convert import hf
 from jax_instructblip.convert.engine import is_finite
 from jax_instructblip.convert.stored_model import copy_tokenizers
-from jax_instructblip.data.progress import Progress
-from jax_instructblip.flags import check_flags
-from jax_instructblip.folders import free_bytes, refuse_existing
 from jax_instructblip.models.variants import VARIANTS, Variant, released_name
+from jax_instructblip.progress import Progress
 
 
 def main(argv: list[str]) -> int:

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.data.shapes_records import DATASETS
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.data.text import TextProcessor
@@ -30,7 +31,6 @@ from jax_instructblip.evaluation.placement import choose_mesh
 from jax_instructblip.evaluation.protocol import BENCHMARKS, HELD_OUT, get_benchmark, table
 from jax_instructblip.evaluation.task import Task, open_task
 from jax_instructblip.files import read_json, read_lines
-from jax_instructblip.flags import check_flags
 from jax_instructblip.inference.generation_config import GenerationConfig, add_flags
 from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
 from jax_instructblip.inference.source import read_source, weights_digest

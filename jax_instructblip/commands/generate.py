@@ -8,9 +8,9 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.data.images import ImageError, decode
 from jax_instructblip.files import json_line
-from jax_instructblip.flags import check_flags
 from jax_instructblip.inference.generation_config import (
     HELP,
     GenerationConfig,

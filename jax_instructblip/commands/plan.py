@@ -18,10 +18,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jax_instructblip.atomic import write_file
+from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.commands.train import read_config
 from jax_instructblip.files import read_json
-from jax_instructblip.flags import check_flags
-from jax_instructblip.folders import write_file
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.parallel.topology import GIB, Topology, known, read_topology
 from jax_instructblip.training import advice, plan

@@ -10,17 +10,17 @@ import os
 import pathlib
 from collections.abc import Iterable, Iterator
 
+from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.data import datasets
 from jax_instructblip.data.beam import prepare_with_beam
 from jax_instructblip.data.mixture import Source
 from jax_instructblip.data.prepare import prepare, read_report
-from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation.preview import draw, write_preview
-from jax_instructblip.flags import check_flags
 from jax_instructblip.inference.source import read_source
+from jax_instructblip.progress import Progress
 
 SAMPLES = 1000  # drawn for the page: the lengths are those of as many
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.commands.generate import check_images
 from jax_instructblip.files import json_line, read_lines
-from jax_instructblip.flags import check_flags
 from jax_instructblip.inference.pipeline import BATCH_SIZE, load
 from jax_instructblip.inference.questions import pair
 from jax_instructblip.inference.ranking import check_candidates

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_instructblip import fields
+from jax_instructblip.atomic import atomic_folder, refuse_existing
 from jax_instructblip.convert import hf, transforms
 from jax_instructblip.convert.engine import Drop, Entry, Rule, Zeros
 from jax_instructblip.convert.families import Family, family_of
@@ -31,7 +32,6 @@ from jax_instructblip.convert.stored_model import (
 )
 from jax_instructblip.fields import whole
 from jax_instructblip.files import TOKENIZER_LIMIT, read_json
-from jax_instructblip.folders import atomic_folder, refuse_existing
 from jax_instructblip.models.variants import QFormerConfig
 
 SHARD_BYTES = 5_000_000_000

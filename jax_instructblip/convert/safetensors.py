@@ -21,9 +21,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jax_instructblip.atomic import free_bytes
 from jax_instructblip.fields import check, whole
 from jax_instructblip.files import kind_of, parse_json, read_json
-from jax_instructblip.folders import free_bytes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_AXES = 8

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from jax_instructblip import checkpoint
+from jax_instructblip.atomic import free_bytes
 from jax_instructblip.convert.hf_config import TOKENIZER_FILES
-from jax_instructblip.folders import free_bytes
 from jax_instructblip.models.variants import Variant
 
 TOKENIZERS = ("tokenizer", "qformer_tokenizer")

@@ -1,6 +1,6 @@
 """The datasets of InstructBLIP: one table, joined from the modules of `data/readers`."""
 
-from jax_instructblip import tables
+from jax_instructblip import lookup
 from jax_instructblip.data.readers import (
     captioning,
     choices,
@@ -27,7 +27,7 @@ DATASETS: dict[str, Dataset] = {
 
 def get_dataset(name: str) -> Dataset:
     """The dataset of that name; a ValueError with those spelled alike where there is none."""
-    return tables.find(DATASETS, name, "dataset")
+    return lookup.find(DATASETS, name, "dataset")
 
 
 def table() -> str:

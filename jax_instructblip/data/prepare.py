@@ -24,9 +24,9 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, file_adapters, naming
 
 from jax_instructblip import processes
+from jax_instructblip.atomic import unwritable, write_file
 from jax_instructblip.data import builder
 from jax_instructblip.data.images import ImageError, decode
-from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record, RecordError
 from jax_instructblip.data.survey import (
@@ -41,7 +41,7 @@ from jax_instructblip.data.survey import (
 from jax_instructblip.data.video import VideoError, encode_frames
 from jax_instructblip.fields import find_problems, mapping, text
 from jax_instructblip.files import ANNOTATION_LIMIT, read_json, require_file
-from jax_instructblip.folders import unwritable, write_file
+from jax_instructblip.progress import Progress
 
 VERSION = "1.1.0"  # of the layout: raise it where what is stored changes
 REPORT = "prepared.json"

@@ -15,9 +15,9 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 
 from jax_instructblip.data import builder, shapes_tasks
-from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.shapes_tasks import CAPTION_FAMILIES, FAMILIES, HELD_IN, HELD_OUT, Family
+from jax_instructblip.progress import Progress
 
 VERSION = "1.2.0"  # raise it where a scene, a picture, a question or a stored field changes
 SEED = 0

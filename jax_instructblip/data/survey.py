@@ -11,10 +11,10 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.readers.files import AnnotationError
 from jax_instructblip.data.records import Record
+from jax_instructblip.progress import Progress
 
 SAMPLED = 16  # pictures of a shard whose content is read; of the others the size is
 SAMPLED_BYTES = 2**20  # of the content of one: a video is larger

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 
-from jax_instructblip import tables
+from jax_instructblip import lookup
 from jax_instructblip.evaluation import ptb, vqa_text
 from jax_instructblip.evaluation.captioning import score_captions
 from jax_instructblip.evaluation.choices import score_accuracy, score_auroc, score_yes_no
@@ -45,4 +45,4 @@ def normalise_as(name: str, text: str) -> str:
 
 def get_metric(name: str) -> Metric:
     """The metric of that name; a ValueError with those spelled alike where there is none."""
-    return tables.find(METRICS, name, "metric")
+    return lookup.find(METRICS, name, "metric")

@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
+from jax_instructblip.atomic import write_file
 from jax_instructblip.data.images import ImageError, decode
 from jax_instructblip.data.records import ImageSource
-from jax_instructblip.folders import write_file
 
 PICTURE = 224  # pixels a side
 STYLE = """

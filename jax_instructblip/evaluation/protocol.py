@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jax_instructblip import tables
+from jax_instructblip import lookup
 from jax_instructblip.data import templates
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.models.variants import Variant, released_name
@@ -259,12 +259,12 @@ HELD_OUT = (
 
 def get_protocol(name: str) -> Protocol:
     """The row of that name; a ValueError with those spelled alike where there is none."""
-    return tables.find(PROTOCOLS, name, "protocol")
+    return lookup.find(PROTOCOLS, name, "protocol")
 
 
 def get_benchmark(name: str) -> Protocol:
     """The row of a dataset; a ValueError with those spelled alike where there is none."""
-    return tables.find(BENCHMARKS, name, "dataset")
+    return lookup.find(BENCHMARKS, name, "dataset")
 
 
 def table() -> str:

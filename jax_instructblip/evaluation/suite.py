@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jax_instructblip.data.progress import Progress
+from jax_instructblip.atomic import write_file
 from jax_instructblip.evaluation import families, given, report, scoring, units
 from jax_instructblip.evaluation.answering import Share, answer, count_left
 from jax_instructblip.evaluation.families import Baseline
@@ -25,9 +25,9 @@ from jax_instructblip.evaluation.metric import Scores
 from jax_instructblip.evaluation.protocol import paper_model
 from jax_instructblip.evaluation.stored import Prediction, Store, check_ids
 from jax_instructblip.evaluation.task import Task, check_choices
-from jax_instructblip.folders import write_file
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.parallel.distributed import agree
+from jax_instructblip.progress import Progress
 
 PREDICTIONS, BASELINES, RESULTS = "predictions", "baselines", "results.json"
 FORMAT = 2  # of RESULTS

@@ -20,7 +20,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jax_instructblip.data import spec
-from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.spec import Batch
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.fields import check, flag
@@ -62,6 +61,7 @@ from jax_instructblip.models.layers import BATCH_AXES, Scan, Scans
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import VisionLanguageModel, is_separate
 from jax_instructblip.parallel.mesh import batch_sharding
+from jax_instructblip.progress import Progress
 
 BATCH_SIZE = 8  # questions that are answered at once
 

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_instructblip import checkpoint
+from jax_instructblip.checkpoint.step_meta import check_manifest, read_meta
 from jax_instructblip.convert.hf import convert_hf
 from jax_instructblip.convert.stored_model import StoredModel, read_stored_model, tuned
 from jax_instructblip.files import local_path, read_json
@@ -28,7 +29,6 @@ from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import DECODERS, param_shapes, separate_decoder
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import is_split, replicated
-from jax_instructblip.step_meta import check_manifest, read_meta
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 

@@ -3,7 +3,7 @@
 checkpoints/
   3000/                 appears by renaming: a numbered folder is always complete
     meta.json           step, variant, frozen base, data cursor, score of the validation
-    trainable/          the trained weights: `qformer/...`     (folders of `checkpoint.py`)
+    trainable/          the trained weights: `qformer/...`     (folders of `checkpoint/folder.py`)
     optimizer/          `step`, `rng`, `optimizer/...`          not needed for answering
 
 In an object store, which knows no renaming, a folder is complete when `meta.json` is there: each is
@@ -31,10 +31,9 @@ from jax import Array
 from jax.experimental import multihost_utils
 
 from jax_instructblip import checkpoint, remote
-from jax_instructblip.folders import free_bytes, write_file
-from jax_instructblip.leaf_parts import OwnPart, own_parts
-from jax_instructblip.parallel.distributed import agree
-from jax_instructblip.step_meta import (
+from jax_instructblip.atomic import atomic_folder, free_bytes, write_file
+from jax_instructblip.checkpoint.leaf_parts import OwnPart, own_parts
+from jax_instructblip.checkpoint.step_meta import (
     FORMAT,
     META,
     bind,
@@ -42,6 +41,7 @@ from jax_instructblip.step_meta import (
     parse_meta,
     seal,
 )
+from jax_instructblip.parallel.distributed import agree
 from jax_instructblip.training.host_copy import copy_to_host
 from jax_instructblip.training.run_meta import Meta, compare_meta
 from jax_instructblip.training.shared_save import SharedSave
@@ -177,7 +177,7 @@ class Checkpoints:
         }
 
         def write() -> None:
-            with checkpoint.atomic_folder(self.path(step)) as partial:
+            with atomic_folder(self.path(step)) as partial:
                 for part, leaves in copies.items():
                     checkpoint.write_tree(partial / part, leaves.items())
                 (partial / META).write_text(seal(bind(meta, partial, PARTS)))

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jax_instructblip.atomic import set_aside
+from jax_instructblip.checkpoint.step_meta import META
 from jax_instructblip.files import read_json
-from jax_instructblip.folders import set_aside
-from jax_instructblip.step_meta import META
 from jax_instructblip.training import metrics
 from jax_instructblip.training.checkpoints import Checkpoints, is_step
 from jax_instructblip.training.shared_save import remove_parts

@@ -25,14 +25,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from jax_instructblip.atomic import write_file
 from jax_instructblip.data import loader
 from jax_instructblip.data.mixture import TrainBatches
-from jax_instructblip.data.progress import Progress
-from jax_instructblip.folders import write_file
 from jax_instructblip.models.vlm import VisionLanguageModel
 from jax_instructblip.parallel import peers
 from jax_instructblip.parallel.distributed import StopOrder, Watchdog, agree
 from jax_instructblip.parallel.mesh import batch_sharding
+from jax_instructblip.progress import Progress
 from jax_instructblip.training import earlier, metrics, observe, setup
 from jax_instructblip.training.checkpoints import Checkpoints, Meta
 from jax_instructblip.training.metrics import MetricsWriter, Window, read_metrics

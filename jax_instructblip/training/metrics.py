@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from jax_instructblip.atomic import write_file
 from jax_instructblip.data import loader
 from jax_instructblip.data.text import TRUNCATED
 from jax_instructblip.files import parse_json
-from jax_instructblip.folders import write_file
 from jax_instructblip.training import observe
 from jax_instructblip.training.observe import Utilisation
 

@@ -16,11 +16,11 @@ import optax
 
 from jax_instructblip.data import shapes, shapes_tasks
 from jax_instructblip.data.batch import IGNORE, collate
-from jax_instructblip.data.progress import Progress
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.models.layers import Network
 from jax_instructblip.models.variants import LanguageConfig, T5Config
 from jax_instructblip.models.vlm import LANGUAGE_MODELS
+from jax_instructblip.progress import Progress
 
 ROUND = 8  # rows are padded to a multiple of this many tokens
 BUCKETS = 4  # groups of like lengths, so that little of a batch is padding

@@ -15,10 +15,10 @@ import numpy as np
 import optax
 
 from jax_instructblip.data import shapes
-from jax_instructblip.data.progress import Progress
 from jax_instructblip.models.layers import Network
 from jax_instructblip.models.variants import VisionConfig
 from jax_instructblip.models.vision import VisionTransformer, normalise
+from jax_instructblip.progress import Progress
 
 GREY = 0.3  # part of the training pictures without color
 COUNTS = shapes.MOST + 1  # 0 .. MOST

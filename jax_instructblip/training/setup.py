@@ -9,12 +9,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_instructblip import remote
+from jax_instructblip.atomic import unwritable
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.mixture import Mixture, Source, TrainBatches
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import dataset_name, open_records
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.folders import unwritable
 from jax_instructblip.inference.source import read_source
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes

@@ -21,14 +21,14 @@ from typing import Any
 
 import jax
 
-from jax_instructblip import leaf_parts, remote
-from jax_instructblip.checkpoint import PARAMS
-from jax_instructblip.file_hashes import write_hashes
+from jax_instructblip import remote
+from jax_instructblip.atomic import atomic_folder, write_file
+from jax_instructblip.checkpoint import PARAMS, leaf_parts
+from jax_instructblip.checkpoint.file_hashes import write_hashes
+from jax_instructblip.checkpoint.leaf_parts import OwnPart
+from jax_instructblip.checkpoint.manifest import MANIFEST
+from jax_instructblip.checkpoint.step_meta import META, bind, seal
 from jax_instructblip.files import parse_json, read_json
-from jax_instructblip.folders import atomic_folder, write_file
-from jax_instructblip.leaf_parts import OwnPart
-from jax_instructblip.manifest import MANIFEST
-from jax_instructblip.step_meta import META, bind, seal
 
 POLL_SECONDS = 0.05  # on a disk
 POLL_STORE_SECONDS = 1.0

@@ -2,8 +2,8 @@ import re
 
 import pytest
 
-from jax_instructblip.data import progress
-from jax_instructblip.data.progress import Progress, duration
+from jax_instructblip import progress
+from jax_instructblip.progress import Progress, duration
 
 
 class Clock:

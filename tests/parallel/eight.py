@@ -21,7 +21,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import common
-from jax_instructblip import checkpoint, trees
+from jax_instructblip import checkpoint
+from jax_instructblip.checkpoint import trees
 from jax_instructblip.data.loader import put
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.models.layers import Scan, Scans

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jax_instructblip.trees import flatten
+from jax_instructblip.checkpoint.trees import flatten
 from tests.parity import towers
 
 GRADIENT = 1e-4  # of the largest gradient of the tower

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_instructblip import trees
+from jax_instructblip.checkpoint import trees
 from jax_instructblip.data.batch import IGNORE, collate, deal
 from jax_instructblip.data.loader import put
 from jax_instructblip.data.spec import check

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip import checkpoint
-from jax_instructblip.step_meta import read_meta, seal
+from jax_instructblip.checkpoint.step_meta import read_meta, seal
 from jax_instructblip.training import checkpoints
 from jax_instructblip.training.checkpoints import Checkpoints
 from jax_instructblip.training.optimizer import adamw

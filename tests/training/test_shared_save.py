@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jax_instructblip import checkpoint, remote
-from jax_instructblip.leaf_parts import OwnPart
-from jax_instructblip.step_meta import check_manifest, read_meta
+from jax_instructblip.checkpoint.leaf_parts import OwnPart
+from jax_instructblip.checkpoint.step_meta import check_manifest, read_meta
 from jax_instructblip.training import shared_save
 from jax_instructblip.training.shared_save import SharedSave, remove_parts
 from tests.bucket import bucket

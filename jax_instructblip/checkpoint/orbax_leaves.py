@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
-from jax_instructblip.folders import free_bytes
-from jax_instructblip.manifest import CheckpointError, dtype_of, listed
-from jax_instructblip.trees import flatten, unflatten
+from jax_instructblip.atomic import free_bytes
+from jax_instructblip.checkpoint.manifest import CheckpointError, dtype_of, listed
+from jax_instructblip.checkpoint.trees import flatten, unflatten
 
 SETTLE_SECONDS = 0.3  # after a failure, for the leaves of the same group to end
 

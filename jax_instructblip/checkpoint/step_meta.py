@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jax_instructblip.checkpoint.manifest import CheckpointError, manifest_digest
 from jax_instructblip.fields import find_problems, mapping, number, several, text, whole
 from jax_instructblip.files import parse_json
-from jax_instructblip.manifest import CheckpointError, manifest_digest
 
 META = "meta.json"
 FORMAT = 1

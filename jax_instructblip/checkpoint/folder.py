@@ -24,11 +24,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_instructblip import leaf_parts, orbax_leaves
-from jax_instructblip.file_hashes import hash_file, verify_hashes, write_hashes
-from jax_instructblip.files import read_json
-from jax_instructblip.folders import atomic_folder
-from jax_instructblip.manifest import (
+from jax_instructblip.atomic import atomic_folder
+from jax_instructblip.checkpoint import leaf_parts, orbax_leaves
+from jax_instructblip.checkpoint.file_hashes import hash_file, verify_hashes, write_hashes
+from jax_instructblip.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
     compare,
@@ -37,33 +36,16 @@ from jax_instructblip.manifest import (
     dtype_of,
     entry_of,
     listed,
-    manifest_bytes,
-    manifest_digest,
     read_manifest,
 )
-from jax_instructblip.stored_leaf import StoredParts
-from jax_instructblip.trees import Tree, flatten, unflatten
+from jax_instructblip.checkpoint.stored_leaf import StoredParts
+from jax_instructblip.checkpoint.trees import Tree, flatten, unflatten
+from jax_instructblip.files import read_json
 
 FORMAT = 1
 CONFIG = "config.json"
 PARAMS = "params"
 GROUP_BYTES = 64 * 2**20  # small leaves travel together: each Orbax call costs about 50 ms
-
-__all__ = [
-    "CheckpointError",
-    "atomic_folder",
-    "flatten",
-    "manifest_bytes",
-    "manifest_digest",
-    "read_config",
-    "read_leaves",
-    "read_manifest",
-    "read_parts",
-    "read_tree",
-    "unflatten",
-    "write_config",
-    "write_tree",
-]
 
 Place = Callable[[str, np.ndarray], Any]
 

@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_instructblip.manifest import CheckpointError, dtype_of, listed
-from jax_instructblip.stored_leaf import StoredLeaf, StoredPart, StoredParts
+from jax_instructblip.checkpoint.manifest import CheckpointError, dtype_of, listed
+from jax_instructblip.checkpoint.stored_leaf import StoredLeaf, StoredPart, StoredParts
 
 Manifest = dict[str, dict[str, Any]]
 

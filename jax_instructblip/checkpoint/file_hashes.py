@@ -12,8 +12,8 @@ import json
 import os
 from pathlib import Path
 
+from jax_instructblip.checkpoint.manifest import MANIFEST, CheckpointError, listed
 from jax_instructblip.files import read_json
-from jax_instructblip.manifest import MANIFEST, CheckpointError, listed
 
 FILES = "files.json"
 _FORMAT = 1
