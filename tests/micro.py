@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from jax_instructblip import checkpoint
+from jax_instructblip.backbones.tokenizers import make_bert, make_llama, make_t5
 from jax_instructblip.data.batch import IGNORE
 from jax_instructblip.models.variants import (
     LlamaConfig,
@@ -21,7 +22,6 @@ from jax_instructblip.models.variants import (
     Variant,
     VisionConfig,
 )
-from jax_instructblip.training.pretrain_tokenizers import make_bert, make_llama, make_t5
 from tests.numerics import random_params
 from tests.rows import lay_out
 

@@ -25,7 +25,7 @@ from jax_instructblip.files import (
 )
 
 PACKAGE = Path(files.__file__).parent
-NO_FILES = {"training/pretrain_tokenizers.py", "training/loop.py"}  # texts of libraries
+NO_FILES = {"backbones/tokenizers.py", "training/loop.py"}  # texts of libraries
 
 
 def deep(levels: int, left: str = "[", right: str = "]") -> str:

@@ -29,9 +29,11 @@ LAYERS = {
     "inference": 3,
     "training": 4,
     "evaluation": 4,
-    "__init__": 5,
-    "commands": 6,
-    "__main__": 7,
+    "planning": 5,
+    "backbones": 5,
+    "__init__": 6,
+    "commands": 7,
+    "__main__": 8,
 }
 PUBLIC = ("load", "Answer")  # what __init__ offers besides the parts
 LONGEST = 400  # lines

@@ -13,12 +13,12 @@ import numpy as np
 
 from jax_instructblip import checkpoint, files
 from jax_instructblip.atomic import write_file
+from jax_instructblip.backbones import build
+from jax_instructblip.backbones.language import CURRICULUM, Stage, train_language
+from jax_instructblip.backbones.vision import train_vision
 from jax_instructblip.commands.flags import check_flags
-from jax_instructblip.training import backbones
-from jax_instructblip.training.pretrain_language import CURRICULUM, Stage, train_language
-from jax_instructblip.training.pretrain_vision import train_vision
 
-KINDS = tuple(backbones.LANGUAGE)
+KINDS = tuple(build.LANGUAGE)
 VISION_STEPS, VISION_SCENES = 1500, 16_000
 TEXT_EXAMPLES = 24_000  # a stage of the curriculum
 RECIPE = "recipe.json"  # of the parts in a folder
@@ -56,7 +56,7 @@ def _train_towers(work: Path, kinds: list[str], seed: int, scale: float) -> None
     if not vision.is_dir():
         steps = _scaled(VISION_STEPS, scale)
         scenes = _scaled(VISION_SCENES, min(scale, 1.0), least=256)
-        tower = train_vision(backbones.VISION, steps=steps, scenes=scenes, seed=seed)
+        tower = train_vision(build.VISION, steps=steps, scenes=scenes, seed=seed)
         checkpoint.write_tree(vision, checkpoint.flatten(_on_host(tower)).items())
     for kind in kinds:
         base = work / f"base_{kind}"
@@ -67,11 +67,11 @@ def _train_towers(work: Path, kinds: list[str], seed: int, scale: float) -> None
         )
         examples = _scaled(TEXT_EXAMPLES, min(scale, 1.0), least=512)
         llm = train_language(
-            backbones.text_processor(kind), curriculum=curriculum, examples=examples, seed=seed
+            build.text_processor(kind), curriculum=curriculum, examples=examples, seed=seed
         )
         params = {"vision": checkpoint.read_tree(vision), "llm": _on_host(llm)}
         made = {"vision": "trained on shapes", "llm": "trained on text", "qformer": "random"}
-        backbones.write_checkpoint(base, params, made, kind=kind, seed=seed)
+        build.write_checkpoint(base, params, made, kind=kind, seed=seed)
         print(f"written: {base}")
 
 
@@ -95,7 +95,7 @@ def _claim(work: Path, recipe: dict[str, float]) -> None:
 def _merge(base: Path, run: Path, out: Path) -> None:
     draft = out.with_name(f".{out.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    backbones.merge_captioned(base, run, draft)
+    build.merge_captioned(base, run, draft)
     shutil.rmtree(out, ignore_errors=True)
     draft.rename(out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

@@ -34,7 +34,7 @@ from jax_instructblip.files import read_json, read_lines
 from jax_instructblip.inference.generation_config import GenerationConfig, add_flags
 from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
 from jax_instructblip.inference.source import read_source, weights_digest
-from jax_instructblip.parallel import distributed
+from jax_instructblip.parallel import cluster
 from jax_instructblip.training.metrics import read_metrics
 from jax_instructblip.training.start import read_start
 
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         return _score(args, command)
     if not args.checkpoint:
         raise ValueError("--checkpoint: needed, or --predictions of answers made before")
-    with distributed.joined(*distributed.read_flags(args)):
+    with cluster.joined(*cluster.read_flags(args)):
         return _benchmarks(args, command)
 
 
@@ -184,7 +184,7 @@ def _compare(first: Path, second: Path) -> int:
 
 def _families(args: argparse.Namespace, command: str) -> int:
     """Exact match by family of questions, beside its baselines: of `shapes` and of JSON lines."""
-    if distributed.read_flags(args)[0] is not None:
+    if cluster.read_flags(args)[0] is not None:
         raise ValueError("without --datasets one process evaluates: start it without the others")
     if not args.checkpoint:
         raise ValueError("--checkpoint: needed")
@@ -271,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="(bfloat16, on a CPU float32)")
     add("--fsdp", type=int, default=1, help="devices that weights are split over (1)")
     add("--tensor", type=int, default=1, help="devices that share every question (1)")
-    distributed.add_flags(parser)
+    cluster.add_flags(parser)
     return parser
 
 

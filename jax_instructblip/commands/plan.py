@@ -23,8 +23,8 @@ from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.commands.train import read_config
 from jax_instructblip.files import read_json
 from jax_instructblip.parallel.mesh import make_mesh
-from jax_instructblip.parallel.topology import GIB, Topology, known, read_topology
-from jax_instructblip.training import advice, plan
+from jax_instructblip.planning import advice, plan
+from jax_instructblip.planning.topology import GIB, Topology, known, read_topology
 from jax_instructblip.training.config_table import check_config
 
 EFFORTS = {"quick": plan.QUICK, "full": 0.0}

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.evaluation import curves, validation
-from jax_instructblip.parallel import distributed
+from jax_instructblip.parallel import cluster
 from jax_instructblip.training import checkpoints, loop, setup
 from jax_instructblip.training.config_table import check_config
 
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         validation.check(records, config.validation.path, config.validation.split)
     calls = {"evaluate": validation.evaluate, "report": curves.write}
     try:
-        with distributed.joined(*distributed.read_flags(flags)):
+        with cluster.joined(*cluster.read_flags(flags)):
             workdir = loop.run(config, **calls, fresh=os.environ.get("FRESH") == "1")
             print(f"run: {workdir}")
     except KeyboardInterrupt:
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         help=f"write a trace there, of {PROFILE_STEPS} steps or config.train.profile_steps",
     )
-    distributed.add_flags(parser)
+    cluster.add_flags(parser)
     return parser
 
 

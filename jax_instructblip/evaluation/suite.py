@@ -26,7 +26,7 @@ from jax_instructblip.evaluation.protocol import paper_model
 from jax_instructblip.evaluation.stored import Prediction, Store, check_ids
 from jax_instructblip.evaluation.task import Task, check_choices
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
-from jax_instructblip.parallel.distributed import agree
+from jax_instructblip.parallel.cluster import agree
 from jax_instructblip.progress import Progress
 
 PREDICTIONS, BASELINES, RESULTS = "predictions", "baselines", "results.json"

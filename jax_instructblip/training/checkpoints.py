@@ -41,7 +41,7 @@ from jax_instructblip.checkpoint.step_meta import (
     parse_meta,
     seal,
 )
-from jax_instructblip.parallel.distributed import agree
+from jax_instructblip.parallel.cluster import agree
 from jax_instructblip.training.host_copy import copy_to_host
 from jax_instructblip.training.run_meta import Meta, compare_meta
 from jax_instructblip.training.shared_save import SharedSave

@@ -30,7 +30,7 @@ from jax_instructblip.data import loader
 from jax_instructblip.data.mixture import TrainBatches
 from jax_instructblip.models.vlm import VisionLanguageModel
 from jax_instructblip.parallel import peers
-from jax_instructblip.parallel.distributed import StopOrder, Watchdog, agree
+from jax_instructblip.parallel.cluster import StopOrder, Watchdog, agree
 from jax_instructblip.parallel.mesh import batch_sharding
 from jax_instructblip.progress import Progress
 from jax_instructblip.training import earlier, metrics, observe, setup

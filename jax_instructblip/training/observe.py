@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jax_instructblip.training import flops
+from jax_instructblip.models import flops
 from jax_instructblip.training.objective import Objective
 
 # What makers state of bfloat16 products (float16 where there is no bfloat16), without sparsity:

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from jax_instructblip import remote
-from jax_instructblip.parallel.distributed import agree
+from jax_instructblip.parallel.cluster import agree
 from jax_instructblip.training.run_lock import FILE, Owner, RunLock
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jax_instructblip.inference.ranking import NODES, make_plan, tree_logprobs
+from jax_instructblip.models.flops import counted
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
-from jax_instructblip.training.flops import counted
 from tests.micro import make_batch, micro
 
 COUNTS = (100, 400, 1600)

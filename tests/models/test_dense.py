@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from jax_instructblip.models.dense import Dense, Head
+from jax_instructblip.models.flops import products
 from jax_instructblip.models.layers import Mlp
-from jax_instructblip.training.flops import products
 from tests.numerics import error
 
 RNG = np.random.default_rng(0)

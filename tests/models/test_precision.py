@@ -15,6 +15,7 @@ from jax_instructblip.inference.decode import generate_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import load
 from jax_instructblip.inference.ranking import make_plan, pair_logprobs
+from jax_instructblip.models.flops import products
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.qformer import QFormer
 from jax_instructblip.models.vision import VisionTransformer
@@ -25,7 +26,6 @@ from jax_instructblip.models.vlm import (
     separate_decoder,
 )
 from jax_instructblip.parallel.mesh import make_mesh
-from jax_instructblip.training.flops import products
 from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition

@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from jax_instructblip.parallel import distributed
-from jax_instructblip.parallel.distributed import Cluster, ClusterError, find_cluster, first_host
+from jax_instructblip.parallel import cluster
+from jax_instructblip.parallel.cluster import Cluster, ClusterError, find_cluster, first_host
 from tests.parallel.ports import free_port
 
 SLURM = {
@@ -37,10 +37,10 @@ def test_alone_unless_somebody_says_otherwise():
 
 
 def test_flags_go_before_the_environment_and_that_before_slurm():
-    variables = dict(zip(distributed.VARIABLES, ("host:1", "4", "2"), strict=True))
+    variables = dict(zip(cluster.VARIABLES, ("host:1", "4", "2"), strict=True))
     assert find_cluster("other:2", 3, 0, variables) == Cluster("other:2", 3, 0)
     assert find_cluster(environ=variables | SLURM) == Cluster("host:1", 4, 2)
-    port = distributed.PORT + 2
+    port = cluster.PORT + 2
     assert find_cluster(environ=SLURM) == Cluster(f"gpu07:{port}", 8, 3)
     assert find_cluster("auto", environ=SLURM).coordinator == "auto"
 
@@ -70,10 +70,10 @@ def test_what_cannot_be_is_refused(given, message):
 def call(clusters, limit):
     """With whom each process of `clusters` stays connected, or the error."""
 
-    def meet(cluster):
+    def meet(own):
         try:
             with contextlib.ExitStack() as stack:
-                lines = distributed.roll_call(cluster, limit)
+                lines = cluster.roll_call(own, limit)
                 for connection, _ in lines.values():
                     stack.enter_context(connection)
                 return sorted(lines)
@@ -154,12 +154,12 @@ def test_a_port_in_use_is_named(address):
     port = int(address.partition(":")[2]) + 1
     with socket.create_server(("", port)):
         with pytest.raises(ClusterError, match=f"port {port} of .* cannot be used"):
-            distributed.roll_call(Cluster(address, 2, 0), 1.0)
+            cluster.roll_call(Cluster(address, 2, 0), 1.0)
 
 
 def test_sigterm_is_an_order_to_stop_and_is_given_back():
     before = signal.getsignal(signal.SIGTERM)
-    order = distributed.StopOrder()
+    order = cluster.StopOrder()
     assert not order.reached(1)
     os.kill(os.getpid(), signal.SIGTERM)
     assert order.reached(2) and order.reached(3)
@@ -170,7 +170,7 @@ def test_sigterm_is_an_order_to_stop_and_is_given_back():
 def test_the_first_ctrl_c_is_an_order_to_stop_the_second_interrupts(capfd):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        order = distributed.StopOrder()
+        order = cluster.StopOrder()
         os.kill(os.getpid(), signal.SIGINT)
         assert order.reached(1)
         assert "Ctrl-C: saving, then ending. Once more: ending now" in capfd.readouterr().err
@@ -186,7 +186,7 @@ def test_the_first_ctrl_c_is_an_order_to_stop_the_second_interrupts(capfd):
 def test_a_hang_shows_its_stack_and_a_step_puts_it_off():
     script = """
         import time
-        from jax_instructblip.parallel.distributed import Watchdog
+        from jax_instructblip.parallel.cluster import Watchdog
         def stuck():
             time.sleep(1.5)
         watchdog = Watchdog(0.5)

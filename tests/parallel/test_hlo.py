@@ -1,7 +1,7 @@
 # ruff: noqa: E501 - lines of a program are as long as a compiler writes them
 import pytest
 
-from jax_instructblip.parallel.hlo import read_program
+from jax_instructblip.planning.hlo import read_program
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true

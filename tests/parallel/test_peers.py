@@ -14,13 +14,14 @@ from tests.parallel.ports import free_port
 # One process of three, which answers each line that it reads.
 MEMBER = """
     import sys, time
-    from jax_instructblip.parallel import distributed, peers
+    from jax_instructblip.parallel import peers
+    from jax_instructblip.parallel.cluster import Cluster, roll_call
 
     port, index, limit = sys.argv[1:]
     time.time = lambda: 1e6 * float(index)  # the clocks of machines differ, as no one should mind
-    cluster = distributed.Cluster(f"localhost:{port}", 3, int(index))
+    cluster = Cluster(f"localhost:{port}", 3, int(index))
     watch = peers.Peers(
-        distributed.roll_call(cluster, 60.0), f"process {index} on here", float(limit)
+        roll_call(cluster, 60.0), f"process {index} on here", float(limit)
     )
     peers.on_loss(lambda: print("finishing", flush=True))
     print("here", flush=True)

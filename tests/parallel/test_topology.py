@@ -6,7 +6,7 @@ import sys
 import jax
 import pytest
 
-from jax_instructblip.parallel import topology
+from jax_instructblip.planning import topology
 
 with_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e .[tpu]"
@@ -38,7 +38,7 @@ def test_more_devices_than_the_process_has():
 def test_chips_that_are_not_there():
     code = """
 from jax_instructblip.parallel.mesh import make_mesh
-from jax_instructblip.parallel.topology import read_topology
+from jax_instructblip.planning.topology import read_topology
 # 4 x 2 x 2 cuts the longest direction of the torus into two axes.
 print(*make_mesh(4, 2, 2, read_topology("v4:2x2x4").devices).devices.shape)
 for name in ("v5e:4x4", "v4:2x2x4", "v5p:2x2x4", "v6e:4x4", "v5e:1x1"):

@@ -11,8 +11,8 @@ import jax
 
 from configs import common
 from jax_instructblip.parallel.mesh import make_mesh
-from jax_instructblip.parallel.topology import read_topology
-from jax_instructblip.training import advice, plan
+from jax_instructblip.planning import advice, plan
+from jax_instructblip.planning.topology import read_topology
 from tests.parallel.eight import Setting
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))

@@ -8,8 +8,8 @@ import pytest
 from configs import common, paper_vicuna_7b
 from jax_instructblip.models.variants import VARIANTS, get_variant
 from jax_instructblip.parallel.mesh import make_mesh
-from jax_instructblip.parallel.topology import CHIPS, Topology
-from jax_instructblip.training import advice, plan
+from jax_instructblip.planning import advice, plan
+from jax_instructblip.planning.topology import CHIPS, Topology
 from tests.interpreter import run_module
 from tests.micro import micro
 from tests.training.planned import job_of

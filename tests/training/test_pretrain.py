@@ -8,15 +8,15 @@ import pytest
 
 from jax_instructblip import checkpoint
 from jax_instructblip.__main__ import main
+from jax_instructblip.backbones import language, vision
+from jax_instructblip.backbones.build import text_processor, write_checkpoint
+from jax_instructblip.backbones.language import Stage, text_example, text_rows
 from jax_instructblip.commands import backbones
 from jax_instructblip.data import shapes
 from jax_instructblip.data.batch import IGNORE
 from jax_instructblip.data.shapes import Scene, Thing
 from jax_instructblip.inference.source import read_params, read_source
-from jax_instructblip.training import pretrain_language, pretrain_vision
-from jax_instructblip.training.backbones import text_processor, write_checkpoint
 from jax_instructblip.training.checkpoints import Checkpoints
-from jax_instructblip.training.pretrain_language import Stage, text_example, text_rows
 from jax_instructblip.training.start import read_start
 from jax_instructblip.training.state import create_state
 
@@ -32,9 +32,9 @@ SCENE = Scene(
 
 
 def test_labels_of_cells_and_picture():
-    labels = pretrain_vision.scene_labels(SCENE)
+    labels = vision.scene_labels(SCENE)
     colors, forms = list(shapes.COLORS), list(shapes.SHAPES)
-    nothing = {name: classes - 1 for name, classes in pretrain_vision.CELL_HEADS.items()}
+    nothing = {name: classes - 1 for name, classes in vision.CELL_HEADS.items()}
     large, small, word = 3, 9, (14, 15)  # cells in reading order
     assert labels["color"][[large, small]].tolist() == [colors.index("red")] * 2
     assert labels["shape"][[large, small]].tolist() == [forms.index("circle"), forms.index("ring")]
@@ -49,7 +49,7 @@ def test_labels_of_cells_and_picture():
 
 def test_grey_pictures_have_no_color_and_are_said_to_have_none():
     images = np.asarray([shapes.draw(SCENE)] * 32)
-    pixels, colored = pretrain_vision.some_grey(jnp.asarray(images), jax.random.key(0))
+    pixels, colored = vision.some_grey(jnp.asarray(images), jax.random.key(0))
     spread = np.ptp(np.asarray(pixels), axis=-1).max(axis=(1, 2))
     np.testing.assert_array_equal(spread > 1e-6, np.asarray(colored) == 1)
     assert 0 < colored.sum() < len(images)
@@ -83,7 +83,7 @@ def test_what_is_relisted_can_be_read_in_the_description(things):
 def test_a_language_model_learns_from_text():
     lines = []
     stages = (Stage(1, 40, relisted=0.0),)
-    pretrain_language.train_language(
+    language.train_language(
         text_processor("llama"), curriculum=stages, examples=256, log=lines.append
     )
     (line,) = lines
@@ -128,7 +128,7 @@ def test_towers_made_otherwise_are_not_taken_for_those_asked_for(tmp_path, monke
     monkeypatch.setattr(backbones, "train_vision", lambda *a, **b: made.append(b) or {"a": 1.0})
     monkeypatch.setattr(backbones, "train_language", lambda *a, **b: {"a": 1.0})
     written = lambda folder, *a, **b: made.append(folder) or folder.mkdir()
-    monkeypatch.setattr(backbones.backbones, "write_checkpoint", written)
+    monkeypatch.setattr(backbones.build, "write_checkpoint", written)
     monkeypatch.setattr(backbones.checkpoint, "read_tree", lambda folder: {})
     towers = lambda *more: main(["backbones", "towers", str(tmp_path / "work"), *more])
     assert towers("--kinds", "t5", "--scale", "0.01") == 0 and len(made) == 2

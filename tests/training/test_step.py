@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from jax_instructblip.data.spec import example_batch
+from jax_instructblip.models import flops
 from jax_instructblip.models.variants import get_variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
-from jax_instructblip.training import flops
 from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition

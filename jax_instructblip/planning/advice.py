@@ -11,9 +11,9 @@ from jax_instructblip.models.variants import LlamaConfig, Variant
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import make_mesh
-from jax_instructblip.parallel.topology import GIB, Chip, Topology
-from jax_instructblip.training import plan
-from jax_instructblip.training.plan import Job, Report
+from jax_instructblip.planning import plan
+from jax_instructblip.planning.plan import Job, Report
+from jax_instructblip.planning.topology import GIB, Chip, Topology
 
 SPARE = 0.02  # share of a chip's memory that a change must leave free to be proposed: an estimate
 

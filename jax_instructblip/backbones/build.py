@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_instructblip import checkpoint
+from jax_instructblip.backbones.tokenizers import make_tokenizers
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.source import read_params, read_source
 from jax_instructblip.models.variants import (
@@ -28,7 +29,6 @@ from jax_instructblip.models.variants import (
     VisionConfig,
 )
 from jax_instructblip.models.vlm import init_params
-from jax_instructblip.training.pretrain_tokenizers import make_tokenizers
 
 VISION = VisionConfig(image_size=56, width=96, layers=4, heads=4, mlp=384)
 QFORMER: dict[str, Any] = dict(

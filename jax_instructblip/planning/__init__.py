@@ -1,0 +1,1 @@
+"""What a train step needs on chips that need not be there: memory, FLOPs, what moves."""
