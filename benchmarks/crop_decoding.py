@@ -27,7 +27,8 @@ import PIL
 from PIL import Image
 
 from benchmarks import quickstart
-from jax_instructblip.data import images, shapes_records, shapes_tasks
+from jax_instructblip.data import images
+from jax_instructblip.data.shapes import dataset, tasks
 
 LEAST = 0.6  # the share that is measured
 SIZE = 224
@@ -76,11 +77,11 @@ def write_pictures(folder: pathlib.Path) -> pathlib.Path:
     if path.is_file():
         return path
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    stream, count, families = shapes_records.DATASETS["shapes"]["train"]
+    stream, count, families = dataset.DATASETS["shapes"]["train"]
     lines = []
     for index in range(count):
         name = f"pictures/{index:06d}.jpg"
-        records = shapes_tasks.scene_records(shapes_records.SEED, stream, index, families)
+        records = tasks.scene_records(dataset.SEED, stream, index, families)
         drawn = records[0].images[0]
         assert isinstance(drawn, bytes)
         with Image.open(io.BytesIO(drawn)) as picture:

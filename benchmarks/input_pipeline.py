@@ -54,7 +54,7 @@ def texts(index: int) -> tuple[str, str]:
 
 def prepare(work: pathlib.Path, photos: list[pathlib.Path], count: int) -> None:
     """Writes `count` records, photo after photo, as ArrayRecord."""
-    from jax_instructblip.data import builder
+    from jax_instructblip.data.prepare import builder
     from jax_instructblip.data.records import Record
 
     def records() -> Iterator[Record]:
@@ -84,8 +84,9 @@ def text_processor(flags: argparse.Namespace) -> Any:
 
 def ours(flags: argparse.Namespace, augment: bool) -> Iterator[Any]:
     """Batches as a training run reads them, on the device."""
-    from jax_instructblip.data import builder, loader
+    from jax_instructblip.data import loader
     from jax_instructblip.data.mixture import Mixture, Source, TrainBatches
+    from jax_instructblip.data.prepare import builder
     from jax_instructblip.parallel.mesh import batch_sharding, make_mesh
 
     records: Any = builder.source(flags.work, flags.dataset, "train")

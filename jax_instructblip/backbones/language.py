@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_instructblip.data import shapes, shapes_tasks
 from jax_instructblip.data.batch import IGNORE, collate
+from jax_instructblip.data.shapes import tasks, world
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.models.layers import Network
 from jax_instructblip.models.variants import LanguageConfig, T5Config
@@ -25,7 +25,7 @@ from jax_instructblip.progress import Progress
 ROUND = 8  # rows are padded to a multiple of this many tokens
 BUCKETS = 4  # groups of like lengths, so that little of a batch is padding
 TERSE = ("color", "shape", "position", "count", "multiple_choice")
-FAMILIES = {**shapes_tasks.FAMILIES, "detail": shapes_tasks.CAPTION_FAMILIES["detail"]}
+FAMILIES = {**tasks.FAMILIES, "detail": tasks.CAPTION_FAMILIES["detail"]}
 NAMES = (*FAMILIES, "relist")  # of the kinds of examples
 
 
@@ -52,8 +52,8 @@ def text_example(
     The description lists up to `things` things in random order, sometimes with the words of a thing
     in another order; sometimes it is only what was asked for, or a number of alike things.
     """
-    scene = shapes.sample_scene(seed, split, index)
-    rng = shapes.scene_rng(seed, split, index, use=2)
+    scene = world.sample_scene(seed, split, index)
+    rng = world.scene_rng(seed, split, index, use=2)
     count = int(rng.integers(1, min(things, len(scene.things)) + 1))
     if things >= 3:
         count = max(count, int(rng.integers(1, min(things, len(scene.things)) + 1)))
@@ -63,13 +63,13 @@ def text_example(
     if rng.random() < relisted:
         return relist(part, rng)
     name = list(FAMILIES)[int(rng.integers(len(FAMILIES)))]
-    focus = shapes_tasks.pick_focus(part, "train", rng)
+    focus = tasks.pick_focus(part, "train", rng)
     question = FAMILIES[name].ask(part, rng, focus)
     if question is None:
         return None
     given = FAMILIES[name].templates
-    prompt = shapes_tasks.templates.render(given[int(rng.integers(len(given)))], **question.fields)
-    description = shapes_tasks.describe(part)
+    prompt = tasks.templates.render(given[int(rng.integers(len(given)))], **question.fields)
+    description = tasks.describe(part)
     if name != "detail" and rng.integers(3) == 0:
         description = _loosely(part.things, part.word, rng)
     if name in TERSE and rng.integers(8) == 0:
@@ -82,14 +82,14 @@ def text_example(
     return name, description, prompt, question.answer
 
 
-def relist(scene: shapes.Scene, rng: np.random.Generator) -> tuple[str, str, str, str]:
+def relist(scene: world.Scene, rng: np.random.Generator) -> tuple[str, str, str, str]:
     """A scene and the same scene once more, its things and their words in another order.
 
     After the first word of each thing the others are looked up: the exercise that questions need,
     several times in one row.
     """
     things, word = scene.things, scene.word
-    description = shapes_tasks.describe(scene) if rng.integers(2) else _loosely(things, word, rng)
+    description = tasks.describe(scene) if rng.integers(2) else _loosely(things, word, rng)
     values = [value for t in things for value in (t.color, t.shape, t.place)]
     answer = []
     for place in rng.permutation(len(things)):

@@ -16,7 +16,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import BertTokenizer, LlamaTokenizer, T5Tokenizer
 
-from jax_instructblip.data import shapes, shapes_tasks, templates
+from jax_instructblip.data import templates
+from jax_instructblip.data.shapes import tasks, world
 
 # Words that a reader may try, beyond those of the world itself.
 GENERIC = (
@@ -35,14 +36,14 @@ SCENES = 400  # enough to meet every word of the world
 def world_text() -> list[str]:
     """Sentences that hold every template and every word of the world."""
     text = [line for group in templates.TEMPLATES.values() for line in group]
-    text += [" ".join(names) for names in (shapes.COLORS, shapes.SHAPES, shapes.WORDS)]
-    families = {**shapes_tasks.FAMILIES, **shapes_tasks.CAPTION_FAMILIES}
+    text += [" ".join(names) for names in (world.COLORS, world.SHAPES, world.WORDS)]
+    families = {**tasks.FAMILIES, **tasks.CAPTION_FAMILIES}
     for index in range(SCENES):
-        scene = shapes.sample_scene(0, "captions", index)
-        rng = shapes.scene_rng(0, "captions", index, use=1)
-        for _, prompt, question in shapes_tasks.scene_questions(scene, "train", rng, families):
+        scene = world.sample_scene(0, "captions", index)
+        rng = world.scene_rng(0, "captions", index, use=1)
+        for _, prompt, question in tasks.scene_questions(scene, "train", rng, families):
             text += [prompt, question.answer]
-    return text + [" ".join(shapes_tasks.NUMBERS)] + [" ".join(GENERIC)] * 2
+    return text + [" ".join(tasks.NUMBERS)] + [" ".join(GENERIC)] * 2
 
 
 def count_words(text: Iterable[str]) -> Counter:

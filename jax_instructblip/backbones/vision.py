@@ -14,51 +14,51 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_instructblip.data import shapes
+from jax_instructblip.data.shapes import world
 from jax_instructblip.models.layers import Network
 from jax_instructblip.models.variants import VisionConfig
 from jax_instructblip.models.vision import VisionTransformer, normalise
 from jax_instructblip.progress import Progress
 
 GREY = 0.3  # part of the training pictures without color
-COUNTS = shapes.MOST + 1  # 0 .. MOST
+COUNTS = world.MOST + 1  # 0 .. MOST
 # Classes of each label of a cell; the last one of the first four means "nothing of the kind".
 CELL_HEADS = {
-    "color": len(shapes.COLORS) + 1,
-    "shape": len(shapes.SHAPES) + 1,
+    "color": len(world.COLORS) + 1,
+    "shape": len(world.SHAPES) + 1,
     "size": 3,
-    "word": len(shapes.WORDS) + 1,
-    "row": shapes.GRID,
-    "column": shapes.GRID,
+    "word": len(world.WORDS) + 1,
+    "row": world.GRID,
+    "column": world.GRID,
 }
 # Labels and classes of the whole picture, read from CLS.
 PICTURE_HEADS = {
-    "colors": (len(shapes.COLORS), COUNTS),
-    "shapes": (len(shapes.SHAPES), COUNTS),
+    "colors": (len(world.COLORS), COUNTS),
+    "shapes": (len(world.SHAPES), COUNTS),
     "things": (1, COUNTS),
-    "word": (1, len(shapes.WORDS)),
-    "main color": (1, len(shapes.COLORS)),
-    "main shape": (1, len(shapes.SHAPES)),
+    "word": (1, len(world.WORDS)),
+    "main color": (1, len(world.COLORS)),
+    "main shape": (1, len(world.SHAPES)),
 }
 
 
-def scene_labels(scene: shapes.Scene) -> dict[str, np.ndarray]:
+def scene_labels(scene: world.Scene) -> dict[str, np.ndarray]:
     """The labels of one scene: those of cells int32 `[16]`, those of the picture int32 `[n]`."""
-    cells = shapes.GRID**2
+    cells = world.GRID**2
     index = np.arange(cells, dtype=np.int32)
     label = {name: np.full(cells, CELL_HEADS[name] - 1, np.int32) for name in CELL_HEADS}
-    label["row"], label["column"] = index // shapes.GRID, index % shapes.GRID
-    colors, forms = list(shapes.COLORS), list(shapes.SHAPES)
+    label["row"], label["column"] = index // world.GRID, index % world.GRID
+    colors, forms = list(world.COLORS), list(world.SHAPES)
     counts = np.zeros(len(colors), np.int32), np.zeros(len(forms), np.int32)
     for thing in scene.things:
-        cell = thing.row * shapes.GRID + thing.column
+        cell = thing.row * world.GRID + thing.column
         color, form = colors.index(thing.color), forms.index(thing.shape)
         label["color"][cell], label["shape"][cell] = color, form
         label["size"][cell] = int(thing.large)
         counts[0][color] += 1
         counts[1][form] += 1
-    word = shapes.WORDS.index(scene.word)
-    first = scene.word_cell[0] * shapes.GRID + scene.word_cell[1]
+    word = world.WORDS.index(scene.word)
+    first = scene.word_cell[0] * world.GRID + scene.word_cell[1]
     label["word"][first : first + 2] = word
     picture = {
         "colors": counts[0],
@@ -77,8 +77,8 @@ def labelled_scenes(seed: int, split: str, count: int) -> dict[str, np.ndarray]:
     rows = []
     with Progress(count, "drawing scenes", "scenes") as progress:
         for index in range(count):
-            scene = shapes.sample_scene(seed, split, index)
-            rows.append({"images": np.asarray(shapes.draw(scene)), **scene_labels(scene)})
+            scene = world.sample_scene(seed, split, index)
+            rows.append({"images": np.asarray(world.draw(scene)), **scene_labels(scene)})
             progress.update()
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 

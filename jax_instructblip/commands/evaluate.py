@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_instructblip.commands.flags import check_flags
-from jax_instructblip.data.shapes_records import DATASETS
+from jax_instructblip.data.shapes.dataset import DATASETS
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import compare, families, suite

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 
 from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.data import datasets
-from jax_instructblip.data.beam import prepare_with_beam
 from jax_instructblip.data.mixture import Source
-from jax_instructblip.data.prepare import prepare, read_report
+from jax_instructblip.data.prepare.beam import prepare_with_beam
+from jax_instructblip.data.prepare.shards import prepare, read_report
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.text import TextProcessor

@@ -8,12 +8,12 @@ from jax_instructblip.data.readers import (
     memes,
     reading,
     reasoning,
-    video,
+    video_qa,
     vqa,
 )
 from jax_instructblip.data.readers.dataset import FAMILIES, Dataset
 
-_MODULES = (captioning, reasoning, vqa, choices, reading, video, dialogue, memes)
+_MODULES = (captioning, reasoning, vqa, choices, reading, video_qa, dialogue, memes)
 
 # In the order of the families, then as the modules have them.
 DATASETS: dict[str, Dataset] = {

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from jax_instructblip.data import builder, prepare, shapes_records
+from jax_instructblip.data.prepare import builder, shards
 from jax_instructblip.data.records import Record, RecordError, read_jsonl
+from jax_instructblip.data.shapes import dataset
 from jax_instructblip.files import local_path
 
 
@@ -23,20 +24,20 @@ def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record],
         RecordError: a file with bad lines, all of them.
     """
     name = os.fspath(local_path(path, "the data"))
-    if name in shapes_records.DATASETS:
-        records = shapes_records.shapes_source(None, split, name)
-        facts = [name, shapes_records.VERSION, split, len(records), records[0]]
+    if name in dataset.DATASETS:
+        records = dataset.shapes_source(None, split, name)
+        facts = [name, dataset.VERSION, split, len(records), records[0]]
         # It has what is asked of a sequence here, length and index, but is none by name.
         records = cast(Sequence[Record], records)
         return records, hashlib.sha256(repr(facts).encode()).hexdigest()
     if (folder := prepared_folder(name)) is not None:
         records = cast(Sequence[Record], builder.open_folder(folder, split))
-        content = (folder / prepare.REPORT).read_bytes()
+        content = (folder / shards.REPORT).read_bytes()
         return records, f"{hashlib.sha256(content).hexdigest()}-{split}"
     if not name.endswith((".jsonl", ".json")):
         raise ValueError(
             f"no records at {name!r}: expected a file of JSON lines (.jsonl), a folder that "
-            f"`jax-instructblip prepare` wrote, or one of {', '.join(shapes_records.DATASETS)}"
+            f"`jax-instructblip prepare` wrote, or one of {', '.join(dataset.DATASETS)}"
         )
     records = read_jsonl(name)
     splits = sorted({record.split for record in records})
@@ -51,11 +52,11 @@ def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record],
 
 def prepared_folder(path: str | os.PathLike) -> Path | None:
     """The prepared dataset that `path` is, or has below its version; None where there is none."""
-    places = (Path(path), Path(path, prepare.VERSION))
-    return next((each for each in places if (each / prepare.REPORT).is_file()), None)
+    places = (Path(path), Path(path, shards.VERSION))
+    return next((each for each in places if (each / shards.REPORT).is_file()), None)
 
 
 def dataset_name(path: str | os.PathLike) -> str:
     """Which dataset of the table a prepared folder holds; "" for anything else."""
     folder = prepared_folder(path)
-    return "" if folder is None else prepare.read_report(folder)["name"]
+    return "" if folder is None else shards.read_report(folder)["name"]

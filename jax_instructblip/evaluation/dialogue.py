@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_instructblip.data.readers.files import field, read_json, require
+from jax_instructblip.data.readers.annotations import field, read_json, require
 from jax_instructblip.data.records import Record
 from jax_instructblip.evaluation.choices import with_choices
 from jax_instructblip.evaluation.metric import MetricError, Response, Scores, align, summarise

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from jax_instructblip.data.inspect import Pieces, histogram, token_counts, token_rows
 from jax_instructblip.data.mixture import Mixture, Source
 from jax_instructblip.data.records import Record
-from jax_instructblip.data.samples import Pieces, histogram, token_counts, token_rows
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import page
 

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from jax_instructblip.data import builder, prepare
 from jax_instructblip.data.datasets import DATASETS
+from jax_instructblip.data.prepare import builder, shards
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import prepared_folder
@@ -56,7 +56,7 @@ class Task:
     def opened(self, number: int) -> Record:
         """The record with its images, of a video with some of its frames."""
         record = self.records[number]
-        return prepare.with_frames(record, VIDEO_FRAMES) if self.videos else record
+        return shards.with_frames(record, VIDEO_FRAMES) if self.videos else record
 
     def light(self, number: int) -> Record:
         """The record with "-" for each image."""
@@ -186,17 +186,17 @@ def _open(
         folder = prepared_folder(place)
         if folder is None:
             continue
-        report = prepare.read_report(folder)
+        report = shards.read_report(folder)
         if report["name"] != dataset.name:
             continue
         records = cast(Sequence[Record], builder.open_folder(folder, split))
-        digest = hashlib.sha256((folder / prepare.REPORT).read_bytes()).hexdigest()
-        return records, digest, prepare.read_candidates(folder), False
+        digest = hashlib.sha256((folder / shards.REPORT).read_bytes()).hexdigest()
+        return records, digest, shards.read_candidates(folder), False
     for place in (data / dataset.name, data):
         if place.is_dir() and split in dataset.present(place):
             rows = list(dataset.read(place, split))
-            videos = dataset.family == prepare.VIDEO
-            return rows, "", prepare.raw_candidates(dataset, place), videos
+            videos = dataset.family == shards.VIDEO
+            return rows, "", shards.raw_candidates(dataset, place), videos
         if scoring and dataset.read_answers and split in dataset.scorable(place):
             return list(dataset.read_answers(place, split)), "", (), False
     there = sorted(each.name for each in data.iterdir()) if data.is_dir() else []
@@ -205,6 +205,6 @@ def _open(
     raise ValueError(
         f"no records of {dataset.name} ({split}) in {data}: found {', '.join(there[:12]) or '-'}"
         + (f" (is {near[0]} meant?)" if near else "")
-        + f"; expected {dataset.name}/{prepare.VERSION}, as `jax-instructblip prepare` writes it, "
+        + f"; expected {dataset.name}/{shards.VERSION}, as `jax-instructblip prepare` writes it, "
         f"or its files as they were downloaded ({files}; splits: {', '.join(dataset.files)})"
     )

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from jax_instructblip.commands import evaluate
-from jax_instructblip.data import prepare
 from jax_instructblip.data.datasets import DATASETS
+from jax_instructblip.data.prepare import shards
 from jax_instructblip.evaluation import captioning
 from jax_instructblip.evaluation.protocol import BENCHMARKS, HELD_OUT
 from jax_instructblip.evaluation.stored import read_rows
@@ -40,7 +40,7 @@ def data(tmp_path_factory):
     for name in ("msvd_qa", "msrvtt_qa"):
         (raws[name] / "qa_ans2label.json").write_text(json.dumps(ANSWERS))
     for name in HELD_OUT:
-        prepare.prepare(DATASETS[name], raws[name], folder / "data")
+        shards.prepare(DATASETS[name], raws[name], folder / "data")
     return folder / "data"
 
 

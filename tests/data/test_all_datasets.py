@@ -17,10 +17,10 @@ from PIL import Image
 
 from configs import common, paper
 from jax_instructblip.checkpoint import read_config
-from jax_instructblip.data import builder, prepare
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.loader import HOST_KEYS, load
 from jax_instructblip.data.mixture import Mixture, Source, TrainBatches
+from jax_instructblip.data.prepare import builder, shards
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.spec import check
 from jax_instructblip.data.text import TextProcessor
@@ -55,11 +55,11 @@ def prepared(raw, data):
 
     @functools.cache
     def prepare_one(name):
-        return prepare.prepare(DATASETS[name], raw(name), data)
+        return shards.prepare(DATASETS[name], raw(name), data)
 
     def prepared(names):
         for name in names:
-            assert prepare_one(name) == data / name / prepare.VERSION
+            assert prepare_one(name) == data / name / shards.VERSION
         return data
 
     return prepared
@@ -88,7 +88,7 @@ def configure(data, names, **fields):
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_dataset_is_prepared_and_opened_again(name, raw, prepared):
     split, count, _ = LAYOUTS[name]
-    folder = prepared([name]) / name / prepare.VERSION
+    folder = prepared([name]) / name / shards.VERSION
     read = list(DATASETS[name].read(raw(name), split))
     stored = list(builder.open_folder(folder, split))
     assert len(read) == len(stored) == count
@@ -99,7 +99,7 @@ def test_every_dataset_is_prepared_and_opened_again(name, raw, prepared):
         else:
             assert after.images == (Path(before.images[0]).read_bytes(),)
         assert dataclasses.replace(after, images=before.images, times=()) == before
-    report = prepare.read_report(folder)
+    report = shards.read_report(folder)
     assert report["name"] == name
     for found in report["splits"].values():
         assert (found["left_out_count"], found["records"]) == (0, found["read"])
@@ -172,7 +172,7 @@ STORED = {
 def test_stored_records_by_value(name, prepared):
     index, fields = STORED[name]
     split = LAYOUTS[name].split
-    record = builder.open_folder(prepared([name]) / name / prepare.VERSION, split)[index]
+    record = builder.open_folder(prepared([name]) / name / shards.VERSION, split)[index]
     fields = {"prompt": "", "images": record.images, "times": record.times} | fields
     assert record == Record(**fields, task=name, split=split)
 

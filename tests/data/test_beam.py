@@ -5,10 +5,10 @@ import pathlib
 
 import pytest
 
-from jax_instructblip.data.beam import prepare_with_beam
-from jax_instructblip.data.builder import open_folder
 from jax_instructblip.data.datasets import DATASETS
-from jax_instructblip.data.prepare import PrepareError, prepare, read_report
+from jax_instructblip.data.prepare.beam import prepare_with_beam
+from jax_instructblip.data.prepare.builder import open_folder
+from jax_instructblip.data.prepare.shards import PrepareError, prepare, read_report
 from tests.data.layouts import LAYOUTS, write_all
 
 pytest.importorskip("apache_beam", reason="Apache Beam is not installed")

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_instructblip.data import builder, shapes_records
 from jax_instructblip.data.images import decode
+from jax_instructblip.data.prepare import builder
 from jax_instructblip.data.records import Record, RecordError
+from jax_instructblip.data.shapes import dataset
 
 SMALL = {"train": 12, "validation": 4, "test": 4, "test_pairs": 4, "test_families": 4}
 
@@ -59,7 +60,7 @@ def test_records_come_back_as_they_were(tmp_path):
 
 
 def test_a_source_is_random_access_and_can_be_sent_to_a_worker(tmp_path):
-    found = shapes_records.shapes_source(tmp_path, "test", scenes=SMALL)
+    found = dataset.shapes_source(tmp_path, "test", scenes=SMALL)
     again = pickle.loads(pickle.dumps(found))
     assert [again[index] for index in (5, 0, np.int64(3))] == [found[5], found[0], found[3]]
     assert found[len(found) - 1].split == "test"
@@ -68,8 +69,8 @@ def test_a_source_is_random_access_and_can_be_sent_to_a_worker(tmp_path):
 
 
 def test_the_shapes_dataset_has_its_splits_and_families(tmp_path):
-    for split, (_, _, families) in shapes_records.DATASETS["shapes"].items():
-        found = shapes_records.shapes_source(tmp_path, split, scenes=SMALL)
+    for split, (_, _, families) in dataset.DATASETS["shapes"].items():
+        found = dataset.shapes_source(tmp_path, split, scenes=SMALL)
         tasks = {record.task for record in found}
         assert tasks <= set(families)
         if split != "test_families":  # a scene may not allow a held-out question
@@ -79,9 +80,9 @@ def test_the_shapes_dataset_has_its_splits_and_families(tmp_path):
 
 
 def test_what_is_prepared_is_not_prepared_again(tmp_path):
-    done = shapes_records.prepare_shapes(tmp_path, scenes=SMALL)
+    done = dataset.prepare_shapes(tmp_path, scenes=SMALL)
     before = {path: path.stat().st_mtime_ns for path in done.iterdir()}
-    assert shapes_records.prepare_shapes(tmp_path, scenes=SMALL) == done
+    assert dataset.prepare_shapes(tmp_path, scenes=SMALL) == done
     assert {path: path.stat().st_mtime_ns for path in done.iterdir()} == before
 
 
@@ -89,12 +90,12 @@ def test_missing_data_and_wrong_names_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="prepare the dataset 'shapes' first"):
         builder.source(tmp_path, "shapes", "train")
     with pytest.raises(ValueError, match="known: shapes, shapes-captions"):
-        shapes_records.prepare_shapes(tmp_path, "shape")
+        dataset.prepare_shapes(tmp_path, "shape")
     with pytest.raises(ValueError, match=r"no splits \['tests'\]"):
-        shapes_records.prepare_shapes(tmp_path, scenes={"tests": 1})
-    shapes_records.prepare_shapes(tmp_path, scenes=SMALL)
+        dataset.prepare_shapes(tmp_path, scenes={"tests": 1})
+    dataset.prepare_shapes(tmp_path, scenes=SMALL)
     with pytest.raises(ValueError, match="no split 'tests'; its splits: test, test_families"):
-        shapes_records.shapes_source(tmp_path, "tests", scenes=SMALL)
+        dataset.shapes_source(tmp_path, "tests", scenes=SMALL)
 
 
 def test_an_error_while_reading_leaves_nothing(tmp_path):
@@ -111,7 +112,7 @@ def test_an_error_while_reading_leaves_nothing(tmp_path):
 def test_a_killed_run_leaves_nothing_that_counts(tmp_path):
     script = """
         import os, signal, sys
-        from jax_instructblip.data import builder
+        from jax_instructblip.data.prepare import builder
         from jax_instructblip.data.records import Record, RecordError
         def records():
             yield Record("a", (open(sys.argv[2], "rb").read(),), "Q?", ("A",))
@@ -133,23 +134,23 @@ def test_a_killed_run_leaves_nothing_that_counts(tmp_path):
 def test_of_two_processes_one_writes(tmp_path):
     script = """
         import sys
-        from jax_instructblip.data import shapes_records
-        small = {name: 20 for name in shapes_records.DATASETS["shapes"]}
-        assert len(shapes_records.shapes_source(sys.argv[1], "train", scenes=small)) == 160
+        from jax_instructblip.data.shapes import dataset
+        small = {name: 20 for name in dataset.DATASETS["shapes"]}
+        assert len(dataset.shapes_source(sys.argv[1], "train", scenes=small)) == 160
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
     runs = [subprocess.Popen(command) for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0]
     (folder,) = (tmp_path / builder.BUILDER).iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == [".lock", shapes_records.VERSION]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", dataset.VERSION]
 
 
 def test_tensorflow_stays_out(tmp_path):
     script = """
         import sys
-        from jax_instructblip.data import shapes_records
-        small = {name: 2 for name in shapes_records.DATASETS["shapes"]}
-        assert shapes_records.shapes_source(sys.argv[1], "train", scenes=small)[3].images
+        from jax_instructblip.data.shapes import dataset
+        small = {name: 2 for name in dataset.DATASETS["shapes"]}
+        assert dataset.shapes_source(sys.argv[1], "train", scenes=small)[3].images
         assert "tensorflow" not in sys.modules and "torch" not in sys.modules
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]

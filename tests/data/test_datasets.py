@@ -6,8 +6,8 @@ import pytest
 
 from jax_instructblip.data import templates
 from jax_instructblip.data.datasets import DATASETS, get_dataset, table
+from jax_instructblip.data.readers.annotations import AnnotationError
 from jax_instructblip.data.readers.dataset import FAMILIES
-from jax_instructblip.data.readers.files import AnnotationError
 from jax_instructblip.data.records import Record
 from jax_instructblip.evaluation.protocol import BENCHMARKS
 

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from jax_instructblip.checkpoint import read_config
-from jax_instructblip.data import builder
 from jax_instructblip.data.images import decode, resize_squash
 from jax_instructblip.data.mixture import (
     ATTEMPTS,
@@ -15,6 +14,7 @@ from jax_instructblip.data.mixture import (
     Source,
     TrainBatches,
 )
+from jax_instructblip.data.prepare import builder
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.models.variants import Variant

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from jax_instructblip.data import builder, prepare
+from jax_instructblip.data.prepare import builder, shards
 from tests.data.toy import TOY, write_raw
 
 
@@ -19,8 +19,8 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(raw, tmp
     (tmp_path / "file").write_text("")
     shutil.rmtree(raw)
     raw.mkdir()  # whose files are then not looked for
-    with pytest.raises(prepare.PrepareError, match="--out .* cannot be used, .*: choose another"):
-        prepare.prepare(TOY, raw, tmp_path / name)
+    with pytest.raises(shards.PrepareError, match="--out .* cannot be used, .*: choose another"):
+        shards.prepare(TOY, raw, tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -33,20 +33,20 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(raw, tmp
     ],
 )
 def test_a_damaged_report_is_named(raw, tmp_path, change, said):
-    folder = prepare.prepare(TOY, raw, tmp_path / "out")
-    path = folder / prepare.REPORT
-    path.write_text(json.dumps(prepare.read_report(folder) | change))
-    with pytest.raises(prepare.PrepareError, match=f"prepared.json is damaged .*{said}.*again"):
-        prepare.read_report(folder)
+    folder = shards.prepare(TOY, raw, tmp_path / "out")
+    path = folder / shards.REPORT
+    path.write_text(json.dumps(shards.read_report(folder) | change))
+    with pytest.raises(shards.PrepareError, match=f"prepared.json is damaged .*{said}.*again"):
+        shards.read_report(folder)
     path.write_text("{}")
-    with pytest.raises(prepare.PrepareError, match="name is None.*splits is None"):
-        prepare.read_report(folder)
+    with pytest.raises(shards.PrepareError, match="name is None.*splits is None"):
+        shards.read_report(folder)
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
 @pytest.mark.parametrize("content", ["", "null", "[]", '{"name": 5, "splits": 5}'])
 def test_damaged_descriptions_are_told_with_their_folder(raw, tmp_path, name, content):
-    folder = prepare.prepare(TOY, raw, tmp_path / "out")
+    folder = shards.prepare(TOY, raw, tmp_path / "out")
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match=f"{folder} cannot be read .*: prepare or copy it again"):
         builder.open_folder(folder, "train")

@@ -1,8 +1,8 @@
-from jax_instructblip.data import samples
+from jax_instructblip.data import inspect
 
 
 def test_histogram_by_hand():
-    assert samples.histogram("answer", [1, 8, 9, 40]) == [
+    assert inspect.histogram("answer", [1, 8, 9, 40]) == [
         "answer: 1 to 40 tokens, median 8.5",
         "        1-8        2 ########################################",
         "       9-16        1 ####################",
@@ -13,4 +13,4 @@ def test_histogram_by_hand():
 
 def test_brackets_enclose_runs():
     pieces = [("a", False), ("]", True), ("[", True), ("b", False), ("c", True)]
-    assert samples.render(pieces) == "a [] [] b [c]"
+    assert inspect.render(pieces) == "a [] [] b [c]"

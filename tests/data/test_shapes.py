@@ -6,21 +6,21 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from jax_instructblip.data import shapes, shapes_records, shapes_tasks
 from jax_instructblip.data.images import decode
+from jax_instructblip.data.shapes import dataset, tasks, world
 
 SCENES = 150
 
 
 def scenes(split, count=SCENES):
-    return [shapes.sample_scene(0, split, index) for index in range(count)]
+    return [world.sample_scene(0, split, index) for index in range(count)]
 
 
 def records(split, count=SCENES, families=None):
     return [
-        (shapes.sample_scene(0, split, index), record)
+        (world.sample_scene(0, split, index), record)
         for index in range(count)
-        for record in shapes_tasks.scene_records(0, split, index, families)
+        for record in tasks.scene_records(0, split, index, families)
     ]
 
 
@@ -37,10 +37,10 @@ def oracle(scene, question):
     if question == "What word is written?":
         return {scene.word}
     if question == "How many shapes are there?":
-        return {shapes_tasks.NUMBERS[len(things)]}
+        return {tasks.NUMBERS[len(things)]}
     if words[:2] == ["How", "many"]:
-        (key,) = {*words} & {*shapes.COLORS, *shapes.SHAPES}
-        return {shapes_tasks.NUMBERS[len(with_word(key))]}
+        (key,) = {*words} & {*world.COLORS, *world.SHAPES}
+        return {tasks.NUMBERS[len(with_word(key))]}
     if " at the " in question:
         place = question.rstrip("?").split(" at the ")[1]
         there = [t for t in things if t.place == place]
@@ -48,7 +48,7 @@ def oracle(scene, question):
     if words[0] == "Is":
         return {"yes" if words[3] == t.color else "no" for t in with_word(words[2])}
     if words[0] == "Where":
-        (key,) = {*words} & {*shapes.COLORS, *shapes.SHAPES}
+        (key,) = {*words} & {*world.COLORS, *world.SHAPES}
         return {t.place for t in with_word(key)}
     if words[1] == "color":
         return {t.color for t in with_word(words[-1])}
@@ -56,75 +56,75 @@ def oracle(scene, question):
 
 
 def test_a_scene_is_a_function_of_seed_split_and_index():
-    first = shapes.sample_scene(3, "train", 7)
-    assert first == shapes.sample_scene(3, "train", 7)
+    first = world.sample_scene(3, "train", 7)
+    assert first == world.sample_scene(3, "train", 7)
     others = [(4, "train", 7), (3, "test", 7), (3, "train", 8)]
-    assert all(shapes.sample_scene(*other) != first for other in others)
-    assert shapes_tasks.scene_records(3, "train", 7) == shapes_tasks.scene_records(3, "train", 7)
+    assert all(world.sample_scene(*other) != first for other in others)
+    assert tasks.scene_records(3, "train", 7) == tasks.scene_records(3, "train", 7)
 
 
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="unknown split 'tarin'.*train, validation"):
-        shapes.sample_scene(0, "tarin", 0)
+        world.sample_scene(0, "tarin", 0)
 
 
-@pytest.mark.parametrize("split", sorted(shapes.SPLITS))
+@pytest.mark.parametrize("split", sorted(world.SPLITS))
 def test_held_out_pairs_stay_in_their_split(split):
     for scene in scenes(split):
-        held_out = [thing for thing in scene.things if shapes.is_held_out(thing)]
+        held_out = [thing for thing in scene.things if world.is_held_out(thing)]
         if split == "test_pairs":
             assert scene.main in held_out and scene.main in scene.clear
-        elif split not in shapes.OPEN_SPLITS:
+        elif split not in world.OPEN_SPLITS:
             assert not held_out
 
 
 def test_what_the_qformer_is_trained_on_shows_no_held_out_pair():
-    streams = {splits["train"][0] for splits in shapes_records.DATASETS.values()}
+    streams = {splits["train"][0] for splits in dataset.DATASETS.values()}
     assert streams == {"train", "captions"}
-    assert streams.isdisjoint({"test_pairs", *shapes.OPEN_SPLITS})
+    assert streams.isdisjoint({"test_pairs", *world.OPEN_SPLITS})
 
 
-@pytest.mark.parametrize("split", sorted(shapes.SPLITS))
+@pytest.mark.parametrize("split", sorted(world.SPLITS))
 def test_things_and_word_have_cells_of_their_own(split):
     for scene in scenes(split):
         row, column = scene.word_cell
         cells = [(thing.row, thing.column) for thing in scene.things]
         cells += [(row, column), (row, column + 1)]
         assert len(set(cells)) == len(cells)
-        assert all(0 <= r < shapes.GRID and 0 <= c < shapes.GRID for r, c in cells)
-        assert shapes.FEWEST <= len(scene.things) <= shapes.MOST
+        assert all(0 <= r < world.GRID and 0 <= c < world.GRID for r, c in cells)
+        assert world.FEWEST <= len(scene.things) <= world.MOST
         assert [thing.large for thing in scene.things].count(True) == 1
         assert len(scene.clear) >= 2
 
 
 def test_every_color_and_shape_is_seen_in_training_and_one_pair_each_is_held_out():
     seen = {(thing.color, thing.shape) for scene in scenes("train", 600) for thing in scene.things}
-    every = {(color, shape) for color in shapes.COLORS for shape in shapes.SHAPES}
-    assert seen == every - shapes.HELD_OUT_PAIRS
-    assert Counter(color for color, _ in shapes.HELD_OUT_PAIRS) == Counter(shapes.COLORS.keys())
+    every = {(color, shape) for color in world.COLORS for shape in world.SHAPES}
+    assert seen == every - world.HELD_OUT_PAIRS
+    assert Counter(color for color, _ in world.HELD_OUT_PAIRS) == Counter(world.COLORS.keys())
 
 
 def test_the_picture_shows_the_scene():
     for scene in scenes("test", 40):
-        pixels = np.asarray(shapes.draw(scene)).astype(int)
-        assert pixels.shape == (shapes.SIZE, shapes.SIZE, 3)
+        pixels = np.asarray(world.draw(scene)).astype(int)
+        assert pixels.shape == (world.SIZE, world.SIZE, 3)
         for thing in scene.things:
-            rows = slice(thing.row * shapes.CELL, (thing.row + 1) * shapes.CELL)
-            columns = slice(thing.column * shapes.CELL, (thing.column + 1) * shapes.CELL)
+            rows = slice(thing.row * world.CELL, (thing.row + 1) * world.CELL)
+            columns = slice(thing.column * world.CELL, (thing.column + 1) * world.CELL)
             cell = pixels[rows, columns].reshape(-1, 3)
-            near = np.abs(cell - np.array(shapes.COLORS[thing.color])).max(-1) < 12
+            near = np.abs(cell - np.array(world.COLORS[thing.color])).max(-1) < 12
             assert near.sum() >= 8, thing
         empty = pixels[0, 0]  # the corner of a cell is background, whatever lies in it
         assert tuple(empty) == scene.background
-        row, column = (cell * shapes.CELL for cell in scene.word_cell)
-        ink = pixels[row : row + shapes.CELL, column : column + 2 * shapes.CELL].sum(-1) < 140
+        row, column = (cell * world.CELL for cell in scene.word_cell)
+        ink = pixels[row : row + world.CELL, column : column + 2 * world.CELL].sum(-1) < 140
         assert ink.sum() >= 25
 
 
 def test_the_picture_survives_the_files(tmp_path):
-    scene = shapes.sample_scene(0, "train", 0)
-    decoded = np.asarray(decode(shapes.encode(shapes.draw(scene))))
-    np.testing.assert_array_equal(decoded, np.asarray(shapes.draw(scene)))
+    scene = world.sample_scene(0, "train", 0)
+    decoded = np.asarray(decode(world.encode(world.draw(scene))))
+    np.testing.assert_array_equal(decoded, np.asarray(world.draw(scene)))
 
 
 @pytest.mark.parametrize("split", ["train", "test", "test_pairs"])
@@ -142,7 +142,7 @@ def test_every_answer_is_the_only_right_one(split):
 
 
 def test_a_generated_question_is_the_only_one_of_the_world_with_that_answer():
-    keys = [*shapes.COLORS, *shapes.SHAPES]
+    keys = [*world.COLORS, *world.SHAPES]
     for scene, record in records("train", families=_only("question_generation")):
         (answer,) = record.answers
         (truth,) = oracle(scene, answer)
@@ -150,9 +150,9 @@ def test_a_generated_question_is_the_only_one_of_the_world_with_that_answer():
         start = {"What": "What color is the ", "Which": "Which shape is ", "Where": "Where is the "}
         asked = {f"{start[kind]}{key}?" for key in keys}
         if kind != "Which":
-            asked = {text for text in asked if text.rstrip("?").split()[-1] in shapes.SHAPES}
+            asked = {text for text in asked if text.rstrip("?").split()[-1] in world.SHAPES}
         else:
-            asked = {text for text in asked if text.rstrip("?").split()[-1] in shapes.COLORS}
+            asked = {text for text in asked if text.rstrip("?").split()[-1] in world.COLORS}
         assert [text for text in asked if oracle(scene, text) == {truth}] == [answer]
 
 
@@ -160,7 +160,7 @@ def test_choices_hold_the_answer_once():
     places = Counter()
     for _, record in records("train"):
         if record.task == "multiple_choice":
-            assert len(set(record.choices)) == len(record.choices) == shapes_tasks.OPTIONS
+            assert len(set(record.choices)) == len(record.choices) == tasks.OPTIONS
             assert record.choices.count(record.answers[0]) == 1
             places[record.choices.index(record.answers[0])] += 1
         else:
@@ -186,9 +186,9 @@ def test_no_answer_is_common_and_none_stands_in_the_id():
 
 
 def test_families_are_held_in_or_held_out_and_dressed_in_four_templates():
-    assert set(shapes_tasks.HELD_IN) | set(shapes_tasks.HELD_OUT) == set(shapes_tasks.FAMILIES)
-    assert len(shapes_tasks.HELD_IN) >= 8 and len(shapes_tasks.HELD_OUT) >= 2
-    for family in {**shapes_tasks.FAMILIES, **shapes_tasks.CAPTION_FAMILIES}.values():
+    assert set(tasks.HELD_IN) | set(tasks.HELD_OUT) == set(tasks.FAMILIES)
+    assert len(tasks.HELD_IN) >= 8 and len(tasks.HELD_OUT) >= 2
+    for family in {**tasks.FAMILIES, **tasks.CAPTION_FAMILIES}.values():
         assert len(family.templates) >= 4
     used = defaultdict(set)
     for _, record in records("train", 300):
@@ -197,4 +197,4 @@ def test_families_are_held_in_or_held_out_and_dressed_in_four_templates():
 
 
 def _only(*names):
-    return {name: shapes_tasks.FAMILIES[name] for name in names}
+    return {name: tasks.FAMILIES[name] for name in names}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip.data.datasets import DATASETS
-from jax_instructblip.data.readers.files import AnnotationError
+from jax_instructblip.data.readers.annotations import AnnotationError
 from jax_instructblip.data.records import Record
 from jax_instructblip.evaluation.dialogue import read_relevance, score_ndcg, score_ranks
 from jax_instructblip.evaluation.metric import MetricError, Response

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from jax_instructblip.data import prepare
 from jax_instructblip.data.datasets import DATASETS
+from jax_instructblip.data.prepare import shards
 from jax_instructblip.evaluation.metric import MetricError
 from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.evaluation.task import VIDEO_FRAMES, check_choices, open_task
@@ -21,7 +21,7 @@ def raw(tmp_path_factory):
 
 
 def test_a_prepared_folder_and_the_files_it_was_made_of_are_asked_alike(raw, tmp_path):
-    folder = prepare.prepare(DATASETS["gqa"], raw / "gqa", tmp_path)
+    folder = shards.prepare(DATASETS["gqa"], raw / "gqa", tmp_path)
     places = [tmp_path, tmp_path / "gqa", folder, raw, raw / "gqa"]
     tasks = [open_task(BENCHMARKS["gqa"], place, "t5") for place in places]
     assert len({task.digest for task in tasks}) == 2  # of files as downloaded there is none
@@ -48,7 +48,7 @@ def test_videos_are_ranked_over_the_candidates_that_were_found(raw, tmp_path):
     assert given.choices(given.light(0)) == ("a", "b")
     assert open_task(BENCHMARKS["msvd_qa"], raw, "t5", overrides={"ranking": False}).settings
     (raw / "msvd_qa" / "qa_ans2label.json").write_text(json.dumps(LABELS))
-    prepare.prepare(DATASETS["msvd_qa"], raw / "msvd_qa", tmp_path)
+    shards.prepare(DATASETS["msvd_qa"], raw / "msvd_qa", tmp_path)
     for place in (raw, tmp_path):
         task = open_task(BENCHMARKS["msvd_qa"], place, "t5")
         assert task.candidates == ("man", "cook")
@@ -70,7 +70,7 @@ def test_what_is_overridden_is_what_is_asked(raw):
 def test_what_is_not_there_is_said(raw, tmp_path):
     with pytest.raises(ValueError, match=r"no records of vsr \(test\) in .*: found gqa, iconqa"):
         open_task(BENCHMARKS["vsr"], raw, "t5")
-    prepare.prepare(DATASETS["gqa"], raw / "gqa", tmp_path)
+    shards.prepare(DATASETS["gqa"], raw / "gqa", tmp_path)
     with pytest.raises(ValueError, match="has no split 'val'; its splits: testdev"):
         open_task(BENCHMARKS["gqa"], tmp_path, "t5", split="val")
 

@@ -12,9 +12,9 @@ from jax_instructblip.backbones import language, vision
 from jax_instructblip.backbones.build import text_processor, write_checkpoint
 from jax_instructblip.backbones.language import Stage, text_example, text_rows
 from jax_instructblip.commands import backbones
-from jax_instructblip.data import shapes
 from jax_instructblip.data.batch import IGNORE
-from jax_instructblip.data.shapes import Scene, Thing
+from jax_instructblip.data.shapes import world
+from jax_instructblip.data.shapes.world import Scene, Thing
 from jax_instructblip.inference.source import read_params, read_source
 from jax_instructblip.training.checkpoints import Checkpoints
 from jax_instructblip.training.start import read_start
@@ -33,7 +33,7 @@ SCENE = Scene(
 
 def test_labels_of_cells_and_picture():
     labels = vision.scene_labels(SCENE)
-    colors, forms = list(shapes.COLORS), list(shapes.SHAPES)
+    colors, forms = list(world.COLORS), list(world.SHAPES)
     nothing = {name: classes - 1 for name, classes in vision.CELL_HEADS.items()}
     large, small, word = 3, 9, (14, 15)  # cells in reading order
     assert labels["color"][[large, small]].tolist() == [colors.index("red")] * 2
@@ -48,7 +48,7 @@ def test_labels_of_cells_and_picture():
 
 
 def test_grey_pictures_have_no_color_and_are_said_to_have_none():
-    images = np.asarray([shapes.draw(SCENE)] * 32)
+    images = np.asarray([world.draw(SCENE)] * 32)
     pixels, colored = vision.some_grey(jnp.asarray(images), jax.random.key(0))
     spread = np.ptp(np.asarray(pixels), axis=-1).max(axis=(1, 2))
     np.testing.assert_array_equal(spread > 1e-6, np.asarray(colored) == 1)

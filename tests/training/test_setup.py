@@ -6,7 +6,7 @@ import types
 import pytest
 
 from configs import common
-from jax_instructblip.data import prepare
+from jax_instructblip.data.prepare import shards
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.training import loop
 from jax_instructblip.training.setup import check_model, read_mixture, read_workdir
@@ -20,7 +20,7 @@ def prepared(tmp_path):
 
     def write(name):
         toy = dataclasses.replace(TOY, name=name, files={"train": ()})
-        prepare.prepare(toy, raw, tmp_path / "data")
+        shards.prepare(toy, raw, tmp_path / "data")
         return str(tmp_path / "data" / name)
 
     return write
@@ -37,7 +37,7 @@ def configure(path, **fields):
 def test_a_prepared_folder_is_a_source(prepared):
     path = prepared("vqav2")
     records, digest = open_records(path, "train")
-    assert len(records) == COUNT and digest == open_records(f"{path}/{prepare.VERSION}", "train")[1]
+    assert len(records) == COUNT and digest == open_records(f"{path}/{shards.VERSION}", "train")[1]
     with pytest.raises(ValueError, match="has no split 'test'; its splits: train"):
         open_records(path, "test")
     mixture = read_mixture(configure(path))

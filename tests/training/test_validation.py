@@ -3,8 +3,8 @@
 import pytest
 
 from jax_instructblip.commands import train
-from jax_instructblip.data import prepare
 from jax_instructblip.data.datasets import DATASETS
+from jax_instructblip.data.prepare import shards
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.evaluation import answering, validation
@@ -32,7 +32,7 @@ def files(tmp_path_factory):
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     for name, raw in write_all(folder / "raw", ["iconqa", "web_capfilt"]).items():
-        prepare.prepare(DATASETS[name], raw, folder / "data")
+        shards.prepare(DATASETS[name], raw, folder / "data")
     return folder / "data"
 
 

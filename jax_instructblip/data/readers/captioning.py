@@ -10,8 +10,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from jax_instructblip.data.readers.dataset import Dataset
-from jax_instructblip.data.readers.files import (
+from jax_instructblip.data.readers.annotations import (
     AnnotationError,
     field,
     inside,
@@ -23,6 +22,7 @@ from jax_instructblip.data.readers.files import (
     texts_of,
     unique,
 )
+from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.readers.named_files import PICTURES, NamedFiles
 from jax_instructblip.data.readers.rosetta import read_rosetta
 from jax_instructblip.data.records import Record

@@ -8,8 +8,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from jax_instructblip.data.readers.dataset import Dataset
-from jax_instructblip.data.readers.files import (
+from jax_instructblip.data.readers.annotations import (
     AnnotationError,
     annotated,
     field,
@@ -21,6 +20,7 @@ from jax_instructblip.data.readers.files import (
     texts_of,
     unique,
 )
+from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.readers.named_files import PICTURES, NamedFiles
 from jax_instructblip.data.readers.vqa import as_questions
 from jax_instructblip.data.records import Record

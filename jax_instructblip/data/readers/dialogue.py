@@ -8,8 +8,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from jax_instructblip.data.readers.dataset import Dataset, Reader
-from jax_instructblip.data.readers.files import (
+from jax_instructblip.data.readers.annotations import (
     AnnotationError,
     field,
     inside,
@@ -19,6 +18,7 @@ from jax_instructblip.data.readers.files import (
     text_of,
     unique,
 )
+from jax_instructblip.data.readers.dataset import Dataset, Reader
 from jax_instructblip.data.readers.named_files import PICTURES, NamedFiles
 from jax_instructblip.data.records import Record
 

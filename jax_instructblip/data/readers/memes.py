@@ -3,8 +3,7 @@
 import pathlib
 from collections.abc import Iterator
 
-from jax_instructblip.data.readers.dataset import Dataset
-from jax_instructblip.data.readers.files import (
+from jax_instructblip.data.readers.annotations import (
     AnnotationError,
     field,
     inside,
@@ -13,6 +12,7 @@ from jax_instructblip.data.readers.files import (
     text_of,
     unique,
 )
+from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record
 
 CHOICES = ("yes", "no")

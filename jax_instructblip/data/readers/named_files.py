@@ -8,7 +8,7 @@ container, is seen in the folder alone: `KEY.jpg` may lie there as `KEY.GIF`, `v
 import os
 import pathlib
 
-from jax_instructblip.data.readers.files import inside
+from jax_instructblip.data.readers.annotations import inside
 
 PICTURES = frozenset(
     ".avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .jpx .pgm .png .ppm .tif .tiff "

@@ -7,8 +7,7 @@ import urllib.parse
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jax_instructblip.data.readers.dataset import Dataset
-from jax_instructblip.data.readers.files import (
+from jax_instructblip.data.readers.annotations import (
     AnnotationError,
     annotated,
     field,
@@ -18,6 +17,7 @@ from jax_instructblip.data.readers.files import (
     text_of,
     unique,
 )
+from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.readers.named_files import PICTURES, NamedFiles
 from jax_instructblip.data.readers.rosetta import read_rosetta
 from jax_instructblip.data.readers.vqa import vqa_tool

@@ -6,7 +6,13 @@ TextVQA_Rosetta_OCR_v0.2_{train,val,test}.json
 
 import pathlib
 
-from jax_instructblip.data.readers.files import AnnotationError, field, read_json, require, text_of
+from jax_instructblip.data.readers.annotations import (
+    AnnotationError,
+    field,
+    read_json,
+    require,
+    text_of,
+)
 
 
 def read_rosetta(path: pathlib.Path) -> dict[str, tuple[str, ...]]:

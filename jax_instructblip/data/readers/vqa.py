@@ -10,8 +10,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jax_instructblip.data.readers.dataset import Dataset
-from jax_instructblip.data.readers.files import (
+from jax_instructblip.data.readers.annotations import (
     AnnotationError,
     annotated,
     field,
@@ -22,6 +21,7 @@ from jax_instructblip.data.readers.files import (
     text_of,
     unique,
 )
+from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.readers.named_files import PICTURES, NamedFiles
 from jax_instructblip.data.records import Record
 

@@ -3,6 +3,7 @@ import pathlib
 
 import pytest
 
+from jax_instructblip.data.readers.annotations import AnnotationError
 from jax_instructblip.data.readers.captioning import (
     read_coco_caption,
     read_flickr30k,
@@ -10,7 +11,6 @@ from jax_instructblip.data.readers.captioning import (
     read_textcaps,
     read_web_capfilt,
 )
-from jax_instructblip.data.readers.files import AnnotationError
 
 
 def write(folder: pathlib.Path, **files) -> pathlib.Path:

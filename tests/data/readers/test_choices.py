@@ -4,8 +4,8 @@ import pathlib
 import pytest
 
 from jax_instructblip.data.datasets import get_dataset
+from jax_instructblip.data.readers.annotations import AnnotationError
 from jax_instructblip.data.readers.choices import read_aokvqa, read_iconqa, read_scienceqa
-from jax_instructblip.data.readers.files import AnnotationError
 from jax_instructblip.data.records import Record
 
 

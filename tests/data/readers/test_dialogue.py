@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from jax_instructblip.data.readers.annotations import AnnotationError
 from jax_instructblip.data.readers.dialogue import (
     DATASETS,
     part_of,
@@ -11,7 +12,6 @@ from jax_instructblip.data.readers.dialogue import (
     read_llava_reasoning,
     read_visual_dialog,
 )
-from jax_instructblip.data.readers.files import AnnotationError
 from jax_instructblip.data.records import Record
 
 VISDIAL = {

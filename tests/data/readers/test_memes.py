@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from jax_instructblip.data.readers.files import AnnotationError
+from jax_instructblip.data.readers.annotations import AnnotationError
 from jax_instructblip.data.readers.memes import DATASETS, read_hateful_memes
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.templates import dress

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from jax_instructblip.data.datasets import DATASETS
-from jax_instructblip.data.readers.files import AnnotationError
+from jax_instructblip.data.readers.annotations import AnnotationError
 from jax_instructblip.data.readers.named_files import PICTURES, VIDEOS, NamedFiles
 from jax_instructblip.data.readers.reading import read_ocrvqa
 from tests.data.layouts import LAYOUTS, write_all

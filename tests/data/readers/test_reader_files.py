@@ -1,6 +1,6 @@
 import pytest
 
-from jax_instructblip.data.readers.files import (
+from jax_instructblip.data.readers.annotations import (
     AnnotationError,
     field,
     inside,

@@ -3,8 +3,8 @@ import shutil
 
 import pytest
 
+from jax_instructblip.data.readers.annotations import AnnotationError
 from jax_instructblip.data.readers.dataset import FAMILIES
-from jax_instructblip.data.readers.files import AnnotationError
 from jax_instructblip.data.readers.reading import DATASETS, read_ocrvqa, read_textvqa
 from jax_instructblip.data.records import Record
 

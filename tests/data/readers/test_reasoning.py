@@ -4,7 +4,7 @@ import pathlib
 import pytest
 
 from jax_instructblip.data.datasets import get_dataset
-from jax_instructblip.data.readers.files import AnnotationError
+from jax_instructblip.data.readers.annotations import AnnotationError
 from jax_instructblip.data.readers.reasoning import read_gqa, read_vsr
 from jax_instructblip.data.records import Record
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from jax_instructblip.data.readers.files import AnnotationError
+from jax_instructblip.data.readers.annotations import AnnotationError
 from jax_instructblip.data.readers.rosetta import read_rosetta
 
 NOKIA = {"image_id": "c1", "ocr_tokens": ["NOKIA", " ", "7"], "ocr_info": []}

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from jax_instructblip.data.readers.files import AnnotationError
-from jax_instructblip.data.readers.video import (
+from jax_instructblip.data.readers.annotations import AnnotationError
+from jax_instructblip.data.readers.video_qa import (
     DATASETS,
     read_candidates,
     read_ivqa,

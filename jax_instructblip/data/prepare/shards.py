@@ -5,7 +5,7 @@
 
 A shard appears whole, by renaming, with a note of what is in it; a run that is killed goes on at
 the first shard that is not there, and ends with the same bytes. (TFDS's own writer starts over.)
-What is found finished or begun is compared with what is asked for: `survey.py`.
+What is found finished or begun is compared with what is asked for: `identity.py`.
 Records whose image is missing or damaged are left out, counted and listed.
 """
 
@@ -25,11 +25,9 @@ from tensorflow_datasets.core import example_serializer, file_adapters, naming
 
 from jax_instructblip import processes
 from jax_instructblip.atomic import unwritable, write_file
-from jax_instructblip.data import builder
 from jax_instructblip.data.images import ImageError, decode
-from jax_instructblip.data.readers.dataset import Dataset
-from jax_instructblip.data.records import Record, RecordError
-from jax_instructblip.data.survey import (
+from jax_instructblip.data.prepare import builder
+from jax_instructblip.data.prepare.identity import (
     PrepareError,
     Split,
     choose_splits,
@@ -38,6 +36,8 @@ from jax_instructblip.data.survey import (
     refuse_other_draft,
     survey,
 )
+from jax_instructblip.data.readers.dataset import Dataset
+from jax_instructblip.data.records import Record, RecordError
 from jax_instructblip.data.video import VideoError, encode_frames
 from jax_instructblip.fields import find_problems, mapping, text
 from jax_instructblip.files import ANNOTATION_LIMIT, read_json, require_file

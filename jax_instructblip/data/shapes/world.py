@@ -13,7 +13,7 @@ Some pairs of color and shape (`HELD_OUT_PAIRS`) are kept from all that the Q-Fo
 captions and questions alike, and are asked about in the split `test_pairs`. The frozen towers do
 know them, as released ones know the web: the vision tower has seen scenes of the split `vision`,
 the language models have read scenes of the split `text`. What is asked about a scene stands in
-`data/shapes_tasks.py`.
+`data/shapes/tasks.py`.
 """
 
 import dataclasses

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from jax_instructblip.data import shapes, templates
+from jax_instructblip.data import templates
 from jax_instructblip.data.records import Record
-from jax_instructblip.data.shapes import COLORS, PLACES, SHAPES, Scene, Thing
+from jax_instructblip.data.shapes import world
+from jax_instructblip.data.shapes.world import COLORS, PLACES, SHAPES, Scene, Thing
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 OPTIONS = 3  # of a multiple-choice question
@@ -216,9 +217,9 @@ def scene_records(
     seed: int, split: str, index: int, families: dict[str, Family] | None = None
 ) -> list[Record]:
     """The records of one scene, its picture as PNG bytes in each: a function of the arguments."""
-    scene = shapes.sample_scene(seed, split, index)
-    picture = shapes.encode(shapes.draw(scene))
-    rng = shapes.scene_rng(seed, split, index, use=1)
+    scene = world.sample_scene(seed, split, index)
+    picture = world.encode(world.draw(scene))
+    rng = world.scene_rng(seed, split, index, use=1)
     return [
         Record(
             id=f"shapes-{split}-{index:06d}-{name}",

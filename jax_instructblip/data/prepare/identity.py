@@ -11,8 +11,8 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from jax_instructblip.data.readers.annotations import AnnotationError
 from jax_instructblip.data.readers.dataset import Dataset
-from jax_instructblip.data.readers.files import AnnotationError
 from jax_instructblip.data.records import Record
 from jax_instructblip.progress import Progress
 

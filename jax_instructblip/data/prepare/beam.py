@@ -2,7 +2,7 @@
 
     reader --records--> Beam's workers: images read and checked --TFDS--> OUT/NAME/VERSION/
 
-What it writes holds the same records in the same order as `prepare.py` does; how they are cut into
+What it writes holds the same records in the same order as `shards.py` does; how they are cut into
 shards is TFDS's choice. RAW and OUT must be seen by every worker under the same path.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from jax_instructblip.data import builder, prepare
 from jax_instructblip.data.images import ImageError
+from jax_instructblip.data.prepare import builder, shards
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.video import VideoError
@@ -50,25 +50,25 @@ def prepare_with_beam(
         import apache_beam as beam  # pyright: ignore (an extra that tests do without)
         from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore
     except ImportError as error:
-        raise prepare.PrepareError(
+        raise shards.PrepareError(
             "Apache Beam is not installed: pip install -e '.[beam]', here and on the workers"
         ) from error
 
     raw, out = pathlib.Path(raw), pathlib.Path(out)
-    done = out / dataset.name / prepare.VERSION
-    frames = frames if dataset.family == prepare.VIDEO else 0
+    done = out / dataset.name / shards.VERSION
+    frames = frames if dataset.family == shards.VIDEO else 0
     kept = {"frames": frames}  # how they are cut into shards is TFDS's choice
     if done.is_dir() and not raw.exists():
-        prepare.check_done(done, splits, kept, max_missing)
+        shards.check_done(done, splits, kept, max_missing)
         return done
-    names = prepare.choose_splits(dataset, raw, splits)
+    names = shards.choose_splits(dataset, raw, splits)
     group = GROUP
     if done.is_dir():  # perhaps by the other road, in shards of any size
-        group = prepare.read_report(done).get("options", {}).get("shard_size", group)
-    read = {name: prepare.survey(dataset, raw, name, group) for name in names}
-    candidates = prepare.raw_candidates(dataset, raw)
+        group = shards.read_report(done).get("options", {}).get("shard_size", group)
+    read = {name: shards.survey(dataset, raw, name, group) for name in names}
+    candidates = shards.raw_candidates(dataset, raw)
     if done.is_dir():
-        prepare.check_done(done, names, kept, max_missing, list(read.values()), candidates)
+        shards.check_done(done, names, kept, max_missing, list(read.values()), candidates)
         return done
     rows = functools.partial(_rows, frames=frames)
 
@@ -78,7 +78,7 @@ def prepare_with_beam(
 
     config = builder.RecordsConfig(
         name=dataset.name,
-        version=prepare.VERSION,
+        version=shards.VERSION,
         splits={name: functools.partial(transform, name) for name in names},
         beam=True,
     )
@@ -97,20 +97,20 @@ def prepare_with_beam(
                 ),
             )
         folder = pathlib.Path(made.data_path)
-        report: dict[str, Any] = {"name": dataset.name, "version": prepare.VERSION, "splits": {}}
+        report: dict[str, Any] = {"name": dataset.name, "version": shards.VERSION, "splits": {}}
         report["options"] = kept
         for split in read.values():
-            found = prepare.summary(dataset, split, _notes(made.info.splits[split.name]))
+            found = shards.summary(dataset, split, _notes(made.info.splits[split.name]))
             found["left_out_count"] = split.records - found["records"]
             if found["left_out_count"] > max_missing * split.records:
-                raise prepare.PrepareError(
+                raise shards.PrepareError(
                     f"{dataset.name} {split.name}: {found['left_out_count']} of {split.records} "
                     f"records have no usable image, more than {max_missing:.1%}; complete the "
                     "images, or raise --max_missing (without Beam the report names them)"
                 )
             report["splits"][split.name] = found
-        prepare.write_candidates(candidates, folder)
-        prepare.write_report(folder, report)
+        shards.write_candidates(candidates, folder)
+        shards.write_report(folder, report)
         folder.rename(done)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -120,7 +120,7 @@ def prepare_with_beam(
 def _rows(number: int, record: Record, *, frames: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """The numbered row of a record; nothing where its image cannot be used."""
     try:
-        usable = prepare.with_frames(record, frames) if frames else prepare.with_pixels(record)
+        usable = shards.with_frames(record, frames) if frames else shards.with_pixels(record)
     except (ImageError, VideoError):
         return
     yield number, builder.record_row(usable)

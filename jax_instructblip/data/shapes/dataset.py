@@ -14,9 +14,10 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 
-from jax_instructblip.data import builder, shapes_tasks
+from jax_instructblip.data.prepare import builder
 from jax_instructblip.data.records import Record
-from jax_instructblip.data.shapes_tasks import CAPTION_FAMILIES, FAMILIES, HELD_IN, HELD_OUT, Family
+from jax_instructblip.data.shapes import tasks
+from jax_instructblip.data.shapes.tasks import CAPTION_FAMILIES, FAMILIES, HELD_IN, HELD_OUT, Family
 from jax_instructblip.progress import Progress
 
 VERSION = "1.2.0"  # raise it where a scene, a picture, a question or a stored field changes
@@ -106,7 +107,7 @@ def _records(
 ) -> Callable[[], Iterator[Record]]:
     def iterate() -> Iterator[Record]:
         for index in range(count):
-            yield from shapes_tasks.scene_records(SEED, stream, index, families)
+            yield from tasks.scene_records(SEED, stream, index, families)
             progress.update()
 
     return iterate

@@ -1,0 +1,1 @@
+"""The embedded default world: `world` draws it, `tasks` asks about it, `dataset` splits it."""
