@@ -26,7 +26,7 @@ from jax_instructblip.data.shapes.dataset import DATASETS
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import compare, families, suite
-from jax_instructblip.evaluation.dialogue import read_relevance
+from jax_instructblip.evaluation.metrics.dialogue_scores import read_relevance
 from jax_instructblip.evaluation.placement import choose_mesh
 from jax_instructblip.evaluation.protocol import BENCHMARKS, HELD_OUT, get_benchmark, table
 from jax_instructblip.evaluation.task import Task, open_task

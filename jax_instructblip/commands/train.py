@@ -13,7 +13,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jax_instructblip.commands.flags import check_flags
-from jax_instructblip.evaluation import curves, validation
+from jax_instructblip.evaluation import validation
+from jax_instructblip.evaluation.reports import curves
 from jax_instructblip.parallel import cluster
 from jax_instructblip.training import checkpoints, loop, setup
 from jax_instructblip.training.config_table import check_config

@@ -1,1 +1,5 @@
-"""How good the answers are: one file a family of metrics, the answers, the reports."""
+"""From a benchmark to `results.json`: one protocol, one way to an answer, one row a prediction.
+
+`protocol` (what is asked) -> `task` (records and prompts) -> `answering` (rows of `predictions`) ->
+`scoring` (by `metrics`) -> `suite` (several tasks, `results.json`, `reports`).
+"""

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jax_instructblip.evaluation import suite
-from jax_instructblip.evaluation.metric import MetricError, listed
-from jax_instructblip.evaluation.stored import Prediction, read_rows
+from jax_instructblip.evaluation.metrics.metric import MetricError, listed
+from jax_instructblip.evaluation.predictions import Prediction, read_rows
 from jax_instructblip.files import read_json
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation.exact_match import NO_FAMILY, is_correct, majority_answer
-from jax_instructblip.evaluation.metric import mean
+from jax_instructblip.evaluation.metrics.exact_match import NO_FAMILY, is_correct, majority_answer
+from jax_instructblip.evaluation.metrics.metric import mean
 from jax_instructblip.evaluation.protocol import Protocol
 from jax_instructblip.evaluation.task import Chosen, Task, pick_numbers
 from jax_instructblip.inference.generation_config import GenerationConfig

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation.choices import class_scores
-from jax_instructblip.evaluation.dialogue import score_ndcg
-from jax_instructblip.evaluation.metric import Metric, MetricError, Response, Scores
-from jax_instructblip.evaluation.metrics import get_metric
-from jax_instructblip.evaluation.stored import Prediction
+from jax_instructblip.evaluation.metrics.choice_scores import class_scores
+from jax_instructblip.evaluation.metrics.dialogue_scores import score_ndcg
+from jax_instructblip.evaluation.metrics.metric import Metric, MetricError, Response, Scores
+from jax_instructblip.evaluation.metrics.table import get_metric
+from jax_instructblip.evaluation.predictions import Prediction
 from jax_instructblip.evaluation.task import Task
 
 COUNTS = ("mean_rank", "true_positives", "false_positives", "true_negatives", "false_negatives")

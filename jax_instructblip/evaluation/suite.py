@@ -18,12 +18,15 @@ from typing import Any, NamedTuple
 import jax
 
 from jax_instructblip.atomic import write_file
-from jax_instructblip.evaluation import families, given, report, scoring, units
+from jax_instructblip.evaluation import families, scoring
+from jax_instructblip.evaluation import external_answers
+from jax_instructblip.evaluation.reports import report
+from jax_instructblip.evaluation import grouping
 from jax_instructblip.evaluation.answering import Share, answer, count_left
 from jax_instructblip.evaluation.families import Baseline
-from jax_instructblip.evaluation.metric import Scores
+from jax_instructblip.evaluation.metrics.metric import Scores
 from jax_instructblip.evaluation.protocol import paper_model
-from jax_instructblip.evaluation.stored import Prediction, Store, check_ids
+from jax_instructblip.evaluation.predictions import Prediction, Store, check_ids
 from jax_instructblip.evaluation.task import Task, check_choices
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.parallel.cluster import agree
@@ -94,7 +97,7 @@ def run(
     for task in tasks:
         line = Progress(len(task.records), f"reading {task.name}", "records", silent=not first)
         with agreed(), line:
-            questions = units.plan(task, blip.text, size, line.update)
+            questions = grouping.plan(task, blip.text, size, line.update)
             check_choices(task, questions.records)
         store = _ask(blip, task, questions, place, task.name, say)
         beside = {}
@@ -126,10 +129,10 @@ def score_given(task: Task, path: Path, *, full: bool = True) -> Finished:
     Raises:
       MetricError: they are no answers, or not those of the task's records; all are listed.
     """
-    rows = given.read_given(path)
+    rows = external_answers.read_given(path)
     records = [task.light(number) for number in range(len(task.records))]
     check_ids(path, rows, [record.id for record in records], task.name)
-    ordered, notes = given.complete(task, path, rows, records)
+    ordered, notes = external_answers.complete(task, path, rows, records)
     ordered, scores, reason = scoring.score(task, ordered, records, full=full)
     facts = {"dataset": task.protocol.dataset, "split": task.split, "predictions": str(path)}
     result = scoring.summarise(task, ordered, scores, reason, facts, cut=0, model="")
@@ -140,7 +143,7 @@ def score_given(task: Task, path: Path, *, full: bool = True) -> Finished:
 def keep(out: Path, finished: Finished, given: Path) -> None:
     """Writes the rows of answers that somebody has made, so that runs can be compared by them."""
     path = out / PREDICTIONS / f"{finished.task.name}.jsonl"
-    if path.exists() and path.samefile(given):
+    if path.exists() and path.samefile(external_answers):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, "".join(row.line() for row in finished.rows))
@@ -216,7 +219,7 @@ def agreed() -> Iterator[None]:
 def _ask(
     blip: InstructBlipPipeline,
     task: Task,
-    questions: units.Questions,
+    questions: grouping.Questions,
     place: Place,
     name: str,
     say: Say,
@@ -246,7 +249,7 @@ def _ask(
 
 def _finish(
     task: Task,
-    questions: units.Questions,
+    questions: grouping.Questions,
     store: Store,
     beside: Mapping[str, Store],
     facts: Mapping[str, Any],
@@ -274,7 +277,7 @@ def _finish(
 
 
 def _scored(
-    task: Task, questions: units.Questions, store: Store, full: bool
+    task: Task, questions: grouping.Questions, store: Store, full: bool
 ) -> tuple[list[Prediction], Scores | None, str]:
     found = store.rows()
     rows = [found[record.id] for record in questions.records]

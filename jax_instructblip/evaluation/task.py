@@ -16,7 +16,7 @@ from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import prepared_folder
 from jax_instructblip.data.templates import dress
-from jax_instructblip.evaluation.metric import MetricError, listed
+from jax_instructblip.evaluation.metrics.metric import MetricError, listed
 from jax_instructblip.evaluation.protocol import Protocol
 
 VIDEO_FRAMES = 4  # of a video that is read as it was downloaded

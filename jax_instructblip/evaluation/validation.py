@@ -9,13 +9,14 @@ from jax.sharding import Mesh
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import dataset_name
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.evaluation import answering, captioning, families
-from jax_instructblip.evaluation.metric import MetricError
+from jax_instructblip.evaluation import answering, families
+from jax_instructblip.evaluation.metrics import caption_scores
+from jax_instructblip.evaluation.metrics.metric import MetricError
 from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.evaluation.scoring import HIDDEN, NO_METRIC, is_known, score
-from jax_instructblip.evaluation.stored import Prediction
+from jax_instructblip.evaluation.predictions import Prediction
 from jax_instructblip.evaluation.task import check_choices, open_task, pick_numbers
-from jax_instructblip.evaluation.units import plan
+from jax_instructblip.evaluation.grouping import plan
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.models.vlm import VisionLanguageModel
@@ -38,7 +39,7 @@ def check(records: Sequence[Record], path: str, split: str) -> None:
         if not any(is_known(record, metric) for record in some):
             raise MetricError(HIDDEN)
         if metric == "cider":
-            captioning.find_tools()
+            caption_scores.find_tools()
     except MetricError as error:
         raise MetricError(f"config.validation.path is {path}, {split}: {error}") from error
 

@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from jax_instructblip.commands import evaluate
-from jax_instructblip.evaluation.stored import read_rows
+from jax_instructblip.evaluation.predictions import read_rows
 from tests.micro import compile_cache, write_base, write_data
 
 

@@ -13,9 +13,9 @@ import pytest
 from jax_instructblip.commands import evaluate
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.prepare import shards
-from jax_instructblip.evaluation import captioning
+from jax_instructblip.evaluation.metrics import caption_scores
 from jax_instructblip.evaluation.protocol import BENCHMARKS, HELD_OUT
-from jax_instructblip.evaluation.stored import read_rows
+from jax_instructblip.evaluation.predictions import read_rows
 from tests.data.layouts import write_all
 from tests.evaluation.parrots import Parrot
 from tests.evaluation.test_suite import files
@@ -68,7 +68,7 @@ def test_every_held_out_dataset_from_folder_to_report(
     assert list(results) == list(HELD_OUT)
     captions = {"nocaps", "flickr30k"}
     try:
-        captioning.score_captions([], [])
+        caption_scores.score_captions([], [])
     except ValueError as error:
         tools = "not installed" not in str(error)
     for name, result in results.items():
@@ -125,7 +125,7 @@ def test_two_processes_with_four_devices_each_write_the_same(base, data, whole, 
 KILLED = """
     import os, signal, sys
     from jax_instructblip.__main__ import main
-    from jax_instructblip.evaluation.stored import Store
+    from jax_instructblip.evaluation.predictions import Store
 
     append, calls = Store.append, []
 

@@ -1,9 +1,9 @@
 import pytest
 
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.evaluation import units
+from jax_instructblip.evaluation import grouping
 from jax_instructblip.evaluation.answering import Share, answer, count_left
-from jax_instructblip.evaluation.units import loads, plan
+from jax_instructblip.evaluation.grouping import loads, plan
 from jax_instructblip.inference import questions as batching
 from jax_instructblip.inference.pipeline import load
 from tests.compile_counter import count_compiles
@@ -48,7 +48,7 @@ def count_calls(monkeypatch):
 
 @pytest.mark.parametrize("name", ["gqa", "iconqa"])
 def test_nothing_is_made_twice_or_compiled_after_the_first_load(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(units, "LOAD_UNITS", 1)
+    monkeypatch.setattr(grouping, "LOAD_UNITS", 1)
     blip = load(write_base(tmp_path / "base", "llama", **{"llm.max_positions": 512}))
     blip.silent = True
     task = make_task(name, varied(24), num_beams=1, max_new_tokens=3)

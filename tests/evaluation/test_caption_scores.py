@@ -5,9 +5,9 @@ import subprocess
 import pytest
 
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation import captioning
-from jax_instructblip.evaluation.captioning import score_captions, tokenise_stanford
-from jax_instructblip.evaluation.metric import MetricError, Response
+from jax_instructblip.evaluation.metrics import caption_scores
+from jax_instructblip.evaluation.metrics.caption_scores import score_captions, tokenise_stanford
+from jax_instructblip.evaluation.metrics.metric import MetricError, Response
 
 pytest.importorskip("pycocoevalcap", reason="needs pycocoevalcap: pip install -e .[eval]")
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
@@ -99,7 +99,7 @@ def test_what_cannot_be_computed_is_said():
     responses = [Response("1", "a cup"), Response("2", "dogs")]
     scores = score_captions(responses, records, full=True, java=False)
     (note,) = scores.notes
-    assert note.startswith("no Java: words are those of jax_instructblip.evaluation.ptb")
+    assert note.startswith("no Java: words are those of jax_instructblip.evaluation.metrics.penn_treebank")
     assert scores.left_out == dict.fromkeys(("meteor", "spice"), "it needs Java")
     assert not scores.left_out.keys() & scores.values.keys()
     single = score_captions(responses[:1], records[:1], java=False)
@@ -118,8 +118,8 @@ class Spice:
 def test_spice_answers_in_another_order():
     references = {name: ["a cup"] for name in ("3", "1", "2")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(captioning, "_scorer", lambda module, name: Spice)
-        ((value, of_each),) = captioning._spice(references, references)
+        patch.setattr(caption_scores, "_scorer", lambda module, name: Spice)
+        ((value, of_each),) = caption_scores._spice(references, references)
     assert (value, list(of_each)) == (0.5, [3.0, 1.0, 2.0])
 
 
@@ -138,21 +138,21 @@ def test_java_is_demanded_in_vain(monkeypatch):
 
 
 def test_the_tools_are_not_installed(monkeypatch):
-    monkeypatch.setattr(captioning, "TOOLS", "pycocoevalcap_of_nobody")
+    monkeypatch.setattr(caption_scores, "TOOLS", "pycocoevalcap_of_nobody")
     with pytest.raises(MetricError, match=r"not installed: pip install -e '.\[eval\]'"):
         score_captions([Response("1", "a")], [record("1", "a")])
 
 
 @needs_java
 def test_a_tokeniser_that_fails_is_told(monkeypatch):
-    monkeypatch.setattr(captioning, "TOKENISER", "tokenizer/none.jar")
+    monkeypatch.setattr(caption_scores, "TOKENISER", "tokenizer/none.jar")
     with pytest.raises(MetricError, match="made 0 lines of 2 captions and ended with 1"):
         tokenise_stanford(["a", "b"])
 
 
 def test_lines_that_are_lost_are_told(monkeypatch):
     done = subprocess.CompletedProcess([], 0, b"a\n", b"")
-    monkeypatch.setattr(captioning.subprocess, "run", lambda *args, **kwargs: done)
+    monkeypatch.setattr(caption_scores.subprocess, "run", lambda *args, **kwargs: done)
     assert tokenise_stanford(["a."]) == ["a"]
     with pytest.raises(MetricError, match="made 1 lines of 2 captions and ended with 0"):
         tokenise_stanford(["a", "b"])

@@ -4,14 +4,8 @@ import numpy as np
 import pytest
 
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation.choices import (
-    auroc,
-    class_scores,
-    score_accuracy,
-    score_auroc,
-    score_yes_no,
-)
-from jax_instructblip.evaluation.metric import MetricError, Response
+from jax_instructblip.evaluation.metrics.choice_scores import auroc, class_scores, score_accuracy, score_auroc, score_yes_no
+from jax_instructblip.evaluation.metrics.metric import MetricError, Response
 
 
 def record(name, choices, correct):

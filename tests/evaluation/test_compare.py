@@ -4,8 +4,8 @@ import json
 import pytest
 
 from jax_instructblip.evaluation.compare import compare, lines
-from jax_instructblip.evaluation.metric import MetricError
-from jax_instructblip.evaluation.stored import Prediction
+from jax_instructblip.evaluation.metrics.metric import MetricError
+from jax_instructblip.evaluation.predictions import Prediction
 
 ROWS = [Prediction(str(n), "what?", f"a{n}", score=float(n % 2)) for n in range(4)]
 

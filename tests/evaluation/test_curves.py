@@ -5,7 +5,7 @@ import re
 import numpy as np
 from PIL import Image
 
-from jax_instructblip.evaluation import curves
+from jax_instructblip.evaluation.reports import curves
 
 LINES = [
     {"step": step, "loss": 3.0 / step, "learning_rate": 1e-5 * step, "samples_per_second": 9.0}

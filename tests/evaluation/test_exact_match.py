@@ -1,6 +1,6 @@
 import pytest
 
-from jax_instructblip.evaluation.exact_match import is_correct, majority_answer, normalise
+from jax_instructblip.evaluation.metrics.exact_match import is_correct, majority_answer, normalise
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 import pytest
 
 from jax_instructblip.evaluation import families, suite
-from jax_instructblip.evaluation.exact_match import score_families
-from jax_instructblip.evaluation.metric import Response
-from jax_instructblip.evaluation.stored import read_rows
+from jax_instructblip.evaluation.metrics.exact_match import score_families
+from jax_instructblip.evaluation.metrics.metric import Response
+from jax_instructblip.evaluation.predictions import read_rows
 from jax_instructblip.inference.generation_config import GenerationConfig
 from tests.evaluation.parrots import Parrot, record
 

@@ -3,9 +3,9 @@ import json
 import pytest
 
 from jax_instructblip.commands import evaluate
-from jax_instructblip.evaluation.given import complete, read_given
-from jax_instructblip.evaluation.metric import MetricError
-from jax_instructblip.evaluation.stored import Prediction
+from jax_instructblip.evaluation.external_answers import complete, read_given
+from jax_instructblip.evaluation.metrics.metric import MetricError
+from jax_instructblip.evaluation.predictions import Prediction
 from jax_instructblip.evaluation.suite import score_given
 from tests.evaluation.parrots import make_task, record
 

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation.metric import MetricError, Response, align, mean, summarise
+from jax_instructblip.evaluation.metrics.metric import MetricError, Response, align, mean, summarise
 
 
 def record(name, answers=("red",)):

@@ -6,8 +6,8 @@ import string
 import pytest
 
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation.metric import MetricError, Response
-from jax_instructblip.evaluation.metrics import METRICS, get_metric
+from jax_instructblip.evaluation.metrics.metric import MetricError, Response
+from jax_instructblip.evaluation.metrics.table import METRICS, get_metric
 from jax_instructblip.evaluation.protocol import BENCHMARKS
 
 COUNT = 24

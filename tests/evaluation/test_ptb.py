@@ -3,8 +3,8 @@ import shutil
 
 import pytest
 
-from jax_instructblip.evaluation.captioning import tokenise_stanford
-from jax_instructblip.evaluation.ptb import tokenise
+from jax_instructblip.evaluation.metrics.caption_scores import tokenise_stanford
+from jax_instructblip.evaluation.metrics.penn_treebank import tokenise
 
 # As PTBTokenizer 3.4.1 with -lowerCase writes them, without punctuation.
 CASES = {

@@ -2,10 +2,10 @@ import dataclasses
 
 import pytest
 
-from jax_instructblip.evaluation import captioning
-from jax_instructblip.evaluation.metric import MetricError, Scores
+from jax_instructblip.evaluation.metrics import caption_scores
+from jax_instructblip.evaluation.metrics.metric import MetricError, Scores
 from jax_instructblip.evaluation.scoring import HIDDEN, score, summarise
-from jax_instructblip.evaluation.stored import Prediction
+from jax_instructblip.evaluation.predictions import Prediction
 from tests.evaluation.parrots import make_task, record
 
 
@@ -72,7 +72,7 @@ def test_hidden_answers_are_not_scored():
 
 def test_what_cannot_be_scored_says_why(monkeypatch):
     records = [record(1, answers=("a cup", "cups"))]
-    monkeypatch.setattr(captioning, "TOOLS", "pycocoevalcap_of_nobody")
+    monkeypatch.setattr(caption_scores, "TOOLS", "pycocoevalcap_of_nobody")
     rows, found = result(make_task("nocaps", records), [Prediction("r1", text="a cup")], records)
     assert "pip install" in found["unscored"] and rows[0].score is None
     _, found = result(make_task("llava_detail", records), [Prediction("r1", text="a")], records)

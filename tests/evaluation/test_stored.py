@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from jax_instructblip.evaluation.metric import MetricError
-from jax_instructblip.evaluation.stored import Prediction, Store, check_ids, read_rows
+from jax_instructblip.evaluation.metrics.metric import MetricError
+from jax_instructblip.evaluation.predictions import Prediction, Store, check_ids, read_rows
 
 FACTS = {"prompt": "{question}", "settings": {"num_beams": 5}}
 ROWS = [

@@ -4,8 +4,8 @@ import json
 import pytest
 
 from jax_instructblip.evaluation import suite
-from jax_instructblip.evaluation.metric import MetricError
-from jax_instructblip.evaluation.stored import Store
+from jax_instructblip.evaluation.metrics.metric import MetricError
+from jax_instructblip.evaluation.predictions import Store
 from tests.evaluation.parrots import Parrot, make_task, record
 
 MODEL = {"checkpoint": "a parrot", "weights": "green", "dtype": "float32"}

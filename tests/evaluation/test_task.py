@@ -4,7 +4,7 @@ import pytest
 
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.prepare import shards
-from jax_instructblip.evaluation.metric import MetricError
+from jax_instructblip.evaluation.metrics.metric import MetricError
 from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.evaluation.task import VIDEO_FRAMES, check_choices, open_task
 from tests.data.layouts import LAYOUTS, write_all

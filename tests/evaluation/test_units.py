@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 from PIL import Image
 
-from jax_instructblip.evaluation.units import LOAD_UNITS, loads, places, plan
+from jax_instructblip.evaluation.grouping import LOAD_UNITS, loads, places, plan
 from jax_instructblip.inference.ranking import Sizes, make_plan, tokenise
 from tests.evaluation.parrots import Text, make_task, record
 from tests.micro import micro

@@ -11,7 +11,7 @@ from jax_instructblip.data.inspect import Pieces, histogram, token_counts, token
 from jax_instructblip.data.mixture import Mixture, Source
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.evaluation import page
+from jax_instructblip.evaluation.reports import page
 
 
 def draw(records: Iterable[Record], count: int, seed: int = 0) -> list[Record]:

@@ -5,15 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation import vqa_text
-from jax_instructblip.evaluation.metric import (
-    Response,
-    Scores,
-    align,
-    mean,
-    standard_error,
-    summarise,
-)
+from jax_instructblip.evaluation.metrics import vqa_text
+from jax_instructblip.evaluation.metrics.metric import Response, Scores, align, mean, standard_error, summarise
 
 NO_FAMILY = "all"  # the family of records that name none
 

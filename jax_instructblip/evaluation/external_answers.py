@@ -15,9 +15,9 @@ import numpy as np
 
 from jax_instructblip import files
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation.metric import MetricError, listed
-from jax_instructblip.evaluation.metrics import normalise_as
-from jax_instructblip.evaluation.stored import Prediction, parse_row, unique_rows
+from jax_instructblip.evaluation.metrics.metric import MetricError, listed
+from jax_instructblip.evaluation.metrics.table import normalise_as
+from jax_instructblip.evaluation.predictions import Prediction, parse_row, unique_rows
 from jax_instructblip.evaluation.task import Task
 
 # The fields of other layouts, by the one that tells the layout: what each is here, "" for nothing.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.figure
 
-from jax_instructblip.evaluation import page
+from jax_instructblip.evaluation.reports import page
 
 # Title of a panel, its unit, what is drawn in it.
 PANELS = (

@@ -4,17 +4,14 @@ import functools
 from collections.abc import Callable
 
 from jax_instructblip import lookup
-from jax_instructblip.evaluation import ptb, vqa_text
-from jax_instructblip.evaluation.captioning import score_captions
-from jax_instructblip.evaluation.choices import score_accuracy, score_auroc, score_yes_no
-from jax_instructblip.evaluation.dialogue import score_ranks
-from jax_instructblip.evaluation.exact_match import (
-    normalise,
-    score_exact_match,
-    score_families,
-)
-from jax_instructblip.evaluation.metric import Metric
-from jax_instructblip.evaluation.vqa import RULES, score_direct_answer, score_ivqa, score_vqa
+from jax_instructblip.evaluation.metrics import penn_treebank
+from jax_instructblip.evaluation.metrics import vqa_text
+from jax_instructblip.evaluation.metrics.caption_scores import score_captions
+from jax_instructblip.evaluation.metrics.choice_scores import score_accuracy, score_auroc, score_yes_no
+from jax_instructblip.evaluation.metrics.dialogue_scores import score_ranks
+from jax_instructblip.evaluation.metrics.exact_match import normalise, score_exact_match, score_families
+from jax_instructblip.evaluation.metrics.metric import Metric
+from jax_instructblip.evaluation.metrics.vqa_scores import RULES, score_direct_answer, score_ivqa, score_vqa
 
 METRICS: dict[str, Metric] = {
     "accuracy": score_accuracy,
@@ -34,7 +31,7 @@ _NORMALISED: dict[str, Callable[[str], str]] = {
     **dict.fromkeys((*RULES, "exact_match", "ivqa_accuracy"), vqa_text.normalise),
     "vqa_accuracy_evalai": vqa_text.normalise_evalai,
     **dict.fromkeys(("accuracy", "auroc", "family_accuracy"), normalise),
-    "cider": lambda text: ptb.tokenise([text])[0],
+    "cider": lambda text: penn_treebank.tokenise([text])[0],
 }
 
 

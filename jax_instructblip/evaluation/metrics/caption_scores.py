@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation import ptb
-from jax_instructblip.evaluation.metric import MetricError, Response, Scores, align
+from jax_instructblip.evaluation.metrics import penn_treebank
+from jax_instructblip.evaluation.metrics.metric import MetricError, Response, Scores, align
 
 TOOLS = "pycocoevalcap"
 TOKENISER = "tokenizer/stanford-corenlp-3.4.1.jar"
@@ -57,11 +57,11 @@ def score_captions(
     if java and not found:
         raise MetricError("there is no `java` on the PATH: install a Java runtime (17 works)")
     java = found if java is None else java
-    references, candidates = _tokenised(pairs, tokenise_stanford if java else ptb.tokenise)
+    references, candidates = _tokenised(pairs, tokenise_stanford if java else penn_treebank.tokenise)
 
     values: dict[str, float] = {}
     samples: dict[str, tuple[float, ...]] = {}
-    notes = [] if java else [f"no Java: words are those of {ptb.__name__}, not PTBTokenizer's"]
+    notes = [] if java else [f"no Java: words are those of {penn_treebank.__name__}, not PTBTokenizer's"]
     if len(pairs) == 1:
         notes.append("CIDEr of a single image is 0: no word is rarer than another")
     left_out: dict[str, str] = {}

@@ -19,7 +19,7 @@ from typing import Any
 
 from jax_instructblip import files
 from jax_instructblip.atomic import encode_utf8, write_file
-from jax_instructblip.evaluation.metric import MetricError, listed
+from jax_instructblip.evaluation.metrics.metric import MetricError, listed
 from jax_instructblip.files import parse_json, read_json
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation import curves, families, page
+from jax_instructblip.evaluation import families
+from jax_instructblip.evaluation.reports import curves
+from jax_instructblip.evaluation.reports import page
 from jax_instructblip.evaluation.protocol import MODELS
 from jax_instructblip.evaluation.scoring import COUNTS
-from jax_instructblip.evaluation.stored import Prediction
+from jax_instructblip.evaluation.predictions import Prediction
 
 SHOWN = 12  # pictures with a right answer, and as many with a wrong one, of each dataset
 CANDIDATES = 5  # shown of a ranking
