@@ -34,7 +34,7 @@ from jax_instructblip.checkpoint import trees
 from jax_instructblip.data.batch import collate
 from jax_instructblip.data.images import decode, resize_squash
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.inference.source import read_params, read_source
+from jax_instructblip.inference.loading import read_params, read_source
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import VisionLanguageModel
 from jax_instructblip.training.objective import LanguageObjective

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.twins import Twins, make_twins, questions, quiet
 from benchmarks.workload import MIDDLE, THREADS, Lengths, Measured, facts, measure
-from jax_instructblip.inference.beam import beam_tokens
+from jax_instructblip.inference.beam_search import beam_tokens
 from jax_instructblip.inference.decode import generate_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
 

@@ -70,7 +70,7 @@ def text_processor(flags: argparse.Namespace) -> Any:
     """The text side of a model that has the tokenizers asked for."""
     from jax_instructblip.checkpoint import read_config
     from jax_instructblip.data.text import TextProcessor, load_tokenizers
-    from jax_instructblip.inference.source import resolve_checkpoint
+    from jax_instructblip.inference.loading import resolve_checkpoint
     from jax_instructblip.models.variants import Variant, get_variant
 
     if flags.tokenizers is None:

@@ -11,7 +11,7 @@ import pytest
 from jax_instructblip import checkpoint
 from jax_instructblip.checkpoint import orbax_leaves
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.inference.source import base_digest, read_params, read_source
+from jax_instructblip.inference.loading import base_digest, read_params, read_source
 from jax_instructblip.training.checkpoints import Checkpoints
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state

@@ -6,7 +6,7 @@ import pytest
 from jax_instructblip import checkpoint
 from jax_instructblip.checkpoint.file_hashes import FILES, verify_hashes, write_hashes
 from jax_instructblip.checkpoint.manifest import CheckpointError
-from jax_instructblip.inference.source import EMBEDDED
+from jax_instructblip.inference.loading import EMBEDDED
 from tests.micro import write_base
 
 

@@ -81,7 +81,7 @@ def test_paths_are_checked_before_any_weight_is_read(folder, monkeypatch, capsys
     def read_params(*given, **named):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("jax_instructblip.training.start.read_params", read_params)
+    monkeypatch.setattr("jax_instructblip.training.initial.read_params", read_params)
     monkeypatch.chdir(folder)
     if not (folder / "base").is_dir():
         write_base(folder / "base", "t5")

@@ -20,7 +20,7 @@ import numpy as np
 from jax_instructblip import checkpoint
 from jax_instructblip.backbones.tokenizers import make_tokenizers
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.inference.source import read_params, read_source
+from jax_instructblip.inference.loading import read_params, read_source
 from jax_instructblip.models.variants import (
     LlamaConfig,
     QFormerConfig,

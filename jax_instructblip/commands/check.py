@@ -19,7 +19,7 @@ from jax_instructblip.data.images import ImageError, decode
 from jax_instructblip.data.inspect import histogram, render, token_counts, token_rows
 from jax_instructblip.data.records import Record, scan_jsonl
 from jax_instructblip.data.text import TRUNCATED, TextProcessor
-from jax_instructblip.inference.source import read_source
+from jax_instructblip.inference.loading import read_source
 from jax_instructblip.progress import Progress
 
 _SHOWN = 3  # samples with unknown characters

@@ -9,7 +9,7 @@ import jax
 from jax_instructblip import checkpoint
 from jax_instructblip.atomic import free_bytes, refuse_existing
 from jax_instructblip.commands.flags import check_flags
-from jax_instructblip.convert import hf
+from jax_instructblip.convert import hf_folder
 from jax_instructblip.convert.engine import is_finite
 from jax_instructblip.convert.stored_model import copy_tokenizers
 from jax_instructblip.models.variants import VARIANTS, Variant, released_name
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # it is all files: no accelerator is held meanwhile
 
     refuse_existing(args.out)
-    variant, source, leaves = hf.convert_hf(args.folder, args.variant)
+    variant, source, leaves = hf_folder.convert_hf(args.folder, args.variant)
     unread = _tokenizer_problem(args.folder, variant)
     free = free_bytes(args.out)
     if free < leaves.nbytes:

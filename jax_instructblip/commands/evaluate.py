@@ -32,11 +32,11 @@ from jax_instructblip.evaluation.protocol import BENCHMARKS, HELD_OUT, get_bench
 from jax_instructblip.evaluation.task import Task, open_task
 from jax_instructblip.files import read_json, read_lines
 from jax_instructblip.inference.generation_config import GenerationConfig, add_flags
+from jax_instructblip.inference.loading import read_source, weights_digest
 from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
-from jax_instructblip.inference.source import read_source, weights_digest
 from jax_instructblip.parallel import cluster
+from jax_instructblip.training.initial import read_start
 from jax_instructblip.training.metrics import read_metrics
-from jax_instructblip.training.start import read_start
 
 _DECODING = (
     *("num_beams", "length_penalty", "repetition_penalty", "max_new_tokens", "min_new_tokens"),

@@ -11,15 +11,15 @@ from typing import Any
 from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.data.images import ImageError, decode
 from jax_instructblip.files import json_line
+from jax_instructblip.inference.batching import Question, pair
 from jax_instructblip.inference.generation_config import (
     HELP,
     GenerationConfig,
     add_flags,
     read_flags,
 )
+from jax_instructblip.inference.loading import resolve_checkpoint
 from jax_instructblip.inference.pipeline import BATCH_SIZE, InstructBlipPipeline, load
-from jax_instructblip.inference.questions import Question, pair
-from jax_instructblip.inference.source import resolve_checkpoint
 
 
 def main(argv: list[str]) -> int:

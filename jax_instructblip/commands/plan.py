@@ -25,7 +25,7 @@ from jax_instructblip.files import read_json
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.planning import advice, plan
 from jax_instructblip.planning.topology import GIB, Topology, known, read_topology
-from jax_instructblip.training.config_table import check_config
+from jax_instructblip.training.config_fields import check_config
 
 EFFORTS = {"quick": plan.QUICK, "full": 0.0}
 

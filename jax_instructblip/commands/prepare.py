@@ -19,7 +19,7 @@ from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation.reports.samples import draw, write_preview
-from jax_instructblip.inference.source import read_source
+from jax_instructblip.inference.loading import read_source
 from jax_instructblip.progress import Progress
 
 SAMPLES = 1000  # drawn for the page: the lengths are those of as many

@@ -14,10 +14,10 @@ import numpy as np
 from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.commands.generate import check_images
 from jax_instructblip.files import json_line, read_lines
+from jax_instructblip.inference.batching import pair
+from jax_instructblip.inference.loading import resolve_checkpoint
 from jax_instructblip.inference.pipeline import BATCH_SIZE, load
-from jax_instructblip.inference.questions import pair
 from jax_instructblip.inference.ranking import check_candidates
-from jax_instructblip.inference.source import resolve_checkpoint
 
 
 def main(argv: list[str]) -> int:

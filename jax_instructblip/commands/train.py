@@ -17,7 +17,7 @@ from jax_instructblip.evaluation import validation
 from jax_instructblip.evaluation.reports import curves
 from jax_instructblip.parallel import cluster
 from jax_instructblip.training import checkpoints, loop, setup
-from jax_instructblip.training.config_table import check_config
+from jax_instructblip.training.config_fields import check_config
 
 # The configs of the repository share `configs/common.py`, whatever the working directory is.
 _ROOT = Path(__file__).resolve().parents[2]

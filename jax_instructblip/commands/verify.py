@@ -15,8 +15,8 @@ from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.data.images import decode
 from jax_instructblip.evaluation import published
 from jax_instructblip.evaluation.published import Entry, Image
+from jax_instructblip.inference.loading import read_source
 from jax_instructblip.inference.pipeline import load
-from jax_instructblip.inference.source import read_source
 from jax_instructblip.models.variants import released_name
 
 

@@ -3,11 +3,11 @@
 families.py       a row each architecture: sections of config.json, tables of its towers
 config_keys.py    keys of config.json, read and written by the same rows
 hf_config.py      a config.json -> variant, checked
-hf.py             a Hugging Face folder -> variant, facts of the source, leaves one at a time
+hf_folder.py      a Hugging Face folder -> variant, facts of the source, leaves one at a time
 stored_model.py   a checkpoint or a run over its base, as writers take it
 export.py         that -> a Hugging Face folder
 engine.py         Rule, Zeros, Drop; the ledger over them
 transforms.py     the permutations, each with its inverse
 safetensors.py    files read and written by seek
-vision.py qformer.py t5.py llama.py    the tables
+tables/           one a tower: vision qformer t5 llama
 """

@@ -19,7 +19,7 @@ import numpy as np
 
 from jax_instructblip import fields
 from jax_instructblip.atomic import atomic_folder, refuse_existing
-from jax_instructblip.convert import hf, transforms
+from jax_instructblip.convert import hf_folder, transforms
 from jax_instructblip.convert.engine import Drop, Entry, Rule, Zeros
 from jax_instructblip.convert.families import Family, family_of
 from jax_instructblip.convert.hf_config import preprocessor, variant_of
@@ -180,7 +180,7 @@ def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> l
             )
     notes += _losses(model, family, config)
     sides = {"preprocessor_config": preprocessor(variant)}
-    sides |= {name: facts[name] for name in hf.SIDE_FILES if name in facts}
+    sides |= {name: facts[name] for name in hf_folder.SIDE_FILES if name in facts}
     for name, document in {"config": config, **sides}.items():
         (out / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
     return notes

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jax_instructblip.convert import llama, qformer, t5, vision
 from jax_instructblip.convert.config_keys import (
     AXIS,
     COUNT,
@@ -29,6 +28,7 @@ from jax_instructblip.convert.config_keys import (
     text,
 )
 from jax_instructblip.convert.engine import Entry
+from jax_instructblip.convert.tables import llama, qformer, t5, vision
 from jax_instructblip.models.variants import (
     LlamaConfig,
     QFormerConfig,

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jax_instructblip.evaluation.grouping import Questions, Unit, loads, places
 from jax_instructblip.evaluation.metrics.choice_scores import class_scores
 from jax_instructblip.evaluation.metrics.table import normalise_as
 from jax_instructblip.evaluation.predictions import Prediction
 from jax_instructblip.evaluation.task import Task
-from jax_instructblip.evaluation.grouping import Questions, Unit, loads, places
-from jax_instructblip.inference import questions as batching
+from jax_instructblip.inference import batching
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation.task import Task
-from jax_instructblip.inference.questions import LENGTHS, Example, prompt_limit
+from jax_instructblip.inference.batching import LENGTHS, Example, prompt_limit
 from jax_instructblip.inference.ranking import Ids, Sizes, make_plan, same_tokens, tokenise
 
 LOAD_UNITS = 8  # units a device is given at once, at most

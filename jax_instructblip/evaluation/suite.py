@@ -18,15 +18,13 @@ from typing import Any, NamedTuple
 import jax
 
 from jax_instructblip.atomic import write_file
-from jax_instructblip.evaluation import families, scoring
-from jax_instructblip.evaluation import external_answers
-from jax_instructblip.evaluation.reports import report
-from jax_instructblip.evaluation import grouping
+from jax_instructblip.evaluation import external_answers, families, grouping, scoring
 from jax_instructblip.evaluation.answering import Share, answer, count_left
 from jax_instructblip.evaluation.families import Baseline
 from jax_instructblip.evaluation.metrics.metric import Scores
-from jax_instructblip.evaluation.protocol import paper_model
 from jax_instructblip.evaluation.predictions import Prediction, Store, check_ids
+from jax_instructblip.evaluation.protocol import paper_model
+from jax_instructblip.evaluation.reports import report
 from jax_instructblip.evaluation.task import Task, check_choices
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.parallel.cluster import agree
@@ -143,7 +141,7 @@ def score_given(task: Task, path: Path, *, full: bool = True) -> Finished:
 def keep(out: Path, finished: Finished, given: Path) -> None:
     """Writes the rows of answers that somebody has made, so that runs can be compared by them."""
     path = out / PREDICTIONS / f"{finished.task.name}.jsonl"
-    if path.exists() and path.samefile(external_answers):
+    if path.exists() and path.samefile(given):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, "".join(row.line() for row in finished.rows))

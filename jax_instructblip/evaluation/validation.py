@@ -10,13 +10,13 @@ from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import dataset_name
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import answering, families
+from jax_instructblip.evaluation.grouping import plan
 from jax_instructblip.evaluation.metrics import caption_scores
 from jax_instructblip.evaluation.metrics.metric import MetricError
+from jax_instructblip.evaluation.predictions import Prediction
 from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.evaluation.scoring import HIDDEN, NO_METRIC, is_known, score
-from jax_instructblip.evaluation.predictions import Prediction
 from jax_instructblip.evaluation.task import check_choices, open_task, pick_numbers
-from jax_instructblip.evaluation.grouping import plan
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.models.vlm import VisionLanguageModel

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.inference.scores import (
+from jax_instructblip.inference.sampling import (
     TracedSettings,
     allowed,
     best,

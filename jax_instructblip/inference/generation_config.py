@@ -99,7 +99,7 @@ class GenerationConfig:
       top_p: only the best tokens that together reach this probability are drawn.
       seed: of the random draws.
       length_rule: how lengths and repetitions are counted: "released" as the original code does,
-        "transformers5" as `generate` of transformers 5 (`scores.py`, `beam.py`).
+        "transformers5" as `generate` of transformers 5 (`sampling.py`, `beam_search.py`).
     """
 
     max_new_tokens: int = 30

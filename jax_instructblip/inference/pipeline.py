@@ -24,10 +24,7 @@ from jax_instructblip.data.spec import Batch
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.fields import check, flag
 from jax_instructblip.inference.answers import Answer, best_answer, check_finite
-from jax_instructblip.inference.beam import beam_tokens
-from jax_instructblip.inference.decode import generate_tokens, stream_tokens
-from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.inference.questions import (
+from jax_instructblip.inference.batching import (
     Picture,
     Question,
     ask_every_slot,
@@ -35,6 +32,16 @@ from jax_instructblip.inference.questions import (
     compacted,
     make_parts,
     pair,
+)
+from jax_instructblip.inference.beam_search import beam_tokens
+from jax_instructblip.inference.decode import generate_tokens, stream_tokens
+from jax_instructblip.inference.generation_config import GenerationConfig
+from jax_instructblip.inference.loading import (
+    Source,
+    load_params,
+    read_dtype,
+    read_source,
+    require_kind,
 )
 from jax_instructblip.inference.ranking import (
     Ids,
@@ -48,14 +55,7 @@ from jax_instructblip.inference.ranking import (
     stack_scores,
     tokenise,
 )
-from jax_instructblip.inference.save import save_checkpoint
-from jax_instructblip.inference.source import (
-    Source,
-    load_params,
-    read_dtype,
-    read_source,
-    require_kind,
-)
+from jax_instructblip.inference.saving import save_checkpoint
 from jax_instructblip.inference.streaming import one_ahead, pieces
 from jax_instructblip.models.layers import BATCH_AXES, Scan, Scans
 from jax_instructblip.models.variants import Variant
@@ -93,7 +93,7 @@ def load(
 class InstructBlipPipeline:
     """A model with its parameters and tokenizers: answers, features, logits.
 
-    Texts and batches are padded to few sizes (`questions.py`), so compiled programs serve again.
+    Texts and batches are padded to few sizes (`batching.py`), so compiled programs serve again.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from jax_instructblip.data import spec
 from jax_instructblip.inference import decode
 from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.inference.source import read_source
+from jax_instructblip.inference.loading import read_source
 from jax_instructblip.models import flops
 from jax_instructblip.models.layers import Scans
 from jax_instructblip.models.variants import VARIANTS, Variant
@@ -33,7 +33,7 @@ from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import batch_sharding, replicated
 from jax_instructblip.planning import hlo
 from jax_instructblip.training import setup
-from jax_instructblip.training.config_table import check_config
+from jax_instructblip.training.config_fields import check_config
 from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.state import TrainState, create_state, partition
 from jax_instructblip.training.step import compile_step

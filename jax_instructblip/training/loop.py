@@ -33,12 +33,12 @@ from jax_instructblip.parallel import peers
 from jax_instructblip.parallel.cluster import StopOrder, Watchdog, agree
 from jax_instructblip.parallel.mesh import batch_sharding
 from jax_instructblip.progress import Progress
-from jax_instructblip.training import earlier, metrics, observe, setup
+from jax_instructblip.training import earlier_run, metrics, profiling, setup
 from jax_instructblip.training.checkpoints import Checkpoints, Meta
+from jax_instructblip.training.initial import Start, read_start
 from jax_instructblip.training.metrics import MetricsWriter, Window, read_metrics
+from jax_instructblip.training.non_finite import Spoilt
 from jax_instructblip.training.objective import LanguageObjective
-from jax_instructblip.training.spoilt import Spoilt
-from jax_instructblip.training.start import Start, read_start
 from jax_instructblip.training.state import TrainState, create_state
 from jax_instructblip.training.step import Metrics, Step, compile_step
 from jax_instructblip.training.workdir import Workdir
@@ -117,8 +117,8 @@ def _run(
         accumulate=config.train.accumulate,
         skip_non_finite=config.train.non_finite == "skip",
     )
-    peak = observe.peak_flops(config.train.peak_flops)
-    utilisation = observe.Utilisation(objective, peak)
+    peak = profiling.peak_flops(config.train.peak_flops)
+    utilisation = profiling.Utilisation(objective, peak)
     tuning = _Run(config, workdir, start, batches, step, validation, utilisation)
     del start  # its trainable weights have been copied
     # Under pmap every device runs a program of its own, which knows of no mesh.
@@ -147,7 +147,7 @@ class _Run:
         batches: TrainBatches,
         step: Step,
         validation: setup.Validation | None,
-        utilisation: observe.Utilisation,
+        utilisation: profiling.Utilisation,
     ):
         self.place, self.workdir = workdir, workdir.folder
         self.batches, self.step, self.validation = batches, step, validation
@@ -185,12 +185,14 @@ class _Run:
         self.state, self.rng = state, jax.random.key(self.seed)
         self.place.fetch()
         self.checkpoints.check_room(state)
-        _in_first_process(lambda: earlier.set_incomplete_aside(self.checkpoints, fresh=fresh))
+        _in_first_process(lambda: earlier_run.set_incomplete_aside(self.checkpoints, fresh=fresh))
         self.first = self.checkpoints.newest()
         self.unscored = False
         if not self.first:
             place = self.checkpoints.place(0).removesuffix("/0")
-            _in_first_process(lambda: earlier.set_metrics_aside(self.workdir, place, fresh=fresh))
+            _in_first_process(
+                lambda: earlier_run.set_metrics_aside(self.workdir, place, fresh=fresh)
+            )
         else:
             like = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
@@ -205,7 +207,7 @@ class _Run:
                 self.checkpoints.place(self.first), found["data"], self.cursor(self.first)
             )
             _say(f"resuming {self.place} at step {self.first} of {self.steps}")
-            _say(*earlier.changes(self.workdir, self.document["config"]))
+            _say(*earlier_run.changes(self.workdir, self.document["config"]))
             self.unscored = found["score"] is None and self.validates(self.first)
         self.saved = bool(self.first)
         self.write_document()
@@ -213,8 +215,8 @@ class _Run:
     def write_document(self) -> None:
         """Writes config.json, in one process."""
         if jax.process_index() == 0:
-            document = {"format": 1, **self.document, earlier.SAVED: self.saved}
-            write_file(self.workdir / earlier.CONFIG, json.dumps(document, indent=1) + "\n")
+            document = {"format": 1, **self.document, earlier_run.SAVED: self.saved}
+            write_file(self.workdir / earlier_run.CONFIG, json.dumps(document, indent=1) + "\n")
 
     def validates(self, number: int) -> bool:
         """Whether there is a validation after that step."""
@@ -233,7 +235,7 @@ class _Run:
             lost = f"{self.writer.damaged} damaged lines of {self.workdir / metrics.FILE}"
             _say(f"{lost} are set aside in {metrics.DAMAGED}")
         self.window = Window(self.utilisation)
-        self.trace = observe.Trace(
+        self.trace = profiling.Trace(
             self.profile["folder"], first=self.first, steps=self.profile["steps"]
         )
         self.stop_order, self.watchdog = StopOrder(), Watchdog(self.hang_limit)

@@ -17,8 +17,8 @@ from jax_instructblip.atomic import write_file
 from jax_instructblip.data import loader
 from jax_instructblip.data.text import TRUNCATED
 from jax_instructblip.files import parse_json
-from jax_instructblip.training import observe
-from jax_instructblip.training.observe import Utilisation
+from jax_instructblip.training import profiling
+from jax_instructblip.training.profiling import Utilisation
 
 FILE = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"
@@ -178,7 +178,7 @@ class Window:
         values["device_share"] = 1 - sum(self._spent.values()) / seconds
         if self._utilisation is not None:
             values |= self._utilisation.metrics(self._flops, seconds)
-        values |= observe.memory()
+        values |= profiling.memory()
         held, positions = self._text
         values["padding_share"] = 1 - held / positions
         names = {"replaced": "replaced", **{name: f"truncated_{name}" for name in TRUNCATED}}

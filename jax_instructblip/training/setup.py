@@ -15,14 +15,14 @@ from jax_instructblip.data.mixture import Mixture, Source, TrainBatches
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import dataset_name, open_records
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.inference.source import read_source
+from jax_instructblip.inference.loading import read_source
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.parallel import pmap, rules
 from jax_instructblip.parallel.mesh import batch_sharding, local_rows, make_mesh
-from jax_instructblip.training.config_table import check_config
+from jax_instructblip.training.config_fields import check_config
+from jax_instructblip.training.initial import Start
 from jax_instructblip.training.optimizer import adamw, staircase_cosine, warmup_cosine
-from jax_instructblip.training.start import Start
 from jax_instructblip.training.state import partition
 
 # Called, in every process, with model, params, text, records, mesh, limit, batch_size,

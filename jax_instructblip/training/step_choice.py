@@ -5,7 +5,7 @@ import math
 import os
 from pathlib import Path
 
-from jax_instructblip.inference.source import resolve_checkpoint
+from jax_instructblip.inference.loading import resolve_checkpoint
 from jax_instructblip.training.checkpoints import Checkpoints
 from jax_instructblip.training.metrics import FILE, read_metrics
 

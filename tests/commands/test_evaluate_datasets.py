@@ -14,8 +14,8 @@ from jax_instructblip.commands import evaluate
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.prepare import shards
 from jax_instructblip.evaluation.metrics import caption_scores
-from jax_instructblip.evaluation.protocol import BENCHMARKS, HELD_OUT
 from jax_instructblip.evaluation.predictions import read_rows
+from jax_instructblip.evaluation.protocol import BENCHMARKS, HELD_OUT
 from tests.data.layouts import write_all
 from tests.evaluation.parrots import Parrot
 from tests.evaluation.test_suite import files

@@ -8,7 +8,7 @@ import pytest
 
 from jax_instructblip import checkpoint
 from jax_instructblip.__main__ import main
-from jax_instructblip.inference.source import read_params, read_source
+from jax_instructblip.inference.loading import read_params, read_source
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.training.step_choice import METRIC
 from tests.micro import write_base

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip import checkpoint
-from jax_instructblip.convert import hf
+from jax_instructblip.convert import hf_folder
 from jax_instructblip.convert.export import export_hf
 from jax_instructblip.convert.stored_model import copy_tokenizers
 from jax_instructblip.models.variants import get_variant
@@ -19,7 +19,7 @@ FLAN, VICUNA = "instructblip-flan-t5-xl", "instructblip-vicuna-7b"
 
 
 def convert(folder, out):
-    variant, source, leaves = hf.convert_hf(folder)
+    variant, source, leaves = hf_folder.convert_hf(folder)
 
     def extra(temporary):
         checkpoint.write_config(temporary, {"variant": variant.to_dict(), "source": source})
@@ -182,7 +182,7 @@ def test_checkpoint_without_a_past_is_exported_too(tmp_path, name):
     if name == "tiny-t5":
         assert model.config.text_config.dense_act_fn == "gelu"
         assert not model.config.text_config.scale_decoder_outputs
-    found, params = hf.read_hf(tmp_path / "hf")
+    found, params = hf_folder.read_hf(tmp_path / "hf")
     found = found.replace(**{"llm.pad_id": 0})  # LLaMA's is the tokenizer's, and there is none
     assert found == variant
     for path, array in checkpoint.read_leaves(ours):

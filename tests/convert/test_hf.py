@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip import checkpoint
-from jax_instructblip.convert import hf
+from jax_instructblip.convert import hf_folder
 from jax_instructblip.convert.safetensors import ConversionError
 from jax_instructblip.convert.stored_model import copy_tokenizers
 from jax_instructblip.models.variants import get_variant, released_name
@@ -23,7 +23,7 @@ VISION_LAYER = "vision_model.encoder.layers."
 
 def failures(folder, **kwargs):
     with pytest.raises(ConversionError) as error:
-        hf.convert_hf(folder, **kwargs)
+        hf_folder.convert_hf(folder, **kwargs)
     return error.value.failures
 
 
@@ -34,7 +34,7 @@ def float32(tensor):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", [FLAN, VICUNA])
 def test_every_leaf_has_the_shape_of_the_network_and_the_dtype_of_the_source(small, name, dtype):
-    variant, params = hf.read_hf(small(name, dtype))
+    variant, params = hf_folder.read_hf(small(name, dtype))
     expected = checkpoint.flatten(param_shapes(variant))
     found = checkpoint.flatten(params)
     assert found.keys() == expected.keys()
@@ -45,7 +45,7 @@ def test_every_leaf_has_the_shape_of_the_network_and_the_dtype_of_the_source(sma
 
 
 def test_leaves_hold_the_numbers_they_should(flan):
-    variant, params = hf.read_hf(flan)
+    variant, params = hf_folder.read_hf(flan)
     state = tensors(flan)
     vision, qformer, llm = params["vision"], params["qformer"], params["llm"]
     width, heads = variant.vision.width, variant.vision.heads
@@ -93,7 +93,7 @@ def test_shards_make_the_same_leaves(small, tmp_path, name):
     folder = small(name, "bfloat16")
     sharded = copy(folder, tmp_path / "sharded", shards=3)
     assert len(list(sharded.glob("*.safetensors"))) == 3
-    one, many = hf.convert_hf(folder), hf.convert_hf(sharded)
+    one, many = hf_folder.convert_hf(folder), hf_folder.convert_hf(sharded)
     assert one.variant == many.variant
     assert list(one.source["files"]) == ["model.safetensors"]
     assert len(many.source["files"]) == 3
@@ -109,7 +109,7 @@ def test_place_takes_each_leaf_as_it_comes(flan):
         seen.append(path)
         return array.astype(np.float16)
 
-    variant, params = hf.read_hf(flan, place=place)
+    variant, params = hf_folder.read_hf(flan, place=place)
     assert sorted(seen) == sorted(checkpoint.flatten(param_shapes(variant)))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float16")}
 
@@ -117,7 +117,7 @@ def test_place_takes_each_leaf_as_it_comes(flan):
 def test_sizes_and_ids_are_those_of_the_folder(forge):
     for name, wanted in ((FLAN, "tiny-t5"), (VICUNA, "tiny-vicuna")):
         folder = forge(name)
-        variant, source, _ = hf.convert_hf(folder, wanted)
+        variant, source, _ = hf_folder.convert_hf(folder, wanted)
         expected = get_variant(wanted).replace(**{"qformer.image_norm_eps": 1e-6})
         if wanted == "tiny-vicuna":
             expected = expected.replace(**{"llm.vocab": 32003})
@@ -129,7 +129,7 @@ def test_sizes_and_ids_are_those_of_the_folder(forge):
 
 def test_wrong_variant_for_the_folder(flan):
     with pytest.raises(ConversionError, match="is not instructblip-vicuna-7b; it fits tiny-t5"):
-        hf.convert_hf(flan, VICUNA)
+        hf_folder.convert_hf(flan, VICUNA)
     lines = failures(flan, variant=VICUNA)
     assert "llm.kind: expected llama, found t5" in lines
     assert "vision.layers: expected 39, found 4" in lines
@@ -154,7 +154,7 @@ def test_another_architecture_names_what_is_supported(tmp_path, config, found):
 
 def test_folder_without_config(tmp_path):
     with pytest.raises(ConversionError, match="config.json cannot be read"):
-        hf.convert_hf(tmp_path)
+        hf_folder.convert_hf(tmp_path)
 
 
 def test_missing_extra_and_misshapen_tensors_are_reported_together(flan, tmp_path):
@@ -262,7 +262,7 @@ def test_stray_buffers_and_aliases_are_dropped_for_a_reason(flan, vicuna, tmp_pa
         for stack in ("encoder", "decoder"):
             state[f"language_model.{stack}.embed_tokens.weight"] = state[SHARED].clone()
 
-    _, source, _ = hf.convert_hf(copy(flan, tmp_path / "flan", change=add))
+    _, source, _ = hf_folder.convert_hf(copy(flan, tmp_path / "flan", change=add))
     assert len(source["dropped"]) == 4
     assert (
         "shared.weight by another name"
@@ -274,7 +274,7 @@ def test_stray_buffers_and_aliases_are_dropped_for_a_reason(flan, vicuna, tmp_pa
             key = f"language_model.model.layers.{i}.self_attn.rotary_emb.inv_freq"
             state[key] = torch.ones(8)
 
-    _, source, _ = hf.convert_hf(copy(vicuna, tmp_path / "vicuna", change=add_rotary))
+    _, source, _ = hf_folder.convert_hf(copy(vicuna, tmp_path / "vicuna", change=add_rotary))
     assert len(source["dropped"]) == 3
 
     def differ(state):
@@ -289,7 +289,7 @@ def test_absent_head_is_filled_from_a_tied_embedding_only(flan, tmp_path):
         del state[T5_HEAD]
 
     folder = copy(flan, tmp_path / "tied", change=tie)
-    variant, source, leaves = hf.convert_hf(folder)
+    variant, source, leaves = hf_folder.convert_hf(folder)
     assert source["tied_head"]
     made = dict(leaves)
     np.testing.assert_array_equal(made["llm/head/kernel"], made["llm/embed/embedding"].T)
@@ -300,7 +300,7 @@ def test_absent_head_is_filled_from_a_tied_embedding_only(flan, tmp_path):
 
 def test_head_that_is_there_is_taken_although_the_config_says_tied(flan):
     assert json.loads((flan / "config.json").read_text())["text_config"]["tie_word_embeddings"]
-    _, source, _ = hf.convert_hf(flan)
+    _, source, _ = hf_folder.convert_hf(flan)
     assert not source["tied_head"]
 
 
@@ -315,7 +315,7 @@ def test_tokenizers_are_copied(forge, tmp_path):
 
 def test_conversion_imports_neither_torch_nor_transformers():
     code = (
-        "import sys, jax_instructblip.convert.hf, jax_instructblip.convert.export\n"
+        "import sys, jax_instructblip.convert.hf_folder, jax_instructblip.convert.export\n"
         "sys.exit(bool({'torch', 'transformers', 'safetensors', 'tensorflow'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -21,7 +21,7 @@ from jax_instructblip.data import images
 from jax_instructblip.data.mixture import Mixture, Source
 from jax_instructblip.data.records import Record
 from jax_instructblip.models.variants import Variant
-from jax_instructblip.training import earlier
+from jax_instructblip.training import earlier_run
 from jax_instructblip.training.setup import read_batches
 from tests.data.test_images import encoded
 from tests.micro import write_base
@@ -151,5 +151,5 @@ def test_the_config_of_a_run_may_say_infinity(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"config": fields}))
     (tmp_path / "checkpoints").mkdir()
-    assert earlier.changes(tmp_path, fields) == []
+    assert earlier_run.changes(tmp_path, fields) == []
     assert evaluate._read_run(tmp_path) == {"config": fields}

@@ -4,7 +4,7 @@ from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import grouping
 from jax_instructblip.evaluation.answering import Share, answer, count_left
 from jax_instructblip.evaluation.grouping import loads, plan
-from jax_instructblip.inference import questions as batching
+from jax_instructblip.inference import batching as batching
 from jax_instructblip.inference.pipeline import load
 from tests.compile_counter import count_compiles
 from tests.evaluation.parrots import Parrot, make_task, record

@@ -99,7 +99,9 @@ def test_what_cannot_be_computed_is_said():
     responses = [Response("1", "a cup"), Response("2", "dogs")]
     scores = score_captions(responses, records, full=True, java=False)
     (note,) = scores.notes
-    assert note.startswith("no Java: words are those of jax_instructblip.evaluation.metrics.penn_treebank")
+    assert note.startswith(
+        "no Java: words are those of jax_instructblip.evaluation.metrics.penn_treebank"
+    )
     assert scores.left_out == dict.fromkeys(("meteor", "spice"), "it needs Java")
     assert not scores.left_out.keys() & scores.values.keys()
     single = score_captions(responses[:1], records[:1], java=False)

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation.metrics.choice_scores import auroc, class_scores, score_accuracy, score_auroc, score_yes_no
+from jax_instructblip.evaluation.metrics.choice_scores import (
+    auroc,
+    class_scores,
+    score_accuracy,
+    score_auroc,
+    score_yes_no,
+)
 from jax_instructblip.evaluation.metrics.metric import MetricError, Response
 
 

@@ -7,7 +7,11 @@ import pytest
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.readers.annotations import AnnotationError
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation.metrics.dialogue_scores import read_relevance, score_ndcg, score_ranks
+from jax_instructblip.evaluation.metrics.dialogue_scores import (
+    read_relevance,
+    score_ndcg,
+    score_ranks,
+)
 from jax_instructblip.evaluation.metrics.metric import MetricError, Response
 
 JUDGED = "visdial_1.0_val_dense_annotations_crowdsourced.json"

@@ -8,7 +8,7 @@ from jax_instructblip.data.mixture import Source
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation.reports.samples import draw, write_preview
-from jax_instructblip.inference.source import read_source
+from jax_instructblip.inference.loading import read_source
 
 RED = Image.new("RGB", (8, 8), (200, 0, 0))
 

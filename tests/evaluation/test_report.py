@@ -5,9 +5,9 @@ import subprocess
 import pytest
 from PIL import Image
 
+from jax_instructblip.evaluation.predictions import Prediction
 from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.evaluation.reports.report import SHOWN, line, markdown, write_html
-from jax_instructblip.evaluation.predictions import Prediction
 from tests.evaluation.parrots import record
 
 

@@ -4,8 +4,8 @@ import pytest
 
 from jax_instructblip.evaluation.metrics import caption_scores
 from jax_instructblip.evaluation.metrics.metric import MetricError, Scores
-from jax_instructblip.evaluation.scoring import HIDDEN, score, summarise
 from jax_instructblip.evaluation.predictions import Prediction
+from jax_instructblip.evaluation.scoring import HIDDEN, score, summarise
 from tests.evaluation.parrots import make_task, record
 
 

@@ -6,8 +6,14 @@ import pytest
 from jax_instructblip.data.records import Record
 from jax_instructblip.evaluation.metrics.metric import MetricError, Response, mean
 from jax_instructblip.evaluation.metrics.table import get_metric
+from jax_instructblip.evaluation.metrics.vqa_scores import (
+    RULES,
+    leave_one_out,
+    score_direct_answer,
+    score_ivqa,
+    score_vqa,
+)
 from jax_instructblip.evaluation.protocol import BENCHMARKS
-from jax_instructblip.evaluation.metrics.vqa_scores import RULES, leave_one_out, score_direct_answer, score_ivqa, score_vqa
 
 
 def record(answers, name="1", blank=0):

@@ -2,7 +2,15 @@ import json
 
 import pytest
 
-from jax_instructblip.evaluation.metrics.vqa_text import _CONTRACTIONS, _PUNCTUATION, flatten, normalise, normalise_evalai, strip_punctuation, unify_words
+from jax_instructblip.evaluation.metrics.vqa_text import (
+    _CONTRACTIONS,
+    _PUNCTUATION,
+    flatten,
+    normalise,
+    normalise_evalai,
+    strip_punctuation,
+    unify_words,
+)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from jax_instructblip.inference import decode
+from jax_instructblip.inference.batching import compacted
 from jax_instructblip.inference.decode import generate_tokens, stream_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.inference.questions import compacted
-from jax_instructblip.inference.scores import TracedSettings, draw, first_eos, penalise, truncate
+from jax_instructblip.inference.sampling import TracedSettings, draw, first_eos, penalise, truncate
 from jax_instructblip.models.vlm import VisionLanguageModel
 from tests.compile_counter import count_compiles
 from tests.numerics import random_params, small

@@ -13,7 +13,7 @@ from jax_instructblip.inference.generation_config import (
     add_flags,
     read_flags,
 )
-from jax_instructblip.inference.scores import TracedSettings
+from jax_instructblip.inference.sampling import TracedSettings
 
 WHOLE = ("max_new_tokens", "min_new_tokens", "num_beams", "num_return_sequences", "top_k", "seed")
 NUMBERS = ("length_penalty", "repetition_penalty", "temperature", "top_p")

@@ -11,9 +11,9 @@ from PIL import Image
 import jax_instructblip
 from jax_instructblip import checkpoint
 from jax_instructblip.data.batch import IGNORE, collate
+from jax_instructblip.inference.batching import compacted, make_parts, pair
+from jax_instructblip.inference.loading import resolve_checkpoint
 from jax_instructblip.inference.pipeline import Answer, InstructBlipPipeline
-from jax_instructblip.inference.questions import compacted, make_parts, pair
-from jax_instructblip.inference.source import resolve_checkpoint
 from tests.compile_counter import count_compiles
 from tests.interpreter import run_python
 from tests.rows import scattered

@@ -5,8 +5,8 @@ import pytest
 
 import jax_instructblip
 from jax_instructblip import checkpoint
+from jax_instructblip.inference.loading import read_params, read_source
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
-from jax_instructblip.inference.source import read_params, read_source
 from jax_instructblip.parallel.mesh import make_mesh
 from tests.micro import write_base
 

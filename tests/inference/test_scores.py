@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_instructblip.inference.scores import best, best_of_rows
+from jax_instructblip.inference.sampling import best, best_of_rows
 
 
 @pytest.mark.parametrize("vocab", [3, 61, 128, 300])

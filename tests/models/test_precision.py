@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.lax import Precision
 
-from jax_instructblip.inference.beam import beam_tokens
+from jax_instructblip.inference.beam_search import beam_tokens
 from jax_instructblip.inference.decode import generate_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import load

@@ -12,7 +12,7 @@ from jax_instructblip.models.variants import VARIANTS, get_variant
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import AXES, make_mesh
-from jax_instructblip.training import start
+from jax_instructblip.training import initial
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
 from tests.micro import write_base
@@ -212,13 +212,13 @@ def test_a_state_is_restored_on_other_devices(eight):
 
 def test_a_mesh_that_does_not_divide_is_refused_before_weights_are_read(tmp_path, monkeypatch):
     base = write_base(tmp_path / "base")
-    monkeypatch.setattr(start, "read_params", None)
+    monkeypatch.setattr(initial, "read_params", None)
     with pytest.raises(ValueError, match=r"llm/.*key/kernel .*: axis 2 of 3 does not divide by"):
-        start.read_start(base, mesh=mesh_of(1, 1, 2))
+        initial.read_start(base, mesh=mesh_of(1, 1, 2))
 
 
 def test_a_second_choice_is_noted_where_weights_are_read(tmp_path, monkeypatch):
     base = write_base(tmp_path / "base")
     monkeypatch.setattr(rules, "remarks", lambda tree, mesh: [f"{len(tree)} towers on {mesh.size}"])
-    notes = start.read_start(base, mesh=make_mesh(devices=jax.devices()[:1])).notes
+    notes = initial.read_start(base, mesh=make_mesh(devices=jax.devices()[:1])).notes
     assert "3 towers on 1" in notes

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import jax_instructblip
 from jax_instructblip.inference.decode import generate_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.inference.scores import TracedSettings, truncate
+from jax_instructblip.inference.sampling import TracedSettings, truncate
 from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD
 from jax_instructblip.models.vlm import VisionLanguageModel
 from tests.parity import golden

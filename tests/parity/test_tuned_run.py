@@ -11,7 +11,7 @@ import jax_instructblip
 from configs import common
 from jax_instructblip import checkpoint
 from jax_instructblip.__main__ import main
-from jax_instructblip.inference.source import read_params, read_source
+from jax_instructblip.inference.loading import read_params, read_source
 from jax_instructblip.training import loop
 from tests.micro import write_data
 from tests.parity.test_generation import NEW, PROMPTS, SIDE, answers_of_transformers

@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from jax_instructblip.training.config_table import FIELDS, SOURCE_FIELDS, check_config
+from jax_instructblip.training.config_fields import FIELDS, SOURCE_FIELDS, check_config
 from jax_instructblip.training.setup import read_workdir
 
 NAN, INF = float("nan"), float("inf")

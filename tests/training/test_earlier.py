@@ -4,7 +4,7 @@ import pytest
 
 from jax_instructblip import checkpoint
 from jax_instructblip.training.checkpoints import Checkpoints
-from jax_instructblip.training.earlier import set_incomplete_aside
+from jax_instructblip.training.earlier_run import set_incomplete_aside
 from tests.training.test_checkpoints import save
 
 

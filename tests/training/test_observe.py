@@ -9,7 +9,7 @@ from jax_instructblip.data.spec import example_batch
 from jax_instructblip.models import flops
 from jax_instructblip.models.variants import get_variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
-from jax_instructblip.training import observe
+from jax_instructblip.training import profiling
 from jax_instructblip.training.metrics import Window
 from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.state import partition
@@ -36,8 +36,8 @@ from tests.micro import micro
     ],
 )
 def test_the_peak_of_a_device_is_known_by_its_kind(kind, peak):
-    assert observe.peak_flops(0.0, kind) == peak
-    assert observe.peak_flops(7e12, kind) == 7e12
+    assert profiling.peak_flops(0.0, kind) == peak
+    assert profiling.peak_flops(7e12, kind) == 7e12
 
 
 def objective(variant, dtype=jnp.float32):
@@ -49,7 +49,7 @@ def test_the_products_of_a_full_size_step_are_the_analytic_ones(name):
     variant, rows, text = get_variant(name), 2, 16
     batch = example_batch(variant, batch=rows, text=text, answer=text)
     trainable, frozen = partition(param_shapes(variant), ("qformer",))
-    use = observe.Utilisation(objective(variant, jnp.bfloat16), 1e12)
+    use = profiling.Utilisation(objective(variant, jnp.bfloat16), 1e12)
     done = use.of_step(trainable, frozen, batch)
     assert done == pytest.approx(flops.analytic(variant, rows, *[text] * 3), rel=0.01)
     # In two seconds, on as many devices as there are.
@@ -60,13 +60,13 @@ def test_the_products_of_a_full_size_step_are_the_analytic_ones(name):
 
 
 def test_nothing_is_counted_against_an_unknown_peak():
-    use = observe.Utilisation(objective(micro("t5")), 0.0)
+    use = profiling.Utilisation(objective(micro("t5")), 0.0)
     assert use.of_step({}, {}, {}) == 0 and use.metrics(0, 1.0) == {}
-    assert observe.Utilisation(objective(micro("t5")), 1e12).metrics(0, 1.0) == {}
+    assert profiling.Utilisation(objective(micro("t5")), 1e12).metrics(0, 1.0) == {}
 
 
 def test_rates_are_of_all_steps_since_the_last_line():
-    use = observe.Utilisation(objective(micro("t5")), 1e9)
+    use = profiling.Utilisation(objective(micro("t5")), 1e9)
     window = Window(use)
     counts = {"replaced": np.zeros(4), "truncated": np.zeros((4, 3)), "text": np.array([1, 2])}
     window.skip(-10.0)  # as if it had begun ten seconds ago
@@ -83,15 +83,15 @@ def test_memory_is_that_of_the_fullest_device(monkeypatch):
     stats = [{"bytes_in_use": 2e9, "peak_bytes_in_use": 5e9, "x": 1}, {"bytes_in_use": 3e9}]
     devices = lambda known: [types.SimpleNamespace(memory_stats=lambda s=s: s) for s in known]
     monkeypatch.setattr(jax, "local_devices", lambda: devices(stats))
-    assert observe.memory() == {"memory_gb": 3.0}  # one does not tell its peak
+    assert profiling.memory() == {"memory_gb": 3.0}  # one does not tell its peak
     monkeypatch.setattr(jax, "local_devices", lambda: devices([None, stats[0]]))
-    assert observe.memory() == {"memory_gb": 2.0, "memory_peak_gb": 5.0}
+    assert profiling.memory() == {"memory_gb": 2.0, "memory_peak_gb": 5.0}
     monkeypatch.setattr(jax, "local_devices", lambda: devices([None]))
-    assert observe.memory() == {}
+    assert profiling.memory() == {}
 
 
 def test_a_trace_of_some_steps_after_the_first_ones(tmp_path):
-    trace = observe.Trace(tmp_path / "profile", first=10, steps=2)
+    trace = profiling.Trace(tmp_path / "profile", first=10, steps=2)
     step, state, said = jax.jit(lambda x: x @ x), jnp.ones((8, 8)), []
     for number in range(11, 20):
         said.append(trace.before(number, state))
@@ -103,12 +103,12 @@ def test_a_trace_of_some_steps_after_the_first_ones(tmp_path):
 
 
 def test_a_trace_that_a_run_ends_within_is_written(tmp_path):
-    trace = observe.Trace(tmp_path, first=0, steps=9)
+    trace = profiling.Trace(tmp_path, first=0, steps=9)
     assert not trace.before(4, None)
     assert trace.close() and list(tmp_path.rglob("*.xplane.pb"))
 
 
 def test_no_trace_unless_asked_for(tmp_path):
-    trace = observe.Trace(tmp_path / "profile", first=0, steps=0)
+    trace = profiling.Trace(tmp_path / "profile", first=0, steps=0)
     assert not any(trace.before(number, None) for number in range(9)) and not trace.close()
     assert not (tmp_path / "profile").exists()

@@ -15,9 +15,9 @@ from jax_instructblip.commands import backbones
 from jax_instructblip.data.batch import IGNORE
 from jax_instructblip.data.shapes import world
 from jax_instructblip.data.shapes.world import Scene, Thing
-from jax_instructblip.inference.source import read_params, read_source
+from jax_instructblip.inference.loading import read_params, read_source
 from jax_instructblip.training.checkpoints import Checkpoints
-from jax_instructblip.training.start import read_start
+from jax_instructblip.training.initial import read_start
 from jax_instructblip.training.state import create_state
 
 SCENE = Scene(

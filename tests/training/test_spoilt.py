@@ -3,8 +3,8 @@ import types
 
 import pytest
 
-from jax_instructblip.training import spoilt
-from jax_instructblip.training.spoilt import Spoilt
+from jax_instructblip.training import non_finite
+from jax_instructblip.training.non_finite import Spoilt
 
 FINE = {"loss": 1.0, "gradient_norm": 2.0}
 NAN = {"loss": float("nan"), "gradient_norm": 2.0}
@@ -23,7 +23,7 @@ def test_only_steps_in_a_row_end_a_run_that_skips_them(tmp_path):
         watch.check(number, values)
     with pytest.raises(ValueError, match="step 9: loss nan.* 3 in a row .* checkpoint: run/4;"):
         watch.check(9, NAN)
-    noted = [json.loads(line) for line in (tmp_path / spoilt.FILE).read_text().splitlines()]
+    noted = [json.loads(line) for line in (tmp_path / non_finite.FILE).read_text().splitlines()]
     assert [each["step"] for each in noted] == [1, 2, 4, 5, 7, 8, 9]
     assert noted[1] == {
         "step": 2,
@@ -39,11 +39,11 @@ def test_the_first_one_ends_a_run_that_does_not(tmp_path):
     watch.check(1, FINE)
     with pytest.raises(ValueError, match="step 2: .*samples: record:1. Newest checkpoint: none;"):
         watch.check(2, INFINITE)
-    assert "record:1" in (tmp_path / spoilt.FILE).read_text()
+    assert "record:1" in (tmp_path / non_finite.FILE).read_text()
 
 
 def test_one_of_several_processes_writes_and_all_stop(tmp_path, monkeypatch):
-    monkeypatch.setattr(spoilt.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(non_finite.jax, "process_index", lambda: 1)
     with pytest.raises(ValueError, match="nothing after it can be trusted"):
         make(tmp_path, skip=False).check(1, NAN)
-    assert not (tmp_path / spoilt.FILE).exists()
+    assert not (tmp_path / non_finite.FILE).exists()

@@ -7,7 +7,7 @@ import pytest
 
 from jax_instructblip import checkpoint
 from jax_instructblip.models.vlm import param_shapes
-from jax_instructblip.training.start import _fit, read_start
+from jax_instructblip.training.initial import _fit, read_start
 from tests.micro import write_base
 
 

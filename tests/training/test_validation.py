@@ -9,8 +9,8 @@ from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.evaluation import answering, validation
 from jax_instructblip.evaluation.metrics.metric import MetricError
-from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.evaluation.predictions import Prediction
+from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.evaluation.task import open_task
 from jax_instructblip.inference.pipeline import load
 from jax_instructblip.training import loop

@@ -57,11 +57,17 @@ def score_captions(
     if java and not found:
         raise MetricError("there is no `java` on the PATH: install a Java runtime (17 works)")
     java = found if java is None else java
-    references, candidates = _tokenised(pairs, tokenise_stanford if java else penn_treebank.tokenise)
+    references, candidates = _tokenised(
+        pairs, tokenise_stanford if java else penn_treebank.tokenise
+    )
 
     values: dict[str, float] = {}
     samples: dict[str, tuple[float, ...]] = {}
-    notes = [] if java else [f"no Java: words are those of {penn_treebank.__name__}, not PTBTokenizer's"]
+    notes = (
+        []
+        if java
+        else [f"no Java: words are those of {penn_treebank.__name__}, not PTBTokenizer's"]
+    )
     if len(pairs) == 1:
         notes.append("CIDEr of a single image is 0: no word is rarer than another")
     left_out: dict[str, str] = {}

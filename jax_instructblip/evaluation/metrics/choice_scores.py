@@ -7,7 +7,14 @@ import numpy as np
 
 from jax_instructblip.data.records import Record
 from jax_instructblip.evaluation.metrics.exact_match import normalise
-from jax_instructblip.evaluation.metrics.metric import MetricError, Response, Scores, align, mean, summarise
+from jax_instructblip.evaluation.metrics.metric import (
+    MetricError,
+    Response,
+    Scores,
+    align,
+    mean,
+    summarise,
+)
 
 # Words that answer a question which is asked with the other pair.
 _SAME = {"yes": "true", "no": "false"}

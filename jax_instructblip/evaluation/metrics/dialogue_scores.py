@@ -9,7 +9,13 @@ import numpy as np
 from jax_instructblip.data.readers.annotations import field, read_json, require
 from jax_instructblip.data.records import Record
 from jax_instructblip.evaluation.metrics.choice_scores import with_choices
-from jax_instructblip.evaluation.metrics.metric import MetricError, Response, Scores, align, summarise
+from jax_instructblip.evaluation.metrics.metric import (
+    MetricError,
+    Response,
+    Scores,
+    align,
+    summarise,
+)
 
 DEPTHS = (1, 5, 10)
 

@@ -6,7 +6,14 @@ from collections.abc import Iterable, Sequence
 
 from jax_instructblip.data.records import Record
 from jax_instructblip.evaluation.metrics import vqa_text
-from jax_instructblip.evaluation.metrics.metric import Response, Scores, align, mean, standard_error, summarise
+from jax_instructblip.evaluation.metrics.metric import (
+    Response,
+    Scores,
+    align,
+    mean,
+    standard_error,
+    summarise,
+)
 
 NO_FAMILY = "all"  # the family of records that name none
 

@@ -4,14 +4,26 @@ import functools
 from collections.abc import Callable
 
 from jax_instructblip import lookup
-from jax_instructblip.evaluation.metrics import penn_treebank
-from jax_instructblip.evaluation.metrics import vqa_text
+from jax_instructblip.evaluation.metrics import penn_treebank, vqa_text
 from jax_instructblip.evaluation.metrics.caption_scores import score_captions
-from jax_instructblip.evaluation.metrics.choice_scores import score_accuracy, score_auroc, score_yes_no
+from jax_instructblip.evaluation.metrics.choice_scores import (
+    score_accuracy,
+    score_auroc,
+    score_yes_no,
+)
 from jax_instructblip.evaluation.metrics.dialogue_scores import score_ranks
-from jax_instructblip.evaluation.metrics.exact_match import normalise, score_exact_match, score_families
+from jax_instructblip.evaluation.metrics.exact_match import (
+    normalise,
+    score_exact_match,
+    score_families,
+)
 from jax_instructblip.evaluation.metrics.metric import Metric
-from jax_instructblip.evaluation.metrics.vqa_scores import RULES, score_direct_answer, score_ivqa, score_vqa
+from jax_instructblip.evaluation.metrics.vqa_scores import (
+    RULES,
+    score_direct_answer,
+    score_ivqa,
+    score_vqa,
+)
 
 METRICS: dict[str, Metric] = {
     "accuracy": score_accuracy,

@@ -3,8 +3,19 @@
 from collections.abc import Callable, Sequence
 
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation.metrics.metric import MetricError, Response, Scores, align, summarise
-from jax_instructblip.evaluation.metrics.vqa_text import flatten, normalise, normalise_evalai, strip_punctuation
+from jax_instructblip.evaluation.metrics.metric import (
+    MetricError,
+    Response,
+    Scores,
+    align,
+    summarise,
+)
+from jax_instructblip.evaluation.metrics.vqa_text import (
+    flatten,
+    normalise,
+    normalise_evalai,
+    strip_punctuation,
+)
 
 ANNOTATORS = 10
 AGREEING = 3  # so many annotators make an answer right

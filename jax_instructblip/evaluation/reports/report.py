@@ -12,11 +12,10 @@ import numpy as np
 
 from jax_instructblip.data.records import Record
 from jax_instructblip.evaluation import families
-from jax_instructblip.evaluation.reports import curves
-from jax_instructblip.evaluation.reports import page
-from jax_instructblip.evaluation.protocol import MODELS
-from jax_instructblip.evaluation.scoring import COUNTS
 from jax_instructblip.evaluation.predictions import Prediction
+from jax_instructblip.evaluation.protocol import MODELS
+from jax_instructblip.evaluation.reports import curves, page
+from jax_instructblip.evaluation.scoring import COUNTS
 
 SHOWN = 12  # pictures with a right answer, and as many with a wrong one, of each dataset
 CANDIDATES = 5  # shown of a ranking

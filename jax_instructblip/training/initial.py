@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jax_instructblip import checkpoint
 from jax_instructblip.checkpoint import stored_leaf
-from jax_instructblip.inference.source import base_digest, read_params, read_source
+from jax_instructblip.inference.loading import base_digest, read_params, read_source
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.parallel import rules

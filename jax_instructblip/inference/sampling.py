@@ -8,7 +8,7 @@ Two rules of the repetition penalty and of lengths are followed, named by who co
 Both count the ids generated so far, and T5's start id. Of a decoder-only model, `released` counts
 an `<s>` besides, which stands before the answer there though the model never reads it;
 `transformers5` counts the ids of the prompt (`generate` even `<image>`, which is no id here).
-`beam.py` tells how they differ in lengths.
+`beam_search.py` tells how they differ in lengths.
 """
 
 from typing import Any, NamedTuple

@@ -10,7 +10,7 @@ rows, and they stay where they are: a row that continues another takes over its 
 `max_new_tokens`, where running rows end as they are. The search goes on until all samples are done.
 
 An answer is ranked by the sum of its scores / length^length_penalty. With n new tokens, eos among
-them, the two rules (`scores.py`) differ in
+them, the two rules (`sampling.py`) differ in
 
                                        released               transformers5
     length of an answer with eos       n                      n
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_instructblip.inference.generation_config import EARLY_STOPPING, GenerationConfig
-from jax_instructblip.inference.scores import (
+from jax_instructblip.inference.sampling import (
     TracedSettings,
     allowed,
     best_of_rows,

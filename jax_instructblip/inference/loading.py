@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from jax_instructblip import checkpoint
 from jax_instructblip.checkpoint.step_meta import check_manifest, read_meta
-from jax_instructblip.convert.hf import convert_hf
+from jax_instructblip.convert.hf_folder import convert_hf
 from jax_instructblip.convert.stored_model import StoredModel, read_stored_model, tuned
 from jax_instructblip.files import local_path, read_json
 from jax_instructblip.models.variants import Variant
