@@ -8,7 +8,7 @@ import pytest
 
 from jax_instructblip.__main__ import main
 from jax_instructblip.training.metrics import read_metrics
-from tests.micro import compile_cache
+from tests.helpers.tiny import compile_cache
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interpreter import run_python
+from tests.helpers.interpreter import run_python
 
 PACKAGE = Path(__file__).resolve().parents[1] / "jax_instructblip"
 SOURCES = sorted(PACKAGE.rglob("*.py"))

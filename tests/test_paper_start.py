@@ -11,8 +11,8 @@ from jax_instructblip.__main__ import main
 from jax_instructblip.commands.train import load_config
 from jax_instructblip.training import setup
 from jax_instructblip.training.metrics import read_metrics
-from tests.data.layouts import write_all
-from tests.micro import write_base
+from tests.helpers.raw_layouts import write_all
+from tests.helpers.tiny import write_base
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = ("flan_t5_xl", "flan_t5_xxl", "vicuna_7b", "vicuna_13b")

@@ -3,7 +3,7 @@ import threading
 import pytest
 
 from jax_instructblip import remote
-from tests.bucket import bucket
+from tests.helpers.bucket import bucket
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from jax_instructblip import checkpoint
 from jax_instructblip.__main__ import main
 from jax_instructblip.commands import convert as convert_command
 from jax_instructblip.models.variants import Variant
-from tests.convert.folders import bits, copy, tensors
+from tests.helpers.hf_folders import bits, copy, tensors
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
 
@@ -86,7 +86,7 @@ def test_too_little_room_is_said_before_anything_is_written(forge, tmp_path, cap
 
 
 def test_disk_that_fills_up_leaves_nothing(forge, tmp_path):
-    """As `tests/test_checkpoint.py`: the system refuses to write past a limit."""
+    """As `tests/checkpoint/test_folder.py`: the system refuses to write past a limit."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
         "from jax_instructblip.__main__ import main; sys.exit(main(sys.argv[1:]))"

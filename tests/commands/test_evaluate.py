@@ -5,7 +5,7 @@ import pytest
 
 from jax_instructblip.commands import evaluate
 from jax_instructblip.evaluation.predictions import read_rows
-from tests.micro import compile_cache, write_base, write_data
+from tests.helpers.tiny import compile_cache, write_base, write_data
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from jax_instructblip.data.prepare import shards
 from jax_instructblip.evaluation.metrics import caption_scores
 from jax_instructblip.evaluation.predictions import read_rows
 from jax_instructblip.evaluation.protocol import BENCHMARKS, HELD_OUT
-from tests.data.layouts import write_all
-from tests.evaluation.parrots import Parrot
 from tests.evaluation.test_suite import files
-from tests.micro import compile_cache, write_base
+from tests.helpers.fake_pipeline import Parrot
+from tests.helpers.raw_layouts import write_all
+from tests.helpers.tiny import compile_cache, write_base
 from tests.parallel.test_processes import LIMIT, ROOT, ended, start
 
 ANSWERS = {"cook": 0, "man": 1, "a dog": 2, "two men": 3}

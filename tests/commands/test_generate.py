@@ -5,7 +5,7 @@ import pytest
 
 import jax_instructblip
 from jax_instructblip.__main__ import main
-from tests.small_checkpoint import write_checkpoint
+from tests.helpers.small_checkpoint import write_checkpoint
 
 PROMPTS = ["What is this?", "Is there a dog in the picture?"]
 NEW = 4

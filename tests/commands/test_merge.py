@@ -11,7 +11,7 @@ from jax_instructblip.__main__ import main
 from jax_instructblip.inference.loading import read_params, read_source
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.training.step_choice import METRIC
-from tests.micro import write_base
+from tests.helpers.tiny import write_base
 
 LIMITS = {"qformer_limit": 12, "prompt_limit": 12, "answer_limit": 6}
 

@@ -8,7 +8,7 @@ from PIL import Image
 import jax_instructblip
 from jax_instructblip.__main__ import main
 from jax_instructblip.commands import rank
-from tests.micro import COLORS, QUESTION, write_base
+from tests.helpers.tiny import COLORS, QUESTION, write_base
 
 CANDIDATES = [*COLORS, "red green"]
 

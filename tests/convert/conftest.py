@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.convert.folders import copy
+from tests.helpers.hf_folders import copy
 
 ROWS = {"language": 300, "qformer": 200}
 

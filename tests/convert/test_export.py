@@ -11,7 +11,7 @@ from jax_instructblip.convert.export import export_hf
 from jax_instructblip.convert.stored_model import copy_tokenizers
 from jax_instructblip.models.variants import get_variant
 from jax_instructblip.models.vlm import param_shapes
-from tests.convert.folders import bits, copy, edit_config, tensors
+from tests.helpers.hf_folders import bits, copy, edit_config, tensors
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
 

@@ -6,7 +6,7 @@ import pytest
 
 from jax_instructblip.convert import families, hf_config
 from jax_instructblip.convert.safetensors import ConversionError
-from tests.convert.folders import edit_config
+from tests.helpers.hf_folders import edit_config
 
 VICUNA = "instructblip-vicuna-7b"
 

@@ -11,7 +11,7 @@ from jax_instructblip.convert.safetensors import (
     fingerprint,
     open_folder,
 )
-from tests.convert.folders import INDEX, save_file, tensors
+from tests.helpers.hf_folders import INDEX, save_file, tensors
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
 

@@ -6,7 +6,7 @@ import pytest
 from jax_instructblip import checkpoint
 from jax_instructblip.convert import stored_model
 from jax_instructblip.convert.stored_model import read_stored_model, tuned, write_checkpoint
-from tests.micro import write_base
+from tests.helpers.tiny import write_base
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,8 @@ from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.parallel.mesh import batch_sharding, make_mesh
 from jax_instructblip.training.setup import read_batches, read_mixture
-from tests.data.layouts import FRAMES, LAYOUTS, write_all
-from tests.micro import write_base
+from tests.helpers.raw_layouts import FRAMES, LAYOUTS, write_all
+from tests.helpers.tiny import write_base
 
 HELD_OUT = tuple(name for name, dataset in DATASETS.items() if not dataset.held_in)
 VIDEOS = ("msvd_qa", "msrvtt_qa", "ivqa")

@@ -12,7 +12,7 @@ from jax_instructblip.data.records import read_jsonl
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.parallel.mesh import batch_sharding, make_mesh
-from tests.micro import write_base, write_data
+from tests.helpers.tiny import write_base, write_data
 
 
 def make_batches(base, data, steps=6):

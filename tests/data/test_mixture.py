@@ -18,7 +18,7 @@ from jax_instructblip.data.prepare import builder
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.models.variants import Variant
-from tests.micro import write_base
+from tests.helpers.tiny import write_base
 
 RED = Image.new("RGB", (40, 30), (200, 10, 10))
 

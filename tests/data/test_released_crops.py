@@ -24,7 +24,7 @@ from jax_instructblip.models.variants import Variant
 from jax_instructblip.training import earlier_run
 from jax_instructblip.training.setup import read_batches
 from tests.data.test_images import encoded
-from tests.micro import write_base
+from tests.helpers.tiny import write_base
 
 SCALE, RATIO = (0.5, 1.0), (3.0 / 4.0, 4.0 / 3.0)
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"

@@ -4,7 +4,7 @@ import pytest
 from jax_instructblip.data.batch import collate
 from jax_instructblip.data.spec import IGNORE, check, example_batch, fields, shapes
 from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, VARIANTS, get_variant
-from tests.micro import micro
+from tests.helpers.tiny import micro
 
 
 def samples(kind, count=4):

@@ -6,9 +6,9 @@ from jax_instructblip.evaluation.answering import Share, answer, count_left
 from jax_instructblip.evaluation.grouping import loads, plan
 from jax_instructblip.inference import batching as batching
 from jax_instructblip.inference.pipeline import load
-from tests.compile_counter import count_compiles
-from tests.evaluation.parrots import Parrot, make_task, record
-from tests.micro import write_base
+from tests.helpers.compile_counter import count_compiles
+from tests.helpers.fake_pipeline import Parrot, make_task, record
+from tests.helpers.tiny import write_base
 
 
 def varied(count):

@@ -5,7 +5,7 @@ from jax_instructblip.evaluation.metrics.exact_match import score_families
 from jax_instructblip.evaluation.metrics.metric import Response
 from jax_instructblip.evaluation.predictions import read_rows
 from jax_instructblip.inference.generation_config import GenerationConfig
-from tests.evaluation.parrots import Parrot, record
+from tests.helpers.fake_pipeline import Parrot, record
 
 MODEL = {"checkpoint": "a parrot", "weights": "green", "dtype": "float32"}
 CONFIG = GenerationConfig(max_new_tokens=7)

@@ -4,7 +4,7 @@ import pytest
 from jax_instructblip.evaluation import placement
 from jax_instructblip.evaluation.placement import check_memory, choose_mesh
 from jax_instructblip.parallel.mesh import make_mesh
-from tests.micro import micro
+from tests.helpers.tiny import micro
 
 
 def test_the_only_device_needs_no_mesh():

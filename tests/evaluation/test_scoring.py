@@ -6,7 +6,7 @@ from jax_instructblip.evaluation.metrics import caption_scores
 from jax_instructblip.evaluation.metrics.metric import MetricError, Scores
 from jax_instructblip.evaluation.predictions import Prediction
 from jax_instructblip.evaluation.scoring import HIDDEN, score, summarise
-from tests.evaluation.parrots import make_task, record
+from tests.helpers.fake_pipeline import make_task, record
 
 
 def result(task, rows, records, model="", cut=0):

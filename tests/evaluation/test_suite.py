@@ -6,7 +6,7 @@ import pytest
 from jax_instructblip.evaluation import suite
 from jax_instructblip.evaluation.metrics.metric import MetricError
 from jax_instructblip.evaluation.predictions import Store
-from tests.evaluation.parrots import Parrot, make_task, record
+from tests.helpers.fake_pipeline import Parrot, make_task, record
 
 MODEL = {"checkpoint": "a parrot", "weights": "green", "dtype": "float32"}
 

@@ -7,8 +7,8 @@ from jax_instructblip.data.prepare import shards
 from jax_instructblip.evaluation.metrics.metric import MetricError
 from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.evaluation.task import VIDEO_FRAMES, check_choices, open_task
-from tests.data.layouts import LAYOUTS, write_all
-from tests.evaluation.parrots import make_task, record
+from tests.helpers.fake_pipeline import make_task, record
+from tests.helpers.raw_layouts import LAYOUTS, write_all
 
 LABELS = {"cook": 1, "man": 0}
 

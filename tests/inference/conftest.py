@@ -3,7 +3,7 @@
 import pytest
 
 import jax_instructblip
-from tests.micro import write_base
+from tests.helpers.tiny import write_base
 
 
 @pytest.fixture(scope="module", params=["t5", "llama"])

@@ -11,9 +11,9 @@ from jax_instructblip.inference.decode import generate_tokens, stream_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.sampling import TracedSettings, draw, first_eos, penalise, truncate
 from jax_instructblip.models.vlm import VisionLanguageModel
-from tests.compile_counter import count_compiles
-from tests.numerics import random_params, small
-from tests.rows import lay_out, read_text, to_answer
+from tests.helpers.compile_counter import count_compiles
+from tests.helpers.numerics import random_params, small
+from tests.helpers.rows import lay_out, read_text, to_answer
 
 NEW = 16  # tokens of an answer
 LENGTHS = (3, 9, 1, 6)  # tokens of the prompts

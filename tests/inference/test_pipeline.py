@@ -14,10 +14,10 @@ from jax_instructblip.data.batch import IGNORE, collate
 from jax_instructblip.inference.batching import compacted, make_parts, pair
 from jax_instructblip.inference.loading import resolve_checkpoint
 from jax_instructblip.inference.pipeline import Answer, InstructBlipPipeline
-from tests.compile_counter import count_compiles
-from tests.interpreter import run_python
-from tests.rows import scattered
-from tests.small_checkpoint import KINDS, write_checkpoint
+from tests.helpers.compile_counter import count_compiles
+from tests.helpers.interpreter import run_python
+from tests.helpers.rows import scattered
+from tests.helpers.small_checkpoint import KINDS, write_checkpoint
 
 NEW = 12  # tokens of an answer
 PROMPTS = [

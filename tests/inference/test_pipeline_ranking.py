@@ -11,10 +11,10 @@ import pytest
 import jax_instructblip
 from jax_instructblip.data.batch import IGNORE, collate
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
-from tests.compile_counter import count_compiles
+from tests.helpers.compile_counter import count_compiles
+from tests.helpers.interpreter import run_python
+from tests.helpers.tiny import COLORS, QUESTION
 from tests.inference.test_ranking import NOISE
-from tests.interpreter import run_python
-from tests.micro import COLORS, QUESTION
 
 
 def pictures(count, seed=0):

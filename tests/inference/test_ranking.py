@@ -17,9 +17,9 @@ from jax_instructblip.inference.ranking import (
     score,
 )
 from jax_instructblip.models.vlm import VisionLanguageModel
-from tests.micro import make_batch, micro
-from tests.numerics import random_params
-from tests.rows import lay_out, read_text, to_answer
+from tests.helpers.numerics import random_params
+from tests.helpers.rows import lay_out, read_text, to_answer
+from tests.helpers.tiny import make_batch, micro
 
 KINDS = ("llama", "t5")
 QUESTIONS, BATCH = 200, 40

@@ -9,7 +9,7 @@ import pytest
 from jax_instructblip.inference.ranking import NODES, make_plan, tree_logprobs
 from jax_instructblip.models.flops import counted
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
-from tests.micro import make_batch, micro
+from tests.helpers.tiny import make_batch, micro
 
 COUNTS = (100, 400, 1600)
 

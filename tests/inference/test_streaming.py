@@ -6,8 +6,8 @@ import jax_instructblip
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.streaming import pieces
 from jax_instructblip.models.variants import VARIANTS
-from tests.micro import QUESTION
-from tests.small_checkpoint import write_checkpoint
+from tests.helpers.small_checkpoint import write_checkpoint
+from tests.helpers.tiny import QUESTION
 
 
 def picture(seed=0):

@@ -14,7 +14,7 @@ from jax_instructblip.models.attention import (
     heads_first,
 )
 from jax_instructblip.models.masks import causal_mask, padding_mask
-from tests.numerics import error
+from tests.helpers.numerics import error
 
 B, T, S, N, K, R = 2, 3, 5, 2, 4, 3
 

@@ -10,9 +10,9 @@ import pytest
 from jax_instructblip.models.cache import follow, look, start, view, widen, write
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.vlm import VisionLanguageModel, separate_decoder
-from tests.micro import make_batch, micro
-from tests.numerics import error, random_params
-from tests.rows import lay_out, read_text, to_answer
+from tests.helpers.numerics import error, random_params
+from tests.helpers.rows import lay_out, read_text, to_answer
+from tests.helpers.tiny import make_batch, micro
 
 STEPS = 4
 PARENTS = (  # which row each of three continues: [step, B, R]

@@ -7,7 +7,7 @@ import pytest
 from jax_instructblip.models.dense import Dense, Head
 from jax_instructblip.models.flops import products
 from jax_instructblip.models.layers import Mlp
-from tests.numerics import error
+from tests.helpers.numerics import error
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.standard_normal((2, 3, 8), np.float32))

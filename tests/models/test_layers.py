@@ -9,7 +9,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jax_instructblip.models import layers
 from jax_instructblip.models.layers import GatedMlp, LayerNorm, Mlp, RMSNorm
-from tests.numerics import error
+from tests.helpers.numerics import error
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.standard_normal((2, 3, 8), np.float32))

@@ -6,7 +6,7 @@ import numpy as np
 
 from jax_instructblip.models.cache import widen
 from jax_instructblip.models.llama import Llama, rotary, rotate
-from tests.numerics import error, random_params, small
+from tests.helpers.numerics import error, random_params, small
 
 CONFIG = small("vicuna").llm
 PARAMS = jax.tree.map(jnp.asarray, random_params(small("vicuna"))["llm"])

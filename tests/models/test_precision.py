@@ -30,8 +30,8 @@ from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
 from jax_instructblip.training.step import compile_step, train_step
-from tests.micro import make_batch, micro, write_base
-from tests.numerics import random_params
+from tests.helpers.numerics import random_params
+from tests.helpers.tiny import make_batch, micro, write_base
 
 KINDS = ("llama", "t5")
 NARROW = (jnp.bfloat16, jnp.float16)

@@ -6,9 +6,9 @@ import pytest
 from jax_instructblip.models.projector import Projector
 from jax_instructblip.models.variants import ProjectorConfig, Variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
-from tests.micro import micro
-from tests.numerics import error, random_params
-from tests.rows import lay_out
+from tests.helpers.numerics import error, random_params
+from tests.helpers.rows import lay_out
+from tests.helpers.tiny import micro
 
 PATCHES = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 6), np.float32))
 

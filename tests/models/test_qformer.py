@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip.models.qformer import QFormer
-from tests.numerics import error, random_params, small
+from tests.helpers.numerics import error, random_params, small
 
 CONFIG = small("t5").qformer
 PARAMS = jax.tree.map(jnp.asarray, random_params(small("t5"))["qformer"])

@@ -7,7 +7,7 @@ import pytest
 
 from jax_instructblip.models.cache import widen
 from jax_instructblip.models.t5 import T5, relative_bucket
-from tests.numerics import error, random_params, small
+from tests.helpers.numerics import error, random_params, small
 
 CONFIG = small("t5").llm
 PARAMS = jax.tree.map(jnp.asarray, random_params(small("t5"))["llm"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip.models.vision import VisionTransformer, normalise
-from tests.numerics import error, random_params, small
+from tests.helpers.numerics import error, random_params, small
 
 CONFIG = small("t5").vision
 PARAMS = jax.tree.map(jnp.asarray, random_params(small("t5"))["vision"])

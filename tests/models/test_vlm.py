@@ -10,8 +10,8 @@ import pytest
 from jax_instructblip.data.spec import example_batch
 from jax_instructblip.models.variants import get_variant
 from jax_instructblip.models.vlm import VisionLanguageModel, init_params, param_shapes
-from tests.numerics import error, random_params, small
-from tests.rows import lay_out
+from tests.helpers.numerics import error, random_params, small
+from tests.helpers.rows import lay_out
 
 KINDS = ("t5", "vicuna")
 LENGTHS = {"qformer": (3, 6, 1), "text": (5, 2, 7), "answer": (1, 4, 3)}

@@ -4,7 +4,7 @@ import pytest
 from jax.sharding import AxisType
 
 from jax_instructblip.parallel.mesh import batch_sharding, local_rows, make_mesh, replicated
-from tests.interpreter import run_python
+from tests.helpers.interpreter import run_python
 
 
 def test_has_all_axes_and_they_are_auto():

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.parallel.ports import free_port
+from tests.helpers.ports import free_port
 
 # One process of three, which answers each line that it reads.
 MEMBER = """

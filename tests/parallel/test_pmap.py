@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from jax_instructblip.parallel import pmap
 from jax_instructblip.parallel.mesh import AXES, make_mesh
-from tests.parallel.eight import in_a_process
+from tests.helpers.multi_device import in_a_process
 
 TOLERANCE = 1e-5  # of losses near 4 and weights near 1, in float32
 

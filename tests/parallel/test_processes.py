@@ -17,9 +17,9 @@ import pytest
 
 from jax_instructblip import checkpoint
 from jax_instructblip.training.metrics import read_metrics
-from tests.micro import compile_cache, write_base, write_data
-from tests.parallel import chaos
-from tests.parallel.ports import free_port
+from tests.helpers import kill_processes
+from tests.helpers.ports import free_port
+from tests.helpers.tiny import compile_cache, write_base, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -229,7 +229,7 @@ def test_spoilt_steps_are_skipped_by_all_and_written_down_once(files, together, 
     """Until they are too many in a row: then all end, with the same sentence."""
     workdir = tmp_path / "run"
     fields = {"train.non_finite": "skip", "train.non_finite_limit": 3}
-    program = ("tests.parallel.spoil", "3,6,7,10,11,12")
+    program = ("tests.helpers.inject_nan", "3,6,7,10,11,12")
     found = ended(start(2, 2, words(files, workdir, **fields), program=program))
     assert [code for _, code in found] == [1, 1]
     for said, _ in found:  # by itself, or told by the one that was first
@@ -246,9 +246,9 @@ def test_spoilt_steps_are_skipped_by_all_and_written_down_once(files, together, 
 
 def survive(files, folder, moments, seed, unbroken, steps=STEPS):
     """Notes of a run of two processes of which one was killed at these moments."""
-    arguments = words(files, folder / "run", **chaos.FIELDS, **{"train.steps": steps})
+    arguments = words(files, folder / "run", **kill_processes.FIELDS, **{"train.steps": steps})
     again = lambda: start(2, 2, [*arguments, "--wait_limit", "60"])
-    storm = chaos.Chaos(again, ended, folder / "run", seed)
+    storm = kill_processes.Chaos(again, ended, folder / "run", seed)
     notes = []
     for moment in moments:
         notes.append(storm.strike(moment))
@@ -283,7 +283,7 @@ def test_killed_twenty_times_the_run_ends_as_if_unbroken(files, tmp_path):
         "jax": jax.__version__,
         "seed": seed,
         "steps": steps,
-        "steps_between_checkpoints": chaos.EVERY,
+        "steps_between_checkpoints": kill_processes.EVERY,
         "final_parameters_equal_those_of_an_unbroken_run_bit_for_bit": True,
         "committed_steps_lost": 0,
         "unreadable_checkpoints": 0,

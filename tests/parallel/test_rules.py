@@ -15,8 +15,8 @@ from jax_instructblip.parallel.mesh import AXES, make_mesh
 from jax_instructblip.training import initial
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
-from tests.micro import write_base
-from tests.parallel.eight import in_a_process
+from tests.helpers.multi_device import in_a_process
+from tests.helpers.tiny import write_base
 
 RELEASED = sorted(name for name in VARIANTS if not name.startswith("tiny"))
 SIZES = [(1, 8, 1), (1, 1, 4), (1, 1, 8), (2, 2, 2), (1, 64, 1), (4, 16, 4)]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.parallel.eight import in_a_process
+from tests.helpers.multi_device import in_a_process
 
 pytestmark = pytest.mark.full  # minutes; steps are compared in the tests beside
 TOLERANCE = 1e-5  # of losses near 5 and weights near 1, in float32

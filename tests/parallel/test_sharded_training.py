@@ -4,7 +4,7 @@ import concurrent.futures
 
 import pytest
 
-from tests.parallel.eight import MESHES, in_a_process
+from tests.helpers.multi_device import MESHES, in_a_process
 
 KINDS = ("llama", "t5")
 TOLERANCE = 1e-5  # of losses near 4 and weights near 1, in float32

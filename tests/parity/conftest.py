@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture(scope="session")
 def read_pair(forge, tmp_path_factory):
     pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
-    from tests.parity import towers
+    from tests.helpers import towers
 
     @functools.cache
     def read(name: str) -> towers.Pair:

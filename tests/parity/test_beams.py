@@ -13,7 +13,7 @@ from jax_instructblip.inference.beam_search import beam_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.models.variants import get_variant
 from jax_instructblip.models.vlm import VisionLanguageModel
-from tests.parity import golden
+from tests.helpers import golden
 from tests.parity.test_generation import (
     CASES,
     NEW,

@@ -15,7 +15,7 @@ from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.sampling import TracedSettings, truncate
 from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD
 from jax_instructblip.models.vlm import VisionLanguageModel
-from tests.parity import golden
+from tests.helpers import golden
 
 # The recorded `min_length` 8 counts T5's start id, and the first id of transformers 4.33.2 that the
 # decoder-only models never embed: 7 new tokens.
@@ -104,7 +104,7 @@ def test_greedy_answers_are_those_of_transformers(variant, forge, tmp_path):
 
 def reseeded(folder, out, seed):
     """A copy of a forged folder, tokenizers too, with weights of another seed."""
-    from tests.parity import towers
+    from tests.helpers import towers
 
     shutil.copytree(folder, out)
     shapes = {name: leaf.shape for name, leaf in load_file(out / towers.WEIGHTS).items()}

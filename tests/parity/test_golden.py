@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
-from tests.numerics import error
-from tests.parity import golden
-from tests.parity.stages import stages
-from tests.rows import lay_out, read_text
+from tests.helpers import golden
+from tests.helpers.numerics import error
+from tests.helpers.rows import lay_out, read_text
+from tests.helpers.stages import stages
 
 TOWER, LOSS, GRADIENT = 1e-4, 1e-5, 1e-4  # parts of the largest value; the loss absolutely
 

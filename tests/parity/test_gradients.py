@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip.checkpoint.trees import flatten
-from tests.parity import towers
+from tests.helpers import towers
 
 GRADIENT = 1e-4  # of the largest gradient of the tower
 

@@ -12,8 +12,8 @@ from jax_instructblip.data.batch import collate
 from jax_instructblip.data.text import RELEASED_SPECIAL, TextProcessor, load_tokenizers
 from jax_instructblip.inference.ranking import make_plan, pair_logprobs, score, tokenise
 from jax_instructblip.models.vlm import VisionLanguageModel
-from tests.numerics import error
-from tests.parity import golden
+from tests.helpers import golden
+from tests.helpers.numerics import error
 
 TOWER = 1e-4  # a part of the largest score
 LIMIT = 40  # tokens that the recorded Q-Former reads: the end of a longer prompt

@@ -13,8 +13,8 @@ from jax_instructblip.models.qformer import QFormerLayer
 from jax_instructblip.models.t5 import T5Layer, T5Stack
 from jax_instructblip.models.vision import VisionBlock
 from jax_instructblip.models.vlm import VisionLanguageModel
-from tests.numerics import error
-from tests.parity import stages, towers
+from tests.helpers import stages, towers
+from tests.helpers.numerics import error
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
 

@@ -13,7 +13,7 @@ from jax_instructblip import checkpoint
 from jax_instructblip.__main__ import main
 from jax_instructblip.inference.loading import read_params, read_source
 from jax_instructblip.training import loop
-from tests.micro import write_data
+from tests.helpers.tiny import write_data
 from tests.parity.test_generation import NEW, PROMPTS, SIDE, answers_of_transformers
 
 FORGED = {"t5": "instructblip-flan-t5-xl", "llama": "instructblip-vicuna-7b"}

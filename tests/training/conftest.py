@@ -8,8 +8,8 @@ from jax_instructblip.models.vlm import VisionLanguageModel
 from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
-from tests.micro import make_batch, micro
-from tests.numerics import random_params
+from tests.helpers.numerics import random_params
+from tests.helpers.tiny import make_batch, micro
 
 RATE = 1e-2
 

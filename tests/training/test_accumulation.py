@@ -10,7 +10,7 @@ from configs import common
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.training import setup
 from jax_instructblip.training.step import _split, _sums, train_step
-from tests.numerics import error
+from tests.helpers.numerics import error
 
 STILL = {"qformer.dropout": 0.0, "llm.dropout": 0.0}
 

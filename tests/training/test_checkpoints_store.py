@@ -9,7 +9,7 @@ import pytest
 from jax_instructblip import checkpoint, remote
 from jax_instructblip.training.checkpoints import Checkpoints
 from jax_instructblip.training.earlier_run import set_incomplete_aside
-from tests.bucket import bucket
+from tests.helpers.bucket import bucket
 from tests.training.test_checkpoints import RNG, make_meta, make_state, save
 
 

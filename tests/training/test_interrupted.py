@@ -9,7 +9,7 @@ import pytest
 
 from jax_instructblip.training import loop
 from jax_instructblip.training.metrics import read_metrics
-from tests.micro import compile_cache, write_base, write_data
+from tests.helpers.tiny import compile_cache, write_base, write_data
 from tests.training.test_loop import losses, make_config, run
 
 

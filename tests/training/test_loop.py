@@ -18,9 +18,9 @@ from jax_instructblip import checkpoint
 from jax_instructblip.training import loop
 from jax_instructblip.training.metrics import Window, read_metrics
 from jax_instructblip.training.optimizer import adamw
-from tests.bucket import bucket
-from tests.micro import compile_cache, write_base, write_data
-from tests.parallel.spoil import spoilt
+from tests.helpers.bucket import bucket
+from tests.helpers.inject_nan import spoilt
+from tests.helpers.tiny import compile_cache, write_base, write_data
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 

@@ -9,8 +9,8 @@ import pytest
 
 from jax_instructblip.data.batch import collate
 from jax_instructblip.models.vlm import VisionLanguageModel
-from tests.interpreter import run_python
-from tests.training import packing
+from tests.helpers import packing
+from tests.helpers.interpreter import run_python
 
 KINDS = ("llama", "t5")
 CLOSE = 1e-5  # of the loss, and of each leaf's gradient

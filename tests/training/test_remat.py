@@ -10,8 +10,8 @@ from jax_instructblip.models.variants import get_variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.state import partition
-from tests.micro import make_batch, micro
-from tests.numerics import random_params
+from tests.helpers.numerics import random_params
+from tests.helpers.tiny import make_batch, micro
 
 TOWERS = ("vision", "qformer", "llm")
 

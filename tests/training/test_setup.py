@@ -10,7 +10,7 @@ from jax_instructblip.data.prepare import shards
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.training import loop
 from jax_instructblip.training.setup import check_model, read_mixture, read_workdir
-from tests.data.toy import COUNT, TOY, write_raw
+from tests.helpers.toy_data import COUNT, TOY, write_raw
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from jax_instructblip.checkpoint.leaf_parts import OwnPart
 from jax_instructblip.checkpoint.step_meta import check_manifest, read_meta
 from jax_instructblip.training import shared_save
 from jax_instructblip.training.shared_save import SharedSave, remove_parts
-from tests.bucket import bucket
+from tests.helpers.bucket import bucket
 
 COUNT = 3
 KERNEL = np.arange(24, dtype=np.float32).reshape(6, 4)

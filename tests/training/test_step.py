@@ -13,8 +13,8 @@ from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
 from jax_instructblip.training.step import compile_step, train_step
-from tests.interpreter import run_python
-from tests.micro import micro
+from tests.helpers.interpreter import run_python
+from tests.helpers.tiny import micro
 
 KINDS = ("llama", "t5")
 STILL = {"qformer.dropout": 0.0, "llm.dropout": 0.0}

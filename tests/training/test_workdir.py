@@ -4,7 +4,7 @@ import pytest
 
 from jax_instructblip.training import run_lock, workdir
 from jax_instructblip.training.workdir import Workdir
-from tests.bucket import bucket
+from tests.helpers.bucket import bucket
 
 
 def test_a_folder_on_the_disk_is_made_and_stays(tmp_path):

@@ -11,7 +11,7 @@ from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.readers.annotations import AnnotationError
 from jax_instructblip.data.readers.named_files import PICTURES, VIDEOS, NamedFiles
 from jax_instructblip.data.readers.reading import read_ocrvqa
-from tests.data.layouts import LAYOUTS, write_all
+from tests.helpers.raw_layouts import LAYOUTS, write_all
 
 # Whose annotations name a picture or a video without the ending of its file.
 GUESSED = {

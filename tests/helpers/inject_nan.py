@@ -1,0 +1,36 @@
+"""The command line, of which some steps have a loss that is no number.
+
+python -m tests.helpers.inject_nan 3,4 train --config ...
+"""
+
+import sys
+
+import jax
+import numpy as np
+
+from jax_instructblip.__main__ import main
+from jax_instructblip.training import loop
+
+
+def spoilt(compile_step, steps):
+    """As `compile_step`; in these of the steps that are made, frozen weights are no numbers."""
+    made = [0]
+
+    def spoiling(**settings):
+        step = compile_step(**settings)
+
+        def call(state, frozen, batch, rng):
+            made[0] += 1
+            if made[0] in steps:
+                frozen = jax.tree.map(lambda leaf: leaf * np.float32("nan"), frozen)
+            return step(state, frozen, batch, rng)
+
+        call.lower = step.lower
+        return call
+
+    return spoiling
+
+
+if __name__ == "__main__":
+    loop.compile_step = spoilt(loop.compile_step, set(map(int, sys.argv[1].split(","))))
+    sys.exit(main(sys.argv[2:]))

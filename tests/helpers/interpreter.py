@@ -1,0 +1,36 @@
+"""A Python of its own for what a test cannot do in its own process."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 600  # seconds
+
+
+def run_python(code: str, *, devices: int = 1) -> str:
+    """What the code prints, run in the project's root on so many devices of the CPU.
+
+    Code that fails makes the test fail, with what it wrote to stderr.
+    """
+    return _run(["-c", textwrap.dedent(code)], devices)
+
+
+def run_module(name: str, *words: str, devices: int = 1) -> str:
+    """What `python -m name words` prints, as `run_python`."""
+    return _run(["-m", name, *words], devices)
+
+
+def _run(words: list[str], devices: int) -> str:
+    done = subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout

@@ -1,0 +1,170 @@
+"""Samples as long as those of the paper's mixture, packed into rows of several and not.
+
+`gradients` is what a step makes of them; `differences` compares it with that of rows of one sample.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_instructblip.checkpoint import trees
+from jax_instructblip.data.batch import IGNORE, collate, deal
+from jax_instructblip.data.loader import put
+from jax_instructblip.data.spec import check
+from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.vlm import VisionLanguageModel
+from jax_instructblip.parallel.mesh import batch_sharding, make_mesh
+from jax_instructblip.training.objective import LanguageObjective
+from jax_instructblip.training.optimizer import adamw
+from jax_instructblip.training.state import create_state, partition
+from jax_instructblip.training.step import compile_step
+from tests.helpers.numerics import random_params
+from tests.helpers.tiny import micro
+
+LENGTHS = Path(__file__).resolve().parents[3] / "shared" / "reference" / "lengths.json"
+SHARED = (1, 2, 3, 4, 8, 12)  # samples a row
+SAMPLES = 24
+
+
+def still(kind: str) -> Variant:
+    """The micro variant of that kind, long enough, without dropout."""
+    fields = {"qformer.dropout": 0.0, "llm.dropout": 0.0, "qformer.max_positions": 256}
+    return micro(kind, **fields)
+
+
+def parameters(variant: Variant) -> dict[str, Any]:
+    """Random parameters with small query kernels in T5.
+
+    Raw ones make a softmax of unscaled scores so sharp that rounding shows.
+    """
+    small = 64**-0.5 if variant.llm.kind == "t5" else 1.0
+
+    def shrink(path, leaf):
+        names = [step.key for step in path]
+        return leaf * small if names[0] == "llm" and names[-2] == "query" else leaf
+
+    params = jax.tree_util.tree_map_with_path(shrink, random_params(variant))
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+
+
+def samples(variant: Variant, count: int = SAMPLES, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """Examples of recorded lengths: an image first, one in the middle, two in one sample, none."""
+    rng = np.random.default_rng(seed)
+    size, llm = variant.vision.image_size, variant.llm
+    ids = lambda length, vocab: rng.integers(3, vocab - 1, length).astype(np.int32)
+    recorded = json.loads(LENGTHS.read_text())[llm.kind]
+    made = []
+    for number, chosen in enumerate(rng.choice(len(recorded), count, replace=False)):
+        instruction, length, *answer = recorded[chosen]
+        frames, middle = ((1, 0), (1, 1), (2, 1), (0, 0))[number % 4]
+        at = np.linspace(0, length // 2, frames + 1)[-frames:] if middle else np.zeros(frames)
+        example = {
+            "images": rng.integers(0, 256, (frames, size, size, 3)).astype(np.uint8),
+            "image_at": at.astype(np.int32),
+            "qformer_tokens": ids(instruction, variant.qformer.vocab),
+            "tokens": ids(length, llm.vocab),
+        }
+        if llm.encoder_decoder:
+            example["targets"] = ids(answer[0], llm.vocab)
+            start = np.array([llm.decoder_start_id], np.int32)
+            example["decoder_tokens"] = np.concatenate([start, example["targets"][:-1]])
+        else:
+            learned = np.arange(length) >= min(instruction, length - 1)
+            example["targets"] = np.where(learned, example["tokens"], IGNORE)
+        made.append(example)
+    return made
+
+
+def rows(variant: Variant, examples: list, shared: int) -> dict[str, np.ndarray]:
+    """The examples in rows of `shared`, dealt out by length."""
+    visual = variant.visual_tokens
+    sizes = [
+        (len(each["tokens"]) + len(each["images"]) * visual, int((each["targets"] != IGNORE).sum()))
+        for each in examples
+    ]
+    order = deal(sizes, len(examples) // shared).flat
+    batch = collate(
+        [examples[number] for number in order],
+        visual_tokens=visual,
+        samples_per_row=shared,
+        pad_id=variant.llm.pad_id,
+    )
+    check(batch, variant)
+    return batch
+
+
+def gradients(
+    variant: Variant, batch: dict, *, devices: int = 1, mode: str = "jit", **settings: Any
+) -> dict[str, np.ndarray]:
+    """The loss of a step, its targets, and the gradient of every trained leaf by path."""
+    mesh = make_mesh(data=devices, devices=jax.devices()[:devices])
+    chosen, frozen = partition(parameters(variant), ("qformer",))
+    rate = lambda _: 1e-2
+    optimizer = adamw(rate, b1=0.0)  # its first moment is then the gradient
+    state = create_state(chosen, optimizer, mesh)
+    count = len(batch["tokens"])
+    whole = put(batch, batch_sharding(mesh), np.arange(count), count)
+    objective = LanguageObjective(VisionLanguageModel(variant))
+    step = compile_step(
+        like=state,
+        mesh=mesh,
+        mode=mode,
+        objective=objective,
+        optimizer=optimizer,
+        schedule=rate,
+        **settings,
+    )
+    with jax.set_mesh(mesh) if mode == "jit" else contextlib.nullcontext():
+        state, metrics = step(state, frozen, whole, jax.random.key(0))
+    found = {
+        f"gradient/{path}": leaf for path, leaf in trees.flatten(state.optimizer[0].mu).items()
+    }
+    found |= {"loss": metrics["loss"], "tokens": metrics["tokens"]}
+    return {name: np.asarray(leaf) for name, leaf in found.items()}
+
+
+def differences(found: dict, expected: dict) -> dict[str, float]:
+    """The difference of the losses, and the largest one of gradients, relative to its own leaf.
+
+    A leaf whose gradient is below a thousandth of the largest one is compared with that. Key biases
+    come apart: a softmax does not see them, so theirs is rounding noise.
+    """
+    assert found.keys() == expected.keys() and found["tokens"] == expected["tokens"]
+    names = [name for name in found if name.startswith("gradient/")]
+    noise = [name for name in names if name.endswith("key/bias")]
+    size = {name: np.abs(expected[name]).max() for name in names}
+    floor = 1e-3 * max(size.values())
+    off = lambda name: np.abs(found[name] - expected[name]).max() / max(size[name], floor)
+    worst = lambda chosen: max(off(name) for name in chosen)
+    return {
+        "loss": float(abs(found["loss"] - expected["loss"])),
+        "gradient": float(worst([name for name in names if name not in noise])),
+        "key_bias": float(worst(noise)),
+    }
+
+
+def roads(kind: str) -> dict[str, dict[str, float]]:
+    """How far packed rows are from plain ones on one device, along every road of eight."""
+    variant = still(kind)
+    examples = samples(variant, 32)
+    expected = gradients(variant, rows(variant, examples, 1))
+    ways = {
+        "8 devices": (2, dict(devices=8)),
+        "8 devices, parts": (2, dict(devices=8, accumulate=2)),
+        "pmap": (4, dict(devices=8, mode="pmap")),
+        "parts": (4, dict(accumulate=4)),
+    }
+    return {
+        name: differences(gradients(variant, rows(variant, examples, shared), **how), expected)
+        for name, (shared, how) in ways.items()
+    }
+
+
+def show(kind: str) -> None:
+    """Prints `roads` as JSON."""
+    print(json.dumps(roads(kind)))

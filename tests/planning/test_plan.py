@@ -1,0 +1,167 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs import common, paper_vicuna_7b
+from jax_instructblip.models.variants import VARIANTS, get_variant
+from jax_instructblip.parallel.mesh import make_mesh
+from jax_instructblip.planning import advice, plan
+from jax_instructblip.planning.topology import CHIPS, Topology
+from tests.helpers.interpreter import run_module
+from tests.helpers.planned import job_of
+from tests.helpers.tiny import micro
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def planned():
+    return json.loads(run_module("tests.helpers.planned", devices=8).splitlines()[-1])
+
+
+@pytest.mark.parametrize("mesh", ["8x1x1", "1x8x1", "2x2x2"])
+def test_arguments_are_what_real_arrays_take(planned, mesh):
+    found = planned["held"][mesh]
+    assert found["shapes"] == pytest.approx(found["live"], rel=0.02)
+    if mesh == "2x2x2":
+        assert planned["train"]["arguments"] == pytest.approx(found["live"], rel=0.02)
+
+
+def test_what_is_moved_and_computed(planned):
+    found = planned["train"]
+    assert 1.0 <= found["ratio"] <= 1.05
+    assert found["unknown"] == [] and found["fits"]
+    assert found["moved"]["all-gather"]["bytes"] > 0
+    assert found["temporaries"] > 0
+    assert 1.0 <= planned["decode"]["ratio"] <= 1.05
+    assert planned["decode"]["unknown"] == 1  # an answer ends when it ends
+
+
+def test_meshes_that_hold_the_model(planned):
+    found = [tuple(each) for each in planned["meshes"]]
+    assert found[0] == (8, 1, 1) and (2, 2, 2) in found and (1, 1, 8) not in found  # four heads
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("instructblip")])
+def test_names_of_released_models(name):
+    config = common.get_config()
+    short = name.removeprefix("instructblip-")
+    for given in (name, short, f"base/{short.replace('-', '_')}"):
+        config.model.checkpoint = given
+        assert plan.read_variant(config) == (name, VARIANTS[name])
+
+
+def test_a_config_without_a_checkpoint_is_named_by_its_folder():
+    assert plan.read_variant(paper_vicuna_7b.get_config())[0] == "instructblip-vicuna-7b"
+
+
+def test_a_model_of_no_known_name():
+    config = common.get_config()
+    config.model.checkpoint = "gpt"
+    with pytest.raises(ValueError, match="'gpt', no folder and no name.*instructblip-vicuna-7b"):
+        plan.read_variant(config)
+
+
+def test_a_batch_that_does_not_divide():
+    job = dataclasses.replace(job_of(micro("llama")), batch=9, accumulate=2)
+    with pytest.raises(ValueError, match="batch of 9 .* in 2 parts .* multiple of 2"):
+        plan.check_rows(job, make_mesh(1, 1, 1, jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(
+    ("text", "need"),
+    [
+        ("Ran out of memory in memory space hbm. Used 17.20G of 15.75G hbm. Exceeded", 17.2),
+        ("memory required for HLO temporaries (16.17G) exceeds available HBM (15.75G).", 16.17),
+    ],
+)
+def test_refusals_of_the_compiler_are_read(text, need):
+    line, found = plan._refusal(RuntimeError(f"first\n{text}\nlast"))
+    assert line == text and found == int(need * 2**30)
+
+
+def test_other_errors_of_the_compiler_are_raised():
+    with pytest.raises(RuntimeError, match="something else"):
+        plan._refusal(RuntimeError("something else"))
+
+
+@pytest.fixture(scope="module")
+def refused():
+    """A job of 16 rows, residuals of half a chip, which the compiler refused."""
+    job = job_of(micro("llama"))
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    arguments = plan.job_arguments(job, mesh)
+    with jax.set_mesh(mesh):
+        jaxpr = plan.job_function(job, mesh, arguments).trace(*arguments).jaxpr.jaxpr
+    held, kept = plan.bytes_per_device(arguments), plan.residuals(jaxpr)
+    report = plan.Report(held, 0, 0, 0, kept, held + kept, "Used ...", None, 1, {})
+    return job, mesh, report
+
+
+def _chip(memory: float) -> Topology:
+    chip = dataclasses.replace(CHIPS["v5e"], memory=memory)
+    return Topology("v5e:1x1", jax.devices()[:1], chip)
+
+
+def test_the_smallest_change_that_would_do(refused):
+    job, mesh, report = refused
+    change = lambda share: advice.smallest_change(
+        job, mesh, _chip(report.arguments + share * report.residuals), report
+    )
+    first = change(0.95)
+    assert first.what == "--config.model.remat.llm=dots" and first.need < report.need
+    second = change(0.45)
+    assert second.what == f"{first.what} --config.model.remat.qformer=dots"
+    third = change(0.25)
+    assert third.what == f"--config.train.accumulate=2 {second.what}"
+    assert third.need < second.need < first.need
+    assert change(0.0) is None
+
+
+def test_a_sweep_begins_with_what_may_fit(refused):
+    job, _, report = refused
+    likely = lambda share: advice.likely(job, _chip(report.arguments + share * report.residuals))
+    assert likely(0.9) == [] and likely(1.1) == [(1, 1, 1)]
+    assert advice.meshes(job, _chip(report.arguments * 1.1)) == [(1, 1, 1)]
+
+
+def test_verdicts(refused):
+    job, mesh, report = refused
+    fits, sentence = advice.verdict(job, mesh, _chip(report.arguments * 0.5), report)
+    assert not fits and "alone" in sentence and "more chips" in sentence
+    report = dataclasses.replace(report, refusal="")
+    fits, sentence = advice.verdict(job, mesh, _chip(report.need * 2), report)
+    assert fits and sentence.startswith("fits")
+
+
+def test_the_best_of_several():
+    row = lambda **more: {
+        "fits": True,
+        "batch": 8,
+        "bounds": {"compute": 1.0, "links": 0.5},
+        "moved_bytes": 5,
+        **more,
+    }
+    assert advice.best([row(fits=False)], 8) is None
+    slow = row(bounds={"compute": 1.0, "links": 2.0}, moved_bytes=1)
+    least = row(moved_bytes=4)
+    assert advice.best([slow, row(), least, row(fits=False, batch=99)], 8) is least
+    half = row(batch=4, bounds={"compute": 0.5, "links": 0.1}, moved_bytes=1)
+    assert advice.best([half, least], 8) is least  # as fast, and what the config trains with
+    assert advice.best([half, row(moved_bytes=1)], 16) == row(moved_bytes=1)  # least for a sample
+    faster = row(batch=4, bounds={"compute": 0.4, "links": 0.1})
+    assert advice.best([faster, least], 8) is faster
+
+
+def test_the_best_where_no_speed_is_known():
+    row = lambda batch, moved: {"fits": True, "batch": batch, "moved_bytes": moved}
+    assert advice.best([row(8, 3), row(4, 2), row(16, 5)], 2) == row(16, 5)
+    assert advice.best([row(8, 3), row(4, 2), row(16, 5)], 4) == row(4, 2)
+
+
+def test_meshes_that_move_less_come_first():
+    moves = lambda *sizes: advice.moves(get_variant("instructblip-vicuna-7b"), 128, sizes)
+    assert moves(16, 1, 1) == 0 < moves(1, 16, 1) and moves(1, 8, 2) < moves(1, 16, 1)
