@@ -72,6 +72,63 @@ def test_other_launchers_print_the_verb():
     assert code == 0 and "CUDA_VISIBLE_DEVICES=0,1" in said and "mode=pmap" in said
 
 
+# A run of ten seconds, which saves and ends well when it is told to stop, or ends with 3.
+RUN = """
+trap 'echo saved; exit 0' TERM
+echo running
+for _ in {1..100}; do sleep 0.1; [[ -e fail ]] && exit 3; done
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A folder to run in, and an environment whose `srun` is that run and whose Slurm takes notes."""
+    programs = {"srun": RUN, "scontrol": 'echo "asked to $*"'}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "launch").symlink_to(LAUNCH)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(tmp_path / "srun")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    return tmp_path, {**os.environ, "PATH": path, "VENV": str(tmp_path), "SLURM_JOB_ID": "7"}
+
+
+def started(words, cluster):
+    folder, environment = cluster
+    run = subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "running\n"
+    return run
+
+
+def test_a_slurm_job_that_is_told_to_stop_is_queued_again_when_it_has_saved(cluster):
+    job = started(["bash", LAUNCH / "slurm.sbatch", "train"], cluster)
+    job.terminate()  # as Slurm does it: this shell alone
+    assert job.communicate(timeout=30)[0] == "saved\nasked to requeue 7\n"
+    assert job.returncode == 75
+
+
+def test_a_slurm_job_that_fails_is_not_queued_again(cluster):
+    job = started(["bash", LAUNCH / "slurm.sbatch", "train"], cluster)
+    (cluster[0] / "fail").touch()
+    assert job.communicate(timeout=30)[0] == "" and job.returncode == 3
+
+
+def test_a_pod_of_a_jobset_that_is_told_to_stop_fails(cluster):
+    names = ("NAME", "IMAGE", "HOSTS", "CHIPS_PER_HOST", "ACCELERATOR", "TOPOLOGY", "CONFIG")
+    text = (LAUNCH / "jobset.yaml").read_text()
+    for name in (*names, "WORKDIR"):
+        text = text.replace("${" + name + "}", "1")
+    assert "$" not in text.replace('"$@"', "")  # `envsubst` would take it for one of its own
+    lines = text[text.index("command:") : text.index("env:")].splitlines()[1:-1]
+    words = [line.strip().removeprefix("- ") for line in lines]
+    assert words[-3:] == ["train", "--config=1", "--config.workdir=1"]
+    (cluster[0] / "python").symlink_to(cluster[0] / "srun")
+    pod = started(words, cluster)
+    pod.terminate()
+    assert pod.communicate(timeout=30)[0] == "saved\n" and pod.returncode == 75
+
+
 def test_the_shell_scripts_are_clean():
     shellcheck = Path(sys.executable).with_name("shellcheck")
     if not shellcheck.exists():

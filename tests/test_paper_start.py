@@ -65,7 +65,7 @@ def test_the_papers_configs_start_from_prepared_data_as_the_readme_says(folder, 
     assert main([*words, *(f"--config.{name}={value}" for name, value in fields.items())]) == 0
     lines = read_metrics(folder / "runs" / "flan_t5_xl")
     assert [line["step"] for line in lines if "loss" in line][-1] == 2
-    assert [line["step"] for line in lines if "validation/accuracy" in line] == [2]
+    assert [line["step"] for line in lines if "validation/score" in line] == [2]
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,10 @@ _FAMILIES_BATCH, _DATASETS_BATCH = 64, 8  # questions answered at once
 
 def main(argv: list[str]) -> int:
     """Prints results and writes them; returns 1 where a dataset could not be scored."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     check_flags(args)
+    _refuse_ignored(args, {name for name in vars(args) if not _is_default(parser, args, name)})
     if args.list:
         print(table())
         return 0
@@ -188,7 +190,6 @@ def _families(args: argparse.Namespace, command: str) -> int:
         raise ValueError("without --datasets one process evaluates: start it without the others")
     if not args.checkpoint:
         raise ValueError("--checkpoint: needed")
-    _refuse_without_datasets(args)
     run = _read_run(Path(args.checkpoint))
     data: str = args.data or (run["config"]["validation"]["path"] if run else "")
     out = args.out or (Path(args.checkpoint) if run else None)
@@ -228,13 +229,29 @@ def _families(args: argparse.Namespace, command: str) -> int:
     return _finish(out, finished, model, command, metrics)
 
 
-def _refuse_without_datasets(args: argparse.Namespace) -> None:
-    """Raises a ValueError where a flag is given that only --datasets takes."""
-    names = ("prompt", "mode", "candidates", "relevance", "length_normalise", "predictions")
-    wrong = [f"--{name}" for name in names if getattr(args, name) is not None]
-    wrong += [f"--{name}" for name in ("fsdp", "tensor") if getattr(args, name) != 1]
+def _is_default(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> bool:
+    return getattr(args, name) == parser.get_default(name)
+
+
+def _refuse_ignored(args: argparse.Namespace, given: set[str]) -> None:
+    """Raises a ValueError where a flag is given that the others leave without effect."""
+    if args.list or args.compare:
+        kind = "list" if args.list else "compare"
+        wrong, why = given - {kind}, f"not used with --{kind}, which takes no other flag"
+    elif args.datasets and args.predictions:
+        answering = {"checkpoint", "batch_size", "dtype", "fsdp", "tensor", "no_baselines"}
+        wrong = given & (answering | set(_OVERRIDES))
+        why = "not used with --predictions: nothing is answered, what is there is scored"
+    elif args.datasets:
+        wrong, why = given & {"no_baselines"}, "only used without --datasets"
+    else:
+        benchmarks = {"prompt", "mode", "candidates", "relevance", "length_normalise"}
+        wrong, why = (
+            given & (benchmarks | {"predictions", "fsdp", "tensor"}),
+            ("only used with --datasets"),
+        )
     if wrong:
-        raise ValueError(f"{', '.join(wrong)}: only used with --datasets")
+        raise ValueError(f"{', '.join(f'--{name}' for name in sorted(wrong))}: {why}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -161,7 +161,8 @@ def _sweep(
     """
     _, variant = plan.read_variant(config)
     field = "data.batch_size" if flags.step == "train" else "validation.batch_size"
-    first = plan.read_job(config, variant, flags.step).batch
+    asked = plan.read_job(config, variant, flags.step)
+    first = asked.batch
     found, tried = [], []
     for batch in dict.fromkeys((first, first // 2, first * 2)):
         with config.unlocked():
@@ -175,7 +176,7 @@ def _sweep(
             "--config.model.remat.llm=full or --config.train.accumulate=2"
         )
     # The config's batch first, then meshes by how much they would move.
-    tried.sort(key=lambda each: (each[0] != first, advice.moves(variant, each[0], each[1])))
+    tried.sort(key=lambda each: (each[0] != first, advice.moves(asked, each[0], each[1])))
     for number, (batch, sizes) in enumerate(tried[: flags.tries], 1):
         mesh = ",".join(map(str, sizes))
         print(f"{number}/{min(len(tried), flags.tries)}: mesh {mesh}, batch {batch}", flush=True)

@@ -30,6 +30,7 @@ Example = Mapping[str, np.ndarray]
 Lengths = Mapping[str, int | Sequence[int]]
 
 # What `lengths` may name: the widths of rows.
+ROUND = 64  # slots, of whose multiples rows of several samples are
 ROW_LENGTHS = ("images", "qformer_tokens", "slots", "targets")
 
 
@@ -199,6 +200,11 @@ def deal(sizes: Sequence[Sequence[int]], rows: int) -> np.ndarray:
         held[row].append(sample)
         taken[row] = [a + b for a, b in zip(taken[row], sizes[sample], strict=True)]
     return np.array(held)
+
+
+def round_up(length: int) -> int:
+    """The width of rows of several samples whose longest takes `length` slots or targets."""
+    return -(-length // ROUND) * ROUND
 
 
 def bucket(length: int, buckets: int | Sequence[int] | None, name: str) -> int:

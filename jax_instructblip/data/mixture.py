@@ -20,7 +20,7 @@ import grain
 import numpy as np
 
 from jax_instructblip.data import images, templates
-from jax_instructblip.data.batch import bucket, collate, deal
+from jax_instructblip.data.batch import bucket, collate, deal, round_up
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.spec import IGNORE, Batch
 from jax_instructblip.data.text import TextProcessor
@@ -28,7 +28,6 @@ from jax_instructblip.data.text import TextProcessor
 ATTEMPTS = 100  # replacements tried for one sample before the run stops
 FITTING = 20  # replacements passed over for their length before one is cut
 WARNINGS = 10  # replaced samples that are named one by one
-ROUND = 64  # slots, of whose multiples rows of several samples are
 
 # Weight of a source of n records: the paper's, and the two it was compared with.
 SAMPLING: dict[str, Callable[[int], float]] = {
@@ -180,7 +179,7 @@ class TrainBatches:
 
         With one sample a row, texts are padded to the smallest of `buckets` that holds the longest
         one of the *global* batch, or else to the text's limit. Rows of several are as wide as the
-        widest of the batch, rounded up to `ROUND`. Rows with fewer images than others get black
+        widest of the batch, rounded up (`batch.round_up`). Rows with fewer images than others get black
         ones that nothing sees. `augment` crops and mirrors; without, the whole image is squashed to
         the model's size (mirrored images would spoil reading, left and right). `least_pixels`:
         `least` of `images.random_resized_crop_flip`.
@@ -250,8 +249,7 @@ class TrainBatches:
         longest = lambda name: bucket(max(s[name] for s in sizes), self.buckets[name], name)
         lengths = {"images": sums["images"], "qformer_tokens": longest("qformer_tokens")}
         if self.samples_per_row > 1:
-            round_up = lambda name: -(-sums[name] // ROUND) * ROUND
-            return lengths | {name: round_up(name) for name in ("slots", "targets")}
+            return lengths | {name: round_up(sums[name]) for name in ("slots", "targets")}
         visual = sums["images"] * self.text.variant.visual_tokens
         return lengths | {"slots": visual + longest("tokens"), "targets": longest("targets")}
 

@@ -82,7 +82,7 @@ def _kind(folder: Path) -> str | None:
     if not (place / suite.RESULTS).is_file():
         return None
     document = read_json(place / suite.RESULTS, dict)
-    kind = document.get("kind", suite.FAMILIES if "splits" in document else None)
+    kind = document.get("kind")
     return kind if kind in suite.KINDS else None
 
 

@@ -17,6 +17,7 @@ from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import prepared_folder
 from jax_instructblip.data.templates import dress
 from jax_instructblip.evaluation.metrics.metric import MetricError, listed
+from jax_instructblip.evaluation.metrics.table import RANKED
 from jax_instructblip.evaluation.protocol import Protocol
 
 VIDEO_FRAMES = 4  # of a video that is read as it was downloaded
@@ -141,6 +142,11 @@ def open_task(
     split = split or protocol.split or next(iter(dataset.files))
     records, digest, found, videos = _open(dataset, data, split, scoring)
     protocol = protocol.override(overrides or {}, llm)
+    if protocol.metric in RANKED and not (protocol.ranking or scoring):
+        raise ValueError(
+            f"{protocol.name} is scored by {protocol.metric}, which needs the scores of all "
+            "candidates: leave out --mode generate"
+        )
     if limit:
         records = Chosen(records, pick_numbers(len(records), limit))
     shared = dataset.shared_candidates and protocol.ranking
@@ -174,7 +180,8 @@ def check_choices(task: Task, records: Sequence[Record]) -> None:
         raise MetricError(
             f"{task.name} is ranked, but "
             + listed("records have no candidates (`choices`)", lacking)
-            + "; prepare them again from files that have them, or use --mode generate"
+            + "; prepare them again from files that have them"
+            + ("" if task.protocol.metric in RANKED else ", or use --mode generate")
         )
 
 

@@ -57,12 +57,13 @@ def evaluate(
     path: str = "",
     split: str = "",
 ) -> dict[str, float]:
-    """`accuracy`, by which a run chooses its best checkpoint, and what else there is to say.
+    """Scores of the model on the validation records: the headline metric first, `score` last.
 
-    Of a folder `path` that `jax-instructblip prepare` wrote, `accuracy` is the value of the
-    dataset's own metric (of captions CIDEr), with the prompt and the settings of its protocol, and
-    the other values follow by name. Of other records it is exact match of whole answers, the mean
-    over the families, with `accuracy/FAMILY`. `limit` questions are taken; 0 takes all.
+    `score` is the headline again, under a name that every run has: its best checkpoint is the one
+    of the highest. Of a folder `path` that `jax-instructblip prepare` wrote, the headline is the
+    dataset's own metric (of captions CIDEr), with the prompt and the settings of its protocol. Of
+    other records it is `accuracy`: exact match of whole answers, the mean over the families, with
+    `accuracy/FAMILY`. `limit` questions are taken; 0 takes all.
 
     On a mesh of several processes each calls it with the same records and gets the same numbers.
 
@@ -85,5 +86,5 @@ def evaluate(
     _, scores, reason = score(task, rows, questions.records)
     if scores is None:
         raise MetricError(f"{path or 'what was given'} cannot validate: {reason}")
-    main = next(iter(scores.values.values()))
-    return {**scores.values, "accuracy": main}
+    headline = next(iter(scores.values.values()))
+    return {**scores.values, "score": headline}

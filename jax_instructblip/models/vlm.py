@@ -179,7 +179,9 @@ def separate_decoder(variant: Variant, params: dict[str, Any]) -> dict[str, Any]
 
 
 def is_separate(variant: Variant, params: dict[str, Any]) -> bool:
-    """Whether `separate_decoder` made these parameters."""
+    """True where `separate_decoder` made these parameters, which takes a row of `DECODERS`."""
+    if variant.llm.kind not in DECODERS:
+        return False
     for name in DECODERS[variant.llm.kind].split("/"):
         params = params[name]
     return "0" in params

@@ -7,13 +7,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jax_instructblip.models.variants import LlamaConfig, Variant
+from jax_instructblip.models.variants import LlamaConfig
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.planning import plan
 from jax_instructblip.planning.plan import Job, Report
 from jax_instructblip.planning.topology import GIB, Chip, Topology
+from jax_instructblip.training.state import partition
 
 SPARE = 0.02  # share of a chip's memory that a change must leave free to be proposed: an estimate
 
@@ -180,18 +181,22 @@ def remarks(job: Job, mesh: Mesh) -> list[str]:
     return rules.remarks(param_shapes(job.variant), mesh)
 
 
-def moves(variant: Variant, batch: int, sizes: tuple[int, int, int]) -> float:
+def moves(job: Job, batch: int, sizes: tuple[int, int, int]) -> float:
     """Bytes that each device would receive in a step by rule of thumb, to sort meshes by.
 
     fsdp     every weight of bfloat16 twice, forward and backward
     tensor   four sums of the width of each token and layer, forward and backward
-    both     the gradients of what is trained, once
+    data     the float32 gradients of what is trained, summed over data and fsdp (in training)
     """
     data, fsdp, tensor = sizes
-    weights = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(variant)))
+    shapes, variant = param_shapes(job.variant), job.variant
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    weights = count(shapes)
+    trained = count(partition(shapes, job.trainable)[0]) if job.step == "train" else 0
     llm, tokens = variant.llm, variant.visual_tokens + 256
     layers = llm.layers if isinstance(llm, LlamaConfig) else llm.encoder_layers + llm.decoder_layers
     rows = batch / (data * fsdp)
     fetched = 2 * 2 * weights / tensor * (fsdp - 1) / fsdp
     summed = 8 * 2 * rows * tokens * layers * llm.width * (tensor - 1) / tensor
-    return fetched + summed
+    gradients = 2 * 4 * trained / tensor * (data * fsdp - 1) / (data * fsdp)
+    return fetched + summed + gradients

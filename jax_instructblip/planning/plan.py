@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from jax_instructblip.data import spec
+from jax_instructblip.data.batch import round_up
 from jax_instructblip.inference import decode
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.loading import read_source
@@ -58,6 +59,7 @@ class Job:
       batch: samples, on all devices together.
       samples_per_row: of which so many share a row.
       lengths: tokens of a sample: `qformer_tokens`, `tokens` and, in training, `targets`.
+      skip_non_finite: steps without a finite loss change nothing, so the old state stays alive.
       new_tokens: of an answer ("decode").
     """
 
@@ -74,6 +76,7 @@ class Job:
     schedule: optax.Schedule
     clip_norm: float | None
     accumulate: int
+    skip_non_finite: bool
     new_tokens: int
 
     def with_remat(self, **towers: str) -> "Job":
@@ -125,8 +128,17 @@ class Report:
 
 
 def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
-    """The job of a config (configs/common.py) for a model of that variant."""
+    """The job of a config (configs/common.py) for a model of that variant.
+
+    Raises:
+        ValueError: a field is wrong, or its program is another one than what is compiled here.
+    """
     check_config(config)
+    if config.parallel.mode != "jit":
+        raise ValueError(
+            f"config.parallel.mode is {config.parallel.mode}: plans are of the program that jit "
+            "compiles for a mesh; under pmap each device holds all weights and moments"
+        )
     optimizer, schedule = setup.read_optimizer(config)
     train = step == "train"
     limits = config.text
@@ -150,6 +162,7 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
         schedule=schedule,
         clip_norm=config.optimizer.clip_norm or None,
         accumulate=config.train.accumulate,
+        skip_non_finite=config.train.non_finite == "skip",
         new_tokens=config.validation.max_new_tokens,
     )
 
@@ -315,13 +328,14 @@ def _place(tree: Any, mesh: Mesh) -> Any:
 def _batch(job: Job, rows: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch as `data/spec.py` lists it, all samples as long as they can be."""
     shared = job.samples_per_row
-    answer = shared * job.lengths.get("targets", 0)
+    row_length = round_up if shared > 1 else lambda length: length  # as `TrainBatches` pads rows
+    answer = row_length(shared * job.lengths.get("targets", 0))
     sizes = {
         "G": job.batch // shared,
         "J": shared,
         "I": shared,
         "L": job.lengths["qformer_tokens"],
-        "X": shared * (job.variant.visual_tokens + job.lengths["tokens"]),
+        "X": row_length(shared * (job.variant.visual_tokens + job.lengths["tokens"])),
         "A": answer,
         "U": answer,
     }
@@ -350,6 +364,7 @@ def job_function(job: Job, mesh: Mesh, arguments: tuple[Any, ...]) -> Any:
         schedule=job.schedule,
         clip_norm=job.clip_norm,
         accumulate=job.accumulate,
+        skip_non_finite=job.skip_non_finite,
     )
 
 

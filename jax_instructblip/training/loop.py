@@ -118,7 +118,9 @@ def _run(
         skip_non_finite=config.train.non_finite == "skip",
     )
     peak = profiling.peak_flops(config.train.peak_flops)
-    utilisation = profiling.Utilisation(objective, peak)
+    # Its model keeps all that the backward pass takes: recomputation is no work that was asked for.
+    plain = LanguageObjective(VisionLanguageModel(start.variant, dtype))
+    utilisation = profiling.Utilisation(plain, peak)
     tuning = _Run(config, workdir, start, batches, step, validation, utilisation)
     del start  # its trainable weights have been copied
     # Under pmap every device runs a program of its own, which knows of no mesh.
@@ -157,6 +159,7 @@ class _Run:
             "steps": config.train.profile_steps,
         }
         self.steps, self.log_every = config.train.steps, config.train.log_every
+        self.batch_size = config.data.batch_size
         self.save_every, self.hang_limit = config.checkpoints.every, config.train.hang_limit
         self.checkpoints = Checkpoints(
             self.workdir / "checkpoints",
@@ -234,7 +237,7 @@ class _Run:
         if self.writer.damaged:
             lost = f"{self.writer.damaged} damaged lines of {self.workdir / metrics.FILE}"
             _say(f"{lost} are set aside in {metrics.DAMAGED}")
-        self.window = Window(self.utilisation)
+        self.window = Window(self.batch_size, self.utilisation)
         self.trace = profiling.Trace(
             self.profile["folder"], first=self.first, steps=self.profile["steps"]
         )
@@ -249,7 +252,7 @@ class _Run:
                 self._loop(loader.load(self.batches, sharding, start=self.first, **reading))
             self.checkpoints.wait()
         finally:
-            self.trace.close()
+            _say(*filter(None, [self.trace.close()]))
             self.watchdog.close()
             self.stop_order.close()
             self.checkpoints.close(wait=not isinstance(sys.exc_info()[1], KeyboardInterrupt))
@@ -314,9 +317,10 @@ class _Run:
         self.window.skip(time.monotonic() - began)
         self.writer.write(number, {f"validation/{name}": value for name, value in scores.items()})
         when = f"step {number}" if number else "before tuning"
-        _say(f"validation, {when}: accuracy {scores['accuracy']:.1%}")
+        headline, value = next(iter(scores.items()))
+        _say(f"validation, {when}: {headline} {100 * value:.1f}")
         if number:
-            self.checkpoints.record_score(number, scores["accuracy"])
+            self.checkpoints.record_score(number, scores["score"])
 
     def save(self, number: int) -> None:
         """Starts saving the state after that step."""

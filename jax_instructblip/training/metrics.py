@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
@@ -113,9 +112,12 @@ def _has_numbers(line: dict[str, Any]) -> bool:
 class Window:
     """The numbers of the steps since the last line of metrics."""
 
-    def __init__(self, utilisation: Utilisation | None = None):
-        """With `utilisation` the use of the machine's peak is among the numbers."""
-        self._utilisation = utilisation
+    def __init__(self, batch_size: int, utilisation: Utilisation | None = None):
+        """Of steps of `batch_size` samples on all devices together.
+
+        With `utilisation` the use of the machine's peak is among the numbers.
+        """
+        self._batch_size, self._utilisation = batch_size, utilisation
         self.restart()
 
     def skip(self, seconds: float) -> None:
@@ -138,7 +140,6 @@ class Window:
         self._steps: list[dict[str, float]] = []
         self._skipped = 0.0
         self._flops = 0
-        self._samples = 0
         self._counts = {name: 0.0 for name in ("replaced", *TRUNCATED)}
         self._text = np.zeros(2, np.int64)
 
@@ -147,7 +148,6 @@ class Window:
         self._flops += flops
         self._steps.append(values)
         self._skipped += values.get("skipped", 0.0)
-        self._samples += len(counts["replaced"])
         self._counts["replaced"] += float((counts["replaced"] > 0).sum())
         self._text += counts["text"]
         for name, count in zip(TRUNCATED, counts["truncated"].sum(axis=0), strict=True):
@@ -172,7 +172,7 @@ class Window:
         if "skipped" in values:
             values["skipped"] = self._skipped
         values["steps_per_second"] = len(self._steps) / seconds
-        values["samples_per_second"] = self._samples * jax.process_count() / seconds
+        values["samples_per_second"] = values["steps_per_second"] * self._batch_size
         values["tokens_per_second"] = sum(each.get("tokens", 0.0) for each in self._steps) / seconds
         values |= {f"{what}_share": spent / seconds for what, spent in self._spent.items()}
         values["device_share"] = 1 - sum(self._spent.values()) / seconds

@@ -94,25 +94,31 @@ class Trace:
     def __init__(self, folder: Path, *, first: int, steps: int):
         """Of `steps` steps (0: none), a few after step `first`, when nothing is compiled."""
         self._folder, self._begin = folder, first + WARM_UP + 1
-        self._end, self._going = self._begin + steps, False
+        self._end, self._step = self._begin + steps, first
+        self._awaited, self._going = steps > 0, False
 
     def before(self, step: int, state: Any) -> str:
         """To be called before each step with the state so far; a sentence when one is written."""
-        if step == self._begin < self._end:
+        if step == self._begin and self._awaited:
             jax.block_until_ready(state)
             jax.profiler.start_trace(str(self._folder))
             self._going = True
         if step == self._end:
             return self.close(state)
+        self._step = step
         return ""
 
     def close(self, state: Any = None) -> str:
-        """Ends a trace that goes on, when the device has done what it was told."""
-        if not self._going:
+        """Ends the trace when the device has done what it was told; a sentence, the first time."""
+        if not self._awaited:
             return ""
+        self._awaited = False
+        if not self._going:
+            return (
+                f"no trace: the run ended with step {self._step}, a trace begins with step "
+                f"{self._begin}, when everything is compiled"
+            )
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
         self._going = False
-        return (
-            f"trace of steps {self._begin} to {self._end - 1}: tensorboard --logdir {self._folder}"
-        )
+        return f"trace of steps {self._begin} to {self._step}: tensorboard --logdir {self._folder}"

@@ -9,7 +9,7 @@ from jax_instructblip.inference.loading import resolve_checkpoint
 from jax_instructblip.training.checkpoints import Checkpoints
 from jax_instructblip.training.metrics import FILE, read_metrics
 
-METRIC = "validation/accuracy"
+METRIC = "validation/score"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

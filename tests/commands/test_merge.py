@@ -67,7 +67,7 @@ def test_the_step_asked_for_is_written(base, tmp_path, capsys, verb):
     for step, flags in ((4, []), (2, ["--step", "2"]), (2, ["--best"])):
         out = tmp_path / "-".join(["out", *flags])
         assert main([verb, str(run), "--out", str(out), *flags]) == 0
-        assert f"step {step} of {run} (validation/accuracy " in capsys.readouterr().out
+        assert f"step {step} of {run} (validation/score " in capsys.readouterr().out
         np.testing.assert_array_equal(queries(out), start + np.float32(step))
     assert main([verb, str(run / "checkpoints" / "2"), "--out", str(tmp_path / "by_folder")]) == 0
     np.testing.assert_array_equal(queries(tmp_path / "by_folder"), start + np.float32(2))

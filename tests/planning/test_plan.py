@@ -163,5 +163,14 @@ def test_the_best_where_no_speed_is_known():
 
 
 def test_meshes_that_move_less_come_first():
-    moves = lambda *sizes: advice.moves(get_variant("instructblip-vicuna-7b"), 128, sizes)
-    assert moves(16, 1, 1) == 0 < moves(1, 16, 1) and moves(1, 8, 2) < moves(1, 16, 1)
+    config = common.get_config()
+    train, decode = (
+        plan.read_job(config, get_variant("instructblip-vicuna-7b"), step)
+        for step in ("train", "decode")
+    )
+    moves = lambda *sizes: advice.moves(train, 128, sizes)
+    assert 0 < moves(16, 1, 1) < moves(1, 16, 1) and moves(1, 8, 2) < moves(1, 16, 1)
+    # A mesh of whole weights sums gradients alone, which answering has none of.
+    qformer = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(train.variant)["qformer"]))
+    assert moves(16, 1, 1) == 2 * 4 * qformer * 15 / 16
+    assert advice.moves(decode, 128, (16, 1, 1)) == 0

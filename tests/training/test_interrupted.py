@@ -28,7 +28,7 @@ def test_an_error_while_answering_loses_no_step(files, tmp_path, capsys):
         asked.append(len(asked))
         if asked[-1] in fails:
             raise RuntimeError("out of memory")
-        return {"accuracy": asked[-1] / 10}
+        return {"accuracy": asked[-1] / 10, "score": asked[-1] / 10}
 
     fields = {"validation.path": str(files[1]), "validation.every": 2, "validation.first": False}
     config = make_config(files, tmp_path / "run", **fields, **{"checkpoints.every": 4})
@@ -63,7 +63,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(files, tmp_path, capfd, monkeypatch):
     fields |= {"validation.every": 3, "validation.first": False}
     config = make_config(files, tmp_path / "run", **fields)
     answers = []
-    evaluate = lambda **_: answers.append(0) or {"accuracy": 0.5}
+    evaluate = lambda **_: answers.append(0) or {"accuracy": 0.5, "score": 0.5}
     monkeypatch.setattr(loop._Run, "record", press)
     workdir = run(config, evaluate=evaluate)
     assert os.listdir(workdir / "checkpoints") == ["3"] and not answers

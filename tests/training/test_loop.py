@@ -223,7 +223,7 @@ def _only_extras(folder, names):
     return [name for name in names if name in ("params", "manifest.json")]
 
 
-def test_validation_chooses_the_best_checkpoint(files, tmp_path):
+def test_validation_chooses_the_best_checkpoint(files, tmp_path, capsys):
     scores = iter([0.1, 0.3, 0.9, 0.2, 0.4])
     seen = []
 
@@ -231,19 +231,18 @@ def test_validation_chooses_the_best_checkpoint(files, tmp_path):
         *, model, params, text, records, mesh, limit, batch_size, max_new_tokens, path, split
     ):
         seen.append((sorted(params), len(records), limit, batch_size, max_new_tokens))
-        return {"accuracy": next(scores), "accuracy/color": 0.5}
+        return {"cider": 0.5, "score": next(scores), "color": 0.5}
 
     fields = {"validation.path": str(files[1]), "validation.every": 1, "validation.limit": 7}
     fields |= {"checkpoints.keep": 1, "validation.max_new_tokens": 5}
     workdir = run(make_config(files, tmp_path / "run", **fields), evaluate=evaluate)
     assert seen == [(["llm", "qformer", "vision"], 12, 7, 64, 5)] * 5
-    lines = {
-        line["step"]: line["validation/accuracy"]
-        for line in read_metrics(workdir)
-        if "validation/accuracy" in line
-    }
+    measured = [line for line in read_metrics(workdir) if "validation/score" in line]
+    assert {line["validation/cider"] for line in measured} == {0.5}
+    lines = {line["step"]: line["validation/score"] for line in measured}
     assert lines == {0: 0.1, 1: 0.3, 2: 0.9, 3: 0.2, 4: 0.4}
     assert sorted(os.listdir(workdir / "checkpoints")) == ["2", "4"]
+    assert capsys.readouterr().err.count("validation, step 2: cider 50.0") == 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path, monkeypatch):
@@ -278,8 +277,17 @@ def test_spoilt_steps_are_skipped_and_written_down_until_they_are_too_many(
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
+def test_what_is_computed_again_is_no_use_of_the_peak(files, tmp_path):
+    done = []
+    for remat in ("none", "full"):
+        fields = {"model.remat.llm": remat, "train.steps": 1, "train.peak_flops": 1e12}
+        (line,) = read_metrics(run(make_config(files, tmp_path / remat, **fields)))
+        done.append(line["model_tflops_per_second"] / line["steps_per_second"])
+    assert done[0] == pytest.approx(done[1], rel=1e-9)
+
+
 def test_time_is_split_and_starts_anew():
-    window = Window()
+    window = Window(2)
     counts = {"replaced": np.zeros(2), "truncated": np.zeros((2, 3)), "text": np.array([1, 2])}
     for spent in (0.1, 0.0):
         with window.timed("data"):
@@ -292,7 +300,7 @@ def test_time_is_split_and_starts_anew():
 
 
 def test_what_was_cut_or_replaced_is_counted():
-    window = Window()
+    window = Window(2)
     for replaced in ([0, 3], [0, 0]):
         counts = {"replaced": np.array(replaced), "truncated": np.array([[1, 0, 1], [1, 0, 0]])}
         window.add({"loss": 1.0}, counts | {"text": np.array([3, 8])})

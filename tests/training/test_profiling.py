@@ -67,7 +67,7 @@ def test_nothing_is_counted_against_an_unknown_peak():
 
 def test_rates_are_of_all_steps_since_the_last_line():
     use = profiling.Utilisation(objective(micro("t5")), 1e9)
-    window = Window(use)
+    window = Window(24, use)
     counts = {"replaced": np.zeros(4), "truncated": np.zeros((4, 3)), "text": np.array([1, 2])}
     window.skip(-10.0)  # as if it had begun ten seconds ago
     for _ in range(2):
@@ -76,6 +76,8 @@ def test_rates_are_of_all_steps_since_the_last_line():
     expected = 2 / 10 / jax.device_count()
     assert values["model_flops_utilisation"] == pytest.approx(expected, rel=0.05)
     assert values["tokens_per_second"] == pytest.approx(6, rel=0.05)
+    # Of the whole batch, however many processes hold the same four rows of it.
+    assert values["samples_per_second"] == pytest.approx(4.8, rel=0.05)
     assert values["device_share"] == 1.0
 
 
@@ -105,7 +107,15 @@ def test_a_trace_of_some_steps_after_the_first_ones(tmp_path):
 def test_a_trace_that_a_run_ends_within_is_written(tmp_path):
     trace = profiling.Trace(tmp_path, first=0, steps=9)
     assert not trace.before(4, None)
-    assert trace.close() and list(tmp_path.rglob("*.xplane.pb"))
+    assert trace.close().startswith("trace of steps 4 to 4:")
+    assert list(tmp_path.rglob("*.xplane.pb")) and trace.close() == ""
+
+
+def test_a_run_too_short_for_a_trace_says_so(tmp_path):
+    trace = profiling.Trace(tmp_path, first=4, steps=5)
+    assert not any(trace.before(number, None) for number in (5, 6))
+    assert trace.close().startswith("no trace: the run ended with step 6, a trace begins with step")
+    assert trace.close() == "" and not list(tmp_path.iterdir())
 
 
 def test_no_trace_unless_asked_for(tmp_path):

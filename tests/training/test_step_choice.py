@@ -28,12 +28,12 @@ def test_the_newest_a_step_or_the_best(run):
     assert chosen()[0] == folder / "checkpoints" / "8"
     assert chosen(step=2) == (
         folder / "checkpoints" / "2",
-        f"step 2 of {folder} (validation/accuracy 0.5000)",
+        f"step 2 of {folder} (validation/score 0.5000)",
     )
     # Step 0 is the untouched model; of equals the later one.
     assert chosen(best=True) == (
         folder / "checkpoints" / "6",
-        f"step 6 of {folder} (validation/accuracy 0.9000)",
+        f"step 6 of {folder} (validation/score 0.9000)",
     )
 
 
@@ -53,9 +53,7 @@ def test_what_cannot_be_chosen_says_what_can(run, tmp_path):
     folder = run({2: 0.5, 4: 0.9, 6: float("nan")}, [2, 6])
     with pytest.raises(ValueError, match=r"no checkpoint of step 3; it has those of step 2 \(0.5"):
         choose_step(folder, step=3)
-    with pytest.raises(
-        ValueError, match=r"is 4 \(validation/accuracy 0.9000\), but its check"
-    ) as e:
+    with pytest.raises(ValueError, match=r"is 4 \(validation/score 0.9000\), but its check") as e:
         choose_step(folder, best=True)
     assert "is gone; there are those of step 2 (0.5000), step 6: choose one" in str(e.value)
     with pytest.raises(ValueError, match="choose one of the two"):

@@ -25,6 +25,8 @@ from jax_instructblip.evaluation.metrics.vqa_scores import (
     score_vqa,
 )
 
+RANKED = ("auroc", "mrr")  # of the scores of all candidates, which a generated answer has not
+
 METRICS: dict[str, Metric] = {
     "accuracy": score_accuracy,
     "auroc": score_auroc,

@@ -11,7 +11,7 @@ from jax_instructblip.evaluation.reports import page
 # Title of a panel, its unit, what is drawn in it.
 PANELS = (
     ("loss", "nats a token", ("loss",)),
-    ("validation", "share", ("validation/accuracy", "validation/score")),
+    ("validation score", "share", ("validation/score",)),
     ("learning rate", "", ("learning_rate",)),
     ("norms", "", ("gradient_norm", "parameter_norm")),
     ("speed", "a second", ("samples_per_second", "tokens_per_second")),
@@ -32,7 +32,7 @@ def picture(metrics: Sequence[Mapping[str, float]]) -> str:
     ]
     rows = -(-len(shown) // COLUMNS)
     figure = matplotlib.figure.Figure(figsize=(10, 2.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    axes = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
     for axis, (title, unit, names) in zip(axes, shown, strict=False):
         for name in names:
             points = [(line["step"], line[name]) for line in metrics if name in line]
@@ -47,7 +47,7 @@ def picture(metrics: Sequence[Mapping[str, float]]) -> str:
             axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    for axis in list(axes):
+    for axis in axes[len(shown) :]:
         axis.remove()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)

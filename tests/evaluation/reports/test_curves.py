@@ -3,6 +3,7 @@ import io
 import re
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from jax_instructblip.evaluation.reports import curves
@@ -23,13 +24,26 @@ def test_a_panel_for_each_kind_of_number(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "<h1>Training of &lt;runs/a&gt;</h1>" in page
     few = pixels(page)
-    scored = [*LINES, {"step": 5, "validation/accuracy": 0.5}]
+    scored = [*LINES, {"step": 5, "validation/score": 0.5}]
     many = pixels(curves.picture([line | {"gradient_norm": 1.0} for line in scored]))
     assert many.shape[0] > 1.3 * few.shape[0]  # 3 panels take two rows, 5 take three
     flat = pixels(curves.picture([line | {"loss": 3.0} for line in LINES]))
     assert flat.shape == few.shape and (flat != few).any()
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_there_is_no_panel_without_numbers(count, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        curves.matplotlib.figure.Figure,
+        "savefig",
+        lambda figure, file, **_: drawn.append([axis.get_title() for axis in figure.axes]),
+    )
+    names = ["step", "loss", "learning_rate", "samples_per_second"][: count + 1]
+    curves.picture([{name: line[name] for name in names} for line in LINES])
+    assert drawn == [["loss", "learning rate", "speed"][:count]]
+
+
 def test_a_run_without_steps_has_no_page(tmp_path):
-    curves.write(tmp_path / "report.html", "x", [{"step": 0, "validation/accuracy": 0.1}])
+    curves.write(tmp_path / "report.html", "x", [{"step": 0, "validation/score": 0.1}])
     assert not (tmp_path / "report.html").exists()

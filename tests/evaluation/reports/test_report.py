@@ -154,10 +154,10 @@ def families_page(path, count, metrics=(), image=None):
 
 def test_families_stand_beside_their_baselines_under_the_curves(tmp_path):
     metrics = [
-        {"step": 0, "validation/accuracy": 0.1},
+        {"step": 0, "validation/score": 0.1},
         {"step": 1, "loss": 3.0},
         {"step": 2, "loss": 1.0},
-        {"step": 2, "validation/accuracy": 0.5},
+        {"step": 2, "validation/score": 0.5},
     ]
     page = families_page(tmp_path / "report.html", 3, metrics)
     text = " ".join(page.words)
