@@ -107,3 +107,10 @@ def free_bytes(folder: str | os.PathLike) -> int:
     """Bytes that are free where this folder is or would be made."""
     place = Path(folder).absolute()
     return shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+
+
+def check_room(path: str | os.PathLike, needed: int) -> None:
+    """Raises an OSError where the disk of `path` has less room than that many bytes."""
+    free = free_bytes(path)
+    if free < needed:
+        raise OSError(f"{path} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there")

@@ -221,3 +221,12 @@ def _is_finite(value: float) -> bool:
 def _show(value: Any) -> str:
     shown = repr(value.item() if isinstance(value, np.generic) else value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings under dotted names: `{"text.prompt_limit": 128, ...}`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        nested = isinstance(value, Mapping)
+        flat |= dotted(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat

@@ -82,7 +82,7 @@ for _ in {1..100}; do sleep 0.1; [[ -e fail ]] && exit 3; done
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A folder to run in, and an environment whose `srun` is that run and whose Slurm takes notes."""
+    """A folder, and an environment whose `srun` is that run and whose Slurm takes notes."""
     programs = {"srun": RUN, "scontrol": 'echo "asked to $*"'}
     for name, text in programs.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}")

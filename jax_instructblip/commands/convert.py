@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from jax_instructblip import checkpoint
-from jax_instructblip.atomic import free_bytes, refuse_existing
+from jax_instructblip.atomic import check_room, refuse_existing
 from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.convert import hf_folder
 from jax_instructblip.convert.engine import is_finite
@@ -29,11 +29,7 @@ def main(argv: list[str]) -> int:
     refuse_existing(args.out)
     variant, source, leaves = hf_folder.convert_hf(args.folder, args.variant)
     unread = _tokenizer_problem(args.folder, variant)
-    free = free_bytes(args.out)
-    if free < leaves.nbytes:
-        raise OSError(
-            f"{args.out} needs {leaves.nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there"
-        )
+    check_room(args.out, leaves.nbytes)
     absent, spoilt = [], []
 
     def add(folder: Path) -> None:

@@ -32,7 +32,7 @@ from jax_instructblip.evaluation.protocol import BENCHMARKS, HELD_OUT, get_bench
 from jax_instructblip.evaluation.task import Task, open_task
 from jax_instructblip.files import read_json, read_lines
 from jax_instructblip.inference.generation_config import GenerationConfig, add_flags
-from jax_instructblip.inference.loading import read_source, weights_digest
+from jax_instructblip.inference.loading import DTYPES, read_source, weights_digest
 from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
 from jax_instructblip.parallel import cluster
 from jax_instructblip.training.initial import read_start
@@ -285,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--length_normalise", action="store_true", default=None, help="of a ranking: mean, not sum")
     group = parser.add_argument_group("where the model lies")
     add = group.add_argument
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(bfloat16, on a CPU float32)")
+    add("--dtype", choices=DTYPES, help="(bfloat16, on a CPU float32)")
     add("--fsdp", type=int, default=1, help="devices that weights are split over (1)")
     add("--tensor", type=int, default=1, help="devices that share every question (1)")
     cluster.add_flags(parser)

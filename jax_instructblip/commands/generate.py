@@ -18,7 +18,7 @@ from jax_instructblip.inference.generation_config import (
     add_flags,
     read_flags,
 )
-from jax_instructblip.inference.loading import resolve_checkpoint
+from jax_instructblip.inference.loading import DTYPES, resolve_checkpoint
 from jax_instructblip.inference.pipeline import BATCH_SIZE, InstructBlipPipeline, load
 
 
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(parser, *names)
     add(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="of weights and computing (default: bfloat16, on a CPU float32)",
     )
     add("--batch_size", type=int, default=BATCH_SIZE, help="asked at once (default: %(default)s)")

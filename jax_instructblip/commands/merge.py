@@ -8,7 +8,7 @@ import jax
 
 from jax_instructblip.atomic import refuse_existing
 from jax_instructblip.commands.flags import check_flags
-from jax_instructblip.convert.stored_model import write_checkpoint
+from jax_instructblip.convert.stored_model import TOKENIZERS, write_checkpoint
 from jax_instructblip.inference.loading import read_source, stored_model
 from jax_instructblip.progress import count_bytes
 from jax_instructblip.training.step_choice import add_flags, choose_step
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     with count_bytes(model.nbytes, "merging") as count:
         write_checkpoint(model, args.out, progress=count)
     print(f"{args.out}: {chosen or folder} over {source.folder}, {model.nbytes / 1e9:.2f} GB")
-    absent = [name for name in ("tokenizer", "qformer_tokenizer") if not (args.out / name).is_dir()]
+    absent = [name for name in TOKENIZERS if not (args.out / name).is_dir()]
     for name in absent:
         print(f"warning: no {name} in {source.folder}: it cannot answer", file=sys.stderr)
     return 0

@@ -15,7 +15,7 @@ from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.commands.generate import check_images
 from jax_instructblip.files import json_line, read_lines
 from jax_instructblip.inference.batching import pair
-from jax_instructblip.inference.loading import resolve_checkpoint
+from jax_instructblip.inference.loading import DTYPES, resolve_checkpoint
 from jax_instructblip.inference.pipeline import BATCH_SIZE, load
 from jax_instructblip.inference.ranking import check_candidates
 
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="of weights and computing (default: bfloat16, on a CPU float32)",
     )
     add("--batch_size", type=int, default=BATCH_SIZE, help="ranked at once (default: %(default)s)")

@@ -15,7 +15,7 @@ from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.data.images import decode
 from jax_instructblip.evaluation import published
 from jax_instructblip.evaluation.published import Entry, Image
-from jax_instructblip.inference.loading import read_source
+from jax_instructblip.inference.loading import DTYPES, read_source
 from jax_instructblip.inference.pipeline import load
 from jax_instructblip.models.variants import released_name
 
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="which of the models in the facts it is (default: by its sizes)")
     add(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="of weights and computing (default: bfloat16, on a CPU float32)",
     )
     return parser

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_instructblip import fields
-from jax_instructblip.atomic import atomic_folder, refuse_existing
+from jax_instructblip.atomic import atomic_folder, check_room, refuse_existing
 from jax_instructblip.convert import hf_folder, transforms
 from jax_instructblip.convert.engine import Drop, Entry, Rule, Zeros
 from jax_instructblip.convert.families import Family, family_of
@@ -27,7 +27,6 @@ from jax_instructblip.convert.safetensors import Writer
 from jax_instructblip.convert.stored_model import (
     TOKENIZERS,
     StoredModel,
-    check_room,
     read_stored_model,
 )
 from jax_instructblip.fields import whole

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jax_instructblip import checkpoint
-from jax_instructblip.atomic import free_bytes
+from jax_instructblip.atomic import check_room
 from jax_instructblip.convert.hf_config import TOKENIZER_FILES
 from jax_instructblip.models.variants import Variant
 
@@ -136,10 +136,3 @@ def copy_tokenizers(folder: Path, out: Path) -> list[str]:
         for path in paths:
             shutil.copyfile(path, out / name / path.name)
     return absent
-
-
-def check_room(out: Path, needed: int) -> None:
-    """Raises OSError where the disk of `out` has less room than that many bytes."""
-    free = free_bytes(out)
-    if free < needed:
-        raise OSError(f"{out} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there")

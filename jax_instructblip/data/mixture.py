@@ -179,7 +179,7 @@ class TrainBatches:
 
         With one sample a row, texts are padded to the smallest of `buckets` that holds the longest
         one of the *global* batch, or else to the text's limit. Rows of several are as wide as the
-        widest of the batch, rounded up (`batch.round_up`). Rows with fewer images than others get black
+        widest of the batch, rounded up (`round_up`). Rows with fewer images than others get black
         ones that nothing sees. `augment` crops and mirrors; without, the whole image is squashed to
         the model's size (mirrored images would spoil reading, left and right). `least_pixels`:
         `least` of `images.random_resized_crop_flip`.

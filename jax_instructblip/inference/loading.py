@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_instructblip import checkpoint
-from jax_instructblip.checkpoint.step_meta import check_manifest, read_meta
+from jax_instructblip.checkpoint.step_meta import META, check_manifest, read_meta
 from jax_instructblip.convert.hf_folder import convert_hf
 from jax_instructblip.convert.stored_model import StoredModel, read_stored_model, tuned
 from jax_instructblip.files import local_path, read_json
@@ -112,7 +112,7 @@ def read_source(path: str | os.PathLike) -> Source:
         CheckpointError: a run's base is no longer the one that was tuned.
     """
     folder = resolve_checkpoint(path)
-    if (folder / "meta.json").is_file():  # one step of a run, chosen by its folder
+    if (folder / META).is_file():  # one step of a run, chosen by its folder
         return _run_source(folder)
     if (folder / "checkpoints").is_dir():
         return _run_source(_latest_step(folder / "checkpoints"))
@@ -253,7 +253,7 @@ def base_digest(source: Source) -> str:
 def _latest_step(folder: Path) -> Path:
     """The newest complete checkpoint of a run."""
     steps = [each for each in folder.iterdir() if each.name.isdecimal()]
-    steps = [each for each in steps if (each / "meta.json").is_file()]
+    steps = [each for each in steps if (each / META).is_file()]
     if not steps:
         raise FileNotFoundError(f"{folder} has no checkpoint yet: the run has not saved anything")
     return max(steps, key=lambda each: int(each.name))

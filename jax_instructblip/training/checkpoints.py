@@ -42,6 +42,7 @@ from jax_instructblip.checkpoint.step_meta import (
     seal,
 )
 from jax_instructblip.parallel.cluster import agree
+from jax_instructblip.parallel.rules import path_of
 from jax_instructblip.training.host_copy import copy_to_host
 from jax_instructblip.training.run_meta import Meta, compare_meta
 from jax_instructblip.training.shared_save import SharedSave
@@ -274,7 +275,9 @@ class Checkpoints:
         state = TrainState(
             rest["step"],
             checkpoint.unflatten(trainable),
-            jax.tree_util.tree_unflatten(treedef, [rest[_leaf_path(path)] for path, _ in flat]),
+            jax.tree_util.tree_unflatten(
+                treedef, [rest[_optimizer_path(path)] for path, _ in flat]
+            ),
         )
         key = jax.random.wrap_key_data(jnp.asarray(rest["rng"]), impl=jax.random.key_impl(rng))
         return state, key, found
@@ -357,7 +360,7 @@ def is_step(name: str) -> bool:
 def _leaves(state: TrainState, rng: Array) -> tuple[dict[str, Array], dict[str, Array]]:
     """What goes into each of `PARTS`, by path."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state.optimizer)
-    rest = {_leaf_path(path): leaf for path, leaf in flat}
+    rest = {_optimizer_path(path): leaf for path, leaf in flat}
     rest = {"step": state.step, "rng": jax.random.key_data(rng), **rest}
     return checkpoint.flatten(state.params), rest
 
@@ -380,9 +383,6 @@ def _read_leaves(folder: Path, like: Mapping[str, Array]) -> dict[str, Any]:
     return checkpoint.flatten(checkpoint.read_parts(folder, **share, **given))
 
 
-def _leaf_path(path: tuple[Any, ...]) -> str:
+def _optimizer_path(path: tuple[Any, ...]) -> str:
     """`optimizer/0/mu/qformer/queries`: names and positions of the optimizer's tuples and dicts."""
-    words = [
-        getattr(key, name) for key in path for name in ("key", "name", "idx") if hasattr(key, name)
-    ]
-    return "/".join(map(str, ("optimizer", *words)))
+    return f"optimizer/{path_of(path)}"

@@ -14,6 +14,7 @@ from jax_instructblip.data import mixture, templates
 from jax_instructblip.fields import (
     MOST_SECONDS,
     Field,
+    dotted,
     find_problems,
     flag,
     number,
@@ -23,11 +24,12 @@ from jax_instructblip.fields import (
     text,
     whole,
 )
+from jax_instructblip.inference.loading import DTYPES
 from jax_instructblip.models.layers import REMAT
 
 SOURCES = "data.sources"  # name -> the fields of SOURCE_FIELDS
 
-_DTYPE = one_of("float32", "bfloat16", "float16")
+_DTYPE = one_of(*DTYPES)
 _REMAT = one_of(*REMAT)
 _STEPS = whole(1, unit="steps")
 _RATE = number(0, 1)  # AdamW moves a weight by about the rate in each step
@@ -126,14 +128,20 @@ def check_config(config: ConfigDict, *, run: bool = False) -> None:
 
 
 def _unset(tree: Mapping[str, Any]) -> Iterator[str]:
-    values = dict(_flat(tree)) | {SOURCES: _sources(tree)}
+    values = _single(tree) | {SOURCES: _sources(tree)}
     for name, what in NEEDED.items():
         if values.get(name) in ("", (), [], {}):
             yield f"config.{name} is not set: {what}"
 
 
+def _single(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields under dotted names, without those of the sources."""
+    fields = dotted(tree).items()
+    return {name: value for name, value in fields if not f"{name}.".startswith(f"{SOURCES}.")}
+
+
 def _problems(tree: Mapping[str, Any]) -> Iterator[str]:
-    values = dict(_flat(tree))
+    values = _single(tree)
     for name in (name for name in FIELDS if name not in values):
         yield f"config.{name} is missing: start from common.get_config()"
     for name in sorted(values.keys() - FIELDS.keys()):
@@ -192,14 +200,3 @@ def _together(values: Mapping[str, Any]) -> Iterator[str]:
     if len(free) > 1:
         names = " and ".join(f"config.{name}" for name in free)
         yield f"{names} are -1 (all devices that the others leave), which one of them may be"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values, those of `data.sources` left out."""
-    for name, value in tree.items():
-        if f"{prefix}{name}" == SOURCES:
-            continue
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

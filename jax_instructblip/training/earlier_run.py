@@ -7,6 +7,7 @@ from typing import Any
 
 from jax_instructblip.atomic import set_aside
 from jax_instructblip.checkpoint.step_meta import META
+from jax_instructblip.fields import dotted
 from jax_instructblip.files import read_json
 from jax_instructblip.training import metrics
 from jax_instructblip.training.checkpoints import Checkpoints, is_step
@@ -81,7 +82,7 @@ def changes(workdir: Path, config: Mapping[str, Any]) -> list[str]:
     recorded = read_document(workdir).get("config")
     if not isinstance(recorded, Mapping):
         return [f"{workdir / CONFIG} is damaged: whether fields have changed cannot be told"]
-    before, now = _flat(recorded), _flat(config)
+    before, now = dotted(recorded), dotted(config)
     return [
         f"changed: config.{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
@@ -95,12 +96,3 @@ def read_document(workdir: Path) -> Mapping[str, Any]:
         return read_json(workdir / CONFIG, dict, allow_nan=True)
     except (ValueError, OSError):
         return {}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
-    return flat

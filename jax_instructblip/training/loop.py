@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from jax_instructblip.atomic import write_file
 from jax_instructblip.data import loader
 from jax_instructblip.data.mixture import TrainBatches
+from jax_instructblip.inference.loading import LIMITS
 from jax_instructblip.models.vlm import VisionLanguageModel
 from jax_instructblip.parallel import peers
 from jax_instructblip.parallel.cluster import StopOrder, Watchdog, agree
@@ -44,7 +45,6 @@ from jax_instructblip.training.step import Metrics, Step, compile_step
 from jax_instructblip.training.workdir import Workdir
 
 REPORT = "report.html"
-_TEXT_LIMITS = ("qformer_limit", "prompt_limit", "answer_limit")
 
 
 def run(
@@ -179,7 +179,7 @@ class _Run:
             "variant": start.variant.to_dict(),
             "trainable": sorted(start.trainable),
             "base": start.base,
-            "text": {name: getattr(batches.text, name) for name in _TEXT_LIMITS},
+            "text": {name: getattr(batches.text, name) for name in LIMITS},
         }
         self.document = {"kind": "run", **self.meta, "config": json.loads(config.to_json())}
 

@@ -1,9 +1,9 @@
 """`meta.json` of a run's checkpoint: which model, which parts of it, on which base."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from jax_instructblip import checkpoint
+from jax_instructblip.fields import dotted
 
 Meta = dict[str, Any]
 
@@ -11,7 +11,7 @@ Meta = dict[str, Any]
 def compare_meta(folder: str, found: Meta, wanted: Meta) -> None:
     """Raises when the checkpoint is of another model, of other parts of it, or of another base."""
     wrong = []
-    variant, expected = (_flat_fields(meta["variant"]) for meta in (found, wanted))
+    variant, expected = (dotted(meta["variant"]) for meta in (found, wanted))
     for name in sorted(variant.keys() | expected.keys()):
         if variant.get(name) != expected.get(name):
             wrong.append(
@@ -31,13 +31,3 @@ def compare_meta(folder: str, found: Meta, wanted: Meta) -> None:
                 [f"{folder} does not continue this run; choose another workdir, or undo:", *wrong]
             )
         )
-
-
-def _flat_fields(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat_fields(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -37,6 +37,16 @@ def test_a_place_that_cannot_be_written_is_refused_before_weights_are_read(files
     [
         (["--mode", "rank"], "--mode: only used with --datasets"),
         (["--prompt", "x", "--tensor", "2"], "--prompt, --tensor: only used with --datasets"),
+        (
+            ["--compare", "a", "b"],
+            "--checkpoint, --data, --out: not used with --compare, which takes no other flag",
+        ),
+        (["--list"], "--checkpoint, --data, --out: not used with --list"),
+        (
+            ["--datasets", "gqa", "--predictions", "x", "--num_beams", "2", "--dtype", "float32"],
+            "--checkpoint, --dtype, --num_beams: not used with --predictions: nothing is answered",
+        ),
+        (["--datasets", "gqa", "--no_baselines"], "--no_baselines: only used without --datasets"),
         (["--num_beams", "0"], "num_beams is 0, expected at least 1"),
         (["--length_penalty", "nan"], "length_penalty is nan"),
     ],

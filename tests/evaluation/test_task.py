@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -31,6 +32,19 @@ def test_a_prepared_folder_and_the_files_it_was_made_of_are_asked_alike(raw, tmp
         assert task.prompt(light[0]) == "Question: What kind of furniture is brown? Short answer:"
         assert light == [tasks[0].light(number) for number in range(len(light))]
         assert task.settings["num_beams"] == 5 and task.split == "testdev"
+
+
+def test_what_is_scored_by_ranks_is_not_generated(tmp_path):
+    write_all(tmp_path, ["visual_dialog", "hateful_memes"])
+    generated = {"ranking": False}
+    for name, metric in (("visual_dialog", "mrr"), ("hateful_memes", "auroc")):
+        with pytest.raises(ValueError, match=f"{name} is scored by {metric}, .*--mode generate"):
+            open_task(BENCHMARKS[name], tmp_path, "t5", overrides=generated)
+        assert open_task(BENCHMARKS[name], tmp_path, "t5").protocol.ranking
+    bare = make_task("visual_dialog", [dataclasses.replace(record(0), choices=())])
+    with pytest.raises(MetricError, match="have no candidates") as error:
+        check_choices(bare, bare.records)
+    assert "generate" not in str(error.value)
 
 
 def test_some_are_always_the_same(raw):

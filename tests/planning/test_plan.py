@@ -6,7 +6,9 @@ import jax
 import pytest
 
 from configs import common, paper_vicuna_7b
+from jax_instructblip.data.batch import round_up
 from jax_instructblip.models.variants import VARIANTS, get_variant
+from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.planning import advice, plan
 from jax_instructblip.planning.topology import CHIPS, Topology
@@ -69,6 +71,26 @@ def test_a_batch_that_does_not_divide():
     job = dataclasses.replace(job_of(micro("llama")), batch=9, accumulate=2)
     with pytest.raises(ValueError, match="batch of 9 .* in 2 parts .* multiple of 2"):
         plan.check_rows(job, make_mesh(1, 1, 1, jax.devices()[:1]))
+
+
+def test_a_plan_is_of_the_program_that_train_runs():
+    config = common.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict(
+            {"data.batch_size": 16, "data.samples_per_row": 8, "train.non_finite": "skip"}
+        )
+    job = plan.read_job(config, micro("llama"))
+    assert job.skip_non_finite
+    _, _, batch, _ = plan.job_arguments(job, make_mesh(1, 1, 1, jax.devices()[:1]))
+    widths = {name: batch[name].shape[1] for name in ("slots", "targets")}
+    row = {
+        "slots": 8 * (job.variant.visual_tokens + job.lengths["tokens"]),
+        "targets": 8 * job.lengths["targets"],
+    }
+    assert widths == {name: round_up(length) for name, length in row.items()}
+    config.parallel.mode = "pmap"
+    with pytest.raises(ValueError, match="parallel.mode is pmap: plans are of .* jit compiles"):
+        plan.read_job(config, micro("llama"))
 
 
 @pytest.mark.parametrize(
