@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import errno
 import importlib
+import importlib.metadata
 import io
 import os
 import pkgutil
@@ -39,7 +40,9 @@ def usage() -> str:
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         summary = docstring.partition("\n")[0]
         lines.append(f"  {verb:{width}}  {summary}")
-    return "\n".join([*lines, "", "`jax-instructblip VERB --help` lists its flags."])
+    return "\n".join(
+        [*lines, "", "`jax-instructblip VERB --help` lists its flags; `--version` says versions."]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,6 +81,10 @@ def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
+    if words[0] == "--version":
+        versions = {name: importlib.metadata.version(name) for name in ("jax_instructblip", "jax")}
+        print(", ".join(f"{name} {version}" for name, version in versions.items()))
+        return 0
     verb, *rest = words
     verbs = find_verbs()
     if verb not in verbs:

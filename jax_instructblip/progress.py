@@ -1,5 +1,6 @@
 """A progress line with rate and time left, for anything longer than two seconds."""
 
+import collections
 import contextlib
 import math
 import sys
@@ -9,13 +10,15 @@ from collections.abc import Callable, Iterator
 QUIET_SECONDS = 2.0  # nothing is printed before this
 TTY_SECONDS = 0.2  # between redraws of the line on a terminal
 LOG_SECONDS = 10.0  # between lines in a log file
+RATE_SECONDS = 30.0  # of which the rate is: work of another pace before them says nothing
 
 
 class Progress:
     """Prints `label: done/total unit, rate, time left` to stderr while work goes on.
 
     On a terminal the line is redrawn in place; elsewhere a new line appears every ten seconds.
-    Work that ends within two seconds prints nothing.
+    Work that ends within two seconds prints nothing. Rate and time left are of the last half
+    minute; the last line has the mean of all.
 
         with Progress(len(paths), "opening images", "images") as progress:
             for path in paths:
@@ -23,14 +26,33 @@ class Progress:
                 progress.update()
     """
 
-    def __init__(self, total: int | None, label: str, unit: str = "items", *, silent: bool = False):
+    def __init__(
+        self,
+        total: int | None,
+        label: str,
+        unit: str = "items",
+        *,
+        done: int = 0,
+        compiles: bool = False,
+        silent: bool = False,
+    ):
         """Starts the clock; `total` None means that the amount of work is not known.
 
-        `silent` prints nothing: of several processes that do the same, one speaks.
+        Args:
+          total: units of work in all, those of `done` among them.
+          label: what is done, at the head of the line.
+          unit: what is counted.
+          done: units that were done before.
+          compiles: the first update comes when a program has been compiled as well, so the rate is
+            of the updates after it.
+          silent: prints nothing: of several processes that do the same, one speaks.
         """
         self._total, self._label, self._unit = total, label, unit
-        self._done, self._note = 0, ""
+        self._first, self._done, self._note = done, done, ""
         self._start = time.monotonic()
+        self._marks = collections.deque[tuple[float, int]]()  # time, units done by then
+        if not compiles:
+            self._marks.append((self._start, done))
         self._due = math.inf if silent else self._start + QUIET_SECONDS
         self._printed = False
 
@@ -39,6 +61,7 @@ class Progress:
         self._done += done
         self._note = note
         now = time.monotonic()
+        self._mark(now)
         if now >= self._due:
             tty = sys.stderr.isatty()
             self._print(now, tty)
@@ -59,9 +82,21 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _mark(self, now: float) -> None:
+        """Notes what is done; of the marks that are older than the rate's time it keeps one."""
+        if len(self._marks) > 1 and now - self._marks[-2][0] < TTY_SECONDS:
+            self._marks.pop()  # units of microseconds: a mark for many
+        self._marks.append((now, self._done))
+        while len(self._marks) > 2 and now - self._marks[1][0] >= RATE_SECONDS:
+            self._marks.popleft()
+
     def _print(self, now: float, tty: bool, last: bool = False) -> None:
-        seconds = max(now - self._start, 1e-9)
-        rate = self._done / seconds
+        if last or len(self._marks) < 2:
+            seconds, count = now - self._start, self._done - self._first
+        else:
+            (before, then) = self._marks[0]
+            seconds, count = self._marks[-1][0] - before, self._done - then
+        rate = count / max(seconds, 1e-9)
         amount = f"{self._done}" if self._total is None else f"{self._done}/{self._total}"
         line = f"{self._label}: {amount} {self._unit}, {_rate(rate)}"
         if last:

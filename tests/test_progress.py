@@ -38,6 +38,33 @@ def test_log_gets_a_line_every_ten_seconds_with_rate_and_time_left(clock, capsys
     ]
 
 
+def test_the_rate_is_of_the_last_half_minute(clock, capsys):
+    """A program is compiled for a minute before the first step, and later steps are faster."""
+    with Progress(1000, "tuning", "steps", done=400, compiles=True) as line:
+        clock.now += 60.0
+        line.update()
+        for _ in range(20):
+            clock.now += 1.0
+            line.update()
+        for _ in range(120):
+            clock.now += 0.5
+            line.update()
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[0] == "tuning: 401/1000 steps, 60.0s each, 9h59m left"  # nothing else is known
+    assert printed[1] == "tuning: 411/1000 steps, 1.0/s, 9m49s left"
+    assert printed[4] == "tuning: 461/1000 steps, 1.7/s, 5m23s left"
+    assert printed[5] == "tuning: 481/1000 steps, 2.0/s, 4m20s left"
+    assert printed[-1] == "tuning: 541/1000 steps, 1.0/s, took 2m20s"
+
+
+def test_many_updates_keep_few_marks(clock):
+    line = Progress(None, "reading")
+    for _ in range(10_000):
+        clock.now += 0.01
+        line.update()
+    assert len(line._marks) <= 2 + progress.RATE_SECONDS / progress.TTY_SECONDS * 1.1
+
+
 def test_terminal_line_is_drawn_in_place(clock, capsys, monkeypatch):
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
     with Progress(None, "reading") as line:

@@ -235,7 +235,7 @@ def train_language(
     params: Any = None
     state, number, start = None, 0, 0
     rng = np.random.default_rng(seed)
-    with Progress(steps, f"{config.kind} language model", "steps") as progress:
+    with Progress(steps, f"{config.kind} language model", "steps", compiles=True) as progress:
         for stage in curriculum:
             data = pool(text, seed, "text", start, examples, stage)
             start += examples

@@ -166,7 +166,7 @@ def train_vision(
 
     state = optimizer.init(params)
     rng = np.random.default_rng(seed)
-    with Progress(steps, "vision tower", "steps") as progress:
+    with Progress(steps, "vision tower", "steps", compiles=True) as progress:
         for number in range(steps):
             rows = rng.integers(scenes, size=batch)
             chosen = {name: value[rows] for name, value in data.items()}

@@ -233,7 +233,7 @@ def _ask(
     say(describe(task, name, len(questions.records), len(done)))
     left = count_left(questions, done)
     total = left if together else -(-left // jax.process_count())
-    line = Progress(total, f"{name}: answering", "questions", silent=not first)
+    line = Progress(total, f"{name}: answering", "questions", compiles=True, silent=not first)
 
     def take(rows: list[Prediction]) -> None:
         if first or not together:

@@ -52,16 +52,18 @@ class Part(NamedTuple):
     batch: Batch
 
 
-def pair(images: Sequence[Picture], prompts: Sequence[str]) -> list[Question]:
+def pair(images: Sequence[Picture] | Frame, prompts: Sequence[str] | str) -> list[Question]:
     """One question for each prompt or image: one of either serves all of the other.
 
-    Raises ValueError for none at all, for counts that do not match, for prompts that are no text,
-    and for videos of different lengths.
+    A single picture or prompt need not stand in a list. Raises ValueError for none at all, for
+    counts that do not match, for prompts that are no text, and for videos of different lengths.
     """
+    images = [images] if isinstance(images, Frame) else images
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     for name, given in (("images", images), ("prompts", prompts)):
         if not isinstance(given, list | tuple):
             kind = type(given).__name__
-            raise ValueError(f"{name} is a {kind}, expected a list, also of a single one")
+            raise ValueError(f"{name} is a {kind}, expected a list of them, or a single one")
         if not given:
             raise ValueError(f"{name} is empty: there is nothing to answer")
     if wrong := [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]:

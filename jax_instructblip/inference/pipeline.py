@@ -25,6 +25,7 @@ from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.fields import check, flag
 from jax_instructblip.inference.answers import Answer, best_answer, check_finite
 from jax_instructblip.inference.batching import (
+    Frame,
     Picture,
     Question,
     ask_every_slot,
@@ -55,10 +56,11 @@ from jax_instructblip.inference.ranking import (
     stack_scores,
     tokenise,
 )
+from jax_instructblip.inference.sampling import row_keys, seed_key
 from jax_instructblip.inference.saving import save_checkpoint
 from jax_instructblip.inference.streaming import one_ahead, pieces
 from jax_instructblip.models.layers import BATCH_AXES, Scan, Scans
-from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.variants import Variant, released_name
 from jax_instructblip.models.vlm import VisionLanguageModel, is_separate
 from jax_instructblip.parallel.mesh import batch_sharding
 from jax_instructblip.progress import Progress
@@ -116,10 +118,15 @@ class InstructBlipPipeline:
         scans = Scans(llm=Scan(separate=is_separate(variant, params)))
         self.model = VisionLanguageModel(variant, jnp.dtype(dtype), scans)
 
+    def __repr__(self) -> str:
+        name = released_name(self.variant) or f"a {self.variant.llm.kind} model of its own size"
+        folder = f", {self.source.folder}" if self.source else ""
+        return f"{type(self).__name__}({name}, {self.model.dtype}{folder})"
+
     def generate(
         self,
-        images: Sequence[Picture],
-        prompts: Sequence[str],
+        images: Sequence[Picture] | Frame,
+        prompts: Sequence[str] | str,
         config: GenerationConfig | None = None,
         *,
         batch_size: int = BATCH_SIZE,
@@ -136,9 +143,9 @@ class InstructBlipPipeline:
         not on the other questions or on `batch_size`.
 
         Args:
-          images: what the questions are about.
-          prompts: the questions. The language model reads them whole, the Q-Former their last 128
-            tokens.
+          images: what the questions are about; a list, or a single picture.
+          prompts: the questions, or a single one. The language model reads them whole, the
+            Q-Former their last tokens, 128 unless the run says otherwise.
           config: how to decode (`GenerationConfig` tells all settings).
           batch_size: questions that are answered at once.
           **settings: of the config, by name: `max_new_tokens=30`, `num_beams=5`.
@@ -156,12 +163,12 @@ class InstructBlipPipeline:
         self, questions: Sequence[Question], config: GenerationConfig, batch_size: int = BATCH_SIZE
     ) -> list[Answer]:
         """`generate` of questions that were put together before, all of equally many frames."""
-        key = _seed_key(config.seed)
+        key = seed_key(config.seed)
 
         def decode(batch: Batch, rows: np.ndarray) -> dict[str, jax.Array]:
             if config.num_beams > 1:
                 return beam_tokens(self.model, self.params, batch, config)
-            keys = _row_keys(key, self._on_devices(rows))
+            keys = row_keys(key, self._on_devices(rows))
             return generate_tokens(self.model, self.params, batch, keys, config)
 
         parts = self._run("answering", decode, questions, batch_size, room=config.max_new_tokens)
@@ -194,7 +201,7 @@ class InstructBlipPipeline:
             )
         room = config.max_new_tokens
         part = next(make_parts(self.text, pair([image], [prompt]), 1, self.splits, room))
-        keys = _row_keys(_seed_key(config.seed), self._on_devices(part.rows))
+        keys = row_keys(seed_key(config.seed), self._on_devices(part.rows))
         batch = self._on_devices(part.batch)
         made = stream_tokens(self.model, self.params, batch, keys, config)
         return pieces(self.text.decode, self._first_row(made), rewrites=self.text.rewrites)
@@ -211,8 +218,8 @@ class InstructBlipPipeline:
 
     def rank(
         self,
-        images: Sequence[Picture],
-        prompts: Sequence[str],
+        images: Sequence[Picture] | Frame,
+        prompts: Sequence[str] | str,
         candidates: Sequence[str] | Sequence[Sequence[str]],
         length_normalise: bool = False,
         batch_size: int = BATCH_SIZE,
@@ -326,7 +333,7 @@ class InstructBlipPipeline:
         parts = make_parts(self.text, questions, batch_size, self.splits, room)
         made = ((compute(self._on_devices(part.batch), part.rows), part.count) for part in parts)
         results = []
-        line = Progress(len(questions), label, "questions", silent=self.silent)
+        line = Progress(len(questions), label, "questions", compiles=True, silent=self.silent)
         # Processes that talk to each other do one thing at a time, in the same order.
         ready = made if self._spans else one_ahead(made)
         with self._mesh(), line as progress:
@@ -387,14 +394,3 @@ def _configured(config: Any, settings: dict[str, Any]) -> GenerationConfig:
             "max_new_tokens=30"
         )
     return config.replace(**settings)
-
-
-def _seed_key(seed: int) -> np.ndarray:
-    """The seed's key as an array, which processes of one mesh can share."""
-    return np.asarray(jax.random.key_data(jax.random.key(seed)))
-
-
-@jax.jit
-def _row_keys(key: Any, rows: np.ndarray) -> jax.Array:
-    """A random key for each row, from the seed's key and the row's place in the call."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.wrap_key_data(key), rows)

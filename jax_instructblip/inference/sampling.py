@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.models.variants import LanguageConfig, T5Config
@@ -145,3 +146,14 @@ def truncate(ranked: jax.Array, settings: TracedSettings) -> jax.Array:
 def _places(scores: jax.Array) -> jax.Array:
     """The id that each of `scores` `[..., V]` is of."""
     return jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+
+
+def seed_key(seed: int) -> np.ndarray:
+    """The seed's key as an array, which processes of one mesh can share."""
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))
+
+
+@jax.jit
+def row_keys(key: Any, rows: np.ndarray) -> jax.Array:
+    """A random key for each row, from the seed's key and the row's place in the call."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.wrap_key_data(key), rows)

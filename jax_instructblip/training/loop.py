@@ -264,8 +264,11 @@ class _Run:
 
     def _loop(self, loaded: Iterator[tuple[loader.DeviceBatch, loader.Counts]]) -> None:
         waiting: tuple[int, Metrics, loader.Counts, int] | None = None
-        left = self.steps - self.first
-        with Progress(left, "tuning", "steps", silent=self.silent) as progress:
+        _say("compiling the step")
+        line = Progress(
+            self.steps, "tuning", "steps", done=self.first, compiles=True, silent=self.silent
+        )
+        with line as progress:
             for number in range(self.first + 1, self.steps + 1):
                 with self.window.timed("data"):
                     batch, counts = next(loaded)

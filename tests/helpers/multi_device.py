@@ -293,7 +293,7 @@ def _evaluate(
     answers = blip.generate(
         list(images), list(prompts), batch_size=batch_size, max_new_tokens=max_new_tokens
     )
-    return {"accuracy": float(np.mean([each.logprob for each in answers]))}
+    return {"score": float(np.mean([each.logprob for each in answers]))}
 
 
 SIZES = {
