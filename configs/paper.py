@@ -1,7 +1,7 @@
-"""What the four InstructBLIP trainings share: 13 held-in datasets, 60,000 steps.
+"""The recipe that the four InstructBLIP trainings share: 13 held-in datasets, 60,000 steps.
 
-The recipe (learning rate, warm-up, cosine, AdamW, 224 pixels) is that of `common.py`. Where a
-number was never published the text says so.
+Learning rate, warm-up, cosine, AdamW and 224 pixels are those of `common.py`. Where a number was
+never published the text says so.
 """
 
 from ml_collections import ConfigDict
@@ -31,8 +31,9 @@ HELD_IN = {
 def get_config(name: str, batch_size: int) -> ConfigDict:
     """The training of one language model; `batch_size` is the paper's, on all devices together.
 
-    `config.model.checkpoint` must be given: the Q-Former starts from the second stage of BLIP-2
-    with the same language model, not from nothing.
+    `config.model.checkpoint` must be given. The paper's Q-Former started from the second stage of
+    BLIP-2 with the same language model, which `jax-instructblip convert` does not read yet; with a
+    converted InstructBLIP the run goes on from tuned weights.
     """
     config = common.get_config()
     config.workdir = f"runs/{name}"
