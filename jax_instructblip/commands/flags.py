@@ -1,7 +1,8 @@
-"""What the verbs' flags may be: numbers in their ranges, paths of a disk; all in one report."""
+"""Checks of the verbs' flags: numbers in their ranges, paths of a disk; all in one report."""
 
 import argparse
 
+from jax_instructblip.convert.safetensors import SHARD_SIZE
 from jax_instructblip.fields import MOST_SECONDS, Field, find_problems, number, text_problem, whole
 from jax_instructblip.files import find_addresses
 
@@ -19,7 +20,7 @@ NUMBERS: dict[str, Field] = {
     "samples": whole(0, 10_000),
     "scale": number(above=0, at_most=1_000),
     "seed": whole(0, 2**32 - 1),  # a key has 32 bits: larger ones would be others again
-    "shard_bytes": whole(1, 2**50, unit="bytes"),
+    "shard_bytes": SHARD_SIZE,
     "shard_size": whole(1, unit="records"),
     "silence_limit": number(above=0, at_most=MOST_SECONDS, unit="seconds"),
     "tensor": _DEVICES,

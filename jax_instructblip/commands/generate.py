@@ -1,7 +1,8 @@
 """Answers questions about images.
 
 One prompt for many images, or one image for many prompts, or as many of the one as of the other.
-Decoding is greedy; any of --temperature, --top_k and --top_p draws instead, by --seed.
+Decoding is greedy. --num_beams above 1 searches with as many beams; --do_sample, or any of
+--temperature, --top_k and --top_p, draws by --seed.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Turns the original files of a dataset into shards that training and evaluation read.
 
 prepare DATASET --raw DIR --out DIR    reads DIR as it was downloaded, writes OUT/DATASET/VERSION
-prepare --list                         every dataset: family, files, counts, metric, licence, source
+prepare --list                         every dataset: family, splits, files, counts, licence, source
 prepare DATASET --raw DIR --preview --out PAGE.html    20 samples in pictures, and the lengths
 """
 
@@ -119,7 +119,7 @@ def _counted(records: Iterable[Record], line: Progress) -> Iterator[Record]:
 
 
 def _counts(split: dict) -> str:
-    """What was found, against what the table expects."""
+    """The counts of a split beside those that the table expects."""
     said = f"{split['records']} records"
     if split["left_out_count"]:
         said += f", {split['left_out_count']} left out (named in prepared.json)"

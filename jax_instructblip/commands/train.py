@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from absl import flags
+from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
 from jax_instructblip.commands.flags import check_flags
@@ -64,12 +64,12 @@ def read_config(argv: list[str]) -> ConfigDict:
     check_flags(given)
     config = load_config(given.config)
     _refuse_unknown(config, overrides)
-    own = flags.FlagValues()  # not absl's global ones: a process may call this twice
+    own = absl_flags.FlagValues()  # not absl's global ones: a process may call this twice
     words = ["train", *overrides]
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=own, sys_argv=words)
         rest = own(words)
-    except flags.Error as error:
+    except absl_flags.Error as error:
         raise ValueError(_short(str(error))) from error
     if rest[1:]:
         raise ValueError(f"unexpected {' '.join(rest[1:])!r}: values are given as --FIELD=VALUE")
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def load_config(path: str) -> ConfigDict:
-    """What `get_config()` of the file returns.
+    """The config that `get_config()` of the file returns.
 
     Raises:
         ValueError: the file has no such function, or it sets a field that there is not.

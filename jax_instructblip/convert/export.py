@@ -23,13 +23,12 @@ from jax_instructblip.convert import hf_folder, transforms
 from jax_instructblip.convert.engine import Drop, Entry, Rule, Zeros
 from jax_instructblip.convert.families import Family, family_of
 from jax_instructblip.convert.hf_config import preprocessor, variant_of
-from jax_instructblip.convert.safetensors import Writer
+from jax_instructblip.convert.safetensors import SHARD_SIZE, Writer
 from jax_instructblip.convert.stored_model import (
     TOKENIZERS,
     StoredModel,
     read_stored_model,
 )
-from jax_instructblip.fields import whole
 from jax_instructblip.files import TOKENIZER_LIMIT, read_json
 from jax_instructblip.models.variants import QFormerConfig
 
@@ -81,7 +80,7 @@ def export_hf(
     """
     if not isinstance(model, StoredModel):
         model = read_stored_model(Path(model))
-    fields.check({"shard_bytes": shard_bytes}, {"shard_bytes": whole(1, 2**63, unit="bytes")})
+    fields.check({"shard_bytes": shard_bytes}, {"shard_bytes": SHARD_SIZE})
     family = family_of(model.variant)
     if family.reads_instruction != model.variant.reads_instruction:
         has = "with" if model.variant.reads_instruction else "without"
@@ -92,7 +91,7 @@ def export_hf(
     refuse_existing(out)
     check_room(Path(out), model.nbytes)
     tied = bool(model.facts.get("tied_head")) and _head_is_tied(model)
-    groups = _groups(family.rules(model.variant), model.manifest, leave_out_head=tied)
+    groups = _groups(family.rules(model.variant), model.manifest, tied, model.title)
     specs = {key: (group.dtype, group.shape) for group in groups for key in group.keys}
     with atomic_folder(out) as temporary:
         writer = Writer(temporary, specs, shard_bytes)
@@ -106,7 +105,7 @@ def export_hf(
 
 
 def _groups(
-    entries: Iterable[Entry], manifest: Mapping[str, Any], *, leave_out_head: bool
+    entries: Iterable[Entry], manifest: Mapping[str, Any], leave_out_head: bool, title: str
 ) -> list[_Group]:
     by_source: dict[str, list[Rule | Zeros]] = defaultdict(list)
     for entry in entries:
@@ -126,7 +125,8 @@ def _groups(
         dtypes = {manifest[e.target]["dtype"] for e in parts if isinstance(e, Rule)}
         if len(dtypes) > 1:
             raise ValueError(
-                f"{rule.source} is made of leaves of different dtypes: {sorted(dtypes)}"
+                f"{rule.source} is made of leaves of different dtypes {sorted(dtypes)} in {title}: "
+                "convert or merge it again"
             )
         groups.append(_Group(rule.keys, parts, DTYPES[dtypes.pop()], shape))
     return groups
@@ -144,7 +144,7 @@ def _tensors(model: StoredModel, groups: list[_Group]) -> Iterator[tuple[str, np
 
 
 def _head_is_tied(model: StoredModel) -> bool:
-    """Whether head and embedding still hold the same numbers."""
+    """Tells whether head and embedding still hold the same numbers."""
     both = dict(model.read(["llm/embed/embedding", "llm/head/kernel"]))
     embed, head = both["llm/embed/embedding"], both["llm/head/kernel"]
     return embed.dtype == head.dtype and np.array_equal(
@@ -186,7 +186,7 @@ def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> l
 
 
 def _updated(config: Mapping[str, Any], model: StoredModel, family: Family) -> dict[str, Any]:
-    """The `config` of long ago with what the model's sizes and rates say otherwise by now."""
+    """The `config` that was converted, with the sizes and rates that the model has by now."""
     before = family.config(variant_of(model.folder / "tokenizer", config))
     result = json.loads(json.dumps(config))
     for name, now in family.config(model.variant).items():
@@ -199,7 +199,7 @@ def _updated(config: Mapping[str, Any], model: StoredModel, family: Family) -> d
 
 
 def _losses(model: StoredModel, family: Family, config: Mapping[str, Any]) -> list[str]:
-    """What the model has and the format cannot say, or what transformers does otherwise."""
+    """Sentences about what the format cannot say of the model, or transformers does otherwise."""
     vision, bridge, notes = model.variant.vision, model.variant.bridge, []
     if isinstance(bridge, QFormerConfig) and bridge.image_norm_eps != vision.norm_eps:
         notes.append(

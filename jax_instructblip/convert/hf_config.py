@@ -27,6 +27,7 @@ TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
     "spiece.model tokenizer.model"
 ).split()
+SUPPORTED = ", ".join(family.architecture for family in FAMILIES)
 SENTENCEPIECE_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2}  # LLaMA's, where no file lists them
 
 
@@ -44,10 +45,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if find_family(config) is None:
         named = config.get("architectures") or config.get("model_type")
         named = ", ".join(map(str, named)) if isinstance(named, list) else str(named)
-        known = ", ".join(family.architecture for family in FAMILIES)
         raise ConversionError(
             f"{folder} holds another architecture by architectures and model_type of config.json",
-            [f"found {named:.200}; supported: {known}"],
+            [f"found {named:.200}; supported: {SUPPORTED}"],
         )
     return config
 
@@ -70,7 +70,8 @@ def variant_of(folder: Path, config: Mapping[str, Any]) -> Variant:
 def _variant(folder: Path, config: Mapping[str, Any], failures: list[str]) -> Variant | None:
     family = find_family(config)
     if family is None:
-        failures.append(f"architectures is {config.get('architectures')!r:.60}")
+        named = config.get("architectures")
+        failures.append(f"architectures is {named!r:.60}; supported: {SUPPORTED}")
         return None
     if (quantised := config.get("quantization_config")) is not None:
         failures.append(f"quantization_config is {quantised!r:.80}: {DEQUANTISE}")
@@ -126,7 +127,7 @@ def _language(family: Family, config: Mapping[str, Any], failures: list[str]) ->
 
 
 def has_tied_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether the config lets the language model's head share the embedding."""
+    """Tells whether the config lets the language model's head share the embedding."""
     family, section = find_family(config), config["text_config"]
     assert family is not None  # the config was read
     defaults = family.languages[section["model_type"]].section.defaults
@@ -175,7 +176,7 @@ def check_preprocessor(folder: Path, variant: Variant) -> None:
 
 
 def _is_near(found: Any, wanted: Any) -> bool:
-    """Equal, numbers but for rounding; one number as a size means both sides."""
+    """Tells whether values are equal but for rounding; one number as a size means both sides."""
     if isinstance(wanted, Mapping):
         sides = found if isinstance(found, Mapping) else dict.fromkeys(wanted, found)
         return sides.keys() == wanted.keys() and all(_is_near(sides[k], wanted[k]) for k in wanted)
@@ -197,7 +198,7 @@ def check_variant(folder: Path, found: Variant, name: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; ConversionError where it is missing or no JSON."""
+    """The object in a JSON file; ConversionError where it is missing or no JSON."""
     try:
         return files.read_json(path, dict, limit=files.TOKENIZER_LIMIT)
     except (OSError, ValueError) as error:

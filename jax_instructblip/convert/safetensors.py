@@ -30,6 +30,7 @@ MOST_AXES = 8
 LONGEST_NAME = 255  # bytes, of a file in its folder
 LARGEST = 2**63  # bytes or elements
 HEADER_LIMIT = 100 * 2**20  # bytes; the format's own limit
+SHARD_SIZE = whole(1, 2**50, unit="bytes")  # what `shard_bytes` may be
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("float64"),
     "F32": np.dtype("float32"),
@@ -65,7 +66,7 @@ class ConversionError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies: nothing is read before `read`."""
+    """The place of one tensor in its file; nothing is read before `read`."""
 
     file: Path
     dtype: np.dtype
@@ -241,7 +242,7 @@ def _open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[str]
 
 
 def _wrong_entry(entry: Any) -> str:
-    """Why an entry of a header cannot be read; "" where it can."""
+    """The reason why an entry of a header cannot be read; "" where it can."""
     if not isinstance(entry, dict):
         return f"entry is {kind_of(entry)}, expected an object"
     dtype, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
@@ -255,7 +256,7 @@ def _wrong_entry(entry: Any) -> str:
 
 
 def _are_whole(values: Any, most: int) -> bool:
-    """A list of so many numbers of bytes or elements; True and 3.0 are none."""
+    """Tells a list of at most so many numbers of bytes or elements; True and 3.0 are none."""
     return (
         isinstance(values, list)
         and len(values) <= most
@@ -289,7 +290,7 @@ class Writer:
         """Writes the headers and, where there is more than one shard, the index."""
         self._left = set(specs)
         self._places: dict[str, Tensor] = {}
-        check({"shard_bytes": shard_bytes}, {"shard_bytes": whole(1, 2**50, unit="bytes")})
+        check({"shard_bytes": shard_bytes}, {"shard_bytes": SHARD_SIZE})
         shards = list(_shards(specs, shard_bytes))
         index = {}
         for number, keys in enumerate(shards, 1):

@@ -1,4 +1,4 @@
-"""Which sample stands where: shuffle, mix by weight, template, tokens and pixels, batch.
+"""The order of training samples: shuffle, mix by weight, template, tokens and pixels, batch.
 
 Sample k of a run, k = 0, 1, 2, ..., is a function of (seed, k) alone, and batch s holds the samples
 s x B ... (s + 1) x B - 1. Nothing is remembered between batches, so a run resumes at any step, on
@@ -70,7 +70,7 @@ class Source:
         if not len(self.records):
             wrong.append("it has no records")
         if self.weight < 0:
-            wrong.append(f"weight is {self.weight}, expected 0 (for sqrt(size)) or more")
+            wrong.append(f"weight is {self.weight}, expected 0 (by data.sampling) or more")
         if self.templates and self.templates not in templates.TEMPLATES:
             wrong.append(
                 f"templates is {self.templates!r}, expected one of "
@@ -230,7 +230,7 @@ class TrainBatches:
             )
 
     def _size(self, record: Record, example: Example) -> dict[str, int]:
-        """How much of a row a sample takes."""
+        """The room that a sample takes in a row, by kind."""
         tokens, count = len(example["tokens"]), len(record.images)
         return {
             "images": count,
@@ -259,7 +259,7 @@ class TrainBatches:
         return [self.mixture.record(first + row)[1].id for row in range(self.batch_size)]
 
     def fingerprint(self) -> str:
-        """The mixture's, and the batch size: with another one a step would hold other samples.
+        """A sha256 of mixture and batch size: with another one a step would hold other samples.
 
         Who shares a row is no part of it: that changes no sample.
         """

@@ -23,7 +23,7 @@ THREADS = min(16, os.cpu_count() or 1)  # that decode images, while the devices 
 
 
 class Share(NamedTuple):
-    """Which part of the questions this process answers: of `count` workers the one of `index`."""
+    """The part of the questions that this process answers: that of worker `index` of `count`."""
 
     index: int = 0
     count: int = 1
@@ -65,7 +65,7 @@ def answer(
 
 
 def count_left(questions: Questions, done: Collection[str]) -> int:
-    """How many questions are still to be answered."""
+    """The number of questions still to be answered."""
     return sum(record.id not in done for record in questions.records)
 
 
@@ -111,13 +111,13 @@ def _answer_load(
         )
     batch = size * devices
     if task.protocol.ranking:
-        shared = bool(task.protocol.words or task.candidates)
+        one_list = bool(task.protocol.words or task.candidates)
         choices = [task.choices(questions.records[number]) for number, _ in order]
         scores = blip.rank_tokens(
             asked,
-            [[questions.ids[each] for each in row] for row in choices[: 1 if shared else None]],
+            [[questions.ids[each] for each in row] for row in choices[: 1 if one_list else None]],
             batch_size=batch,
-            least=None if shared else group.sizes,
+            least=None if one_list else group.sizes,
             **task.settings,
         )
         made = [
@@ -189,9 +189,9 @@ def _number(value: float) -> float:
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """Without a warning for each batch about prompts that the Q-Former reads in part: `cut` counts.
+    """Mutes the warning of each batch about prompts that the Q-Former reads in part.
 
-    Such prompts stand in the results with their number.
+    Their number, `cut`, stands in the results.
     """
     log = logging.getLogger(batching.__name__)
     level = log.level

@@ -1,4 +1,4 @@
-"""Which questions are answered together: a division that depends on the questions alone.
+"""The division of questions into those answered together, which depends on them alone.
 
     records --plan--> groups of one shape --> units of `size` questions --> loads for the workers
 
@@ -82,10 +82,10 @@ def plan(
     known: dict[tuple[str, ...], Sizes] = {}
     examples: dict[int, Example] = {}
     ids: dict[str, Ids] = {}
-    alike = shared = 0
-    if _shared(task):
+    alike = longest = 0  # `longest`: tokens of a candidate, where all questions have the same ones
+    if _has_one_list(task):
         choices = list(task.choices(task.light(0)))
-        shared = _longest(lists := tokenise(text, choices, 1, ids))
+        longest = _longest(lists := tokenise(text, choices, 1, ids))
         alike = len(task.records) * bool(same_tokens([choices], lists))
     for number in range(len(task.records)):
         record = task.light(number)
@@ -99,8 +99,8 @@ def plan(
             problems[number] = str(error)
             continue
         try:
-            room = shared or task.settings.get("max_new_tokens", 0)
-            if task.protocol.ranking and not shared:
+            room = longest or task.settings.get("max_new_tokens", 0)
+            if task.protocol.ranking and not longest:
                 choices = task.choices(record)
                 lists = tokenise(text, [list(choices)], 1, ids)
                 room = _longest(lists)
@@ -152,7 +152,7 @@ def places(load: Sequence[Unit], size: int, devices: int) -> Iterator[tuple[int,
             yield unit.rows[min(place, len(unit.rows) - 1)], real
 
 
-def _shared(task: Task) -> bool:
+def _has_one_list(task: Task) -> bool:
     return task.protocol.ranking and bool(task.protocol.words or task.candidates)
 
 
@@ -170,7 +170,7 @@ def _shape(text: TextProcessor, example: Example, frames: int, room: int) -> tup
 
 
 def _floors(sizes: dict[int, Sizes]) -> dict[int, Sizes]:
-    """What each question's candidates are padded to: of a few classes, by size, the largest."""
+    """The sizes that each question's candidates are padded to: the largest of their class."""
     classes: dict[int, Sizes] = {}
     kind = {number: _class(each) for number, each in sizes.items()}
     for number, each in sizes.items():
@@ -180,7 +180,7 @@ def _floors(sizes: dict[int, Sizes]) -> dict[int, Sizes]:
 
 
 def _class(sizes: Sizes) -> int:
-    """0 for up to 16 inner tokens, 1 for up to 64, 2 for up to 256 ..."""
+    """The class of a size: 0 for up to 16 inner tokens, 1 for up to 64, 2 for up to 256 ..."""
     total, top, kind = sizes.chunks * sizes.inner, 16, 0
     while total > top:
         top, kind = 4 * top, kind + 1

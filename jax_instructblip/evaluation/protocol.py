@@ -1,4 +1,4 @@
-"""What is asked of which dataset, how it is answered and scored, and what the paper reports of it.
+"""Protocols: the question put to a dataset, answering and scoring, and the paper's numbers.
 
     protocol = get_protocol("nocaps")
     blip.generate(images, [protocol.prompt], **protocol.settings(blip.variant.llm.kind))
@@ -43,7 +43,7 @@ class Protocol:
       dataset: the row of the table of datasets that its records come from; "" for none.
       split: what is evaluated unless another is named; "" where there is no usual one.
       prompt: the prompt, with placeholders where a record's texts go (`templates.dress`).
-      metric: a name of `metrics.METRICS`, which follows the rule of the published numbers; ""
+      metric: a name of `metrics.table.METRICS`, which follows the rule of the published numbers; ""
         where nothing is scored.
       ranking: whether an answer is chosen among candidates (`blip.rank`) or generated.
       words: of a ranking, for each of the record's choices the words that stand for it; () where
@@ -70,11 +70,11 @@ class Protocol:
 
     @property
     def mode(self) -> str:
-        """How it is answered, in a word."""
+        """The way of answering, in a word."""
         return "ranked" if self.ranking else "generated"
 
     def config(self, llm: str = "t5") -> GenerationConfig:
-        """How answers are generated with a language model of this kind (`variant.llm.kind`)."""
+        """Settings of generation for a language model of this kind (`variant.llm.kind`)."""
         return self.decoding.replace(**self.llama) if llm == "llama" else self.decoding
 
     def settings(self, llm: str = "t5") -> dict[str, Any]:
@@ -127,7 +127,7 @@ _OPTIONS = "Question: {question} Options: {options}. Short answer:"
 _GENERATED_QUESTION = "Given the image, generate a question whose answer is: {answer}. Question:"
 
 _UNSCORED: dict[str, Any] = {"notes": ("The paper does not score it.",)}
-_CANDIDATES = "Ranked over `read_candidates`; the released code generates."
+_CANDIDATES = "Ranked over the answers of qa_ans2label.json; the released code generates."
 
 
 def _paper(*values: float) -> dict[str, float]:
@@ -290,6 +290,6 @@ def table() -> str:
 
 
 def paper_model(variant: Variant) -> str:
-    """Which of the paper's models it is; "" for none."""
+    """The name of the paper's model that has these sizes; "" for none."""
     name = released_name(variant)
     return name if name in MODELS else ""

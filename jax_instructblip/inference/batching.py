@@ -1,4 +1,4 @@
-"""What a call is given, checked and cut into batches: images and prompts to padded arrays.
+"""The questions of a call, checked and cut into batches: images and prompts to padded arrays.
 
 Sizes are few, so that the compiled programs are: both texts of a batch are padded to one of
 `LENGTHS`, a batch to a power of two, or to `batch_size` where there are more questions than that.
@@ -114,7 +114,7 @@ def make_parts(
     check_batch_size(batch_size)
     examples = [question.example or text.prompt(question.prompt) for question in questions]
     _check_lengths(text, examples, len(questions[0].frames), room)
-    shared = multiple == 1 and all(each.frames is questions[0].frames for each in questions)
+    one_picture = multiple == 1 and all(each.frames is questions[0].frames for each in questions)
     seen, opened = np.zeros(0, np.uint8), None
     for start in range(0, len(questions), batch_size):
         rows = range(start, min(start + batch_size, len(questions)))
@@ -135,7 +135,7 @@ def make_parts(
             pad_id=text.variant.llm.pad_id,
         )
         del batch["truncated"]
-        if shared:
+        if one_picture:
             batch["images"] = batch["images"][:1]  # which the model then looks at once
         numbers = np.pad(np.array(rows, np.int32), (0, size - len(rows)), mode="edge")
         yield Part(numbers, len(rows), batch)
@@ -198,7 +198,7 @@ _INSTRUCTION = ("qformer_tokens", "qformer_mask")
 
 
 def _move_padding(batch: Batch, segments: str, names: Sequence[str]) -> np.ndarray:
-    """Moves padding to the end of the rows in place; where each slot went, the last: nowhere."""
+    """Moves padding to the end of rows in place; returns where slots went (the last: nowhere)."""
     order = np.argsort(batch[segments] == 0, axis=1, kind="stable")
     for name in (segments, *names):
         batch[name] = np.take_along_axis(np.asarray(batch[name]), order, axis=1)
@@ -213,7 +213,7 @@ def _follow(index: np.ndarray, moved: np.ndarray) -> np.ndarray:
 
 
 def pixels(frames: Sequence[Frame] | np.ndarray, size: int) -> np.ndarray:
-    """What the model sees of the frames: `[F, size, size, 3]` uint8, an array as it is."""
+    """The pixels that the model sees: `[F, size, size, 3]` uint8, an array as it is."""
     if isinstance(frames, np.ndarray):
         return frames
     return np.stack([resize_squash(decode(frame), size) for frame in frames])

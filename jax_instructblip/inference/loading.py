@@ -1,4 +1,4 @@
-"""Where a model comes from: the folder behind a path or a name, its variant, its parameters.
+"""The source of a model: the folder behind a path or a name, its variant, its parameters.
 
 Hugging Face folder   config.json with `architectures`, model*.safetensors, tokenizers
 checkpoint folder     config.json with `format`, manifest.json, params/, tokenizers
@@ -49,7 +49,7 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a path or a name stands for; nothing of its weights is read yet.
+    """The model behind a path or a name; nothing of its weights is read yet.
 
     Attributes:
       folder: a Hugging Face folder or a checkpoint folder, which has the tokenizers too.
@@ -104,7 +104,7 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
 
 
 def read_source(path: str | os.PathLike) -> Source:
-    """What `path` (a folder of any kind, or an embedded name) stands for, checked without weights.
+    """The source behind `path`, a folder of any kind or an embedded name, but for its weights.
 
     Raises:
         FileNotFoundError: there is no such folder or name, or the run has saved nothing yet.
@@ -175,12 +175,12 @@ def _run_source(step: Path) -> Source:
     variant = Variant.from_dict(meta["variant"])
     limits = _check_limits(step, meta.get("text", {}))
     check_manifest(meta, step, "trainable")
-    tuned = {
+    tuning = {
         "step": meta.get("step"),
         "base_sha256": wanted,
         "trained_sha256": checkpoint.manifest_digest(step / "trainable"),
     }
-    facts = {**base.facts, "tuned": tuned}
+    facts = {**base.facts, "tuned": tuning}
     return dataclasses.replace(base, variant=variant, step=step, limits=limits, facts=facts)
 
 
@@ -198,7 +198,7 @@ def _check_limits(folder: Path, limits: Any) -> Mapping[str, int]:
 
 
 def _base_folder(step: Path, base: Mapping[str, str]) -> str:
-    """Where a run's base is now: at its path, or under its name where the path was another's."""
+    """The folder of a run's base: its path, or its name where the path was another machine's."""
     places = list(dict.fromkeys([base["path"], base.get("name", base["path"])]))
     for place in places:
         try:

@@ -266,11 +266,11 @@ class InstructBlipPipeline:
         least: Sizes | None = None,
     ) -> np.ndarray:
         """`rank` of questions and candidates that were prepared before (`ranking.tokenise`)."""
-        shared, plans = (make_plan(lists, least=least) if len(lists) == 1 else None), []
+        plan_of_all, plans = (make_plan(lists, least=least) if len(lists) == 1 else None), []
 
         def look(batch: Batch, rows: np.ndarray) -> list[jax.Array]:
-            plans.append(shared or make_plan([lists[row] for row in rows], least=least))
-            chunks = plans[-1].chunks if shared else self._on_devices(plans[-1].chunks)
+            plans.append(plan_of_all or make_plan([lists[row] for row in rows], least=least))
+            chunks = plans[-1].chunks if plan_of_all else self._on_devices(plans[-1].chunks)
             return pair_logprobs(self.model, self.params, batch, chunks)
 
         longest = max(len(ids) for each in lists for ids in each)
@@ -287,7 +287,7 @@ class InstructBlipPipeline:
     def features(
         self, images: Sequence[Picture], prompts: Sequence[str], batch_size: int = BATCH_SIZE
     ) -> np.ndarray:
-        """What the language model sees of each image under its prompt: `[B, F*Q, Dl]` float32.
+        """Features of each image under its prompt, as the LLM sees it: `[B, F*Q, Dl]` float32.
 
         These are the Q-Former's query outputs, projected to the width of the language model; the Q
         vectors of frame 0 come first. `images` and `prompts` are as in `generate`.
@@ -329,7 +329,7 @@ class InstructBlipPipeline:
         batch_size: int,
         room: int = 0,
     ) -> list[tuple[Any, int]]:
-        """What `compute` makes of each batch and its row numbers, and how many rows are real."""
+        """The result of `compute` on each batch and its row numbers, and the count of real rows."""
         parts = make_parts(self.text, questions, batch_size, self.splits, room)
         made = ((compute(self._on_devices(part.batch), part.rows), part.count) for part in parts)
         results = []
@@ -350,12 +350,12 @@ class InstructBlipPipeline:
 
     @property
     def _spans(self) -> bool:
-        """Whether other processes work on the same batches."""
+        """Tells whether other processes work on the same batches."""
         return self.mesh is not None and self.mesh.is_multi_process
 
     @property
     def splits(self) -> int:
-        """How many parts the devices make of a batch."""
+        """The number of parts that the devices make of a batch."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     def _mesh(self) -> contextlib.AbstractContextManager:

@@ -69,7 +69,7 @@ class Cluster:
             raise ClusterError("; ".join(wrong))
 
     def roll_call_address(self) -> tuple[str, int]:
-        """Where process 0 takes the roll: one port above the coordinator's."""
+        """The address at which process 0 takes the roll: one port above the coordinator's."""
         host, _, port = self.coordinator.rpartition(":")
         return host, int(port) + 1
 
@@ -92,7 +92,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_flags(flags: argparse.Namespace) -> tuple[Cluster | None, float, float]:
-    """What `joined` wants to know, from the flags of `add_flags` and the environment."""
+    """The arguments of `joined`, from the flags of `add_flags` and the environment."""
     cluster = find_cluster(flags.coordinator, flags.processes, flags.process)
     return cluster, flags.wait_limit, flags.silence_limit
 
@@ -122,7 +122,9 @@ def find_cluster(
         if missing:
             raise ClusterError(f"{' and '.join(missing)}: needed beside the others of {names}")
         if not (source[1].isdecimal() and source[2].isdecimal()):
-            raise ClusterError(f"{names[1]} is {source[1]!r}, {names[2]} is {source[2]!r}")
+            raise ClusterError(
+                f"{names[1]} is {source[1]!r}, {names[2]} is {source[2]!r}, expected whole numbers"
+            )
         return Cluster(source[0], int(source[1]), int(source[2]))
     tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "SLURM_PROCID" in environ and int(tasks) > 1:
@@ -244,7 +246,7 @@ def _call(cluster: Cluster, deadline: float, limit: float) -> peers.Lines:
 def _hear(
     cluster: Cluster, connection: socket.socket, here: dict[int, tuple[socket.socket, str]]
 ) -> str:
-    """Takes down who is at the other end; what is wrong with it, or ""."""
+    """Takes down who is at the other end; returns what is wrong with it, or ""."""
     connection.settimeout(5.0)
     try:
         words = connection.makefile().readline().split()
@@ -292,7 +294,7 @@ def _answer(cluster: Cluster, deadline: float, limit: float) -> socket.socket:
 
 
 def _report(cluster: Cluster, connection: socket.socket, limit: float) -> str:
-    """What is said at the other end to who this process is; "" where it leaves."""
+    """The reply of the other end to this process's name; "" where it leaves."""
     connection.settimeout(limit)
     word = f"{_GREETING} {cluster.count} {cluster.index} {socket.gethostname()}\n"
     try:
@@ -341,7 +343,7 @@ class Watchdog:
         self._limit = limit
 
     def alive(self) -> None:
-        """Something has happened."""
+        """Tells the watchdog that something has happened."""
         if sys.__stderr__ is not None:  # sys.stderr may be no file, in a notebook
             faulthandler.dump_traceback_later(self._limit, file=sys.__stderr__)
 
@@ -351,7 +353,7 @@ class Watchdog:
 
 
 class StopOrder:
-    """Whether the run is to stop: SIGTERM or Ctrl-C reached it, or another of its processes.
+    """The order to stop: SIGTERM or Ctrl-C reached this process, or another one of its run.
 
     A cluster sends SIGTERM before it takes machines back (preemption). All processes learn of it at
     the same step, a little later, so that they save the same state. A second Ctrl-C interrupts.
@@ -381,7 +383,7 @@ class StopOrder:
             os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which tells the others
 
     def reached(self, step: int) -> bool:
-        """Whether `step`, the same in every process, is the last one."""
+        """Tells whether `step`, the same in every process, is the last one."""
         return self._ordered if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
     def close(self) -> None:

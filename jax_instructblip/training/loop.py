@@ -1,11 +1,14 @@
 """A whole run: read the config, tune, measure, save; take it up again where it stopped.
 
     workdir/
-      config.json      what was run: variant, frozen base, every field of the config
-      metrics.jsonl    numbers of the steps and of the validations (and `tensorboard/`)
-      report.html      the numbers as curves, when the run has ended
-      non_finite.jsonl the steps whose loss was no number, with their samples
-      checkpoints/     `checkpoints.py`
+      config.json            what was run: variant, frozen base, every field of the config
+      run.lock               who works here, while somebody does
+      metrics.jsonl          numbers of the steps and of the validations (and `tensorboard/`)
+      metrics.damaged.jsonl  lines of it that could not be read
+      report.html            the numbers as curves, when the run has ended
+      non_finite.jsonl       the steps whose loss was no number, with their samples
+      profile/               a trace of some steps, where one was asked for
+      checkpoints/           `checkpoints.py`
 
 A workdir in an object store (`gs://bucket/run`) is kept on the local disk while the run goes on:
 checkpoints move there as they are made, the small files are copied at each of them.
@@ -222,12 +225,12 @@ class _Run:
             write_file(self.workdir / earlier_run.CONFIG, json.dumps(document, indent=1) + "\n")
 
     def validates(self, number: int) -> bool:
-        """Whether there is a validation after that step."""
+        """Tells whether there is a validation after that step."""
         due = self.validation and (number == self.steps or number % self.validation.every == 0)
         return bool(due)
 
     def cursor(self, step: int) -> dict[str, Any]:
-        """Where the data stand at that step."""
+        """The place in the data at that step."""
         return {"step": step, "seed": self.seed, "fingerprint": self.batches.fingerprint()}
 
     def tune(self, sharding: jax.sharding.NamedSharding, **reading: int) -> None:
@@ -350,13 +353,14 @@ def _compare_cursors(folder: str, found: Mapping[str, Any], wanted: Mapping[str,
     if wrong:
         raise ValueError(
             f"{folder} was made with other data: {'; '.join(wrong)}. The fingerprint is of the "
-            "seed, the batch size and the sources (content, weight, templates): restore them, or "
-            "choose another workdir (config.model.init can start it from this run)"
+            "seed, the batch size and the sources (content, weight, templates, `data.sampling`, "
+            "`data.instructions`): restore them, or choose another workdir (config.model.init can "
+            "start it from this run)"
         )
 
 
 def _in_first_process(work: Callable[[], list[str]]) -> None:
-    """Does it in one process, and says what it returns; what it raises ends all."""
+    """Does `work` in one process, and says what it returns; what it raises ends all."""
     problem = None
     if jax.process_index() == 0:
         try:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 # Stacked leaves have one dimension more, so "biases and norms are one-dimensional" cannot decide.
-DECAYED = ("kernel", "embedding", "queries", "cls", "pos_embed", "relative_bias", "temp")
+DECAYED = ("kernel", "embedding", "queries", "cls", "pos_embed", "relative_bias")
 NOT_DECAYED = ("bias", "scale")
 
 

@@ -8,7 +8,7 @@ import pytest
 from jax_instructblip import checkpoint
 from jax_instructblip.convert import hf_folder
 from jax_instructblip.convert.export import export_hf
-from jax_instructblip.convert.stored_model import copy_tokenizers
+from jax_instructblip.convert.stored_model import copy_tokenizers, read_stored_model
 from jax_instructblip.models.variants import get_variant
 from jax_instructblip.models.vlm import param_shapes
 from tests.helpers.hf_folders import bits, copy, edit_config, tensors
@@ -241,4 +241,14 @@ def test_shards_without_room_for_a_byte_are_refused(tmp_path):
     for size in (0, -5, 2.5, True):
         with pytest.raises(ValueError, match=f"shard_bytes is {size}, expected"):
             export_hf(tmp_path / "ours", tmp_path / "hf", shard_bytes=size)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_parts_of_a_tensor_of_different_dtypes_are_refused(tmp_path):
+    random_checkpoint(tmp_path / "ours", "tiny-t5")
+    model = read_stored_model(tmp_path / "ours")
+    model.manifest["vision/layers/attention/query/kernel"]["dtype"] = "bfloat16"
+    said = r"of different dtypes \['bfloat16', 'float32'\] in .*ours: convert or merge it again"
+    with pytest.raises(ValueError, match=said):
+        export_hf(model, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

@@ -50,3 +50,8 @@ def test_a_kind_without_an_architecture_is_named():
     blind = dataclasses.replace(known.qformer, instruction_aware=False)
     with pytest.raises(ValueError, match="known for a model of kind 'blip2'; there are those of"):
         family_of(Variant("blip2", known.vision, blind, known.llm))
+
+
+def test_another_architecture_names_what_is_supported(tmp_path):
+    with pytest.raises(ValueError, match=r"\['Other'\]; supported: InstructBlip"):
+        variant_of(tmp_path, {"architectures": ["Other"]})

@@ -1,4 +1,4 @@
-"""Which process this is, and whether the others are there; real runs are in test_processes.py."""
+"""The place of a process among others, and the roll call; real runs are in test_processes.py."""
 
 import concurrent.futures
 import contextlib
@@ -65,6 +65,12 @@ def test_first_host_of_slurms_list(nodes, host):
 def test_what_cannot_be_is_refused(given, message):
     with pytest.raises(ClusterError, match=message):
         find_cluster(*given, environ={})
+
+
+def test_numbers_in_the_environment_are_whole():
+    environ = dict(zip(cluster.VARIABLES, ("host:1", "four", "2"), strict=True))
+    with pytest.raises(ClusterError, match="PROCESSES is 'four', .*, expected whole numbers"):
+        find_cluster(environ=environ)
 
 
 def call(clusters, limit):

@@ -146,8 +146,8 @@ _FAMILY = "video QA"
 _SERVED = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/datasets"
 _XU = "https://github.com/xudejing/video-question-answering"
 _RANKED = (
-    "Ranked over the answers of qa_ans2label.json (`read_candidates`); UNVERIFIED that those are "
-    "the paper's candidates; LAVIS generates instead. The other release is the original one."
+    "Ranked over the answers of qa_ans2label.json; the released code generates. UNVERIFIED that "
+    "those are the paper's candidates. The other release is the original one."
 )
 
 DATASETS: tuple[Dataset, ...] = (
