@@ -1,4 +1,4 @@
-"""What a save costs the training loop, at the quickstart's size.
+"""The cost of a save to the training loop, at the quickstart's size.
 
 python -m benchmarks.checkpoint_stall [--steps 300] [--every 50] [--out FILE]
 

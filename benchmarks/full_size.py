@@ -214,7 +214,7 @@ def train(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_stage(name: str, flags: argparse.Namespace, work: pathlib.Path) -> dict[str, Any]:
-    """What a stage printed last, with its seconds and peak memory; RuntimeError if it failed."""
+    """The last line of a stage, with its seconds and peak memory; RuntimeError if it failed."""
     command = [sys.executable, "-m", "benchmarks.full_size", "--stage", name, "--work", str(work)]
     for option in ("folder", "checkpoint", "photo"):
         command += [f"--{option}", str(getattr(flags, option).resolve())]

@@ -210,7 +210,7 @@ def processor_seconds() -> float:
 
 
 def resident_megabytes() -> float:
-    """What they hold in memory; pages that two of them share count once (by proportion)."""
+    """The memory of these processes; pages that two of them share count once, by proportion."""
     lines = [line for each in processes() for line in (each / "smaps_rollup").open()]
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
@@ -237,7 +237,7 @@ def repeated(work: pathlib.Path, copies: int) -> None:
 
 
 def child(flags: argparse.Namespace, measure: str, **fields: Any) -> dict[str, float]:
-    """What a process of its own measures."""
+    """The measurements of a process of its own."""
     words = [sys.executable, "-m", "benchmarks.input_pipeline", "--measure", measure]
     given = {**vars(flags), **fields}
     for name in (

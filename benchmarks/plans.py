@@ -86,7 +86,7 @@ CASES = (
 
 
 def shorten(report: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a report of `plan`: bytes in GiB, FLOPs, bounds and the verdict."""
+    """The parts of a report of `plan` that are kept: bytes in GiB, FLOPs, bounds, verdict."""
     gib = {name: round(size / GIB, 2) for name, size in report["memory"].items() if size}
     same = ("model", "step", "topology", "chips", "batch", "lengths", "accumulate", "effort")
     return {name: report[name] for name in same} | {

@@ -1,4 +1,4 @@
-"""How far bfloat16 is from float64: this package beside PyTorch under autocast.
+"""The distance of bfloat16 from float64: this package beside PyTorch under autocast.
 
 python -m benchmarks.precision [--models NAME ...]     measures, writes benchmarks/results/
 python -m benchmarks.precision --table                 the written results, as a table
@@ -146,7 +146,7 @@ def measure_ours(case: Case, dtype: str, folder: pathlib.Path, steps: int) -> di
 
 
 def measure(case: Case, side: str, folder: pathlib.Path, steps: int) -> dict[str, np.ndarray]:
-    """What that side makes of the weights in `folder`.
+    """The results of that side with the weights in `folder`.
 
     logits, logits_after   [B, U, V] of the first batch's answers, before and after the steps
     losses                 [steps]
@@ -187,7 +187,7 @@ def compare(found: dict, truth: dict, before: dict) -> dict[str, float]:
 
 
 def run_side(name: str, side: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """What `measure` returns, from a process of its own: no two frameworks hold memory at once."""
+    """The result of `measure` in a process of its own: no two frameworks hold memory at once."""
     out = folder / f"{side}.npz"
     words = ["--case", name, "--side", side, "--folder", str(folder)]
     settings = {

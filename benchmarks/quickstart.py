@@ -31,7 +31,7 @@ def run(
     limit: int,
     others: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What `results.json` of the run says; it is trained and evaluated first where it is not.
+    """The `results.json` of the run, which is trained and evaluated first where it is not.
 
     `others` are further fields of the config and their values.
     """

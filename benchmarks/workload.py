@@ -1,4 +1,4 @@
-"""What the benchmarks run: sizes of one sample, batches, and the FLOPs that a step cannot avoid."""
+"""The work of the benchmarks: sizes of a sample, batches, the FLOPs that a step cannot avoid."""
 
 import dataclasses
 import datetime
@@ -64,7 +64,7 @@ def variant_of(name: str) -> Variant:
 
 
 def facts(module: str, words: list[str]) -> dict[str, Any]:
-    """What a file of results starts with: the command, the date, the machine, the versions."""
+    """The first entries of a file of results: the command, the date, the machine, the versions."""
     models = [
         line.partition(":")[2].strip()
         for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -89,7 +89,7 @@ class Measured(NamedTuple):
 
 
 def measure(call: Callable[[], object]) -> Measured:
-    """What `call` takes."""
+    """The time that `call` takes, and how busy the machine is besides."""
     busy, own, start = _busy_seconds(), sum(os.times()[:2]), time.perf_counter()
     call()
     wall, own = time.perf_counter() - start, sum(os.times()[:2]) - own

@@ -98,7 +98,7 @@ def _run(words: list[str]) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    """What the user is told of an error that reports the world or what was given; "" for others.
+    """The sentence for an error that reports the world or what was given; "" for others.
 
     Those are errors of the system, errors that this package raised (not a library below), and
     whatever takes more memory or nesting than there is.
@@ -129,13 +129,13 @@ def _sentence(error: Exception) -> str:
 
 
 def _printable(sentence: str) -> str:
-    """The sentence with names and values of files that would steer a terminal written out."""
+    """The sentence with characters that would steer a terminal written out, as in file names."""
     shown = lambda letter: letter.isprintable() or letter == "\n"
     return "".join(each if shown(each) else repr(each)[1:-1] for each in sentence)
 
 
 def _is_exhausted(error: Exception) -> bool:
-    """Whether a device or the compiler had no memory for what was asked."""
+    """Tells whether a device or the compiler had no memory for what was asked."""
     words = str(error)
     return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and any(
         each in words for each in ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
@@ -143,7 +143,7 @@ def _is_exhausted(error: Exception) -> bool:
 
 
 def _drop_output() -> None:
-    """Sends what is still buffered nowhere: Python would try to write it once more as it ends."""
+    """Discards buffered output: Python would try to write it once more as it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

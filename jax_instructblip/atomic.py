@@ -76,7 +76,7 @@ def refuse_existing(folder: str | os.PathLike) -> None:
 
 
 def unwritable(folder: str | os.PathLike) -> str:
-    """Why nothing can be written to this folder, which need not exist yet; "" if it can be."""
+    """The reason why this folder, which may not exist yet, cannot be written to; "" if it can."""
     if problem := path_problem(folder) or text_problem(os.fspath(folder)):
         return f"it {problem}"
     place = Path(folder).absolute()

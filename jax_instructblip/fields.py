@@ -67,7 +67,7 @@ class Field:
     unit: str = ""
 
     def problems(self, name: str, value: Any) -> list[str]:
-        """Why the value cannot be used and what is expected; [] where it can."""
+        """Reasons why the value cannot be used, with what is expected; [] where it can."""
         if self.optional and value is None:
             return []
         if self.kind is tuple and self.each is not None and isinstance(value, tuple | list):
@@ -186,7 +186,7 @@ def check(values: Any, table: Mapping[str, Field], *, prefix: str = "", title: s
 
 
 def text_problem(text: str) -> str:
-    """Why a text cannot be read by a model or written to a file; "" where it can.
+    """The reason why a text cannot be read by a model or written to a file; "" where it can.
 
     JSON can hold half of a surrogate pair, and the words of a command line that is not UTF-8 come
     with one for each byte: no file and no tokenizer takes them.

@@ -54,7 +54,7 @@ _TYPES = (
 
 
 def address_problem(path: str | os.PathLike) -> str:
-    """Why this is an address and no path of a disk, and what to do; "" for a path.
+    """A sentence about an address that is no path of a disk, and what to do; "" for a path.
 
     `pathlib` makes `s3:/bucket` of `s3://bucket`, and a shell may put `./` before it: these are
     addresses, too, and no folder named `s3:`.
@@ -75,7 +75,7 @@ def address_problem(path: str | os.PathLike) -> str:
 
 
 def path_problem(path: str | os.PathLike) -> str:
-    """Why this is no path of a disk, an address among them, and what to do; "" for a path."""
+    """The reason why this is no path of a disk (an address is none), and the cure; "" for one."""
     text = os.fspath(path)
     if "\0" in text:
         return f"is {text!r:.80}, which cannot be the name of a file: embedded null character"
@@ -95,7 +95,7 @@ def local_path(path: str | os.PathLike, name: str = "the path") -> Path:
 
 
 def find_addresses(flags: Mapping[str, Any]) -> list[str]:
-    """What is wrong with every flag of a verb whose path is an address.
+    """Sentences about the flags of a verb whose paths are addresses, empty, or no paths.
 
     Paths are the values that are `Path`s already, and those of flags of `_PATH_FLAGS`.
     """

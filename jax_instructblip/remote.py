@@ -23,7 +23,7 @@ PAUSE_SECONDS = 1.0  # after the first failure; twice as long after the next one
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether it is an address (`gs://bucket/run`) and no path of a disk."""
+    """Tells whether it is an address (`gs://bucket/run`) and no path of a disk."""
     return "://" in os.fspath(path)
 
 
@@ -57,7 +57,7 @@ def names(folder: str) -> list[str]:
 
 
 def holds(folder: str, name: str) -> bool:
-    """Whether there is that file in the folder."""
+    """Tells whether there is that file in the folder."""
     return (epath.Path(folder) / name).exists()
 
 
@@ -133,7 +133,7 @@ def _copy(source: Any, target: Any) -> None:
 
 
 def _try(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What it returns; an OSError after so many failures."""
+    """The result of `work`, tried `TRIES` times; an OSError where all fail."""
     for number in range(1, TRIES + 1):
         try:
             return work(*arguments)
@@ -148,6 +148,6 @@ def _try(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _words(error: Exception) -> str:
-    """The first line of its message, with its name where that is an address or nothing."""
+    """The first line of an error, with the error's name where that is an address or nothing."""
     line = next(iter(str(error).strip().splitlines()), "")
     return line if " " in line else f"{type(error).__name__} {line}".strip()

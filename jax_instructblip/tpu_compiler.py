@@ -1,4 +1,4 @@
-"""What the compiler of TPUs must be told before it is loaded."""
+"""The flags that the compiler of TPUs needs before it is loaded."""
 
 import os
 

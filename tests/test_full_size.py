@@ -148,7 +148,7 @@ def test_export_of_the_full_size_is_bit_equal(place, shared):
 
 @pytest.fixture(scope="module")
 def figures(place, shared):
-    """What `benchmarks.full_size` recorded of FlanT5-XL; each stage ran in a process of its own."""
+    """The record of `benchmarks.full_size` on FlanT5-XL; each stage ran in its own process."""
     pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
     variant = "instructblip-flan-t5-xl"
     folder, ours = forged(place, shared, variant), place / SHORT[variant]

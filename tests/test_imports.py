@@ -1,4 +1,4 @@
-"""What may import what, and what importing may not bring along."""
+"""The order of imports, and the libraries that importing may not bring along."""
 
 import ast
 from collections.abc import Iterator

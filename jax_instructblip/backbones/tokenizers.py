@@ -47,7 +47,7 @@ def world_text() -> list[str]:
 
 
 def count_words(text: Iterable[str]) -> Counter:
-    """How often each word (`top-left` is one), mark and option label such as `(a)` occurs."""
+    """Counts of each word (`top-left` is one), mark and option label such as `(a)`."""
     pattern = re.compile(r"\([a-z]\)|\w+(?:-\w+)*|[^\w\s]")
     words = Counter()
     for line in text:

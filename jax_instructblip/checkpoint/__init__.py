@@ -2,7 +2,8 @@
 
 `folder` writes and reads them, `manifest` lists their leaves, `orbax_leaves` is the way through
 Orbax, `leaf_parts` and `stored_leaf` are for processes that each hold a part, `file_hashes` covers
-the small files and `step_meta` the `meta.json` of one checkpoint of a run.
+the small files and `step_meta` the `meta.json` of one checkpoint of a run; `trees` goes between
+nested dicts and paths.
 """
 
 from jax_instructblip.checkpoint.folder import (

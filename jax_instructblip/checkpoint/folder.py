@@ -134,7 +134,7 @@ def read_parts(
     strict_dtype: bool = False,
     place: Callable[[str, StoredParts], Any],
 ) -> Tree:
-    """As `read_tree`, for one of several processes, each of which holds parts of the leaves.
+    """The tree of `read_tree` for one of several processes, each of which holds parts of leaves.
 
     `place(path, leaf)` slices the leaf where its devices need it, and only that is read. Of the
     hashes, which are of whole leaves, each process compares its share: all are, by all together.

@@ -40,7 +40,7 @@ class OwnPart:
 
 
 def name_of(start: Iterable[int]) -> str:
-    """`0.512`: where a part begins; that of a number is `0`."""
+    """The name of the part that begins there, as `0.512`; that of a number is `0`."""
     return ".".join(map(str, start)) or "0"
 
 
@@ -108,7 +108,7 @@ def check_parts(manifest: Mapping[str, Mapping[str, Any]], where: Any) -> None:
 
 
 def _problem(shape: Any, parts: Any) -> str:
-    """Why these parts do not make up a leaf of that shape, each place once; "" where they do."""
+    """The reason why these parts do not cover a leaf of that shape once; "" where they do."""
     try:
         boxes = []
         for name, part in parts.items():

@@ -1,4 +1,4 @@
-"""What a checkpoint folder says of its leaves: `manifest.json`, and how two such lists differ."""
+"""The list of a checkpoint folder's leaves, `manifest.json`, and the differences of two lists."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def manifest_digest(folder: str | os.PathLike) -> str:
 
 
 def entry_of(path: str, array: np.ndarray) -> dict[str, Any]:
-    """What a manifest says of this leaf; ValueError where it does not hold numbers."""
+    """The entry of this leaf in a manifest; ValueError where it does not hold numbers."""
     if array.dtype.hasobject or array.dtype.kind in "USM":
         raise ValueError(f"leaf {path!r} has dtype {array.dtype}: only numbers can be stored")
     raw = array.reshape(-1).view(np.uint8).data
@@ -74,7 +74,7 @@ def describe(leaves: Mapping[str, Any], dtypes: bool) -> dict[str, tuple]:
 
 
 def described(manifest: Mapping[str, Any], dtypes: bool) -> dict[str, tuple]:
-    """The same of the leaves that a manifest lists."""
+    """Shape and dtype of each leaf that a manifest lists, for `compare`."""
     return {
         path: (tuple(entry["shape"]), entry["dtype"] if dtypes else None)
         for path, entry in manifest.items()

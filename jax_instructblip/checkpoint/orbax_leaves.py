@@ -77,7 +77,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not what asyncio logs of a failed save when its other futures are collected, later on."""
+    """Tells news from what asyncio logs of a failed save when its other futures are collected."""
     error = record.exc_info[1] if record.exc_info else None
     return error is None or ".partial-" not in str(error)
 
@@ -98,7 +98,7 @@ def writing(folder: Path, doing: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What a library says of an error, without the specification that TensorStore appends."""
+    """The first line of an error, without the specification that TensorStore appends."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return line.partition(" [tensorstore_spec")[0]
 

@@ -1,4 +1,4 @@
-"""`meta.json` of one checkpoint of a run: what it is of, and which manifests belong to it.
+"""`meta.json` of one checkpoint of a run: the model it is of, and the manifests it has.
 
     {"format": 1, "step": 3000, "variant": {...}, "trainable": ["qformer"], "base": {...}, ...,
      "manifests": {"trainable": "...", "optimizer": "..."},      sha256 of each

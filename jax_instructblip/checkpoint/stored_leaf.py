@@ -13,7 +13,7 @@ _BLOCK = 16 * 2**20  # bytes of a file that are mapped at a time
 
 
 def bytes_read() -> int:
-    """How many bytes of leaves this process has read part by part so far."""
+    """The number of bytes of leaves that this process has read part by part so far."""
     return _read["bytes"]
 
 
@@ -51,7 +51,7 @@ class StoredParts:
                 raise ValueError(f"{part.file} has {found} bytes, expected {wanted}")
 
     def astype(self, dtype: Any, copy: bool = False) -> "StoredParts":
-        """The same leaf, whose parts are cast when they are read."""
+        """This leaf with another dtype, to which parts are cast when they are read."""
         del copy
         return StoredParts(self._parts, self.shape, self._stored, dtype)
 

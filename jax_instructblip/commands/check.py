@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 @dataclasses.dataclass
 class Findings:
-    """What a file holds: reasons by line number, token counts of good lines, the first of them."""
+    """Findings about a file: reasons by line number, tokens of good lines, the first of them."""
 
     bad: dict[int, list[str]]
     good: int

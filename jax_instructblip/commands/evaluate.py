@@ -307,7 +307,7 @@ def _test_splits(data: str) -> list[str]:
 
 
 def _start_of(run: dict[str, Any]) -> str:
-    """What stands for the weights that the run started from."""
+    """The text that stands for the weights that the run started from."""
     return f"{run['base']['sha256']} {run['config']['model']['init']}"
 
 

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
 
 
 def _ask(flags: argparse.Namespace, entries: Sequence[Entry], given: Mapping[str, Path]) -> int:
-    """How many of the entries match; each is printed as soon as it is known."""
+    """The number of entries that match; each is printed as soon as it is known."""
     blip = load(flags.checkpoint, dtype=flags.dtype)
     matching = 0
     width = max(len(entry.name) for entry in entries)

@@ -127,7 +127,7 @@ class Section:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """What transformers means by leaving keys out."""
+        """The values that transformers takes for keys that are left out."""
         found: dict[str, Any] = {}
         for row in self.rows:
             if isinstance(row, Pair):
@@ -194,5 +194,5 @@ class Section:
 
 
 def equal(found: Any, wanted: Any) -> bool:
-    """Equal, and of the same type: 1 is not true."""
+    """Tells whether two values are equal, and of the same type: 1 is not true."""
     return isinstance(found, bool) == isinstance(wanted, bool) and found == wanted

@@ -219,7 +219,7 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def _why(dtype: np.dtype) -> str:
-    """What weights of a dtype that is not taken are likely to be, and what to do."""
+    """Advice on weights of a dtype that is not taken: what they may be, and what to do."""
     return ": save it in float32" if dtype.kind == "f" else f" (quantised weights? {DEQUANTISE})"
 
 

@@ -94,7 +94,7 @@ def _read_scale(values: Values) -> dict[str, Any]:
 
 
 def _read_buckets(values: Values) -> dict[str, Any]:
-    """Nothing; distances beyond the exact buckets grow by a logarithm, which must be positive."""
+    """Fills no field; checks that the logarithm of distances beyond exact buckets is positive."""
     buckets, furthest = "relative_attention_num_buckets", "relative_attention_max_distance"
     if SIZE.problems("", values[buckets]) or SIZE.problems("", values[furthest]):
         return {}  # noted where they are read
@@ -162,7 +162,7 @@ def _read_rope(values: Values) -> dict[str, Any]:
 
 
 def _read_heads(values: Values) -> dict[str, Any]:
-    """As many heads of keys as of queries, which share the width."""
+    """Fills no field; checks that keys have as many heads as queries, which share the width."""
     heads, width = values["num_attention_heads"], values["hidden_size"]
     if SIZE.problems("", heads) or SIZE.problems("", width):
         return {}  # noted where they are read

@@ -1,4 +1,4 @@
-"""How a PyTorch tensor becomes a leaf of ours, and back: permutations only, so no bit changes.
+"""The way from a PyTorch tensor to a leaf of ours, and back: permutations, so no bit changes.
 
 linear           [out, in]          <-> [in, out]
 patches          [D, C, h, w]       <-> [h, w, C, D]
@@ -53,7 +53,7 @@ patches = Transform("patches", lambda x: x.transpose(2, 3, 1, 0), lambda x: x.tr
 
 
 def attention_in(heads: int) -> Transform:
-    """Rows of the weight are heads one after another: the head axis is opened."""
+    """The transform of a weight whose rows are heads one after another: it opens the head axis."""
     return Transform(
         "attention_in",
         lambda x: _flip(x).reshape(x.shape[1], heads, -1),
@@ -62,12 +62,12 @@ def attention_in(heads: int) -> Transform:
 
 
 def attention_bias(heads: int) -> Transform:
-    """The bias of those rows."""
+    """The transform of the bias of those rows."""
     return Transform("attention_bias", lambda x: x.reshape(heads, -1), lambda x: x.reshape(-1))
 
 
 def attention_out(heads: int) -> Transform:
-    """Columns of the weight are heads one after another."""
+    """The transform of a weight whose columns are heads one after another."""
     return Transform(
         "attention_out",
         lambda x: _flip(x).reshape(heads, -1, x.shape[0]),

@@ -175,7 +175,7 @@ def _reduced(image: Image.Image, factor: int) -> Image.Image:
 
 
 def _reduction(pixels: int, least: float) -> int:
-    """By how much a JPEG's sides can be divided so that `least` of `pixels` are left."""
+    """The number that a JPEG's sides can be divided by so that `least` of `pixels` are left."""
     return next(by for by in (8, 4, 2, 1) if by == 1 or pixels >= least * by * by)
 
 

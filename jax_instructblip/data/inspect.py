@@ -1,4 +1,4 @@
-"""What a training example looks like: its tokens, which of them the loss asks for, how many."""
+"""Training examples in view: their tokens, those that the loss asks for, and their numbers."""
 
 import collections
 import itertools
@@ -16,7 +16,7 @@ Pieces = list[tuple[str, bool]]
 
 
 def token_counts(example: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """How many tokens the Q-Former reads, the language model reads, and the loss asks for."""
+    """The numbers of tokens that Q-Former and language model read and that the loss asks for."""
     return {
         "instruction for the Q-Former": len(example["qformer_tokens"]),
         "tokens of the language model": len(example["tokens"]),

@@ -57,6 +57,6 @@ def prepared_folder(path: str | os.PathLike) -> Path | None:
 
 
 def dataset_name(path: str | os.PathLike) -> str:
-    """Which dataset of the table a prepared folder holds; "" for anything else."""
+    """The name of the dataset that a prepared folder holds; "" for anything else."""
     folder = prepared_folder(path)
     return "" if folder is None else shards.read_report(folder)["name"]

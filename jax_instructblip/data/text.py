@@ -215,7 +215,7 @@ class TextProcessor:
 
     @property
     def rewrites(self) -> bool:
-        """Whether `decode` may change the end of a text when more ids follow.
+        """Tells whether `decode` may change the end of a text when more ids follow.
 
         A folder may ask for it (`clean_up_tokenization_spaces`), or bring a decoder of its own.
         """

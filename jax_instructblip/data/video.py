@@ -65,7 +65,7 @@ def encode_frames(
 
 
 def _state(path: str | os.PathLike[str]) -> tuple[int, ...]:
-    """Which file it is, in which state; () where FFmpeg will say why it cannot be opened.
+    """The identity and state of a file; () where FFmpeg will say why it cannot be opened.
 
     Raises:
         VideoError: opening it could block: a pipe, a device.

@@ -11,7 +11,7 @@ from jax_instructblip.files import read_json
 
 
 class Comparison(NamedTuple):
-    """What two files of predictions of one dataset have in common, and what not."""
+    """Two files of predictions of one dataset: what they have in common, and what not."""
 
     name: str
     same: int
@@ -49,7 +49,7 @@ def compare(first: Path, second: Path) -> list[Comparison]:
 
 
 def lines(found: Comparison, labels: tuple[str, str]) -> Iterator[str]:
-    """For people: how many differ, then each that does."""
+    """The comparison for people: the number of samples that differ, then each of them."""
     better = [_better(*pair) for pair in found.differing]
     yield (
         f"{found.name}: {len(found.differing)} of {found.same + len(found.differing)} samples "
@@ -77,7 +77,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _kind(folder: Path) -> str | None:
-    """What the run of the folder measured, one of `suite.KINDS`; None where nothing says it."""
+    """The kind of the folder's run, one of `suite.KINDS`; None where nothing says it."""
     place = folder if (folder / suite.RESULTS).is_file() else folder.parent
     if not (place / suite.RESULTS).is_file():
         return None
@@ -108,6 +108,6 @@ def _compare(name: str, first: Path, second: Path) -> Comparison:
 
 
 def _better(first: Prediction, second: Prediction) -> int:
-    """-1 where the first has the higher score, 1 where the second has."""
+    """The better of two predictions: -1 for the first, 1 for the second, 0 for neither."""
     one, two = first.score or 0.0, second.score or 0.0
     return (two > one) - (one > two)

@@ -93,7 +93,7 @@ def complete(
 
 
 def _items(path: Path) -> Iterator[tuple[str, Any, str]]:
-    """Where each row stands (`:LINE`, or `[NUMBER]` of a list), what it is, or why it is none."""
+    """The place (`:LINE`, or `[NUMBER]` of a list) and fields of each row, or why it is none."""
     if _begins_as_list(path):
         rows = files.read_json(path, list, limit=files.ANNOTATION_LIMIT)
         yield from ((f"[{number}]", row, "") for number, row in enumerate(rows))

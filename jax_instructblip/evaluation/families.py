@@ -67,7 +67,7 @@ def content_digest(records: Sequence[Record], digest: str) -> str:
 
 
 def majority(records: Sequence[Record]) -> dict[str, float]:
-    """What the best constant answer of each family would reach, as `score_families` names it."""
+    """The accuracy of each family's best constant answer, named as by `score_families`."""
     truths: dict[str, list[Sequence[str]]] = {}
     for record in records:
         if record.answers:
@@ -81,7 +81,7 @@ def majority(records: Sequence[Record]) -> dict[str, float]:
 
 
 def counts(records: Sequence[Record]) -> dict[str, int]:
-    """How many records each family has, in alphabetical order."""
+    """The number of records of each family, in alphabetical order."""
     found: dict[str, int] = {}
     for record in records:
         found[record.task or NO_FAMILY] = found.get(record.task or NO_FAMILY, 0) + 1

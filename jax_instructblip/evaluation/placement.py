@@ -1,4 +1,4 @@
-"""On which devices a model answers: those of this process alone, or those of all together."""
+"""The devices on which a model answers: those of this process, or those of all together."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from jax_instructblip.parallel.mesh import make_mesh
 
 
 def choose_mesh(variant: Variant, dtype: Any, *, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
-    """Where to load a model that is to answer; None for the only device there is.
+    """The mesh on which a model is to answer; None for the only device there is.
 
     Weights are split over `fsdp` x `tensor` devices. Where the devices of a process are a multiple
     of that, each process has a model of its own; otherwise there is one model over all processes.

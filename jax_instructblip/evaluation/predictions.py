@@ -171,9 +171,10 @@ class Store:
         self._own = self.partial / f"{process}.jsonl"
 
     def begin(self, *, replace: bool = False) -> None:
-        """Makes ready what is there; one process does it, before the others look.
+        """Prepares the folder for answers; what was answered before is kept.
 
-        With `replace` answers to something else are removed.
+        One process calls it, before the others look. With `replace` answers to something else are
+        removed.
 
         Raises:
           ValueError: answers to other questions, of another model or with other settings are there.
@@ -200,7 +201,7 @@ class Store:
                 path.unlink()
 
     def rows(self) -> dict[str, Prediction]:
-        """What has been answered so far, by id.
+        """The predictions so far, by id.
 
         Raises:
           ValueError: another process has made it ready, but it is not seen here.
@@ -236,7 +237,7 @@ class Store:
         return rows
 
     def _is_ours(self) -> bool:
-        """Whether what is there was asked as now, and of the same model."""
+        """Tells whether the answers there were asked for as now, and of the same model."""
         try:
             return read_json(self._facts_path) == self._facts
         except (ValueError, OSError):

@@ -28,7 +28,7 @@ AROUND = 20  # characters shown of each side of a difference
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """What an image shows, where to get it, and the sha256 of its file ("" where unknown)."""
+    """An image: its description, its address, the sha256 of its file ("" where unknown)."""
 
     description: str
     url: str
@@ -115,7 +115,7 @@ def compare(
 def first_difference(
     blip: InstructBlipPipeline, answer: Answer, published: Published
 ) -> tuple[float, Difference] | None:
-    """How much of the published answer was given (a share), and what then differs.
+    """The share of the published answer that was given, and what then differs.
 
     Tokens are compared where they were published, otherwise texts.
     """
@@ -134,7 +134,7 @@ def first_difference(
 
 
 def is_published_file(image: Image, path: str | os.PathLike) -> bool:
-    """Whether the file is the one that was published, to the byte; True where it is not known."""
+    """Tells whether the file is the published one, to the byte; True where it is not known."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return not image.sha256 or digest == image.sha256

@@ -1,4 +1,4 @@
-"""From rows of predictions to what the results say of a dataset."""
+"""From rows of predictions to the results of a dataset."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -75,7 +75,7 @@ def summarise(
     cut: int,
     model: str,
 ) -> dict[str, Any]:
-    """What `results.json` says of the task: plain JSON.
+    """The entry of the task in `results.json`: plain JSON.
 
     `cut` is how many prompts the Q-Former read the end of alone, `model` the model of the paper
     that has these sizes ("" for none).
@@ -110,7 +110,7 @@ def is_known(record: Record, metric: str) -> bool:
 
 
 def _response(task: Task, row: Prediction) -> Response:
-    """What the metric takes of a row."""
+    """The part of a row that the metric takes."""
     if not task.protocol.ranking or task.candidates or row.problem:
         return Response(row.id, row.text)
     if task.protocol.words and len(row.scores) == sum(map(len, task.protocol.words)):

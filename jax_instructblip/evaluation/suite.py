@@ -40,7 +40,7 @@ Say = Callable[[str], None]
 
 
 class Finished(NamedTuple):
-    """A task with what came of it."""
+    """A task that was answered, and its result."""
 
     task: Task
     rows: list[Prediction]
@@ -48,7 +48,7 @@ class Finished(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where answers go, and what they are of: a folder of an evaluation, weights and how many."""
+    """The place of answers, and what they are of: weights, dtype, questions at once, limit."""
 
     folder: Path
     weights: str
@@ -71,7 +71,7 @@ def run(
     baselines: Sequence[Baseline] = (),
     replace: bool = False,
 ) -> list[Finished]:
-    """What came of every task; empty in all processes but the first.
+    """The result of every task; empty in all processes but the first.
 
     Args:
       blip: the model, on this process's devices or on a mesh of all.
@@ -115,7 +115,7 @@ def run(
 
 
 def describe_result(finished: Finished) -> str:
-    """What came of a task, for people."""
+    """The result of a task, for people."""
     if finished.task.protocol.metric == families.METRIC:
         return families.table(finished.task.name, finished.result)
     return report.line(finished.task.name, finished.result)
@@ -180,7 +180,7 @@ def write(
 
 
 def versions() -> dict[str, str]:
-    """The versions of what computes and scores."""
+    """The versions of the programs that compute and score."""
     names = ("jax-instructblip", "jax", "jaxlib", "flax", "numpy", "transformers", "pycocoevalcap")
     found = {"python": platform.python_version()}
     for name in names:
@@ -190,7 +190,7 @@ def versions() -> dict[str, str]:
 
 
 def describe(task: Task, name: str, count: int, done: int = 0) -> str:
-    """What is going to be asked, and how, for people."""
+    """The task for people: what will be asked, and how."""
     facts = task.facts()
     settings = ", ".join(f"{name} {value}" for name, value in facts["settings"].items())
     lines = [
@@ -222,7 +222,7 @@ def _ask(
     name: str,
     say: Say,
 ) -> Store:
-    """Where the answers to all questions are, this process's share answered by it."""
+    """Answers this process's share of the questions; returns the store of all answers."""
     process = jax.process_index()
     first, together = process == 0, blip.mesh is not None and blip.mesh.is_multi_process
     share = Share() if together else Share(process, jax.process_count())
@@ -285,7 +285,7 @@ def _scored(
 
 
 def _begin(store: Store, first: bool, replace: bool) -> dict[str, Prediction]:
-    """What is answered already; every process has seen it when one goes on."""
+    """The answers already there; every process has seen them when one goes on."""
     problem: Exception | None = None
     if first:
         try:

@@ -35,7 +35,7 @@ class Task:
       settings: keyword arguments of `blip.generate`, or of `blip.rank`.
       candidates: that every record is ranked over; () where records have their own choices.
       videos: whether images are paths of video files.
-      relevance: of Visual Dialog the judgements of candidates, by id (`dialogue.read_relevance`).
+      relevance: of Visual Dialog the judgements of candidates, by id (`read_relevance`).
       black: whether black images are shown: what is right then was guessed from the question.
     """
 
@@ -51,7 +51,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """What files and results call it."""
+        """The name in files and results."""
         return self.protocol.name
 
     def opened(self, number: int) -> Record:
@@ -66,17 +66,17 @@ class Task:
         return dataclasses.replace(record, images=("-",) * count, times=())
 
     def prompt(self, record: Record) -> str:
-        """What is asked of the record; what questions are made for is its first answer."""
+        """The prompt about the record; where it asks for a question, it has the first answer."""
         return dress(self.protocol.prompt, record, record.answers[0] if record.answers else "")
 
     def choices(self, record: Record) -> tuple[str, ...]:
-        """What a ranking chooses among."""
+        """The candidates of a ranking."""
         if self.protocol.words:
             return tuple(word for words in self.protocol.words for word in words)
         return self.candidates or record.choices
 
     def facts(self) -> dict[str, Any]:
-        """What was asked and how, for people and for the comparison of two runs."""
+        """The facts of the questions: what is asked and how, for people and to compare two runs."""
         facts: dict[str, Any] = {
             "dataset": self.protocol.dataset,
             "split": self.split,

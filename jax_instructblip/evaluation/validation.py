@@ -1,4 +1,4 @@
-"""What a run measures while it trains, by which it chooses its best checkpoint."""
+"""The measurements of a run while it trains, by which it chooses its best checkpoint."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -43,7 +43,7 @@ from jax_instructblip.models.vlm import VisionLanguageModel
 
 
 class Search(NamedTuple):
-    """What ranks and ends answers, as traced arrays."""
+    """The values that rank and end answers, as traced arrays."""
 
     weights: jax.Array  # [max_new_tokens + 1] length^length_penalty of lengths 1, 2, ...
     stop: jax.Array  # [] place in EARLY_STOPPING
@@ -69,7 +69,7 @@ class _Candidates(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What the loop carries."""
+    """The state of the loop."""
 
     step: jax.Array  # [] new tokens so far
     tokens: jax.Array  # [B, K, T] of the running rows, the best one first
@@ -107,7 +107,8 @@ def beam_tokens(
     if num_beams < 2:
         raise ValueError(f"num_beams is {num_beams}, expected at least 2 (1 is greedy)")
     search = Search(
-        # In double precision, as transformers: no rounding of ours may turn a ranking over.
+        # Computed in double precision, rounded once, as in transformers: no rounding of ours may
+        # turn a ranking over.
         jnp.asarray(np.arange(1.0, max_new_tokens + 2) ** length_penalty, jnp.float32),
         jnp.asarray(EARLY_STOPPING.index(early_stopping), jnp.int32),
         jnp.asarray(early_stopping == "never" and length_penalty > 0),

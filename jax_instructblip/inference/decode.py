@@ -32,7 +32,7 @@ from jax_instructblip.models.vlm import VisionLanguageModel
 
 
 class _State(NamedTuple):
-    """What the loop carries; R = 1 row a sample."""
+    """The state of the loop; R = 1 row a sample."""
 
     step: jax.Array  # [] new tokens so far
     token: jax.Array  # [B, R] the newest

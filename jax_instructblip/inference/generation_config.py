@@ -1,9 +1,9 @@
-"""How answers are decoded: one set of settings, named as transformers names them.
+"""The settings of decoding: one set of them, named as transformers names them.
 
     blip.generate(images, prompts, num_beams=5, length_penalty=-1.0)
     blip.generate(images, prompts, GenerationConfig(num_beams=5, length_penalty=-1.0))
 
-Presets, the pipeline, verbs, benchmarks and validation all take this one. It cannot hold a value
+Protocols, the pipeline, verbs, benchmarks and validation all take this one. It cannot hold a value
 that means nothing: types, ranges and what excludes each other are checked when it is made.
 """
 
@@ -149,7 +149,7 @@ class GenerationConfig:
 
     @property
     def sample(self) -> bool:
-        """Whether tokens are drawn."""
+        """Tells whether tokens are drawn."""
         return self._drawing if self.do_sample is None else self.do_sample
 
     @property
@@ -165,7 +165,7 @@ class GenerationConfig:
         }
 
     def _contradictions(self, wrong: set[str]) -> Iterator[str]:
-        """What the settings that are no `wrong` ones by themselves do not allow each other."""
+        """Contradictions among the settings that are not `wrong` by themselves."""
         if not (self.do_sample is None or isinstance(self.do_sample, bool)):
             yield f"do_sample is {self.do_sample!r}, expected True, False or None"
             return

@@ -49,7 +49,7 @@ class Tree(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """How large a plan is: two of equal sizes are worked on by one compiled program."""
+    """The sizes of a plan: two of equal sizes are worked on by one compiled program."""
 
     chunks: int = 0
     inner: int = 0
@@ -143,7 +143,7 @@ def same_tokens(
 
 
 def describe_same(same: Sequence[tuple[str, ...]]) -> str:
-    """What to tell of candidates that the tokenizer cannot tell apart."""
+    """A warning about candidates that the tokenizer cannot tell apart."""
     shown = "; ".join(", ".join(repr(each[:40]) for each in group[:5]) for group in same[:3])
     more = f" and {len(same) - 3} more sets" if len(same) > 3 else ""
     return (
@@ -171,12 +171,12 @@ class _Chunk:
         self.nodes: list[int] = []  # its inner tokens
 
     def shared(self, ids: Ids) -> int:
-        """How many tokens `ids` begins with as the newest candidate does."""
+        """The number of first tokens that `ids` has in common with the newest candidate."""
         pairs = zip(ids, self.ids, strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def growth(self, ids: Ids) -> int:
-        """How many inner tokens `ids` would add."""
+        """The number of inner tokens that `ids` would add."""
         return len(ids) - 1 - min(self.shared(ids), len(self.nodes))
 
     def add(self, ids: Ids) -> None:
@@ -195,7 +195,7 @@ class _Chunk:
         self.ids = ids
 
     def close(self, keep: int = 0) -> None:
-        """Nothing more hangs below the inner tokens after the first `keep`."""
+        """Closes the inner tokens after the first `keep`: nothing more is hung below them."""
         for node in self.nodes[keep:]:
             self.ends[node] = len(self.tokens)
         del self.nodes[keep:]

@@ -26,7 +26,7 @@ _UNREAD_ID = {"llama": 1}
 
 
 class TracedSettings(NamedTuple):
-    """How scores become a token, as traced scalars; the defaults change nothing."""
+    """Settings of the choice of a token, as traced scalars; the defaults change nothing."""
 
     min_new_tokens: Any = 0  # eos is masked before
     repetition_penalty: Any = 1.0

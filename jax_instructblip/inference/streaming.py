@@ -11,7 +11,7 @@ _LAST_WORD = re.compile(r"\s+\S*\Z")
 def pieces(
     decode: Callable[[list[int]], str], tokens: Iterable[int], *, rewrites: bool = False
 ) -> Iterator[str]:
-    """What each token adds to the text, where it adds any: joined, `decode` of all tokens.
+    """The text that each token adds, where it adds any; joined, it is `decode` of all tokens.
 
     A character of several tokens is held back until it is whole. Where the tokenizer `rewrites`
     what it has decoded ("do n't ." becomes "don't.") the last word is held back, too, with the

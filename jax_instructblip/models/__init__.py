@@ -13,8 +13,11 @@ One alphabet, in shape annotations and einsum strings alike:
     D  model width         M  width of a feed-forward layer
     V  vocabulary          R  rows that share one prompt: beams or candidates
     Y  layers of a tower (axis 0 of every stacked leaf)
+    Dv Dl Dc               model width of the vision tower, of the language model, and of what an
+                           attention looks at
 
-Every tower keeps its layers stacked on axis 0 and runs them with `nn.scan`. Leaves are named only
-`kernel bias scale embedding queries cls pos_embed relative_bias temp`; attention kernels keep their
-head axis (`[D, N, K]` going in, `[N, K, D]` coming out).
+Layers are stacked on axis 0 and scanned; those that decode may be separate
+(`layers.Scan.separate`). Leaves are named only `kernel bias scale embedding queries cls pos_embed
+relative_bias`; attention kernels keep their head axis (`[D, N, K]` going in, `[N, K, D]` coming
+out).
 """

@@ -105,7 +105,7 @@ def attend_parts(
     own: Own | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B R N K"]:
-    """R rows of a sample look at the same parts, and each at its newest token: one softmax.
+    """Values for R rows that look at the same parts, and each at its newest token: one softmax.
 
         [ part: every row | part: every row | own: each row its own ]
 

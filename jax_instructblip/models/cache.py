@@ -58,7 +58,7 @@ def follow(cache: Cache, parents: Int[Array, "B R"]) -> Cache:
 
 
 class View(NamedTuple):
-    """How the rows of a step see the tail, for all layers alike."""
+    """The view that the rows of a step have of the tail, for all layers alike."""
 
     mask: Bool[Array, "B 1 R S"]
     slot: Int[Array, ""] | None  # where a layer writes its tokens before it looks; None: the caller
@@ -67,7 +67,7 @@ class View(NamedTuple):
 
 
 def view(cache: Cache) -> View:
-    """How the next step sees the tail.
+    """The view that the next step has of the tail.
 
     A stack of layers is written by `write` afterwards, for all layers at once: a scan that returned
     the tails would copy them. Separate ones are written by the layers, first: what is read and
@@ -80,7 +80,7 @@ def view(cache: Cache) -> View:
 
 
 def look(tail: Any, token: Any, view: View) -> tuple[Part, Own | None, Any]:
-    """What a step of one layer attends to, and what it returns for `write`.
+    """The keys and values that a step of one layer attends to, and what it returns for `write`.
 
     `token` has its key and value `[B, N, R, K]`, `tail` is the layer's.
     """

@@ -84,7 +84,7 @@ affine.defvjp(_affine_forward, _affine_backward)
 
 
 def _precision(x: Array) -> str | None:
-    """As `Network` asks for: these products may be made after its `apply` has returned."""
+    """The precision that `Network` asks for; products may be made after its `apply` returned."""
     return "highest" if x.dtype.itemsize >= 4 else None
 
 

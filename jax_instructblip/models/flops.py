@@ -122,7 +122,7 @@ def _vision(variant: Variant, rows: int) -> int:
 
 
 def _qformer(variant: Variant, rows: int, text: int) -> tuple[int, int]:
-    """Forward: keys and values of the image, and everything."""
+    """FLOPs of the forward pass: of keys and values of the image, and of everything."""
     q, patches = variant.qformer, variant.vision.tokens
     seen = q.queries + (text if q.instruction_aware else 0)
     pairs = q.layers // 2
@@ -141,7 +141,7 @@ def _qformer(variant: Variant, rows: int, text: int) -> tuple[int, int]:
 
 
 def _language(config: LanguageConfig, rows: int, length: int, answer: int) -> tuple[int, int]:
-    """Forward: products with weights, and those of the attention."""
+    """FLOPs of the forward pass: of products with weights, and of those of the attention."""
     if isinstance(config, LlamaConfig):
         weights = config.layers * (4 * config.width**2 + 3 * config.width * config.mlp)
         attention = config.layers * 2 * linear(rows * length, length, config.width)

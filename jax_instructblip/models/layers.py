@@ -42,7 +42,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """How the layers of a tower are run; no value depends on it.
+    """The way in which the layers of a tower are run; no value depends on it.
 
     Attributes:
       remat: a name of `REMAT`. "full" keeps the input of each layer alone and computes the forward
@@ -62,7 +62,7 @@ class Scan:
 
 @dataclasses.dataclass(frozen=True)
 class Scans:
-    """How the layers of each tower are run."""
+    """The way in which the layers of each tower are run."""
 
     vision: Scan = Scan()
     qformer: Scan = Scan()  # of the bridge, where it has layers
@@ -97,7 +97,7 @@ class Network(nn.Module):
 
     @nn.nowrap
     def apply(self, *args: Any, **kwargs: Any) -> Any:
-        """As `nn.Module.apply`."""
+        """Applies the module as `nn.Module.apply` does, in the precision of its `dtype`."""
         dtype = jnp.dtype(getattr(self, "dtype", jnp.float32))
         if dtype.itemsize < 4:
             return super().apply(*args, **kwargs)
@@ -316,7 +316,7 @@ def _change(weights: Callable[[Any], Any], found: Mapping[str, Any]) -> dict[str
 
 
 def _policy(remat: str) -> Callable[..., bool] | None:
-    """That of `REMAT`, but what a constraint returns is never kept: it is the same array again.
+    """The policy of `REMAT`, which never keeps what a constraint returns: the same array again.
 
     Kept, the weights of every layer would be stored a second time until the backward pass.
     """

@@ -73,7 +73,7 @@ class LlamaLayer(nn.Module):
         self.drop = Dropout(c.dropout)
 
     def __call__(self, x, _, mask, rotation, keep, train):
-        """Whole rows; keys and values come back as a cache has them where `keep` asks for them."""
+        """Runs whole rows; with `keep` keys and values come back as a cache has them."""
         drop = functools.partial(self.drop, deterministic=not train)
         y, own = self.attention_norm(x), self.attention
         key, value = rotate(own.key(y), rotation), own.value(y)
@@ -83,7 +83,7 @@ class LlamaLayer(nn.Module):
         return x, ({"key": heads_first(key), "value": heads_first(value)} if keep else None)
 
     def step(self, x, cache, prefix_mask, view, rotation):
-        """One token `[B, R, D]`; what `look` returns comes back, for `write`."""
+        """Runs one token `[B, R, D]`; what `look` returns comes back, for `write`."""
         y, own = self.attention_norm(x), self.attention
         key, value = heads_first(rotate(own.key(y), rotation)), heads_first(own.value(y))
         part, newest, made = look(cache["tail"], {"key": key, "value": value}, view)
@@ -92,7 +92,7 @@ class LlamaLayer(nn.Module):
         return constrain(x + self.mlp(self.mlp_norm(x))), made
 
     def tree(self, x, prefix, prefix_mask, mask, rotation):
-        """A tree of tokens `[B, T, D]` behind the prompt; nothing is stored."""
+        """Runs a tree of tokens `[B, T, D]` behind the prompt; nothing is stored."""
         y, own = self.attention_norm(x), self.attention
         key, value = heads_first(rotate(own.key(y), rotation)), heads_first(own.value(y))
         parts = [Part(**prefix, mask=prefix_mask), Part(key, value, mask)]

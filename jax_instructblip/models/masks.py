@@ -52,7 +52,7 @@ def causal_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
 
 
 def tree_mask(ends: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
-    """Each token of a tree sees itself and what leads to it: the candidates of a ranking.
+    """The mask of a ranking's tree of candidates: a token sees itself and what leads to it.
 
     The tree stands in depth-first order, and `ends` says where what hangs below each token stops.
     For ends = 4 3 3 4 6 6, which is the tree (0 (1 2) 3) (4 5):
@@ -70,7 +70,7 @@ def tree_mask(ends: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
 
 
 def lineage_mask(lineage: Int[Array, "B R T"], step: Int[Array, ""]) -> Bool[Array, "B 1 R S"]:
-    """A new token sees the slots that its row continues, of the steps written before it.
+    """The mask of new tokens: each sees the slots that its row continues, of earlier steps.
 
     It sees itself apart from them. Slot t * R + r has what row r read at step t. For step = 2 of
     T = 3, lineage = (0 0 .) of row 0 and (0 1 .) of row 1:

@@ -1,4 +1,4 @@
-"""What a language model and a bridge must offer; `vlm.py` asks for nothing else of them.
+"""The methods of a language model and of a bridge; `vlm.py` asks for nothing else of them.
 
 Adding one is a file with these methods, its sizes in `variants.py`, a conversion table, and a row
 of `BRIDGES` or `LANGUAGE_MODELS` in `vlm.py`.
@@ -21,7 +21,7 @@ class Bridge(Protocol):
         valid: Bool[Array, "B L"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B Q Dl"]:
-        """`tokens` are the instruction, where the bridge reads it, `valid` is False on padding."""
+        """The vectors of each image; `tokens` are its instruction, `valid` is False on padding."""
         ...
 
 

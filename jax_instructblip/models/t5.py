@@ -80,7 +80,7 @@ class T5Layer(nn.Module):
         self.drop = Dropout(c.dropout)
 
     def __call__(self, x, _, mask, bias, encoded, encoded_mask, train):
-        """Whole rows; `encoded`, its mask beside it, is what a decoder layer looks at."""
+        """Runs whole rows; a decoder layer looks at `encoded`, whose mask stands beside it."""
         drop = functools.partial(self.drop, deterministic=not train)
         y = self.attention_norm(x)
         x = constrain(x + drop(self.attention(y, y, mask, bias, scale=1.0, drop=drop)))
@@ -99,7 +99,7 @@ class T5Layer(nn.Module):
         }
 
     def step(self, x, cache, prefix_mask, view):
-        """One token `[B, R, D]`; what `look` returns comes back, for `write`."""
+        """Runs one token `[B, R, D]`; what `look` returns comes back, for `write`."""
         y, own = self.attention_norm(x), self.attention
         token = {"key": heads_first(own.key(y)), "value": heads_first(own.value(y))}
         part, newest, made = look(cache["tail"], token, view)
@@ -107,7 +107,7 @@ class T5Layer(nn.Module):
         return self._rest(x, cache["prefix"], prefix_mask), made
 
     def tree(self, x, cache, prefix_mask, masks, biases):
-        """A tree of tokens `[B, T, D]` behind the written tail; nothing is stored."""
+        """Runs a tree of tokens `[B, T, D]` behind the written tail; nothing is stored."""
         y, own = self.attention_norm(x), self.attention
         key, value = heads_first(own.key(y)), heads_first(own.value(y))
         parts = [
@@ -154,7 +154,7 @@ class T5Stack(nn.Module):
         return jnp.moveaxis(self.relative_bias.astype(jnp.float32)[buckets], -1, 0)
 
     def __call__(self, x, mask, encoded=None, encoded_mask=None, train=False):
-        """Whole rows `[B, T, D]` through all layers and the norm."""
+        """Runs whole rows `[B, T, D]` through all layers and the norm."""
         index = jnp.arange(x.shape[1])
         bias = self.bias(index[None, :] - index[:, None])[None]  # [1, N, T, T]
         drop = functools.partial(self.drop, deterministic=not train)
@@ -166,7 +166,7 @@ class T5Stack(nn.Module):
         return self.layers.look_at(jnp.zeros((), self.dtype), None, encoded)[1]
 
     def step(self, x, cache):
-        """One token `[B, R, D]` through all layers, and what they return for `write`."""
+        """Runs one token `[B, R, D]` through all layers, whose results for `write` come back."""
         (rows, length), step = cache["lineage"].shape[1:], cache["step"]
         bias = self.bias(jnp.append(jnp.arange(length), step) - step)  # the token comes last
         past = jnp.repeat(bias[:, :-1], rows, axis=1)[None, :, None]
@@ -179,7 +179,7 @@ class T5Stack(nn.Module):
         return self.norm(x), made
 
     def tree(self, x, depths, ends, cache):
-        """A tree of tokens `[B, T, D]` through all layers and the norm, behind the written tail."""
+        """Runs a tree of tokens `[B, T, D]` through layers and norm, behind the written tail."""
         length, step = cache["lineage"].shape[2], cache["step"]
         places = step - 1 + depths
         apart = lambda keys: jnp.moveaxis(self.bias(keys[:, None, :] - places[:, :, None]), 0, 1)

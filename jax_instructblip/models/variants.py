@@ -169,7 +169,7 @@ class Variant:
 
     @property
     def reads_instruction(self) -> bool:
-        """Whether the bridge is given the instruction beside the image."""
+        """Tells whether the bridge is given the instruction beside the image."""
         return isinstance(self.bridge, QFormerConfig) and self.bridge.instruction_aware
 
     @property
@@ -192,7 +192,7 @@ class Variant:
     def from_dict(cls, fields: dict[str, Any]) -> "Variant":
         """The variant that `to_dict` wrote; unknown and missing fields are named in the error.
 
-        Without a `kind`, as in checkpoints of the first format, it is `instructblip`.
+        A `kind` that is left out is `instructblip`: older checkpoints lack it.
         """
         if not isinstance(fields, dict) or not isinstance(fields.get("kind", ""), str):
             raise ValueError(f"variant is {fields!r:.60}, expected an object of its towers")
@@ -304,7 +304,7 @@ def _build(cls: type, name: str, fields: Any) -> Any:
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is of the annotated type of a field; a size is at least 0."""
+    """Tells whether a JSON value is of a field's annotated type; a size is at least 0."""
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     if kind is int:
@@ -362,7 +362,7 @@ def released_name(variant: Variant) -> str:
 
 
 def size_differences(found: Variant, wanted: Variant) -> list[str]:
-    """Where kind or sizes differ, as `vision.layers: expected 39, found 4`; [] for the same model.
+    """Differences of kind and sizes, as `vision.layers: expected 39, found 4`; [] for none.
 
     Vocabularies, eps, ids, dropout and activations are a folder's own.
     """

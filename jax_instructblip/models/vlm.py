@@ -92,7 +92,7 @@ class VisionLanguageModel(Network):
         return constrain(vectors.reshape(rows, -1, vectors.shape[-1]))
 
     def embed_row(self, batch: Batch, train: bool = False) -> Float[Array, "G X Dl"]:
-        """What the language model reads: embedded tokens, and visual vectors where `slots` says."""
+        """The input of the language model: embedded tokens, visual vectors where `slots` says."""
         tokens = self.llm.embed(batch["tokens"])
         visual = take_slots(self.visual_vectors(batch, train), batch["slots"], batch["places"])
         return constrain(jnp.where((batch["slots"] >= 0)[..., None], visual, tokens))
@@ -158,7 +158,7 @@ def param_shapes(variant: Variant) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def _param_shapes(variant: Variant) -> dict[str, Any]:
-    """As `param_shapes`; kept, since tracing takes a second and a command asks ten times."""
+    """The kept result of `param_shapes`: tracing takes a second and a command asks ten times."""
     return jax.eval_shape(lambda key: init_params(variant, key), jax.random.key(0))
 
 

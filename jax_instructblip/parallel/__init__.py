@@ -1,1 +1,1 @@
-"""Where arrays lie on many devices."""
+"""The placement of arrays on many devices, and the processes that share a run."""

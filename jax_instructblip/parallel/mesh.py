@@ -41,17 +41,17 @@ def make_mesh(
 
 
 def is_split(mesh: Mesh) -> bool:
-    """Whether a device, or a process, may hold a part of the weights alone."""
+    """Tells whether a device, or a process, may hold a part of the weights alone."""
     return mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 or mesh.is_multi_process
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """The placement by which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis, of samples, is split over `data` and `fsdp`."""
+    """The placement that splits the first axis, of samples, over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 

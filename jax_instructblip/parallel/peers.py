@@ -1,4 +1,4 @@
-"""What a process does when another one of its run has gone: it says so, and ends.
+"""The end of a process when another one of its run has gone, and the watch for that.
 
 A collective waits for all processes; one that has died would be waited for in vain, or for minutes.
 So the connections of the roll call stay open, and a thread listens to them:
@@ -32,7 +32,10 @@ _watching: "list[Peers]" = []
 
 
 def on_loss(callback: Callable[[], None]) -> None:
-    """Calls it before this process ends because another has gone: to end what is being written."""
+    """Registers `callback`, called before this process ends because another has gone.
+
+    It is to end what is being written.
+    """
     _callbacks.append(callback)
 
 
@@ -117,7 +120,7 @@ class Peers:
                         self._end(f"{self._name(index)} {silent}")
 
     def _hear(self, index: int) -> bool:
-        """Reads what a process says; whether there may be more to come."""
+        """Reads what a process says; tells whether there may be more to come."""
         try:
             data = self._lines[index][0].recv(65_536)
         except TimeoutError:

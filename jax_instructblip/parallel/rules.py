@@ -1,4 +1,4 @@
-"""Which device holds which part of which leaf: one table for weights, gradients and moments.
+"""The placement of leaves on devices: one table for weights, gradients and moments.
 
     attention   heads over `tensor`, model width over `fsdp`
     mlp         hidden width over `tensor`, model width over `fsdp`
@@ -26,7 +26,7 @@ BOTH = ("fsdp", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Where the axes of the leaves lie whose path ends so.
+    """The placement of the axes of leaves whose path ends so.
 
     Attributes:
       path: a regular expression of whole words of the path, its last ones.
@@ -91,7 +91,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def spec_of(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
-    """Over which axes of a mesh of these sizes the axes of a leaf are split.
+    """The axes of a mesh of these sizes over which each axis of a leaf is split.
 
     Raises:
         ValueError: no rule names it, or its sizes do not divide.
@@ -174,7 +174,7 @@ def _decide(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tupl
 
 
 def _misfit(spec: P, shape: tuple[int, ...], sizes: Mapping[str, int]) -> str:
-    """Why a leaf of that shape cannot be split so; "" where it can."""
+    """The reason why a leaf of that shape cannot be split so; "" where it can."""
     if len(spec) != len(shape):
         return f"has {len(shape)} axes, expected {len(spec)}"
     for number, (axes, size) in enumerate(zip(spec, shape, strict=True)):

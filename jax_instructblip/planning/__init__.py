@@ -1,1 +1,1 @@
-"""What a train step needs on chips that need not be there: memory, FLOPs, what moves."""
+"""Plans of a train step for chips that need not be there: memory, FLOPs, what moves."""

@@ -1,4 +1,4 @@
-"""What to make of a plan: whether a step fits, what would make it fit, which meshes to try."""
+"""Advice on a plan: whether a step fits, what would make it fit, which meshes to try."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,14 +21,14 @@ SPARE = 0.02  # share of a chip's memory that a change must leave free to be pro
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """Something to do otherwise, and what each chip would then need by estimate."""
+    """A change of the job, and what each chip would then need by estimate."""
 
     what: str
     need: float
 
 
 def verdict(job: Job, mesh: Mesh, topology: Topology, report: Report) -> tuple[bool, str]:
-    """Whether the step fits into a chip's memory, and a sentence that says so and what to change.
+    """The verdict on a step: whether it fits into a chip, and a sentence with what to change.
 
     Of a CPU nothing is known: everything fits.
     """
@@ -160,7 +160,7 @@ def estimate(report: Mapping[str, Any], chip: Chip) -> dict[str, float]:
 
 
 def best(reports: Sequence[Mapping[str, Any]], batch: int) -> Mapping[str, Any] | None:
-    """Of those that fit the one with the most samples a second.
+    """The report that fits and has the most samples a second.
 
     Of equals one of that `batch`, the config's, since another one trains otherwise; then the one
     that moves least for a sample. Of CPUs no speed is known: there a sample counts as much on any
@@ -177,7 +177,7 @@ def best(reports: Sequence[Mapping[str, Any]], batch: int) -> Mapping[str, Any] 
 
 
 def remarks(job: Job, mesh: Mesh) -> list[str]:
-    """What the rules chose as their second choice on that mesh."""
+    """A sentence for each rule whose second choice the mesh takes."""
     return rules.remarks(param_shapes(job.variant), mesh)
 
 

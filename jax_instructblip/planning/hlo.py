@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, and how long its compiler thinks it takes.
+"""The bytes that a compiled program moves between devices, and its compiler's estimate of time.
 
 Read from the text of the program, computation by computation. What stands in the body of a loop
 counts as often as the loop runs, which its condition tells: XLA's own totals count it once.
@@ -48,7 +48,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """What one instruction moves, in one run of it."""
+    """The bytes that one instruction moves in one run of it, and among whom."""
 
     kind: str
     shape: str
@@ -60,7 +60,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the text of a program tells.
+    """The findings in the text of a program.
 
     Attributes:
       collectives: each instruction that moves something between devices.
@@ -74,7 +74,7 @@ class Program:
     unknown: tuple[str, ...]
 
     def moved(self) -> dict[str, dict[str, float]]:
-        """By kind: how many run in a step, and how many bytes each device receives in them."""
+        """Counts by kind: how many run in a step, and what bytes each device receives in them."""
         found: dict[str, dict[str, float]] = {}
         for each in self.collectives:
             row = found.setdefault(each.kind, {"count": 0, "bytes": 0.0})
@@ -84,7 +84,7 @@ class Program:
 
 
 def read_program(text: str, devices: int, loops: int = 1) -> Program:
-    """What the text `compiled.as_text()` of a program for so many devices tells.
+    """The findings in `compiled.as_text()` of a program for so many devices.
 
     `loops` is how often a loop is taken to run of which the text does not tell.
     """
@@ -127,7 +127,7 @@ def _computations(text: str) -> tuple[dict[str, dict[str, Line]], str]:
 
 
 def _closing(text: str) -> int:
-    """Where the bracket closes that was open before `text`."""
+    """The place at which the bracket closes that was open before `text`."""
     depth = 1
     for place, letter in enumerate(text):
         depth += (letter in "({[") - (letter in ")}]")
@@ -165,7 +165,7 @@ def _walk(
 def _trips(
     computations: Mapping[str, Mapping[str, Line]], outer: Mapping[str, Line], loop: Line
 ) -> int | None:
-    """How often a loop runs that counts up to a constant; None where that is not how it ends."""
+    """The number of runs of a loop that counts up to a constant; None for other loops."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
         return int(known[1])
     parts = dict(re.findall(r"\b(condition|body)=%?([\w.\-]+)", loop.text))
@@ -187,7 +187,7 @@ def _trips(
 
 
 def _place(line: Line) -> int | None:
-    """Which part of what a loop carries the instruction takes."""
+    """The number of the part that the instruction takes of what a loop carries."""
     found = re.search(r"index=(\d+)", line.text) if line.kind == "get-tuple-element" else None
     return int(found[1]) if found else None
 
@@ -209,7 +209,7 @@ def _carried(place: int, outer: Mapping[str, Line], loop: Line) -> int | None:
 
 
 def _step(place: int, body: Mapping[str, Line]) -> int | None:
-    """By how much a run of the body raises the counter."""
+    """The amount by which a run of the body raises the counter."""
     root = next((line for line in body.values() if line.root), None)
     if root is None or root.kind != "tuple":
         return None
@@ -244,7 +244,7 @@ def _bytes(dtype: str, sizes: str) -> int:
 
 
 def _group(text: str, devices: int) -> int:
-    """Among how many devices a collective moves; three ways to write it are in use.
+    """The number of devices among which a collective moves; it is written in three ways.
 
     {{0,1},{2,3}}    [2,4]<=[8]    mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}
 

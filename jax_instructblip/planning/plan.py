@@ -1,4 +1,4 @@
-"""What a step will need, from the program that its compiler makes: no weights, no such chips.
+"""The needs of a step, from the program that its compiler makes: no weights, no such chips.
 
 `read_job` takes a config to a `Job`, `compile_job` a job and a mesh of (absent) devices to a
 `Report`. The program is the one that `train` runs, compiled for the same mesh and the same shapes:
@@ -52,7 +52,7 @@ QUICK = -1.0  # the least effort that the compiler knows; a third of the time, a
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be compiled; everything of a config that the program depends on.
+    """A step to be compiled: everything of a config that the program depends on.
 
     Attributes:
       step: "train", or "decode": prompts of a batch read and answered greedily.
@@ -80,7 +80,7 @@ class Job:
     new_tokens: int
 
     def with_remat(self, **towers: str) -> "Job":
-        """The same, with other parts of the layers of these towers computed again."""
+        """This job with other parts of the layers of these towers computed again."""
         scans = {
             tower: dataclasses.replace(getattr(self.scans, tower), remat=remat)
             for tower, remat in towers.items()
@@ -100,7 +100,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the compiler answered; bytes are of each chip.
+    """The compiler's answer; bytes are of each chip.
 
     Attributes:
       arguments: weights, moments and batch.
@@ -212,7 +212,7 @@ def check_rows(job: Job, mesh: Mesh) -> None:
 
 
 def compile_job(job: Job, mesh: Mesh, *, effort: float = QUICK) -> Report:
-    """What the compiler says of the job's program on that mesh.
+    """The compiler's report on the job's program on that mesh.
 
     `effort` is of the compiler: 0 as for a real run, `QUICK` as little as possible.
 

@@ -24,7 +24,7 @@ MOST_CHIPS = 16_384  # the largest pod has 8,960
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What the maker says about one chip.
+    """The maker's figures of one chip.
 
     Attributes:
       memory: bytes of HBM that a program may use (libtpu 0.0.42 keeps the rest for itself).

@@ -10,7 +10,8 @@ In an object store, which knows no renaming, a folder is complete when `meta.jso
 written on the local disk first and then copied, that file last.
 
 A process alone writes whole leaves, with Orbax. Of several, each writes and reads the parts that
-its devices hold, and no other (`leaf_parts.py`, `shared_save.py`); either reads what both wrote.
+its devices hold, and no other (`checkpoint/leaf_parts.py`, `shared_save.py`); either reads what
+both wrote.
 """
 
 import dataclasses
@@ -105,11 +106,11 @@ class Checkpoints:
         return self.folder / str(step)
 
     def place(self, step: int) -> str:
-        """Where that step is kept, on the disk or elsewhere."""
+        """The place where that step is kept, on the disk or elsewhere."""
         return f"{self._store or self.folder}/{step}"
 
     def meta(self, step: int) -> Meta:
-        """What `meta.json` of that step says."""
+        """The fields of that step's `meta.json`."""
         if not self._store:
             raw = (self.path(step) / META).read_bytes()
         else:
@@ -190,7 +191,10 @@ class Checkpoints:
     def _prepare_shared(
         self, step: int, parts: Mapping[str, Mapping[str, Array]], meta: Meta
     ) -> Callable[[], None]:
-        """The same of what this process owns of the leaves; the first process then commits."""
+        """Copies this process's parts of the leaves; what is returned writes them.
+
+        The first process then commits what all have written.
+        """
         if not self._token:
             number = np.int64(secrets.randbits(62))
             self._token = f"{int(multihost_utils.broadcast_one_to_all(number)):x}"
@@ -239,7 +243,7 @@ class Checkpoints:
         self._writer.shutdown(wait=wait)
 
     def abandon(self) -> None:
-        """As `close`, when another process has gone: its parts are waited for no longer."""
+        """Closes when another process has gone: its parts are waited for no longer."""
         self._ending.set()
         self.close()
 
@@ -316,7 +320,7 @@ class Checkpoints:
                 self._remove(old)
 
     def _way_past(self, step: int) -> str:
-        """What helps where that checkpoint is damaged."""
+        """The cure where that checkpoint is damaged."""
         before = [each for each in self.steps() if each < step]
         way = f"go on from step {before[-1]}" if before else "start over"
         return f"remove {self.place(step)} to {way}"
@@ -340,7 +344,7 @@ class Checkpoints:
         shutil.rmtree(doomed, ignore_errors=True)
 
     def _there(self) -> str:
-        """Which steps are complete, for a message; a store that fails may not even tell."""
+        """The complete steps, for a message; a store that fails may not even tell them."""
         try:
             return ", ".join(map(str, self.steps())) or "none"
         except Exception:
@@ -348,7 +352,7 @@ class Checkpoints:
 
 
 def is_writing() -> bool:
-    """Whether a thread of this process is writing a checkpoint."""
+    """Tells whether a thread of this process is writing a checkpoint."""
     return any(thread.name.startswith(THREAD) for thread in threading.enumerate())
 
 
@@ -358,7 +362,7 @@ def is_step(name: str) -> bool:
 
 
 def _leaves(state: TrainState, rng: Array) -> tuple[dict[str, Array], dict[str, Array]]:
-    """What goes into each of `PARTS`, by path."""
+    """The leaves of each of `PARTS`, by path."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state.optimizer)
     rest = {_optimizer_path(path): leaf for path, leaf in flat}
     rest = {"step": state.step, "rng": jax.random.key_data(rng), **rest}

@@ -175,7 +175,7 @@ def _source_problems(sources: Any) -> Iterator[str]:
 
 
 def _together(values: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with fields that are right one by one."""
+    """Complaints about fields that are right one by one but not together."""
     right = {
         name: values[name]
         for name, field in FIELDS.items()

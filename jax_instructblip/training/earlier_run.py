@@ -1,4 +1,4 @@
-"""What an earlier run has left in a workdir, whole or not, and whether a run may begin there."""
+"""The remains of an earlier run in a workdir, and the check whether a run may begin there."""
 
 import os
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a run starts from: frozen weights, the weights to train, and where they came from."""
+"""The start of a run: frozen weights, the weights to train, and where they came from."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""What a step makes smaller: terms that add up over devices and parts of a batch.
+"""Objectives of training: terms that add up over devices and parts of a batch.
 
 Each term is a sum over the batch divided by a total that the *whole* batch gives, known before any
 gradient is taken. So the loss and the gradient of a batch are the plain sums of those of its parts,
@@ -28,11 +28,11 @@ class Objective(Protocol):
 
     @property
     def whole_batch(self) -> str:
-        """See above."""
+        """The reason why a batch cannot be worked on in parts; "" where it can."""
         ...
 
     def totals(self, batch: Batch) -> Totals:
-        """The denominator of each term, of the batch alone; those of its parts add up."""
+        """The denominator of each term, from the batch alone; those of its parts add up."""
         ...
 
     def __call__(

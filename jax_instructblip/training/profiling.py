@@ -1,4 +1,4 @@
-"""How well the machine is used: products per second against its peak, memory, traces."""
+"""The use of the machine: products per second against its peak, memory, traces."""
 
 import re
 from collections.abc import Mapping
@@ -92,13 +92,13 @@ class Trace:
     """Writes a trace of some steps for TensorBoard and Perfetto (`jax.profiler`)."""
 
     def __init__(self, folder: Path, *, first: int, steps: int):
-        """Of `steps` steps (0: none), a few after step `first`, when nothing is compiled."""
+        """A trace of `steps` steps (0: none), a few after `first`, when nothing is compiled."""
         self._folder, self._begin = folder, first + WARM_UP + 1
         self._end, self._step = self._begin + steps, first
         self._awaited, self._going = steps > 0, False
 
     def before(self, step: int, state: Any) -> str:
-        """To be called before each step with the state so far; a sentence when one is written."""
+        """Called before each step with the state so far; a sentence when a trace is written."""
         if step == self._begin and self._awaited:
             jax.block_until_ready(state)
             jax.profiler.start_trace(str(self._folder))

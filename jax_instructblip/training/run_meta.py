@@ -1,4 +1,4 @@
-"""`meta.json` of a run's checkpoint: which model, which parts of it, on which base."""
+"""`meta.json` of a run's checkpoint against the run: model, parts that are trained, base."""
 
 from typing import Any
 

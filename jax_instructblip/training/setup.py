@@ -1,4 +1,7 @@
-"""From the fields of a config to what the loop needs; every complaint about a config is here."""
+"""From the fields of a checked config to what the loop needs.
+
+Complaints that need devices or files are here; those about single fields are in `config_fields.py`.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -96,7 +99,7 @@ def read_rows(config: ConfigDict, mesh: Mesh) -> np.ndarray:
 
 
 def read_scans(config: ConfigDict) -> Scans:
-    """How the layers of each tower are run: what is computed again, and where weights lie."""
+    """The way in which layers are run: what is computed again, and where weights lie."""
     scan = lambda tower: Scan(config.model.remat[tower], rules.constrain_layer)
     return Scans(vision=scan("vision"), qformer=scan("qformer"), llm=scan("llm"))
 
@@ -227,7 +230,7 @@ def read_validation(
     text: TextProcessor,
     mesh: Mesh,
 ) -> Validation | None:
-    """What `config.validation` asks for; None where nothing is to be validated."""
+    """The validation that the config asks for; None where nothing is to be validated."""
     given = config.validation
     if evaluate is None or records is None:
         return None

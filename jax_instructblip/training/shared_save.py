@@ -114,7 +114,7 @@ class SharedSave:
         return (self._part_folder(index) / self._done(index)).is_file()
 
     def _size(self, index: int) -> int:
-        """How much a process has written so far, where that can be seen."""
+        """The bytes that a process has written so far, where that can be seen."""
         size = 0
         for path in self._part_folder(index).rglob("*"):
             with contextlib.suppress(FileNotFoundError):  # it has its last name now

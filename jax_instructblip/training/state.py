@@ -1,4 +1,4 @@
-"""What changes while tuning: the step number, the trained weights, the optimizer's moments."""
+"""The state that tuning changes: step number, trained weights, the optimizer's moments."""
 
 import difflib
 from typing import Any, NamedTuple

@@ -82,7 +82,7 @@ def _best(folder: Path, steps: list[int], measured: dict[int, float]) -> int:
 
 
 def _measured(folder: Path) -> dict[int, float]:
-    """What the validations of the run measured, by step."""
+    """The scores of the run's validations, by step."""
     return {
         int(line["step"]): float(line[METRIC])
         for line in read_metrics(folder)

@@ -32,7 +32,7 @@ def parts_of(path):
 
 
 def write(folder, processes=2):
-    """As so many processes would write them: each every so-many-th part."""
+    """Writes the leaves as so many processes would: each every so-many-th part."""
     parts = [part for path in LEAVES for part in parts_of(path)]
     written = [
         leaf_parts.write_parts(folder / "params", parts[process::processes])

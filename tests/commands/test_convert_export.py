@@ -86,7 +86,7 @@ def test_too_little_room_is_said_before_anything_is_written(forge, tmp_path, cap
 
 
 def test_disk_that_fills_up_leaves_nothing(forge, tmp_path):
-    """As `tests/checkpoint/test_folder.py`: the system refuses to write past a limit."""
+    """The system refuses to write past a limit, as in `tests/checkpoint/test_folder.py`."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
         "from jax_instructblip.__main__ import main; sys.exit(main(sys.argv[1:]))"

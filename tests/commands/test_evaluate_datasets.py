@@ -101,14 +101,14 @@ def settings(request):
 
 @pytest.fixture(scope="module")
 def whole(base, data, tmp_path_factory, settings):
-    """What one device writes, in a process of its own as all runs that are compared to the bit."""
+    """The files of one device, in a process of its own as all runs that are compared to the bit."""
     out = tmp_path_factory.mktemp("whole")
     alone(words(base, data, out, SHARED, *settings))
     return out
 
 
 def alone(arguments):
-    """What `evaluate` says in one process on one device."""
+    """The output of `evaluate` in one process on one device."""
     ((said, code),) = ended(start(1, 1, ["evaluate", *arguments]))
     assert code == 0, said
     return said

@@ -29,7 +29,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answer(pictures):
-    """What the embedded model says of the red picture."""
+    """The embedded model's answer to the red picture."""
     blip = jax_instructblip.load("shapes_t5")
     return blip.generate([str(pictures / "red.png")], [PROMPT], **SETTINGS)[0]
 

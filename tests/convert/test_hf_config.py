@@ -1,4 +1,4 @@
-"""What a folder's config.json makes of the sizes and the fields that sources disagree on."""
+"""From a folder's config.json to sizes, and to the fields that sources disagree on."""
 
 import json
 

@@ -222,7 +222,7 @@ def test_damaged_files_raise_nothing_else(format):
 
 
 def test_evaluation_pixels_are_pillow_bit_for_bit(photos, info):
-    """On every healthy photograph: Pillow's bicubic squash, then the CLIP normalisation."""
+    """Every healthy photograph has Pillow's bicubic squash, then the CLIP normalisation."""
     mean = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
     std = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
     checked = 0

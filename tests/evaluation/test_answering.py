@@ -27,7 +27,7 @@ def varied(count):
 
 
 def count_calls(monkeypatch):
-    """How often pictures and texts are prepared from now on, by the name of the function."""
+    """Counts how often pictures and texts are prepared from now on, by name of the function."""
     made = dict.fromkeys(("decode", "resize_squash", "prompt", "candidate"), 0)
 
     def count(owner, name):

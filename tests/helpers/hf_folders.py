@@ -1,4 +1,4 @@
-"""What the conversion tests do to a Hugging Face folder: read, change and write it again."""
+"""Tools for Hugging Face folders in tests of conversion: read, change and write one again."""
 
 import json
 import shutil

@@ -13,7 +13,7 @@ from jax_instructblip.training import loop
 
 
 def spoilt(compile_step, steps):
-    """As `compile_step`; in these of the steps that are made, frozen weights are no numbers."""
+    """`compile_step` but for frozen weights, which are no numbers in these of the steps made."""
     made = [0]
 
     def spoiling(**settings):

@@ -11,7 +11,7 @@ TIMEOUT = 600  # seconds
 
 
 def run_python(code: str, *, devices: int = 1) -> str:
-    """What the code prints, run in the project's root on so many devices of the CPU.
+    """The output of the code, run in the project's root on so many devices of the CPU.
 
     Code that fails makes the test fail, with what it wrote to stderr.
     """
@@ -19,7 +19,7 @@ def run_python(code: str, *, devices: int = 1) -> str:
 
 
 def run_module(name: str, *words: str, devices: int = 1) -> str:
-    """What `python -m name words` prints, as `run_python`."""
+    """The output of `python -m name words`, run as by `run_python`."""
     return _run(["-m", name, *words], devices)
 
 

@@ -1,4 +1,4 @@
-"""What eight devices make of the same steps: run in a process of its own, the answer is JSON.
+"""The same steps on eight devices: run in a process of its own, the answer is JSON.
 
     JAX_NUM_CPU_DEVICES=8 python -m tests.helpers.multi_device "meshes t5"
 
@@ -140,7 +140,7 @@ def meshes(kind):
 
 
 def roads(kind):
-    """How far what must not differ is from one device: pmap, parts of a batch, remat.
+    """Distances from one device of what must not differ: pmap, parts of a batch, remat.
 
     The parts have two rows a device: so few are what XLA has confused (`layers.constrain`).
     """
@@ -181,7 +181,7 @@ def _share(tree):
 
 
 def programs():
-    """What the compiled step fetches over `fsdp`: shapes of whole stacks, and of single layers.
+    """Shapes that the compiled step fetches over `fsdp`: whole stacks, and single layers.
 
     Once as it is, once with the stacks fetched ahead of their scans; and the constraints on weights
     in the layers.
@@ -233,7 +233,7 @@ def _constraints(jaxpr, inside=False):
 
 
 def restores():
-    """Whether a state that was saved on some devices is the same, and lies right, on others."""
+    """Tells whether a state saved on some devices is the same, and lies right, on others."""
     setting = Setting("llama")
     meta = {"variant": {}, "trainable": ["qformer"], "base": {"path": "b", "sha256": "0"}}
     meta["data"] = {}

@@ -1,4 +1,4 @@
-"""What the numeric tests share: a measure of error, small lively models."""
+"""Tools of the numeric tests: a measure of error, small lively models."""
 
 from typing import Any
 

@@ -149,7 +149,7 @@ def differences(found: dict, expected: dict) -> dict[str, float]:
 
 
 def roads(kind: str) -> dict[str, dict[str, float]]:
-    """How far packed rows are from plain ones on one device, along every road of eight."""
+    """Distances of packed rows, along every road of eight, from plain ones on one device."""
     variant = still(kind)
     examples = samples(variant, 32)
     expected = gradients(variant, rows(variant, examples, 1))

@@ -1,4 +1,4 @@
-"""What is planned for eight devices, and what such arrays really take: run in a process of its own.
+"""Plans for eight devices beside what such arrays really take: run in a process of its own.
 
     JAX_NUM_CPU_DEVICES=8 python -m tests.helpers.planned
 

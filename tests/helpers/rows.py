@@ -85,7 +85,7 @@ def spread(mask, left):
 
 
 def scattered(batch, left):
-    """The same batch with its padding elsewhere, indices following."""
+    """The batch with its padding elsewhere, indices following."""
     moved = dict(batch)
 
     def move(segments, names, indices):

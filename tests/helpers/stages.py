@@ -41,7 +41,7 @@ def stages(variant: Variant):
 
 
 def query_outputs(config: QFormerConfig, params, features, *text) -> jax.Array:
-    """What the projection reads: seen through one that changes nothing."""
+    """The input of the projection, seen through one that changes nothing."""
     same = {"kernel": jnp.eye(config.width), "bias": jnp.zeros(config.width)}
     module = QFormer(dataclasses.replace(config, llm_width=config.width), jnp.float32)
     return module.apply({"params": {**params, "projection": same}}, features, *text)

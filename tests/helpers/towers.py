@@ -120,7 +120,7 @@ class Pair:
 
     @functools.cached_property
     def theirs(self) -> tuple[Any, dict[str, tuple[np.ndarray, np.ndarray]]]:
-        """What the model returns with gradients taken, and (input, output) of each module."""
+        """The model's output with gradients taken, and (input, output) of each module."""
         seen: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
         def record(name):

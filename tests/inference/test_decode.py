@@ -160,7 +160,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_padding(model, greedy):
 
 
 def bare(row):
-    """That row alone, without padding."""
+    """The answer to a row alone, without padding."""
     given = read_text(SIZES, rows_of(make_batch(), [row]))
     cut = {name: leaf[:, : LENGTHS[row]] for name, leaf in given.items() if name != "images"}
     return to_answer(lay_out(SIZES, given | cut))

@@ -89,7 +89,7 @@ def test_wrong_candidates_are_named(blip, candidates, message):
 
 
 def test_a_candidate_without_words_has_no_token_or_eos_alone(blip, monkeypatch):
-    """As a tokenizer that drops control characters makes of them."""
+    """A tokenizer that drops control characters leaves nothing of them."""
     ids = blip.text.candidate("red")[:0]
     if blip.variant.llm.kind == "t5":
         ids = np.append(ids, blip.variant.llm.eos_id)

@@ -1,4 +1,4 @@
-"""What ranking computes, counted on its programs: distinct beginnings, not candidates x prompt."""
+"""The work of ranking, counted on its programs: distinct beginnings, not candidates x prompt."""
 
 import functools
 

@@ -17,7 +17,7 @@ LENGTHS = (5, 9, 7)
 
 
 def rows(inputs, real, skip=0):
-    """What a call takes for one sample a row, all slots but the first `skip` asked for."""
+    """Arguments of a call for one sample a row, all slots but the first `skip` asked for."""
     index = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
     return inputs, real.astype(jnp.int32), index, index[:, skip:]
 

@@ -1,4 +1,4 @@
-"""How exact a program is: what its products ask for, what its residual streams are summed in."""
+"""The exactness of programs: the precision of products, the dtype of residual streams."""
 
 import functools
 import importlib
@@ -52,7 +52,7 @@ def parameters(kind: str) -> dict[str, Any]:
 
 
 def programs(model: VisionLanguageModel, params: Any) -> dict[str, Any]:
-    """What answers, ranks and validates, as calls without arguments."""
+    """The programs that answer, rank and validate, as calls without arguments."""
     batch = jax.tree.map(jnp.asarray, make_batch(model.variant))
     keys = jax.random.split(jax.random.key(0), 4)
     plan = make_plan([[(3, 4, 5), (3, 6)]])

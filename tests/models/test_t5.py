@@ -19,7 +19,7 @@ ANSWERS = jnp.asarray(DRAW.integers(0, CONFIG.vocab, (3, 4)))
 
 
 def rows(inputs, real, answers):
-    """What a call takes for one sample a row, all slots of the decoder asked for."""
+    """Arguments of a call for one sample a row, all slots of the decoder asked for."""
     index = lambda leaf: jnp.broadcast_to(jnp.arange(leaf.shape[1]), leaf.shape[:2])
     segments = real.astype(jnp.int32)
     return inputs, segments, index(inputs), index(answers), answers, jnp.ones_like(answers)

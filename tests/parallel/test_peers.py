@@ -1,4 +1,4 @@
-"""What processes do when one of them goes; real ones, which talk and do nothing else."""
+"""Processes of which one goes: real ones, which talk and do nothing else."""
 
 import select
 import signal

@@ -89,7 +89,7 @@ def start(count, devices, arguments, here=None, program=("jax_instructblip",)):
 
 
 def ended(started):
-    """What each process said and its exit status."""
+    """The output of each process and its exit status."""
     try:
         return [(process.communicate(timeout=LIMIT)[0], process.returncode) for process in started]
     finally:
@@ -309,7 +309,7 @@ def test_four_processes_make_the_curve_of_one(files, alone, tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize(("before", "after"), [(4, 1), (2, 4), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(files, alone, tmp_path, before, after):
-    """Of 4 devices each time, over which weights, moments and batches are split."""
+    """Both runs have 4 devices, over which weights, moments and batches are split."""
     workdir, split = tmp_path / "run", {"mesh.data": 2, "mesh.fsdp": 2, "checkpoints.every": 10}
     processes = start(before, 4 // before, words(files, workdir, **split))
     wait_for_step(processes, workdir, 12)

@@ -12,7 +12,7 @@ TOLERANCE = 1e-5  # of losses near 4 and weights near 1, in float32
 
 @pytest.fixture(scope="module")
 def meshes():
-    """What each kind of model does, found out in two processes at once: most of it is compiling."""
+    """The answers for each kind of model, from two processes at once: most of it is compiling."""
     with concurrent.futures.ThreadPoolExecutor(len(KINDS)) as pool:
         found = pool.map(in_a_process, [f"meshes {kind}" for kind in KINDS])
         return {kind: answer for kind, (answer,) in zip(KINDS, found, strict=True)}

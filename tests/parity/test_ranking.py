@@ -98,7 +98,7 @@ def case(request, shared):
 
 
 def prompts_of(case, tag):
-    """As the original builds them: template, then context, history and caption before it."""
+    """Prompts as the original builds them: template, then context, history, caption before it."""
     prompts = [TEMPLATE.format(each) for each in case.given["instructions"]]
     if tag.endswith("_context"):
         return [f"context: {c}. {p}" for c, p in zip(CONTEXT, prompts, strict=True)]

@@ -126,7 +126,7 @@ def test_the_odd_folders_differ_from_the_release(read_pair, name):
 
 @pytest.mark.parametrize("name, eps, other", [("t5-forged", 1e-6, 1e-5), ("t5-odd", 1e-5, 1e-6)])
 def test_the_image_norm_has_the_eps_of_its_folder(read_pair, name, eps, other):
-    """Seen through the Q-Former, on features whose variance is near either eps."""
+    """The norm is seen through the Q-Former, on features whose variance is near either eps."""
     pair = read_pair(name)
     config, params = pair.variant.qformer, pair.params["qformer"]
     random = np.random.default_rng(0)

@@ -18,7 +18,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory, base):
-    """The same sizes, other weights."""
+    """A checkpoint of the same sizes with other weights."""
     folder = tmp_path_factory.mktemp("start") / "other"
     leaves = checkpoint.flatten(checkpoint.read_tree(base))
 

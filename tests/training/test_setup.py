@@ -1,4 +1,4 @@
-"""Which data a configuration may train on."""
+"""The data that a configuration may train on."""
 
 import dataclasses
 import types

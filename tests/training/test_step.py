@@ -105,7 +105,7 @@ def traced(kind, function=None, variant=None):
 
 
 def gradient_of_everything(objective, state, frozen, batch, rng):
-    """What the step must not be: zeroing the gradient of frozen weights after computing it."""
+    """The gradient of all weights, which the step must not compute and then zero where frozen."""
     totals = objective.totals(batch)
     loss = lambda params: objective(params, batch, rng, totals)[0]
     return jax.grad(loss)({**frozen, **state.params})

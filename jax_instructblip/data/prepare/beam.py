@@ -127,7 +127,7 @@ def _rows(number: int, record: Record, *, frames: int) -> Iterator[tuple[int, di
 
 
 def _notes(split: Any) -> list[dict[str, Any]]:
-    """What the report needs to know of each shard of a split that TFDS wrote."""
+    """The notes for the report on each shard of a split that TFDS wrote."""
     notes = []
     for path, records in zip(split.filepaths, split.shard_lengths, strict=True):
         with pathlib.Path(path).open("rb") as file:

@@ -39,7 +39,7 @@ Splits = Mapping[str, Callable[[], Iterable[Record]]]
 
 
 def record_features() -> tfds.features.FeaturesDict:
-    """How TFDS stores a record."""
+    """The features in which TFDS stores a record."""
     features = tfds.features
     return features.FeaturesDict(
         {
@@ -54,7 +54,7 @@ def record_features() -> tfds.features.FeaturesDict:
 
 
 def record_row(record: Record) -> dict[str, Any]:
-    """The record as `record_features` wants it, its images as paths or as files of bytes."""
+    """The record as a row of `record_features`, its images as paths or as files of bytes."""
     row: dict[str, Any] = {name: getattr(record, name) for name in (*TEXTS, *NUMBERS)}
     row |= {name: list(getattr(record, name)) for name in (*LISTS, "times")}
     row["history"] = [text for turn in record.history for text in turn]

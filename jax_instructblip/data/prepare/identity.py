@@ -30,12 +30,13 @@ class PrepareError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """What a first reading of one split found.
+    """One split as a first reading found it.
 
     Attributes:
       name: the split.
       records: how many it has.
       digest: stands for all fields of all records, images by their paths below RAW.
+      group: how many records each digest of `pictures` is for; the last one may have fewer.
       pictures: a digest for the image files of every `group` records.
     """
 
@@ -46,7 +47,7 @@ class Split:
     pictures: tuple[str, ...]
 
     def shards(self, size: int) -> int:
-        """How many shards of `size` records it takes."""
+        """The number of shards of `size` records that it takes."""
         return max(1, -(-self.records // size))
 
 

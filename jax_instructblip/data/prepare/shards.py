@@ -143,7 +143,7 @@ def check_done(
 
 
 def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `prepare` noted of a finished dataset: counts, digests, records left out."""
+    """The report of `prepare` on a finished dataset: counts, digests, records left out."""
     path = pathlib.Path(folder) / REPORT
     report = read_json(path, dict, limit=ANNOTATION_LIMIT)
     if wrong := find_problems({"name": None, "splits": None} | report, _REPORT_FIELDS):
@@ -152,25 +152,25 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def raw_candidates(dataset: Dataset, raw: pathlib.Path) -> tuple[str, ...]:
-    """The candidates of all records, from the original files; () where there are none."""
+    """The shared candidates of the original files; () where there are none."""
     there = any((raw / name).is_file() for name in dataset.candidate_files)
     return dataset.shared_candidates(raw) if there and dataset.shared_candidates else ()
 
 
 def write_candidates(candidates: Sequence[str], folder: pathlib.Path) -> None:
-    """Puts them into a folder that is being prepared, where there are any."""
+    """Writes the shared candidates into a folder that is being prepared, where there are any."""
     if candidates:
         write_file(folder / CANDIDATES, json.dumps(candidates, ensure_ascii=False) + "\n")
 
 
 def read_candidates(folder: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The same, from a prepared folder."""
+    """The shared candidates of a prepared folder; () where there are none."""
     path = pathlib.Path(folder) / CANDIDATES
     return tuple(read_json(path, list)) if path.is_file() else ()
 
 
 def write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
-    """Writes what `read_report` reads."""
+    """Writes the report that `read_report` reads."""
     write_file(folder / REPORT, json.dumps(report, indent=1) + "\n")
 
 
@@ -336,7 +336,7 @@ def _read_note(path: pathlib.Path, pictures: str = "") -> dict[str, Any] | None:
 
 
 def summary(dataset: Dataset, split: Split, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the report says of a split."""
+    """The part of the report that is about one split."""
     left_out = list(itertools.chain(*(note["left_out"] for note in notes)))
     return {
         "records": sum(note["records"] for note in notes),

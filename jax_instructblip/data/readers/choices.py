@@ -33,7 +33,7 @@ ICONQA_LAVIS = {split: (f"annotations/{split}.json",) for split in _SPLITS}
 
 
 def read_aokvqa(raw: pathlib.Path, split: str, task: str = "aokvqa") -> Iterator[Record]:
-    """A-OKVQA with the annotators' answers and the choices; both are hidden in test, but for these.
+    """A-OKVQA with the annotators' answers and the choices; test hides answers and right choice.
 
     `answers` are the direct ones, `choices` and `correct` those of multiple choice. Images: those
     of COCO, `val2017/000000461751.jpg`, unless the row names another (as LAVIS's do).

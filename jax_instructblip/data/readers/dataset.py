@@ -1,4 +1,4 @@
-"""What the table of datasets says of one dataset."""
+"""One row of the table of datasets."""
 
 import dataclasses
 import pathlib
@@ -42,6 +42,9 @@ class Dataset:
       notes: what is dead, differs between releases, or could not be verified.
       rerelease: files of another release (LAVIS's, if nothing else is said), which `read` takes
         where those of `files` are not there.
+      shared_candidates: reads from that folder the answers that every record is ranked over; None
+        where records have choices of their own, or are not ranked.
+      candidate_files: the files that `shared_candidates` reads, one of them being enough.
       read_answers: yields records that can be scored but not asked, where a file that a prompt
         needs is not there; `answer_files` are the layouts that it reads.
     """

@@ -16,7 +16,7 @@ from jax_instructblip.data.readers.annotations import (
 
 
 def read_rosetta(path: pathlib.Path) -> dict[str, tuple[str, ...]]:
-    """For each image id the words in the file's order, blank ones left out."""
+    """The words of each image id in the file's order, blank ones left out."""
     words: dict[str, tuple[str, ...]] = {}
     for number, row in enumerate(field(read_json(path, dict), "data", list, str(path))):
         where = f"{path}: data[{number}]"

@@ -42,7 +42,7 @@ DATASETS: dict[str, dict[str, tuple[str, int, dict[str, Family]]]] = {
 
 
 def default_folder() -> pathlib.Path:
-    """Where the datasets are kept if nobody says otherwise."""
+    """The folder of the datasets where none is named."""
     return pathlib.Path(os.environ.get("JAX_INSTRUCTBLIP_CACHE") or pathlib.Path("runs", "data"))
 
 

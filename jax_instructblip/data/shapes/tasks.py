@@ -1,4 +1,4 @@
-"""What is asked about a drawn scene: one table of question families, and their records.
+"""Questions about a drawn scene: one table of their families, and the records made of them.
 
 A family is a row of `FAMILIES`: how it asks, which templates dress the question, and whether it is
 held in (tuned on) or held out (asked only in evaluation, zero-shot). Every question has one right
@@ -73,7 +73,7 @@ def ask_position(scene: Scene, rng: np.random.Generator, focus: Thing | None) ->
 
 
 def ask_count(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """How many things of a color or a shape there are, or things at all; never none."""
+    """The number of things of a color or a shape, or of things at all; never none."""
     if not scene.things:
         return None
     kind = rng.integers(3)
@@ -136,7 +136,7 @@ def ask_choice(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Q
 
 
 def ask_yes_no(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """Whether a thing has a color; the wrong color is that of another thing."""
+    """A yes-or-no question about a thing's color; a wrong color is that of another thing."""
     if focus is None:
         return None
     others = sorted({thing.color for thing in scene.things} - {focus.color})

@@ -93,7 +93,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What is in one picture; `word_cell` is row and column of the word's first cell."""
+    """The content of one picture; `word_cell` is row and column of the word's first cell."""
 
     things: tuple[Thing, ...]
     word: str
@@ -119,7 +119,7 @@ class Scene:
 
 
 def is_held_out(thing: Thing) -> bool:
-    """Whether its pair of color and shape is kept for the split `test_pairs`."""
+    """Tells whether its pair of color and shape is kept for the split `test_pairs`."""
     return (thing.color, thing.shape) in HELD_OUT_PAIRS
 
 

@@ -1,8 +1,8 @@
 """CIDEr, BLEU, ROUGE-L, METEOR and SPICE, by COCO's caption tools (pycocoevalcap).
 
 All count the words of Stanford's PTBTokenizer, a Java program that the tools bring along, as they
-do METEOR and SPICE. Without Java the words come from `ptb.py`, and the other two are left out; the
-scores say so.
+do METEOR and SPICE. Without Java the words come from `penn_treebank.py`, and the other two are left
+out; the scores say so.
 """
 
 import contextlib
@@ -125,7 +125,7 @@ def find_tools() -> Path:
 
 
 def _obstacle(names: tuple[str, ...], folder: Path, java: bool) -> str:
-    """Why a scorer cannot run; "" if it can."""
+    """The reason why a scorer cannot run; "" if it can."""
     if names in _JAVA_SCORERS and not java:
         return "it needs Java"
     if names[0] == "spice" and not (folder / SPICE_MODEL).is_file():

@@ -57,7 +57,7 @@ def score_auroc(responses: Sequence[Response], records: Sequence[Record]) -> Sco
 
 
 def auroc(scores: Sequence[float], positives: Sequence[bool]) -> float:
-    """How likely a positive has a higher score than a negative; ties count half.
+    """The probability that a positive has a higher score than a negative; ties count half.
 
     Raises:
       MetricError: only one of the two kinds is there.
@@ -87,9 +87,9 @@ def auroc_error(area: float, positives: int, negatives: int) -> float:
 
 
 def class_scores(scores: Sequence[float], words: Sequence[Sequence[str]]) -> tuple[float, ...]:
-    """For each choice the log of the probability of any of the words that stand for it.
+    """The log-probability, for each choice, of any of the words that stand for it.
 
-    `scores` are the log-probabilities of all `words`, one after the other (`Preset.words`). How
+    `scores` are the log-probabilities of all `words`, one after the other (`Protocol.words`). How
     InstructBLIP made one score of several words is not known; this is their sum.
     """
     if len(scores) != sum(map(len, words)):

@@ -1,4 +1,4 @@
-"""Visual Dialog: where the right answer comes among the hundred candidates of a round."""
+"""Visual Dialog: the place of the right answer among the hundred candidates of a round."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -95,6 +95,6 @@ def _rank(response: Response, record: Record) -> int:
 
 
 def _dcg(gains: np.ndarray) -> float:
-    """Of relevances in the order of the ranking; as many count as are above 0."""
+    """The DCG of relevances in the order of the ranking; as many count as are above 0."""
     count = np.count_nonzero(gains)
     return float((gains[:count] / np.log2(np.arange(count) + 2)).sum())

@@ -65,7 +65,7 @@ def normalise(text: str) -> str:
 
 
 def is_correct(text: str, answers: Sequence[str]) -> bool:
-    """Whether the normalised text equals one of the normalised right answers."""
+    """Tells whether the normalised text equals one of the normalised right answers."""
     return normalise(text) in {normalise(answer) for answer in answers}
 
 

@@ -1,8 +1,8 @@
-"""What a metric takes and returns, and how answers find their records.
+"""The arguments and results of a metric, and the way from answers to their records.
 
-A metric is a function `(responses, records) -> Scores`. `metrics.METRICS` has all of them by the
-names that the table of datasets uses. A response belongs to the record of its `id`, so the order of
-either is free; scores come in the order of the records.
+A metric is a function `(responses, records) -> Scores`. `METRICS` in `table.py` has all of them, by
+the names that protocols use. A response belongs to the record of its `id`, so the order of either
+is free; scores come in the order of the records.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ _SHOWN = 5  # ids in an error
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """What a model made of one record; with neither text nor scores it counts as wrong.
+    """The answer of a model to one record; with neither text nor scores it counts as wrong.
 
     Attributes:
       id: of the record.
@@ -33,7 +33,7 @@ class Response:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What a metric says.
+    """The results of a metric.
 
     Attributes:
       values: of all records; the first is the one that papers give. None is multiplied by 100.

@@ -1,4 +1,4 @@
-"""Every metric, by the name that the table of datasets uses (`Dataset.metric`)."""
+"""Every metric, by the name that a protocol uses (`Protocol.metric`)."""
 
 import functools
 from collections.abc import Callable

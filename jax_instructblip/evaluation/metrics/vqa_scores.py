@@ -93,7 +93,7 @@ def leave_one_out(answer: str, annotators: Sequence[str]) -> float:
 
 
 def _official(answer: str, annotators: list[str]) -> tuple[str, list[str]]:
-    """Both sides normalised, unless all annotators wrote the same: then neither is."""
+    """The answer and the annotators', normalised unless all annotators wrote the same."""
     answer, annotators = flatten(answer), [flatten(each) for each in annotators]
     if len(set(annotators)) > 1:
         return normalise(answer), [normalise(each) for each in annotators]
@@ -101,7 +101,7 @@ def _official(answer: str, annotators: list[str]) -> tuple[str, list[str]]:
 
 
 def _lavis(answer: str, annotators: list[str]) -> tuple[str, list[str]]:
-    """The answer normalised, of the annotators' the punctuation, unless all wrote the same."""
+    """The answer, normalised, and the annotators', without punctuation unless all are the same."""
     if len(set(annotators)) > 1:
         annotators = [strip_punctuation(each) for each in annotators]
     return normalise(answer), annotators

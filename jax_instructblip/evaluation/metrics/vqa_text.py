@@ -74,7 +74,7 @@ def unify_words(text: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """All of it: what GQA, MSVD-QA and MSRVTT-QA compare, as LAVIS does."""
+    """`text` after all three steps, as GQA, MSVD-QA and MSRVTT-QA compare it (LAVIS)."""
     return unify_words(strip_punctuation(flatten(text)))
 
 

@@ -123,7 +123,7 @@ def marked(name: str, pieces: Iterable[tuple[str, bool]]) -> Html:
 
 
 def truth(answers: Iterable[str]) -> str:
-    """What is right, each answer once."""
+    """The right answers, each once."""
     return f"truth: {' / '.join(dict.fromkeys(answers)) or '(not public)'}"
 
 
@@ -142,5 +142,5 @@ def picture(source: ImageSource) -> str:
 
 
 def inline(data: bytes, kind: str = "png") -> str:
-    """Encoded bytes of an image as the address of themselves."""
+    """The data URL that holds an image's encoded bytes."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -132,7 +132,7 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[li
 
 
 def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a reader wants to know of a dataset."""
+    """Facts about a dataset for the reader, as names and values."""
     facts = []
     if "settings" in result:
         settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())

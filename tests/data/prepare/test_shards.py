@@ -349,7 +349,7 @@ def test_a_run_taken_up_writes_shards_anew_whose_pictures_changed(raw, tmp_path,
 
 
 def test_beam_takes_what_is_prepared_and_nothing_else(raw, tmp_path, monkeypatch):
-    """Whoever wrote it; Beam itself is not asked, and need not be there."""
+    """A prepared folder is taken whoever wrote it; Beam is not asked, and need not be there."""
     for name in ("apache_beam", "apache_beam.options", "apache_beam.options.pipeline_options"):
         module = types.ModuleType(name)
         monkeypatch.setattr(module, "PipelineOptions", None, raising=False)

@@ -1,4 +1,4 @@
-"""What holds of every metric."""
+"""Properties of every metric."""
 
 import random
 import string

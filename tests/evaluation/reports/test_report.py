@@ -184,7 +184,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def browse(path, folder):
-    """What the browser prints of a page, and its picture."""
+    """The output of the browser for a page, and its picture."""
     quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking"
     command = [BROWSER, "--headless", "--no-sandbox", *quiet.split(), "--disable-component-update"]
     command += ["--disable-sync", f"--user-data-dir={folder / 'profile'}", "--hide-scrollbars"]
