@@ -22,7 +22,7 @@ _HOMES = {
 }
 
 
-__all__ = [*_HOMES]
+__all__ = ["Answer", "load"]
 
 
 def __getattr__(name: str) -> Any:
