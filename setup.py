@@ -7,6 +7,7 @@ Python 3.11 ends at jax 0.10 and flax 0.12.8; 3.12 gets newer ones.
 from pathlib import Path
 
 import setuptools
+from setuptools.command.build_py import build_py
 
 DEPENDENCIES = [
     # The networks and their training.
@@ -14,7 +15,7 @@ DEPENDENCIES = [
     "flax>=0.12.8",  # linen modules
     "optax>=0.2.8",  # AdamW and its schedules
     "orbax-checkpoint>=0.12.8",  # checkpoints, saved leaf by leaf (experimental.v1.partial)
-    "etils[epath]>=1.12",  # addresses of object stores; with gcsfs or s3fs, which the user adds
+    "etils[epath]>=1.12",  # addresses of object stores; with the extra `gcs` or `s3`
     "fsspec>=2024.6",  # lists what is there; etils goes through it, too
     "jaxtyping>=0.3.11",  # shapes in the signatures of models/
     "numpy>=2.0",  # examples, one at a time, before they become batches
@@ -40,6 +41,8 @@ EXTRAS = {
     "gpu": ["jax[cuda12]>=0.10"],  # CUDA 12 runs on older drivers (525) than CUDA 13 does (580)
     "tpu": ["jax[tpu]>=0.10"],  # libtpu; also compiles for a TPU on a machine without one
     "eval": ["pycocoevalcap>=1.2"],  # CIDEr, BLEU, ROUGE and METEOR as the papers count them
+    "gcs": ["gcsfs>=2024.6"],  # runs in gs://
+    "s3": ["s3fs>=2024.6"],  # runs in s3://
     "video": ["av>=18"],  # frames of videos, by FFmpeg, which its wheels bring along
     "beam": ["apache-beam>=2.60"],  # prepares datasets on a cluster
     # The original implementation, for parity tests; its rounding differs from version to version,
@@ -58,11 +61,35 @@ EXTRAS = {
     ],
 }
 
+ROOT = Path(__file__).parent
+
+
+class BuildWithConfigs(build_py):
+    """Puts `configs/` into the wheel, as `jax_instructblip/configs`; a checkout has it beside."""
+
+    def run(self) -> None:
+        """Copies them where a wheel is built; an editable installation finds the checkout's."""
+        super().run()
+        if not self.editable_mode:
+            folder = Path(self.build_lib) / "jax_instructblip" / "configs"
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in self._configs():
+                self.copy_file(str(path), str(folder / path.name))
+
+    def get_source_files(self) -> list[str]:
+        """Every file that a source distribution must have."""
+        return [*super().get_source_files(), *map(str, self._configs())]
+
+    def _configs(self) -> list[Path]:
+        return sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/*.py"))
+
+
 setuptools.setup(
+    cmdclass={"build_py": BuildWithConfigs},
     name="jax_instructblip",
     version="0.1.0",
     description="InstructBLIP in JAX: convert, instruction-tune, evaluate, answer",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["jax_instructblip", "jax_instructblip.*"]),

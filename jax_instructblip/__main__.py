@@ -17,7 +17,7 @@ import traceback
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
-from jax_instructblip import commands, tpu_compiler
+from jax_instructblip import commands, program_cache, tpu_compiler
 
 _PACKAGE = Path(__file__).parent
 
@@ -93,7 +93,8 @@ def _run(words: list[str]) -> int:
         known = ", ".join(verbs)
         print(f"error: unknown verb {verb!r}; {hint}known: {known}", file=sys.stderr)
         return 2
-    tpu_compiler.set_flags()  # before JAX, which a verb imports, loads it
+    tpu_compiler.set_flags()  # both before JAX, which a verb imports
+    program_cache.set_default()
     return importlib.import_module(f"{commands.__name__}.{verb}").main(rest)
 
 

@@ -7,5 +7,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-prepare dev,torch
+prepare dev,torch,eval
 "$python" -m pytest -rfEs -n auto --maxprocesses 4 --dist loadscope "$@"

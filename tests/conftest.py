@@ -9,6 +9,8 @@ from pathlib import Path
 
 # Tolerances are of float32 on the CPU; a GPU or TPU would round differently.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs that tests start leave the cache of the user who runs them alone.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
 import jax
 import jaxtyping

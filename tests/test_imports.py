@@ -22,6 +22,7 @@ LAYERS = {
     "remote": 0,
     "lookup": 0,
     "tpu_compiler": 0,
+    "program_cache": 0,
     "data": 1,
     "checkpoint": 1,
     "parallel": 1,

@@ -54,8 +54,10 @@ def test_a_pod_without_a_name_is_refused():
         (("create",), ["queued-resources", "v2-alpha-tpuv5-lite", "v5litepod-16"]),
         (
             ("run", "train", "--config", "x.py"),
-            ["--worker=all", "jax_instructblip", "--coordinator auto"],
+            ["--worker=all", "nohup .venv/bin/python", "--coordinator auto", ">run.log", "-F run.log"],
         ),
+        (("install",), ["scp", "uv venv", "--python 3.12"]),
+        (("log",), ["--worker=0", "-F run.log"]),
         (("stop",), ["--worker=all", "pkill -TERM"]),
         (("delete",), ["queued-resources", "delete"]),
     ],
