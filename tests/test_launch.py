@@ -54,7 +54,7 @@ def test_a_pod_without_a_name_is_refused():
         (("create",), ["queued-resources", "v2-alpha-tpuv5-lite", "v5litepod-16"]),
         (
             ("run", "train", "--config", "x.py"),
-            ["--worker=all", "nohup .venv/bin/python", "--coordinator auto", ">run.log", "-F run.log"],
+            ["--worker=all", "nohup .venv/bin/python", "--coordinator auto", ">run.log", "-F run"],
         ),
         (("install",), ["scp", "uv venv", "--python 3.12"]),
         (("log",), ["--worker=0", "-F run.log"]),

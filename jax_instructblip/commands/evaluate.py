@@ -36,7 +36,7 @@ from jax_instructblip.inference.loading import DTYPES, read_source, weights_dige
 from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
 from jax_instructblip.parallel import cluster
 from jax_instructblip.training.initial import read_start
-from jax_instructblip.training.metrics import read_metrics
+from jax_instructblip.training.metrics import read_answers, read_metrics
 
 _DECODING = (
     *("num_beams", "length_penalty", "repetition_penalty", "max_new_tokens", "min_new_tokens"),
@@ -114,8 +114,9 @@ def _finish(
     model: dict[str, Any],
     command: str,
     metrics: Sequence[Mapping[str, float]] = (),
+    answers: Sequence[Mapping[str, Any]] = (),
 ) -> int:
-    suite.write(out, finished, model, command=command, metrics=metrics)
+    suite.write(out, finished, model, command=command, metrics=metrics, answers=answers)
     print(f"report: {out / suite.REPORTS[0]}")
     return int(any(each.result["unscored"] for each in finished))
 
@@ -226,7 +227,8 @@ def _families(args: argparse.Namespace, command: str) -> int:
         replace=True,
     )
     metrics = read_metrics(args.checkpoint) if run else ()
-    return _finish(out, finished, model, command, metrics)
+    answers = read_answers(args.checkpoint) if run else ()
+    return _finish(out, finished, model, command, metrics, answers)
 
 
 def _is_default(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> bool:

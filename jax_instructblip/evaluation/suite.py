@@ -155,10 +155,12 @@ def write(
     *,
     command: str = "",
     metrics: Sequence[Mapping[str, float]] = (),
+    answers: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Writes `results.json`, `report.html` and `report.md`.
 
-    `command` is what made them, `metrics` are the lines of the run's `metrics.jsonl`, if there are.
+    `command` is what made them, `metrics` and `answers` are the lines of the run's `metrics.jsonl`
+    and `answers.jsonl`, if there are.
     """
     out.mkdir(parents=True, exist_ok=True)
     results = {each.task.name: each.result for each in finished}
@@ -175,7 +177,7 @@ def write(
     write_file(out / RESULTS, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     samples = {each.task.name: (each.task.opened, each.rows) for each in finished}
     page, text = (out / name for name in REPORTS)
-    report.write_html(page, model, results, samples, metrics)
+    report.write_html(page, model, results, samples, metrics, answers)
     write_file(text, report.markdown(model, results))
 
 

@@ -1,6 +1,7 @@
 """The measurements of a run while it trains, by which it chooses its best checkpoint."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.models.vlm import VisionLanguageModel
 
+SAMPLES = 8  # answers to show
 _LOOKED_AT = 64  # records, of which one must have a right answer
 
 
@@ -56,6 +58,7 @@ def evaluate(
     max_new_tokens: int = 30,
     path: str = "",
     split: str = "",
+    take_samples: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> dict[str, float]:
     """Scores of the model on the validation records: the headline metric first, `score` last.
 
@@ -63,7 +66,8 @@ def evaluate(
     of the highest. Of a folder `path` that `jax-instructblip prepare` wrote, the headline is the
     dataset's own metric (of captions CIDEr), with the prompt and the settings of its protocol. Of
     other records it is `accuracy`: exact match of whole answers, the mean over the families, with
-    `accuracy/FAMILY`. `limit` questions are taken; 0 takes all.
+    `accuracy/FAMILY`. `limit` questions are taken; 0 takes all. `take_samples` is called with a few
+    rows of the predictions, always of the same questions.
 
     On a mesh of several processes each calls it with the same records and gets the same numbers.
 
@@ -83,8 +87,10 @@ def evaluate(
     check_choices(task, questions.records)
     rows: list[Prediction] = []
     answering.answer(blip, task, questions, size=size, take=rows.extend)
-    _, scores, reason = score(task, rows, questions.records)
+    rows, scores, reason = score(task, rows, questions.records)
     if scores is None:
         raise MetricError(f"{path or 'what was given'} cannot validate: {reason}")
+    if take_samples is not None:
+        take_samples([dataclasses.asdict(rows[n]) for n in pick_numbers(len(rows), SAMPLES)])
     headline = next(iter(scores.values.values()))
     return {**scores.values, "score": headline}

@@ -72,6 +72,8 @@ def set_metrics_aside(workdir: Path, checkpoints: str, *, fresh: bool) -> list[s
         )
     why = "as told" if fresh else "the run before was stopped ahead of its first checkpoint"
     aside = set_aside(path)
+    if (workdir / metrics.ANSWERS).exists():
+        set_aside(workdir / metrics.ANSWERS)
     return [f"starting over, {why}: the metrics of its {newest} steps are now {aside}"]
 
 

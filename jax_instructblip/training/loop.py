@@ -137,7 +137,8 @@ def _run(
             workers=config.data.workers,
         )
     if report is not None and jax.process_index() == 0:
-        report(workdir.folder / REPORT, f"Training of {workdir}", read_metrics(workdir.folder))
+        numbers, answers = read_metrics(workdir.folder), metrics.read_answers(workdir.folder)
+        report(workdir.folder / REPORT, f"Training of {workdir}", numbers, answers)
         workdir.push()
 
 
@@ -319,9 +320,11 @@ class _Run:
         assert self.validation is not None
         began = time.monotonic()
         self.checkpoints.wait()  # an error while answering, or a kill, shall not lose the steps
-        scores = self.validation.measure({**self.frozen, **self.state.params})
+        answers: list[dict[str, Any]] = []
+        scores = self.validation.measure({**self.frozen, **self.state.params}, answers.extend)
         self.window.skip(time.monotonic() - began)
         self.writer.write(number, {f"validation/{name}": value for name, value in scores.items()})
+        self.writer.write_answers(number, answers)
         when = f"step {number}" if number else "before tuning"
         headline, value = next(iter(scores.items()))
         _say(f"validation, {when}: {headline} {100 * value:.1f}")

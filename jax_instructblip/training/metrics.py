@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from jax_instructblip.training.profiling import Utilisation
 FILE = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"
 FOLDER = "tensorboard"
+ANSWERS = "answers.jsonl"
+_SHOWN = ("prompt", "answers", "text")  # of an answer, in TensorBoard
 
 
 class MetricsWriter:
@@ -50,6 +52,10 @@ class MetricsWriter:
                 file.write(b"".join(line + b"\n" for line in damaged))
         kept = [line for line in lines if line["step"] <= start]
         write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._answers = Path(folder) / ANSWERS
+        answers = [line for line in read_answers(folder) if start and line["step"] <= start]
+        if answers or self._answers.exists():
+            write_file(self._answers, "".join(map(_json_line, answers)))
         self._file = path.open("a", buffering=1)  # a line at a time, so that a kill loses none
         self._board = SummaryWriter(str(Path(folder) / FOLDER), purge_step=start + 1)
 
@@ -62,6 +68,18 @@ class MetricsWriter:
         )
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
+
+    def write_answers(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Adds answers that the model gave at that step: rows of predictions."""
+        if self._silent or not answers:
+            return
+        with self._answers.open("a", encoding="utf-8") as file:
+            file.writelines(_json_line({"step": step, **answer}) for answer in answers)
+        cell = lambda value: " / ".join(value) if isinstance(value, list | tuple) else str(value)
+        rows = [_SHOWN, ["---"] * len(_SHOWN)]
+        rows += [[cell(answer.get(name, "")) for name in _SHOWN] for answer in answers]
+        table = (f"| {' | '.join(each.replace('|', ' ') for each in row)} |" for row in rows)
+        self._board.add_text("validation/answers", "\n".join(table), step)
 
     def close(self) -> None:
         """Writes out what is buffered."""
@@ -77,6 +95,25 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, float]]:
     Lines that cannot be read, such as a last one that a kill cut short, are left out.
     """
     return _parse(Path(folder) / FILE)[0]
+
+
+def read_answers(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a run's `answers.jsonl`: rows of predictions, each with its step.
+
+    Lines that cannot be read, such as a last one that a kill cut short, are left out.
+    """
+    path = Path(folder) / ANSWERS
+    found = []
+    for raw in path.read_bytes().split(b"\n") if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            line = parse_json(raw, allow_nan=True)
+            if isinstance(line, dict) and type(line.get("step")) is int:
+                found.append(line)
+    return found
+
+
+def _json_line(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def newest_step(folder: str | os.PathLike) -> int:

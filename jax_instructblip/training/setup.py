@@ -39,7 +39,7 @@ Report = Callable[..., None]
 class Validation(NamedTuple):
     """Measures the weights in use: `measure(params)` gives `accuracy` and what else there is."""
 
-    measure: Callable[[Any], dict[str, float]]
+    measure: Callable[..., dict[str, float]]
     every: int  # steps
     first: bool  # whether the weights are measured before the first step, too
 
@@ -235,7 +235,7 @@ def read_validation(
     if evaluate is None or records is None:
         return None
 
-    def measure(params: Any) -> dict[str, float]:
+    def measure(params: Any, take_samples: Any = None) -> dict[str, float]:
         return evaluate(
             model=model,
             params=params,
@@ -247,6 +247,7 @@ def read_validation(
             max_new_tokens=given.max_new_tokens,
             path=given.path,
             split=given.split,
+            take_samples=take_samples,
         )
 
     return Validation(measure, given.every, given.first)

@@ -285,7 +285,7 @@ def runs(folder):
 
 
 def _evaluate(
-    *, model, params, text, records, mesh, limit, batch_size, max_new_tokens, path, split
+    *, model, params, text, records, mesh, limit, batch_size, max_new_tokens, path, split, **_
 ):
     """The mean log-probability of the answers: a number that tells weights apart."""
     blip = InstructBlipPipeline(model.variant, params, text, dtype=model.dtype, mesh=mesh)

@@ -16,7 +16,7 @@ import pytest
 from configs import common
 from jax_instructblip import checkpoint
 from jax_instructblip.training import loop
-from jax_instructblip.training.metrics import Window, read_metrics
+from jax_instructblip.training.metrics import Window, read_answers, read_metrics
 from jax_instructblip.training.optimizer import adamw
 from tests.helpers.bucket import bucket
 from tests.helpers.inject_nan import spoilt
@@ -228,9 +228,21 @@ def test_validation_chooses_the_best_checkpoint(files, tmp_path, capsys):
     seen = []
 
     def evaluate(
-        *, model, params, text, records, mesh, limit, batch_size, max_new_tokens, path, split
+        *,
+        model,
+        params,
+        text,
+        records,
+        mesh,
+        limit,
+        batch_size,
+        max_new_tokens,
+        path,
+        split,
+        take_samples,
     ):
         seen.append((sorted(params), len(records), limit, batch_size, max_new_tokens))
+        take_samples([{"id": "a", "prompt": "what|?", "answers": ("red",), "text": f"{len(seen)}"}])
         return {"cider": 0.5, "score": next(scores), "color": 0.5}
 
     fields = {"validation.path": str(files[1]), "validation.every": 1, "validation.limit": 7}
@@ -243,6 +255,10 @@ def test_validation_chooses_the_best_checkpoint(files, tmp_path, capsys):
     assert lines == {0: 0.1, 1: 0.3, 2: 0.9, 3: 0.2, 4: 0.4}
     assert sorted(os.listdir(workdir / "checkpoints")) == ["2", "4"]
     assert capsys.readouterr().err.count("validation, step 2: cider 50.0") == 1
+    answers = [(line["step"], line["text"]) for line in read_answers(workdir)]
+    assert answers == [(0, "1"), (1, "2"), (2, "3"), (3, "4"), (4, "5")]
+    told = {"id": "a", "prompt": "what|?", "answers": ["red"]}
+    assert read_answers(workdir)[2] == {"step": 2, "text": "3", **told}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path, monkeypatch):

@@ -1,6 +1,13 @@
 import json
 
-from jax_instructblip.training.metrics import FILE, MetricsWriter, newest_step, read_metrics
+from jax_instructblip.training.metrics import (
+    ANSWERS,
+    FILE,
+    MetricsWriter,
+    newest_step,
+    read_answers,
+    read_metrics,
+)
 
 
 def steps(folder):
@@ -32,6 +39,23 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
         (2, 2.0),
         (3, 30.0),
     ]
+
+
+def test_answers_of_a_step_stand_once(tmp_path):
+    row = lambda text: {"id": "a", "prompt": "è?", "answers": ("red", "blue"), "text": text}
+    writer = MetricsWriter(tmp_path)
+    for step in (0, 2, 4):
+        writer.write_answers(step, [row(str(step))])
+    writer.close()
+    with (tmp_path / ANSWERS).open("a") as file:
+        file.write('{"step": 4, "id"')
+    MetricsWriter(tmp_path, start=2).close()  # taken up at step 2
+    assert [(each["step"], each["text"]) for each in read_answers(tmp_path)] == [(0, "0"), (2, "2")]
+    assert read_answers(tmp_path)[0]["prompt"] == "è?"
+    MetricsWriter(tmp_path).close()  # started over
+    assert read_answers(tmp_path) == []
+    MetricsWriter(tmp_path / "other", silent=True).write_answers(1, [row("x")])
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_last_line_cut_short_is_left_out(tmp_path):

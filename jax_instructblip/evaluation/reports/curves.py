@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.figure
 
@@ -54,7 +55,26 @@ def picture(metrics: Sequence[Mapping[str, float]]) -> str:
     return f"<img class='curve' alt='curves' src='{page.inline(buffer.getvalue())}'>"
 
 
-def write(path: str | os.PathLike, title: str, metrics: Sequence[Mapping[str, float]]) -> None:
-    """Writes a page of the curves; nothing where there is no line of a step."""
+def answers_table(answers: Sequence[Mapping[str, Any]]) -> str:
+    """A table of some validation questions, the truth, and the answers of each step, as HTML."""
+    steps = sorted({each["step"] for each in answers})
+    given = {(each["step"], each.get("id")): each.get("text", "") for each in answers}
+    asked = {each.get("id"): each for each in answers}  # the newest wording of each
+    head = ["question", "truth", *(f"step {step}" if step else "before" for step in steps)]
+    rows = []
+    for name, each in asked.items():
+        truth = " / ".join(dict.fromkeys(each.get("answers", ())))
+        rows.append([each.get("prompt", ""), truth, *(given.get((s, name), "-") for s in steps)])
+    return page.table(head, rows)
+
+
+def write(
+    path: str | os.PathLike,
+    title: str,
+    metrics: Sequence[Mapping[str, float]],
+    answers: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Writes a page of the curves and of sample answers; nothing without a line of a step."""
     if any("loss" in line for line in metrics):
-        page.write(path, title, [picture(metrics)])
+        parts = [page.heading("Answers"), answers_table(answers)] if answers else []
+        page.write(path, title, [picture(metrics), *parts])

@@ -71,17 +71,20 @@ def write_html(
     results: Mapping[str, Mapping[str, Any]],
     samples: Samples,
     metrics: Sequence[Mapping[str, float]] = (),
+    answers: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Writes the page.
 
     `samples` has what opens the records of each dataset, with their rows; `metrics` are lines of
-    `metrics.jsonl`, without which there are no curves.
+    `metrics.jsonl`, without which there are no curves; `answers` are those of its validations.
     """
     parts = [page.pairs(model.items())]
     if any(result["paper"] for result in results.values()):
         parts += [page.table(*_table(results)), page.note(PAPER)]
     if any("loss" in line for line in metrics):
         parts += [page.heading("Training"), curves.picture(metrics)]
+        if answers:
+            parts.append(curves.answers_table(answers))
     for name, result in results.items():
         parts += [page.heading(name), page.pairs(_facts(result))]
         parts += [page.table(head, rows) for head, rows in _tables(result)]

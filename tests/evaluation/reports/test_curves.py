@@ -31,6 +31,23 @@ def test_a_panel_for_each_kind_of_number(tmp_path):
     assert flat.shape == few.shape and (flat != few).any()
 
 
+def test_answers_stand_beside_the_truth_step_by_step(tmp_path):
+    answer = lambda step, name, text: {
+        **{"step": step, "id": name, "prompt": f"{name}<?>", "answers": ["red", "red"]},
+        "text": text,
+    }
+    answers = [answer(0, "a", "x"), answer(0, "b", "y"), answer(9, "a", "red")]
+    curves.write(tmp_path / "report.html", "x", LINES, answers)
+    page = (tmp_path / "report.html").read_text()
+    head, *rows = re.findall("<tr>(.*?)</tr>", page)
+    cells = lambda row: re.findall("<t[hd]>(.*?)</t[hd]>", row)
+    assert cells(head) == ["question", "truth", "before", "step 9"]
+    assert [cells(row) for row in rows] == [
+        ["a&lt;?&gt;", "red", "x", "red"],
+        ["b&lt;?&gt;", "red", "y", "-"],
+    ]
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_there_is_no_panel_without_numbers(count, monkeypatch):
     drawn = []
