@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
     config.data.sampling = "sqrt"  # of sizes; ablations: "uniform", "proportional"
     config.data.instructions = "templates"  # ablations: "plain" input, or "tag" of task and dataset
     config.data.allow_held_out = ()  # names of sources that may be of a held-out dataset
-    config.data.ahead = 4  # batches made before they are asked for
+    config.data.ahead = 4  # batches made before they are asked for, at least one a thread
     config.data.workers = 0  # processes that make batches; 0: threads of this one
 
     config.text = ConfigDict()

@@ -39,7 +39,7 @@ def load(
     a batch holds: each is made whole, from its number alone.
     """
     numbered = grain.MapDataset.source(cast(Any, batches))[start:]
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
     made = numbered.to_iter_dataset(options)
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain reads its own flags in the workers

@@ -5,6 +5,7 @@
       run.lock               who works here, while somebody does
       metrics.jsonl          numbers of the steps and of the validations (and `tensorboard/`)
       metrics.damaged.jsonl  lines of it that could not be read
+      answers.jsonl          a few answers of each validation
       report.html            the numbers as curves, when the run has ended
       non_finite.jsonl       the steps whose loss was no number, with their samples
       profile/               a trace of some steps, where one was asked for

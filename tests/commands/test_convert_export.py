@@ -5,9 +5,8 @@ import sys
 
 import pytest
 
-from jax_instructblip import checkpoint
+from jax_instructblip import atomic, checkpoint
 from jax_instructblip.__main__ import main
-from jax_instructblip.commands import convert as convert_command
 from jax_instructblip.models.variants import Variant
 from tests.helpers.hf_folders import bits, copy, tensors
 
@@ -79,7 +78,7 @@ def test_a_folder_of_another_kind_is_named(tmp_path, capsys):
 
 
 def test_too_little_room_is_said_before_anything_is_written(forge, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(convert_command, "free_bytes", lambda folder: 1_000_000)
+    monkeypatch.setattr(atomic, "free_bytes", lambda folder: 1_000_000)
     assert main(["convert", str(forge(FLAN, "bfloat16")), "--out", str(tmp_path / "out")]) == 1
     assert "needs 0.01 GB, 0.00 GB are free there" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

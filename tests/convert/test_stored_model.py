@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from jax_instructblip import checkpoint
+from jax_instructblip import atomic, checkpoint
 from jax_instructblip.convert import stored_model
 from jax_instructblip.convert.stored_model import read_stored_model, tuned, write_checkpoint
 from tests.helpers.tiny import write_base
@@ -66,7 +66,7 @@ def test_nothing_is_written_where_it_cannot_be(model, tmp_path, monkeypatch):
     (tmp_path / "taken").write_text("kept")
     with pytest.raises(FileExistsError, match="not overwritten"):
         write_checkpoint(model, tmp_path / "taken")
-    monkeypatch.setattr(stored_model, "free_bytes", lambda folder: 10)
+    monkeypatch.setattr(atomic, "free_bytes", lambda folder: 10)
     with pytest.raises(OSError, match=r"needs 0\.00 GB, 0\.00 GB are free there"):
         write_checkpoint(model, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]

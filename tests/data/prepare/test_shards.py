@@ -62,10 +62,10 @@ def test_a_second_run_writes_nothing(raw, tmp_path):
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from jax_instructblip.data import prepare
+    from jax_instructblip.data.prepare import shards
     from tests.data.prepare.test_shards import SIZE, TOY
 
-    real = prepare.write_shard
+    real = shards.write_shard
 
     def write_shard(path, records, frames):
         if "00001" in path.name and "train" in path.name:
@@ -73,8 +73,8 @@ KILLED = """
             os.kill(os.getpid(), signal.SIGKILL)
         return real(path, records, frames)
 
-    prepare.write_shard = write_shard
-    prepare.prepare(TOY, Path(sys.argv[1]), Path(sys.argv[2]), shard_size=SIZE)
+    shards.write_shard = write_shard
+    shards.prepare(TOY, Path(sys.argv[1]), Path(sys.argv[2]), shard_size=SIZE)
 """
 
 

@@ -1,0 +1,161 @@
+"""Every shell and Python block of README and docs runs, small models in place of large ones."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from jax_instructblip.inference.loading import EMBEDDED
+from tests.helpers.raw_layouts import write_all
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+
+# What a command becomes where its own would take hours, a download, a cluster or other programs.
+INSTEAD = {
+    "bash launch/quickstart.sh": "bash -n launch/quickstart.sh",
+    "bash launch/test.sh": "bash -n launch/test.sh",
+    "sbatch --nodes=4 launch/slurm.sbatch": "bash launch/slurm.sbatch --dry_run",
+    "bash launch/local_pod.sh": "bash launch/local_pod.sh --dry_run",
+    "bash launch/gpu_pmap.sh": "bash launch/gpu_pmap.sh --dry_run",
+    "bash launch/tpu_pod.sh": "bash launch/tpu_pod.sh --dry_run",
+    "PROJECT=... ZONE=... POD=blip TYPE=v4-32 bash launch/tpu_pod.sh": (
+        "PROJECT=p ZONE=z POD=blip TYPE=v4-32 bash launch/tpu_pod.sh --dry_run"
+    ),
+    "export PROJECT=my-project": "export TPU_POD=1 PROJECT=my-project",
+    "huggingface-cli download": "true",
+    "jax-instructblip convert": "true",  # the folder is not there: tests/commands converts one
+    "jax-instructblip verify": "jax-instructblip verify --help",
+    "jax-instructblip plan": "jax-instructblip plan --help",  # libtpu: tests/commands/test_plan.py
+    "jax-instructblip train --config configs/paper_": "jax-instructblip train --help # ",
+    "jax-instructblip evaluate --checkpoint runs/flan_t5_xl --datasets held_out": "true",
+}
+# Words that are changed wherever they stand.
+SMALL = {
+    "--datasets gqa,vsr": "--datasets gqa,vsr --limit 2",
+    "--datasets gqa --data data --out": "--datasets gqa --limit 2 --data data --out",
+    "--config.train.steps=40": "--config.train.steps=4",
+    "--config.validation.every=20": "--config.validation.every=2",
+    "--config.optimizer.warmup_steps=5": "--config.optimizer.warmup_steps=1",
+    "--step 3000": "--step 2",
+    "--compare zero-shot other": "--compare zero-shot zero-shot",
+    "--predictions answers.jsonl": "--predictions zero-shot/predictions/gqa.jsonl",
+}
+
+
+def blocks(page: str) -> list[tuple[int, str, str]]:
+    """Line, language and text of each block of a page that a reader would run."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.finditer(r"^```(bash|python)\n(.*?)^```", text, re.M | re.S)
+    return [(text.count("\n", 0, each.start()) + 1, each[1], each[2]) for each in found]
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a shell block, as they are run here."""
+    lines = text.replace("\\\n", " ").splitlines()
+    made = []
+    for line in (line.strip() for line in lines if line.strip()):
+        fits = [start for start in INSTEAD if line.startswith(start)]
+        if fits:
+            start = max(fits, key=len)
+            line = INSTEAD[start] + ("" if INSTEAD[start] == "true" else line[len(start) :])
+        for words, other in SMALL.items():
+            line = line.replace(words, other)
+        made.append(line)
+    return made
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder like a reader's: the repository's files, photographs, data, checkpoints, a run."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("launch", "configs", "benchmarks", "jax_instructblip"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "photos").mkdir()
+    for number, color in enumerate(("red", "green", "blue", "white"), 1):
+        Image.new("RGB", (64, 48), color).save(folder / "photos" / f"{number}.jpg")
+    shutil.copy(folder / "photos" / "1.jpg", folder / "photo.jpg")
+    line = '{{"image": "photos/{0}.jpg", "prompt": "What color is it?", "answer": "{1}"}}\n'
+    lines = [line.format(n % 4 + 1, "red green blue white".split()[n % 4]) for n in range(8)]
+    for name in ("train.jsonl", "validation.jsonl", "data.jsonl"):
+        (folder / name).write_text("".join(lines))
+    for name in ("flan-t5-xl", "path/to/checkpoint"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(EMBEDDED / "shapes_t5", folder / name)
+    write_all(folder / "downloads", ["vqav2", "gqa", "vsr"])
+    binaries = folder / "bin"
+    binaries.mkdir()
+    program = f'#!/usr/bin/env bash\nexec {shlex.quote(sys.executable)} -m jax_instructblip "$@"\n'
+    (binaries / "jax-instructblip").write_text(program)
+    for name in ("kubectl",):
+        (binaries / name).write_text("#!/usr/bin/env bash\ncat >/dev/null\n")
+    for path in binaries.iterdir():
+        path.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def workplace(prepared, tmp_path):
+    """The reader's folder of one page, which begins anew."""
+    return shutil.copytree(prepared, tmp_path / "reader", symlinks=True)
+
+
+@pytest.fixture(scope="module")
+def environment(prepared, tmp_path_factory):
+    return {
+        **os.environ,
+        "PATH": f"{prepared / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture(scope="module")
+def run(prepared, environment):
+    """`runs/mine`, as the page on tuning makes it."""
+    (training,) = (
+        c for _, _, text in blocks("docs/fine_tune.md") for c in commands(text) if "train " in c
+    )
+    subprocess.run(["bash", "-c", training], cwd=prepared, env=environment, check=True)
+    (prepared / "runs" / "mine").rename(prepared / "run")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_a_page_runs(page, run, workplace, environment):
+    if "config.workdir=runs/mine" not in (ROOT / page).read_text(encoding="utf-8"):
+        (workplace / "runs").mkdir(exist_ok=True)
+        (workplace / "run").rename(workplace / "runs" / "mine")
+    for line, language, text in blocks(page):
+        if language == "python":
+            words = [sys.executable, "-c", text]
+        else:
+            words = ["bash", "-euo", "pipefail", "-c", "\n".join(commands(text))]
+        done = subprocess.run(
+            words, cwd=workplace, env=environment, capture_output=True, text=True, check=False
+        )
+        said = (done.stdout + done.stderr)[-3000:]
+        assert done.returncode == 0, (
+            f"{page}:{line}: the block ends with {done.returncode}:\n{said}"
+        )
+
+
+def test_a_broken_block_is_named_by_page_and_line(
+    run, workplace, environment, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "page.md").write_text("text\n\n```bash\njax-instructblip gnerate\n```\n")
+    with pytest.raises(AssertionError, match="page.md:3: the block ends with 2"):
+        test_every_block_of_a_page_runs("page.md", run, workplace, environment)
+
+
+def test_no_substitute_is_left_over():
+    texts = "".join(text.replace("\\\n", " ") for page in PAGES for _, _, text in blocks(page))
+    texts = re.sub(" +", " ", texts)
+    assert [words for words in (*INSTEAD, *SMALL) if words not in texts] == []
