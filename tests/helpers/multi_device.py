@@ -275,7 +275,7 @@ def runs(folder):
         lines = read_metrics(workdir)
         found[name] = {
             "losses": [line["loss"] for line in lines if "loss" in line],
-            "scores": [value for line in lines for key, value in line.items() if "acc" in key],
+            "scores": [line["validation/score"] for line in lines if "validation/score" in line],
         }
         kept = checkpoint.read_tree(workdir / "checkpoints" / "4" / "trainable")
         weights[name] = trees.flatten(kept)
