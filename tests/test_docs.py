@@ -39,6 +39,7 @@ INSTEAD = {
 # Words that are changed wherever they stand.
 SMALL = {
     "--datasets gqa,vsr": "--datasets gqa,vsr --limit 2",
+    "--datasets gqa --data data --predictions": "--datasets gqa --limit 2 --data data --predictions",
     "--datasets gqa --data data --out": "--datasets gqa --limit 2 --data data --out",
     "--config.train.steps=40": "--config.train.steps=4",
     "--config.validation.every=20": "--config.validation.every=2",
@@ -132,9 +133,11 @@ def test_every_block_of_a_page_runs(page, run, workplace, environment):
     if "config.workdir=runs/mine" not in (ROOT / page).read_text(encoding="utf-8"):
         (workplace / "runs").mkdir(exist_ok=True)
         (workplace / "run").rename(workplace / "runs" / "mine")
+    session = ""  # Python blocks go on where the one before ended
     for line, language, text in blocks(page):
         if language == "python":
-            words = [sys.executable, "-c", text]
+            session += text
+            words = [sys.executable, "-c", session]
         else:
             words = ["bash", "-euo", "pipefail", "-c", "\n".join(commands(text))]
         done = subprocess.run(

@@ -9,7 +9,10 @@ from benchmarks import plans
 from jax_instructblip import __main__ as cli
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "launch/README.md")
+DOCUMENTS = (
+    *("README.md", "CONTRIBUTING.md", "launch/README.md"),
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
