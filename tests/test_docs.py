@@ -39,7 +39,7 @@ INSTEAD = {
 # Words that are changed wherever they stand.
 SMALL = {
     "--datasets gqa,vsr": "--datasets gqa,vsr --limit 2",
-    "--datasets gqa --data data --predictions": "--datasets gqa --limit 2 --data data --predictions",
+    "gqa --data data --predictions": "gqa --limit 2 --data data --predictions",
     "--datasets gqa --data data --out": "--datasets gqa --limit 2 --data data --out",
     "--config.train.steps=40": "--config.train.steps=4",
     "--config.validation.every=20": "--config.validation.every=2",
