@@ -27,8 +27,8 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.theirs import TRAINED, config_of
 from benchmarks.twins import quiet
-from jax_instructblip.convert.engine import Rule
-from jax_instructblip.convert.tables import qformer as qformer_table
+from jax_instructblip.conversion.engine import Rule
+from jax_instructblip.conversion.tables import qformer as qformer_table
 from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, Variant
 
 RATE = 1e-5  # the paper's peak, with its AdamW: betas 0.9, 0.999, weight decay 0.05

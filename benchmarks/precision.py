@@ -31,7 +31,7 @@ import numpy as np
 from benchmarks import autocast
 from benchmarks.workload import Lengths, facts
 from jax_instructblip.checkpoint.trees import flatten
-from jax_instructblip.convert.hf_folder import read_hf
+from jax_instructblip.conversion.hf_folder import read_hf
 from jax_instructblip.data.batch import IGNORE, collate
 from jax_instructblip.models.variants import Variant, get_variant
 from jax_instructblip.models.vlm import VisionLanguageModel

@@ -19,7 +19,7 @@ import transformers
 
 from benchmarks.theirs import config_of
 from benchmarks.workload import Lengths, variant_of
-from jax_instructblip.convert.hf_folder import read_hf
+from jax_instructblip.conversion.hf_folder import read_hf
 from jax_instructblip.data.batch import collate
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.variants import Variant

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip import checkpoint
-from jax_instructblip.convert.safetensors import open_folder
+from jax_instructblip.conversion.safetensors import open_folder
 
 pytestmark = pytest.mark.full
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"

@@ -26,7 +26,7 @@ LAYERS = {
     "data": 1,
     "checkpoint": 1,
     "parallel": 1,
-    "convert": 2,
+    "conversion": 2,
     "inference": 3,
     "training": 4,
     "evaluation": 4,

@@ -9,9 +9,9 @@ import jax
 from jax_instructblip import checkpoint
 from jax_instructblip.atomic import check_room, refuse_existing
 from jax_instructblip.commands.flags import check_flags
-from jax_instructblip.convert import hf_folder
-from jax_instructblip.convert.engine import is_finite
-from jax_instructblip.convert.stored_model import copy_tokenizers
+from jax_instructblip.conversion import hf_folder
+from jax_instructblip.conversion.engine import is_finite
+from jax_instructblip.conversion.stored_model import copy_tokenizers
 from jax_instructblip.models.variants import VARIANTS, Variant, released_name
 from jax_instructblip.progress import Progress
 

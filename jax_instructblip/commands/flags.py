@@ -2,7 +2,7 @@
 
 import argparse
 
-from jax_instructblip.convert.safetensors import SHARD_SIZE
+from jax_instructblip.conversion.safetensors import SHARD_SIZE
 from jax_instructblip.fields import MOST_SECONDS, Field, find_problems, number, text_problem, whole
 from jax_instructblip.files import find_addresses
 

@@ -8,7 +8,7 @@ import jax
 
 from jax_instructblip.atomic import refuse_existing
 from jax_instructblip.commands.flags import check_flags
-from jax_instructblip.convert.stored_model import TOKENIZERS, write_checkpoint
+from jax_instructblip.conversion.stored_model import TOKENIZERS, write_checkpoint
 from jax_instructblip.inference.loading import read_source, stored_model
 from jax_instructblip.progress import count_bytes
 from jax_instructblip.training.step_choice import add_flags, choose_step

@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 
 from jax_instructblip import checkpoint
 from jax_instructblip.checkpoint.step_meta import META, check_manifest, read_meta
-from jax_instructblip.convert.hf_folder import convert_hf
-from jax_instructblip.convert.stored_model import StoredModel, read_stored_model, tuned
+from jax_instructblip.conversion.hf_folder import convert_hf
+from jax_instructblip.conversion.stored_model import StoredModel, read_stored_model, tuned
 from jax_instructblip.files import local_path, read_json
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import DECODERS, param_shapes, separate_decoder

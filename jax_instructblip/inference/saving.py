@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_instructblip import checkpoint
 from jax_instructblip.atomic import check_room, refuse_existing
-from jax_instructblip.convert.stored_model import copy_tokenizers, write_sides
+from jax_instructblip.conversion.stored_model import copy_tokenizers, write_sides
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.loading import LIMITS, Source
 from jax_instructblip.models.variants import Variant

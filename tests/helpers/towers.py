@@ -18,8 +18,8 @@ import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from jax_instructblip.convert.hf_folder import read_hf
-from jax_instructblip.convert.tables import qformer as qformer_table
+from jax_instructblip.conversion.hf_folder import read_hf
+from jax_instructblip.conversion.tables import qformer as qformer_table
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.training.loss import IGNORE
 from tests.helpers.rows import lay_out, read_text

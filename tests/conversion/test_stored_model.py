@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from jax_instructblip import atomic, checkpoint
-from jax_instructblip.convert import stored_model
-from jax_instructblip.convert.stored_model import read_stored_model, tuned, write_checkpoint
+from jax_instructblip.conversion import stored_model
+from jax_instructblip.conversion.stored_model import read_stored_model, tuned, write_checkpoint
 from tests.helpers.tiny import write_base
 
 

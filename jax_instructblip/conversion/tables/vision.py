@@ -1,7 +1,7 @@
 """The table of the vision tower: Hugging Face names (`vision_model.`) and ours."""
 
-from jax_instructblip.convert.engine import Entry, Rule, Zeros
-from jax_instructblip.convert.transforms import (
+from jax_instructblip.conversion.engine import Entry, Rule, Zeros
+from jax_instructblip.conversion.transforms import (
     attention_bias,
     attention_in,
     attention_out,

@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_instructblip import checkpoint
 from jax_instructblip.atomic import check_room
-from jax_instructblip.convert.hf_config import TOKENIZER_FILES
+from jax_instructblip.conversion.hf_config import TOKENIZER_FILES
 from jax_instructblip.models.variants import Variant
 
 TOKENIZERS = ("tokenizer", "qformer_tokenizer")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from jax_instructblip.convert import families, hf_config
-from jax_instructblip.convert.safetensors import ConversionError
+from jax_instructblip.conversion import families, hf_config
+from jax_instructblip.conversion.safetensors import ConversionError
 from tests.helpers.hf_folders import edit_config
 
 VICUNA = "instructblip-vicuna-7b"

@@ -4,10 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_instructblip.convert import engine
-from jax_instructblip.convert.engine import Drop, Rule, Zeros, make_plan
-from jax_instructblip.convert.safetensors import ConversionError
-from jax_instructblip.convert.transforms import attention_bias, identity, linear
+from jax_instructblip.conversion import engine
+from jax_instructblip.conversion.engine import Drop, Rule, Zeros, make_plan
+from jax_instructblip.conversion.safetensors import ConversionError
+from jax_instructblip.conversion.transforms import attention_bias, identity, linear
 
 BF16 = ml_dtypes.bfloat16
 

@@ -19,12 +19,12 @@ import numpy as np
 
 from jax_instructblip import fields
 from jax_instructblip.atomic import atomic_folder, check_room, refuse_existing
-from jax_instructblip.convert import hf_folder, transforms
-from jax_instructblip.convert.engine import Drop, Entry, Rule, Zeros
-from jax_instructblip.convert.families import Family, family_of
-from jax_instructblip.convert.hf_config import preprocessor, variant_of
-from jax_instructblip.convert.safetensors import SHARD_SIZE, Writer
-from jax_instructblip.convert.stored_model import (
+from jax_instructblip.conversion import hf_folder, transforms
+from jax_instructblip.conversion.engine import Drop, Entry, Rule, Zeros
+from jax_instructblip.conversion.families import Family, family_of
+from jax_instructblip.conversion.hf_config import preprocessor, variant_of
+from jax_instructblip.conversion.safetensors import SHARD_SIZE, Writer
+from jax_instructblip.conversion.stored_model import (
     TOKENIZERS,
     StoredModel,
     read_stored_model,

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax_instructblip import checkpoint
-from jax_instructblip.convert.engine import Drop, Entry, Plan, make_plan
-from jax_instructblip.convert.families import Family, family_of
-from jax_instructblip.convert.hf_config import (
+from jax_instructblip.conversion.engine import Drop, Entry, Plan, make_plan
+from jax_instructblip.conversion.families import Family, family_of
+from jax_instructblip.conversion.hf_config import (
     check_preprocessor,
     check_variant,
     has_tied_embeddings,
@@ -17,7 +17,12 @@ from jax_instructblip.convert.hf_config import (
     read_json,
     variant_of,
 )
-from jax_instructblip.convert.safetensors import ConversionError, Tensor, fingerprint, open_folder
+from jax_instructblip.conversion.safetensors import (
+    ConversionError,
+    Tensor,
+    fingerprint,
+    open_folder,
+)
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import param_shapes
 

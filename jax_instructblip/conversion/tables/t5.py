@@ -1,7 +1,7 @@
 """The table of T5: Hugging Face names below `language_model.` and ours below `llm/`."""
 
-from jax_instructblip.convert.engine import Drop, Entry, Rule
-from jax_instructblip.convert.transforms import (
+from jax_instructblip.conversion.engine import Drop, Entry, Rule
+from jax_instructblip.conversion.transforms import (
     Transform,
     attention_in,
     attention_out,

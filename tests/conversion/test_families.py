@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
-from jax_instructblip.convert.families import FAMILIES, family_of
-from jax_instructblip.convert.hf_config import variant_of
+from jax_instructblip.conversion.families import FAMILIES, family_of
+from jax_instructblip.conversion.hf_config import variant_of
 from jax_instructblip.models.variants import VARIANTS, Variant, get_variant
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jax_instructblip.convert import transforms
-from jax_instructblip.convert.safetensors import DEQUANTISE, ConversionError, Tensor
-from jax_instructblip.convert.transforms import Transform
+from jax_instructblip.conversion import transforms
+from jax_instructblip.conversion.safetensors import DEQUANTISE, ConversionError, Tensor
+from jax_instructblip.conversion.transforms import Transform
 
 EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80_0000}
 CHUNK = 2**22  # numbers looked at together

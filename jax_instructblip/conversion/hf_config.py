@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jax_instructblip import files
-from jax_instructblip.convert.config_keys import equal
-from jax_instructblip.convert.families import FAMILIES, Family
-from jax_instructblip.convert.safetensors import DEQUANTISE, ConversionError
+from jax_instructblip.conversion.config_keys import equal
+from jax_instructblip.conversion.families import FAMILIES, Family
+from jax_instructblip.conversion.safetensors import DEQUANTISE, ConversionError
 from jax_instructblip.files import kind_of
 from jax_instructblip.models.variants import (
     IMAGE_MEAN,

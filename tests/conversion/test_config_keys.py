@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from jax_instructblip.convert.config_keys import (
+from jax_instructblip.conversion.config_keys import (
     AXIS,
     COUNT,
     EPS,

@@ -2,8 +2,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_instructblip.convert import transforms
-from jax_instructblip.convert.transforms import (
+from jax_instructblip.conversion import transforms
+from jax_instructblip.conversion.transforms import (
     attention_bias,
     attention_in,
     attention_out,

@@ -4,8 +4,8 @@ Layers come in pairs: the even ones of the source, which look at the image, are 
 `layers/cross`, the odd ones under `layers/plain`.
 """
 
-from jax_instructblip.convert.engine import Drop, Entry, Rule
-from jax_instructblip.convert.transforms import (
+from jax_instructblip.conversion.engine import Drop, Entry, Rule
+from jax_instructblip.conversion.transforms import (
     Transform,
     attention_bias,
     attention_in,

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from jax_instructblip import checkpoint
-from jax_instructblip.convert import hf_folder
-from jax_instructblip.convert.safetensors import ConversionError
-from jax_instructblip.convert.stored_model import copy_tokenizers
+from jax_instructblip.conversion import hf_folder
+from jax_instructblip.conversion.safetensors import ConversionError
+from jax_instructblip.conversion.stored_model import copy_tokenizers
 from jax_instructblip.models.variants import get_variant, released_name
 from jax_instructblip.models.vlm import param_shapes
 from tests.helpers.hf_folders import INDEX, copy, edit_config, tensors
@@ -315,7 +315,7 @@ def test_tokenizers_are_copied(forge, tmp_path):
 
 def test_conversion_imports_neither_torch_nor_transformers():
     code = (
-        "import sys, jax_instructblip.convert.hf_folder, jax_instructblip.convert.export\n"
+        "import sys, jax_instructblip.conversion.hf_folder, jax_instructblip.conversion.export\n"
         "sys.exit(bool({'torch', 'transformers', 'safetensors', 'tensorflow'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,7 +1,7 @@
 """The table of LLaMA and Vicuna: Hugging Face names below `language_model.`, ours below `llm/`."""
 
-from jax_instructblip.convert.engine import Drop, Entry, Rule
-from jax_instructblip.convert.transforms import attention_in, attention_out, identity, linear
+from jax_instructblip.conversion.engine import Drop, Entry, Rule
+from jax_instructblip.conversion.transforms import attention_in, attention_out, identity, linear
 from jax_instructblip.models.variants import LlamaConfig
 
 PREFIX = "language_model."

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from jax_instructblip.convert.safetensors import (
+from jax_instructblip.conversion.safetensors import (
     NAMES,
     ConversionError,
     Tensor,

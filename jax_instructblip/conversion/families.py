@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jax_instructblip.convert.config_keys import (
+from jax_instructblip.conversion.config_keys import (
     AXIS,
     COUNT,
     EPS,
@@ -27,8 +27,8 @@ from jax_instructblip.convert.config_keys import (
     one_of,
     text,
 )
-from jax_instructblip.convert.engine import Entry
-from jax_instructblip.convert.tables import llama, qformer, t5, vision
+from jax_instructblip.conversion.engine import Entry
+from jax_instructblip.conversion.tables import llama, qformer, t5, vision
 from jax_instructblip.models.variants import (
     LlamaConfig,
     QFormerConfig,
