@@ -20,7 +20,7 @@ import time
 from typing import Any
 
 from jax_instructblip.atomic import write_file
-from jax_instructblip.planning.topology import GIB
+from jax_instructblip.planning.chips import GIB
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 CONFIGS = {

@@ -177,6 +177,11 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     return read_text(path).split("\n")
 
 
+def read_entries(path: str | os.PathLike) -> list[str]:
+    """The lines of a UTF-8 text that are not blank, stripped; raises as `read_text`."""
+    return [line.strip() for line in read_lines(path) if line.strip()]
+
+
 def parse_json(raw: bytes | str, *, allow_nan: bool = False) -> Any:
     """The value of one JSON document.
 

@@ -113,15 +113,15 @@ class Progress:
 
 
 @contextlib.contextmanager
-def count_bytes(total: int, label: str) -> Iterator[Callable[[int], None]]:
-    """A progress line in MB; yields what is to be called with the bytes of each piece done."""
+def count_bytes(total: int, label: str) -> Iterator[Callable[..., None]]:
+    """A progress line in MB; yields what is called with the bytes of each piece, and a note."""
     with Progress(round(total / 1e6), label, "MB") as progress:
         done = 0
 
-        def count(size: int) -> None:
+        def count(size: int, note: str = "") -> None:
             nonlocal done
             done, before = done + size, done
-            progress.update(round(done / 1e6) - round(before / 1e6))
+            progress.update(round(done / 1e6) - round(before / 1e6), note)
 
         yield count
 

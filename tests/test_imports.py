@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import jax_instructblip
 from tests.helpers.interpreter import run_python
 
 PACKAGE = Path(__file__).resolve().parents[1] / "jax_instructblip"
@@ -32,11 +33,12 @@ LAYERS = {
     "evaluation": 4,
     "planning": 5,
     "backbones": 5,
-    "__init__": 6,
-    "commands": 7,
-    "__main__": 8,
+    "api": 6,
+    "__init__": 7,
+    "commands": 8,
+    "__main__": 9,
 }
-PUBLIC = ("load", "Answer")  # what __init__ offers besides the parts
+PUBLIC = jax_instructblip.__all__  # what __init__ offers besides the parts
 LONGEST = 400  # lines
 NEVER_AT_IMPORT = ("torch", "tensorflow")
 # What a machine that only computes need not have.
@@ -112,6 +114,7 @@ def test_imports_run_downward():
         ("training", "from jax_instructblip import evaluation", "evaluation"),
         ("training", "from jax_instructblip import elsewhere", "elsewhere"),
         ("training", "from jax_instructblip.inference.pipeline import load", None),
+        ("training", "from jax_instructblip import evaluate", "__init__"),
         ("data", "from . import text, images\nfrom ..models import variants", None),
         ("commands", "from jax_instructblip import load\nimport jax, data", None),
     ],

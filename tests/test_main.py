@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from jax_instructblip import __main__ as cli
 from jax_instructblip import commands
+from tests.helpers.interpreter import run_python
 
 
 @pytest.fixture
@@ -41,6 +43,45 @@ def test_help_lists_every_verb_without_importing_one(verbs, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "  greet  Does greet.\n  wave   Does wave.\n" in out
     assert "More" not in out
+
+
+# Each takes from a tenth of a second to several seconds of processor time to import.
+SLOW = (
+    "jax",
+    "flax",
+    "optax",
+    "orbax",
+    "transformers",
+    "tensorflow_datasets",
+    "grain",
+    "matplotlib",
+)
+SLOW += ("ml_collections",)
+
+
+@pytest.mark.parametrize("verb", cli.find_verbs())
+def test_help_and_wrong_usage_import_no_slow_library(verb):
+    """What takes long would be seen by a clock, too, but not the same each time."""
+    said = run_python(f"""
+        import sys
+        from jax_instructblip.__main__ import main
+        for word in ("--help", "--no_such_flag"):
+            try:
+                main([{verb!r}, word])
+            except SystemExit as left:
+                print("left with", left.code)
+        print("imported:", *sorted(set({SLOW!r}) & set(sys.modules)))
+    """)
+    assert said.startswith("usage: jax-instructblip ")
+    assert [line for line in said.splitlines() if line.startswith("left with")] == [
+        *("left with 0", "left with 2")
+    ]
+    assert said.endswith("\nimported:\n")
+
+
+def test_what_verbs_share_is_no_verb():
+    assert (Path(commands.__file__).parent / "flags.py").is_file()
+    assert "flags" not in cli.find_verbs()
 
 
 def test_only_the_verb_asked_for_is_imported(verbs, tmp_path):

@@ -8,8 +8,8 @@ import pytest
 
 from configs.paper import HELD_IN
 from jax_instructblip.__main__ import main
-from jax_instructblip.commands.train import load_config
 from jax_instructblip.training import setup
+from jax_instructblip.training.config_file import load_config
 from jax_instructblip.training.metrics import read_metrics
 from tests.helpers.raw_layouts import write_all
 from tests.helpers.tiny import write_base

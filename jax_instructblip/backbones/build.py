@@ -1,4 +1,4 @@
-"""The embedded checkpoints: sizes, files, and the way from three trainings to one folder.
+"""The embedded checkpoints: their files, and the way from three trainings to one folder.
 
     tokenizers, vision tower, language model --write_checkpoint--> BASE     Q-Former random
     BASE --caption phase: an ordinary run on `shapes-captions`--> RUN       queries alone
@@ -10,6 +10,7 @@ stage, the other way round), words and positions are random.
 """
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_instructblip import checkpoint
+from jax_instructblip.backbones.sizes import LANGUAGE, QFORMER, VISION
 from jax_instructblip.backbones.tokenizers import make_tokenizers
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.loading import read_params, read_source
@@ -26,26 +28,9 @@ from jax_instructblip.models.variants import (
     QFormerConfig,
     T5Config,
     Variant,
-    VisionConfig,
 )
 from jax_instructblip.models.vlm import init_params
 
-VISION = VisionConfig(image_size=56, width=96, layers=4, heads=4, mlp=384)
-QFORMER: dict[str, Any] = dict(
-    width=96, layers=4, heads=4, mlp=384, queries=4, max_positions=128, dropout=0.0
-)
-LANGUAGE: dict[str, dict[str, Any]] = {
-    "llama": dict(width=96, heads=4, mlp=256, layers=3, max_positions=256),
-    "t5": dict(
-        width=96,
-        head_width=24,
-        heads=4,
-        mlp=192,
-        encoder_layers=3,
-        decoder_layers=2,
-        dropout=0.0,
-    ),
-}
 # Embeddings are normed before use, so their size only says how fast Adam may turn them.
 WORD_STD, POSITION_STD = 0.5, 0.1
 
@@ -111,3 +96,14 @@ def merge_captioned(
     params["qformer"] = checkpoint.unflatten(merged)
     made = {**checkpoint.read_config(source.folder)["source"], "qformer": "captioned on shapes"}
     write_checkpoint(out, params, made, kind=source.variant.llm.kind)
+
+
+def replace_captioned(base: Path, run: Path, out: Path) -> None:
+    """Writes the folder of `merge_captioned` in the place of `out`, when it is whole."""
+    draft = out.with_name(f".{out.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    merge_captioned(base, run, draft)
+    shutil.rmtree(out, ignore_errors=True)
+    draft.rename(out)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"written: {out}, {size / 1e6:.1f} MB")

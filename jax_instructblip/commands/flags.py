@@ -1,10 +1,14 @@
-"""Checks of the verbs' flags: numbers in their ranges, paths of a disk; all in one report."""
+"""Flags that several verbs have, and the check of all: numbers in their ranges, paths of a disk.
+
+No verb: it has no `main`.
+"""
 
 import argparse
 
 from jax_instructblip.conversion.safetensors import SHARD_SIZE
 from jax_instructblip.fields import MOST_SECONDS, Field, find_problems, number, text_problem, whole
 from jax_instructblip.files import find_addresses
+from jax_instructblip.models.variants import DTYPES
 
 _DEVICES = whole(1, 1_000_000, unit="devices")
 
@@ -30,6 +34,33 @@ NUMBERS: dict[str, Field] = {
     "workers": whole(0, 1_024, unit="processes"),
 }
 TEXTS = ("prompt",)
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Adds `--dtype`."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of weights and computing (default: bfloat16, on a CPU float32)",
+    )
+
+
+def add_step(parser: argparse.ArgumentParser) -> None:
+    """Adds `--step N` and `--best`, which exclude each other."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--step", type=int, help="of a run: this checkpoint (default: the newest)")
+    group.add_argument(
+        "--best",
+        action="store_true",
+        help="of a run: the checkpoint of the highest validation/score",
+    )
+
+
+def without_accelerator() -> None:
+    """Keeps JAX on the CPU: a verb that reads and writes files holds no accelerator meanwhile."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 def check_flags(flags: argparse.Namespace) -> None:

@@ -9,18 +9,15 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from jax_instructblip.commands.flags import check_flags
-from jax_instructblip.data.images import ImageError, decode
+from jax_instructblip.commands.flags import add_dtype, check_flags
 from jax_instructblip.files import json_line
-from jax_instructblip.inference.batching import Question, pair
 from jax_instructblip.inference.generation_config import (
+    BATCH_SIZE,
     HELP,
     GenerationConfig,
     add_flags,
     read_flags,
 )
-from jax_instructblip.inference.loading import DTYPES, resolve_checkpoint
-from jax_instructblip.inference.pipeline import BATCH_SIZE, InstructBlipPipeline, load
 
 
 def main(argv: list[str]) -> int:
@@ -33,55 +30,29 @@ def main(argv: list[str]) -> int:
             "none before the end, and --json"
         )
     config = read_flags(flags)
-    # Mistakes here should not wait for the weights, nor bad images for the answers to good ones.
-    questions = pair(flags.image, flags.prompt)
-    resolve_checkpoint(flags.checkpoint)
-    check_images(flags.image)
-    blip = load(flags.checkpoint, dtype=flags.dtype)
     if flags.stream:
-        return _stream(blip, questions, config)
-    answers = blip.generate(
-        flags.image,
-        flags.prompt,
-        config,
-        batch_size=flags.batch_size,
-    )
-    for question, answer in zip(questions, answers, strict=True):
-        found = {
-            "image": question.frames[0],
-            "prompt": question.prompt,
-            "answer": answer.text,
-            "logprob": answer.logprob,
-            "tokens": list(answer.tokens),
-            "logprobs": list(answer.logprobs),
-            "alternatives": [each.text for each in answer.alternatives],
-        }
+        return _stream(flags, config)
+    from jax_instructblip.inference.asking import answer_files
+
+    asked = (flags.checkpoint, flags.image, flags.prompt, config)
+    for found in answer_files(*asked, dtype=flags.dtype, batch_size=flags.batch_size):
         for line in [json_line(found)] if flags.json else _lines(found):
             print(line)
     return 0
 
 
-def _stream(blip: InstructBlipPipeline, questions: list[Question], config: GenerationConfig) -> int:
+def _stream(flags: argparse.Namespace, config: GenerationConfig) -> int:
     """Prints the answers while they are made, one question after the other; returns 0."""
-    for question in questions:
-        print(f"image:            {question.frames[0]}\nprompt:           {question.prompt}")
+    from jax_instructblip.inference.asking import stream_files
+
+    asked = (flags.checkpoint, flags.image, flags.prompt, config)
+    for image, prompt, pieces in stream_files(*asked, dtype=flags.dtype):
+        print(f"image:            {image}\nprompt:           {prompt}")
         print("answer:           ", end="", flush=True)
-        for piece in blip.stream(question.frames[0], question.prompt, config):
+        for piece in pieces:
             print(piece, end="", flush=True)
         print("\n")
     return 0
-
-
-def check_images(paths: list[str]) -> None:
-    """Raises an ImageError that names every image that cannot be used."""
-    wrong = []
-    for path in paths:
-        try:
-            decode(path)
-        except ImageError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ImageError("; ".join(wrong))
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
@@ -110,11 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", required=True, action="append", help="the question; may be given again")
     names = (name for name in HELP if name != "length_rule")
     add_flags(parser, *names)
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="of weights and computing (default: bfloat16, on a CPU float32)",
-    )
+    add_dtype(parser)
     add("--batch_size", type=int, default=BATCH_SIZE, help="asked at once (default: %(default)s)")
     add("--stream", action="store_true", help="print each token as soon as it is chosen; no beams")
     add("--json", action="store_true", help="print one JSON object a line")

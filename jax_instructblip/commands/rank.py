@@ -6,44 +6,28 @@ One prompt for many images, or one image for many prompts, or as many of the one
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from jax_instructblip.commands.flags import check_flags
-from jax_instructblip.commands.generate import check_images
-from jax_instructblip.files import json_line, read_lines
-from jax_instructblip.inference.batching import pair
-from jax_instructblip.inference.loading import DTYPES, resolve_checkpoint
-from jax_instructblip.inference.pipeline import BATCH_SIZE, load
-from jax_instructblip.inference.ranking import check_candidates
+from jax_instructblip.commands.flags import add_dtype, check_flags
+from jax_instructblip.files import json_line, read_entries
+from jax_instructblip.inference.generation_config import BATCH_SIZE
 
 
 def main(argv: list[str]) -> int:
     """Prints the best candidates of each question, their scores and probabilities; returns 0."""
     flags = _parser().parse_args(argv)
     check_flags(flags)
-    # Mistakes here should not wait for the weights, nor bad images for the scores of good ones.
-    questions = pair(flags.image, flags.prompt)
     candidates = _read(flags.candidates)
-    check_candidates(candidates, len(questions))
-    resolve_checkpoint(flags.checkpoint)
-    check_images(flags.image)
-    blip = load(flags.checkpoint, dtype=flags.dtype)
-    scores = blip.rank(
-        flags.image,
-        flags.prompt,
-        candidates,
+    from jax_instructblip.inference.asking import rank_files
+
+    rows = rank_files(
+        *(flags.checkpoint, flags.image, flags.prompt, candidates),
+        top=flags.top,
         length_normalise=flags.length_normalise,
+        dtype=flags.dtype,
         batch_size=flags.batch_size,
     )
-    for question, row in zip(questions, scores, strict=True):
-        found = {
-            "image": question.frames[0],
-            "prompt": question.prompt,
-            "candidates": _best(candidates, row, flags.top),
-        }
+    for found in rows:
         for line in [json_line(found)] if flags.json else _lines(found):
             print(line)
     return 0
@@ -51,24 +35,9 @@ def main(argv: list[str]) -> int:
 
 def _read(given: str) -> list[str]:
     """The candidates of the flag; blank lines of a file are passed over."""
-    if not given.startswith("@"):
-        return [each.strip() for each in given.split(",")]
-    return [line.strip() for line in read_lines(Path(given[1:])) if line.strip()]
-
-
-def _best(candidates: list[str], scores: np.ndarray, count: int) -> list[dict[str, Any]]:
-    """The best `count` candidates, best first; probabilities are a softmax over all of them."""
-    chances = np.exp(scores.astype(np.float64) - scores.max())
-    chances /= chances.sum()
-    order = np.argsort(-scores, kind="stable")[:count]
-    return [
-        {
-            "candidate": candidates[place],
-            "score": float(scores[place]),
-            "probability": float(chances[place]),
-        }
-        for place in order
-    ]
+    if given.startswith("@"):
+        return read_entries(given[1:])
+    return [each.strip() for each in given.split(",")]
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
@@ -101,11 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="score by the mean of the tokens' log-probabilities; by default their sum",
     )
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="of weights and computing (default: bfloat16, on a CPU float32)",
-    )
+    add_dtype(parser)
     add("--batch_size", type=int, default=BATCH_SIZE, help="ranked at once (default: %(default)s)")
     add("--json", action="store_true", help="print one JSON object a line")
     return parser

@@ -23,7 +23,7 @@ from jax_instructblip.conversion import hf_folder, transforms
 from jax_instructblip.conversion.engine import Drop, Entry, Rule, Zeros
 from jax_instructblip.conversion.families import Family, family_of
 from jax_instructblip.conversion.hf_config import preprocessor, variant_of
-from jax_instructblip.conversion.safetensors import SHARD_SIZE, Writer
+from jax_instructblip.conversion.safetensors import SHARD_BYTES, SHARD_SIZE, Writer
 from jax_instructblip.conversion.stored_model import (
     TOKENIZERS,
     StoredModel,
@@ -32,7 +32,6 @@ from jax_instructblip.conversion.stored_model import (
 from jax_instructblip.files import TOKENIZER_LIMIT, read_json
 from jax_instructblip.models.variants import QFormerConfig
 
-SHARD_BYTES = 5_000_000_000
 QFORMER_LIMIT = 128  # tokens of an instruction, as released
 DTYPES = {
     name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("bfloat16", "float16", "float32")

@@ -30,6 +30,7 @@ MOST_AXES = 8
 LONGEST_NAME = 255  # bytes, of a file in its folder
 LARGEST = 2**63  # bytes or elements
 HEADER_LIMIT = 100 * 2**20  # bytes; the format's own limit
+SHARD_BYTES = 5_000_000_000  # of the largest shard, unless told otherwise
 SHARD_SIZE = whole(1, 2**50, unit="bytes")  # what `shard_bytes` may be
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("float64"),

@@ -9,7 +9,7 @@ import io
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -260,6 +260,18 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise _UnusableError(f"has shape {array.shape}, expected [H, W], [H, W, 3] or [H, W, 4]")
     return Image.fromarray(array)
+
+
+def check_images(paths: Iterable[str | os.PathLike]) -> None:
+    """Raises an ImageError that names every image file that cannot be used."""
+    wrong = []
+    for path in paths:
+        try:
+            decode(path)
+        except ImageError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ImageError("; ".join(wrong))
 
 
 def _name(source: object) -> str:

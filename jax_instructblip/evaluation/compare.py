@@ -48,6 +48,13 @@ def compare(first: Path, second: Path) -> list[Comparison]:
     return [_compare(name, files[0][name], files[1][name]) for name in common]
 
 
+def describe(first: Path, second: Path) -> Iterator[str]:
+    """The comparisons of two runs for people; raises as `compare`."""
+    labels = (f"A {first}", f"B {second}")
+    for found in compare(first, second):
+        yield from lines(found, labels)
+
+
 def lines(found: Comparison, labels: tuple[str, str]) -> Iterator[str]:
     """The comparison for people: the number of samples that differ, then each of them."""
     better = [_better(*pair) for pair in found.differing]

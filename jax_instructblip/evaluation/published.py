@@ -1,4 +1,4 @@
-"""Published answers of released weights, and whether a model gives the same.
+"""Published answers of released weights, with the questions and the images.
 
 The facts stand in a JSON file (`FACTS`; any other of its form will do):
 
@@ -14,16 +14,14 @@ Several published answers of one entry are all right: code or precision differed
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jax_instructblip.files import read_json
 from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.inference.pipeline import Answer, InstructBlipPipeline
 
 FACTS = Path(__file__).with_name("published.json")
-AROUND = 20  # characters shown of each side of a difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,23 +56,6 @@ class Entry:
     note: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """The first place where an answer is not the published one.
-
-    Attributes:
-      place: "token 3" or "character 17", from 0.
-      expected: what stands there in the published answer, with its surroundings.
-      found: what stands there instead.
-      by: whose answer it was compared with: of several the one that agrees longest.
-    """
-
-    place: str
-    expected: str
-    found: str
-    by: str
-
-
 def read_facts(path: str | os.PathLike) -> tuple[dict[str, Image], list[Entry]]:
     """Images by name, and entries.
 
@@ -100,63 +81,11 @@ def read_facts(path: str | os.PathLike) -> tuple[dict[str, Image], list[Entry]]:
     return {name: image for name, image in known.items() if image}, [e for e in entries if e]
 
 
-def compare(
-    blip: InstructBlipPipeline, entry: Entry, image: str | os.PathLike
-) -> tuple[Answer, Difference | None]:
-    """The model's answer, and where it first differs from all published ones."""
-    (answer,) = blip.generate([image], [entry.prompt], **entry.settings)
-    found = [first_difference(blip, answer, each) for each in entry.published]
-    if None in found:
-        return answer, None
-    differences = [pair for pair in found if pair is not None]
-    return answer, max(differences, key=lambda pair: pair[0])[1]
-
-
-def first_difference(
-    blip: InstructBlipPipeline, answer: Answer, published: Published
-) -> tuple[float, Difference] | None:
-    """The share of the published answer that was given, and what then differs.
-
-    Tokens are compared where they were published, otherwise texts.
-    """
-    if published.tokens:
-        unit, length = "token", len(published.tokens)
-        place = _first_unequal(published.tokens, answer.tokens)
-        expected = _token(blip, published.tokens, place)
-        found = _token(blip, answer.tokens, place)
-    else:
-        unit, length = "character", len(published.text)
-        place = _first_unequal(published.text, answer.text)
-        expected, found = _around(published.text, place), _around(answer.text, place)
-    if place < 0:
-        return None
-    return place / max(length, 1), Difference(f"{unit} {place}", expected, found, published.by)
-
-
 def is_published_file(image: Image, path: str | os.PathLike) -> bool:
     """Tells whether the file is the published one, to the byte; True where it is not known."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return not image.sha256 or digest == image.sha256
-
-
-def _first_unequal(expected: Sequence, found: Sequence) -> int:
-    """The first place where the two differ, or where the shorter one ends; -1 if nowhere."""
-    pairs = zip(expected, found, strict=False)
-    for place, (one, other) in enumerate(pairs):
-        if one != other:
-            return place
-    return -1 if len(expected) == len(found) else min(len(expected), len(found))
-
-
-def _token(blip: InstructBlipPipeline, tokens: Sequence[int], place: int) -> str:
-    if place >= len(tokens):
-        return "the end"
-    return f"{tokens[place]} {blip.text.decode(tokens[place : place + 1])!r}"
-
-
-def _around(text: str, place: int) -> str:
-    return repr(text[max(0, place - AROUND) : place + AROUND]) if place < len(text) else "the end"
 
 
 def _entry(row: Any, number: int, images: Mapping[str, Any], problems: list[str]) -> Entry | None:

@@ -26,6 +26,7 @@ from jax_instructblip.evaluation.predictions import Prediction, Store, check_ids
 from jax_instructblip.evaluation.protocol import paper_model
 from jax_instructblip.evaluation.reports import report
 from jax_instructblip.evaluation.task import Task, check_choices
+from jax_instructblip.files import read_json
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.parallel.cluster import agree
 from jax_instructblip.progress import Progress
@@ -179,6 +180,25 @@ def write(
     page, text = (out / name for name in REPORTS)
     report.write_html(page, model, results, samples, metrics, answers)
     write_file(text, report.markdown(model, results))
+
+
+def finish(
+    out: Path,
+    finished: Sequence[Finished],
+    model: Mapping[str, Any],
+    command: str = "",
+    recorded: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes the results, says where the report is, and returns what is in `results.json`.
+
+    `recorded` is what `write` takes besides. In all processes but the first nothing is done, and
+    {} returned.
+    """
+    if jax.process_index():
+        return {}
+    write(out, finished, model, command=command, **(recorded or {}))
+    print(f"report: {out / REPORTS[0]}")
+    return read_json(out / RESULTS, dict, allow_nan=True)
 
 
 def versions() -> dict[str, str]:

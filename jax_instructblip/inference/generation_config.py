@@ -22,6 +22,8 @@ LENGTH_RULES: tuple[LengthRule, ...] = ("released", "transformers5")
 EARLY_STOPPING = (False, True, "never")
 DRAWING = ("temperature", "top_k", "top_p")
 
+BATCH_SIZE = 8  # questions that are answered at once, unless told otherwise
+
 # Every beam has a row of the cache, and what is kept of each step is sorted: above this a search
 # needs the memory of many prompts, and no published setting is near.
 MOST_BEAMS = 1024

@@ -25,14 +25,12 @@ from jax_instructblip.checkpoint.step_meta import META, check_manifest, read_met
 from jax_instructblip.conversion.hf_folder import convert_hf
 from jax_instructblip.conversion.stored_model import StoredModel, read_stored_model, tuned
 from jax_instructblip.files import local_path, read_json
-from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.variants import DTYPES, Variant
 from jax_instructblip.models.vlm import DECODERS, param_shapes, separate_decoder
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import is_split, replicated
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 SAMPLES, SAMPLE_BYTES = 256, 16_384  # of a file of gigabytes, for a digest within a second
 

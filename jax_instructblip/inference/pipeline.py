@@ -36,7 +36,7 @@ from jax_instructblip.inference.batching import (
 )
 from jax_instructblip.inference.beam_search import beam_tokens
 from jax_instructblip.inference.decode import generate_tokens, stream_tokens
-from jax_instructblip.inference.generation_config import GenerationConfig
+from jax_instructblip.inference.generation_config import BATCH_SIZE, GenerationConfig
 from jax_instructblip.inference.loading import (
     Source,
     load_params,
@@ -64,8 +64,6 @@ from jax_instructblip.models.variants import Variant, released_name
 from jax_instructblip.models.vlm import VisionLanguageModel, is_separate
 from jax_instructblip.parallel.mesh import batch_sharding
 from jax_instructblip.progress import Progress
-
-BATCH_SIZE = 8  # questions that are answered at once
 
 
 def load(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in 0..1
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+DTYPES = ("float32", "bfloat16", "float16")  # that models compute in
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,26 +1,21 @@
-"""Several processes that work on one run: who they are, the roll call, and the order to stop.
+"""Several processes that work on one run: the roll call, what they agree on, the order to stop.
 
-Every process of a run starts the same command. Where it stands among them is told by flags, by the
-environment (`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`) or by Slurm; on a TPU
-pod JAX finds out (`--coordinator auto`). With none of these a process works alone.
+The place of a process among them is a `Cluster` (`membership.py`):
 
-    find_cluster --Cluster--> roll_call (who is absent?) --> jax.distributed --> one mesh of all
+    Cluster --> roll_call (who is absent?) --> jax.distributed --> one mesh of all
 """
 
-import argparse
 import atexit
 import contextlib
-import dataclasses
 import faulthandler
 import math
 import os
-import re
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,119 +23,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jax_instructblip.parallel import peers
+from jax_instructblip.parallel.membership import AUTO, Cluster, ClusterError
 
-AUTO = "auto"  # let JAX find out, as it can on a TPU pod
-VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-PORT = 12_321  # of the coordinator under Slurm; the roll call takes the next one
 RETRY_SECONDS = 0.2
 _GREETING = "jax_instructblip"  # strangers may knock at the port, or answer there
-
-
-class ClusterError(ValueError):
-    """The processes of a run did not find together; the message names those that are absent."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    """A process among those of its run.
-
-    Attributes:
-      coordinator: HOST:PORT at which process 0 answers, or `AUTO`.
-      count: how many processes there are.
-      index: which of them this one is.
-    """
-
-    coordinator: str
-    count: int
-    index: int
-
-    def __post_init__(self):
-        if self.coordinator == AUTO:
-            return
-        host, _, port = self.coordinator.rpartition(":")
-        wrong = []
-        if not host or not port.isdecimal():
-            wrong.append(f"coordinator is {self.coordinator!r}, expected HOST:PORT")
-        if self.count < 1:
-            wrong.append(f"processes is {self.count}, expected at least 1")
-        elif not 0 <= self.index < self.count:
-            wrong.append(f"process is {self.index}, expected 0 to {self.count - 1}")
-        if wrong:
-            raise ClusterError("; ".join(wrong))
-
-    def roll_call_address(self) -> tuple[str, int]:
-        """The address at which process 0 takes the roll: one port above the coordinator's."""
-        host, _, port = self.coordinator.rpartition(":")
-        return host, int(port) + 1
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of a verb that runs on several processes."""
-    group = parser.add_argument_group("several processes (the launchers in launch/ set these)")
-    group.add_argument("--coordinator", default="", help=f"HOST:PORT of process 0, or {AUTO!r}")
-    group.add_argument("--processes", type=int, default=0, help="how many there are")
-    group.add_argument("--process", type=int, default=-1, help="which of them this one is")
-    group.add_argument(
-        "--wait_limit", type=float, default=300.0, help="seconds to wait for the others (300)"
-    )
-    group.add_argument(
-        "--silence_limit",
-        type=float,
-        default=peers.LIMIT,
-        help="seconds after which a process that is not heard of counts as lost (100)",
-    )
-
-
-def read_flags(flags: argparse.Namespace) -> tuple[Cluster | None, float, float]:
-    """The arguments of `joined`, from the flags of `add_flags` and the environment."""
-    cluster = find_cluster(flags.coordinator, flags.processes, flags.process)
-    return cluster, flags.wait_limit, flags.silence_limit
-
-
-def find_cluster(
-    coordinator: str = "",
-    processes: int = 0,
-    process: int = -1,
-    environ: Mapping[str, str] | None = None,
-) -> Cluster | None:
-    """This process among those of its run, as flags, environment or Slurm say; None: it is alone.
-
-    Raises:
-        ClusterError: they say a part of it only, or what cannot be.
-    """
-    environ = os.environ if environ is None else environ
-    if coordinator == AUTO:
-        return Cluster(AUTO, 0, 0)
-    given = (coordinator, str(processes or ""), str(process if process >= 0 else ""))
-    for source, names in (
-        (given, ("--coordinator", "--processes", "--process")),
-        (tuple(environ.get(name, "") for name in VARIABLES), VARIABLES),
-    ):
-        if not any(source):
-            continue
-        missing = [name for name, value in zip(names, source, strict=True) if not value]
-        if missing:
-            raise ClusterError(f"{' and '.join(missing)}: needed beside the others of {names}")
-        if not (source[1].isdecimal() and source[2].isdecimal()):
-            raise ClusterError(
-                f"{names[1]} is {source[1]!r}, {names[2]} is {source[2]!r}, expected whole numbers"
-            )
-        return Cluster(source[0], int(source[1]), int(source[2]))
-    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if "SLURM_PROCID" in environ and int(tasks) > 1:
-        host = first_host(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
-        # Jobs that share a node need ports of their own.
-        port = PORT + 2 * (int(environ.get("SLURM_JOB_ID", "0")) % 10_000)
-        return Cluster(f"{host}:{port}", int(tasks), int(environ["SLURM_PROCID"]))
-    return None
-
-
-def first_host(nodes: str) -> str:
-    """The first node of Slurm's list: `gpu[07-09,12],login1` -> `gpu07`."""
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
-    if found is None:
-        raise ClusterError(f"Slurm's list of nodes is {nodes!r}: no host in it")
-    return found[1] + (found[2] or "")
 
 
 @contextlib.contextmanager

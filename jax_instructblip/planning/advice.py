@@ -12,8 +12,9 @@ from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.planning import plan
+from jax_instructblip.planning.chips import GIB, Chip
 from jax_instructblip.planning.plan import Job, Report
-from jax_instructblip.planning.topology import GIB, Chip, Topology
+from jax_instructblip.planning.topology import Topology
 from jax_instructblip.training.state import partition
 
 SPARE = 0.02  # share of a chip's memory that a change must leave free to be proposed: an estimate

@@ -33,6 +33,7 @@ from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import batch_sharding, replicated
 from jax_instructblip.planning import hlo
+from jax_instructblip.planning.chips import EFFORTS
 from jax_instructblip.training import setup
 from jax_instructblip.training.config_fields import check_config
 from jax_instructblip.training.objective import LanguageObjective
@@ -46,8 +47,6 @@ _REFUSALS = (
     re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
 )
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-QUICK = -1.0  # the least effort that the compiler knows; a third of the time, a little more memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,10 +210,10 @@ def check_rows(job: Job, mesh: Mesh) -> None:
         )
 
 
-def compile_job(job: Job, mesh: Mesh, *, effort: float = QUICK) -> Report:
+def compile_job(job: Job, mesh: Mesh, *, effort: float = EFFORTS["quick"]) -> Report:
     """The compiler's report on the job's program on that mesh.
 
-    `effort` is of the compiler: 0 as for a real run, `QUICK` as little as possible.
+    `effort` is of the compiler, one of the values of `EFFORTS`.
 
     Raises:
         ValueError: weights or batch cannot be divided over the mesh.

@@ -24,8 +24,8 @@ from jax_instructblip.fields import (
     text,
     whole,
 )
-from jax_instructblip.inference.loading import DTYPES
 from jax_instructblip.models.layers import REMAT
+from jax_instructblip.models.variants import DTYPES
 
 SOURCES = "data.sources"  # name -> the fields of SOURCE_FIELDS
 

@@ -92,6 +92,14 @@ def changes(workdir: Path, config: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def read_run(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """The config.json of a run directory; None for anything else."""
+    path = Path(folder, CONFIG)
+    if not Path(folder, "checkpoints").is_dir() or not path.is_file():
+        return None
+    return read_json(path, allow_nan=True)
+
+
 def read_document(workdir: Path) -> Mapping[str, Any]:
     """The config.json of the earlier run; empty where there is none, or it is damaged."""
     try:

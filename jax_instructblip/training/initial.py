@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 
 from jax_instructblip import checkpoint
 from jax_instructblip.checkpoint import stored_leaf
+from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.loading import base_digest, read_params, read_source
+from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.parallel import rules
@@ -109,6 +111,20 @@ def read_start(
         )
     where = {"name": os.fspath(base), "path": str(source.folder.absolute()), "sha256": digest}
     return Start(variant, kept, frozen, where, source.folder, tuple(notes))
+
+
+def read_before(run: Mapping[str, Any], blip: InstructBlipPipeline) -> InstructBlipPipeline:
+    """The model that a run started from; `run` is its config.json, `blip` the model tuned since."""
+    start = read_start(
+        run["base"]["path"],
+        init=run["config"]["model"]["init"],
+        trainable=tuple(run["trainable"]),
+        fields={"qformer.instruction_aware": blip.variant.qformer.instruction_aware},
+        frozen_dtype=blip.model.dtype,
+    )
+    text = TextProcessor.load(start.folder, start.variant)
+    dtype = jnp.dtype(blip.model.dtype)
+    return InstructBlipPipeline(start.variant, start.frozen | start.trainable, text, dtype=dtype)
 
 
 def _fit(chosen: Params, variant: Variant, trainable: tuple[str, ...]) -> tuple[Params, list[str]]:

@@ -1,6 +1,5 @@
 """One checkpoint of a run: the newest, that of a step, or the one that validated best."""
 
-import argparse
 import math
 import os
 from pathlib import Path
@@ -10,15 +9,6 @@ from jax_instructblip.training.checkpoints import Checkpoints
 from jax_instructblip.training.metrics import FILE, read_metrics
 
 METRIC = "validation/score"
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds `--step N` and `--best`, which exclude each other."""
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--step", type=int, help="of a run: this checkpoint (default: the newest)")
-    group.add_argument(
-        "--best", action="store_true", help=f"of a run: the checkpoint of the highest {METRIC}"
-    )
 
 
 def choose_step(

@@ -8,10 +8,9 @@ import pytest
 
 from jax_instructblip import checkpoint
 from jax_instructblip.__main__ import main
-from jax_instructblip.backbones import language, vision
+from jax_instructblip.backbones import language, towers, vision
 from jax_instructblip.backbones.build import text_processor, write_checkpoint
 from jax_instructblip.backbones.language import Stage, text_example, text_rows
-from jax_instructblip.commands import backbones
 from jax_instructblip.data.batch import IGNORE
 from jax_instructblip.data.shapes import world
 from jax_instructblip.data.shapes.world import Scene, Thing
@@ -125,18 +124,18 @@ def test_captioned_queries_come_over_their_base_and_into_its_text_branch(tmp_pat
 
 def test_towers_made_otherwise_are_not_taken_for_those_asked_for(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(backbones, "train_vision", lambda *a, **b: made.append(b) or {"a": 1.0})
-    monkeypatch.setattr(backbones, "train_language", lambda *a, **b: {"a": 1.0})
+    monkeypatch.setattr(towers, "train_vision", lambda *a, **b: made.append(b) or {"a": 1.0})
+    monkeypatch.setattr(towers, "train_language", lambda *a, **b: {"a": 1.0})
     written = lambda folder, *a, **b: made.append(folder) or folder.mkdir()
-    monkeypatch.setattr(backbones.build, "write_checkpoint", written)
-    monkeypatch.setattr(backbones.checkpoint, "read_tree", lambda folder: {})
-    towers = lambda *more: main(["backbones", "towers", str(tmp_path / "work"), *more])
-    assert towers("--kinds", "t5", "--scale", "0.01") == 0 and len(made) == 2
-    assert towers("--scale", "0.01") == 0 and made[2:] == [tmp_path / "work" / "base_llama"]
-    for other in (["--scale", "0.02"], ["--scale", "0.01", "--seed", "1"]):
+    monkeypatch.setattr(towers.build, "write_checkpoint", written)
+    monkeypatch.setattr(towers.checkpoint, "read_tree", lambda folder: {})
+    words = ["backbones", "towers", str(tmp_path / "work")]
+    assert main([*words, "--kinds", "t5", "--scale", "0.01"]) == 0 and len(made) == 2
+    assert main([*words, "--scale", "0.01"]) == 0 and made[2:] == [tmp_path / "work" / "base_llama"]
+    for other in ({"scale": 0.02}, {"scale": 0.01, "seed": 1}):
         with pytest.raises(ValueError, match=r"made otherwise \(seed 0, scale 0.01.* asked for is"):
-            backbones.main(["towers", str(tmp_path / "work"), *other])
+            towers.train_towers(tmp_path / "work", **other)
     assert len(made) == 3
     (tmp_path / "work" / "recipe.json").unlink()
     with pytest.raises(ValueError, match="it is not noted how"):
-        backbones.main(["towers", str(tmp_path / "work"), "--scale", "0.01"])
+        towers.train_towers(tmp_path / "work", scale=0.01)

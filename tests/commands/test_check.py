@@ -4,8 +4,7 @@ import pytest
 from PIL import Image
 
 from jax_instructblip.__main__ import main
-from jax_instructblip.commands import check
-from jax_instructblip.data import text
+from jax_instructblip.data import jsonl_check, text
 from jax_instructblip.models.variants import get_variant
 
 
@@ -134,8 +133,8 @@ def test_missing_file_is_an_error_of_one_line(checkpoint, data, capsys):
 
 def test_each_image_is_opened_once(data, monkeypatch):
     opened = []
-    monkeypatch.setattr(check, "decode", opened.append)
-    assert check.open_images(["a", "b", "a"]) == {}
+    monkeypatch.setattr(jsonl_check, "decode", opened.append)
+    assert jsonl_check.open_images(["a", "b", "a"]) == {}
     assert sorted(opened) == ["a", "b"]
 
 

@@ -13,6 +13,7 @@ import pytest
 from jax_instructblip.commands import evaluate
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.prepare import shards
+from jax_instructblip.evaluation import benchmarks
 from jax_instructblip.evaluation.metrics import caption_scores
 from jax_instructblip.evaluation.predictions import read_rows
 from jax_instructblip.evaluation.protocol import BENCHMARKS, HELD_OUT
@@ -61,7 +62,7 @@ def test_every_held_out_dataset_from_folder_to_report(
 ):
     """The micro model compiles a program for every shape, which takes a minute or two."""
     if model == "parrot":
-        monkeypatch.setattr(evaluate, "load", lambda *args, **fields: Parrot())
+        monkeypatch.setattr(benchmarks, "load", lambda *args, **fields: Parrot())
     monkeypatch.setenv("PATH", "")  # without Java, whose scorers would take long to start
     code = evaluate.main(words(base, data, tmp_path, ["held_out"], *FEW))
     results = json.loads((tmp_path / "results.json").read_text())["datasets"]

@@ -140,3 +140,9 @@ def test_what_cannot_be_written_is_one_sentence(base, tmp_path, capsys, verb):
 
 def test_merge_wants_a_run(base, tmp_path, capsys):
     assert "there is nothing to merge" in refused(capsys, "merge", base, "--out", tmp_path / "out")
+
+
+def test_the_help_of_best_names_the_score(capsys):
+    with pytest.raises(SystemExit):
+        main(["merge", "--help"])
+    assert METRIC in capsys.readouterr().out

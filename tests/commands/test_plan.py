@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from jax_instructblip.__main__ import main
-from jax_instructblip.commands import plan
+from jax_instructblip.planning import sweep
 from tests.commands.test_train import CONFIGS, PAPERS
 from tests.helpers.tiny import write_base
 
@@ -76,7 +76,7 @@ def test_a_sweep_recommends_one_and_survives_those_that_fail(words, monkeypatch,
         return {"verdict": "fits", "fits": True, "batch": batch, "mesh": mesh, "bounds": bounds,
                 "moved_bytes": 0, "memory": {"need": 1}}  # fmt: skip
 
-    monkeypatch.setattr(plan, "_elsewhere", elsewhere)
+    monkeypatch.setattr(sweep, "elsewhere", elsewhere)
     path = tmp_path / "sweep.json"
     assert main([*words, "--topology", "cpu:1", "--sweep", "--json", str(path)]) == 0
     text, found = capsys.readouterr().out, json.loads(path.read_text())

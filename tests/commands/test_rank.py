@@ -7,7 +7,7 @@ from PIL import Image
 
 import jax_instructblip
 from jax_instructblip.__main__ import main
-from jax_instructblip.commands import rank
+from jax_instructblip.inference import asking
 from tests.helpers.tiny import COLORS, QUESTION, write_base
 
 CANDIDATES = [*COLORS, "red green"]
@@ -76,7 +76,7 @@ def test_text_and_a_file_of_candidates(folder, photographs, tmp_path, capsys):
 )
 def test_errors_are_one_line(candidates, more, message, photographs, tmp_path, monkeypatch, capsys):
     """None waits for the weights."""
-    monkeypatch.setattr(rank, "load", lambda *_, **__: pytest.fail("the weights are read"))
+    monkeypatch.setattr(asking, "load", lambda *_, **__: pytest.fail("the weights are read"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")

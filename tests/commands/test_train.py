@@ -6,6 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jax_instructblip.commands import train
+from jax_instructblip.evaluation import validation
 
 CONFIGS = Path(train.__file__).resolve().parents[2] / "configs"
 PAPERS = {"flan_t5_xl": 192, "vicuna_7b": 128, "flan_t5_xxl": 64, "vicuna_13b": 64}
@@ -61,7 +62,7 @@ def test_a_long_value_is_not_repeated_whole():
 
 
 def test_a_config_is_checked_before_the_records_to_validate_on_are_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(train.validation, "check", lambda *_: pytest.fail("records were read"))
+    monkeypatch.setattr(validation, "check", lambda *_: pytest.fail("records were read"))
     words = ["--config", str(CONFIGS / "quickstart.py"), f"--config.workdir={tmp_path}"]
     with pytest.raises(ValueError, match="config.checkpoints.every is -1"):
         train.main([*words, "--config.checkpoints.every=-1"])

@@ -6,7 +6,7 @@ from PIL import Image
 import jax_instructblip
 from jax_instructblip.__main__ import main
 from jax_instructblip.data.text import TextProcessor, load_tokenizers
-from jax_instructblip.evaluation import published
+from jax_instructblip.evaluation import published, verification
 from jax_instructblip.evaluation.published import FACTS, read_facts
 from jax_instructblip.inference.pipeline import Answer
 from jax_instructblip.models.variants import VARIANTS, get_variant
@@ -98,7 +98,7 @@ def test_what_was_not_given_is_listed_and_nothing_asked_is_no_success(verify, mo
     def load(*args, **kwargs):
         raise AssertionError("the weights were loaded for nothing")
 
-    monkeypatch.setattr("jax_instructblip.commands.verify.load", load)
+    monkeypatch.setattr("jax_instructblip.evaluation.verification.load", load)
     right = {"by": "us", "text": "red"}
     code, out, _ = verify([entry("one", right), entry("two", right, image="blue")])
     assert code == 1
@@ -172,14 +172,14 @@ def test_other_files_hold_no_facts(tmp_path, text):
 
 def test_differences_of_texts():
     said = Answer("a red cup on a long table", (), 0.0)
-    share, found = published.first_difference(
+    share, found = verification.first_difference(
         None, said, published.Published("us", "a red cap on a long table")
     )
     assert (found.place, share) == ("character 7", 7 / 25)
     assert (found.expected, found.found) == (repr("a red cap on a long table"), repr(said.text))
-    share, found = published.first_difference(None, said, published.Published("us", "a red"))
+    share, found = verification.first_difference(None, said, published.Published("us", "a red"))
     assert (found.place, found.expected, share) == ("character 5", "the end", 1)
-    _, found = published.first_difference(None, said, published.Published("us", said.text + "."))
+    _, found = verification.first_difference(None, said, published.Published("us", said.text + "."))
     assert (found.place, found.expected, found.found) == (
         "character 25",
         repr(" cup on a long table."),

@@ -15,13 +15,12 @@ import pytest
 from PIL import Image
 
 from jax_instructblip.checkpoint import read_config
-from jax_instructblip.commands import evaluate
-from jax_instructblip.commands.train import load_config
 from jax_instructblip.data import images
 from jax_instructblip.data.mixture import Mixture, Source
 from jax_instructblip.data.records import Record
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.training import earlier_run
+from jax_instructblip.training.config_file import load_config
 from jax_instructblip.training.setup import read_batches
 from tests.data.test_images import encoded
 from tests.helpers.tiny import write_base
@@ -152,4 +151,4 @@ def test_the_config_of_a_run_may_say_infinity(tmp_path):
     path.write_text(json.dumps({"config": fields}))
     (tmp_path / "checkpoints").mkdir()
     assert earlier_run.changes(tmp_path, fields) == []
-    assert evaluate._read_run(tmp_path) == {"config": fields}
+    assert earlier_run.read_run(tmp_path) == {"config": fields}

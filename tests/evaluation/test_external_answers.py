@@ -3,9 +3,11 @@ import json
 import pytest
 
 from jax_instructblip.commands import evaluate
+from jax_instructblip.evaluation.benchmarks import open_tasks
 from jax_instructblip.evaluation.external_answers import complete, read_given
 from jax_instructblip.evaluation.metrics.metric import MetricError
 from jax_instructblip.evaluation.predictions import Prediction
+from jax_instructblip.evaluation.settings import Settings
 from jax_instructblip.evaluation.suite import score_given
 from tests.helpers.fake_pipeline import make_task, record
 
@@ -123,6 +125,4 @@ def test_published_answers_give_their_published_headline(shared, tmp_path, capsy
     }
     with pytest.raises(ValueError, match="no records of textvqa"):
         words["checkpoint"] = words.pop("predictions")  # to be asked, the words are needed
-        evaluate._tasks(
-            evaluate._parser().parse_args([f"--{n}={v}" for n, v in words.items()]), "t5"
-        )
+        open_tasks(Settings.of(**words), "t5")

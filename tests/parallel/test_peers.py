@@ -15,7 +15,8 @@ from tests.helpers.ports import free_port
 MEMBER = """
     import sys, time
     from jax_instructblip.parallel import peers
-    from jax_instructblip.parallel.cluster import Cluster, roll_call
+    from jax_instructblip.parallel.cluster import roll_call
+    from jax_instructblip.parallel.membership import Cluster
 
     port, index, limit = sys.argv[1:]
     time.time = lambda: 1e6 * float(index)  # the clocks of machines differ, as no one should mind

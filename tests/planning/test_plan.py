@@ -11,7 +11,8 @@ from jax_instructblip.models.variants import VARIANTS, get_variant
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.planning import advice, plan
-from jax_instructblip.planning.topology import CHIPS, Topology
+from jax_instructblip.planning.chips import CHIPS
+from jax_instructblip.planning.topology import Topology
 from tests.helpers.interpreter import run_module
 from tests.helpers.planned import job_of
 from tests.helpers.tiny import micro

@@ -3,15 +3,46 @@
 import collections
 import html
 import os
-from collections.abc import Iterable, Mapping
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from jax_instructblip.data.inspect import Pieces, histogram, token_counts, token_rows
 from jax_instructblip.data.mixture import Mixture, Source
+from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation.reports import page
+from jax_instructblip.progress import Progress
+
+SAMPLES = 1000  # drawn for a preview: the lengths are those of as many
+
+
+def preview(
+    path: str | os.PathLike,
+    dataset: Dataset,
+    raw: pathlib.Path,
+    text: TextProcessor,
+    splits: Sequence[str] = (),
+) -> None:
+    """Writes the page about a draw of the records of one split.
+
+    It is the first of `splits`, or of those whose files are in `raw`.
+    """
+    split = [*splits, *dataset.present(raw), *dataset.files][0]
+    with Progress(dataset.counts.get(split), f"reading {dataset.name} {split}", "records") as line:
+        drawn = draw(_counted(dataset.read(raw, split), line), SAMPLES)
+    if not drawn:
+        raise ValueError(f"{raw}: {dataset.name} has no record of the split {split!r}")
+    source = Source(f"{dataset.name} {split}", drawn, "", templates=dataset.templates)
+    write_preview(path, source, text)
+
+
+def _counted(records: Iterable[Record], line: Progress) -> Iterator[Record]:
+    for record in records:
+        yield record
+        line.update()
 
 
 def draw(records: Iterable[Record], count: int, seed: int = 0) -> list[Record]:

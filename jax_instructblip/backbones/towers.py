@@ -1,0 +1,85 @@
+"""The trainings of the frozen towers, one after the other, in a folder that takes them up again.
+
+WORK/recipe.json     how the parts are made
+WORK/vision          the vision tower
+WORK/base_KIND       it and a language model, a checkpoint folder with a random Q-Former
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jax_instructblip import checkpoint, files
+from jax_instructblip.atomic import write_file
+from jax_instructblip.backbones import build
+from jax_instructblip.backbones.language import CURRICULUM, Stage, train_language
+from jax_instructblip.backbones.sizes import LANGUAGE, VISION
+from jax_instructblip.backbones.vision import train_vision
+
+VISION_STEPS, VISION_SCENES = 1500, 16_000
+TEXT_EXAMPLES = 24_000  # a stage of the curriculum
+RECIPE = "recipe.json"  # of the parts in a folder
+
+
+def train_towers(
+    work: Path, kinds: Sequence[str] = tuple(LANGUAGE), *, seed: int = 0, scale: float = 1.0
+) -> None:
+    """Trains the vision tower and the language models; writes a base of each kind.
+
+    Parts that are finished in `work` are kept. `scale` is of all step counts.
+
+    Raises:
+        ValueError: the parts in `work` were made otherwise.
+    """
+    counts = {"vision_steps": VISION_STEPS, "vision_scenes": VISION_SCENES}
+    counts |= {"text_steps": sum(stage.steps for stage in CURRICULUM), "examples": TEXT_EXAMPLES}
+    _claim(work, {"seed": seed, "scale": scale, **counts})
+    vision = work / "vision"
+    if not vision.is_dir():
+        steps = _scaled(VISION_STEPS, scale)
+        scenes = _scaled(VISION_SCENES, min(scale, 1.0), least=256)
+        tower = train_vision(VISION, steps=steps, scenes=scenes, seed=seed)
+        checkpoint.write_tree(vision, checkpoint.flatten(_on_host(tower)).items())
+    for kind in kinds:
+        base = work / f"base_{kind}"
+        if base.is_dir():
+            continue
+        curriculum = tuple(
+            Stage(stage.things, _scaled(stage.steps, scale), stage.relisted) for stage in CURRICULUM
+        )
+        examples = _scaled(TEXT_EXAMPLES, min(scale, 1.0), least=512)
+        llm = train_language(
+            build.text_processor(kind), curriculum=curriculum, examples=examples, seed=seed
+        )
+        params = {"vision": checkpoint.read_tree(vision), "llm": _on_host(llm)}
+        made = {"vision": "trained on shapes", "llm": "trained on text", "qformer": "random"}
+        build.write_checkpoint(base, params, made, kind=kind, seed=seed)
+        print(f"written: {base}")
+
+
+def _claim(work: Path, recipe: dict[str, float]) -> None:
+    """Notes how the parts in `work` are made; a ValueError where they were made otherwise."""
+    path = work / RECIPE
+    if not path.is_file() and not any(each.is_dir() for each in work.glob("*")):
+        work.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(recipe))
+        return
+    before = files.read_json(path, dict) if path.is_file() else {}
+    if before != recipe:
+        say = lambda values: ", ".join(f"{name} {value}" for name, value in values.items())
+        raise ValueError(
+            f"{work} holds parts made otherwise ({say(before) or 'it is not noted how'}; asked for "
+            f"is {say(recipe)}): remove it, or choose another folder (WORK= of "
+            "launch/backbones.sh)"
+        )
+
+
+def _scaled(count: int, scale: float, least: int = 2) -> int:
+    return max(least, round(count * scale))
+
+
+def _on_host(tree):
+    return jax.tree.map(np.asarray, tree)

@@ -1,0 +1,92 @@
+"""A Hugging Face folder -> a checkpoint folder of this package, on disk."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from jax_instructblip import checkpoint
+from jax_instructblip.atomic import check_room, refuse_existing
+from jax_instructblip.conversion import hf_folder
+from jax_instructblip.conversion.engine import is_finite
+from jax_instructblip.conversion.stored_model import copy_tokenizers
+from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.models.variants import Variant, released_name
+from jax_instructblip.progress import count_bytes
+
+
+def convert(
+    folder: str | os.PathLike, out: str | os.PathLike, *, variant: str | None = None
+) -> Path:
+    """Converts a Hugging Face InstructBLIP folder to a checkpoint folder of this package.
+
+    Prints what was converted, and on stderr what the checkpoint lacks.
+
+    Args:
+      folder: config.json, *.safetensors and tokenizers, as downloaded or saved by transformers.
+      out: the folder to make, which must not exist; it appears when all is written.
+      variant: the released model whose sizes are demanded, a name of `models/variants.py`.
+
+    Returns:
+      The folder `out`.
+
+    Raises:
+      ValueError: the folder cannot be converted, with every reason, or a tokenizer is damaged or of
+        another model.
+      OSError: `out` exists, or the disk has too little room.
+    """
+    folder, out = Path(folder), Path(out)
+    refuse_existing(out)
+    found, source, leaves = hf_folder.convert_hf(folder, variant)
+    unread = _tokenizer_problem(folder, found)
+    check_room(out, leaves.nbytes)
+    absent: list[str] = []
+    spoilt: list[str] = []
+
+    def add(partial: Path) -> None:
+        checkpoint.write_config(partial, {"variant": found.to_dict(), "source": source})
+        absent.extend(copy_tokenizers(folder, partial))
+
+    with count_bytes(leaves.nbytes, "converting") as count:
+
+        def counted() -> Iterator[tuple[str, np.ndarray]]:
+            for path, array in leaves:
+                size = array.nbytes
+                if not is_finite(array):
+                    spoilt.append(path)
+                yield path, array
+                del array  # the next leaf is made while no name holds this one
+                count(size, path)
+
+        manifest = checkpoint.write_tree(out, counted(), extra=add)
+    dtypes = ", ".join(f"{number} tensors {name}" for name, number in source["dtypes"].items())
+    print(
+        f"{out}: {released_name(found) or 'a variant of its own size'}, {dtypes} -> "
+        f"{len(manifest)} leaves, {leaves.nbytes / 1e9:.2f} GB"
+    )
+    for key, reason in leaves.dropped.items():
+        print(f"left out {key}: {reason}")
+    if source["tied_head"]:
+        print("the folder has no lm_head: filled from the tied embedding")
+    for name in absent:
+        print(f"warning: no {name} in {folder}: the checkpoint cannot answer", file=sys.stderr)
+    if spoilt:
+        print(
+            f"warning: NaN or infinity in {', '.join(spoilt)}: is a file of {folder} damaged, "
+            "or were its weights rounded to float16? Answers may end in an error",
+            file=sys.stderr,
+        )
+    if unread and not absent:
+        print(f"warning: {unread}: the checkpoint cannot answer", file=sys.stderr)
+    return out
+
+
+def _tokenizer_problem(folder: Path, variant: Variant) -> str:
+    """A sentence about tokenizers that are not there; ValueError for damaged or foreign ones."""
+    try:
+        TextProcessor.load(folder, variant)
+    except FileNotFoundError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,129 @@
+"""Benchmarks by their protocols: answered by a checkpoint, or answers made before, scored."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax_instructblip.evaluation import suite
+from jax_instructblip.evaluation.metrics.dialogue_scores import read_relevance
+from jax_instructblip.evaluation.placement import choose_mesh
+from jax_instructblip.evaluation.protocol import HELD_OUT, get_benchmark
+from jax_instructblip.evaluation.settings import Settings
+from jax_instructblip.evaluation.task import Task, open_task
+from jax_instructblip.files import read_entries
+from jax_instructblip.inference.batching import check_batch_size
+from jax_instructblip.inference.loading import read_dtype, read_source, weights_digest
+from jax_instructblip.inference.pipeline import load
+
+BATCH_SIZE = 8  # questions that a device answers at once
+
+
+def answer_benchmarks(settings: Settings, command: str = "") -> dict[str, Any]:
+    """Answers and scores the datasets; returns what is in `results.json`, where `command` is noted.
+
+    Several processes each call it, and all but the first get {}.
+
+    Raises:
+      ValueError: datasets cannot be evaluated, or the model not be placed on the devices.
+      OSError: there is no checkpoint, or no place for the results.
+    """
+    assert settings.checkpoint is not None and settings.out is not None
+    size = BATCH_SIZE if settings.batch_size is None else settings.batch_size
+    with suite.agreed():
+        check_batch_size(size)
+        source = read_source(settings.checkpoint)
+        tasks = open_tasks(settings, source.variant.llm.kind)
+        dtype = read_dtype(settings.dtype).name
+        mesh = choose_mesh(source.variant, dtype, fsdp=settings.fsdp, tensor=settings.tensor)
+        settings.out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written: now
+    with suite.agreed():
+        blip = load(settings.checkpoint, mesh=mesh, dtype=dtype)
+        blip.silent = True  # the suite says how far it is
+    weights = weights_digest(source)
+    model = {"checkpoint": settings.checkpoint, "weights": weights, "dtype": dtype}
+    finished = suite.run(blip, tasks, settings.out, model=model, size=size, limit=settings.limit)
+    return suite.finish(settings.out, finished, model, command)
+
+
+def score_predictions(settings: Settings, command: str = "") -> dict[str, Any]:
+    """Scores answers that were made before, by whatever program; returns as `answer_benchmarks`.
+
+    Raises:
+      MetricError: they are no answers, or not those of the dataset's records.
+      ValueError: more than one dataset is named.
+    """
+    assert settings.predictions is not None and settings.out is not None
+    tasks = open_tasks(settings, "t5")
+    if len(tasks) != 1:
+        raise ValueError(f"--predictions is of one dataset, --datasets names {len(tasks)}")
+    finished = suite.score_given(tasks[0], settings.predictions)
+    print("\n  ".join([suite.describe_result(finished), *finished.result["notes"]]))
+    suite.keep(settings.out, finished, settings.predictions)
+    model = {"predictions": str(settings.predictions)}
+    return suite.finish(settings.out, [finished], model, command)
+
+
+def open_tasks(settings: Settings, llm: str) -> list[Task]:
+    """The tasks of the datasets, for a language model of that kind; `held_out` is all of table 1.
+
+    Raises:
+      ValueError: unknown datasets, those that cannot be evaluated, all of them, or a setting that
+        changes nothing of any.
+    """
+    assert settings.data is not None
+    names = [n for name in settings.datasets for n in (HELD_OUT if name == "held_out" else (name,))]
+    benchmarks = [get_benchmark(name) for name in dict.fromkeys(names)]
+    given = settings.overrides()
+    overrides = dict(given)
+    if settings.prompt is not None:
+        overrides["prompt"] = settings.prompt
+    if settings.mode:
+        overrides["ranking"] = settings.mode == "rank"
+    candidates: tuple[str, ...] = ()
+    if settings.candidates:
+        candidates = tuple(read_entries(settings.candidates))
+        if not candidates:
+            raise ValueError(f"--candidates {settings.candidates}: it has no line with a text")
+    relevance = read_relevance(settings.relevance) if settings.relevance else {}
+    tasks, wrong = [], []
+    for benchmark in benchmarks:
+        try:
+            task = open_task(
+                benchmark,
+                Path(settings.data),
+                llm,
+                split=settings.split or "",
+                limit=settings.limit,
+                candidates=candidates,
+                overrides=overrides,
+                scoring=settings.predictions is not None,
+            )
+        except (ValueError, OSError) as error:
+            wrong.append(str(error))
+            continue
+        if benchmark.name == "visual_dialog":
+            task = dataclasses.replace(task, relevance=relevance)
+        tasks.append(task)
+    if wrong:
+        raise ValueError("\n  ".join([f"{len(wrong)} datasets cannot be evaluated:", *wrong]))
+    _refuse_unused(tasks, given, candidates, relevance)
+    return tasks
+
+
+def _refuse_unused(
+    tasks: Sequence[Task],
+    given: Mapping[str, Any],
+    candidates: tuple[str, ...],
+    relevance: Mapping[str, Any],
+) -> None:
+    """Raises a ValueError where a setting changes nothing of any dataset."""
+    used = {name for task in tasks for name in task.settings}
+    wrong = [name for name in given if name not in used]
+    if candidates and not any(task.candidates for task in tasks):
+        wrong.append("candidates")
+    if relevance and not any(task.relevance for task in tasks):
+        wrong.append("relevance")
+    if wrong:
+        names = ", ".join(task.name for task in tasks)
+        raise ValueError(f"{', '.join(f'--{each}' for each in wrong)}: not used by {names}")

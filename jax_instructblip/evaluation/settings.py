@@ -1,0 +1,138 @@
+"""The settings of an evaluation, named as the flags of `jax-instructblip evaluate` are."""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jax_instructblip.files import find_addresses
+
+DECODING = (
+    *("num_beams", "length_penalty", "repetition_penalty", "max_new_tokens", "min_new_tokens"),
+    "length_rule",
+)
+OVERRIDES = (*DECODING, "length_normalise")
+MODES = ("rank", "generate")
+
+_PATHS = ("out", "predictions", "candidates", "relevance")
+_ANSWERING = ("checkpoint", "batch_size", "dtype", "fsdp", "tensor", "no_baselines", *OVERRIDES)
+_OF_DATASETS = ("prompt", "mode", "candidates", "relevance", "length_normalise")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings of one evaluation; of how it is asked, None is as the protocols of datasets say.
+
+    Attributes:
+      checkpoint: a Hugging Face folder, a converted one, a run, or an embedded name.
+      datasets: benchmarks by name; () for accuracies by family of questions.
+      data: prepared datasets, or the files as they were downloaded; of families a file of JSON
+        lines or `shapes`, by default what the run was validated on.
+      out: folder to write to; of families by default the run.
+      split: another than the paper's; of families one or more with commas, by default test splits.
+      limit: so many questions of each, always the same; 0: all.
+      batch_size: questions at once, of datasets on each device.
+      predictions: a file of answers that were made before, which are scored.
+      relevance: a file of dense annotations, for visual_dialog's NDCG.
+      no_baselines: of families, whether `blind` and `before` are left out.
+      prompt: with placeholders `{question} {options} {context} {ocr} {history} {answer}`.
+      mode: "rank" to rank candidates, "generate" to generate.
+      candidates: a file of candidates, one a line, of msvd_qa and msrvtt_qa.
+      num_beams, length_penalty, repetition_penalty, max_new_tokens, min_new_tokens, length_rule: as
+        in `GenerationConfig`.
+      length_normalise: of a ranking, whether scores are means over tokens instead of sums.
+      dtype: of weights and computing; by default bfloat16, on a CPU float32.
+      fsdp: devices that weights are split over.
+      tensor: devices that share every question.
+    """
+
+    checkpoint: str | None = None
+    datasets: tuple[str, ...] = ()
+    data: str | None = None
+    out: Path | None = None
+    split: str | None = None
+    limit: int = 0
+    batch_size: int | None = None
+    predictions: Path | None = None
+    relevance: Path | None = None
+    no_baselines: bool = False
+    prompt: str | None = None
+    mode: str | None = None
+    candidates: Path | None = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    length_rule: str | None = None
+    length_normalise: bool | None = None
+    dtype: str | None = None
+    fsdp: int = 1
+    tensor: int = 1
+
+    @classmethod
+    def of(cls, *, datasets: str | Sequence[str] | None = None, **given: Any) -> "Settings":
+        """The settings of these values by name; datasets may stand in a text with commas.
+
+        Raises:
+          ValueError: there is no such setting, a value cannot be, or one has no effect beside the
+            others.
+        """
+        if isinstance(datasets, str):
+            datasets = [each.strip() for each in datasets.split(",")] if datasets else ()
+        for name in ("checkpoint", "data"):
+            given[name] = None if given.get(name) is None else os.fspath(given[name])
+        for name in _PATHS:
+            given[name] = None if given.get(name) is None else Path(given[name])
+        if unknown := [name for name in given if name not in NAMES]:
+            raise ValueError("; ".join(map(_hint, unknown)))
+        made = cls(datasets=tuple(datasets or ()), **given)
+        made.check()
+        return made
+
+    def check(self) -> None:
+        """Raises a ValueError where a setting cannot be, or the others leave it without effect."""
+        problems = find_addresses(vars(self))
+        if self.mode not in (None, *MODES):
+            problems.append(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        given = {name for name in NAMES if getattr(self, name) != getattr(_DEFAULTS, name)}
+        if self.datasets and self.predictions:
+            wrong = given & set(_ANSWERING)
+            why = "not used with --predictions: nothing is answered, what is there is scored"
+        elif self.datasets:
+            wrong, why = given & {"no_baselines"}, "only used without --datasets"
+        else:
+            wrong = given & {*_OF_DATASETS, "predictions", "fsdp", "tensor"}
+            why = "only used with --datasets"
+        if wrong:
+            raise ValueError(f"{', '.join(f'--{name}' for name in sorted(wrong))}: {why}")
+        self._check_needed()
+
+    def _check_needed(self) -> None:
+        """Raises a ValueError where a setting is lacking."""
+        lacking = [name for name in ("data", "out") if getattr(self, name) is None]
+        if self.datasets and lacking:
+            names = " and ".join(f"--{name}" for name in lacking)
+            raise ValueError(f"{names}: needed by --datasets")
+        if self.checkpoint is None and not self.predictions:
+            or_else = ", or --predictions of answers made before" if self.datasets else ""
+            raise ValueError(f"--checkpoint: needed{or_else}")
+
+    def overrides(self) -> dict[str, Any]:
+        """The settings of decoding and ranking that are given, by name."""
+        given = {name: getattr(self, name) for name in OVERRIDES}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(Settings))
+_DEFAULTS = Settings()
+
+
+def _hint(name: str) -> str:
+    near = difflib.get_close_matches(name, NAMES, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(NAMES)}"
+    return f"unknown setting {name!r}; {hint}"

@@ -1,0 +1,122 @@
+"""Questions about image files, put to a checkpoint: all is checked before weights are read."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_instructblip.data.images import check_images
+from jax_instructblip.inference.batching import Question, pair
+from jax_instructblip.inference.generation_config import BATCH_SIZE, GenerationConfig
+from jax_instructblip.inference.loading import resolve_checkpoint
+from jax_instructblip.inference.pipeline import load
+from jax_instructblip.inference.ranking import check_candidates
+
+Row = dict[str, Any]
+
+
+def answer_files(
+    checkpoint: str | os.PathLike,
+    images: Sequence[str],
+    prompts: Sequence[str],
+    config: GenerationConfig,
+    *,
+    dtype: Any = None,
+    batch_size: int = BATCH_SIZE,
+) -> list[Row]:
+    """The answers to questions about files, in order: what was asked, text, tokens, alternatives.
+
+    Arguments are those of `load` and of `generate`, which say what they raise.
+    """
+    questions = _check(checkpoint, images, prompts)
+    blip = load(checkpoint, dtype=dtype)
+    answers = blip.generate(images, prompts, config, batch_size=batch_size)
+    return [
+        {
+            "image": question.frames[0],
+            "prompt": question.prompt,
+            "answer": answer.text,
+            "logprob": answer.logprob,
+            "tokens": list(answer.tokens),
+            "logprobs": list(answer.logprobs),
+            "alternatives": [each.text for each in answer.alternatives],
+        }
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+
+
+def stream_files(
+    checkpoint: str | os.PathLike,
+    images: Sequence[str],
+    prompts: Sequence[str],
+    config: GenerationConfig,
+    *,
+    dtype: Any = None,
+) -> Iterator[tuple[Any, str, Iterator[str]]]:
+    """Image, prompt and the pieces of the answer of each question, one after the other."""
+    questions = _check(checkpoint, images, prompts)
+    blip = load(checkpoint, dtype=dtype)
+    for question in questions:
+        image, prompt = question.frames[0], question.prompt
+        yield image, prompt, blip.stream(image, prompt, config)
+
+
+def rank_files(
+    checkpoint: str | os.PathLike,
+    images: Sequence[str],
+    prompts: Sequence[str],
+    candidates: Sequence[str],
+    *,
+    top: int,
+    length_normalise: bool = False,
+    dtype: Any = None,
+    batch_size: int = BATCH_SIZE,
+) -> list[Row]:
+    """The `top` candidates of each question about files, best first, with score and probability.
+
+    Arguments are those of `load` and of `rank`, which say what they raise.
+    """
+    questions = _check(checkpoint, images, prompts, candidates)
+    blip = load(checkpoint, dtype=dtype)
+    scores = blip.rank(
+        images, prompts, candidates, length_normalise=length_normalise, batch_size=batch_size
+    )
+    return [
+        {
+            "image": question.frames[0],
+            "prompt": question.prompt,
+            "candidates": best_candidates(candidates, row, top),
+        }
+        for question, row in zip(questions, scores, strict=True)
+    ]
+
+
+def best_candidates(candidates: Sequence[str], scores: np.ndarray, count: int) -> list[Row]:
+    """The best `count` candidates, best first; probabilities are a softmax over all of them."""
+    chances = np.exp(scores.astype(np.float64) - scores.max())
+    chances /= chances.sum()
+    order = np.argsort(-scores, kind="stable")[:count]
+    return [
+        {
+            "candidate": candidates[place],
+            "score": float(scores[place]),
+            "probability": float(chances[place]),
+        }
+        for place in order
+    ]
+
+
+def _check(
+    checkpoint: str | os.PathLike,
+    images: Sequence[str],
+    prompts: Sequence[str],
+    candidates: Sequence[str] | None = None,
+) -> list[Question]:
+    """The questions; mistakes do not wait for weights, nor bad images for answers to good ones."""
+    questions = pair(images, prompts)
+    if candidates is not None:
+        check_candidates(candidates, len(questions))
+    resolve_checkpoint(checkpoint)
+    check_images(images)
+    return questions

@@ -1,0 +1,12 @@
+"""The texts of a model without its weights: tokenizers and limits."""
+
+import os
+
+from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.inference.loading import read_source
+
+
+def load_text(path: str | os.PathLike) -> TextProcessor:
+    """The tokenizers and limits of the model of `path`, anything that `read_source` reads."""
+    source = read_source(path)
+    return TextProcessor.load(source.folder, source.variant, **source.limits)

@@ -1,0 +1,147 @@
+"""The plan of a config: what a step would need, as plain data and in words."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jax_instructblip.parallel.mesh import make_mesh
+from jax_instructblip.planning import advice, plan
+from jax_instructblip.planning.chips import EFFORTS, GIB
+from jax_instructblip.planning.topology import read_topology
+from jax_instructblip.training.config_fields import check_config
+
+
+def make_report(
+    config: ConfigDict,
+    topology: str,
+    *,
+    mesh: str = "",
+    step: str = "train",
+    effort: str = "quick",
+) -> dict[str, Any]:
+    """The plan of a config as plain data.
+
+    Args:
+        config: the fields of `configs/common.py`.
+        topology: chips, as in `v5e:4x4` or `cpu:8`.
+        mesh: sizes of data, fsdp and tensor, as in `1,16,1`; "" for the config's.
+        step: "train" or "decode".
+        effort: of the compiler, one of `EFFORTS`.
+
+    Raises:
+        ValueError: the config, the topology or the mesh cannot be used.
+    """
+    check_config(config)
+    chips = read_topology(topology)
+    name, variant = plan.read_variant(config)
+    job = plan.read_job(config, variant, step)
+    sizes = _sizes(mesh) if mesh else dict(config.mesh)
+    made = make_mesh(**sizes, devices=chips.devices)
+    report = plan.compile_job(job, made, effort=EFFORTS[effort])
+    fits, sentence = advice.verdict(job, made, chips, report)
+    floor, count, chip = job.floor(), made.size, chips.chip
+    program = report.program
+    moved = {} if program is None else program.moved()
+    found: dict[str, Any] = {
+        "model": name,
+        "step": step,
+        "topology": chips.name,
+        "chips": count,
+        "mesh": dict(made.shape),
+        "batch": job.batch,
+        "lengths": dict(job.lengths),
+        "remat": {tower: getattr(job.scans, tower).remat for tower in ("qformer", "llm")},
+        "accumulate": job.accumulate,
+        "effort": effort,
+        "memory": {
+            "arguments": report.arguments,
+            "outputs": report.outputs,
+            "temporaries": report.temporaries,
+            "code": report.code,
+            "residuals": report.residuals,
+            "need": report.need,
+            "chip": None if chip is None else int(chip.memory),
+        },
+        "flops": {
+            "counted": report.flops,
+            "floor": floor,
+            "ratio": round(report.flops / floor, 4),
+            "per_chip": report.flops / count,
+        },
+        "moved": moved,
+        "moved_bytes": sum(row["bytes"] for row in moved.values()),
+        "unknown_loops": 0 if program is None else len(program.unknown),
+        "seconds": {key: round(value, 1) for key, value in report.seconds.items()},
+        "refusal": report.refusal,
+        "fits": fits,
+        "verdict": sentence,
+        "remarks": advice.remarks(job, made),
+    }
+    if step == "decode":
+        found["new_tokens"] = job.new_tokens
+    if chip is not None:
+        found["bounds"] = advice.estimate(found, chip)
+        if program is not None and program.cycles and effort == "full":
+            found["bounds"]["compiler"] = program.cycles / chip.clock
+    return found
+
+
+def lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """The plan for a person."""
+    mesh, memory, flops = report["mesh"], report["memory"], report["flops"]
+    texts = ", ".join(f"{name} {length}" for name, length in report["lengths"].items())
+    where = f"{report['topology']}, {report['chips']} chips"
+    yield f"{report['model']}, {report['step']} step on {where}"
+    yield "  mesh         " + ", ".join(f"{name} {size}" for name, size in mesh.items())
+    work = f"{report['batch']} samples, {texts}"
+    if report["step"] == "train":
+        work += f"; remat of the language model: {report['remat']['llm']}"
+        work += f"; {report['accumulate']} part(s)"
+    else:
+        work += f"; {report['new_tokens']} new tokens"
+    yield f"  batch        {work}"
+    yield "memory of a chip, GiB"
+    names = {
+        "arguments": "weights, moments, batch",
+        "temporaries": "temporaries",
+        "outputs": "results",
+        "code": "program",
+        "need": "all",
+        "chip": "a program may use",
+    }
+    for name, words in names.items():
+        refused = report["refusal"] and name in ("temporaries", "outputs", "code")
+        if memory[name] is not None and not refused:
+            yield f"  {words:26}{memory[name] / GIB:9.2f}"
+    if memory["residuals"]:
+        yield f"  of it for backward, by shapes{memory['residuals'] / GIB:7.2f}"
+    yield (
+        f"products of a step: {flops['counted']:.4g} FLOPs, {flops['ratio']:.3f} x the count by "
+        "hand"
+    )
+    if report["moved"]:
+        yield "received by each chip in a step"
+        for kind, row in sorted(report["moved"].items(), key=lambda item: -item[1]["bytes"]):
+            yield f"  {kind:20}{row['count']:9,.0f} x {row['bytes'] / GIB:12.3f} GiB"
+    if bounds := report.get("bounds"):
+        text = f"at least {bounds['compute']:.3f} s of products, {bounds['links']:.3f} s of links"
+        if "compiler" in bounds:
+            text += f"; the compiler estimates {bounds['compiler']:.3f} s without waiting for links"
+        yield f"a step takes {text}"
+    took = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
+    yield f"took: {took} (effort: {report['effort']})"
+    yield from (f"note: {each}" for each in report["remarks"])
+    if report["refusal"]:
+        yield f"compiler: {report['refusal']}"
+    yield f"verdict: {report['verdict']}"
+
+
+def _sizes(mesh: str) -> dict[str, int]:
+    """The sizes of `data,fsdp,tensor`."""
+    words = mesh.split(",")
+    with contextlib.suppress(ValueError):
+        if len(words) == 3:
+            return dict(zip(("data", "fsdp", "tensor"), map(int, words), strict=True))
+    raise ValueError(f"--mesh {mesh}: expected three sizes data,fsdp,tensor, as in 1,16,1")
