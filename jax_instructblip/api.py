@@ -17,7 +17,7 @@ from jax_instructblip.training.config_fields import check_config
 from jax_instructblip.training.config_file import change_fields, load_config
 from jax_instructblip.training.earlier_run import read_run
 from jax_instructblip.training.initial import read_before
-from jax_instructblip.training.metrics import read_metrics
+from jax_instructblip.training.metrics import read_answers, read_metrics
 
 Joined = contextlib.AbstractContextManager[Any]
 
@@ -115,5 +115,5 @@ def _tuned_run(folder: str) -> TunedRun | None:
         data=run["config"]["validation"]["path"],
         start=f"{run['base']['sha256']} {run['config']['model']['init']}",
         before=functools.partial(read_before, run),
-        recorded={"metrics": read_metrics(folder)},
+        recorded={"metrics": read_metrics(folder), "answers": read_answers(folder)},
     )

@@ -44,6 +44,7 @@ SMALL = {
     "--config.train.steps=40": "--config.train.steps=4",
     "--config.validation.every=20": "--config.validation.every=2",
     "--config.optimizer.warmup_steps=5": "--config.optimizer.warmup_steps=1",
+    '"train.steps": 2000': '"train.steps": 2, "optimizer.warmup_steps": 1',
     "--step 3000": "--step 2",
     "--compare zero-shot other": "--compare zero-shot zero-shot",
     "--predictions answers.jsonl": "--predictions zero-shot/predictions/gqa.jsonl",
@@ -66,10 +67,15 @@ def commands(text: str) -> list[str]:
         if fits:
             start = max(fits, key=len)
             line = INSTEAD[start] + ("" if INSTEAD[start] == "true" else line[len(start) :])
-        for words, other in SMALL.items():
-            line = line.replace(words, other)
-        made.append(line)
+        made.append(small(line))
     return made
+
+
+def small(text: str) -> str:
+    """The text with the small settings of the tests."""
+    for words, other in SMALL.items():
+        text = text.replace(words, other)
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +142,7 @@ def test_every_block_of_a_page_runs(page, run, workplace, environment):
     session = ""  # Python blocks go on where the one before ended
     for line, language, text in blocks(page):
         if language == "python":
-            session += text
+            session += small(text)
             words = [sys.executable, "-c", session]
         else:
             words = ["bash", "-euo", "pipefail", "-c", "\n".join(commands(text))]
