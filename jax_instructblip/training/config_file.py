@@ -6,6 +6,7 @@ without.
 
 import copy
 import difflib
+import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -17,21 +18,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-# The configs of the repository share `configs/common.py`, whatever the working directory is.
-_ROOT = Path(__file__).resolve().parents[2]
+# `configs/` stands beside the package in a checkout, inside it where a wheel was installed.
+_PACKAGE = Path(__file__).resolve().parents[1]
+_CONFIGS = next(
+    (
+        folder
+        for folder in (_PACKAGE.parent / "configs", _PACKAGE / "configs")
+        if (folder / "common.py").is_file()
+    ),
+    None,
+)
 
 
 def load_config(path: str | os.PathLike) -> "ConfigDict":
     """The config that `get_config()` of the file returns.
 
+    The files of this project are found as `configs/NAME.py` from any folder.
+
     Raises:
         ValueError: the file has no such function, or it sets a field that there is not.
         OSError: the file cannot be read.
     """
-    if str(_ROOT) not in sys.path and (_ROOT / "configs" / "common.py").is_file():
-        sys.path.insert(0, str(_ROOT))
+    _offer_configs()
+    own = _CONFIGS and _CONFIGS.parent / path
+    if not Path(path).is_file() and own and own.parent == _CONFIGS and own.is_file():
+        path = own
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no config file {path} (those of this project are in configs/)")
+        known = sorted(each.name for each in _CONFIGS.glob("*.py")) if _CONFIGS else ()
+        raise FileNotFoundError(
+            f"no config file {path} (those of this project are in configs/: {', '.join(known)})"
+        )
     spec = importlib.util.spec_from_file_location("config_file", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is no Python file: a config is one, with get_config()")
@@ -52,6 +68,15 @@ def load_config(path: str | os.PathLike) -> "ConfigDict":
             "common.get_config() with some fields changed: is `return config` missing?"
         )
     return config
+
+
+def _offer_configs() -> None:
+    """Makes `from configs import common` work, whatever the working directory is."""
+    if _CONFIGS and "configs" not in sys.modules:
+        spec = importlib.machinery.ModuleSpec("configs", None, is_package=True)
+        module = importlib.util.module_from_spec(spec)
+        module.__path__ = [str(_CONFIGS)]
+        sys.modules["configs"] = module
 
 
 def _place(path: str | os.PathLike, error: Exception) -> str:
