@@ -29,4 +29,5 @@ def main(argv: list[str]) -> int:
     found = examine(flags.file, text, flags.samples)
     for line in describe(flags.file, found, text):
         print(line)
+    print(f"tokens are counted with the tokenizers of {flags.checkpoint} (--checkpoint)")
     return int(not found.usable)

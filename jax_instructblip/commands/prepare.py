@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     if options and not flags.beam_runner:
         parser.error(f"unknown flags: {' '.join(options)}")
     if flags.list:
-        print(datasets.table())
+        print(datasets.table(flags.dataset))
         return 0
     missing = [f"--{name}" for name in ("raw", "out") if getattr(flags, name) is None]
     if flags.dataset is None or missing:
@@ -67,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dataset", nargs="?", help="a name that --list prints")
-    parser.add_argument("--list", action="store_true", help="print the table and end")
+    parser.add_argument(
+        "--list", action="store_true", help="print the table, or of DATASET alone, and end"
+    )
     parser.add_argument("--preview", action="store_true", help="write a page, prepare nothing")
     parser.add_argument("--raw", type=pathlib.Path, help="folder of its original files and images")
     parser.add_argument("--out", type=pathlib.Path, help="folder of prepared datasets")

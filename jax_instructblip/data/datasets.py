@@ -30,10 +30,14 @@ def get_dataset(name: str) -> Dataset:
     return lookup.find(DATASETS, name, "dataset")
 
 
-def table() -> str:
-    """All datasets for people: the use of each, what files it needs, and where they come from."""
+def table(name: str | None = None) -> str:
+    """All datasets for people, or one: its use, what files it needs, where they come from.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
     lines = []
-    for dataset in DATASETS.values():
+    for dataset in DATASETS.values() if name is None else [get_dataset(name)]:
         use = "held in" if dataset.held_in else "held out"
         lines.append(f"{dataset.name}: {dataset.family}, {use}")
         for split, names in dataset.files.items():

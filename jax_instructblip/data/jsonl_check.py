@@ -5,6 +5,7 @@ import concurrent.futures
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -82,8 +83,7 @@ def examine(file: pathlib.Path, text: TextProcessor, samples: int) -> Findings:
 def describe(file: pathlib.Path, found: Findings, text: TextProcessor) -> Iterator[str]:
     """The lines of the report."""
     yield f"{file}: {found.good} good lines, {len(found.bad)} bad"
-    for line in sorted(found.bad):
-        yield from (f"  {file}:{line}: {reason}" for reason in found.bad[line])
+    yield from _bad_lines(file, found.bad)
     if not found.bad and not found.good:
         yield f"  {file} holds no records, expected one JSON object a line"
     for name, counts in found.lengths.items():
@@ -108,6 +108,21 @@ def describe(file: pathlib.Path, found: Findings, text: TextProcessor) -> Iterat
         yield f"  {file.name}:{line}  {', '.join(map(str, record.images))}"
         for name, pieces in token_rows(example, text).items():
             yield f"    {name:<14}  {render(pieces)}"
+
+
+def _bad_lines(file: pathlib.Path, bad: Mapping[int, list[str]]) -> Iterator[str]:
+    """Each bad line with its reasons; of many lines with one cause the first, and their number."""
+    causes = collections.defaultdict(list)
+    for line in sorted(bad):
+        for reason in bad[line]:
+            cause = re.sub(r"'[^']*'|\([^)]*\)|\d+", "", reason)
+            causes[cause].append(f"  {file}:{line}: {reason}")
+    for told in causes.values():
+        if len(told) <= 2 * _SHOWN:
+            yield from told
+        else:
+            yield from told[:_SHOWN]
+            yield f"  and {len(told) - _SHOWN:,} more lines of this kind"
 
 
 def open_images(paths: Iterable[str]) -> dict[str, str]:

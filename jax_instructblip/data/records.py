@@ -29,7 +29,22 @@ _FIELDS = (
     *("context", "ocr", "split"),
 )
 
+# Fields of other programs' files -> ours.
+_OTHERS = {
+    **dict.fromkeys(("file_name", "filename", "image_path", "img", "picture"), ["image"]),
+    **dict.fromkeys(("question", "instruction", "text_input", "input", "query"), ["prompt"]),
+    **dict.fromkeys(("label", "output", "text_output", "response", "target"), ["answer"]),
+    "caption": ["answer"],
+    **dict.fromkeys(("options", "candidates"), ["choices"]),
+    **dict.fromkeys(("question_id", "image_id", "uid"), ["id"]),
+}
 _SINGLE = ("id", "prompt", "task", "split", "context")  # fields that are one text
+
+
+LIST = (
+    "this is a JSON array, expected one object a line: `jq -c '.[]' OLD.json > NEW.jsonl` makes "
+    "such a file"
+)
 
 
 class RecordError(ValueError):
@@ -182,6 +197,9 @@ def scan_jsonl(
         if not reason and not isinstance(fields, dict):
             reason = f"found {files.kind_of(fields)}, expected an object {{...}}"
         if reason:
+            if number == 1 and _begins_a_list(path):
+                yield number, None, [LIST]
+                return
             yield number, None, [reason]
             continue
         record, reasons = _record(path, number, fields, need_answers, allow_empty_prompt)
@@ -190,6 +208,11 @@ def scan_jsonl(
             if before != number:
                 record, reasons = None, [f"id {record.id!r} was used on line {before}"]
         yield number, record, reasons
+
+
+def _begins_a_list(path: pathlib.Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(16).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _record(
@@ -202,7 +225,7 @@ def _record(
     reasons = []
     for name in fields:
         if name not in _FIELDS:
-            near = difflib.get_close_matches(name, _FIELDS, n=1)
+            near = _OTHERS.get(name) or difflib.get_close_matches(name, _FIELDS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_FIELDS)}"
             reasons.append(f"unknown field {name!r}; {hint}")
     if isinstance(fields.get("id"), int):

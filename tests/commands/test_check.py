@@ -108,6 +108,32 @@ def test_every_bad_line_is_reported_and_the_exit_code_is_one(checkpoint, data, c
     assert out.count("Q-Former reads") == 1
 
 
+def test_many_lines_of_one_cause_are_told_once(checkpoint, tmp_path, capsys):
+    lines = [{"image": f"{n}.png", "prompt": "what?", "answer": "a"} for n in range(1200)]
+    lines[7] = {"image": "7.png", "prompt": "what?", "answer": 1}
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["check", str(path), "--checkpoint", checkpoint("t5")]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{path}: 0 good lines, 1200 bad"
+    assert [line.partition(": ")[0].strip() for line in said[1:4]] == [
+        f"{path}:{number}" for number in (1, 2, 3)
+    ]
+    assert said[4] == "  and 1,197 more lines of this kind"
+    assert said[5] == f"  {path}:8: answer is int 1, expected text"
+    assert (
+        said[-1] == f"tokens are counted with the tokenizers of {checkpoint('t5')} (--checkpoint)"
+    )
+
+
+@pytest.mark.parametrize("text", ['[{"image": "a.png"}]', '\ufeff [\n{"image": "a.png"}\n]\n'])
+def test_a_json_array_is_named(checkpoint, tmp_path, capsys, text):
+    (tmp_path / "train.json").write_text(text, encoding="utf-8")
+    assert main(["check", str(tmp_path / "train.json"), "--checkpoint", checkpoint("t5")]) == 1
+    said = capsys.readouterr().out
+    assert "0 good lines, 1 bad" in said and "train.json:1: this is a JSON array, expected" in said
+
+
 def test_every_answer_counts_and_cuts_are_told(checkpoint, data, capsys):
     long = " ".join(["dog"] * 300)
     path = write(data, GOOD, {"image": "a.png", "prompt": long, "answers": ["a", long]})

@@ -129,3 +129,11 @@ def test_what_is_prepared_already_is_compared(raw, tmp_path, capsys, change, mes
     said = capsys.readouterr()
     assert message in (said.err if code else said.out)
     assert code == 0 or "prepared: " not in said.out
+
+
+def test_the_table_of_one_dataset(capsys):
+    assert main(["prepare", "--list", "vsr"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("vsr: ") and "gqa" not in said
+    assert main(["prepare", "--list", "vsrr"]) == 1
+    assert "did you mean" in capsys.readouterr().err

@@ -66,6 +66,8 @@ BAD = [
     ("[" * 100_000, "not valid JSON: nested too deeply"),
     (GOOD | {"anwser": "a cup"}, "unknown field 'anwser'; did you mean 'answer'?"),
     (GOOD | {"zzz": 1}, "unknown field 'zzz'; known: id, image, images"),
+    (GOOD | {"file_name": "a.png"}, "unknown field 'file_name'; did you mean 'image'?"),
+    (GOOD | {"question": "what?"}, "unknown field 'question'; did you mean 'prompt'?"),
     (GOOD | {"image": "none.png"}, "image 'none.png' does not exist (looked for"),
     (GOOD | {"image": "sub"}, "image 'sub' is a folder"),
     (GOOD | {"image": ""}, "image is empty"),
