@@ -29,7 +29,7 @@ INSTEAD = {
         "PROJECT=p ZONE=z POD=blip TYPE=v4-32 bash launch/tpu_pod.sh --dry_run"
     ),
     "export PROJECT=my-project": "export TPU_POD=1 PROJECT=my-project",
-    "huggingface-cli download": "true",
+    "hf download": "true",
     "jax-instructblip convert": "true",  # the folder is not there: tests/commands converts one
     "jax-instructblip verify": "jax-instructblip verify --help",
     "jax-instructblip plan": "jax-instructblip plan --help",  # libtpu: tests/commands/test_plan.py
