@@ -16,7 +16,6 @@ The names load on first use, so that importing the package costs nothing.
 """
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,7 +43,9 @@ __all__ = ["Answer", "convert", "evaluate", "export", "load", "merge", "train"]
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.metadata.version(__name__)
+        from importlib import metadata  # takes as long as all else of this import
+
+        return metadata.version(__name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
