@@ -91,18 +91,18 @@ class Progress:
             self._marks.popleft()
 
     def _print(self, now: float, tty: bool, last: bool = False) -> None:
-        if last or len(self._marks) < 2:
-            seconds, count = now - self._start, self._done - self._first
-        else:
-            (before, then) = self._marks[0]
-            seconds, count = self._marks[-1][0] - before, self._done - then
-        rate = count / max(seconds, 1e-9)
         amount = f"{self._done}" if self._total is None else f"{self._done}/{self._total}"
-        line = f"{self._label}: {amount} {self._unit}, {_rate(rate)}"
+        line = f"{self._label}: {amount} {self._unit}"
         if last:
-            line += f", took {duration(seconds)}"
-        elif self._total is not None and rate > 0:
-            line += f", {duration(max(self._total - self._done, 0) / rate)} left"
+            seconds = now - self._start
+            rate = (self._done - self._first) / max(seconds, 1e-9)
+            line += f", {_rate(rate)}, took {duration(seconds)}"
+        elif len(self._marks) > 1:  # else a program was compiled as well: no measure of the rest
+            before, done = self._marks[0]
+            rate = (self._marks[-1][1] - done) / max(self._marks[-1][0] - before, 1e-9)
+            line += f", {_rate(rate)}"
+            if self._total is not None and rate > 0:
+                line += f", {duration(max(self._total - self._done, 0) / rate)} left"
         if self._note:
             line += f", {self._note}"
         # "\x1b[K" clears what a longer line before left behind.

@@ -50,7 +50,7 @@ def test_the_rate_is_of_the_last_half_minute(clock, capsys):
             clock.now += 0.5
             line.update()
     printed = capsys.readouterr().err.splitlines()
-    assert printed[0] == "tuning: 401/1000 steps, 60.0s each, 9h59m left"  # nothing else is known
+    assert printed[0] == "tuning: 401/1000 steps"  # nothing is known of the others
     assert printed[1] == "tuning: 411/1000 steps, 1.0/s, 9m49s left"
     assert printed[4] == "tuning: 461/1000 steps, 1.7/s, 5m23s left"
     assert printed[5] == "tuning: 481/1000 steps, 2.0/s, 4m20s left"
