@@ -45,7 +45,10 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib import metadata  # takes as long as all else of this import
 
-        return metadata.version(__name__)
+        try:
+            return metadata.version(__name__)
+        except metadata.PackageNotFoundError:  # a checkout on the path, which nobody installed
+            return "unknown"
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -17,6 +17,7 @@ import traceback
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
+import jax_instructblip
 from jax_instructblip import commands, program_cache, tpu_compiler
 
 _PACKAGE = Path(__file__).parent
@@ -84,8 +85,8 @@ def _run(words: list[str]) -> int:
         print(usage(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
     if words[0] == "--version":
-        versions = {name: importlib.metadata.version(name) for name in ("jax_instructblip", "jax")}
-        print(", ".join(f"{name} {version}" for name, version in versions.items()))
+        own = jax_instructblip.__version__
+        print(f"jax_instructblip {own}, jax {importlib.metadata.version('jax')}")
         return 0
     verb, *rest = words
     verbs = find_verbs()

@@ -5,32 +5,28 @@ import os
 import platform
 from pathlib import Path
 
-MOST_BYTES = 4 * 2**30  # of the programs that are kept; the least used ones go first
-
-_DEFAULTS = {
-    "JAX_COMPILATION_CACHE_MAX_SIZE": str(MOST_BYTES),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # hundreds of small programs take a while
-}
+# Hundreds of small programs take a while, too. There is no limit of size: JAX would take a lock on
+# the folder at each access, for which the processes of a pod with one home would wait.
+_MIN_SECONDS = ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def set_default() -> None:
     """Names JAX's compilation cache in the environment, before JAX is loaded.
 
-    A user's own `JAX_COMPILATION_CACHE_DIR` stays, and an empty one turns the cache off. A home
-    that cannot be written to has none.
+    A user's own `JAX_COMPILATION_CACHE_DIR` stays, and an empty one turns the cache off. Without a
+    home, or with one that cannot be written to, there is no cache.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "jax_instructblip" / f"programs-{_processor()}"
     try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base) / "jax_instructblip" / f"programs-{_processor()}"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: of a user without a home, as in containers
         return
     if os.access(folder, os.W_OK):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-        for name, value in _DEFAULTS.items():
-            os.environ.setdefault(name, value)
+        os.environ.setdefault(*_MIN_SECONDS)
 
 
 def _processor() -> str:

@@ -211,6 +211,10 @@ def test_evaluate_of_datasets_is_its_verb(base, tmp_path, monkeypatch, capsys):
         ({"out": "s3://a/b"}, "out is s3://a/b: weights and data are read from a disk"),
         ({"num_beams": 0, "data": "shapes", "out": "x"}, "num_beams is 0, expected at least 1"),
         ({"batch_size": 0, "data": "shapes", "out": "x"}, "batch_size is 0, expected at least 1"),
+        ({"limit": 2.5, "data": "shapes", "out": "x"}, "limit is 2.5, expected a whole number"),
+        ({"limit": -1, "data": "shapes", "out": "x"}, "limit is -1, expected at least 0"),
+        ({"datasets": ["gqa"], "data": "a", "out": "x", "fsdp": "2"}, "fsdp is '2', expected a wh"),
+        ({"datasets": ["gqa", 3], "data": "a", "out": "x"}, r"datasets has \[3\], expected names"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said(base, given, message, tmp_path, monkeypatch):

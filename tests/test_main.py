@@ -1,4 +1,5 @@
 import concurrent.futures.process
+import importlib.metadata
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import jax_instructblip
 from jax_instructblip import __main__ as cli
 from jax_instructblip import commands
 from tests.helpers.interpreter import run_python
@@ -61,7 +63,7 @@ SLOW += ("ml_collections",)
 
 @pytest.mark.parametrize("verb", cli.find_verbs())
 def test_help_and_wrong_usage_import_no_slow_library(verb):
-    """What takes long would be seen by a clock, too, but not the same each time."""
+    """Names the slow libraries themselves: a clock would not say the same each time."""
     said = run_python(f"""
         import sys
         from jax_instructblip.__main__ import main
@@ -309,3 +311,15 @@ def test_a_name_that_would_steer_the_terminal_is_written_out(monkeypatch, capsys
     assert cli.main(["any"]) == 1
     said = "error: a\\x1b[2Jb\\r\\x00\\ud800: no such file\n  in the second line, é 字\n"
     assert capsys.readouterr().err == said
+
+
+def test_versions_are_told_of_an_installed_package_and_of_a_checkout(capsys, monkeypatch):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("jax_instructblip 0.")
+
+    def nobody_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", nobody_installed)
+        assert jax_instructblip.__version__ == "unknown"

@@ -6,7 +6,7 @@ from PIL import Image
 from jax_instructblip import program_cache
 from tests.helpers.interpreter import run_python
 
-NAMES = ("JAX_COMPILATION_CACHE_DIR", *program_cache._DEFAULTS)
+NAMES = ("JAX_COMPILATION_CACHE_DIR", program_cache._MIN_SECONDS[0])
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def test_a_folder_for_this_kind_of_processor(home, monkeypatch):
     program_cache.set_default()
     folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
     assert folder.startswith(str(home / "jax_instructblip" / "programs-"))
-    assert os.path.isdir(folder) and os.environ[NAMES[1]] == str(program_cache.MOST_BYTES)
+    assert os.path.isdir(folder) and os.environ[NAMES[1]] == "0"
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setattr(program_cache.platform, "processor", lambda: "other")
     monkeypatch.setattr(program_cache.Path, "read_text", lambda *_, **__: "flags : none")
@@ -39,6 +39,16 @@ def test_a_users_own_choice_stays(home, monkeypatch, own):
 
 def test_a_home_that_cannot_be_written_to_has_none(home):
     home.write_text("")
+    program_cache.set_default()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+def test_a_user_without_a_home_has_none(home, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(program_cache.Path, "home", no_home)
     program_cache.set_default()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 

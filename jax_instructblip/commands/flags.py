@@ -6,18 +6,15 @@ No verb: it has no `main`.
 import argparse
 
 from jax_instructblip.conversion.safetensors import SHARD_SIZE
+from jax_instructblip.evaluation import settings
 from jax_instructblip.fields import MOST_SECONDS, Field, find_problems, number, text_problem, whole
 from jax_instructblip.files import find_addresses
 from jax_instructblip.models.variants import DTYPES
 
-_DEVICES = whole(1, 1_000_000, unit="devices")
-
 # By name: a flag means the same in every verb that has it.
 NUMBERS: dict[str, Field] = {
-    "batch_size": whole(1, 65_536, unit="questions", optional=True),
+    **settings.NUMBERS,
     "frames": whole(1, 1_024, unit="of a video"),
-    "fsdp": _DEVICES,
-    "limit": whole(0, unit="questions; 0: all"),
     "max_missing": number(0, 1, unit="part of the records"),
     "process": whole(0, special=(-1,)),
     "processes": whole(0, 1_000_000),
@@ -27,7 +24,6 @@ NUMBERS: dict[str, Field] = {
     "shard_bytes": SHARD_SIZE,
     "shard_size": whole(1, unit="records"),
     "silence_limit": number(above=0, at_most=MOST_SECONDS, unit="seconds"),
-    "tensor": _DEVICES,
     "top": whole(1),
     "tries": whole(1, 1_000, unit="plans"),
     "wait_limit": number(above=0, at_most=MOST_SECONDS, unit="seconds"),

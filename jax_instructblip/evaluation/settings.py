@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_instructblip.fields import find_problems, whole
 from jax_instructblip.files import find_addresses
 
 DECODING = (
@@ -15,6 +16,13 @@ DECODING = (
 )
 OVERRIDES = (*DECODING, "length_normalise")
 MODES = ("rank", "generate")
+_DEVICES = whole(1, 1_000_000, unit="devices")
+NUMBERS = {
+    "batch_size": whole(1, 65_536, unit="questions", optional=True),
+    "fsdp": _DEVICES,
+    "limit": whole(0, unit="questions; 0: all"),
+    "tensor": _DEVICES,
+}
 
 _PATHS = ("out", "predictions", "candidates", "relevance")
 _ANSWERING = ("checkpoint", "batch_size", "dtype", "fsdp", "tensor", "no_baselines", *OVERRIDES)
@@ -94,7 +102,9 @@ class Settings:
 
     def check(self) -> None:
         """Raises a ValueError where a setting cannot be, or the others leave it without effect."""
-        problems = find_addresses(vars(self))
+        problems = [*find_addresses(vars(self)), *find_problems(self, NUMBERS)]
+        if wrong := [name for name in self.datasets if not isinstance(name, str)]:
+            problems.append(f"datasets has {wrong!r:.60}, expected names")
         if self.mode not in (None, *MODES):
             problems.append(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}")
         if problems:

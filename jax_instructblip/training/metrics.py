@@ -78,7 +78,8 @@ class MetricsWriter:
         cell = lambda value: " / ".join(value) if isinstance(value, list | tuple) else str(value)
         rows = [_SHOWN, ["---"] * len(_SHOWN)]
         rows += [[cell(answer.get(name, "")) for name in _SHOWN] for answer in answers]
-        table = (f"| {' | '.join(each.replace('|', ' ') for each in row)} |" for row in rows)
+        plain = lambda text: " ".join(text.replace("|", " ").split())  # a cell is one line
+        table = (f"| {' | '.join(map(plain, row))} |" for row in rows)
         self._board.add_text("validation/answers", "\n".join(table), step)
 
     def close(self) -> None:
@@ -107,9 +108,20 @@ def read_answers(folder: str | os.PathLike) -> list[dict[str, Any]]:
     for raw in path.read_bytes().split(b"\n") if path.is_file() else ():
         with contextlib.suppress(ValueError):
             line = parse_json(raw, allow_nan=True)
-            if isinstance(line, dict) and type(line.get("step")) is int:
+            if isinstance(line, dict) and _is_answer(line):
                 found.append(line)
     return found
+
+
+def _is_answer(line: dict[str, Any]) -> bool:
+    """Tells that it has a step, and texts where a page shows texts."""
+    texts = [line.get(name, "") for name in ("id", "prompt", "text")]
+    truth = line.get("answers", [])
+    return (
+        type(line.get("step")) is int
+        and isinstance(truth, list)
+        and all(isinstance(each, str) for each in [*texts, *truth])
+    )
 
 
 def _json_line(line: Mapping[str, Any]) -> str:
@@ -150,7 +162,7 @@ class Window:
     """The numbers of the steps since the last line of metrics."""
 
     def __init__(self, batch_size: int, utilisation: Utilisation | None = None):
-        """Of steps of `batch_size` samples on all devices together.
+        """An empty window, of steps of `batch_size` samples on all devices together.
 
         With `utilisation` the use of the machine's peak is among the numbers.
         """

@@ -4,6 +4,7 @@ import math
 import os
 from pathlib import Path
 
+from jax_instructblip.fields import check, whole
 from jax_instructblip.inference.loading import resolve_checkpoint
 from jax_instructblip.training.checkpoints import Checkpoints
 from jax_instructblip.training.metrics import FILE, read_metrics
@@ -22,6 +23,7 @@ def choose_step(
         ValueError: both ways to choose, no run, or no such checkpoint; those there are are listed.
         FileNotFoundError: there is no such folder, or the run has saved nothing yet.
     """
+    check({"step": step}, {"step": whole(0, optional=True)})
     folder = resolve_checkpoint(path)
     chooses = step is not None or best
     if step is not None and best:

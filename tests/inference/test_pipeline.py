@@ -167,15 +167,6 @@ def test_one_image_or_one_prompt_serves_the_others(t5):
     )
 
 
-def test_a_single_picture_or_prompt_needs_no_list(tmp_path):
-    image = Image.new("RGB", (4, 4))
-    for single in (image, np.zeros((4, 4, 3), np.uint8), b"bytes", "a.png", tmp_path / "a.png"):
-        (question,) = pair(single, "what?")
-        assert question.prompt == "what?" and question.frames == (single,)
-    assert [each.prompt for each in pair(image, ["a", "b"])] == ["a", "b"]
-    assert len(pair([image] * 3, "a")) == 3
-
-
 def test_a_pipeline_says_what_it_is(t5):
     assert repr(t5).startswith("InstructBlipPipeline(a t5 model of its own size, float32, /")
 
@@ -198,25 +189,6 @@ def test_features_of_a_video_are_those_of_its_frames(t5):
     each = t5.features(frames, PROMPTS[:1])
     np.testing.assert_allclose(video[0], each.reshape(24, 40), rtol=0, atol=1e-5)
     np.testing.assert_allclose(video[1], each[::-1].reshape(24, 40), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (([], ["a"]), "images is empty"),
-        ((["a"], []), "prompts is empty"),
-        ((["a"] * 2, ["a"] * 3), "2 images and 3 prompts do not match"),
-        ((3, ["a"]), "images is a int, expected a list of them, or a single one"),
-        ((["a.jpg"], {"a"}), "prompts is a set, expected a list of them, or a single one"),
-        ((["a", ["b", "c"]], ["a"]), r"same number of frames .* in order, \[1, 2\]"),
-        (([[]], ["a"]), r"at least one; found, in order, \[0\]"),
-        (([["a"] * 1025], ["a"]), "a video has 1025 frames, at most 1024 are read"),
-        ((["a"], ["a", None, 3]), r"prompts must be strings; those at \[1, 2\] are not"),
-    ],
-)
-def test_pair_refuses(given, message):
-    with pytest.raises(ValueError, match=message):
-        pair(*given)
 
 
 @pytest.mark.parametrize(

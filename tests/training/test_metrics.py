@@ -48,6 +48,7 @@ def test_answers_of_a_step_stand_once(tmp_path):
         writer.write_answers(step, [row(str(step))])
     writer.close()
     with (tmp_path / ANSWERS).open("a") as file:
+        file.write('{"step": 1, "id": "a", "text": 5}\n{"step": 1, "answers": "red"}\n')
         file.write('{"step": 4, "id"')
     MetricsWriter(tmp_path, start=2).close()  # taken up at step 2
     assert [(each["step"], each["text"]) for each in read_answers(tmp_path)] == [(0, "0"), (2, "2")]

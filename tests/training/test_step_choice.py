@@ -56,6 +56,8 @@ def test_what_cannot_be_chosen_says_what_can(run, tmp_path):
     with pytest.raises(ValueError, match=r"is 4 \(validation/score 0.9000\), but its check") as e:
         choose_step(folder, best=True)
     assert "is gone; there are those of step 2 (0.5000), step 6: choose one" in str(e.value)
+    with pytest.raises(ValueError, match="step is '2', expected a whole number"):
+        choose_step(folder, step="2")
     with pytest.raises(ValueError, match="choose one of the two"):
         choose_step(folder, step=2, best=True)
     for measured in ({}, {0: 0.9}):

@@ -1,0 +1,33 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from jax_instructblip.inference.batching import pair
+
+
+def test_a_single_picture_or_prompt_needs_no_list(tmp_path):
+    image = Image.new("RGB", (4, 4))
+    for single in (image, np.zeros((4, 4, 3), np.uint8), b"bytes", "a.png", tmp_path / "a.png"):
+        (question,) = pair(single, "what?")
+        assert question.prompt == "what?" and question.frames == (single,)
+    assert [each.prompt for each in pair(image, ["a", "b"])] == ["a", "b"]
+    assert len(pair([image] * 3, "a")) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (([], ["a"]), "images is empty"),
+        ((["a"], []), "prompts is empty"),
+        ((["a"] * 2, ["a"] * 3), "2 images and 3 prompts do not match"),
+        ((3, ["a"]), "images is a int, expected a list of them, or a single one"),
+        ((["a.jpg"], {"a"}), "prompts is a set, expected a list of them, or a single one"),
+        ((["a", ["b", "c"]], ["a"]), r"same number of frames .* in order, \[1, 2\]"),
+        (([[]], ["a"]), r"at least one; found, in order, \[0\]"),
+        (([["a"] * 1025], ["a"]), "a video has 1025 frames, at most 1024 are read"),
+        ((["a"], ["a", None, 3]), r"prompts must be strings; those at \[1, 2\] are not"),
+    ],
+)
+def test_pair_refuses(given, message):
+    with pytest.raises(ValueError, match=message):
+        pair(*given)
