@@ -65,8 +65,13 @@ def set_aside(path: Path, word: str = "aside") -> Path:
 
 
 def refuse_existing(folder: str | os.PathLike) -> None:
-    """Raises FileExistsError where a writer would have to overwrite; an empty folder may stand."""
+    """Raises FileExistsError where a writer would have to overwrite; an empty folder may stand.
+
+    The present folder may not: it would be another one under the feet of who is there.
+    """
     folder = local_path(folder)
+    if folder.absolute() == Path.cwd():
+        raise ValueError(f"{folder.absolute()} is the present folder: give the name of a new one")
     if problem := text_problem(os.fspath(folder)):
         raise ValueError(f"{folder} {problem}; choose another name")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,6 +115,25 @@ def test_a_step_and_the_best_one_exclude_each_other(run, tmp_path):
         jax_instructblip.merge(run, tmp_path / "out", step=2, best=True)
 
 
+@pytest.mark.parametrize("out", ["", None, 5, b"x", ".", "s3://bucket/x"])
+@pytest.mark.parametrize("verb", ["convert", "export", "merge"])
+def test_what_is_no_place_for_a_new_folder(base, tmp_path, monkeypatch, verb, out):
+    """The empty text was the present folder, which was renamed away from under its reader."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="out is|is the present folder"):
+        getattr(jax_instructblip, verb)(base, out)
+    (tmp_path / "new").touch()  # the present folder is still this one
+    assert Path("new").exists() and main([verb, str(base), "--out", ""]) == 1
+
+
+@pytest.mark.parametrize("config", [5, None, "", "s3://bucket/config.py"])
+def test_what_is_no_config_is_said(config):
+    with pytest.raises(ValueError, match="the config is"):
+        jax_instructblip.train(config)
+    with pytest.raises(ValueError, match="unknown field config.5"):
+        jax_instructblip.train(CONFIG, {5: 1})
+
+
 def test_train_is_its_verb(base, data, tmp_path):
     ours, verb = tmp_path / "ours", tmp_path / "verb"
     given = fields(base, data, ours) | {"validation.path": ""}
@@ -211,6 +231,10 @@ def test_evaluate_of_datasets_is_its_verb(base, tmp_path, monkeypatch, capsys):
         ({"out": "s3://a/b"}, "out is s3://a/b: weights and data are read from a disk"),
         ({"num_beams": 0, "data": "shapes", "out": "x"}, "num_beams is 0, expected at least 1"),
         ({"batch_size": 0, "data": "shapes", "out": "x"}, "batch_size is 0, expected at least 1"),
+        ({"datasets": 5, "data": "a", "out": "x"}, "datasets is 5, expected a list of names or"),
+        ({"data": 5, "out": "x"}, "data is 5, expected text or a Path"),
+        ({"data": "shapes", "out": ""}, "out is empty: give a path"),
+        ({"data": "shapes", "out": "x", "split": 5}, "split is 5, expected text"),
         ({"limit": 2.5, "data": "shapes", "out": "x"}, "limit is 2.5, expected a whole number"),
         ({"limit": -1, "data": "shapes", "out": "x"}, "limit is -1, expected at least 0"),
         ({"datasets": ["gqa"], "data": "a", "out": "x", "fsdp": "2"}, "fsdp is '2', expected a wh"),

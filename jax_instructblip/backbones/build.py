@@ -99,7 +99,16 @@ def merge_captioned(
 
 
 def replace_captioned(base: Path, run: Path, out: Path) -> None:
-    """Writes the folder of `merge_captioned` in the place of `out`, when it is whole."""
+    """Writes the folder of `merge_captioned` in the place of `out`, when it is whole.
+
+    Raises:
+      ValueError: there is something else than a checkpoint folder, which would be lost.
+    """
+    if out.exists() and not (out / checkpoint.MANIFEST).is_file():
+        raise ValueError(
+            f"{out.absolute()} is no checkpoint folder (no {checkpoint.MANIFEST}) and is not "
+            "replaced: give the name of a new folder"
+        )
     draft = out.with_name(f".{out.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     merge_captioned(base, run, draft)

@@ -13,6 +13,7 @@ from jax_instructblip.conversion import hf_folder
 from jax_instructblip.conversion.engine import is_finite
 from jax_instructblip.conversion.stored_model import copy_tokenizers
 from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.files import local_path
 from jax_instructblip.models.variants import Variant, released_name
 from jax_instructblip.progress import count_bytes
 
@@ -37,7 +38,7 @@ def convert(
         another model.
       OSError: `out` exists, or the disk has too little room.
     """
-    folder, out = Path(folder), Path(out)
+    folder, out = local_path(folder, "folder"), local_path(out, "out")
     refuse_existing(out)
     found, source, leaves = hf_folder.convert_hf(folder, variant)
     unread = _tokenizer_problem(folder, found)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_instructblip.fields import find_problems, whole
-from jax_instructblip.files import find_addresses
+from jax_instructblip.files import find_addresses, local_path
 
 DECODING = (
     *("num_beams", "length_penalty", "repetition_penalty", "max_new_tokens", "min_new_tokens"),
@@ -90,10 +90,12 @@ class Settings:
         """
         if isinstance(datasets, str):
             datasets = [each.strip() for each in datasets.split(",")] if datasets else ()
-        for name in ("checkpoint", "data"):
-            given[name] = None if given.get(name) is None else os.fspath(given[name])
-        for name in _PATHS:
-            given[name] = None if given.get(name) is None else Path(given[name])
+        if not isinstance(datasets, list | tuple | None):
+            raise ValueError(f"datasets is {datasets!r:.60}, expected a list of names or one text")
+        for name in ("checkpoint", "data", *_PATHS):
+            if given.get(name) is not None:
+                path = local_path(given[name], name)
+                given[name] = path if name in _PATHS else os.fspath(given[name])
         if unknown := [name for name in given if name not in NAMES]:
             raise ValueError("; ".join(map(_hint, unknown)))
         made = cls(datasets=tuple(datasets or ()), **given)
@@ -105,6 +107,9 @@ class Settings:
         problems = [*find_addresses(vars(self)), *find_problems(self, NUMBERS)]
         if wrong := [name for name in self.datasets if not isinstance(name, str)]:
             problems.append(f"datasets has {wrong!r:.60}, expected names")
+        for name in ("split", "prompt", "dtype"):
+            if not isinstance(getattr(self, name), str | None):
+                problems.append(f"{name} is {getattr(self, name)!r:.60}, expected text")
         if self.mode not in (None, *MODES):
             problems.append(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}")
         if problems:

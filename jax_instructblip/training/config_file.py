@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jax_instructblip.files import local_path
+
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
@@ -39,6 +41,7 @@ def load_config(path: str | os.PathLike) -> "ConfigDict":
         ValueError: the file has no such function, or it sets a field that there is not.
         OSError: the file cannot be read.
     """
+    path = local_path(path, "the config")
     _offer_configs()
     own = _CONFIGS and _CONFIGS.parent / path
     if not Path(path).is_file() and own and own.parent == _CONFIGS and own.is_file():
@@ -145,7 +148,7 @@ def _short(message: str) -> str:
 def _refuse_unknown(config: "ConfigDict", names: Iterable[str]) -> None:
     """Raises a ValueError that lists every name of a field that the config has not."""
     known, wrong = list(_fields(config)), []
-    for name in names:
+    for name in map(str, names):
         if name in known:
             continue
         last = [field for field in known if field.rpartition(".")[2] == name.rpartition(".")[2]]

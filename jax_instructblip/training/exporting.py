@@ -8,6 +8,7 @@ from jax_instructblip.atomic import refuse_existing
 from jax_instructblip.conversion.export import export_hf
 from jax_instructblip.conversion.safetensors import SHARD_BYTES
 from jax_instructblip.conversion.stored_model import TOKENIZERS, write_checkpoint
+from jax_instructblip.files import local_path
 from jax_instructblip.inference.loading import read_source, stored_model
 from jax_instructblip.progress import count_bytes
 from jax_instructblip.training.step_choice import choose_step
@@ -39,7 +40,7 @@ def export(
       ValueError: the format cannot hold the model, or the run has no such step.
       OSError: `out` exists, there is nothing at `path`, or the disk has too little room.
     """
-    out = Path(out)
+    out = local_path(out, "out")
     refuse_existing(out)
     folder, chosen = choose_step(path, step=step, best=best)
     model = stored_model(read_source(folder))
@@ -77,7 +78,7 @@ def merge(
       ValueError: `run` is no run, or has no such step.
       OSError: `out` exists, there is nothing at `run`, or the disk has too little room.
     """
-    out = Path(out)
+    out = local_path(out, "out")
     refuse_existing(out)
     folder, chosen = choose_step(run, step=step, best=best)
     source = read_source(folder)

@@ -139,3 +139,14 @@ def test_towers_made_otherwise_are_not_taken_for_those_asked_for(tmp_path, monke
     (tmp_path / "work" / "recipe.json").unlink()
     with pytest.raises(ValueError, match="it is not noted how"):
         towers.train_towers(tmp_path / "work", scale=0.01)
+
+
+def test_what_is_no_checkpoint_folder_is_not_replaced(tmp_path, monkeypatch, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "1.jpg").write_bytes(b"")
+    assert main(["backbones", "merge", "shapes_t5", "shapes_t5", str(photos)]) == 1
+    monkeypatch.chdir(photos)
+    assert main(["backbones", "merge", "shapes_t5", "shapes_t5", "."]) == 1
+    assert capsys.readouterr().err.count(f"{photos} is no checkpoint folder") == 2
+    assert [path.name for path in photos.iterdir()] == ["1.jpg"]
