@@ -1,17 +1,21 @@
 """The entry points that need both training and evaluation: `train` and `evaluate`."""
 
 import contextlib
+import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
+from jax_instructblip import stores
 from jax_instructblip.evaluation import benchmarks, validation
 from jax_instructblip.evaluation.family_accuracies import TunedRun, measure_families
 from jax_instructblip.evaluation.reports import curves
 from jax_instructblip.evaluation.settings import Settings
+from jax_instructblip.remote import address_of, is_remote
 from jax_instructblip.training import loop, setup
 from jax_instructblip.training.config_fields import check_config
 from jax_instructblip.training.config_file import change_fields, load_config
@@ -76,7 +80,8 @@ def evaluate(
     Prints the results. Answers that are in `out` already are not given again.
 
     Args:
-      checkpoint: a Hugging Face folder, a converted one, a run, or an embedded name.
+      checkpoint: a Hugging Face folder, a converted one, a run, or an embedded name. It, `data`,
+        `out` and the files of other settings may be addresses (`gs://bucket/run`).
       datasets: benchmarks, as a list or a text with commas; "held_out" is all of the paper's table
         1. Without any, exact match is counted by family of questions.
       data: what `jax-instructblip prepare` wrote, or the files as they were downloaded; of families
@@ -98,16 +103,39 @@ def evaluate(
       OSError: a file cannot be read or written.
     """
     given = Settings.of(checkpoint=checkpoint, datasets=datasets, data=data, out=out, **settings)
-    if given.predictions:
-        return benchmarks.score_predictions(given, command)
-    if given.datasets:
-        with joined or contextlib.nullcontext():
-            return benchmarks.answer_benchmarks(given, command)
-    return measure_families(given, _tuned_run(str(given.checkpoint)), command)
+    with _on_disk(given) as local:
+        if local.predictions:
+            return benchmarks.score_predictions(local, command)
+        if local.datasets:
+            with joined or contextlib.nullcontext():
+                if (address := address_of(given.out)) and jax.process_count() > 1:
+                    raise ValueError(
+                        f"out is {address}, but several processes need a folder that they all see: "
+                        "mount the bucket, or start one process"
+                    )
+                return benchmarks.answer_benchmarks(local, command)
+        return measure_families(local, _tuned_run(str(local.checkpoint)), command)
+
+
+@contextlib.contextmanager
+def _on_disk(settings: Settings) -> Iterator[Settings]:
+    """The settings with files and `out` on the disk; `out` goes to its address as it grows."""
+    files = {
+        name: stores.input_path(path)
+        for name in ("predictions", "candidates", "relevance")
+        if (path := getattr(settings, name)) is not None
+    }
+    if settings.out is None:
+        yield dataclasses.replace(settings, **files)
+        return
+    with stores.growing_folder(settings.out) as out:
+        yield dataclasses.replace(settings, out=out, **files)
 
 
 def _tuned_run(folder: str) -> TunedRun | None:
     """The run of that directory; None for anything else."""
+    if is_remote(folder):
+        folder = str(stores.input_checkpoint(folder))
     run = read_run(folder)
     if run is None:
         return None

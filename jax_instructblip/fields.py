@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from jax_instructblip.files import path_problem
+from jax_instructblip.remote import address_of
 
 INT32 = 2**31 - 1
 FLOAT32 = float(np.finfo(np.float32).max)
@@ -50,6 +51,7 @@ class Field:
       special: values out of the range that mean something, as -1 for "as the checkpoint says".
       optional: None is a value, too.
       local: of a text: it is a path of a disk, and no address.
+      stored: of a path: it may be an address of a store all the same.
       each: of a tuple: what its entries may be.
       unit: "steps", "tokens".
     """
@@ -63,6 +65,7 @@ class Field:
     special: tuple[Any, ...] = ()
     optional: bool = False
     local: bool = False
+    stored: bool = False
     each: "Field | None" = None
     unit: str = ""
 
@@ -82,7 +85,8 @@ class Field:
                 expected = f"{expected}, {ranged}" if not self.choices else ranged
             return [f"{name} is {_show(value)}, expected {expected}{self._also()}"]
         if self.kind is str:
-            if problem := text_problem(value) or (self.local and path_problem(value)):
+            local = self.local and not (self.stored and address_of(value))
+            if problem := text_problem(value) or (local and path_problem(value)):
                 return [f"{name} {problem}"]
             good = not self.choices or value in self.choices
         elif self.kind in (bool, dict):
@@ -146,9 +150,9 @@ def text(**more: Any) -> Field:
     return Field(str, **more)
 
 
-def path(**more: Any) -> Field:
-    """A path of a disk, or ""."""
-    return Field(str, local=True, **more)
+def path(*, stored: bool = False, **more: Any) -> Field:
+    """A path of a disk, or ""; where `stored`, or an address of a store."""
+    return Field(str, local=True, stored=stored, **more)
 
 
 def one_of(*choices: str, **more: Any) -> Field:

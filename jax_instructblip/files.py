@@ -12,9 +12,11 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from jax_instructblip.remote import address_of
 
 MIB = 2**20
 
@@ -69,8 +71,8 @@ def address_problem(path: str | os.PathLike) -> str:
     if scheme in ("http", "https", "ftp"):
         return f"is {address}, an address of the web: download it and give the file's path"
     return (
-        f"is {address}: weights and data are read from a disk, and written to one; copy the folder "
-        "there, or mount the bucket (gcsfuse, s3fs). config.workdir alone may be an address"
+        f"is {address}: this is read from a disk, or written to one; copy it there, or mount the "
+        "bucket (gcsfuse, s3fs)"
     )
 
 
@@ -94,10 +96,11 @@ def local_path(path: str | os.PathLike, name: str = "the path") -> Path:
     return Path(path)
 
 
-def find_addresses(flags: Mapping[str, Any]) -> list[str]:
+def find_addresses(flags: Mapping[str, Any], stores: Sequence[str] = ()) -> list[str]:
     """Sentences about the flags of a verb whose paths are addresses, empty, or no paths.
 
-    Paths are the values that are `Path`s already, and those of flags of `_PATH_FLAGS`.
+    Paths are the values that are `Path`s already, and those of flags of `_PATH_FLAGS`; those of
+    `stores` may be addresses of a store.
     """
     problems = []
     for flag, value in flags.items():
@@ -108,6 +111,8 @@ def find_addresses(flags: Mapping[str, Any]) -> list[str]:
                     text = text.partition("=")[2]
                 if not text and flag != "profile":  # whose default it is
                     problems.append(f"{flag} is empty: give a path")
+                if flag in stores and address_of(text):
+                    continue
                 if problem := path_problem(text):
                     problems.append(f"{flag} {problem}")
     return problems

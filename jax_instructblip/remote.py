@@ -1,4 +1,4 @@
-"""Folders of an object store (`gs://`, `s3://`, ...), as far as a run needs them.
+"""Files of an object store (`gs://`, `s3://`, `az://`), by its official client through fsspec.
 
 A store puts a file whole or not at all, but knows no renaming of folders and no appending. So a
 folder is complete when one file of it is there, which is put last and removed first.
@@ -6,65 +6,98 @@ folder is complete when one file of it is there, which is put last and removed f
 
 import errno
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import fsspec
-from etils import epath
-
-LIBRARIES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # that etils.epath asks for
+# Stores by scheme, each with the package of its client; memory:// lives as long as the process.
+LIBRARIES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "memory": "fsspec"}
 TRIES = 3  # of each file: stores fail now and then
 AT_ONCE = 16  # files on their way: a store takes a tenth of a second for the smallest
 PAUSE_SECONDS = 1.0  # after the first failure; twice as long after the next one
 
+# What `pathlib` and shells make of an address is one, too: `s3:/bucket`, `./s3:/bucket`.
+_ADDRESS = re.compile(r"(?:\./)*(?P<scheme>gs|gcs|s3|az|memory):/{1,2}(?P<rest>[^/].*)", re.I)
+_STAMPS = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "created")
+_FINAL = (FileNotFoundError, PermissionError)  # trying again changes nothing
 
-def is_remote(path: str | os.PathLike) -> bool:
-    """Tells whether it is an address (`gs://bucket/run`) and no path of a disk."""
-    return "://" in os.fspath(path)
+
+def address_of(path: object) -> str:
+    """The address (`gs://bucket/run`) that this is, without a slash at its end; "" for a path."""
+    found = _ADDRESS.fullmatch(os.fspath(path)) if isinstance(path, str | os.PathLike) else None
+    if found is None:
+        return ""
+    scheme = found["scheme"].lower().replace("gcs", "gs")
+    return f"{scheme}://{found['rest'].rstrip('/')}"
+
+
+def is_remote(path: object) -> bool:
+    """Tells whether it is an address of a store and no path of a disk."""
+    return bool(address_of(path))
 
 
 def check(folder: str) -> None:
     """Raises a ValueError, with what to do, where the folder cannot be written to and read."""
-    scheme = folder.partition("://")[0]
-    if scheme not in LIBRARIES:
-        known = ", ".join(f"{name}://" for name in LIBRARIES)
-        raise ValueError(f"{folder} cannot be used: known are {known}")
+    system, place = _system(folder)
+    probe = f"{place}/.probe-{uuid.uuid4().hex}"
     try:
-        probe = epath.Path(folder) / f".probe-{uuid.uuid4().hex}"
-        probe.write_text("probe")
-        found = probe.read_text()
-        probe.unlink()
-    except ImportError as error:
-        how = f"pip install {LIBRARIES[scheme]}"
-        raise ValueError(f"{folder} cannot be used: {_words(error)} ({how})") from error
+        system.pipe_file(probe, b"probe")
+        content = system.cat_file(probe)
+        system.rm_file(probe)
     except Exception as error:  # each store has errors of its own
         raise ValueError(
             f"{folder} cannot be written to: {_words(error)}; is the bucket's name right, and may "
             "this machine write there?"
         ) from error
-    if found != "probe":
+    if content != b"probe":
         raise ValueError(f"{folder} gives back other bytes than were written to it")
 
 
 def names(folder: str) -> list[str]:
     """The names of what is in the folder; none where it is not there."""
-    place = epath.Path(folder)
-    return sorted(path.name for path in place.iterdir()) if place.exists() else []
+    system, place = _system(folder)
+    try:
+        listed = _try(system.ls, place, detail=False)
+    except FileNotFoundError:
+        return []
+    return sorted({name.rstrip("/").rpartition("/")[2] for name in listed})
+
+
+def stamps(address: str) -> dict[str, tuple[int, str]]:
+    """Size and a text that changes with the content of each file below the address, by its name.
+
+    Names are relative; the file that the address itself is has the name "". {}: nothing is there.
+    """
+    system, place = _system(address)
+    try:
+        files = _try(system.find, place, detail=True)
+    except FileNotFoundError:
+        return {}
+    place = place.strip("/")
+    return {
+        name.strip("/").removeprefix(place).lstrip("/"): (facts["size"], _stamp(facts))
+        for name, facts in files.items()
+        if facts.get("type") != "directory"
+    }
 
 
 def holds(folder: str, name: str) -> bool:
     """Tells whether there is that file in the folder."""
-    return (epath.Path(folder) / name).exists()
+    system, place = _system(folder)
+    return bool(_try(system.exists, f"{place}/{name}"))
 
 
 def read(folder: str, name: str) -> bytes | None:
     """The bytes of that file; None where it is not there."""
-    path = epath.Path(folder) / name
-    return path.read_bytes() if path.exists() else None
+    system, place = _system(folder)
+    try:
+        return _try(system.cat_file, f"{place}/{name}")
+    except FileNotFoundError:
+        return None
 
 
 def put(local: Path, folder: str, *, last: str = "") -> None:
@@ -73,78 +106,138 @@ def put(local: Path, folder: str, *, last: str = "") -> None:
     Raises:
         OSError: a file could not be copied; `last` is not there then.
     """
-    place = epath.Path(folder)
-    target = lambda path: place / path.relative_to(local).as_posix()
-    files = {path: target(path) for path in sorted(local.rglob("*")) if path.is_file()}
+    files = {
+        path: f"{folder}/{path.relative_to(local).as_posix()}"
+        for path in sorted(local.rglob("*"))
+        if path.is_file()
+    }
     final = files.pop(local / last, None)
-    _copy_all(files)
+    _at_once([(_put, path, target) for path, target in files.items()])
     if final is not None:
-        _copy_all({local / last: final})
+        _try(_put, local / last, final)
 
 
 def put_file(path: Path, folder: str) -> None:
     """Copies that file, which may grow meanwhile, into the folder; raises OSError."""
-    data = path.read_bytes()
-    _try(lambda target: target.write_bytes(data), epath.Path(folder) / path.name)
+    system, place = _system(folder)
+    _try(system.pipe_file, f"{place}/{path.name}", path.read_bytes())
 
 
 def get(folder: str, local: Path) -> None:
     """Copies all files of the folder below `local`; raises OSError, also where there are none."""
-    system, place = fsspec.url_to_fs(folder)
-    names = [name.removeprefix(place).lstrip("/") for name in _try(system.find, place)]
-    if not names:
+    files = stamps(folder)
+    if not files:
         raise FileNotFoundError(errno.ENOENT, f"{folder} has no files")
-    _copy_all({epath.Path(folder) / name: local / name for name in names})
+    get_files(folder, {name: local / name for name in files})
+
+
+def get_files(
+    folder: str, targets: Mapping[str, Path], done: Callable[[str], None] = lambda name: None
+) -> None:
+    """Copies files by their names in the folder; each appears whole, and `done(name)` follows.
+
+    Raises:
+        OSError: a file could not be copied; of the others some may be there.
+    """
+    work = [(_get, f"{folder}/{name}".rstrip("/"), path) for name, path in targets.items()]
+    names_of = {os.fspath(path): name for name, path in targets.items()}
+    _at_once(work, lambda target: done(names_of[os.fspath(target)]))
 
 
 def remove(folder: str, *, first: str = "") -> None:
     """Removes the folder, that file before all others; raises OSError."""
-    place = epath.Path(folder)
-    if first and (place / first).exists():
-        _try((place / first).unlink)
-    if place.exists():
-        _try(place.rmtree)
+    system, place = _system(folder)
+    if first and holds(folder, first):
+        _try(system.rm_file, f"{place}/{first}")
+    if files := stamps(folder):
+        _at_once([(system.rm_file, f"{place}/{name}".rstrip("/")) for name in files])
 
 
 def remove_file(folder: str, name: str) -> None:
     """Removes that file; raises OSError, also where it is not there."""
-    _try((epath.Path(folder) / name).unlink)
+    system, place = _system(folder)
+    _try(system.rm_file, f"{place}/{name}")
 
 
-def _copy_all(pairs: Mapping[Any, Any]) -> None:
-    """Copies files to files, some at a time; raises the first OSError."""
+def _system(address: str) -> tuple[Any, str]:
+    """The client of the store, and the place in its own words; ValueError where there is none."""
+    scheme = address.partition("://")[0]
+    if scheme not in LIBRARIES:
+        known = ", ".join(f"{name}://" for name in LIBRARIES if name != "memory")
+        raise ValueError(f"{address} cannot be used: known are {known}")
+    import fsspec  # late: most commands meet no store
+
+    try:
+        # Listings are not kept: other processes write there, too.
+        system, place = fsspec.url_to_fs(address, use_listings_cache=False)
+    except ImportError as error:
+        how = f"pip install {LIBRARIES[scheme]}"
+        raise ValueError(f"{address} cannot be used: {_words(error)} ({how})") from error
+    except Exception as error:  # of credentials that cannot be read, for one
+        raise ValueError(f"{address} cannot be used: {_words(error)}") from error
+    return system, place.rstrip("/")
+
+
+def _at_once(
+    work: list[tuple[Any, ...]], done: Callable[[Any], None] = lambda target: None
+) -> None:
+    """Calls (function, *arguments) some at a time; `done(last argument)` after each that ended.
+
+    Raises the first OSError; what has not begun by then is left out.
+    """
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        copies = [pool.submit(_try, _copy, *pair) for pair in pairs.items()]
+        calls = {pool.submit(_try, *each): each[-1] for each in work}
         try:
-            for copy in copies:
-                copy.result()
+            for call in as_completed(calls):
+                call.result()
+                done(calls[call])
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _copy(source: Any, target: Any) -> None:
-    target = epath.Path(target)
+def _put(source: Path, target: str) -> None:
+    system, place = _system(target)
+    system.put_file(os.fspath(source), place)
+    _compare(target, system.size(place), source.stat().st_size)
+
+
+def _get(source: str, target: Path) -> None:
+    system, place = _system(source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    epath.Path(source).copy(target, overwrite=True)
-    wanted, found = (epath.Path(each).stat().length for each in (source, target))
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        system.get_file(place, os.fspath(partial))
+        _compare(source, partial.stat().st_size, system.size(place))
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _compare(name: str, found: int, wanted: int) -> None:
     if found != wanted:
-        raise OSError(f"{target} has {found} bytes, expected {wanted}")
+        raise OSError(f"{name}: {found} bytes were copied, expected {wanted}")
 
 
-def _try(work: Callable[..., Any], *arguments: Any) -> Any:
+def _try(work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """The result of `work`, tried `TRIES` times; an OSError where all fail."""
     for number in range(1, TRIES + 1):
         try:
-            return work(*arguments)
+            return work(*arguments, **options)
         except Exception as error:  # each store has errors of its own
-            if number == TRIES:
-                where = arguments[-1] if arguments else "removing"
+            if isinstance(error, FileNotFoundError):
+                raise
+            if number == TRIES or isinstance(error, _FINAL):
+                where = next((each for each in reversed(arguments) if isinstance(each, str)), "")
+                tries = f" ({number} tries)" if number > 1 else ""
                 raise OSError(
-                    getattr(error, "errno", None) or errno.EIO,
-                    f"{where}: {_words(error)} ({number} tries)",
+                    getattr(error, "errno", None) or errno.EIO, f"{where}: {_words(error)}{tries}"
                 ) from error
             time.sleep(PAUSE_SECONDS * 2 ** (number - 1))
+
+
+def _stamp(facts: Mapping[str, Any]) -> str:
+    return next((f"{name} {facts[name]}" for name in _STAMPS if facts.get(name)), "")
 
 
 def _words(error: Exception) -> str:

@@ -16,6 +16,8 @@ import jax
 import jaxtyping
 import pytest
 
+from jax_instructblip import stores
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_x64", False)
 
@@ -38,6 +40,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("markexpr") == "not full":
         given = os.environ.get("XLA_FLAGS", "").removeprefix(QUICK)  # a worker of xdist has them
         os.environ["XLA_FLAGS"] = f"{QUICK} {given}".strip()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def copies_of_stores(tmp_path_factory) -> None:
+    """Copies of what lies in stores leave the user's own alone."""
+    os.environ[stores.VARIABLE] = str(tmp_path_factory.mktemp("stores"))
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--samples", type=int, default=5, help="how many to show (default: 5)")
     flags = parser.parse_args(argv)
-    check_flags(flags)
+    check_flags(flags, stores=("file", "checkpoint"))
     from jax_instructblip.data.jsonl_check import describe, examine
     from jax_instructblip.inference.text_loading import load_text
 

@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
     parser.add_argument("--variant", choices=sorted(VARIANTS), help="demand the sizes of this one")
     args = parser.parse_args(argv)
-    check_flags(args)
+    check_flags(args, stores=("folder", "out"))
     without_accelerator()
     from jax_instructblip import convert
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.evaluation.protocol import BENCHMARKS, table
-from jax_instructblip.evaluation.settings import DECODING, MODES, NAMES
+from jax_instructblip.evaluation.settings import DECODING, MODES, NAMES, PLACES
 from jax_instructblip.inference.generation_config import add_flags
 from jax_instructblip.models.variants import DTYPES
 from jax_instructblip.parallel import membership
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     """Prints results and writes them; returns 1 where a dataset could not be scored."""
     parser = _parser()
     args = parser.parse_args(argv)
-    check_flags(args)
+    check_flags(args, stores=(*PLACES, "compare"))
     for kind in ("list", "compare"):
         if getattr(args, kind):
             _refuse_others(parser, args, kind)

@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--shard_bytes", type=int, default=SHARD_BYTES, help="largest shard")
     add_step(parser)
     args = parser.parse_args(argv)
-    check_flags(args)
+    check_flags(args, stores=("folder", "out"))
     without_accelerator()
     from jax_instructblip import export
 

@@ -4,6 +4,7 @@ No verb: it has no `main`.
 """
 
 import argparse
+from collections.abc import Sequence
 
 from jax_instructblip.conversion.safetensors import SHARD_SIZE
 from jax_instructblip.evaluation import settings
@@ -59,10 +60,13 @@ def without_accelerator() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def check_flags(flags: argparse.Namespace) -> None:
-    """Raises a ValueError that names every flag whose value cannot be used."""
+def check_flags(flags: argparse.Namespace, stores: Sequence[str] = ()) -> None:
+    """Raises a ValueError that names every flag whose value cannot be used.
+
+    `stores` are the flags that may be addresses of a store (`gs://bucket/run`).
+    """
     values = vars(flags)
-    problems = [*find_problems(values, NUMBERS, "--"), *find_addresses(values)]
+    problems = [*find_problems(values, NUMBERS, "--"), *find_addresses(values, stores)]
     for name in TEXTS:
         given = values.get(name) or []
         for each in given if isinstance(given, list) else [given]:

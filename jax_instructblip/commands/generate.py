@@ -23,7 +23,7 @@ from jax_instructblip.inference.generation_config import (
 def main(argv: list[str]) -> int:
     """Prints image, prompt, answer and log-probability of each question; returns 0."""
     flags = _parser().parse_args(argv)
-    check_flags(flags)
+    check_flags(flags, stores=("checkpoint", "image"))
     if flags.stream and (flags.num_beams > 1 or flags.json):
         raise ValueError(
             "--stream shows each token as it is chosen: leave out --num_beams, which is certain of "

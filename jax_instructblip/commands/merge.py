@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
     add_step(parser)
     args = parser.parse_args(argv)
-    check_flags(args)
+    check_flags(args, stores=("run", "out"))
     without_accelerator()
     from jax_instructblip import merge
 

@@ -19,7 +19,7 @@ from jax_instructblip.planning.chips import EFFORTS, known
 def main(argv: list[str]) -> int:
     """Prints the plan, or of several the best; 0 where it fits."""
     flags, rest = _parser().parse_known_args(argv)
-    check_flags(flags)
+    check_flags(flags, stores=("config",))
     config = read_config(rest)
     common = {"step": flags.step, "effort": flags.effort}
     if flags.sweep:

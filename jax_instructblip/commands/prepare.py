@@ -13,13 +13,14 @@ from typing import Any
 from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.data import datasets
 from jax_instructblip.data.readers.dataset import Dataset
+from jax_instructblip.remote import address_of
 
 
 def main(argv: list[str]) -> int:
     """Prepares one dataset and prints what was found; returns 0."""
     parser = _parser()
     flags, options = parser.parse_known_args(argv)
-    check_flags(flags)
+    check_flags(flags, stores=("out", "checkpoint"))
     if options and not flags.beam_runner:
         parser.error(f"unknown flags: {' '.join(options)}")
     if flags.list:
@@ -30,6 +31,10 @@ def main(argv: list[str]) -> int:
         parser.error(f"expected {' and '.join(['DATASET'] * (flags.dataset is None) + missing)}")
     dataset = datasets.get_dataset(flags.dataset)
     splits = flags.split.split(",") if flags.split else []
+    if address_of(flags.out) and (flags.preview or flags.beam_runner):
+        raise ValueError(
+            f"out is {address_of(flags.out)}: a page, and what Beam makes, is written to a disk"
+        )
     if flags.preview:
         from jax_instructblip.evaluation.reports.samples import preview
         from jax_instructblip.inference.text_loading import load_text
@@ -39,25 +44,30 @@ def main(argv: list[str]) -> int:
         return 0
     from jax_instructblip.data.prepare.description import describe
 
-    for line in describe(_prepare(dataset, splits, flags, options), dataset, flags.raw):
+    folder, title = _prepare(dataset, splits, flags, options)
+    for line in describe(folder, dataset, flags.raw, title):
         print(line)
     return 0
 
 
 def _prepare(
     dataset: Dataset, splits: list[str], flags: argparse.Namespace, options: list[str]
-) -> pathlib.Path:
-    """The folder of the prepared dataset, made here or where Beam runs."""
+) -> tuple[pathlib.Path, str]:
+    """The folder of the prepared dataset, made here or where Beam runs, and what to call it."""
     common: dict[str, Any] = dict(splits=splits, max_missing=flags.max_missing, frames=flags.frames)
     if flags.beam_runner:
         from jax_instructblip.data.prepare.beam import prepare_with_beam
 
         common |= {"runner": flags.beam_runner, "options": options}
-        return prepare_with_beam(dataset, flags.raw, flags.out, **common)
+        return prepare_with_beam(dataset, flags.raw, flags.out, **common), ""
     from jax_instructblip.data.prepare.shards import prepare
 
     common |= {"workers": flags.workers, "shard_size": flags.shard_size}
-    return prepare(dataset, flags.raw, flags.out, **common)
+    if address := address_of(flags.out):
+        from jax_instructblip.data.prepare.to_store import prepare_to_store
+
+        return prepare_to_store(dataset, flags.raw, address, **common)
+    return prepare(dataset, flags.raw, flags.out, **common), ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--preview", action="store_true", help="write a page, prepare nothing")
     parser.add_argument("--raw", type=pathlib.Path, help="folder of its original files and images")
-    parser.add_argument("--out", type=pathlib.Path, help="folder of prepared datasets")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="folder of prepared datasets, or its address in a store"
+    )
     parser.add_argument("--split", help="with commas (default: all whose files are there)")
     parser.add_argument(
         "--workers",

@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+from jax_instructblip import stores
 from jax_instructblip.commands.flags import add_dtype, check_flags
 from jax_instructblip.files import json_line, read_entries
 from jax_instructblip.inference.generation_config import BATCH_SIZE
@@ -16,7 +17,7 @@ from jax_instructblip.inference.generation_config import BATCH_SIZE
 def main(argv: list[str]) -> int:
     """Prints the best candidates of each question, their scores and probabilities; returns 0."""
     flags = _parser().parse_args(argv)
-    check_flags(flags)
+    check_flags(flags, stores=("checkpoint", "image", "candidates"))
     candidates = _read(flags.candidates)
     from jax_instructblip.inference.asking import rank_files
 
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
 def _read(given: str) -> list[str]:
     """The candidates of the flag; blank lines of a file are passed over."""
     if given.startswith("@"):
-        return read_entries(given[1:])
+        return read_entries(stores.input_path(given[1:]))
     return [each.strip() for each in given.split(",")]
 
 

@@ -50,7 +50,7 @@ def read_config(argv: list[str]) -> "ConfigDict":
         OSError: the file cannot be read.
     """
     given, words = _parser().parse_known_args(argv)
-    check_flags(given)
+    check_flags(given, stores=("config",))
     config = parse_words(load_config(given.config), words)
     if given.profile:
         config.train.profile_folder = given.profile

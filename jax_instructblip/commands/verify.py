@@ -16,7 +16,7 @@ from jax_instructblip.evaluation.published import FACTS
 def main(argv: list[str]) -> int:
     """Prints a line for each question and a summary; 0 if all that were asked match, else 1."""
     flags = _parser().parse_args(argv)
-    check_flags(flags)
+    check_flags(flags, stores=("checkpoint", "image"))
     from jax_instructblip.evaluation.verification import verify
 
     outcome = verify(

@@ -7,39 +7,44 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_instructblip import checkpoint
-from jax_instructblip.atomic import check_room, refuse_existing
+from jax_instructblip import checkpoint, stores
+from jax_instructblip.atomic import check_room
 from jax_instructblip.conversion import hf_folder
 from jax_instructblip.conversion.engine import is_finite
 from jax_instructblip.conversion.stored_model import copy_tokenizers
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.files import local_path
 from jax_instructblip.models.variants import Variant, released_name
 from jax_instructblip.progress import count_bytes
+from jax_instructblip.remote import is_remote
 
 
 def convert(
     folder: str | os.PathLike, out: str | os.PathLike, *, variant: str | None = None
-) -> Path:
+) -> Path | str:
     """Converts a Hugging Face InstructBLIP folder to a checkpoint folder of this package.
 
     Prints what was converted, and on stderr what the checkpoint lacks.
 
     Args:
       folder: config.json, *.safetensors and tokenizers, as downloaded or saved by transformers.
-      out: the folder to make, which must not exist; it appears when all is written.
+      out: the folder to make, or its address in a store; it must not exist, and appears when all
+        is written.
       variant: the released model whose sizes are demanded, a name of `models/variants.py`.
 
     Returns:
-      The folder `out`.
+      The folder `out`, or its address.
 
     Raises:
       ValueError: the folder cannot be converted, with every reason, or a tokenizer is damaged or of
         another model.
       OSError: `out` exists, or the disk has too little room.
     """
-    folder, out = local_path(folder, "folder"), local_path(out, "out")
-    refuse_existing(out)
+    with stores.output_folder(out) as (place, title):
+        _convert(stores.input_path(folder, "folder"), place, title, variant)
+    return title if is_remote(out) else place
+
+
+def _convert(folder: Path, out: Path, title: str, variant: str | None) -> None:
     found, source, leaves = hf_folder.convert_hf(folder, variant)
     unread = _tokenizer_problem(folder, found)
     check_room(out, leaves.nbytes)
@@ -64,7 +69,7 @@ def convert(
         manifest = checkpoint.write_tree(out, counted(), extra=add)
     dtypes = ", ".join(f"{number} tensors {name}" for name, number in source["dtypes"].items())
     print(
-        f"{out}: {released_name(found) or 'a variant of its own size'}, {dtypes} -> "
+        f"{title}: {released_name(found) or 'a variant of its own size'}, {dtypes} -> "
         f"{len(manifest)} leaves, {leaves.nbytes / 1e9:.2f} GB"
     )
     for key, reason in leaves.dropped.items():
@@ -81,7 +86,6 @@ def convert(
         )
     if unread and not absent:
         print(f"warning: {unread}: the checkpoint cannot answer", file=sys.stderr)
-    return out
 
 
 def _tokenizer_problem(folder: Path, variant: Variant) -> str:

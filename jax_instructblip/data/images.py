@@ -16,6 +16,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image
 
+from jax_instructblip import remote
 from jax_instructblip.files import address_problem
 
 # As Pillow's own warning limit: above it decoding takes more than 250 MB.
@@ -50,11 +51,11 @@ class ImageError(ValueError):
 def decode(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An upright RGB image of 8 bits a channel, or an `ImageError` with file name and reason.
 
-    `source` is a path, the bytes of an image file, a PIL image or a uint8 array [H, W],
-    [H, W, 1], [H, W, 3] or [H, W, 4]. The EXIF orientation is applied; of an animation the first
-    frame is taken; transparency is dropped, not blended (Pillow's `convert("RGB")`, as in the
-    released code); 16-bit gray keeps its high byte, as Pillow does for 16-bit colour. The number of
-    pixels is compared with `max_pixels` before any pixel is decoded.
+    `source` is a path, an address of a store, the bytes of an image file, a PIL image or a uint8
+    array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. The EXIF orientation is applied; of an
+    animation the first frame is taken; transparency is dropped, not blended (Pillow's
+    `convert("RGB")`, as in the released code); 16-bit gray keeps its high byte, as Pillow does for
+    16-bit colour. The number of pixels is compared with `max_pixels` before any pixel is decoded.
     """
     with _opened(source, max_pixels) as image:
         return _upright_rgb(image)
@@ -146,6 +147,12 @@ def _open(source: Source, files: contextlib.ExitStack) -> Image.Image:
         return source
     if isinstance(source, bytes):
         file = io.BytesIO(source)
+    elif address := remote.address_of(source):
+        folder, _, name = address.rpartition("/")
+        content = remote.read(folder, name)
+        if content is None:
+            raise _UnusableError("no such file")
+        file = io.BytesIO(content)
     else:
         path = pathlib.Path(source)
         if not path.is_file():  # opening a pipe or a device could wait for ever
@@ -282,7 +289,7 @@ def _name(source: object) -> str:
     if isinstance(source, Image.Image):
         return str(getattr(source, "filename", "") or "PIL image")
     if isinstance(source, str | os.PathLike):
-        return os.fspath(source)
+        return remote.address_of(source) or os.fspath(source)
     raise ImageError(
         f"an image is given as {type(source).__name__}, expected a path, bytes, a PIL image or a "
         "uint8 array"

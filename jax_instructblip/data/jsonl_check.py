@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+from jax_instructblip import stores
 from jax_instructblip.data.images import ImageError, decode
 from jax_instructblip.data.inspect import histogram, render, token_counts, token_rows
 from jax_instructblip.data.records import Record, scan_jsonl
@@ -37,13 +38,13 @@ class Findings:
         return self.good > 0 and not self.bad
 
 
-def examine(file: pathlib.Path, text: TextProcessor, samples: int) -> Findings:
+def examine(file: str | os.PathLike, text: TextProcessor, samples: int) -> Findings:
     """Reads every line, opens every image and counts the tokens of every answer."""
     cut, unknown = np.zeros(len(TRUNCATED), np.int64), {name: [] for name in TRUNCATED}
     found = Findings({}, 0, collections.defaultdict(list), cut, unknown, [])
     records: dict[int, Record] = {}
     with Progress(None, "reading", "lines") as progress:
-        for line, record, reasons in scan_jsonl(file):
+        for line, record, reasons in scan_jsonl(stores.input_rows(file)):
             progress.update()
             if record is None:
                 found.bad[line] = reasons

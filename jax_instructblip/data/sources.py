@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+from jax_instructblip import stores
 from jax_instructblip.data.prepare import builder, shards
 from jax_instructblip.data.records import Record, RecordError, read_jsonl
 from jax_instructblip.data.shapes import dataset
-from jax_instructblip.files import local_path
 
 
 def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record], str]:
@@ -17,19 +17,20 @@ def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record],
 
     `path` is a file of JSON lines, a folder that `jax-instructblip prepare` wrote, or the name of a
     drawn dataset (`shapes`), which is drawn first where it is absent. Of a file whose lines name no
-    split, every line is of any split.
+    split, every line is of any split. What is at an address of a store is copied to the disk.
 
     Raises:
         ValueError: there is no such dataset or split; what there is is listed.
         RecordError: a file with bad lines, all of them.
     """
-    name = os.fspath(local_path(path, "the data"))
-    if name in dataset.DATASETS:
+    if path in dataset.DATASETS:
+        name = os.fspath(path)
         records = dataset.shapes_source(None, split, name)
         facts = [name, dataset.VERSION, split, len(records), records[0]]
         # It has what is asked of a sequence here, length and index, but is none by name.
         records = cast(Sequence[Record], records)
         return records, hashlib.sha256(repr(facts).encode()).hexdigest()
+    name = os.fspath(stores.input_rows(path))
     if (folder := prepared_folder(name)) is not None:
         records = cast(Sequence[Record], builder.open_folder(folder, split))
         content = (folder / shards.REPORT).read_bytes()
@@ -52,7 +53,8 @@ def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record],
 
 def prepared_folder(path: str | os.PathLike) -> Path | None:
     """The prepared dataset that `path` is, or has below its version; None where there is none."""
-    places = (Path(path), Path(path, shards.VERSION))
+    path = stores.input_rows(path)
+    places = (path, path / shards.VERSION)
     return next((each for each in places if (each / shards.REPORT).is_file()), None)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_instructblip import remote, stores
 from jax_instructblip.evaluation import suite
 from jax_instructblip.evaluation.metrics.dialogue_scores import read_relevance
 from jax_instructblip.evaluation.placement import choose_mesh
@@ -91,7 +92,7 @@ def open_tasks(settings: Settings, llm: str) -> list[Task]:
         try:
             task = open_task(
                 benchmark,
-                Path(settings.data),
+                _folder(settings.data, benchmark.name),
                 llm,
                 split=settings.split or "",
                 limit=settings.limit,
@@ -109,6 +110,14 @@ def open_tasks(settings: Settings, llm: str) -> list[Task]:
         raise ValueError("\n  ".join([f"{len(wrong)} datasets cannot be evaluated:", *wrong]))
     _refuse_unused(tasks, given, candidates, relevance)
     return tasks
+
+
+def _folder(data: str, name: str) -> Path:
+    """The folder of the datasets; of an address a copy that has at least the one of that name."""
+    address = remote.address_of(data)
+    if address and name in remote.names(address):
+        return stores.input_path(f"{address}/{name}").parent
+    return stores.input_path(data)
 
 
 def _refuse_unused(

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from jax_instructblip import stores
 from jax_instructblip.evaluation import suite
 from jax_instructblip.evaluation.metrics.metric import MetricError, listed
 from jax_instructblip.evaluation.predictions import Prediction, read_rows
@@ -25,6 +26,7 @@ def compare(first: Path, second: Path) -> list[Comparison]:
       MetricError: there is nothing to compare, or the files are not of the same records; the ids
         are listed.
     """
+    first, second = stores.input_path(first), stores.input_path(second)
     if first.is_file() and second.is_file():
         return [_compare(first.stem, first, second)]
     files = [_files(folder) for folder in (first, second)]

@@ -13,6 +13,7 @@ from jax_instructblip.inference.batching import check_batch_size
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.loading import read_source, weights_digest
 from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
+from jax_instructblip.remote import is_remote
 
 BATCH_SIZE = 64  # questions answered at once
 _LINES = (".jsonl", ".json")  # whose images are files of their own
@@ -47,12 +48,15 @@ def measure_families(
     """
     assert settings.checkpoint is not None
     data = settings.data or (run.data if run else "")
-    out = settings.out or (Path(settings.checkpoint) if run else None)
+    own = run is not None and not is_remote(settings.checkpoint)
+    out = settings.out or (Path(settings.checkpoint) if own else None)
     if not data or out is None:
         missing = " and ".join(
             name for name, value in (("--data", data), ("--out", out)) if not value
         )
-        raise ValueError(f"{missing}: needed, because {settings.checkpoint} is no run that says it")
+        raise ValueError(
+            f"{missing}: needed, because {settings.checkpoint} is no run on a disk that says it"
+        )
     size = BATCH_SIZE if settings.batch_size is None else settings.batch_size
     check_batch_size(size)
     given = settings.overrides()

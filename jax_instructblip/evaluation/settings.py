@@ -9,6 +9,7 @@ from typing import Any
 
 from jax_instructblip.fields import find_problems, whole
 from jax_instructblip.files import find_addresses, local_path
+from jax_instructblip.remote import address_of
 
 DECODING = (
     *("num_beams", "length_penalty", "repetition_penalty", "max_new_tokens", "min_new_tokens"),
@@ -24,6 +25,7 @@ NUMBERS = {
     "tensor": _DEVICES,
 }
 
+PLACES = ("checkpoint", "data", "out", "predictions", "candidates", "relevance")  # or addresses
 _PATHS = ("out", "predictions", "candidates", "relevance")
 _ANSWERING = ("checkpoint", "batch_size", "dtype", "fsdp", "tensor", "no_baselines", *OVERRIDES)
 _OF_DATASETS = ("prompt", "mode", "candidates", "relevance", "length_normalise")
@@ -34,7 +36,8 @@ class Settings:
     """The settings of one evaluation; of how it is asked, None is as the protocols of datasets say.
 
     Attributes:
-      checkpoint: a Hugging Face folder, a converted one, a run, or an embedded name.
+      checkpoint: a Hugging Face folder, a converted one, a run, or an embedded name. It, `data` and
+        the files and folders below may be at an address of a store.
       datasets: benchmarks by name; () for accuracies by family of questions.
       data: prepared datasets, or the files as they were downloaded; of families a file of JSON
         lines or `shapes`, by default what the run was validated on.
@@ -94,8 +97,8 @@ class Settings:
             raise ValueError(f"datasets is {datasets!r:.60}, expected a list of names or one text")
         for name in ("checkpoint", "data", *_PATHS):
             if given.get(name) is not None:
-                path = local_path(given[name], name)
-                given[name] = path if name in _PATHS else os.fspath(given[name])
+                path = Path(address_of(given[name]) or local_path(given[name], name))
+                given[name] = path if name in _PATHS else address_of(path) or os.fspath(given[name])
         if unknown := [name for name in given if name not in NAMES]:
             raise ValueError("; ".join(map(_hint, unknown)))
         made = cls(datasets=tuple(datasets or ()), **given)
@@ -104,7 +107,7 @@ class Settings:
 
     def check(self) -> None:
         """Raises a ValueError where a setting cannot be, or the others leave it without effect."""
-        problems = [*find_addresses(vars(self)), *find_problems(self, NUMBERS)]
+        problems = [*find_addresses(vars(self), PLACES), *find_problems(self, NUMBERS)]
         if wrong := [name for name in self.datasets if not isinstance(name, str)]:
             problems.append(f"datasets has {wrong!r:.60}, expected names")
         for name in ("split", "prompt", "dtype"):

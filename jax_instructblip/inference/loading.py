@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_instructblip import checkpoint
+from jax_instructblip import checkpoint, stores
 from jax_instructblip.checkpoint.step_meta import META, check_manifest, read_meta
 from jax_instructblip.conversion.hf_folder import convert_hf
 from jax_instructblip.conversion.stored_model import StoredModel, read_stored_model, tuned
-from jax_instructblip.files import local_path, read_json
+from jax_instructblip.files import read_json
 from jax_instructblip.models.variants import DTYPES, Variant
 from jax_instructblip.models.vlm import DECODERS, param_shapes, separate_decoder
 from jax_instructblip.parallel import rules
@@ -84,8 +84,11 @@ def read_dtype(dtype: Any) -> np.dtype:
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> Path:
-    """The folder that `path` is, or that is embedded in the package under this name."""
-    folder = local_path(path, "the checkpoint")
+    """The folder that `path` is, or that is embedded in the package under this name.
+
+    Of an address of a store it is a copy, a run's without the weights of its checkpoints.
+    """
+    folder = stores.input_checkpoint(path)
     if folder.is_dir():
         return folder
     names = sorted(each.name for each in EMBEDDED.glob("*") if (each / "config.json").is_file())
@@ -163,6 +166,7 @@ def read_params(
 
 def _run_source(step: Path) -> Source:
     meta = read_meta(step)
+    stores.complete(step / "trainable")
     base = read_source(_base_folder(step, meta["base"]))
     found, wanted = base_digest(base), meta["base"]["sha256"]
     if found != wanted:

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_instructblip import checkpoint
-from jax_instructblip.atomic import check_room, refuse_existing
+from jax_instructblip import checkpoint, stores
+from jax_instructblip.atomic import check_room
 from jax_instructblip.conversion.stored_model import copy_tokenizers, write_sides
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.loading import LIMITS, Source
@@ -27,22 +27,20 @@ def save_checkpoint(
     """Writes `out`: the parameters in the dtypes they have, the tokenizers, config and manifest.
 
     With the `source` that the model was loaded from, the tokenizers are copied from there and the
-    facts about its weights are kept. `out` appears when all is written.
+    facts about its weights are kept. `out`, a folder or its address in a store, appears when all is
+    written.
 
     Raises:
         FileExistsError: `out` exists.
         ValueError: other processes hold parts of the parameters.
         OSError: there is no room, or writing failed.
     """
-    out = Path(out)
-    refuse_existing(out)
     leaves = jax.tree.leaves(params)
     if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
         raise ValueError(
             f"{out} is not written: other processes hold parts of the parameters; load the model "
             "in one process, or use `jax-instructblip merge`, which needs no device"
         )
-    check_room(out, sum(leaf.nbytes for leaf in leaves))
 
     def add(partial: Path) -> None:
         limits = {name: getattr(text, name) for name in LIMITS}
@@ -53,7 +51,9 @@ def save_checkpoint(
         else:
             copy_tokenizers(source.folder, partial)
 
-    checkpoint.write_tree(out, _stacked(variant, params), extra=add)
+    with stores.output_folder(out) as (place, _):
+        check_room(place, sum(leaf.nbytes for leaf in leaves))
+        checkpoint.write_tree(place, _stacked(variant, params), extra=add)
 
 
 def _stacked(variant: Variant, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:

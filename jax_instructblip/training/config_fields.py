@@ -41,8 +41,8 @@ _DROPOUT = number(0, below=1, special=(-1.0,), unit="probability; -1: as the che
 FIELDS: dict[str, Field] = {
     "workdir": text(),
     "seed": whole(0, 2**32 - 1),  # a key has 32 bits: larger ones would be others again
-    "model.checkpoint": path(),
-    "model.init": path(),
+    "model.checkpoint": path(stored=True),
+    "model.init": path(stored=True),
     "model.trainable": several(text()),
     "model.instruction_aware": flag(),
     "model.qformer_dropout": _DROPOUT,
@@ -89,7 +89,7 @@ FIELDS: dict[str, Field] = {
     "checkpoints.every": _STEPS,
     "checkpoints.keep": whole(1, unit="checkpoints"),
     "checkpoints.keep_every": whole(0, unit="steps; 0: none"),
-    "validation.path": path(),
+    "validation.path": path(stored=True),
     "validation.split": text(),
     "validation.every": _STEPS,
     "validation.first": flag(),
@@ -110,7 +110,7 @@ NEEDED = {  # to run: what "" or () leaves out
 }
 
 SOURCE_FIELDS: dict[str, Field] = {
-    "path": path(),
+    "path": path(stored=True),
     "split": text(),
     "weight": number(0, unit="relative to the other weights; 0: by data.sampling"),
     "templates": one_of("", *templates.TEMPLATES),

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jax_instructblip.files import local_path
+from jax_instructblip import stores
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -41,7 +41,7 @@ def load_config(path: str | os.PathLike) -> "ConfigDict":
         ValueError: the file has no such function, or it sets a field that there is not.
         OSError: the file cannot be read.
     """
-    path = local_path(path, "the config")
+    path = stores.input_path(path, "the config")
     _offer_configs()
     own = _CONFIGS and _CONFIGS.parent / path
     if not Path(path).is_file() and own and own.parent == _CONFIGS and own.is_file():

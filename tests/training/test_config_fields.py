@@ -117,9 +117,9 @@ def test_a_value_out_of_its_row_is_refused_by_name(field, value, expected):
         ({"data.sources": {"a": {"path": "x"}}}, "a has the fields .'path'., expected"),
         ({"data.sources": {"a": common.source("x", weight=NAN)}}, "sources.a.weight is nan"),
         ({"data.sources": {"a": common.source("x", templates="q")}}, "a.templates is 'q', expect"),
-        ({"data.sources": {"a": common.source("gs://x")}}, "sources.a.path is gs://x: weights"),
+        ({"data.sources": {"a": common.source("hdfs://x")}}, "sources.a.path is hdfs://x: this is"),
         ({"data.sources": 3}, "config.data.sources is 3, expected names with common.source"),
-        ({"model.init": "memory://a"}, "config.model.init is memory://a: weights and data"),
+        ({"train.profile_folder": "s3://a"}, "config.train.profile_folder is s3://a: this is read"),
     ],
 )
 def test_fields_that_do_not_go_together_are_named(fields, message):

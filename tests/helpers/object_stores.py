@@ -1,0 +1,37 @@
+"""An S3 server on this machine, which the real client talks to."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from unittest import mock
+
+import fsspec
+from moto.server import ThreadedMotoServer
+
+from tests.helpers.ports import free_port
+
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "key",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[dict[str, str]]:
+    """A server with the bucket `bucket`; yields what the environment of its clients needs.
+
+    One a process: the client keeps the first one's address.
+    """
+    port = free_port()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for each request
+    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    server.start()
+    environment = KEYS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    try:
+        with mock.patch.dict(os.environ, environment):
+            fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+            yield environment
+    finally:
+        server.stop()
