@@ -24,7 +24,7 @@ from jax_instructblip.data.batch import collate
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vision import IMAGE_MEAN, IMAGE_STD
-from jax_instructblip.models.vlm import VisionLanguageModel, separate_decoder
+from jax_instructblip.models.vlm import VisionLanguageModel, unstack_decoder
 
 
 class Twins(NamedTuple):
@@ -52,8 +52,8 @@ def make_twins(name: str, seed: int = 0) -> Twins:
     with tempfile.TemporaryDirectory() as folder, quiet():
         theirs.save_pretrained(folder)
         variant, params = read_hf(folder)
-    params = separate_decoder(variant, jax.tree.map(jnp.asarray, params))  # as `load` does
-    ours = VisionLanguageModel(variant, scans=Scans(llm=Scan(separate=True)))
+    params = unstack_decoder(variant, jax.tree.map(jnp.asarray, params))  # as `load` does
+    ours = VisionLanguageModel(variant, scans=Scans(llm=Scan(unstacked=True)))
     return Twins(theirs, ours, params, variant)
 
 

@@ -26,7 +26,7 @@ from jax_instructblip.conversion.hf_folder import convert_hf
 from jax_instructblip.conversion.stored_model import StoredModel, read_stored_model, tuned
 from jax_instructblip.files import read_json
 from jax_instructblip.models.variants import DTYPES, Variant
-from jax_instructblip.models.vlm import DECODERS, param_shapes, separate_decoder
+from jax_instructblip.models.vlm import DECODERS, param_shapes, unstack_decoder
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import is_split, replicated
 
@@ -290,7 +290,7 @@ def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> checkpo
     """The parameters of `source` on the first device, or laid over `mesh` by `parallel/rules.py`.
 
     Of a mesh of several processes each reads what it holds. On a CPU that holds them whole the
-    layers that decode are separate, which is faster (`models.vlm.separate_decoder`).
+    layers that decode are unstacked, which is faster (`models.vlm.unstack_decoder`).
     """
     if not (mesh is None or isinstance(mesh, Mesh)):
         raise ValueError(f"mesh is a {type(mesh).__name__}, expected a jax.sharding.Mesh or None")
@@ -303,7 +303,7 @@ def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> checkpo
     if jax.default_backend() != "cpu" or (mesh is not None and is_split(mesh)):
         return read_params(source, place)
     params = read_params(source, functools.partial(_place_apart, source.variant, place))
-    return separate_decoder(source.variant, params)
+    return unstack_decoder(source.variant, params)
 
 
 def _place(path: str, array: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.Array:

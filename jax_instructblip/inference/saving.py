@@ -14,7 +14,7 @@ from jax_instructblip.conversion.stored_model import copy_tokenizers, write_side
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.loading import LIMITS, Source
 from jax_instructblip.models.variants import Variant
-from jax_instructblip.models.vlm import DECODERS, is_separate
+from jax_instructblip.models.vlm import DECODERS, is_unstacked
 
 
 def save_checkpoint(
@@ -57,9 +57,9 @@ def save_checkpoint(
 
 
 def _stacked(variant: Variant, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """The leaves as a checkpoint has them: what `separate_decoder` took apart is put together."""
+    """The leaves as a checkpoint has them: what `unstack_decoder` took apart is put together."""
     flat = checkpoint.flatten(params)
-    if not is_separate(variant, params):
+    if not is_unstacked(variant, params):
         yield from flat.items()
         return
     prefix = DECODERS[variant.llm.kind] + "/"

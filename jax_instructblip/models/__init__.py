@@ -16,8 +16,8 @@ One alphabet, in shape annotations and einsum strings alike:
     Dv Dl Dc               model width of the vision tower, of the language model, and of what an
                            attention looks at
 
-Layers are stacked on axis 0 and scanned; those that decode may be separate
-(`layers.Scan.separate`). Leaves are named only `kernel bias scale embedding queries cls pos_embed
+Layers are stacked on axis 0 and scanned; those that decode may be unstacked
+(`layers.Scan.unstacked`). Leaves are named only `kernel bias scale embedding queries cls pos_embed
 relative_bias`; attention kernels keep their head axis (`[D, N, K]` going in, `[N, K, D]` coming
 out).
 """

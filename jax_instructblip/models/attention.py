@@ -1,4 +1,4 @@
-"""Attention: one module for the projections, one function for whole rows, one for cached parts.
+"""Attention: one module for the projections, one function for whole rows, one for cached keys.
 
 The only place where a kernel is chosen. Both functions are einsums with float32 scores and softmax,
 which XLA fuses on every backend; odd lengths, biases and boolean masks need no special case.
@@ -47,10 +47,10 @@ class Attention(nn.Module):
         mask: Bool[Array, "#B 1 #T S"] | None = None,
         bias: Float[Array, "#B N T S"] | None = None,
         scale: float | None = None,
-        drop: Callable[[Array], Array] | None = None,
+        dropout: Callable[[Array], Array] | None = None,
     ) -> Float[Array, "B T D"]:
         mixed = attend(
-            self.query(x), self.key(context), self.value(context), mask, bias, scale, drop
+            self.query(x), self.key(context), self.value(context), mask, bias, scale, dropout
         )
         return self.out(mixed)
 
@@ -62,13 +62,13 @@ def attend(
     mask: Bool[Array, "#B 1 #T S"] | None = None,
     bias: Float[Array, "#B N T S"] | None = None,
     scale: float | None = None,
-    drop: Callable[[Array], Array] | None = None,
+    dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T N K"]:
     """Values averaged by softmax(query . key x scale + bias) over the keys that `mask` shows.
 
     `scale` defaults to K^-0.5 (T5: 1.0) and multiplies the float32 scores: it would be one more
     rounding of a bfloat16 query.
-    `drop` is applied to the weights, in training.
+    `dropout` is applied to the weights, in training.
     """
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     scores = jnp.einsum("BTNK,BSNK->BNTS", query, key, preferred_element_type=jnp.float32) * factor
@@ -77,12 +77,12 @@ def attend(
     if mask is not None:
         scores = jnp.where(mask, scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1)
-    if drop is not None:
-        weights = drop(weights)
+    if dropout is not None:
+        weights = dropout(weights)
     return jnp.einsum("BNTS,BSNK->BTNK", weights.astype(value.dtype), value)
 
 
-class Part(NamedTuple):
+class CachedKV(NamedTuple):
     """Keys and values that all rows of a sample look at, as a cache holds them."""
 
     key: Float[Array, "B N S K"]
@@ -91,47 +91,49 @@ class Part(NamedTuple):
     bias: Float[Array, "#B N #R S"] | None = None
 
 
-class Own(NamedTuple):
-    """The key and value of each row's newest token, which it sees beside the parts."""
+class CurrentKV(NamedTuple):
+    """The key and value of each row's newest token, which the row sees besides what is cached."""
 
     key: Float[Array, "B N R K"]
     value: Float[Array, "B N R K"]
     bias: Float[Array, " N"] | None = None
 
 
-def attend_parts(
+def attend_cached(
     query: Float[Array, "B R N K"],
-    parts: Sequence[Part],
-    own: Own | None = None,
+    cached: Sequence[CachedKV],
+    current: CurrentKV | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B R N K"]:
-    """Values for R rows that look at the same parts, and each at its newest token: one softmax.
+    """Values for R rows over keys that they share, and each over its newest token: one softmax.
 
-        [ part: every row | part: every row | own: each row its own ]
+        [ cached: every row | cached: every row | current: each row its own ]
 
-    No part is repeated R times, joined with another or copied into another order: the rows stand
-    where attention over a whole row has its queries, and heads come before slots as products on a
-    CPU want them. The newest token comes apart, so that the tail is read before it is written.
+    Nothing cached is repeated R times, joined or copied into another order: the rows stand where
+    attention over a whole row has its queries, and heads come before slots as products on a CPU
+    want them. The newest token comes apart, so that the tail is read before it is written.
     """
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     query = heads_first(query)
     score = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores = []
-    for part in parts:
-        found = score("BNRK,BNSK->BNRS", query, part.key) * factor
-        found = found if part.bias is None else found + part.bias
-        scores.append(jnp.where(part.mask, found, MASKED))
-    if own is not None:
-        found = score("BNRK,BNRK->BNR", query, own.key)[..., None] * factor
-        scores.append(found if own.bias is None else found + own.bias[None, :, None, None])
+    for kv in cached:
+        logits = score("BNRK,BNSK->BNRS", query, kv.key) * factor
+        logits = logits if kv.bias is None else logits + kv.bias
+        scores.append(jnp.where(kv.mask, logits, MASKED))
+    if current is not None:
+        logits = score("BNRK,BNRK->BNR", query, current.key)[..., None] * factor
+        scores.append(
+            logits if current.bias is None else logits + current.bias[None, :, None, None]
+        )
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
     mixed, start = jnp.zeros_like(query), 0
-    for part in parts:
-        stop = start + part.key.shape[2]
-        mixed += jnp.einsum("BNRS,BNSK->BNRK", weights[..., start:stop], part.value)
+    for kv in cached:
+        stop = start + kv.key.shape[2]
+        mixed += jnp.einsum("BNRS,BNSK->BNRK", weights[..., start:stop], kv.value)
         start = stop
-    if own is not None:
-        mixed += weights[..., start:] * own.value
+    if current is not None:
+        mixed += weights[..., start:] * current.value
     return heads_first(mixed)
 
 

@@ -8,7 +8,7 @@
     step                 []                  steps that the tail holds so far
 
 A plain pytree, passed in and returned. `prefix` and `tail` hold their layers as the parameters do:
-stacked on axis 0, or a tuple of one tree each (`layers.Scan.separate`).
+stacked on axis 0, or a tuple of one tree each (`layers.Scan.unstacked`).
 
 Rows never move. Where a beam search lets row 2 continue row 0, row 2 takes over the lineage of row
 0, and the mask shows it those slots; greedy decoding has one row, and a lineage of zeros:
@@ -22,26 +22,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_instructblip.models.attention import Own, Part
+from jax_instructblip.models.attention import CachedKV, CurrentKV
 from jax_instructblip.models.masks import lineage_mask
 
 Cache = dict[str, Any]
 
 
-def start(prefix: Any, real: Bool[Array, "B S"], length: int) -> Cache:
+def start(prefix: Any, valid: Bool[Array, "B S"], length: int) -> Cache:
     """The cache of a prompt, with room for `length` steps of one row."""
-    room = lambda leaf: jnp.zeros((*leaf.shape[:-2], length, leaf.shape[-1]), leaf.dtype)
+    empty = lambda leaf: jnp.zeros((*leaf.shape[:-2], length, leaf.shape[-1]), leaf.dtype)
     return {
         "prefix": prefix,
-        "prefix_mask": real,
-        "tail": jax.tree.map(room, prefix),
-        "lineage": jnp.zeros((real.shape[0], 1, length), jnp.int32),
+        "prefix_mask": valid,
+        "tail": jax.tree.map(empty, prefix),
+        "lineage": jnp.zeros((valid.shape[0], 1, length), jnp.int32),
         "step": jnp.zeros((), jnp.int32),
     }
 
 
-def widen(cache: Cache, rows: int) -> Cache:
-    """The cache of one row with `rows` of them, all alike."""
+def expand_beams(cache: Cache, rows: int) -> Cache:
+    """The cache with `rows` equal rows a sample instead of one."""
     batch, _, length = cache["lineage"].shape
     own = jnp.arange(rows, dtype=jnp.int32)[None, :, None]
     return {
@@ -51,51 +51,54 @@ def widen(cache: Cache, rows: int) -> Cache:
     }
 
 
-def follow(cache: Cache, parents: Int[Array, "B R"]) -> Cache:
+def reorder_beams(cache: Cache, parents: Int[Array, "B R"]) -> Cache:
     """The cache whose row r continues row `parents[r]`."""
     lineage = jnp.take_along_axis(cache["lineage"], parents[..., None], axis=1)
     return {**cache, "lineage": lineage}
 
 
-class View(NamedTuple):
-    """The view that the rows of a step have of the tail, for all layers alike."""
+class TailView(NamedTuple):
+    """The slots of the tail that the rows of a step see, for all layers alike."""
 
     mask: Bool[Array, "B 1 R S"]
-    slot: Int[Array, ""] | None  # where a layer writes its tokens before it looks; None: the caller
+    slot: (
+        Int[Array, ""] | None
+    )  # where a layer writes its tokens before it attends; None: the caller
     past: Float[Array, "1 N 1 S"] | None = None  # bias of the slots (T5)
     newest: Float[Array, " N"] | None = None  # bias of the token where it is not written first
 
 
-def view(cache: Cache) -> View:
-    """The view that the next step has of the tail.
+def tail_view(cache: Cache) -> TailView:
+    """The tail as the next step sees it.
 
-    A stack of layers is written by `write` afterwards, for all layers at once: a scan that returned
-    the tails would copy them. Separate ones are written by the layers, first: what is read and
-    written in no order is copied, too.
+    A stack of layers is written by `append` afterwards, for all layers at once: a scan that
+    returned the tails would copy them. Unstacked layers write their own tails, first: what is read
+    and written in no order is copied, too.
     """
     if isinstance(cache["tail"], tuple):
         rows, step = cache["lineage"].shape[1], cache["step"]
-        return View(lineage_mask(_advance(cache)["lineage"], step + 1), step * rows)
-    return View(lineage_mask(cache["lineage"], cache["step"]), None)
+        return TailView(lineage_mask(_advance(cache)["lineage"], step + 1), step * rows)
+    return TailView(lineage_mask(cache["lineage"], cache["step"]), None)
 
 
-def look(tail: Any, token: Any, view: View) -> tuple[Part, Own | None, Any]:
-    """The keys and values that a step of one layer attends to, and what it returns for `write`.
+def attend_tail(tail: Any, token: Any, view: TailView) -> tuple[CachedKV, CurrentKV | None, Any]:
+    """The keys and values that a step of one layer attends to, and what it returns for `append`.
 
     `token` has its key and value `[B, N, R, K]`, `tail` is the layer's.
     """
     if view.slot is None:
-        return Part(**tail, mask=view.mask, bias=view.past), Own(**token, bias=view.newest), token
+        past = CachedKV(**tail, mask=view.mask, bias=view.past)
+        return past, CurrentKV(**token, bias=view.newest), token
     tail = {name: _put(leaf, token[name], view.slot) for name, leaf in tail.items()}
-    return Part(**tail, mask=view.mask, bias=view.past), None, tail
+    return CachedKV(**tail, mask=view.mask, bias=view.past), None, tail
 
 
-def write(cache: Cache, made: Any) -> Cache:
-    """The cache one step longer; `made` is what the layers returned by `look`."""
-    if not isinstance(made, tuple):
+def append(cache: Cache, outputs: Any) -> Cache:
+    """The cache one step longer; `outputs` is what the layers returned by `attend_tail`."""
+    if not isinstance(outputs, tuple):
         slot = cache["step"] * cache["lineage"].shape[1]
-        made = {name: _put(leaf, made[name], slot) for name, leaf in cache["tail"].items()}
-    return {**_advance(cache), "tail": made}
+        outputs = {name: _put(leaf, outputs[name], slot) for name, leaf in cache["tail"].items()}
+    return {**_advance(cache), "tail": outputs}
 
 
 def _put(tail: Array, token: Array, slot: Array) -> Array:

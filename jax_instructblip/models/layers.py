@@ -19,7 +19,7 @@ from jax_instructblip.models.dense import PRODUCT, Dense, rank_of
 # (benchmarks/precision.py). Embeddings begin a stream in this dtype; sums and norms keep it.
 RESIDUAL = jnp.float32
 BATCH_AXES = ("data", "fsdp")  # mesh axes that split the batch
-FLAGS = ("keep", "train")  # arguments of a layer that are Python booleans
+FLAGS = ("return_kv", "train")  # arguments of a layer that are Python booleans
 
 # What a backward pass computes again instead of keeping it since the forward pass.
 REMAT: dict[str, Callable[..., bool] | None] = {
@@ -49,7 +49,7 @@ class Scan:
         pass twice; "dots" keeps the products with weights, too, and repeats little.
       weights: what is done to the weights of each layer where they are taken out of their stack
         (`parallel.rules.constrain_layer`); None for nothing.
-      separate: the parameters are one tree a layer (`separate_layers`) instead of a stack, and so
+      unstacked: the parameters are one tree a layer (`unstack_layers`) instead of a stack, and so
         is what layers are given and return; the kernel of a head is `[V, D]`. For decoding on a
         CPU, where a product with a slice of a stack copies the slice first. Neither of the two
         fields above applies.
@@ -57,7 +57,7 @@ class Scan:
 
     remat: str = "none"
     weights: Callable[[Any], Any] | None = None
-    separate: bool = False
+    unstacked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +118,8 @@ class Dropout(nn.Module):
     def __call__(self, x: Array, deterministic: bool) -> Array:
         if self.rate == 0 or deterministic:
             return x
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
-        return jnp.where(jax.lax.optimization_barrier(keep), x / (1 - self.rate), 0)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+        return jnp.where(jax.lax.optimization_barrier(kept), x / (1 - self.rate), 0)
 
 
 class LayerNorm(nn.Module):
@@ -165,11 +165,11 @@ class Mlp(nn.Module):
 
     def setup(self):
         # `in` is a Python keyword, so the submodule is named in words.
-        self.rise = Dense((self.hidden,), self.dtype, bias_dtype=self.bias_dtype, name="in")
+        self.up = Dense((self.hidden,), self.dtype, bias_dtype=self.bias_dtype, name="in")
         self.out = Dense((self.width,), self.dtype, wide=True)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return self.out(ACTIVATIONS[self.activation](self.rise(x).astype(jnp.float32)))
+        return self.out(ACTIVATIONS[self.activation](self.up(x).astype(jnp.float32)))
 
 
 class GatedMlp(nn.Module):
@@ -202,9 +202,9 @@ def take_slots(
     a training step.
     """
     del inverse
-    taken = jnp.take_along_axis(x, jnp.clip(index, 0, x.shape[1] - 1)[..., None], axis=1)
+    picked = jnp.take_along_axis(x, jnp.clip(index, 0, x.shape[1] - 1)[..., None], axis=1)
     inside = (index >= 0) & (index < x.shape[1])
-    return jnp.where(inside[..., None], taken, 0)
+    return jnp.where(inside[..., None], picked, 0)
 
 
 def _take_forward(x: Array, index: Array, inverse: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -220,7 +220,7 @@ take_slots.defvjp(_take_forward, _take_backward)
 
 
 def unique_inverse(index: Int[Array, "B T"], length: int) -> Int[Array, "B S"]:
-    """The place in `index` of each of 0 ... `length` - 1; T for those that it has not."""
+    """The position in `index` of each of 0 ... `length` - 1; T for those that it has not."""
     rows, count = jnp.arange(index.shape[0])[:, None], index.shape[1]
     nowhere = jnp.full((index.shape[0], length), count, jnp.int32)
     own = jnp.arange(count, dtype=jnp.int32)[None]
@@ -235,9 +235,9 @@ def scan_layers(
     `broadcast` names the methods that are scanned (`call` is `__call__`) and how many arguments of
     each every layer sees alike. Before those a method takes the carry and one tree with a leading
     axis of layers (or None); it returns the carry and one tree to stack (or None). With
-    `scan.separate` that tree is a tuple of the layers' own ones.
+    `scan.unstacked` that tree is a tuple of the layers' own ones.
     """
-    if scan.separate:
+    if scan.unstacked:
         return lambda *args: LayerList(functools.partial(block, *args), length)
 
     def lift(count: int) -> dict[str, Any]:
@@ -273,27 +273,27 @@ class LayerList(nn.Module):
         self.layers = [self.make(name=str(index)) for index in range(self.length)]
 
     def _each(self, method: str, carry: Any, own: Any, *shared: Any) -> tuple[Any, Any]:
-        made = []
+        outputs = []
         for index, layer in enumerate(self.layers):
-            given = None if own is None else own[index]
-            carry, out = getattr(layer, method)(carry, given, *shared)
-            made.append(out)
-        return carry, None if all(out is None for out in made) else tuple(made)
+            own_input = None if own is None else own[index]
+            carry, out = getattr(layer, method)(carry, own_input, *shared)
+            outputs.append(out)
+        return carry, None if all(out is None for out in outputs) else tuple(outputs)
 
-    def __call__(self, *given: Any) -> tuple[Any, Any]:
-        return self._each("__call__", *given)
+    def __call__(self, *arguments: Any) -> tuple[Any, Any]:
+        return self._each("__call__", *arguments)
 
-    def step(self, *given: Any) -> tuple[Any, Any]:
-        return self._each("step", *given)
+    def step(self, *arguments: Any) -> tuple[Any, Any]:
+        return self._each("step", *arguments)
 
-    def tree(self, *given: Any) -> tuple[Any, Any]:
-        return self._each("tree", *given)
+    def tree(self, *arguments: Any) -> tuple[Any, Any]:
+        return self._each("tree", *arguments)
 
-    def look_at(self, *given: Any) -> tuple[Any, Any]:
-        return self._each("look_at", *given)
+    def cross_kv(self, *arguments: Any) -> tuple[Any, Any]:
+        return self._each("cross_kv", *arguments)
 
 
-def separate_layers(stack: Any) -> dict[str, Any]:
+def unstack_layers(stack: Any) -> dict[str, Any]:
     """Parameters `[Y, ...]` as `LayerList` takes them; leaves may be tuples of layers already."""
     is_leaf = lambda leaf: isinstance(leaf, tuple)
     count = len(jax.tree.leaves(stack, is_leaf=is_leaf)[0])
@@ -301,8 +301,8 @@ def separate_layers(stack: Any) -> dict[str, Any]:
     return {str(index): pick(index) for index in range(count)}
 
 
-def beside(**trees: Any) -> Any:
-    """A dict of trees that all hold the same layers, as a tree that holds them likewise."""
+def zip_layers(**trees: Any) -> Any:
+    """Zips trees per layer: a dict of stacks stays one, tuples of layers become one of dicts."""
     if all(isinstance(tree, tuple) for tree in trees.values()):
         return tuple(
             dict(zip(trees, each, strict=True)) for each in zip(*trees.values(), strict=True)
@@ -310,9 +310,9 @@ def beside(**trees: Any) -> Any:
     return trees
 
 
-def _change(weights: Callable[[Any], Any], found: Mapping[str, Any]) -> dict[str, Any]:
+def _change(weights: Callable[[Any], Any], variables: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of one layer, `{"params": tree}`, after `weights`."""
-    return {name: weights(tree) for name, tree in found.items()}
+    return {name: weights(tree) for name, tree in variables.items()}
 
 
 def _policy(remat: str) -> Callable[..., bool] | None:
@@ -323,6 +323,6 @@ def _policy(remat: str) -> Callable[..., bool] | None:
     policy = REMAT[remat]
     if policy is None:
         return None
-    return lambda primitive, *given, **more: (
-        primitive.name != "sharding_constraint" and policy(primitive, *given, **more)
+    return lambda primitive, *arguments, **options: (
+        primitive.name != "sharding_constraint" and policy(primitive, *arguments, **options)
     )

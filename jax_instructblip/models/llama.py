@@ -12,12 +12,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_instructblip.models.attention import (
     Attention,
-    Part,
+    CachedKV,
     attend,
-    attend_parts,
+    attend_cached,
     heads_first,
 )
-from jax_instructblip.models.cache import look, start, view, write
+from jax_instructblip.models.cache import append, attend_tail, start, tail_view
 from jax_instructblip.models.dense import Head
 from jax_instructblip.models.layers import (
     RESIDUAL,
@@ -26,11 +26,11 @@ from jax_instructblip.models.layers import (
     Network,
     RMSNorm,
     Scan,
-    beside,
     constrain,
     scan_layers,
     take_slots,
     unique_inverse,
+    zip_layers,
 )
 from jax_instructblip.models.masks import causal_mask, padding_mask, tree_mask
 from jax_instructblip.models.variants import LlamaConfig
@@ -72,31 +72,41 @@ class LlamaLayer(nn.Module):
         self.mlp = GatedMlp(c.width, c.mlp, self.dtype, "silu")
         self.drop = Dropout(c.dropout)
 
-    def __call__(self, x, _, mask, rotation, keep, train):
-        """Runs whole rows; with `keep` keys and values come back as a cache has them."""
-        drop = functools.partial(self.drop, deterministic=not train)
-        y, own = self.attention_norm(x), self.attention
-        key, value = rotate(own.key(y), rotation), own.value(y)
-        mixed = attend(rotate(own.query(y), rotation), key, value, mask, drop=drop)
-        x = constrain(x + own.out(mixed))
+    def __call__(self, x, _, mask, rotation, return_kv, train):
+        """Runs whole rows; with `return_kv` keys and values come back as a cache has them."""
+        dropout = functools.partial(self.drop, deterministic=not train)
+        y, attention = self.attention_norm(x), self.attention
+        key, value = rotate(attention.key(y), rotation), attention.value(y)
+        mixed = attend(rotate(attention.query(y), rotation), key, value, mask, dropout=dropout)
+        x = constrain(x + attention.out(mixed))
         x = constrain(x + self.mlp(self.mlp_norm(x)))
-        return x, ({"key": heads_first(key), "value": heads_first(value)} if keep else None)
+        return x, ({"key": heads_first(key), "value": heads_first(value)} if return_kv else None)
 
     def step(self, x, cache, prefix_mask, view, rotation):
-        """Runs one token `[B, R, D]`; what `look` returns comes back, for `write`."""
-        y, own = self.attention_norm(x), self.attention
-        key, value = heads_first(rotate(own.key(y), rotation)), heads_first(own.value(y))
-        part, newest, made = look(cache["tail"], {"key": key, "value": value}, view)
-        parts = [Part(**cache["prefix"], mask=prefix_mask), part]
-        x = constrain(x + own.out(attend_parts(rotate(own.query(y), rotation), parts, newest)))
-        return constrain(x + self.mlp(self.mlp_norm(x))), made
+        """Runs one token `[B, R, D]`; what `attend_tail` returns comes back, for `append`."""
+        y, attention = self.attention_norm(x), self.attention
+        key, value = (
+            heads_first(rotate(attention.key(y), rotation)),
+            heads_first(attention.value(y)),
+        )
+        past, current, output = attend_tail(cache["tail"], {"key": key, "value": value}, view)
+        cached = [CachedKV(**cache["prefix"], mask=prefix_mask), past]
+        x = constrain(
+            x + attention.out(attend_cached(rotate(attention.query(y), rotation), cached, current))
+        )
+        return constrain(x + self.mlp(self.mlp_norm(x))), output
 
     def tree(self, x, prefix, prefix_mask, mask, rotation):
         """Runs a tree of tokens `[B, T, D]` behind the prompt; nothing is stored."""
-        y, own = self.attention_norm(x), self.attention
-        key, value = heads_first(rotate(own.key(y), rotation)), heads_first(own.value(y))
-        parts = [Part(**prefix, mask=prefix_mask), Part(key, value, mask)]
-        x = constrain(x + own.out(attend_parts(rotate(own.query(y), rotation), parts)))
+        y, attention = self.attention_norm(x), self.attention
+        key, value = (
+            heads_first(rotate(attention.key(y), rotation)),
+            heads_first(attention.value(y)),
+        )
+        cached = [CachedKV(**prefix, mask=prefix_mask), CachedKV(key, value, mask)]
+        x = constrain(
+            x + attention.out(attend_cached(rotate(attention.query(y), rotation), cached))
+        )
         return constrain(x + self.mlp(self.mlp_norm(x))), None
 
 
@@ -116,7 +126,7 @@ class Llama(Network):
         layers = scan_layers(LlamaLayer, c.layers, self.scan, call=4, step=3, tree=3)
         self.layers = layers(c, self.dtype)
         self.norm = RMSNorm(c.norm_eps)
-        self.head = Head(c.vocab, self.dtype, by_word=self.scan.separate)
+        self.head = Head(c.vocab, self.dtype, by_word=self.scan.unstacked)
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Token embeddings, the beginning of a residual stream."""
@@ -127,11 +137,11 @@ class Llama(Network):
         return self.head(x)
 
     def hidden(
-        self, inputs: Array, segments: Array, positions: Array, keep: bool, train: bool
+        self, inputs: Array, segments: Array, positions: Array, return_kv: bool, train: bool
     ) -> tuple[Array, Any]:
-        """Normed hidden states `[B, X, D]`; keys and values of all layers where `keep`."""
+        """Normed hidden states `[B, X, D]`; keys and values of all layers where `return_kv`."""
         mask, rotation = causal_mask(segments), self.rotation(positions)
-        x, cache = self.layers(inputs.astype(RESIDUAL), None, mask, rotation, keep, train)
+        x, cache = self.layers(inputs.astype(RESIDUAL), None, mask, rotation, return_kv, train)
         return self.norm(x), cache
 
     def rotation(self, positions: Int[Array, "B T"]) -> Rotation:
@@ -156,7 +166,7 @@ class Llama(Network):
         `decoder_tokens` and `decoder_segments` are of the encoder-decoders: none here.
         """
         del decoder_tokens, decoder_segments
-        x, _ = self.hidden(inputs, segments, positions, keep=False, train=train)
+        x, _ = self.hidden(inputs, segments, positions, return_kv=False, train=train)
         return self.head(take_slots(x, asked, unique_inverse(asked, x.shape[1])))
 
     def prefill(
@@ -164,7 +174,9 @@ class Llama(Network):
     ) -> tuple[Float[Array, "B 1 V"], dict[str, Any]]:
         """Logits of the first new token, and the cache with room for `tail_length` new ones."""
         positions = jnp.arange(inputs.shape[1])[None]
-        x, prefix = self.hidden(inputs, valid.astype(jnp.int32), positions, keep=True, train=False)
+        x, prefix = self.hidden(
+            inputs, valid.astype(jnp.int32), positions, return_kv=True, train=False
+        )
         last = valid.sum(axis=1) - 1  # padding stands at the end only
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
         return self.head(x), start(prefix, valid, tail_length)
@@ -173,16 +185,16 @@ class Llama(Network):
         self, token: Int[Array, "B R"], cache: dict[str, Any]
     ) -> tuple[Float[Array, "B R V"], dict[str, Any]]:
         """Logits of the token after `token`, and the cache with `token` written to its tail."""
-        real = cache["prefix_mask"]
-        positions = jnp.broadcast_to(real.sum(axis=1, keepdims=True) + cache["step"], token.shape)
-        x, new = self.layers.step(
+        valid = cache["prefix_mask"]
+        positions = jnp.broadcast_to(valid.sum(axis=1, keepdims=True) + cache["step"], token.shape)
+        x, outputs = self.layers.step(
             self.embed(token),
-            beside(prefix=cache["prefix"], tail=cache["tail"]),
-            padding_mask(real),
-            view(cache),
+            zip_layers(prefix=cache["prefix"], tail=cache["tail"]),
+            padding_mask(valid),
+            tail_view(cache),
             self.rotation(positions),
         )
-        return self.head(self.norm(x)), write(cache, new)
+        return self.head(self.norm(x)), append(cache, outputs)
 
     def decode_tree(
         self,
@@ -197,13 +209,13 @@ class Llama(Network):
         (`tree_mask(ends)`) and itself; its depth is 1 where it follows the prompt. `cache` is that
         of `prefill`, before any step, and is only read.
         """
-        real, inner = cache["prefix_mask"], tokens.shape[1]
-        shape = (real.shape[0], inner, self.config.width)
+        valid, inner = cache["prefix_mask"], tokens.shape[1]
+        shape = (valid.shape[0], inner, self.config.width)
         x, _ = self.layers.tree(
             constrain(jnp.broadcast_to(self.embed(tokens), shape)),
             cache["prefix"],
-            padding_mask(real),
+            padding_mask(valid),
             tree_mask(ends),
-            self.rotation(real.sum(axis=1, keepdims=True) + depths - 1),
+            self.rotation(valid.sum(axis=1, keepdims=True) + depths - 1),
         )
         return self.norm(x)

@@ -46,25 +46,25 @@ class QFormerLayer(nn.Module):
         train: bool,
     ) -> Float[Array, "B T D"]:
         c = self.config
-        dropout = Dropout(c.dropout)
-        drop = functools.partial(dropout, deterministic=not train)
+        layer = Dropout(c.dropout)
+        dropout = functools.partial(layer, deterministic=not train)
         norm = functools.partial(LayerNorm, c.norm_eps)
         mlp = functools.partial(Mlp, c.width, c.mlp, self.dtype)
         attention = functools.partial(
             Attention, c.width, c.heads, c.width // c.heads, self.dtype, BIASES
         )
 
-        y = attention(name="attention")(x, x, mask, drop=drop)
-        x = norm(name="attention_norm")(constrain(x + drop(y)))
+        y = attention(name="attention")(x, x, mask, dropout=dropout)
+        x = norm(name="attention_norm")(constrain(x + dropout(y)))
         queries, text = x[:, : c.queries], x[:, c.queries :]
         if self.cross:
-            y = attention(name="cross_attention")(queries, image, drop=drop)
-            queries = norm(name="cross_attention_norm")(constrain(queries + drop(y)))
+            y = attention(name="cross_attention")(queries, image, dropout=dropout)
+            queries = norm(name="cross_attention_norm")(constrain(queries + dropout(y)))
         y = mlp(name="query_mlp")(queries)
-        queries = norm(name="query_mlp_norm")(constrain(queries + drop(y)))
+        queries = norm(name="query_mlp_norm")(constrain(queries + dropout(y)))
         if c.instruction_aware:
             y = mlp(name="text_mlp")(text)
-            text = norm(name="text_mlp_norm")(constrain(text + drop(y)))
+            text = norm(name="text_mlp_norm")(constrain(text + dropout(y)))
         return constrain(jnp.concatenate([queries, text], axis=1))
 
 
@@ -132,7 +132,7 @@ class QFormer(Network):
         c = self.config
         table = nn.initializers.normal(0.02)
         words = nn.Embed(c.vocab, c.width, embedding_init=table, dtype=RESIDUAL, name="text_embed")
-        places = nn.Embed(
+        positions = nn.Embed(
             c.max_positions, c.width, embedding_init=table, dtype=RESIDUAL, name="position_embed"
         )
-        return constrain(words(tokens) + places(jnp.arange(tokens.shape[1]))[None])
+        return constrain(words(tokens) + positions(jnp.arange(tokens.shape[1]))[None])

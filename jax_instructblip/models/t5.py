@@ -13,8 +13,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_instructblip.models.attention import Attention, Part, attend_parts, heads_first
-from jax_instructblip.models.cache import look, start, view, write
+from jax_instructblip.models.attention import Attention, CachedKV, attend_cached, heads_first
+from jax_instructblip.models.cache import append, attend_tail, start, tail_view
 from jax_instructblip.models.dense import Head
 from jax_instructblip.models.layers import (
     RESIDUAL,
@@ -23,11 +23,11 @@ from jax_instructblip.models.layers import (
     Network,
     RMSNorm,
     Scan,
-    beside,
     constrain,
     scan_layers,
     take_slots,
     unique_inverse,
+    zip_layers,
 )
 from jax_instructblip.models.masks import (
     causal_mask,
@@ -81,16 +81,16 @@ class T5Layer(nn.Module):
 
     def __call__(self, x, _, mask, bias, encoded, encoded_mask, train):
         """Runs whole rows; a decoder layer looks at `encoded`, whose mask stands beside it."""
-        drop = functools.partial(self.drop, deterministic=not train)
+        dropout = functools.partial(self.drop, deterministic=not train)
         y = self.attention_norm(x)
-        x = constrain(x + drop(self.attention(y, y, mask, bias, scale=1.0, drop=drop)))
+        x = constrain(x + dropout(self.attention(y, y, mask, bias, scale=1.0, dropout=dropout)))
         if self.decoder:
             y = self.cross_attention_norm(x)
-            y = self.cross_attention(y, encoded, encoded_mask, scale=1.0, drop=drop)
-            x = constrain(x + drop(y))
-        return constrain(x + drop(self.mlp(self.mlp_norm(x), train))), None
+            y = self.cross_attention(y, encoded, encoded_mask, scale=1.0, dropout=dropout)
+            x = constrain(x + dropout(y))
+        return constrain(x + dropout(self.mlp(self.mlp_norm(x), train))), None
 
-    def look_at(self, carry, _, encoded):
+    def cross_kv(self, carry, _, encoded):
         """Keys and values of the encoder's output, computed once an answer: the cached prefix."""
         cross = self.cross_attention
         return carry, {
@@ -99,28 +99,30 @@ class T5Layer(nn.Module):
         }
 
     def step(self, x, cache, prefix_mask, view):
-        """Runs one token `[B, R, D]`; what `look` returns comes back, for `write`."""
-        y, own = self.attention_norm(x), self.attention
-        token = {"key": heads_first(own.key(y)), "value": heads_first(own.value(y))}
-        part, newest, made = look(cache["tail"], token, view)
-        x = constrain(x + own.out(attend_parts(own.query(y), [part], newest, scale=1.0)))
-        return self._rest(x, cache["prefix"], prefix_mask), made
+        """Runs one token `[B, R, D]`; what `attend_tail` returns comes back, for `append`."""
+        y, attention = self.attention_norm(x), self.attention
+        token = {"key": heads_first(attention.key(y)), "value": heads_first(attention.value(y))}
+        past, current, output = attend_tail(cache["tail"], token, view)
+        x = constrain(
+            x + attention.out(attend_cached(attention.query(y), [past], current, scale=1.0))
+        )
+        return self._rest(x, cache["prefix"], prefix_mask), output
 
     def tree(self, x, cache, prefix_mask, masks, biases):
         """Runs a tree of tokens `[B, T, D]` behind the written tail; nothing is stored."""
-        y, own = self.attention_norm(x), self.attention
-        key, value = heads_first(own.key(y)), heads_first(own.value(y))
-        parts = [
-            Part(**cache["tail"], mask=masks[0], bias=biases[0]),
-            Part(key, value, masks[1], biases[1]),
+        y, attention = self.attention_norm(x), self.attention
+        key, value = heads_first(attention.key(y)), heads_first(attention.value(y))
+        cached = [
+            CachedKV(**cache["tail"], mask=masks[0], bias=biases[0]),
+            CachedKV(key, value, masks[1], biases[1]),
         ]
-        x = constrain(x + own.out(attend_parts(own.query(y), parts, scale=1.0)))
+        x = constrain(x + attention.out(attend_cached(attention.query(y), cached, scale=1.0)))
         return self._rest(x, cache["prefix"], prefix_mask), None
 
     def _rest(self, x, prefix, prefix_mask):
         """`x` after cross-attention to the prefix and the feed-forward."""
         y, cross = self.cross_attention_norm(x), self.cross_attention
-        mixed = attend_parts(cross.query(y), [Part(**prefix, mask=prefix_mask)], scale=1.0)
+        mixed = attend_cached(cross.query(y), [CachedKV(**prefix, mask=prefix_mask)], scale=1.0)
         x = constrain(x + cross.out(mixed))
         return constrain(x + self.mlp(self.mlp_norm(x)))
 
@@ -138,7 +140,7 @@ class T5Stack(nn.Module):
         shape = (c.relative_buckets, c.heads)
         self.relative_bias = self.param("relative_bias", nn.initializers.normal(0.02), shape)
         length = c.decoder_layers if self.decoder else c.encoder_layers
-        methods = {"call": 5, "look_at": 1, "step": 2, "tree": 3} if self.decoder else {"call": 5}
+        methods = {"call": 5, "cross_kv": 1, "step": 2, "tree": 3} if self.decoder else {"call": 5}
         layers = scan_layers(T5Layer, length, self.scan, **methods)
         self.layers = layers(c, self.dtype, self.decoder)
         self.norm = RMSNorm(c.norm_eps)
@@ -157,38 +159,40 @@ class T5Stack(nn.Module):
         """Runs whole rows `[B, T, D]` through all layers and the norm."""
         index = jnp.arange(x.shape[1])
         bias = self.bias(index[None, :] - index[:, None])[None]  # [1, N, T, T]
-        drop = functools.partial(self.drop, deterministic=not train)
-        x, _ = self.layers(drop(x.astype(RESIDUAL)), None, mask, bias, encoded, encoded_mask, train)
-        return drop(self.norm(x))
+        dropout = functools.partial(self.drop, deterministic=not train)
+        x, _ = self.layers(
+            dropout(x.astype(RESIDUAL)), None, mask, bias, encoded, encoded_mask, train
+        )
+        return dropout(self.norm(x))
 
-    def look_at(self, encoded):
+    def cross_kv(self, encoded):
         """The cached prefix of all layers."""
-        return self.layers.look_at(jnp.zeros((), self.dtype), None, encoded)[1]
+        return self.layers.cross_kv(jnp.zeros((), self.dtype), None, encoded)[1]
 
     def step(self, x, cache):
-        """Runs one token `[B, R, D]` through all layers, whose results for `write` come back."""
+        """Runs one token `[B, R, D]` through all layers, whose results for `append` come back."""
         (rows, length), step = cache["lineage"].shape[1:], cache["step"]
         bias = self.bias(jnp.append(jnp.arange(length), step) - step)  # the token comes last
         past = jnp.repeat(bias[:, :-1], rows, axis=1)[None, :, None]
-        x, made = self.layers.step(
+        x, outputs = self.layers.step(
             x,
-            beside(prefix=cache["prefix"], tail=cache["tail"]),
+            zip_layers(prefix=cache["prefix"], tail=cache["tail"]),
             padding_mask(cache["prefix_mask"]),
-            view(cache)._replace(past=past, newest=bias[:, -1]),
+            tail_view(cache)._replace(past=past, newest=bias[:, -1]),
         )
-        return self.norm(x), made
+        return self.norm(x), outputs
 
     def tree(self, x, depths, ends, cache):
         """Runs a tree of tokens `[B, T, D]` through layers and norm, behind the written tail."""
         length, step = cache["lineage"].shape[2], cache["step"]
-        places = step - 1 + depths
-        apart = lambda keys: jnp.moveaxis(self.bias(keys[:, None, :] - places[:, :, None]), 0, 1)
+        positions = step - 1 + depths
+        apart = lambda keys: jnp.moveaxis(self.bias(keys[:, None, :] - positions[:, :, None]), 0, 1)
         x, _ = self.layers.tree(
             x,
-            beside(prefix=cache["prefix"], tail=cache["tail"]),
+            zip_layers(prefix=cache["prefix"], tail=cache["tail"]),
             padding_mask(cache["prefix_mask"]),
             (lineage_mask(cache["lineage"], step), tree_mask(ends)),
-            (apart(jnp.arange(length)[None]), apart(places)),
+            (apart(jnp.arange(length)[None]), apart(positions)),
         )
         return self.norm(x)
 
@@ -207,10 +211,10 @@ class T5(Network):
             c.vocab, c.width, embedding_init=unit, dtype=RESIDUAL, name="embed"
         )
         # It runs once an answer, and nothing is gained by taking its stack apart.
-        stacked = dataclasses.replace(self.scan, separate=False)
+        stacked = dataclasses.replace(self.scan, unstacked=False)
         self.encoder = T5Stack(c, self.dtype, decoder=False, scan=stacked)
         self.decoder = T5Stack(c, self.dtype, decoder=True, scan=self.scan)
-        self.head = Head(c.vocab, self.dtype, by_word=self.scan.separate)
+        self.head = Head(c.vocab, self.dtype, by_word=self.scan.unstacked)
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Token embeddings, the beginning of a residual stream."""
@@ -252,7 +256,7 @@ class T5(Network):
         The tail has a slot more, for the start id.
         """
         encoded = self.encoder(inputs, padding_mask(valid))
-        cache = start(self.decoder.look_at(encoded), valid, tail_length + 1)
+        cache = start(self.decoder.cross_kv(encoded), valid, tail_length + 1)
         token = jnp.full((inputs.shape[0], 1), self.config.decoder_start_id, jnp.int32)
         return self.decode_step(token, cache)
 
@@ -260,8 +264,8 @@ class T5(Network):
         self, token: Int[Array, "B R"], cache: dict[str, Any]
     ) -> tuple[Float[Array, "B R V"], dict[str, Any]]:
         """Logits of the token after `token`, and the cache with `token` written to its tail."""
-        x, new = self.decoder.step(self.embed(token), cache)
-        return self.logits(x), write(cache, new)
+        x, outputs = self.decoder.step(self.embed(token), cache)
+        return self.logits(x), append(cache, outputs)
 
     def decode_tree(
         self,

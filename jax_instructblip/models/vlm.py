@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_instructblip.models.layers import Network, Scans, constrain, separate_layers, take_slots
+from jax_instructblip.models.layers import Network, Scans, constrain, take_slots, unstack_layers
 from jax_instructblip.models.llama import Llama
 from jax_instructblip.models.projector import Projector
 from jax_instructblip.models.protocols import Bridge, LanguageModel
@@ -37,7 +37,7 @@ from jax_instructblip.models.vision import VisionTransformer
 
 BRIDGES: dict[str, Any] = {"qformer": QFormer, "projector": Projector}
 LANGUAGE_MODELS: dict[str, Any] = {"t5": T5, "llama": Llama}
-# The layers that decode, whose parameters may be taken apart (`layers.Scan.separate`).
+# The layers that decode, whose parameters may be taken apart (`layers.Scan.unstacked`).
 DECODERS = {"t5": "llm/decoder/layers", "llama": "llm/layers"}
 
 Batch = dict[str, Array]
@@ -162,24 +162,24 @@ def _param_shapes(variant: Variant) -> dict[str, Any]:
     return jax.eval_shape(lambda key: init_params(variant, key), jax.random.key(0))
 
 
-def separate_decoder(variant: Variant, params: dict[str, Any]) -> dict[str, Any]:
-    """`params` for a model whose `scans.llm` is `separate`: one tree for each decoding layer.
+def unstack_decoder(variant: Variant, params: dict[str, Any]) -> dict[str, Any]:
+    """`params` for a model whose `scans.llm` is `unstacked`: one tree for each decoding layer.
 
     Leaves of these layers may be tuples instead of stacks. The kernel of the head becomes `[V, D]`.
     """
 
     def replace(tree: dict[str, Any], path: list[str]) -> dict[str, Any]:
         name, *rest = path
-        changed = replace(tree[name], rest) if rest else separate_layers(tree[name])
+        changed = replace(tree[name], rest) if rest else unstack_layers(tree[name])
         return {**tree, name: changed}
 
-    found = replace(params, DECODERS[variant.llm.kind].split("/"))
-    head = {"kernel": jnp.asarray(found["llm"]["head"]["kernel"]).T}
-    return {**found, "llm": {**found["llm"], "head": head}}
+    unstacked = replace(params, DECODERS[variant.llm.kind].split("/"))
+    head = {"kernel": jnp.asarray(unstacked["llm"]["head"]["kernel"]).T}
+    return {**unstacked, "llm": {**unstacked["llm"], "head": head}}
 
 
-def is_separate(variant: Variant, params: dict[str, Any]) -> bool:
-    """True where `separate_decoder` made these parameters, which takes a row of `DECODERS`."""
+def is_unstacked(variant: Variant, params: dict[str, Any]) -> bool:
+    """True where `unstack_decoder` made these parameters, which takes a row of `DECODERS`."""
     if variant.llm.kind not in DECODERS:
         return False
     for name in DECODERS[variant.llm.kind].split("/"):

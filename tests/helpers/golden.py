@@ -107,7 +107,10 @@ def batch(case: str, tag: str) -> dict[str, np.ndarray]:
     sizes, found = variant(case), outputs(case)
     kind = "generate" if tag.startswith("generate") else "train"
     prefix = "" if kind == "generate" else "llm_"
-    inputs, real = found[f"{tag}/{prefix}inputs_embeds"], found[f"{tag}/{prefix}attention_mask"] > 0
+    inputs, valid = (
+        found[f"{tag}/{prefix}inputs_embeds"],
+        found[f"{tag}/{prefix}attention_mask"] > 0,
+    )
     frames = images("video" if tag == "generate_video" else "image")[: len(inputs)]
     skip = frames.shape[1] * sizes.visual_tokens
 
@@ -115,7 +118,8 @@ def batch(case: str, tag: str) -> dict[str, np.ndarray]:
     table = params(case)["llm"]["embed"]["embedding"]
     ids = {row.tobytes(): index for index, row in enumerate(table)}
     rows = [
-        [ids[x.tobytes()] for x in row[seen][skip:]] for row, seen in zip(inputs, real, strict=True)
+        [ids[x.tobytes()] for x in row[visible][skip:]]
+        for row, visible in zip(inputs, valid, strict=True)
     ]
     made = {"images": frames, "tokens": pad(rows, 0)}
     made["mask"] = pad([[True] * len(row) for row in rows], False)
@@ -131,7 +135,10 @@ def batch(case: str, tag: str) -> dict[str, np.ndarray]:
             made["decoder_tokens"] = np.where(shifted == IGNORE, 0, shifted)
         else:  # position t is to tell the token after it
             made["targets"] = pad(
-                [[*row[seen][skip + 1 :], IGNORE] for row, seen in zip(labels, real, strict=True)],
+                [
+                    [*row[visible][skip + 1 :], IGNORE]
+                    for row, visible in zip(labels, valid, strict=True)
+                ],
                 IGNORE,
             )
     return lay_out(sizes, made)

@@ -206,16 +206,16 @@ def batch(variant: Variant, seed: int = 0) -> dict[str, np.ndarray]:
     t5 = variant.llm.kind == "t5"
 
     def rows(lengths, vocab):
-        real = np.arange(max(lengths)) < np.array(lengths)[:, None]
-        return np.where(real, random.integers(3, vocab, real.shape), 0), real
+        valid = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        return np.where(valid, random.integers(3, vocab, valid.shape), 0), valid
 
     vocab = min(variant.llm.vocab, 32_000) - 2  # below the image token
     made = {"images": random.integers(0, 256, (3, 1, size, size, 3), np.uint8)}
     made["qformer_tokens"], made["qformer_mask"] = rows((3, 9, 6), variant.qformer.vocab)
     made["tokens"], made["mask"] = rows((12, 7, 21), vocab)
     if t5:
-        answer, real = rows((4, 1, 6), vocab)
-        made["targets"] = np.where(real, answer, IGNORE)
+        answer, valid = rows((4, 1, 6), vocab)
+        made["targets"] = np.where(valid, answer, IGNORE)
         shifted = np.pad(answer, ((0, 0), (1, 0)))[:, :-1]
         made["decoder_tokens"] = np.where(shifted == IGNORE, 0, shifted)
     else:

@@ -7,10 +7,10 @@ import pytest
 
 from jax_instructblip.models.attention import (
     Attention,
-    Own,
-    Part,
+    CachedKV,
+    CurrentKV,
     attend,
-    attend_parts,
+    attend_cached,
     heads_first,
 )
 from jax_instructblip.models.masks import causal_mask, padding_mask
@@ -56,10 +56,10 @@ def test_a_row_without_any_visible_key_is_finite():
     assert jnp.isfinite(found).all()
 
 
-def test_drop_is_applied_to_the_weights():
+def test_dropout_is_applied_to_the_weights():
     query, key = draw(1, T, N, K), draw(1, S, N, K)
     whole = attend(query, key, key)
-    np.testing.assert_array_equal(attend(query, key, key, drop=lambda x: 2 * x), 2 * whole)
+    np.testing.assert_array_equal(attend(query, key, key, dropout=lambda x: 2 * x), 2 * whole)
 
 
 def test_bfloat16_scores_and_softmax_are_float32():
@@ -73,37 +73,37 @@ def test_bfloat16_scores_and_softmax_are_float32():
     assert error(found, expected) < 0.01  # two roundings to 8 bits, of the weights and the result
 
 
-@pytest.mark.parametrize("with_own", [True, False])
-def test_parts_and_the_newest_token_are_one_row_of_keys(with_own):
+@pytest.mark.parametrize("with_current", [True, False])
+def test_cached_keys_and_the_newest_token_are_one_row_of_keys(with_current):
     query = draw(B, R, N, K)
-    first = Part(
+    first = CachedKV(
         *(draw(B, N, S, K, seed=seed) for seed in (1, 2)),
         padding_mask(jnp.arange(S)[None] < jnp.array([[S], [2]])),
     )
-    second = Part(
+    second = CachedKV(
         *(draw(B, N, T, K, seed=seed) for seed in (3, 4)),
         jnp.asarray(np.random.default_rng(0).random((B, 1, R, T)) < 0.7),
         draw(1, N, R, T, seed=5),
     )
-    own = Own(draw(B, N, R, K, seed=6), draw(B, N, R, K, seed=7), draw(N, seed=8))
-    found = attend_parts(query, [first, second], own if with_own else None)
+    current = CurrentKV(draw(B, N, R, K, seed=6), draw(B, N, R, K, seed=7), draw(N, seed=8))
+    found = attend_cached(query, [first, second], current if with_current else None)
     for b in range(B):
         for r in range(R):
             keys, values = (
-                jnp.concatenate([*parts, newest[:, r][:, None]][: 2 + with_own], axis=1)
-                for parts, newest in (
-                    ((first.key[b], second.key[b]), own.key[b]),
-                    ((first.value[b], second.value[b]), own.value[b]),
+                jnp.concatenate([*cached, newest[:, r][:, None]][: 2 + with_current], axis=1)
+                for cached, newest in (
+                    ((first.key[b], second.key[b]), current.key[b]),
+                    ((first.value[b], second.value[b]), current.value[b]),
                 )
             )  # [N, S + T + 1, K]
-            biases = [jnp.zeros((N, S)), second.bias[0, :, r], own.bias[:, None]]
+            biases = [jnp.zeros((N, S)), second.bias[0, :, r], current.bias[:, None]]
             shown = [first.mask[b, 0, 0], second.mask[b, 0, r], jnp.array([True])]
             expected = attend(
                 query[b, r][None, None],
                 heads_first(keys[None]),
                 heads_first(values[None]),
-                jnp.concatenate(shown[: 2 + with_own])[None, None, None],
-                jnp.concatenate(biases[: 2 + with_own], axis=1)[None, :, None],
+                jnp.concatenate(shown[: 2 + with_current])[None, None, None],
+                jnp.concatenate(biases[: 2 + with_current], axis=1)[None, :, None],
             )
             assert error(found[b, r], expected[0, 0]) < 1e-6
 

@@ -87,8 +87,8 @@ def test_activations():
 
 def test_mlp():
     kernels = RNG.standard_normal((8, 5)), RNG.standard_normal((5, 8))
-    rise = {"kernel": kernels[0], "bias": np.ones(5)}
-    params = {"in": rise, "out": {"kernel": kernels[1], "bias": np.ones(8)}}
+    up = {"kernel": kernels[0], "bias": np.ones(5)}
+    params = {"in": up, "out": {"kernel": kernels[1], "bias": np.ones(8)}}
     params = jax.tree.map(jnp.float32, params)
     found = Mlp(8, 5, jnp.float32, "relu").apply({"params": params}, X)
     expected = np.maximum(X @ kernels[0] + 1, 0) @ kernels[1] + 1
@@ -96,11 +96,11 @@ def test_mlp():
 
 
 def test_gated_mlp_activates_the_gate():
-    gate, rise, out = (RNG.standard_normal(shape) for shape in ((8, 5), (8, 5), (5, 8)))
-    params = {"gate": {"kernel": gate}, "in": {"kernel": rise}, "out": {"kernel": out}}
+    gate, up, out = (RNG.standard_normal(shape) for shape in ((8, 5), (8, 5), (5, 8)))
+    params = {"gate": {"kernel": gate}, "in": {"kernel": up}, "out": {"kernel": out}}
     params = jax.tree.map(jnp.float32, params)
     found = GatedMlp(8, 5, jnp.float32, "relu").apply({"params": params}, X)
-    assert error(found, np.maximum(X @ gate, 0) * (X @ rise) @ out) < 1e-6
+    assert error(found, np.maximum(X @ gate, 0) * (X @ up) @ out) < 1e-6
 
 
 class Doubling(nn.Module):

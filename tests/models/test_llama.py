@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_instructblip.models.cache import widen
+from jax_instructblip.models.cache import expand_beams
 from jax_instructblip.models.llama import Llama, rotary, rotate
 from tests.helpers.numerics import error, random_params, small
 
@@ -16,20 +16,22 @@ INPUTS = jnp.asarray(DRAW.standard_normal((3, 9, CONFIG.width), np.float32))
 LENGTHS = (5, 9, 7)
 
 
-def rows(inputs, real, skip=0):
+def rows(inputs, valid, skip=0):
     """Arguments of a call for one sample a row, all slots but the first `skip` asked for."""
     index = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
-    return inputs, real.astype(jnp.int32), index, index[:, skip:]
+    return inputs, valid.astype(jnp.int32), index, index[:, skip:]
 
 
 @functools.cache
 def call(skip=0):
-    return jax.jit(lambda inputs, real: MODEL.apply({"params": PARAMS}, *rows(inputs, real, skip)))
+    return jax.jit(
+        lambda inputs, valid: MODEL.apply({"params": PARAMS}, *rows(inputs, valid, skip))
+    )
 
 
 @jax.jit
-def prefill(inputs, real):
-    return MODEL.apply({"params": PARAMS}, inputs, real, 3, method="prefill")
+def prefill(inputs, valid):
+    return MODEL.apply({"params": PARAMS}, inputs, valid, 3, method="prefill")
 
 
 @jax.jit
@@ -37,7 +39,7 @@ def step(token, cache):
     return MODEL.apply({"params": PARAMS}, token, cache, method="decode_step")
 
 
-def real(lengths, width):
+def valid(lengths, width):
     return jnp.arange(width)[None] < jnp.array(lengths)[:, None]
 
 
@@ -72,22 +74,22 @@ def test_rotary_is_computed_in_float32():
 
 
 def test_slots_that_nobody_asks_for_get_no_logits():
-    whole = call()(INPUTS, real(LENGTHS, 9))
+    whole = call()(INPUTS, valid(LENGTHS, 9))
     assert whole.shape == (3, 9, CONFIG.vocab) and whole.dtype == jnp.float32
-    np.testing.assert_allclose(call(4)(INPUTS, real(LENGTHS, 9)), whole[:, 4:], atol=1e-5)
+    np.testing.assert_allclose(call(4)(INPUTS, valid(LENGTHS, 9)), whole[:, 4:], atol=1e-5)
 
 
 def test_a_position_sees_nothing_after_it():
-    whole = call()(INPUTS, real((9, 9, 9), 9))
-    changed = call()(INPUTS.at[:, 6:].add(1), real((9, 9, 9), 9))
+    whole = call()(INPUTS, valid((9, 9, 9), 9))
+    changed = call()(INPUTS.at[:, 6:].add(1), valid((9, 9, 9), 9))
     assert error(changed[:, :6], whole[:, :6]) < 1e-6
     assert error(changed[:, 6:], whole[:, 6:]) > 1e-2
 
 
 def test_padding_is_invisible():
-    together = call()(INPUTS, real(LENGTHS, 9))
+    together = call()(INPUTS, valid(LENGTHS, 9))
     longer = jnp.pad(INPUTS, ((0, 0), (0, 4), (0, 0)), constant_values=3.0)
-    longer = call()(longer, real(LENGTHS, 13))
+    longer = call()(longer, valid(LENGTHS, 13))
     for row, length in enumerate(LENGTHS):
         alone = call()(INPUTS[row : row + 1, :length], jnp.ones((1, length), bool))
         assert error(together[row, :length], alone[0]) < 1e-5
@@ -103,7 +105,7 @@ def test_samples_of_a_row_do_not_see_each_other():
         positions = jnp.array([[*range(a), *range(b), 0, 0]])
         asked = jnp.arange(a + b)[None]
         found = MODEL.apply({"params": PARAMS}, inputs, segments, positions, asked)[0]
-        alone = call()(INPUTS, real(LENGTHS, 9))
+        alone = call()(INPUTS, valid(LENGTHS, 9))
         assert error(found[:a], alone[first, :a]) < 1e-5
         assert error(found[a:], alone[second, :b]) < 1e-5
 
@@ -114,17 +116,17 @@ def test_cached_steps_are_whole_rows():
     embedding = PARAMS["embed"]["embedding"]
     for width in (9, 11):
         inputs = jnp.pad(INPUTS, ((0, 0), (0, width - 9), (0, 0)), constant_values=3.0)
-        first, cache = prefill(inputs, real(LENGTHS, width))
+        first, cache = prefill(inputs, valid(LENGTHS, width))
         assert first.shape == (3, 1, CONFIG.vocab)
         assert cache["prefix"]["key"].shape == (3, 3, CONFIG.heads, width, CONFIG.head_width)
         assert cache["tail"]["key"].shape == (3, 3, CONFIG.heads, 3, CONFIG.head_width)
-        second, cache = step(tokens[..., 0], widen(cache, 3))
+        second, cache = step(tokens[..., 0], expand_beams(cache, 3))
         third, cache = step(tokens[..., 1], cache)
         assert cache["step"] == 2
         for b, r in ((0, 0), (1, 2), (2, 1)):
             row = jnp.concatenate([INPUTS[b, : LENGTHS[b]], embedding[tokens[b, r]]])[None]
             row = jnp.pad(row, ((0, 0), (0, 11 - row.shape[1]), (0, 0)))
-            expected = call()(row, real([LENGTHS[b] + 2], 11))[0, LENGTHS[b] - 1 :]
+            expected = call()(row, valid([LENGTHS[b] + 2], 11))[0, LENGTHS[b] - 1 :]
             found = jnp.stack([first[b, 0], second[b, r], third[b, r]])
             assert error(found, expected[:3]) < 1e-5
 
@@ -134,7 +136,7 @@ def test_a_tree_of_tokens_is_whole_rows():
     tokens, depths = jnp.array([[7, 8, 9, 5]]), jnp.array([[1, 2, 3, 2]])
     ends = jnp.array([[4, 3, 3, 4]])
     inputs = jnp.pad(INPUTS, ((0, 0), (0, 2), (0, 0)), constant_values=3.0)
-    _, cache = prefill(inputs, real(LENGTHS, 11))
+    _, cache = prefill(inputs, valid(LENGTHS, 11))
 
     def read(model, *tree):
         return model.logits(model.decode_tree(*tree))
@@ -148,7 +150,7 @@ def test_a_tree_of_tokens_is_whole_rows():
         for line, at in (([7, 8, 9], [0, 1, 2]), ([7, 5], [0, 3])):
             row = jnp.concatenate([INPUTS[b, :length], embedding[jnp.array(line)]])[None]
             row = jnp.pad(row, ((0, 0), (0, 12 - row.shape[1]), (0, 0)))
-            expected = call()(row, real([length + len(line)], 12))[0, length : length + len(line)]
+            expected = call()(row, valid([length + len(line)], 12))[0, length : length + len(line)]
             assert error(found[b, jnp.array(at)], expected) < 1e-5
 
 
@@ -156,5 +158,5 @@ def test_bfloat16_survives_large_activations():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
     apply = jax.jit(Llama(CONFIG, jnp.bfloat16).apply)
     inputs = jnp.asarray(1e5 * INPUTS, jnp.bfloat16)
-    found = apply({"params": params}, *rows(inputs, real(LENGTHS, 9)))
+    found = apply({"params": params}, *rows(inputs, valid(LENGTHS, 9)))
     assert found.dtype == jnp.float32 and jnp.isfinite(found).all()

@@ -15,12 +15,12 @@ def drawn(picture: str) -> np.ndarray:
     return np.array([[mark == "#" for mark in line.split()] for line in picture.split("\n")])
 
 
-def real(lengths, width):
+def valid(lengths, width):
     return jnp.arange(width)[None, :] < jnp.array(lengths)[:, None]
 
 
 def test_padding_mask_shows_every_real_key_to_everybody():
-    mask = padding_mask(real([3, 1], 4))
+    mask = padding_mask(valid([3, 1], 4))
     assert mask.shape == (2, 1, 1, 4)
     assert (np.broadcast_to(mask[0, 0], (2, 4)) == drawn("# # # .\n# # # .")).all()
     assert (np.broadcast_to(mask[1, 0], (2, 4)) == drawn("# . . .\n# . . .")).all()

@@ -23,7 +23,7 @@ from jax_instructblip.models.vlm import (
     LANGUAGE_MODELS,
     VisionLanguageModel,
     param_shapes,
-    separate_decoder,
+    unstack_decoder,
 )
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.training.objective import LanguageObjective
@@ -31,7 +31,7 @@ from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
 from jax_instructblip.training.step import compile_step, train_step
 from tests.helpers.numerics import random_params
-from tests.helpers.tiny import make_batch, micro, write_base
+from tests.helpers.tiny import make_batch, tiny_variant, write_base
 
 KINDS = ("llama", "t5")
 NARROW = (jnp.bfloat16, jnp.float16)
@@ -48,7 +48,7 @@ def asked(function: Any, *arguments: Any) -> list[Any]:
 
 @functools.cache
 def parameters(kind: str) -> dict[str, Any]:
-    return jax.tree.map(jnp.asarray, random_params(micro(kind)))
+    return jax.tree.map(jnp.asarray, random_params(tiny_variant(kind)))
 
 
 def programs(model: VisionLanguageModel, params: Any) -> dict[str, Any]:
@@ -70,17 +70,17 @@ def programs(model: VisionLanguageModel, params: Any) -> dict[str, Any]:
     [(name, False) for name in ("generate", "beam", "rank", "logits")] + [("generate", True)],
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_in_float32_are_float32_everywhere(kind, program, separate):
+def test_answers_in_float32_are_float32_everywhere(kind, program, unstacked):
     params = parameters(kind)
-    params = separate_decoder(micro(kind), params) if separate else params
-    scans = Scans(llm=Scan(separate=separate))
-    model = VisionLanguageModel(micro(kind), jnp.dtype("float32"), scans)
+    params = unstack_decoder(tiny_variant(kind), params) if unstacked else params
+    scans = Scans(llm=Scan(unstacked=unstacked))
+    model = VisionLanguageModel(tiny_variant(kind), jnp.dtype("float32"), scans)
     assert set(asked(programs(model, params)[program])) == {HIGHEST}
 
 
 @pytest.mark.parametrize("program", ["generate", "rank"])
 def test_narrow_answers_ask_for_nothing(program):
-    model = VisionLanguageModel(micro("t5"), jnp.dtype("bfloat16"))
+    model = VisionLanguageModel(tiny_variant("t5"), jnp.dtype("bfloat16"))
     assert set(asked(programs(model, parameters("t5"))[program])) == {None}
 
 
@@ -99,7 +99,7 @@ def streams(jaxpr: Any) -> Iterator[Any]:
 @pytest.mark.parametrize("program", ["generate", "beam", "rank", "logits"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_narrow_layers_are_summed_in_float32(kind, program):
-    model = VisionLanguageModel(micro(kind), jnp.dtype("bfloat16"))
+    model = VisionLanguageModel(tiny_variant(kind), jnp.dtype("bfloat16"))
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), parameters(kind))
     found = list(streams(jax.make_jaxpr(programs(model, params)[program])().jaxpr))
     assert len(found) >= 3 and set(found) == {jnp.dtype("float32")}, found
@@ -134,7 +134,7 @@ def step_precisions(kind: str, dtype: Any, **settings: Any) -> list[Any]:
 
 
 def step_jaxpr(kind: str, dtype: Any, *, mode: str = "jit", remat: str = "none", **more: Any):
-    variant, optimizer, rate = micro(kind), adamw(lambda _: 1e-2), lambda _: 1e-2
+    variant, optimizer, rate = tiny_variant(kind), adamw(lambda _: 1e-2), lambda _: 1e-2
     scans = Scans(*(Scan(remat=remat) for _ in range(3)))
     objective = LanguageObjective(VisionLanguageModel(variant, dtype, scans))
     settings = dict(objective=objective, optimizer=optimizer, schedule=rate)
@@ -169,7 +169,7 @@ def test_what_surrounds_the_model_does_not_make_float32_less():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tower_alone(kind):
-    params, variant = parameters(kind), micro(kind)
+    params, variant = parameters(kind), tiny_variant(kind)
     prompt, valid = jnp.zeros((1, 3, 24)), jnp.ones((1, 3), bool)
     ids = jnp.ones((1, 3), jnp.int32)
     towers = {

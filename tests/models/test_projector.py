@@ -8,13 +8,13 @@ from jax_instructblip.models.variants import ProjectorConfig, Variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from tests.helpers.numerics import error, random_params
 from tests.helpers.rows import lay_out
-from tests.helpers.tiny import micro
+from tests.helpers.tiny import tiny_variant
 
 PATCHES = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 6), np.float32))
 
 
 def projected(layers: int = 2) -> Variant:
-    known = micro("llama")
+    known = tiny_variant("llama")
     bridge = ProjectorConfig(known.vision.width, known.llm.width, layers)
     return Variant("llava", known.vision, bridge, known.llm)
 

@@ -23,8 +23,8 @@ def applied(config=CONFIG, train=False):
 
 
 def look(tokens, lengths, image=IMAGE, params=PARAMS):
-    real = jnp.arange(tokens.shape[1])[None] < jnp.array(lengths)[:, None]
-    return applied()({"params": params}, image, tokens, real)
+    valid = jnp.arange(tokens.shape[1])[None] < jnp.array(lengths)[:, None]
+    return applied()({"params": params}, image, tokens, valid)
 
 
 def test_padding_is_invisible():
@@ -71,12 +71,14 @@ def test_a_blind_qformer_ignores_the_instruction():
 
 
 def test_dropout_is_drawn_in_training_only():
-    real = TOKENS > 0
+    valid = TOKENS > 0
     keys = [{"dropout": jax.random.key(seed)} for seed in (0, 0, 1)]
-    train = [applied(train=True)({"params": PARAMS}, IMAGE, TOKENS, real, rngs=key) for key in keys]
+    train = [
+        applied(train=True)({"params": PARAMS}, IMAGE, TOKENS, valid, rngs=key) for key in keys
+    ]
     np.testing.assert_array_equal(train[0], train[1])
     assert error(train[2], train[0]) > 1e-2
-    assert error(applied()({"params": PARAMS}, IMAGE, TOKENS, real), train[0]) > 1e-2
+    assert error(applied()({"params": PARAMS}, IMAGE, TOKENS, valid), train[0]) > 1e-2
 
 
 def test_the_default_image_norm_is_that_of_the_original_code():

@@ -44,9 +44,9 @@ def mixed_batch(kind, frames=1, widths=(6, 7, 4)):
     images = draw.integers(0, 256, (3, frames, 56, 56, 3), np.uint8)
     made = {}
     for (name, lengths), width in zip(LENGTHS.items(), widths, strict=True):
-        real = np.arange(width) < np.array(lengths)[:, None]
+        valid = np.arange(width) < np.array(lengths)[:, None]
         row = np.pad(ids[name], ((0, 0), (0, 8)))[:, :width]
-        made[name] = np.where(real, row, width), real
+        made[name] = np.where(valid, row, width), valid
     batch = {
         "images": images,
         "qformer_tokens": made["qformer"][0],

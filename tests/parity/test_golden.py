@@ -113,9 +113,9 @@ def test_logits_and_loss(case, tag):
             assert error(ours[:count], theirs[:count]) < TOWER
     else:
         skip = case.variant.visual_tokens
-        real = case.recorded[f"{tag}/llm_attention_mask"] > 0
-        for ours, theirs, seen in zip(logits, recorded, real, strict=True):
-            theirs = theirs[seen][skip:]
+        valid = case.recorded[f"{tag}/llm_attention_mask"] > 0
+        for ours, theirs, visible in zip(logits, recorded, valid, strict=True):
+            theirs = theirs[visible][skip:]
             assert error(ours[: len(theirs)], theirs) < TOWER
 
 
@@ -172,9 +172,9 @@ def test_prompt_and_first_three_steps_of_answering(case, tag):
 
 
 def _real_rows(case, tag, ours, name):
-    real = case.recorded[f"{tag}/llm_attention_mask"] > 0
-    for row, theirs, seen in zip(ours, case.recorded[f"{tag}/{name}"], real, strict=True):
-        yield row[: seen.sum()], theirs[seen]
+    valid = case.recorded[f"{tag}/llm_attention_mask"] > 0
+    for row, theirs, visible in zip(ours, case.recorded[f"{tag}/{name}"], valid, strict=True):
+        yield row[: visible.sum()], theirs[visible]
 
 
 def _as_long_as(variant, like, batch):

@@ -50,10 +50,10 @@ def test_qformer_layers(read_pair, start, kind):
     image = jnp.asarray(seen["vision_model.post_layernorm"][1])
     config = pair.variant.qformer
     text = pair.batch["qformer_mask"][:, 0]
-    real = np.pad(text, ((0, 0), (config.queries, 0)), constant_values=True)
+    valid = np.pad(text, ((0, 0), (config.queries, 0)), constant_values=True)
     params = pair.params["qformer"]["layers"][kind]
     layer = QFormerLayer(config, jnp.float32, cross=kind == "cross")
-    found = through(layer, params, inputs, padding_mask(jnp.asarray(real)), image, False)
+    found = through(layer, params, inputs, padding_mask(jnp.asarray(valid)), image, False)
     assert error(found, expected) < LAYER
 
 
@@ -65,8 +65,8 @@ def test_t5_layers(read_pair, tower):
     index = jnp.arange(inputs.shape[2])
     stack = T5Stack(config, jnp.float32, decoder=tower == "decoder")
     bias = stack.apply({"params": params}, index[None] - index[:, None], method="bias")[None]
-    real = pair.batch["segments"] > 0
-    rest = [padding_mask(jnp.asarray(real)), bias, None, None]
+    valid = pair.batch["segments"] > 0
+    rest = [padding_mask(jnp.asarray(valid)), bias, None, None]
     if tower == "decoder":
         causal = causal_mask(jnp.ones(inputs.shape[1:3], jnp.int32))
         encoded = jnp.asarray(seen["language_model.encoder.final_layer_norm"][1])
@@ -80,13 +80,13 @@ def test_llama_layers(read_pair):
     pair, (_, seen) = read_pair("vicuna-odd"), read_pair("vicuna-odd").theirs
     config = pair.variant.llm
     inputs, expected = towers.layers(seen, "language_model.model.layers")
-    real = pair.batch["segments"] > 0
+    valid = pair.batch["segments"] > 0
     positions = jnp.arange(inputs.shape[2])[None]
     rotation = rotary(positions, config.head_width, config.rope_theta, jnp.float32)
     rest = None, causal_mask(jnp.asarray(pair.batch["segments"])), rotation, False, False
     params = pair.params["llm"]["layers"]
     found = through(LlamaLayer(config, jnp.float32), params, inputs, *rest)
-    for row, kept in enumerate(real):  # what padding computes is of no interest
+    for row, kept in enumerate(valid):  # what padding computes is of no interest
         assert error(found[:, row, kept], expected[:, row, kept]) < LAYER
 
 
@@ -102,8 +102,8 @@ def test_towers_logits_and_loss(read_pair, name):
     logits = out.logits.detach().numpy()
     if pair.kind == "t5":
         encoded = seen["language_model.encoder.final_layer_norm"][1]
-        real = pair.batch["segments"] > 0
-        assert error(np.asarray(made["encoded"])[real], encoded[real]) < TOWER
+        valid = pair.batch["segments"] > 0
+        assert error(np.asarray(made["encoded"])[valid], encoded[valid]) < TOWER
         asked = pair.batch["targets"] != towers.IGNORE
     else:
         logits, asked = logits[:, queries:], pair.batch["segments"][:, queries:] > 0
