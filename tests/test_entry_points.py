@@ -16,7 +16,7 @@ from jax_instructblip.evaluation import benchmarks
 from jax_instructblip.training.config_file import load_config
 from jax_instructblip.training.metrics import read_metrics
 from tests.commands.test_merge import write_run
-from tests.helpers.fake_pipeline import Parrot
+from tests.helpers.fake_pipeline import FakePipeline
 from tests.helpers.raw_layouts import write_all
 from tests.helpers.tiny import compile_cache, write_base, write_data
 from tests.test_imports import PACKAGE
@@ -197,7 +197,7 @@ def test_evaluate_of_datasets_is_its_verb(base, tmp_path, monkeypatch, capsys):
     raw = write_all(tmp_path / "raw", ["gqa", "iconqa"])
     for name, folder in raw.items():
         shards.prepare(DATASETS[name], folder, tmp_path / "data")
-    monkeypatch.setattr(benchmarks, "load", lambda *args, **given: Parrot())
+    monkeypatch.setattr(benchmarks, "load", lambda *args, **given: FakePipeline())
     ours, verb = tmp_path / "ours", tmp_path / "verb"
     given = dict(datasets=["gqa", "iconqa"], data=tmp_path / "data", limit=4)
     results = jax_instructblip.evaluate(base, out=ours, **given)

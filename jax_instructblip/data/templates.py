@@ -106,7 +106,7 @@ def placeholders(template: str) -> set[str]:
     return {name for _, name, _, _ in string.Formatter().parse(template) if name}
 
 
-def dress(template: str, record: Record, answer: str = "") -> str:
+def format_prompt(template: str, record: Record, answer: str = "") -> str:
     """The prompt of a record: the template, filled with what the record holds.
 
     Placeholders: `{question}` the record's prompt, `{answer}`, `{options}`, `{context}`, `{ocr}`,

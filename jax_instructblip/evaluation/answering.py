@@ -53,15 +53,15 @@ def answer(
         if rows := [_problem(task, questions, n, questions.problems[n]) for n in wanted]:
             take(rows)
     left = [u for u in questions.units if any(records[n].id not in done for n in u.rows)]
-    devices = blip.splits
+    devices = blip.batch_shards
     mine = loads(left, devices, share.count)[share.index :: share.count]
     # The questions of a load whose images are next are decoded while the one before is answered.
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, _hushed():
         ahead = _start(pool, blip, task, mine[0]) if mine else {}
         for index, load in enumerate(mine):
-            opened = {number: future.result() for number, future in ahead.items()}
+            pixels_or_error = {number: future.result() for number, future in ahead.items()}
             ahead = _start(pool, blip, task, mine[index + 1]) if index + 1 < len(mine) else {}
-            take(_answer_load(blip, task, questions, load, opened, size, devices))
+            take(_answer_load(blip, task, questions, load, pixels_or_error, size, devices))
 
 
 def count_left(questions: Questions, done: Collection[str]) -> int:
@@ -80,9 +80,9 @@ def _start(
 def _open(task: Task, number: int, side: int) -> tuple[np.ndarray | None, str]:
     """The pixels `[F, S, S, 3]` of a record; None, and why, where they cannot be used."""
     if task.black:
-        return _black(len(task.light(number).images), side), ""
+        return _black(len(task.without_images(number).images), side), ""
     try:
-        return batching.pixels(task.opened(number).images, side), ""
+        return batching.pixels(task.with_images(number).images, side), ""
     except ValueError as error:
         return None, str(error)
 
@@ -96,7 +96,7 @@ def _answer_load(
     task: Task,
     questions: Questions,
     load: Sequence[Unit],
-    opened: dict[int, tuple[np.ndarray | None, str]],
+    pixels_or_error: dict[int, tuple[np.ndarray | None, str]],
     size: int,
     devices: int,
 ) -> list[Prediction]:
@@ -104,7 +104,7 @@ def _answer_load(
     order = list(places(load, size, devices))
     asked = []
     for number, _ in order:
-        pixels = opened[number][0]
+        pixels = pixels_or_error[number][0]
         pixels = _black(group.frames, side) if pixels is None else pixels
         asked.append(
             batching.Question(pixels, questions.prompts[number], questions.examples[number])
@@ -117,7 +117,7 @@ def _answer_load(
             asked,
             [[questions.ids[each] for each in row] for row in choices[: 1 if one_list else None]],
             batch_size=batch,
-            least=None if one_list else group.sizes,
+            pad_to=None if one_list else group.sizes,
             **task.settings,
         )
         made = [
@@ -132,8 +132,8 @@ def _answer_load(
         ]
     return [
         row
-        if opened[number][0] is not None
-        else _problem(task, questions, number, opened[number][1])
+        if pixels_or_error[number][0] is not None
+        else _problem(task, questions, number, pixels_or_error[number][1])
         for row, (number, real) in zip(made, order, strict=True)
         if real
     ]

@@ -84,11 +84,11 @@ def plan(
     ids: dict[str, Ids] = {}
     alike = longest = 0  # `longest`: tokens of a candidate, where all questions have the same ones
     if _has_one_list(task):
-        choices = list(task.choices(task.light(0)))
+        choices = list(task.choices(task.without_images(0)))
         longest = _longest(lists := tokenise(text, choices, 1, ids))
         alike = len(task.records) * bool(same_tokens([choices], lists))
     for number in range(len(task.records)):
-        record = task.light(number)
+        record = task.without_images(number)
         digest.update(repr(record).encode())
         records.append(record)
         tick()
@@ -99,17 +99,17 @@ def plan(
             problems[number] = str(error)
             continue
         try:
-            room = longest or task.settings.get("max_new_tokens", 0)
+            reserve = longest or task.settings.get("max_new_tokens", 0)
             if task.protocol.ranking and not longest:
                 choices = task.choices(record)
                 lists = tokenise(text, [list(choices)], 1, ids)
-                room = _longest(lists)
+                reserve = _longest(lists)
                 alike += bool(same_tokens([choices], lists))
                 if choices not in known:
                     known[choices] = make_plan(lists).sizes
                 sizes[number] = known[choices]
             examples[number] = text.prompt(prompts[-1])
-            shapes[number] = _shape(text, examples[number], len(record.images), room)
+            shapes[number] = _shape(text, examples[number], len(record.images), reserve)
             cut += int(examples[number]["truncated"][0])
         except ValueError as error:
             problems[number] = str(error)
@@ -160,9 +160,9 @@ def _longest(lists: Sequence[Sequence[Ids]]) -> int:
     return max(len(ids) for each in lists for ids in each)
 
 
-def _shape(text: TextProcessor, example: Example, frames: int, room: int) -> tuple[int, int]:
+def _shape(text: TextProcessor, example: Example, frames: int, reserve: int) -> tuple[int, int]:
     """Frames and padded length of a question."""
-    count, limit = len(example["tokens"]), prompt_limit(text.variant, frames, room)
+    count, limit = len(example["tokens"]), prompt_limit(text.variant, frames, reserve)
     if count > limit:
         raise ValueError(f"the prompt has {count} tokens, the model holds {limit}: shorten it")
     longest = max(count, len(example["qformer_tokens"]))

@@ -42,7 +42,7 @@ class Protocol:
       name: what flags, files and results call it.
       dataset: the row of the table of datasets that its records come from; "" for none.
       split: what is evaluated unless another is named; "" where there is no usual one.
-      prompt: the prompt, with placeholders where a record's texts go (`templates.dress`).
+      prompt: the prompt, with placeholders where a record's texts go (`templates.format_prompt`).
       metric: a name of `metrics.table.METRICS`, which follows the rule of the published numbers; ""
         where nothing is scored.
       ranking: whether an answer is chosen among candidates (`blip.rank`) or generated.

@@ -129,7 +129,7 @@ def score_given(task: Task, path: Path, *, full: bool = True) -> Finished:
       MetricError: they are no answers, or not those of the task's records; all are listed.
     """
     rows = external_answers.read_given(path)
-    records = [task.light(number) for number in range(len(task.records))]
+    records = [task.without_images(number) for number in range(len(task.records))]
     check_ids(path, rows, [record.id for record in records], task.name)
     ordered, notes = external_answers.complete(task, path, rows, records)
     ordered, scores, reason = scoring.score(task, ordered, records, full=full)
@@ -176,7 +176,7 @@ def write(
         "datasets": results,
     }
     write_file(out / RESULTS, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    samples = {each.task.name: (each.task.opened, each.rows) for each in finished}
+    samples = {each.task.name: (each.task.with_images, each.rows) for each in finished}
     page, text = (out / name for name in REPORTS)
     report.write_html(page, model, results, samples, metrics, answers)
     write_file(text, report.markdown(model, results))

@@ -15,7 +15,7 @@ from jax_instructblip.data.prepare import builder, shards
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import prepared_folder
-from jax_instructblip.data.templates import dress
+from jax_instructblip.data.templates import format_prompt
 from jax_instructblip.evaluation.metrics.metric import MetricError, listed
 from jax_instructblip.evaluation.metrics.table import RANKED
 from jax_instructblip.evaluation.protocol import Protocol
@@ -30,7 +30,7 @@ class Task:
     Attributes:
       protocol: its row of the table, with what was overridden.
       split: of its dataset.
-      records: with random access, as they are stored; `opened` and `light` give them.
+      records: with random access, as they are stored; `with_images` and `without_images` give them.
       digest: stands for the content of the records' files.
       settings: keyword arguments of `blip.generate`, or of `blip.rank`.
       candidates: that every record is ranked over; () where records have their own choices.
@@ -54,12 +54,12 @@ class Task:
         """The name in files and results."""
         return self.protocol.name
 
-    def opened(self, number: int) -> Record:
+    def with_images(self, number: int) -> Record:
         """The record with its images, of a video with some of its frames."""
         record = self.records[number]
         return shards.with_frames(record, VIDEO_FRAMES) if self.videos else record
 
-    def light(self, number: int) -> Record:
+    def without_images(self, number: int) -> Record:
         """The record with "-" for each image."""
         record = self.records[number]
         count = VIDEO_FRAMES if self.videos else len(record.images)
@@ -67,7 +67,9 @@ class Task:
 
     def prompt(self, record: Record) -> str:
         """The prompt about the record; where it asks for a question, it has the first answer."""
-        return dress(self.protocol.prompt, record, record.answers[0] if record.answers else "")
+        return format_prompt(
+            self.protocol.prompt, record, record.answers[0] if record.answers else ""
+        )
 
     def choices(self, record: Record) -> tuple[str, ...]:
         """The candidates of a ranking."""

@@ -77,7 +77,7 @@ def evaluate(
     blip = InstructBlipPipeline(
         model.variant, params, text, dtype=model.dtype, mesh=mesh, silent=True
     )
-    kind, size = model.variant.llm.kind, max(1, batch_size // blip.splits)
+    kind, size = model.variant.llm.kind, max(1, batch_size // blip.batch_shards)
     if name := dataset_name(path) if path else "":
         task = open_task(BENCHMARKS[name], Path(path), kind, split=split, limit=limit)
     else:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jax_instructblip.data.images import check_images
-from jax_instructblip.inference.batching import Question, pair
+from jax_instructblip.inference.batching import Question, pair_inputs
 from jax_instructblip.inference.generation_config import BATCH_SIZE, GenerationConfig
 from jax_instructblip.inference.loading import resolve_checkpoint
 from jax_instructblip.inference.pipeline import load
@@ -99,11 +99,11 @@ def best_candidates(candidates: Sequence[str], scores: np.ndarray, count: int) -
     order = np.argsort(-scores, kind="stable")[:count]
     return [
         {
-            "candidate": candidates[place],
-            "score": float(scores[place]),
-            "probability": float(chances[place]),
+            "candidate": candidates[index],
+            "score": float(scores[index]),
+            "probability": float(chances[index]),
         }
-        for place in order
+        for index in order
     ]
 
 
@@ -114,7 +114,7 @@ def _check(
     candidates: Sequence[str] | None = None,
 ) -> list[Question]:
     """The questions; mistakes do not wait for weights, nor bad images for answers to good ones."""
-    questions = pair(images, prompts)
+    questions = pair_inputs(images, prompts)
     if candidates is not None:
         check_candidates(candidates, len(questions))
     resolve_checkpoint(checkpoint)

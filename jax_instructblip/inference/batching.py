@@ -41,7 +41,7 @@ class Question(NamedTuple):
     example: Example | None = None
 
 
-class Part(NamedTuple):
+class QuestionBatch(NamedTuple):
     """One batch of a call, filled up with copies of its last row, number included.
 
     A copy ends when its original does, so it never keeps the decoding going.
@@ -52,7 +52,7 @@ class Part(NamedTuple):
     batch: Batch
 
 
-def pair(images: Sequence[Picture] | Frame, prompts: Sequence[str] | str) -> list[Question]:
+def pair_inputs(images: Sequence[Picture] | Frame, prompts: Sequence[str] | str) -> list[Question]:
     """One question for each prompt or image: one of either serves all of the other.
 
     A single picture or prompt need not stand in a list. Raises ValueError for none at all, for
@@ -60,11 +60,11 @@ def pair(images: Sequence[Picture] | Frame, prompts: Sequence[str] | str) -> lis
     """
     images = [images] if isinstance(images, Frame) else images
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    for name, given in (("images", images), ("prompts", prompts)):
-        if not isinstance(given, list | tuple):
-            kind = type(given).__name__
+    for name, inputs in (("images", images), ("prompts", prompts)):
+        if not isinstance(inputs, list | tuple):
+            kind = type(inputs).__name__
             raise ValueError(f"{name} is a {kind}, expected a list of them, or a single one")
-        if not given:
+        if not inputs:
             raise ValueError(f"{name} is empty: there is nothing to answer")
     if wrong := [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]:
         raise ValueError(f"prompts must be strings; those at {wrong} are not")
@@ -98,70 +98,70 @@ def check_batch_size(batch_size: int) -> None:
     check({"batch_size": batch_size}, {"batch_size": whole(1, 65_536, unit="questions")})
 
 
-def make_parts(
+def make_batches(
     text: TextProcessor,
     questions: Sequence[Question],
     batch_size: int,
     multiple: int = 1,
-    room: int = 0,
-) -> Iterator[Part]:
+    reserve: int = 0,
+) -> Iterator[QuestionBatch]:
     """The questions in batches of at most `batch_size`, each a multiple of `multiple` rows.
 
-    `room` is how many new tokens must fit behind a prompt. Where all questions are about one
+    `reserve` is how many new tokens must fit behind a prompt. Where all questions are about one
     picture, `images` has one row alone, unless batches are to be split. Everything is checked
     before the first batch is handed out, except the images, which are opened batch by batch.
     """
     check_batch_size(batch_size)
     examples = [question.example or text.prompt(question.prompt) for question in questions]
-    _check_lengths(text, examples, len(questions[0].frames), room)
+    _check_lengths(text, examples, len(questions[0].frames), reserve)
     one_picture = multiple == 1 and all(each.frames is questions[0].frames for each in questions)
-    seen, opened = np.zeros(0, np.uint8), None
+    image, frames = np.zeros(0, np.uint8), None
     for start in range(0, len(questions), batch_size):
         rows = range(start, min(start + batch_size, len(questions)))
-        made = []
+        padded = []
         for row in rows:
-            if questions[row].frames is not opened:  # one image of many prompts is opened once
-                opened = questions[row].frames
-                seen = pixels(opened, text.variant.vision.image_size)
-            made.append({"images": seen, **examples[row]})
+            if questions[row].frames is not frames:  # one image of many prompts is opened once
+                frames = questions[row].frames
+                image = pixels(frames, text.variant.vision.image_size)
+            padded.append({"images": image, **examples[row]})
         few = 1 << (len(rows) - 1).bit_length()
         size = batch_size if len(questions) > batch_size else min(few, batch_size)
         size += -size % multiple
-        made += made[-1:] * (size - len(rows))
+        padded += padded[-1:] * (size - len(rows))
         batch = collate(
-            made,
+            padded,
             visual_tokens=text.variant.visual_tokens,
-            lengths=_common_length(text, made),
+            lengths=_common_length(text, padded),
             pad_id=text.variant.llm.pad_id,
         )
         del batch["truncated"]
         if one_picture:
             batch["images"] = batch["images"][:1]  # which the model then looks at once
         numbers = np.pad(np.array(rows, np.int32), (0, size - len(rows)), mode="edge")
-        yield Part(numbers, len(rows), batch)
+        yield QuestionBatch(numbers, len(rows), batch)
 
 
-def prompt_limit(variant: Variant, frames: int, room: int) -> int:
-    """Most tokens of a prompt about `frames` frames, `room` new tokens behind it."""
+def prompt_limit(variant: Variant, frames: int, reserve: int) -> int:
+    """Most tokens of a prompt about `frames` frames, `reserve` new tokens behind it."""
     if variant.llm.max_positions is None:
         return LENGTHS[-1]
-    return min(LENGTHS[-1], variant.llm.max_positions - frames * variant.visual_tokens - room)
+    return min(LENGTHS[-1], variant.llm.max_positions - frames * variant.visual_tokens - reserve)
 
 
-def check_room(variant: Variant, frames: int, room: int) -> None:
+def check_reserve(variant: Variant, frames: int, reserve: int) -> None:
     """Refuses more new tokens than the cache may hold behind a prompt of one token."""
-    seen = frames * variant.visual_tokens
+    visual_tokens = frames * variant.visual_tokens
     if (positions := variant.llm.max_positions) is not None:
         most, why = (
-            positions - seen - 1,
-            f"the model has {positions} positions, {seen} of the image",
+            positions - visual_tokens - 1,
+            f"the model has {positions} positions, {visual_tokens} of the image",
         )
     else:
         most, why = LENGTHS[-1], "the cache holds no more"
-    if room > most:
+    if reserve > most:
         raise ValueError(
-            f"{room} new tokens are asked for (max_new_tokens, or those of the longest candidate), "
-            f"expected at most {most}: {why}"
+            f"{reserve} new tokens are asked for (max_new_tokens, or those of the longest "
+            f"candidate), expected at most {most}: {why}"
         )
 
 
@@ -231,17 +231,17 @@ def _common_length(text: TextProcessor, examples: Sequence[Example]) -> dict[str
 
 
 def _check_lengths(
-    text: TextProcessor, examples: Sequence[Example], frames: int, room: int
+    text: TextProcessor, examples: Sequence[Example], frames: int, reserve: int
 ) -> None:
     """Refuses prompts that are too long; reports those of which the Q-Former reads only the end."""
-    check_room(text.variant, frames, room)
-    limit = prompt_limit(text.variant, frames, room)
-    seen = frames * text.variant.visual_tokens
+    check_reserve(text.variant, frames, reserve)
+    limit = prompt_limit(text.variant, frames, reserve)
+    visual_tokens = frames * text.variant.visual_tokens
     lengths = [len(example["tokens"]) for example in examples]
     if wrong := [f"prompt {i} has {n}" for i, n in enumerate(lengths) if n > limit]:
         raise ValueError(
-            f"a prompt may have {limit} tokens (beside {seen} of the image and {room} of the "
-            f"answer): {', '.join(wrong)}; shorten it"
+            f"a prompt may have {limit} tokens (beside {visual_tokens} of the image and {reserve} "
+            f"of the answer): {', '.join(wrong)}; shorten it"
         )
     if cut := sum(int(example["truncated"][0]) for example in examples):
         logging.getLogger(__name__).warning(

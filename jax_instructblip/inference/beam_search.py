@@ -33,12 +33,12 @@ import numpy as np
 from jax_instructblip.inference.generation_config import EARLY_STOPPING, GenerationConfig
 from jax_instructblip.inference.sampling import (
     TracedSettings,
-    allowed,
     best_of_rows,
-    counted,
     first_eos,
+    process_logits,
+    seen_ids,
 )
-from jax_instructblip.models.cache import follow, widen
+from jax_instructblip.models.cache import expand_beams, reorder_beams
 from jax_instructblip.models.vlm import VisionLanguageModel
 
 
@@ -134,7 +134,7 @@ def _search(
         return (state.step < max_new_tokens) & ~state.done.all()
 
     def advance(state: _State) -> _State:
-        cache = follow(state.cache, state.parents)
+        cache = reorder_beams(state.cache, state.parents)
         newest = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=2, keepdims=False)
         logits, cache = model.apply(variables, newest, cache, method="decode_step")
         return _choose(llm.eos_id, settings, search, state._replace(cache=cache), logits)
@@ -163,7 +163,7 @@ def _initial(
     size = len(batch["tokens"])
     tokens = jnp.full((size, beams, length), llm.pad_id, jnp.int32)
     logprobs = jnp.zeros((size, beams, length), jnp.float32)
-    seen = counted(llm, batch, settings.prompt_counts)[:, None]
+    seen = seen_ids(llm, batch, settings.prompt_counts)[:, None]
     return _State(
         step=jnp.zeros((), jnp.int32),
         tokens=tokens,
@@ -175,7 +175,7 @@ def _initial(
         seen=jnp.broadcast_to(seen, (size, beams, llm.vocab)),
         done=jnp.zeros(size, bool),
         answers=Answers(jnp.full((size, beams), -jnp.inf), tokens, logprobs),
-        cache=widen(cache, beams),
+        cache=expand_beams(cache, beams),
     )
 
 
@@ -185,19 +185,19 @@ def _choose(
     """The state one token longer; `logits` [B, K, V] are those of that token."""
     beams, vocab = logits.shape[1:]
     logprobs = jax.nn.log_softmax(logits)
-    scores = allowed(logprobs, state.seen, state.step, eos_id, settings)
-    totals, places = best_of_rows(scores + state.sums[..., None], 2 * beams)
-    logprob = _take(logprobs.reshape(len(logits), beams * vocab), places)
-    found = _Candidates(totals, places // vocab, places % vocab, logprob)
-    ends = found.token == eos_id  # of at most K: each row has one eos
+    scores = process_logits(logprobs, state.seen, state.step, eos_id, settings)
+    totals, indices = best_of_rows(scores + state.sums[..., None], 2 * beams)
+    logprob = _take(logprobs.reshape(len(logits), beams * vocab), indices)
+    candidates = _Candidates(totals, indices // vocab, indices % vocab, logprob)
+    ends = candidates.token == eos_id  # of at most K: each row has one eos
 
-    first = jax.tree.map(lambda leaf: leaf[:, :beams], found)
+    first = jax.tree.map(lambda leaf: leaf[:, :beams], candidates)
     counts = ends[:, :beams] & ~state.done[:, None]
     ended = jnp.where(counts, first.total / search.weights[state.step], -jnp.inf)
     answers = _best(state.answers, Answers(ended, *_longer(state, first)))
 
     ranks = jnp.argsort(ends, axis=1, stable=True)[:, :beams]
-    others = jax.tree.map(lambda leaf: _take(leaf, ranks), found)
+    others = jax.tree.map(lambda leaf: _take(leaf, ranks), candidates)
     tokens, chances = _longer(state, others)
     newest = jax.nn.one_hot(others.token, vocab, dtype=bool)
     state = state._replace(
@@ -214,10 +214,10 @@ def _choose(
     return state._replace(done=state.done | _cannot_better(search, state, best))
 
 
-def _longer(state: _State, found: _Candidates) -> tuple[jax.Array, jax.Array]:
+def _longer(state: _State, candidates: _Candidates) -> tuple[jax.Array, jax.Array]:
     """Tokens and log-probabilities `[B, K, T]` of rows that were continued."""
-    rows = (_take(leaf, found.parent) for leaf in (state.tokens, state.logprobs))
-    new = (found.token, found.logprob)
+    rows = (_take(leaf, candidates.parent) for leaf in (state.tokens, state.logprobs))
+    new = (candidates.token, candidates.logprob)
     tokens, logprobs = (
         row.at[..., state.step].set(leaf) for row, leaf in zip(rows, new, strict=True)
     )

@@ -22,11 +22,11 @@ import numpy as np
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.sampling import (
     TracedSettings,
-    allowed,
-    best,
-    counted,
-    draw,
+    argmax,
     first_eos,
+    process_logits,
+    sample,
+    seen_ids,
 )
 from jax_instructblip.models.vlm import VisionLanguageModel
 
@@ -82,10 +82,10 @@ def stream_tokens(
     The device is one step ahead of what is handed out. Arguments as of `generate_tokens`.
     """
     chosen = TracedSettings.of(config)
-    max_new_tokens, sample = config.max_new_tokens, config.sample
-    newest, done, state = _first(model, max_new_tokens, sample, params, batch, keys, chosen)
+    max_new_tokens, do_sample = config.max_new_tokens, config.sample
+    newest, done, state = _first(model, max_new_tokens, do_sample, params, batch, keys, chosen)
     for _ in range(max_new_tokens - 1):
-        coming, ended, state = _next(model, sample, params, keys, chosen, state)
+        coming, ended, state = _next(model, do_sample, params, keys, chosen, state)
         yield jax.device_get(newest)
         if np.all(done):
             return
@@ -97,7 +97,7 @@ def stream_tokens(
 def _decode(
     model: VisionLanguageModel,
     max_new_tokens: int,
-    sample: bool,
+    do_sample: bool,
     params: dict[str, Any],
     batch: dict[str, Any],
     keys: jax.Array,
@@ -106,8 +106,8 @@ def _decode(
     def unfinished(state: _State) -> jax.Array:
         return (state.step < max_new_tokens) & ~state.done.all()
 
-    advance = functools.partial(_advance, model, sample, params, keys, settings)
-    state = _start(model, max_new_tokens, sample, params, batch, keys, settings)
+    advance = functools.partial(_advance, model, do_sample, params, keys, settings)
+    state = _start(model, max_new_tokens, do_sample, params, batch, keys, settings)
     state = jax.lax.while_loop(unfinished, advance, state)
     return {
         "tokens": state.tokens,
@@ -136,7 +136,7 @@ def _newest(state: _State) -> tuple[tuple[jax.Array, jax.Array], jax.Array, _Sta
 def _start(
     model: VisionLanguageModel,
     max_new_tokens: int,
-    sample: bool,
+    do_sample: bool,
     params: dict[str, Any],
     batch: dict[str, Any],
     keys: jax.Array,
@@ -152,17 +152,17 @@ def _start(
         step=jnp.zeros((), jnp.int32),
         token=jnp.zeros(rows, jnp.int32),
         done=jnp.zeros(rows, bool),
-        seen=counted(llm, batch, settings.prompt_counts)[:, None],
+        seen=seen_ids(llm, batch, settings.prompt_counts)[:, None],
         tokens=jnp.full((*rows, max_new_tokens), llm.pad_id, jnp.int32),
         logprobs=jnp.zeros((*rows, max_new_tokens), jnp.float32),
         cache=cache,
     )
-    return _choose(model, sample, keys, settings, state, logits)
+    return _choose(model, do_sample, keys, settings, state, logits)
 
 
 def _advance(
     model: VisionLanguageModel,
-    sample: bool,
+    do_sample: bool,
     params: dict[str, Any],
     keys: jax.Array,
     settings: TracedSettings,
@@ -171,12 +171,12 @@ def _advance(
     """The state one token longer."""
     variables = {"params": params}
     logits, cache = model.apply(variables, state.token, state.cache, method="decode_step")
-    return _choose(model, sample, keys, settings, state._replace(cache=cache), logits)
+    return _choose(model, do_sample, keys, settings, state._replace(cache=cache), logits)
 
 
 def _choose(
     model: VisionLanguageModel,
-    sample: bool,
+    do_sample: bool,
     keys: jax.Array,
     settings: TracedSettings,
     state: _State,
@@ -184,12 +184,12 @@ def _choose(
 ) -> _State:
     """The state with the token that `logits` `[B, R, V]` tell."""
     llm = model.variant.llm
-    scores = allowed(logits, state.seen, state.step, llm.eos_id, settings)
-    if sample:
+    scores = process_logits(logits, state.seen, state.step, llm.eos_id, settings)
+    if do_sample:
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, state.step)
-        token = jax.vmap(draw, in_axes=(0, 0, None))(now, scores, settings)
+        token = jax.vmap(sample, in_axes=(0, 0, None))(now, scores, settings)
     else:
-        token = best(scores)
+        token = argmax(scores)
     token = jnp.where(state.done, llm.pad_id, token).astype(jnp.int32)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[..., None], axis=-1)
     logprob = jnp.where(state.done, 0.0, logprob[..., 0])

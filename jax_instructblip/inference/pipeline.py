@@ -31,8 +31,8 @@ from jax_instructblip.inference.batching import (
     ask_every_slot,
     check_batch_size,
     compacted,
-    make_parts,
-    pair,
+    make_batches,
+    pair_inputs,
 )
 from jax_instructblip.inference.beam_search import beam_tokens
 from jax_instructblip.inference.decode import generate_tokens, stream_tokens
@@ -61,7 +61,7 @@ from jax_instructblip.inference.saving import save_checkpoint
 from jax_instructblip.inference.streaming import one_ahead, pieces
 from jax_instructblip.models.layers import BATCH_AXES, Scan, Scans
 from jax_instructblip.models.variants import Variant, released_name
-from jax_instructblip.models.vlm import VisionLanguageModel, is_separate
+from jax_instructblip.models.vlm import VisionLanguageModel, is_unstacked
 from jax_instructblip.parallel.mesh import batch_sharding
 from jax_instructblip.progress import Progress
 
@@ -109,11 +109,11 @@ class InstructBlipPipeline:
     ):
         """The pipeline of parameters that are on their devices already; `load` reads a folder.
 
-        Decoding layers may be stacked, or separate (`models.vlm.separate_decoder`).
+        Decoding layers may be stacked or not (`models.vlm.unstack_decoder`).
         """
         self.variant, self.params, self.text, self.mesh = variant, params, text, mesh
         self.silent, self.source = silent, source  # silent: no progress lines
-        scans = Scans(llm=Scan(separate=is_separate(variant, params)))
+        scans = Scans(llm=Scan(unstacked=is_unstacked(variant, params)))
         self.model = VisionLanguageModel(variant, jnp.dtype(dtype), scans)
 
     def __repr__(self) -> str:
@@ -155,7 +155,7 @@ class InstructBlipPipeline:
         """
         config = _configured(config, settings)
         check_batch_size(batch_size)
-        return self.answer(pair(images, prompts), config, batch_size)
+        return self.answer(pair_inputs(images, prompts), config, batch_size)
 
     def answer(
         self, questions: Sequence[Question], config: GenerationConfig, batch_size: int = BATCH_SIZE
@@ -169,10 +169,10 @@ class InstructBlipPipeline:
             keys = row_keys(key, self._on_devices(rows))
             return generate_tokens(self.model, self.params, batch, keys, config)
 
-        parts = self._run("answering", decode, questions, batch_size, room=config.max_new_tokens)
+        results = self._run("answering", decode, questions, batch_size, config.max_new_tokens)
         answers = [
-            best_answer(self.text, made, row, config.num_return_sequences)
-            for made, count in parts
+            best_answer(self.text, generated, row, config.num_return_sequences)
+            for generated, count in results
             for row in range(count)
         ]
         wrong = [i for i, answer in enumerate(answers) if not math.isfinite(answer.logprob)]
@@ -197,17 +197,17 @@ class InstructBlipPipeline:
             raise ValueError(
                 f"num_beams is {config.num_beams}, but a stream has no beams: expected 1"
             )
-        room = config.max_new_tokens
-        part = next(make_parts(self.text, pair([image], [prompt]), 1, self.splits, room))
-        keys = row_keys(seed_key(config.seed), self._on_devices(part.rows))
-        batch = self._on_devices(part.batch)
-        made = stream_tokens(self.model, self.params, batch, keys, config)
-        return pieces(self.text.decode, self._first_row(made), rewrites=self.text.rewrites)
+        questions = pair_inputs([image], [prompt])
+        only = next(make_batches(self.text, questions, 1, self.batch_shards, config.max_new_tokens))
+        keys = row_keys(seed_key(config.seed), self._on_devices(only.rows))
+        batch = self._on_devices(only.batch)
+        steps = stream_tokens(self.model, self.params, batch, keys, config)
+        return pieces(self.text.decode, self._first_row(steps), rewrites=self.text.rewrites)
 
-    def _first_row(self, made: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[int]:
+    def _first_row(self, steps: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[int]:
         while True:
             with self._mesh():  # not while the caller has the token
-                newest = next(made, None)
+                newest = next(steps, None)
             if newest is None:
                 return
             tokens, logprobs = newest
@@ -221,7 +221,7 @@ class InstructBlipPipeline:
         candidates: Sequence[str] | Sequence[Sequence[str]],
         length_normalise: bool = False,
         batch_size: int = BATCH_SIZE,
-        least: Sizes | None = None,
+        pad_to: Sizes | None = None,
     ) -> np.ndarray:
         """Scores `[B, C]` float32 of every candidate answer to each question; the best is largest.
 
@@ -238,7 +238,7 @@ class InstructBlipPipeline:
           length_normalise: divide each score by its number of tokens; without, short candidates
             are favoured.
           batch_size: questions that are ranked at once.
-          least: sizes that every batch's candidates are padded to, so that calls with different
+          pad_to: sizes that every batch's candidates are padded to, so that calls with different
             lists share one compiled program; scores do not change.
 
         Raises:
@@ -246,12 +246,16 @@ class InstructBlipPipeline:
         """
         check_batch_size(batch_size)
         check({"length_normalise": length_normalise}, {"length_normalise": flag()})
-        questions = pair(images, prompts)
+        questions = pair_inputs(images, prompts)
         lists = tokenise(self.text, candidates, len(questions))
         if same := same_tokens(check_candidates(candidates, len(questions)), lists):
             logging.getLogger(__name__).warning("%s", describe_same(same))
         return self.rank_tokens(
-            questions, lists, length_normalise=length_normalise, batch_size=batch_size, least=least
+            questions,
+            lists,
+            length_normalise=length_normalise,
+            batch_size=batch_size,
+            pad_to=pad_to,
         )
 
     def rank_tokens(
@@ -261,22 +265,22 @@ class InstructBlipPipeline:
         *,
         length_normalise: bool = False,
         batch_size: int = BATCH_SIZE,
-        least: Sizes | None = None,
+        pad_to: Sizes | None = None,
     ) -> np.ndarray:
         """`rank` of questions and candidates that were prepared before (`ranking.tokenise`)."""
-        plan_of_all, plans = (make_plan(lists, least=least) if len(lists) == 1 else None), []
+        plan_of_all, plans = (make_plan(lists, pad_to=pad_to) if len(lists) == 1 else None), []
 
-        def look(batch: Batch, rows: np.ndarray) -> list[jax.Array]:
-            plans.append(plan_of_all or make_plan([lists[row] for row in rows], least=least))
+        def compute(batch: Batch, rows: np.ndarray) -> list[jax.Array]:
+            plans.append(plan_of_all or make_plan([lists[row] for row in rows], pad_to=pad_to))
             chunks = plans[-1].chunks if plan_of_all else self._on_devices(plans[-1].chunks)
             return pair_logprobs(self.model, self.params, batch, chunks)
 
         longest = max(len(ids) for each in lists for ids in each)
-        parts = self._run("ranking", look, questions, batch_size, room=longest)
+        results = self._run("ranking", compute, questions, batch_size, longest)
         scores = stack_scores(
             [
                 score(plan, logprobs, length_normalise)[:count]
-                for plan, (logprobs, count) in zip(plans, parts, strict=True)
+                for plan, (logprobs, count) in zip(plans, results, strict=True)
             ]
         )
         check_finite(np.flatnonzero(np.isnan(scores).any(axis=1)).tolist(), self.model.dtype)
@@ -292,12 +296,12 @@ class InstructBlipPipeline:
         """
         check_batch_size(batch_size)
 
-        def look(batch: Batch, rows: np.ndarray) -> jax.Array:
+        def compute(batch: Batch, rows: np.ndarray) -> jax.Array:
             del rows
             return _visual_prompt(self.model, self.params, batch)
 
-        parts = self._run("looking", look, pair(images, prompts), batch_size)
-        return np.concatenate([seen[:count].astype(np.float32) for seen, count in parts])
+        results = self._run("looking", compute, pair_inputs(images, prompts), batch_size)
+        return np.concatenate([vectors[:count].astype(np.float32) for vectors, count in results])
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes a new checkpoint folder for `load`: the weights in the dtype they are held in."""
@@ -325,15 +329,15 @@ class InstructBlipPipeline:
         compute: Callable[[Batch, np.ndarray], Any],
         questions: Sequence[Question],
         batch_size: int,
-        room: int = 0,
+        reserve: int = 0,
     ) -> list[tuple[Any, int]]:
         """The result of `compute` on each batch and its row numbers, and the count of real rows."""
-        parts = make_parts(self.text, questions, batch_size, self.splits, room)
-        made = ((compute(self._on_devices(part.batch), part.rows), part.count) for part in parts)
+        batches = make_batches(self.text, questions, batch_size, self.batch_shards, reserve)
+        pending = ((compute(self._on_devices(b.batch), b.rows), b.count) for b in batches)
         results = []
         line = Progress(len(questions), label, "questions", compiles=True, silent=self.silent)
         # Processes that talk to each other do one thing at a time, in the same order.
-        ready = made if self._spans else one_ahead(made)
+        ready = pending if self._spans else one_ahead(pending)
         with self._mesh(), line as progress:
             for result, count in ready:
                 results.append((self._fetch(result), count))
@@ -352,8 +356,8 @@ class InstructBlipPipeline:
         return self.mesh is not None and self.mesh.is_multi_process
 
     @property
-    def splits(self) -> int:
-        """The number of parts that the devices make of a batch."""
+    def batch_shards(self) -> int:
+        """The number of shards that the devices split a batch into."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     def _mesh(self) -> contextlib.AbstractContextManager:

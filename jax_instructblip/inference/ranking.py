@@ -116,15 +116,15 @@ def tokenise(
     ids = {} if known is None else known
     for each in set(itertools.chain(*lists)) - ids.keys():
         ids[each] = tuple(text.candidate(each).tolist())
-    least = 1 + (text.variant.llm.kind == "t5")  # eos alone is no candidate
+    shortest = 1 + (text.variant.llm.kind == "t5")  # eos alone is no candidate
     wrong = []
     for name, each in _named(lists):
-        if not least <= len(ids[each]) <= LONGEST:
+        if not shortest <= len(ids[each]) <= LONGEST:
             wrong.append(f"{name} ({each[:40]!r}) has {len(ids[each])} tokens")
     if wrong:
         raise ValueError(
-            f"a candidate may have {least} to {LONGEST} tokens: {', '.join(wrong)}; change or drop "
-            "them"
+            f"a candidate may have {shortest} to {LONGEST} tokens: {', '.join(wrong)}; change or "
+            "drop them"
         )
     return [[ids[each] for each in row] for row in lists]
 
@@ -133,13 +133,13 @@ def same_tokens(
     lists: Sequence[Sequence[str]], ids: Sequence[Sequence[Ids]]
 ) -> list[tuple[str, ...]]:
     """The different candidates of one question that have the same ids, together; each set once."""
-    found: dict[tuple[str, ...], None] = {}
+    groups: dict[tuple[str, ...], None] = {}
     for texts, tokens in zip(lists, ids, strict=True):
         by_ids: dict[Ids, dict[str, None]] = {}
-        for each, own in zip(texts, tokens, strict=True):
-            by_ids.setdefault(own, {})[each] = None
-        found |= dict.fromkeys(tuple(group) for group in by_ids.values() if len(group) > 1)
-    return list(found)
+        for each, key in zip(texts, tokens, strict=True):
+            by_ids.setdefault(key, {})[each] = None
+        groups |= dict.fromkeys(tuple(group) for group in by_ids.values() if len(group) > 1)
+    return list(groups)
 
 
 def describe_same(same: Sequence[tuple[str, ...]]) -> str:
@@ -156,8 +156,8 @@ def _named(lists: Sequence[Sequence[Any]]) -> Iterator[tuple[str, Any]]:
     """Each candidate with what an error calls it."""
     for row, candidates in enumerate(lists):
         of = f" of question {row}" if len(lists) > 1 else ""
-        for place, each in enumerate(candidates):
-            yield f"candidate {place}{of}", each
+        for index, each in enumerate(candidates):
+            yield f"candidate {index}{of}", each
 
 
 class _Chunk:
@@ -180,10 +180,10 @@ class _Chunk:
         return len(ids) - 1 - min(self.shared(ids), len(self.nodes))
 
     def add(self, ids: Ids) -> None:
-        keep = self.shared(ids)
-        self.close(keep)
-        del self.path[keep:]
-        for depth in range(keep, len(ids)):
+        shared = self.shared(ids)
+        self.close(shared)
+        del self.path[shared:]
+        for depth in range(shared, len(ids)):
             if depth > len(self.nodes):
                 self.nodes.append(len(self.tokens))
                 self.tokens.append(ids[depth - 1])
@@ -194,62 +194,62 @@ class _Chunk:
             self.targets.append(ids[depth])
         self.ids = ids
 
-    def close(self, keep: int = 0) -> None:
-        """Closes the inner tokens after the first `keep`: nothing more is hung below them."""
-        for node in self.nodes[keep:]:
+    def close(self, kept: int = 0) -> None:
+        """Closes the inner tokens after the first `kept` ones: nothing more is hung below them."""
+        for node in self.nodes[kept:]:
             self.ends[node] = len(self.tokens)
-        del self.nodes[keep:]
+        del self.nodes[kept:]
 
 
 def make_plan(
-    lists: Sequence[Sequence[Ids]], nodes: int = NODES, least: Sizes | None = None
+    lists: Sequence[Sequence[Ids]], nodes: int = NODES, pad_to: Sizes | None = None
 ) -> Plan:
     """The plan of the candidates of X questions, or of one list for all, in token ids.
 
     A chunk has at most `nodes` inner tokens, more only for a single candidate that has more. Sizes
-    are rounded up to few, so that one compiled program serves many lists; `least` pads the plan to
-    those of another, or more.
+    are rounded up to few, so that one compiled program serves many lists; `pad_to` has the sizes of
+    another plan, and this one gets at least those.
     """
-    if not isinstance(least := least or Sizes(), Sizes):
-        raise ValueError(f"least is a {type(least).__name__}, expected Sizes or None")
+    if not isinstance(pad_to := pad_to or Sizes(), Sizes):
+        raise ValueError(f"pad_to is a {type(pad_to).__name__}, expected Sizes or None")
     grown = [_grow(candidates, nodes) for candidates in lists]
-    count = max(least.chunks, *(len(chunks) for chunks, _ in grown))
+    count = max(pad_to.chunks, *(len(chunks) for chunks, _ in grown))
     rows = [chunks + [_Chunk()] * (count - len(chunks)) for chunks, _ in grown]
-    inner = round_up(max(least.inner, *(len(chunk.tokens) for row in rows for chunk in row)))
-    pairs = round_up(max(least.pairs, *(len(chunk.targets) for row in rows for chunk in row)))
+    inner = round_up(max(pad_to.inner, *(len(chunk.tokens) for row in rows for chunk in row)))
+    pairs = round_up(max(pad_to.pairs, *(len(chunk.targets) for row in rows for chunk in row)))
     trees = [_stack(column, inner, pairs) for column in zip(*rows, strict=True)]
     width = max(len(candidates) for candidates in lists)
     longest = max(len(ids) for candidates in lists for ids in candidates)
     paths = np.full((len(lists), width, longest), -1, np.int32)
     counts = np.zeros((len(lists), width), np.int32)
-    for row, (candidates, (_, found)) in enumerate(zip(lists, grown, strict=True)):
-        for place, ids in enumerate(candidates):
-            chunk, path = found[ids]
-            paths[row, place, : len(ids)] = np.add(path, chunk * pairs)
-            counts[row, place] = len(ids)
+    for row, (candidates, (_, chunk_paths)) in enumerate(zip(lists, grown, strict=True)):
+        for column, ids in enumerate(candidates):
+            chunk, path = chunk_paths[ids]
+            paths[row, column, : len(ids)] = np.add(path, chunk * pairs)
+            counts[row, column] = len(ids)
     return Plan(trees, paths, counts)
 
 
 def _grow(candidates: Sequence[Ids], limit: int) -> tuple[list[_Chunk], dict[Ids, Any]]:
     """The chunks of one list, about equally large, and each candidate's chunk and pairs."""
     ordered = sorted(set(candidates))
-    chunks, found = _cut(ordered, limit)
+    chunks, chunk_paths = _cut(ordered, limit)
     if len(chunks) > 1:
         even = -(-sum(len(chunk.tokens) for chunk in chunks) // len(chunks))
         return _cut(ordered, min(limit, even + max(map(len, ordered))))
-    return chunks, found
+    return chunks, chunk_paths
 
 
 def _cut(ordered: Sequence[Ids], limit: int) -> tuple[list[_Chunk], dict[Ids, Any]]:
-    chunks, found = [_Chunk()], {}
+    chunks, chunk_paths = [_Chunk()], {}
     for ids in ordered:
         if chunks[-1].targets and len(chunks[-1].tokens) + chunks[-1].growth(ids) > limit:
             chunks[-1].close()
             chunks.append(_Chunk())
         chunks[-1].add(ids)
-        found[ids] = len(chunks) - 1, tuple(chunks[-1].path)
+        chunk_paths[ids] = len(chunks) - 1, tuple(chunks[-1].path)
     chunks[-1].close()
-    return chunks, found
+    return chunks, chunk_paths
 
 
 def round_up(count: int) -> int:
@@ -305,9 +305,9 @@ def tree_logprobs(
     variables, size, inner = {"params": params}, len(first), tree.tokens.shape[1]
     spread = lambda leaf: jnp.broadcast_to(leaf, (size, leaf.shape[1]))
     places, targets = spread(tree.places), spread(tree.targets)
-    found = _look_up(first, jnp.zeros_like(places), targets)
+    logprobs = _look_up(first, jnp.zeros_like(places), targets)
     if not inner:
-        return found
+        return logprobs
     x = model.apply(
         variables, tree.tokens, tree.depths, tree.ends, cache, method="decode_tree"
     )  # [B, T, D]
@@ -316,14 +316,16 @@ def tree_logprobs(
     x = jnp.pad(x, ((0, 0), (0, count * rows - inner), (0, 0)))
     x = jnp.moveaxis(x.reshape(size, count, rows, -1), 1, 0)
 
-    def look(found: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    def look_up_block(
+        logprobs: jax.Array, block: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, None]:
         start, x = block
         logits = model.apply(variables, x, method="logits")
         row = places - 1 - start
-        here = _look_up(logits, jnp.clip(row, 0, rows - 1), targets)
-        return jnp.where((row >= 0) & (row < rows), here, found), None
+        in_block = _look_up(logits, jnp.clip(row, 0, rows - 1), targets)
+        return jnp.where((row >= 0) & (row < rows), in_block, logprobs), None
 
-    return jax.lax.scan(look, found, (jnp.arange(count) * rows, x))[0]
+    return jax.lax.scan(look_up_block, logprobs, (jnp.arange(count) * rows, x))[0]
 
 
 @jax.vmap
@@ -341,16 +343,18 @@ def score(plan: Plan, logprobs: Sequence[np.ndarray], length_normalise: bool) ->
     # The last column is what a path's -1 finds.
     table = np.concatenate([*logprobs, np.zeros((size, 1), np.float32)], axis=1, dtype=np.float64)
     paths = np.broadcast_to(plan.paths, (size, *plan.paths.shape[1:]))
-    found = table[np.arange(size)[:, None, None], paths].sum(axis=-1)
-    counts = np.broadcast_to(plan.counts, found.shape)
+    scores = table[np.arange(size)[:, None, None], paths].sum(axis=-1)
+    counts = np.broadcast_to(plan.counts, scores.shape)
     if length_normalise:
-        found = found / np.maximum(counts, 1)
-    found = np.where(np.isfinite(found), found, np.nan)
-    return np.where(counts > 0, found, -np.inf).astype(np.float32)
+        scores = scores / np.maximum(counts, 1)
+    scores = np.where(np.isfinite(scores), scores, np.nan)
+    return np.where(counts > 0, scores, -np.inf).astype(np.float32)
 
 
-def stack_scores(parts: Sequence[np.ndarray]) -> np.ndarray:
+def stack_scores(batches: Sequence[np.ndarray]) -> np.ndarray:
     """All rows of the batches' scores in one array, the narrower ones filled up with -inf."""
-    width = max(part.shape[1] for part in parts)
-    fill = [np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-np.inf) for p in parts]
-    return np.concatenate(fill)
+    width = max(each.shape[1] for each in batches)
+    pad = lambda scores: np.pad(
+        scores, ((0, 0), (0, width - scores.shape[1])), constant_values=-np.inf
+    )
+    return np.concatenate([pad(each) for each in batches])

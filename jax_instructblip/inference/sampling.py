@@ -49,7 +49,7 @@ class TracedSettings(NamedTuple):
         )
 
 
-def counted(llm: LanguageConfig, batch: dict[str, Any], prompt_counts: jax.Array) -> jax.Array:
+def seen_ids(llm: LanguageConfig, batch: dict[str, Any], prompt_counts: jax.Array) -> jax.Array:
     """Ids `[B, V]` that the repetition penalty counts before the first new token."""
     nothing = jnp.zeros((len(batch["tokens"]), llm.vocab), bool)
     if isinstance(llm, T5Config):
@@ -67,7 +67,7 @@ def penalise(scores: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Arra
     return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def allowed(
+def process_logits(
     scores: jax.Array, seen: jax.Array, step: jax.Array, eos_id: int, settings: TracedSettings
 ) -> jax.Array:
     """`scores` `[B, R, V]` after the penalty of `seen` ids, without eos before its time."""
@@ -76,7 +76,7 @@ def allowed(
     return jnp.where(early & (_places(scores) == eos_id), -jnp.inf, scores)
 
 
-def best(scores: jax.Array) -> jax.Array:
+def argmax(scores: jax.Array) -> jax.Array:
     """The first place of the largest of `scores` `[..., V]`, as `jnp.argmax`.
 
     Two plain reductions, which XLA vectorises on a CPU; its argmax takes ten times as long there.
@@ -104,13 +104,15 @@ def best_of_rows(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     chosen = jnp.sort(chosen, axis=-1)  # so that of equal scores the earlier comes first again
     columns = (chosen % width * BLOCK)[..., None] + jnp.arange(BLOCK)[None, None]
     inside = columns < vocab
-    places = (chosen // width * vocab)[..., None] + jnp.where(inside, columns, 0)
-    places = places.reshape(batch, -1)
-    found = jnp.take_along_axis(scores.reshape(batch, -1), places, axis=1)
-    values, picked = jax.lax.top_k(jnp.where(inside.reshape(batch, -1), found, -jnp.inf), count)
+    indices = (chosen // width * vocab)[..., None] + jnp.where(inside, columns, 0)
+    indices = indices.reshape(batch, -1)
+    candidates = jnp.take_along_axis(scores.reshape(batch, -1), indices, axis=1)
+    values, picked = jax.lax.top_k(
+        jnp.where(inside.reshape(batch, -1), candidates, -jnp.inf), count
+    )
     # Or XLA joins slices of these with those above, and sorts where it need only select.
     values, picked = jax.lax.optimization_barrier((values, picked))
-    return values, jnp.take_along_axis(places, picked, axis=1)
+    return values, jnp.take_along_axis(indices, picked, axis=1)
 
 
 def first_eos(tokens: jax.Array, eos_id: int) -> jax.Array:
@@ -120,7 +122,7 @@ def first_eos(tokens: jax.Array, eos_id: int) -> jax.Array:
     return jnp.where(is_eos.any(axis=-1), length, tokens.shape[-1]).astype(jnp.int32)
 
 
-def draw(key: jax.Array, scores: jax.Array, settings: TracedSettings) -> jax.Array:
+def sample(key: jax.Array, scores: jax.Array, settings: TracedSettings) -> jax.Array:
     """One token `[R]` for each row of `scores` `[R, V]`, by temperature, then top-k, then top-p."""
     order = jnp.argsort(scores, axis=-1, descending=True)
     ranked = truncate(jnp.take_along_axis(scores, order, axis=-1), settings)
@@ -138,9 +140,9 @@ def truncate(ranked: jax.Array, settings: TracedSettings) -> jax.Array:
     chance = jax.nn.softmax(ranked, axis=-1)
     better = jnp.cumsum(chance, axis=-1) - chance  # the probability of all better tokens
     # With top_p = 1 the rounding of the sum must not drop the last ones; the best one always stays.
-    keep = (better < settings.top_p) | (settings.top_p >= 1)
-    keep = keep.at[..., 0].set(True)
-    return jnp.where(keep, ranked, -jnp.inf)
+    kept = (better < settings.top_p) | (settings.top_p >= 1)
+    kept = kept.at[..., 0].set(True)
+    return jnp.where(kept, ranked, -jnp.inf)
 
 
 def _places(scores: jax.Array) -> jax.Array:

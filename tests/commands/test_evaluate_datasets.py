@@ -18,7 +18,7 @@ from jax_instructblip.evaluation.metrics import caption_scores
 from jax_instructblip.evaluation.predictions import read_rows
 from jax_instructblip.evaluation.protocol import BENCHMARKS, HELD_OUT
 from tests.evaluation.test_suite import files
-from tests.helpers.fake_pipeline import Parrot
+from tests.helpers.fake_pipeline import FakePipeline
 from tests.helpers.raw_layouts import write_all
 from tests.helpers.tiny import compile_cache, write_base
 from tests.parallel.test_processes import LIMIT, ROOT, ended, start
@@ -56,13 +56,13 @@ def words(base, data, out, datasets, *more):
     return [*(f"--{name}={value}" for name, value in given.items()), *more]
 
 
-@pytest.mark.parametrize("model", ["parrot", pytest.param("micro", marks=pytest.mark.full)])
+@pytest.mark.parametrize("model", ["fake", pytest.param("tiny", marks=pytest.mark.full)])
 def test_every_held_out_dataset_from_folder_to_report(
     base, data, tmp_path, capsys, monkeypatch, model
 ):
-    """The micro model compiles a program for every shape, which takes a minute or two."""
-    if model == "parrot":
-        monkeypatch.setattr(benchmarks, "load", lambda *args, **fields: Parrot())
+    """The tiny model compiles a program for every shape, which takes a minute or two."""
+    if model == "fake":
+        monkeypatch.setattr(benchmarks, "load", lambda *args, **fields: FakePipeline())
     monkeypatch.setenv("PATH", "")  # without Java, whose scorers would take long to start
     code = evaluate.main(words(base, data, tmp_path, ["held_out"], *FEW))
     results = json.loads((tmp_path / "results.json").read_text())["datasets"]

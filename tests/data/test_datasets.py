@@ -80,7 +80,7 @@ def test_zero_shot_prompts(name):
         ocr=("A", "7") if name == "textvqa" else (),
         history=(("Is it?", "yes"),) if name == "visual_dialog" else (),
     )
-    assert templates.dress(BENCHMARKS[name].prompt, record) == ASKED[name]
+    assert templates.format_prompt(BENCHMARKS[name].prompt, record) == ASKED[name]
 
 
 def test_every_held_out_prompt_is_known():

@@ -38,7 +38,7 @@ def prompts_of(name: str, raw: Path) -> dict:
     return {
         "record": record.id,
         "training": [list(pair) for pair in dict.fromkeys(drawn)],
-        "zero_shot": templates.dress(BENCHMARKS[name].prompt, record, record.answers[0]),
+        "zero_shot": templates.format_prompt(BENCHMARKS[name].prompt, record, record.answers[0]),
     }
 
 

@@ -75,15 +75,15 @@ RECORD = Record(
     ],
 )
 def test_a_record_dresses_a_template(template, expected):
-    assert templates.dress(template, RECORD, "so") == expected
+    assert templates.format_prompt(template, RECORD, "so") == expected
 
 
 def test_only_the_first_thirty_words_of_an_image_are_told():
     words = tuple(f"w{index}" for index in range(40))
-    prompt = templates.dress("{question}", Record("a", (b"x",), "Why?", (), ocr=words))
+    prompt = templates.format_prompt("{question}", Record("a", (b"x",), "Why?", (), ocr=words))
     assert prompt == f"OCR tokens: {', '.join(words[:30])}. Why?"
 
 
 def test_a_template_cannot_ask_for_what_no_record_has():
     with pytest.raises(ValueError, match=r"placeholders \['caption'\]"):
-        templates.dress("{caption}", RECORD)
+        templates.format_prompt("{caption}", RECORD)

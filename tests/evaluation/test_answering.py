@@ -7,7 +7,7 @@ from jax_instructblip.evaluation.grouping import loads, plan
 from jax_instructblip.inference import batching as batching
 from jax_instructblip.inference.pipeline import load
 from tests.helpers.compile_counter import count_compiles
-from tests.helpers.fake_pipeline import Parrot, make_task, record
+from tests.helpers.fake_pipeline import FakePipeline, make_task, record
 from tests.helpers.tiny import write_base
 
 
@@ -82,7 +82,7 @@ def test_nothing_is_made_twice_or_compiled_after_the_first_load(tmp_path, name, 
 
 def test_shares_together_are_all():
     task = make_task("gqa", [record(n, 3 if n % 3 else 20) for n in range(30)])
-    blip = Parrot(splits=2)
+    blip = FakePipeline(batch_shards=2)
     questions = plan(task, blip.text, 2)
     asked = []
     for index in range(3):
@@ -93,7 +93,7 @@ def test_shares_together_are_all():
 
 def test_what_is_done_is_not_asked_again():
     task = make_task("gqa", [record(n) for n in range(10)])
-    blip = Parrot()
+    blip = FakePipeline()
     questions = plan(task, blip.text, 2)
     done = {f"r{n}" for n in range(10) if n not in (4, 9)}
     rows = []
@@ -105,7 +105,7 @@ def test_what_is_done_is_not_asked_again():
 def test_a_damaged_image_changes_no_other_answer():
     good = [record(n) for n in range(5)]
     bad = [*good[:2], record(2, images=(b"nothing",)), *good[3:]]
-    blip, found = Parrot(), []
+    blip, found = FakePipeline(), []
     for records in (good, bad):
         task, rows = make_task("gqa", records), []
         answer(blip, task, plan(task, blip.text, 2), size=2, take=rows.extend)

@@ -5,9 +5,9 @@ from jax_instructblip.evaluation.metrics.exact_match import score_families
 from jax_instructblip.evaluation.metrics.metric import Response
 from jax_instructblip.evaluation.predictions import read_rows
 from jax_instructblip.inference.generation_config import GenerationConfig
-from tests.helpers.fake_pipeline import Parrot, record
+from tests.helpers.fake_pipeline import FakePipeline, record
 
-MODEL = {"checkpoint": "a parrot", "weights": "green", "dtype": "float32"}
+MODEL = {"checkpoint": "a fake", "weights": "green", "dtype": "float32"}
 CONFIG = GenerationConfig(max_new_tokens=7)
 
 
@@ -15,7 +15,7 @@ def run(out, records, blip=None, limit=0, **more):
     said = []
     task = families.family_task("test", records, CONFIG, limit=limit)
     given = {"model": MODEL, "size": 2, "say": said.append, "replace": True, **more}
-    finished = suite.run(blip or Parrot(), [task], out, limit=limit, **given)
+    finished = suite.run(blip or FakePipeline(), [task], out, limit=limit, **given)
     suite.write(out, finished, MODEL)
     return finished[0], "\n".join(said)
 
@@ -23,7 +23,7 @@ def run(out, records, blip=None, limit=0, **more):
 def test_families_are_asked_as_they_are_and_count_alike(tmp_path):
     records = [record(n, task="even" if n % 2 == 0 else "odd") for n in range(1, 6)]
     records[0] = record(1, task="odd", answers=("9",))
-    blip = Parrot()
+    blip = FakePipeline()
     finished, said = run(tmp_path, records, blip)
     assert blip.calls[0][0] == ["how how how"] * 2 and blip.calls[0][2] == CONFIG
     assert [row.text for row in finished.rows] == list("12345")
@@ -43,11 +43,11 @@ def test_families_are_asked_as_they_are_and_count_alike(tmp_path):
 
 
 def test_baselines_answer_the_same_questions(tmp_path):
-    class Other(Parrot):
+    class Other(FakePipeline):
         def answer(self, questions, config, batch_size):
             return super().answer(questions, config, batch_size)[::-1]
 
-    blip, before = Parrot(), Other()
+    blip, before = FakePipeline(), Other()
     baselines = [
         families.Baseline("blind", blip, "green", black=True),
         families.Baseline("before", before, "red"),
@@ -60,13 +60,13 @@ def test_baselines_answer_the_same_questions(tmp_path):
     }
     assert [row.text for row in read_rows(tmp_path / "baselines" / "test.blind.jsonl")] == ["0"] * 4
     assert "black images" in said and "blind" in said and "before" in said
-    again, _ = run(tmp_path, records, Parrot(), baselines=baselines)
+    again, _ = run(tmp_path, records, FakePipeline(), baselines=baselines)
     assert again.result == finished.result and len(blip.calls) == 4  # nothing is asked twice
 
 
 def test_answers_of_other_weights_are_replaced(tmp_path):
     run(tmp_path, [record(n) for n in range(4)])
-    other = Parrot()
+    other = FakePipeline()
     run(tmp_path, [record(n) for n in range(4)], other, model=MODEL | {"weights": "red"})
     assert len(other.calls) > 0
 
@@ -101,7 +101,7 @@ def test_some_of_every_family_are_taken():
     """Eight questions about each image, one of each family: every tenth would meet only four."""
     records = [record(5, id=f"r{n}", task=f"family{n % 8}") for n in range(800)]
     task = families.family_task("test", records, CONFIG, limit=80)
-    chosen = [task.light(number) for number in range(len(task.records))]
+    chosen = [task.without_images(number) for number in range(len(task.records))]
     assert len({each.id for each in chosen}) == 80
     assert {each.task for each in chosen} == {f"family{n}" for n in range(8)}
     assert [int(each.id[1:]) for each in chosen] == sorted(int(each.id[1:]) for each in chosen)

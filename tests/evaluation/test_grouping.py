@@ -6,9 +6,9 @@ from PIL import Image
 from jax_instructblip.evaluation.grouping import LOAD_UNITS, loads, places, plan
 from jax_instructblip.inference.ranking import Sizes, make_plan, tokenise
 from tests.helpers.fake_pipeline import Text, make_task, record
-from tests.helpers.tiny import micro
+from tests.helpers.tiny import tiny_variant
 
-TEXT = Text(micro("t5"))
+TEXT = Text(tiny_variant("t5"))
 
 
 def test_questions_of_one_shape_are_together_in_their_order():
@@ -43,7 +43,7 @@ def test_what_cannot_be_asked_is_a_problem_of_the_record():
 
 
 def test_a_prompt_may_be_as_long_as_llamas_positions_allow():
-    text = Text(micro("llama", **{"llm.max_positions": 40}))
+    text = Text(tiny_variant("llama", **{"llm.max_positions": 40}))
     records = [record(1, 23), record(2, 24)]  # 7 queries, 10 new tokens
     found = plan(make_task("gqa", records), text, 2)
     assert found.problems == {1: "the prompt has 24 tokens, the model holds 23: shorten it"}

@@ -6,9 +6,9 @@ import pytest
 from jax_instructblip.evaluation import suite
 from jax_instructblip.evaluation.metrics.metric import MetricError
 from jax_instructblip.evaluation.predictions import Store
-from tests.helpers.fake_pipeline import Parrot, make_task, record
+from tests.helpers.fake_pipeline import FakePipeline, make_task, record
 
-MODEL = {"checkpoint": "a parrot", "weights": "green", "dtype": "float32"}
+MODEL = {"checkpoint": "a fake", "weights": "green", "dtype": "float32"}
 
 
 def records(count=11):
@@ -20,7 +20,7 @@ def records(count=11):
 
 def run(out, tasks, blip=None, **fields):
     said = []
-    blip = blip or Parrot()
+    blip = blip or FakePipeline()
     given = {"model": MODEL, "size": 2, "say": said.append, **fields}
     finished = suite.run(blip, tasks, out, **given)
     suite.write(out, finished, MODEL)
@@ -79,7 +79,7 @@ def test_a_run_that_was_ended_goes_on_and_writes_the_same(tmp_path, monkeypatch,
         with pytest.raises(OSError, match="disk is full"):
             run(tmp_path / "again", tasks)
     assert not (tmp_path / "again" / "results.json").exists()
-    blip, _, said = run(tmp_path / "again", tasks, Parrot(splits=devices))
+    blip, _, said = run(tmp_path / "again", tasks, FakePipeline(batch_shards=devices))
     assert f"gqa (test): 40 records, {sum(calls)} answered already" in said
     asked = sum(len(set(prompts)) > 0 and len(prompts) for prompts, _, _ in blip.calls[:-1])
     if devices == 1:

@@ -27,10 +27,10 @@ def test_a_prepared_folder_and_the_files_it_was_made_of_are_asked_alike(raw, tmp
     tasks = [open_task(BENCHMARKS["gqa"], place, "t5") for place in places]
     assert len({task.digest for task in tasks}) == 2  # of files as downloaded there is none
     for task in tasks:
-        light = [task.light(number) for number in range(len(task.records))]
-        assert len(light) == LAYOUTS["gqa"].count
-        assert task.prompt(light[0]) == "Question: What kind of furniture is brown? Short answer:"
-        assert light == [tasks[0].light(number) for number in range(len(light))]
+        records = [task.without_images(number) for number in range(len(task.records))]
+        assert len(records) == LAYOUTS["gqa"].count
+        assert task.prompt(records[0]) == "Question: What kind of furniture is brown? Short answer:"
+        assert records == [tasks[0].without_images(number) for number in range(len(records))]
         assert task.settings["num_beams"] == 5 and task.split == "testdev"
 
 
@@ -50,16 +50,16 @@ def test_what_is_scored_by_ranks_is_not_generated(tmp_path):
 def test_some_are_always_the_same(raw):
     some = open_task(BENCHMARKS["gqa"], raw, "t5", limit=5)
     again = open_task(BENCHMARKS["gqa"], raw, "t5", limit=5)
-    ids = [some.light(number).id for number in range(len(some.records))]
+    ids = [some.without_images(number).id for number in range(len(some.records))]
     assert len(ids) == 5 and ids == sorted(ids)
-    assert ids == [again.light(number).id for number in range(5)]
+    assert ids == [again.without_images(number).id for number in range(5)]
 
 
 def test_videos_are_ranked_over_the_candidates_that_were_found(raw, tmp_path):
     with pytest.raises(ValueError, match="msvd_qa is ranked over one list.*put\nqa_ans2label|qa_"):
         open_task(BENCHMARKS["msvd_qa"], raw, "t5")
     given = open_task(BENCHMARKS["msvd_qa"], raw, "t5", candidates=("a", "b"))
-    assert given.choices(given.light(0)) == ("a", "b")
+    assert given.choices(given.without_images(0)) == ("a", "b")
     assert open_task(BENCHMARKS["msvd_qa"], raw, "t5", overrides={"ranking": False}).settings
     (raw / "msvd_qa" / "qa_ans2label.json").write_text(json.dumps(LABELS))
     shards.prepare(DATASETS["msvd_qa"], raw / "msvd_qa", tmp_path)
@@ -67,14 +67,16 @@ def test_videos_are_ranked_over_the_candidates_that_were_found(raw, tmp_path):
         task = open_task(BENCHMARKS["msvd_qa"], place, "t5")
         assert task.candidates == ("man", "cook")
         assert task.facts()["candidates"]["count"] == 2
-        assert len(task.light(0).images) == len(task.opened(0).images) == VIDEO_FRAMES
+        assert len(task.without_images(0).images) == len(task.with_images(0).images) == VIDEO_FRAMES
 
 
 def test_what_is_overridden_is_what_is_asked(raw):
     fields = {"prompt": "{question}?", "num_beams": 1, "length_normalise": True}
     task = open_task(BENCHMARKS["gqa"], raw, "llama", overrides=fields)
     facts = task.facts()
-    assert facts["prompt"] == "{question}?" and task.prompt(task.light(1)).endswith("chair??")
+    assert facts["prompt"] == "{question}?" and task.prompt(task.without_images(1)).endswith(
+        "chair??"
+    )
     assert facts["settings"]["num_beams"] == 1 and "length_normalise" not in facts["settings"]
     assert facts["settings"]["length_penalty"] == 0.0  # of the preset, with a LLaMA
     ranked = open_task(BENCHMARKS["iconqa"], raw, "llama", overrides=fields)

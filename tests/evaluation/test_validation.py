@@ -80,7 +80,7 @@ def test_a_prepared_dataset_is_measured_by_its_own_metric(files, prepared, monke
 
     path, asked = prepared / "iconqa", []
     task = open_task(BENCHMARKS["iconqa"], path, "llama", limit=LIMIT)
-    chosen = [task.light(number) for number in range(LIMIT)]
+    chosen = [task.without_images(number) for number in range(LIMIT)]
     monkeypatch.setattr(answering, "answer", best)
     found = evaluate(files[0], path, "test")
     right = [each.correct == number % 2 for number, each in enumerate(chosen)]

@@ -7,7 +7,7 @@ from jax_instructblip.data.records import Record
 from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.evaluation.task import Task
 from jax_instructblip.inference.pipeline import Answer
-from tests.helpers.tiny import micro
+from tests.helpers.tiny import tiny_variant
 
 
 class Text:
@@ -27,13 +27,13 @@ class Text:
         return np.array([*(len(word) for word in answer.split()), 1], np.int32)
 
 
-class Parrot:
+class FakePipeline:
     """Answers with the brightness of the first frame; ranks by how near candidates come to it."""
 
     mesh, silent, source = None, True, None
 
-    def __init__(self, kind="t5", splits=1):
-        self.variant, self.splits = micro(kind), splits
+    def __init__(self, kind="t5", batch_shards=1):
+        self.variant, self.batch_shards = tiny_variant(kind), batch_shards
         self.text, self.calls = Text(self.variant), []
 
     def answer(self, questions, config, batch_size):
@@ -41,7 +41,7 @@ class Parrot:
         values = [int(each.frames[0].max()) for each in questions]
         return [Answer(str(value), (1,), -0.5) for value in values]
 
-    def rank_tokens(self, questions, lists, *, batch_size, least, **settings):
+    def rank_tokens(self, questions, lists, *, batch_size, pad_to, **settings):
         self._check(questions, batch_size, settings)
         lists = lists if len(lists) > 1 else lists * len(questions)
         scores = np.full((len(questions), max(map(len, lists))), -np.inf, np.float32)

@@ -24,7 +24,7 @@ from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
 from jax_instructblip.training.step import compile_step
 from tests.helpers.numerics import random_params
-from tests.helpers.tiny import micro
+from tests.helpers.tiny import tiny_variant
 
 LENGTHS = Path(__file__).resolve().parents[3] / "shared" / "reference" / "lengths.json"
 SHARED = (1, 2, 3, 4, 8, 12)  # samples a row
@@ -32,9 +32,9 @@ SAMPLES = 24
 
 
 def still(kind: str) -> Variant:
-    """The micro variant of that kind, long enough, without dropout."""
+    """The tiny variant of that kind, long enough, without dropout."""
     fields = {"qformer.dropout": 0.0, "llm.dropout": 0.0, "qformer.max_positions": 256}
-    return micro(kind, **fields)
+    return tiny_variant(kind, **fields)
 
 
 def parameters(variant: Variant) -> dict[str, Any]:

@@ -37,7 +37,7 @@ QUESTION = "what color is it?"
 TEXT = [QUESTION, " ".join(COLORS), "which image is this? number one two three four"]
 
 
-def micro(kind: str, **fields: Any) -> Variant:
+def tiny_variant(kind: str, **fields: Any) -> Variant:
     vision = VisionConfig(image_size=28, width=22, layers=2, heads=2, mlp=36)
     qformer = QFormerConfig(
         22, 24, width=16, layers=2, heads=4, mlp=28, vocab=50, max_positions=128, queries=7
@@ -70,13 +70,13 @@ def make_batch(variant: Variant, rows: int = 4, text: int = 9, answer: int = 6, 
 
 
 def write_base(folder: Path, kind: str = "llama", **fields: Any) -> Path:
-    """A checkpoint folder of a micro variant, with tokenizers that know `TEXT`."""
+    """A checkpoint folder of a tiny variant, with tokenizers that know `TEXT`."""
     llm = {"llama": make_llama, "t5": make_t5}[kind](TEXT)
     bert = make_bert(TEXT)
     sizes = {"llm.vocab": len(llm), "qformer.vocab": len(bert)}
     if kind == "llama":
         sizes["llm.pad_id"] = llm.pad_token_id
-    variant = micro(kind, **sizes, **fields)
+    variant = tiny_variant(kind, **sizes, **fields)
 
     def add(partial: Path) -> None:
         checkpoint.write_config(partial, {"variant": variant.to_dict(), "source": {}})

@@ -8,7 +8,7 @@ from tests.helpers.tiny import write_base
 
 @pytest.fixture(scope="module", params=["t5", "llama"])
 def folder(request, tmp_path_factory):
-    """A micro checkpoint of each kind."""
+    """A tiny checkpoint of each kind."""
     return write_base(tmp_path_factory.mktemp("base") / request.param, request.param)
 
 

@@ -2,16 +2,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_instructblip.inference.batching import pair
+from jax_instructblip.inference.batching import pair_inputs
 
 
 def test_a_single_picture_or_prompt_needs_no_list(tmp_path):
     image = Image.new("RGB", (4, 4))
     for single in (image, np.zeros((4, 4, 3), np.uint8), b"bytes", "a.png", tmp_path / "a.png"):
-        (question,) = pair(single, "what?")
+        (question,) = pair_inputs(single, "what?")
         assert question.prompt == "what?" and question.frames == (single,)
-    assert [each.prompt for each in pair(image, ["a", "b"])] == ["a", "b"]
-    assert len(pair([image] * 3, "a")) == 3
+    assert [each.prompt for each in pair_inputs(image, ["a", "b"])] == ["a", "b"]
+    assert len(pair_inputs([image] * 3, "a")) == 3
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,6 @@ def test_a_single_picture_or_prompt_needs_no_list(tmp_path):
         ((["a"], ["a", None, 3]), r"prompts must be strings; those at \[1, 2\] are not"),
     ],
 )
-def test_pair_refuses(given, message):
+def test_pair_refuses(inputs, message):
     with pytest.raises(ValueError, match=message):
-        pair(*given)
+        pair_inputs(*inputs)

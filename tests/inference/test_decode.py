@@ -9,7 +9,13 @@ from jax_instructblip.inference import decode
 from jax_instructblip.inference.batching import compacted
 from jax_instructblip.inference.decode import generate_tokens, stream_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.inference.sampling import TracedSettings, draw, first_eos, penalise, truncate
+from jax_instructblip.inference.sampling import (
+    TracedSettings,
+    first_eos,
+    penalise,
+    sample,
+    truncate,
+)
 from jax_instructblip.models.vlm import VisionLanguageModel
 from tests.helpers.compile_counter import count_compiles
 from tests.helpers.numerics import random_params, small
@@ -251,7 +257,7 @@ def test_ties_with_the_last_of_top_k_stay():
 def test_draws_follow_the_distribution():
     count = 20_000
     chances = np.array([0.05, 0.5, 0.15, 0.3])  # not in order
-    tokens = jax.vmap(draw, in_axes=(0, None, None))(
+    tokens = jax.vmap(sample, in_axes=(0, None, None))(
         keys(count), jnp.array(np.log(chances[None])), TracedSettings()
     )
     found = np.bincount(np.asarray(tokens).ravel(), minlength=4) / count

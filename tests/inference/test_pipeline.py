@@ -11,7 +11,7 @@ from PIL import Image
 import jax_instructblip
 from jax_instructblip import checkpoint
 from jax_instructblip.data.batch import IGNORE, collate
-from jax_instructblip.inference.batching import compacted, make_parts, pair
+from jax_instructblip.inference.batching import compacted, make_batches, pair_inputs
 from jax_instructblip.inference.loading import resolve_checkpoint
 from jax_instructblip.inference.pipeline import Answer, InstructBlipPipeline
 from tests.helpers.compile_counter import count_compiles
@@ -94,10 +94,12 @@ def test_a_draw_depends_on_the_seed_and_on_the_place_alone(t5):
 @pytest.mark.parametrize("frames", [1, 2])
 def test_one_image_of_many_prompts_is_looked_at_once(t5, frames):
     video = images(frames)
-    shared = list(make_parts(t5.text, pair([video], PROMPTS), 4))
+    shared = list(make_batches(t5.text, pair_inputs([video], PROMPTS), 4))
     assert [part.batch["images"].shape[:2] for part in shared] == [(1, frames)] * 2
     assert [len(part.batch["tokens"]) for part in shared] == [4, 4]
-    assert len(next(make_parts(t5.text, pair([video], PROMPTS), 4, 2)).batch["images"]) == 4
+    assert (
+        len(next(make_batches(t5.text, pair_inputs([video], PROMPTS), 4, 2)).batch["images"]) == 4
+    )
     expected = t5.generate([list(video) for _ in PROMPTS], PROMPTS, max_new_tokens=NEW)
     assert_same(t5.generate([video], PROMPTS, max_new_tokens=NEW, batch_size=4), expected)
 
@@ -249,7 +251,7 @@ def test_more_tokens_than_the_cache_holds(blip, ask):
 
 
 def test_a_prompt_that_the_qformer_cannot_read_whole_is_reported(t5, caplog):
-    parts = list(make_parts(t5.text, pair(images(1), ["dog " * 200]), batch_size=1))
+    parts = list(make_batches(t5.text, pair_inputs(images(1), ["dog " * 200]), batch_size=1))
     assert parts[0].batch["qformer_tokens"].shape == (1, 1, 128)
     assert "1 of 1 prompts have more than 128 tokens: the Q-Former reads" in caplog.text
 
@@ -258,7 +260,7 @@ def test_a_prompt_that_the_qformer_cannot_read_whole_is_reported(t5, caplog):
     ("count", "batch_size", "rows"), [(5, 6, 6), (6, 6, 6), (3, 6, 4), (7, 6, 6)]
 )
 def test_batches_are_never_larger_than_asked_for(t5, count, batch_size, rows):
-    parts = list(make_parts(t5.text, pair(images(count), ["a"]), batch_size))
+    parts = list(make_batches(t5.text, pair_inputs(images(count), ["a"]), batch_size))
     assert {len(part.rows) for part in parts} == {rows}
     assert sum(part.count for part in parts) == count
 
@@ -368,8 +370,8 @@ print(json.dumps([answer.tokens for answer in found]))
 def test_arguments_of_another_kind_are_named(t5):
     with pytest.raises(ValueError, match="mesh is a list, expected a jax.sharding.Mesh or None"):
         jax_instructblip.load("shapes_t5", mesh=[])
-    with pytest.raises(ValueError, match="least is a tuple, expected Sizes or None"):
-        t5.rank(images(1), ["a"], ["red"], least=(1, 2, 3))
+    with pytest.raises(ValueError, match="pad_to is a tuple, expected Sizes or None"):
+        t5.rank(images(1), ["a"], ["red"], pad_to=(1, 2, 3))
     for batch in (None, 5, [], "x"):
         with pytest.raises(ValueError, match="the batch is a .*, expected a dict of arrays"):
             t5.logits(batch)

@@ -19,7 +19,7 @@ from jax_instructblip.inference.ranking import (
 from jax_instructblip.models.vlm import VisionLanguageModel
 from tests.helpers.numerics import random_params
 from tests.helpers.rows import lay_out, read_text, to_answer
-from tests.helpers.tiny import make_batch, micro
+from tests.helpers.tiny import make_batch, tiny_variant
 
 KINDS = ("llama", "t5")
 QUESTIONS, BATCH = 200, 40
@@ -40,7 +40,7 @@ class Small:
     """A model of one kind, random questions to it, and what it answers by brute force."""
 
     def __init__(self, kind):
-        self.kind, self.variant = kind, micro(kind)
+        self.kind, self.variant = kind, tiny_variant(kind)
         self.model = VisionLanguageModel(self.variant)
         self.params = jax.tree.map(jnp.asarray, random_params(self.variant))
         drawn = make_batch(self.variant, rows=QUESTIONS, text=TEXT)
@@ -103,9 +103,9 @@ class Small:
         def run(model, many):
             inputs = jnp.concatenate([many["seen"], model.llm.embed(many["tokens"])], axis=1)
             skip, targets = many["seen"].shape[1], many["targets"]
-            real = jnp.pad(many["mask"], ((0, 0), (skip, 0)), constant_values=True)
+            valid = jnp.pad(many["mask"], ((0, 0), (skip, 0)), constant_values=True)
             segments, index = (
-                real.astype(jnp.int32),
+                valid.astype(jnp.int32),
                 lambda leaf: jnp.broadcast_to(jnp.arange(leaf.shape[1]), leaf.shape[:2]),
             )
             rows = segments, index(inputs), index(targets) + (0 if self.kind == "t5" else skip)
@@ -184,10 +184,10 @@ def test_sizes_are_few():
 
 def test_plans_of_other_lists_can_be_padded_alike():
     given = [(5, 6), (5, 7), (8, 5, 6)]
-    least = Sizes(chunks=3, inner=64, pairs=128)
-    alone, padded = make_plan([given]), make_plan([given], least=least)
-    assert padded.sizes == least and make_plan([[(4,)]], least=least).sizes == least
-    assert make_plan([given], least=Sizes()).sizes == alone.sizes
+    pad_to = Sizes(chunks=3, inner=64, pairs=128)
+    alone, padded = make_plan([given]), make_plan([given], pad_to=pad_to)
+    assert padded.sizes == pad_to and make_plan([[(4,)]], pad_to=pad_to).sizes == pad_to
+    assert make_plan([given], pad_to=Sizes()).sizes == alone.sizes
     for plan in (alone, padded):
         targets = np.concatenate([tree.targets[0] for tree in plan.chunks])
         found = [

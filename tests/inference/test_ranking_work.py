@@ -9,7 +9,7 @@ import pytest
 from jax_instructblip.inference.ranking import NODES, make_plan, tree_logprobs
 from jax_instructblip.models.flops import counted
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
-from tests.helpers.tiny import make_batch, micro
+from tests.helpers.tiny import make_batch, tiny_variant
 
 COUNTS = (100, 400, 1600)
 
@@ -26,7 +26,7 @@ class Work:
     """FLOPs of the products behind the prompt."""
 
     def __init__(self, kind):
-        self.variant, self.params = micro(kind), param_shapes(micro(kind))
+        self.variant, self.params = tiny_variant(kind), param_shapes(tiny_variant(kind))
         self.model = VisionLanguageModel(self.variant)
 
     def __call__(self, candidates, prompt=8):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_instructblip.inference.sampling import best, best_of_rows
+from jax_instructblip.inference.sampling import argmax, best_of_rows
 
 
 @pytest.mark.parametrize("vocab", [3, 61, 128, 300])
@@ -26,4 +26,4 @@ def test_best_of_rows_is_top_k_of_the_flat_rows(vocab, kind):
 
 def test_best_is_the_first_of_equal_ones():
     scores = jnp.array([[1.0, 3.0, 3.0, -jnp.inf], [-jnp.inf, -2.0, -3.0, -2.0]])
-    assert best(scores).tolist() == jnp.argmax(scores, axis=-1).tolist() == [1, 1]
+    assert argmax(scores).tolist() == jnp.argmax(scores, axis=-1).tolist() == [1, 1]

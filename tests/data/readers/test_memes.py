@@ -5,7 +5,7 @@ import pytest
 from jax_instructblip.data.readers.annotations import AnnotationError
 from jax_instructblip.data.readers.memes import DATASETS, read_hateful_memes
 from jax_instructblip.data.records import Record
-from jax_instructblip.data.templates import dress
+from jax_instructblip.data.templates import format_prompt
 from jax_instructblip.evaluation.protocol import BENCHMARKS
 
 ROW = {"id": 8291, "img": "img/08291.png", "label": 1, "text": "white people is this"}
@@ -52,7 +52,7 @@ def test_files_of_both_releases(tmp_path, split, file):
 def test_the_prompt_of_the_table(tmp_path):
     write(tmp_path / "train.jsonl", ROW)
     (record,) = read_hateful_memes(tmp_path, "train")
-    assert dress(BENCHMARKS["hateful_memes"].prompt, record) == (
+    assert format_prompt(BENCHMARKS["hateful_memes"].prompt, record) == (
         'This is an image with: "white people is this" written on it. Is it hateful? Answer:'
     )
 
