@@ -1,4 +1,4 @@
-"""The cost of `config.data.least_pixels` = 0.6 beside whole decoding: pixels, and accuracy.
+"""The cost of `config.data.min_decode_ratio` = 0.6 beside whole decoding: pixels, and accuracy.
 
 python -m benchmarks.crop_decoding --photos DIR [--seeds 0 1] [--steps 300] [--out FILE]
 
@@ -30,7 +30,7 @@ from benchmarks import quickstart
 from jax_instructblip.data import images
 from jax_instructblip.data.shapes import dataset, tasks
 
-LEAST = 0.6  # the share that is measured
+MIN_RATIO = 0.6  # the share that is measured
 SIZE = 224
 PARTS = 50  # of each photograph
 BATCH = 32
@@ -40,17 +40,19 @@ SIDE = 160  # of a picture of shapes, for a model that sees 64 x 64
 def pixel_difference(photos: list[pathlib.Path]) -> dict[str, Any]:
     """Mean and largest difference, of each photograph and of all, of values from 0 to 255."""
     rows = {}
-    seconds = {0.0: 0.0, LEAST: 0.0}
+    seconds = {0.0: 0.0, MIN_RATIO: 0.0}
     for photo in photos:
         content = photo.read_bytes()
         means, largest = [], 0
         for seed in range(PARTS):
             crops = []
-            for least in seconds:
+            for min_ratio in seconds:
                 start = time.process_time()
                 rng = np.random.default_rng(seed)
-                crops.append(images.random_resized_crop_flip(content, SIZE, rng, least=least))
-                seconds[least] += time.process_time() - start
+                crops.append(
+                    images.random_resized_crop_flip(content, SIZE, rng, min_ratio=min_ratio)
+                )
+                seconds[min_ratio] += time.process_time() - start
             difference = np.abs(crops[0].astype(int) - crops[1])
             means.append(float(difference.mean()))
             largest = max(largest, int(difference.max()))
@@ -98,22 +100,22 @@ def accuracy(work: pathlib.Path, seeds: list[int], steps: int, limit: int) -> di
     """Exact match in percent by way of decoding and seed, of all families and of words."""
     data = write_pictures(work / "data")
     rows: dict[str, Any] = {}
-    for name, least in (("whole", 0.0), ("reduced", LEAST)):
+    for name, min_ratio in (("whole", 0.0), ("reduced", MIN_RATIO)):
         fields = {
             "data.sources.shapes.path": data,
             "data.augment": True,
-            "data.least_pixels": least,
+            "data.min_decode_ratio": min_ratio,
             "data.batch_size": BATCH,
             "train.steps": steps,
             "validation.every": steps,
             "validation.first": False,
             "validation.limit": 64,
         }
-        found = [
+        reports = [
             quickstart.run(work / f"{name}_{seed}", "llama", True, seed, limit, fields)
             for seed in seeds
         ]
-        splits = [each["splits"]["test"] for each in found]
+        splits = [each["splits"]["test"] for each in reports]
         rows[name] = {
             "mean_of_families": [round(100 * split["mean"]["tuned"], 2) for split in splits],
             "families": {
@@ -139,7 +141,7 @@ def main() -> None:
         "date": str(datetime.date.today()),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {"pillow": PIL.__version__},
-        "least_pixels": LEAST,
+        "min_decode_ratio": MIN_RATIO,
         "pixels": pixel_difference(sorted(flags.photos.rglob("*.jpg"))),
     }
     print({name: value for name, value in figures["pixels"].items() if name != "each"}, flush=True)

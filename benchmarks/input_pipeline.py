@@ -99,7 +99,7 @@ def ours(flags: argparse.Namespace, augment: bool) -> Iterator[Any]:
         steps=STEPS,
         buckets=buckets,
         augment=augment,
-        least_pixels=flags.least_pixels,
+        min_decode_ratio=flags.min_decode_ratio,
     )
     sharding = batch_sharding(make_mesh())
     return loader.load(batches, sharding, threads=1, ahead=2, workers=flags.workers)
@@ -249,7 +249,7 @@ def child(flags: argparse.Namespace, measure: str, **fields: Any) -> dict[str, f
         "workers",
         "batches",
         "samples",
-        "least_pixels",
+        "min_decode_ratio",
     ):
         if given[name] is not None:
             words += [f"--{name}", str(given[name])]
@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=30, help="measured in each round")
     parser.add_argument("--samples", type=int, default=20_000, help="read to see memory grow")
     parser.add_argument(
-        "--least_pixels", type=float, default=0.6, help="of configs/common.py; 0: exact"
+        "--min_decode_ratio", type=float, default=0.6, help="of configs/common.py; 0: exact"
     )
     parser.add_argument("--out", type=pathlib.Path, help="JSON file")
     for name in ("--work", "--side", "--measure"):

@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     # decoded at 1/2, 1/4 or 1/8 of their sides where the crop then still has this share of the
     # model's pixels: 0.6 saves a third of the time and gives other pixels, 5 of 255 away in the
     # mean (`python -m benchmarks.crop_decoding --photos DIR`).
-    config.data.least_pixels = 0.0
+    config.data.min_decode_ratio = 0.0
     config.data.threads = 8  # that make batches
     config.data.sampling = "sqrt"  # of sizes; ablations: "uniform", "proportional"
     config.data.instructions = "templates"  # ablations: "plain" input, or "tag" of task and dataset

@@ -46,7 +46,7 @@ def get_config(name: str, batch_size: int) -> ConfigDict:
         }
     )
     config.data.batch_size = batch_size
-    config.data.least_pixels = 0.0  # crops of the whole image's pixels, as released
+    config.data.min_decode_ratio = 0.0  # crops of the whole image's pixels, as released
     # Little work, and a third of the memory that waits for the backward pass; launch/README.md says
     # what fits where.
     config.model.remat.llm = "dots"

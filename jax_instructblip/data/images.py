@@ -76,7 +76,7 @@ def random_resized_crop_flip(
     *,
     scale: tuple[float, float] = (0.5, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    least: float = 0.0,
+    min_ratio: float = 0.0,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """Pixels [size, size, 3] uint8 of a random part of the image, mirrored half of the time.
@@ -85,13 +85,13 @@ def random_resized_crop_flip(
     `blip2_image_train` (torchvision's RandomResizedCrop, bicubic, and RandomHorizontalFlip).
 
     A JPEG is decoded at a half, a quarter or an eighth of its sides where the part then still has
-    `least` times size x size pixels; 0 or inf: never. The part is the same one, its pixels differ a
-    little (the decoder averages blocks, and with `least` below 1 a part may be enlarged again).
-    Sources and errors are as in `decode`.
+    `min_ratio` times size x size pixels; 0 or inf: never. The part is the same one, its pixels
+    differ a little (the decoder averages blocks, and with `min_ratio` below 1 a part may be
+    enlarged again). Sources and errors are as in `decode`.
     """
     with _opened(source, max_pixels) as image:
         # The header of a JPEG tells its size; a TIFF turns itself while it is decoded.
-        reducible = image.format == "JPEG" and image is not source and 0 < least < math.inf
+        reducible = image.format == "JPEG" and image is not source and 0 < min_ratio < math.inf
         if not reducible:
             image = _upright_rgb(image)
         width, height = image.size
@@ -99,7 +99,7 @@ def random_resized_crop_flip(
             width, height = height, width
         box = _random_box(width, height, rng, scale, ratio)
         if reducible:
-            factor = _reduction(box[2] * box[3], least * size * size)
+            factor = _reduction(box[2] * box[3], min_ratio * size * size)
             image = _reduced(image, factor)
     across, down = image.width / width, image.height / height  # 1, or less where it is reduced
     left, top = round(box[0] * across), round(box[1] * down)
@@ -181,9 +181,9 @@ def _reduced(image: Image.Image, factor: int) -> Image.Image:
     return _upright_rgb(image)
 
 
-def _reduction(pixels: int, least: float) -> int:
-    """The number that a JPEG's sides can be divided by so that `least` of `pixels` are left."""
-    return next(by for by in (8, 4, 2, 1) if by == 1 or pixels >= least * by * by)
+def _reduction(pixels: int, min_pixels: float) -> int:
+    """The divisor of a JPEG's sides that leaves at least `min_pixels` of the `pixels`."""
+    return next(by for by in (8, 4, 2, 1) if by == 1 or pixels >= min_pixels * by * by)
 
 
 def _random_box(

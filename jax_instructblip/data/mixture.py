@@ -172,7 +172,7 @@ class TrainBatches:
         samples_per_row: int = 1,
         buckets: Sequence[int] = (),
         augment: bool = True,
-        least_pixels: float = 0.0,
+        min_decode_ratio: float = 0.0,
         rows: np.ndarray | None = None,
     ):
         """`batch_size` samples make a global batch; `rows` are the numbers of this host's rows.
@@ -181,8 +181,8 @@ class TrainBatches:
         one of the *global* batch, or else to the text's limit. Rows of several are as wide as the
         widest of the batch, rounded up (`round_up`). Rows with fewer images than others get black
         ones that nothing sees. `augment` crops and mirrors; without, the whole image is squashed to
-        the model's size (mirrored images would spoil reading, left and right). `least_pixels`:
-        `least` of `images.random_resized_crop_flip`.
+        the model's size (mirrored images would spoil reading, left and right). `min_decode_ratio`
+        is the `min_ratio` of `images.random_resized_crop_flip`.
 
         Raises:
             ValueError: `samples_per_row` does not divide the batch.
@@ -194,7 +194,7 @@ class TrainBatches:
         self.mixture, self.text = mixture, text
         self.batch_size, self.steps = batch_size, steps
         self.samples_per_row, self.row_count = samples_per_row, batch_size // samples_per_row
-        self.augment, self.least_pixels = augment, least_pixels
+        self.augment, self.min_decode_ratio = augment, min_decode_ratio
         self.rows = np.arange(self.row_count) if rows is None else rows
         self.buckets = {name: _cut(buckets, limit) for name, limit in _limits(text).items()}
         self._warned = 0
@@ -319,7 +319,7 @@ class TrainBatches:
                 # The same numbers for every frame: a video is cropped alike throughout.
                 rng = self.mixture.rng(place, attempt, use="image")
                 crop = images.random_resized_crop_flip
-                frames.append(crop(source, size, rng, least=self.least_pixels))
+                frames.append(crop(source, size, rng, min_ratio=self.min_decode_ratio))
             else:
                 frames.append(images.resize_squash(images.decode(source), size))
         return np.stack(frames)
@@ -353,11 +353,11 @@ def instruct(
     answer = distinct[int(rng.integers(len(distinct)))]
     turned = kind == "question_generation"
     if tag is not None:
-        bare = templates.dress("{answer}" if turned else "{question}", record, answer)
+        bare = templates.format_prompt("{answer}" if turned else "{question}", record, answer)
         prompt = f"{tag} {bare}".strip()
     else:
         choices = templates.TEMPLATES[kind] if kind else ("{question}",)
-        prompt = templates.dress(choices[int(rng.integers(len(choices)))], record, answer)
+        prompt = templates.format_prompt(choices[int(rng.integers(len(choices)))], record, answer)
     return prompt, record.prompt if turned else answer
 
 

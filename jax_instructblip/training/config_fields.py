@@ -56,7 +56,7 @@ FIELDS: dict[str, Field] = {
     "data.samples_per_row": whole(1, 65_536, unit="samples"),
     "data.buckets": several(whole(1, _TOKENS, unit="tokens")),
     "data.augment": flag(),
-    "data.least_pixels": number(0, unit="share of the model's pixels; 0: decoded whole"),
+    "data.min_decode_ratio": number(0, unit="share of the model's pixels; 0: decoded whole"),
     "data.threads": whole(1, 1_024),
     "data.sampling": one_of(*mixture.SAMPLING),
     "data.instructions": one_of(*mixture.INSTRUCTIONS),

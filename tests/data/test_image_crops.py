@@ -97,8 +97,8 @@ def decoded_sizes(monkeypatch):
     """Width and height of the JPEGs that are decoded from now on, as they lie in the file."""
     sizes, decode = [], images.simplejpeg.decode_jpeg
 
-    def spy(*given, **least):
-        pixels = decode(*given, **least)
+    def spy(*args, **kwargs):
+        pixels = decode(*args, **kwargs)
         sizes.append(pixels.shape[1::-1])
         return pixels
 
@@ -106,7 +106,7 @@ def decoded_sizes(monkeypatch):
     return sizes
 
 
-def refuse(*given, **least):
+def refuse(*args, **kwargs):
     raise ValueError("not that one")
 
 
@@ -150,7 +150,7 @@ def test_a_reduced_crop_is_the_same_part(monkeypatch, size, by, orientation):
         rngs = [np.random.default_rng(seed) for _ in range(2)]
         exact = images.random_resized_crop_flip(photo, size, rngs[0])
         sizes = decoded_sizes(monkeypatch)
-        reduced = images.random_resized_crop_flip(photo, size, rngs[1], least=1.0)
+        reduced = images.random_resized_crop_flip(photo, size, rngs[1], min_ratio=1.0)
         assert sizes == [(-(-901 // by), -(-603 // by))]
         # Edges are rounded to decoded pixels, and one of the photo is worth about 1.
         assert np.abs(exact.astype(int) - reduced).mean() < 0.5 * by
@@ -162,27 +162,29 @@ def test_only_jpeg_files_are_reduced_and_the_callers_image_is_not():
     picture = waves(300, 200)
     for source in (picture, encoded(picture, format="PNG")):
         found = [
-            images.random_resized_crop_flip(source, 16, np.random.default_rng(0), least=least)
-            for least in (0.0, np.inf, 0.1)
+            images.random_resized_crop_flip(
+                source, 16, np.random.default_rng(0), min_ratio=min_ratio
+            )
+            for min_ratio in (0.0, np.inf, 0.1)
         ]
         for other in found[1:]:
             np.testing.assert_array_equal(found[0], other)
     with Image.open(io.BytesIO(encoded(picture, format="JPEG"))) as opened:
-        images.random_resized_crop_flip(opened, 16, np.random.default_rng(0), least=0.1)
+        images.random_resized_crop_flip(opened, 16, np.random.default_rng(0), min_ratio=0.1)
         assert opened.size == (300, 200)
 
 
 @pytest.mark.parametrize(
-    ("pixels", "least", "by"),
+    ("pixels", "min_pixels", "by"),
     [(400, 100, 2), (399, 100, 1), (1600, 100, 4), (6400, 100, 8), (9**9, 100, 8), (9, np.inf, 1)],
 )
-def test_reduction_keeps_the_least(pixels, least, by):
-    assert images._reduction(pixels, least) == by
+def test_reduction_keeps_the_minimum(pixels, min_pixels, by):
+    assert images._reduction(pixels, min_pixels) == by
 
 
 def test_a_damaged_jpeg_is_named_when_reduced():
     photo = encoded(waves(600, 400), format="JPEG")
     with pytest.raises(ImageError, match="damaged"):
         images.random_resized_crop_flip(
-            photo[: len(photo) // 2], 16, np.random.default_rng(0), least=1.0
+            photo[: len(photo) // 2], 16, np.random.default_rng(0), min_ratio=1.0
         )

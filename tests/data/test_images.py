@@ -105,8 +105,10 @@ def test_sixteen_bits_keep_their_high_byte(photos):
         np.testing.assert_array_equal(found[:, :, channel], high_byte)
     assert len(np.unique(found)) > 100  # Pillow's own conversion leaves almost all white
     # A picture of 8 bits in a file of 16 is that picture.
-    eight = np.asarray(decode(photos / "difficult" / "l_trns.png"))
-    np.testing.assert_array_equal(np.asarray(decode(photos / "difficult" / "i_trns.png")), eight)
+    of_eight_bits = np.asarray(decode(photos / "difficult" / "l_trns.png"))
+    np.testing.assert_array_equal(
+        np.asarray(decode(photos / "difficult" / "i_trns.png")), of_eight_bits
+    )
     black = Image.fromarray(np.zeros((2, 2), np.uint16))
     assert not np.asarray(decode(black)).any()
 

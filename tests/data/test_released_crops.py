@@ -143,9 +143,9 @@ def test_files_of_all_kinds_are_cropped_as_released(format, mode):
 
 
 def test_the_config_of_a_run_may_say_infinity(tmp_path):
-    """`--config.data.least_pixels=inf` decodes whole, too, and stands so in the run's folder."""
+    """`--config.data.min_decode_ratio=inf` decodes whole, too; the run's folder has it so."""
     config = load_config(str(CONFIGS / "custom_jsonl.py"))
-    config.data.least_pixels = math.inf
+    config.data.min_decode_ratio = math.inf
     fields = json.loads(config.to_json())
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"config": fields}))

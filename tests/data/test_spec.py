@@ -4,12 +4,12 @@ import pytest
 from jax_instructblip.data.batch import collate
 from jax_instructblip.data.spec import IGNORE, check, example_batch, fields, shapes
 from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, VARIANTS, get_variant
-from tests.helpers.tiny import micro
+from tests.helpers.tiny import tiny_variant
 
 
 def samples(kind, count=4):
     rng = np.random.default_rng(0)
-    variant, made = micro(kind), []
+    variant, made = tiny_variant(kind), []
     for number in range(count):
         tokens = rng.integers(3, 50, 5 + number).astype(np.int32)
         sample = {
@@ -93,7 +93,7 @@ def changed(kind, name, place, value):
 )
 def test_a_wrong_value_is_named(kind, name, place, value, reason):
     with pytest.raises(ValueError, match=reason):
-        check(changed(kind, name, place, value)[1], micro(kind))
+        check(changed(kind, name, place, value)[1], tiny_variant(kind))
 
 
 def test_a_target_of_padding_is_named():

@@ -76,7 +76,7 @@ def test_the_common_config_and_an_override_of_each_kind_pass():
         ("data.workers", -1, "at least 0"),
         ("data.sampling", "root", "one of "),
         ("data.instructions", None, "one of "),
-        ("data.least_pixels", -0.1, "at least 0"),
+        ("data.min_decode_ratio", -0.1, "at least 0"),
         ("text.answer_limit", 1, "at least 2"),
         ("text.prompt_limit", 10**9, "at most 32,768"),
         ("train.hang_limit", 0, "above 0"),

@@ -175,7 +175,7 @@ def flip(content):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "lost"),
+    ("damage", "lost"),
     [
         (flip, 1),
         (lambda content: content[: len(content) // 2], 40),
@@ -184,15 +184,15 @@ def flip(content):
     ],
     ids=["flipped", "cut", "empty", "gone"],
 )
-def test_a_record_of_a_damaged_shard_is_named_with_its_file(tmp_path, spoil, lost):
+def test_a_record_of_a_damaged_shard_is_named_with_its_file(tmp_path, damage, lost):
     noise = np.random.default_rng(0)
     records = [Record(f"r{i}", (noise.bytes(4000),), "what?", ("a",)) for i in range(40)]
     folder = builder.prepare(tmp_path, "toy", {"train": lambda: records})
     (shard,) = folder.glob("*.array_record*")
-    if spoil is None:
+    if damage is None:
         shard.unlink()
     else:
-        shard.write_bytes(spoil(shard.read_bytes()))
+        shard.write_bytes(damage(shard.read_bytes()))
     found = builder.open_folder(folder, "train")
     wrong = []
     for index, record in enumerate(records):
