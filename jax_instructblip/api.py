@@ -20,7 +20,7 @@ from jax_instructblip.training import loop, setup
 from jax_instructblip.training.config_fields import check_config
 from jax_instructblip.training.config_file import change_fields, load_config
 from jax_instructblip.training.earlier_run import read_run
-from jax_instructblip.training.initial import read_before
+from jax_instructblip.training.initial import load_untuned
 from jax_instructblip.training.metrics import read_answers, read_metrics
 
 Joined = contextlib.AbstractContextManager[Any]
@@ -142,6 +142,6 @@ def _tuned_run(folder: str) -> TunedRun | None:
     return TunedRun(
         data=run["config"]["validation"]["path"],
         start=f"{run['base']['sha256']} {run['config']['model']['init']}",
-        before=functools.partial(read_before, run),
+        before=functools.partial(load_untuned, run),
         recorded={"metrics": read_metrics(folder), "answers": read_answers(folder)},
     )

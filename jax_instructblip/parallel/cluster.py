@@ -1,8 +1,8 @@
-"""Several processes that work on one run: the roll call, what they agree on, the order to stop.
+"""Several processes that work on one run: their rendezvous, what they agree on, preemption.
 
 The place of a process among them is a `Cluster` (`membership.py`):
 
-    Cluster --> roll_call (who is absent?) --> jax.distributed --> one mesh of all
+    Cluster --> rendezvous (who is absent?) --> jax.distributed --> one mesh of all
 """
 
 import atexit
@@ -52,7 +52,7 @@ def joined(
         "heartbeat_timeout_seconds": math.ceil(2 * silence_limit),
     }
     if cluster.coordinator != AUTO:
-        lines = roll_call(cluster, limit)
+        lines = rendezvous(cluster, limit)
         me = f"process {cluster.index} on {socket.gethostname()}"
         watch = peers.Peers(lines, me, silence_limit)
         given["coordinator_address"] = cluster.coordinator
@@ -80,7 +80,7 @@ def _leave() -> None:
     os._exit(1)
 
 
-def roll_call(cluster: Cluster, limit: float) -> peers.Lines:
+def rendezvous(cluster: Cluster, limit: float) -> peers.Lines:
     """Open connections, when all processes are here: of process 0 to all others, of these to it.
 
     JAX ends a process that waited too long without saying for whom; so they meet before.
@@ -91,7 +91,7 @@ def roll_call(cluster: Cluster, limit: float) -> peers.Lines:
     """
     deadline = time.monotonic() + limit
     if cluster.index:
-        return {0: (_answer(cluster, deadline, limit), cluster.roll_call_address()[0])}
+        return {0: (_answer(cluster, deadline, limit), cluster.rendezvous_address()[0])}
     return _call(cluster, deadline, limit)
 
 
@@ -99,7 +99,7 @@ def _call(cluster: Cluster, deadline: float, limit: float) -> peers.Lines:
     """Process 0: hears the others, then tells all of them how it went."""
     here: dict[int, tuple[socket.socket, str]] = {}
     problem = ""
-    with _listen(cluster.roll_call_address()[1]) as listener, contextlib.ExitStack() as stack:
+    with _listen(cluster.rendezvous_address()[1]) as listener, contextlib.ExitStack() as stack:
         while len(here) < cluster.count - 1 and not problem:
             listener.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
@@ -115,7 +115,7 @@ def _call(cluster: Cluster, deadline: float, limit: float) -> peers.Lines:
                 )
                 break
             stack.enter_context(connection)
-            problem = _hear(cluster, connection, here) or problem
+            problem = _receive(cluster, connection, here) or problem
             if connection not in (known for known, _ in here.values()):
                 connection.close()
         for connection, _ in here.values():
@@ -129,7 +129,7 @@ def _call(cluster: Cluster, deadline: float, limit: float) -> peers.Lines:
     return here
 
 
-def _hear(
+def _receive(
     cluster: Cluster, connection: socket.socket, here: dict[int, tuple[socket.socket, str]]
 ) -> str:
     """Takes down who is at the other end; returns what is wrong with it, or ""."""
@@ -155,7 +155,7 @@ def _hear(
 
 def _answer(cluster: Cluster, deadline: float, limit: float) -> socket.socket:
     """The others: report to process 0, as soon as it listens, and wait for its word."""
-    address, found = cluster.roll_call_address(), "nobody answers"
+    address, found = cluster.rendezvous_address(), "nobody answers"
     while time.monotonic() < deadline:
         try:
             connection = socket.create_connection(address, deadline - time.monotonic())
@@ -238,10 +238,10 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
 
-class StopOrder:
-    """The order to stop: SIGTERM or Ctrl-C reached this process, or another one of its run.
+class Preemption:
+    """Notices a preemption: SIGTERM or Ctrl-C reached this process, or another one of its run.
 
-    A cluster sends SIGTERM before it takes machines back (preemption). All processes learn of it at
+    A cluster sends SIGTERM before it takes machines back. All processes learn of it at
     the same step, a little later, so that they save the same state. A second Ctrl-C interrupts.
     """
 

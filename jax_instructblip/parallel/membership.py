@@ -15,7 +15,7 @@ from jax_instructblip.parallel import peers
 
 AUTO = "auto"  # let JAX find out, as it can on a TPU pod
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-PORT = 12_321  # of the coordinator under Slurm; the roll call takes the next one
+PORT = 12_321  # of the coordinator under Slurm; the rendezvous takes the next one
 
 
 class ClusterError(ValueError):
@@ -50,8 +50,8 @@ class Cluster:
         if wrong:
             raise ClusterError("; ".join(wrong))
 
-    def roll_call_address(self) -> tuple[str, int]:
-        """The address at which process 0 takes the roll: one port above the coordinator's."""
+    def rendezvous_address(self) -> tuple[str, int]:
+        """The address at which process 0 waits for the others: one port above the coordinator's."""
         host, _, port = self.coordinator.rpartition(":")
         return host, int(port) + 1
 

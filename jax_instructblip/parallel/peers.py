@@ -1,7 +1,7 @@
 """The end of a process when another one of its run has gone, and the watch for that.
 
 A collective waits for all processes; one that has died would be waited for in vain, or for minutes.
-So the connections of the roll call stay open, and a thread listens to them:
+So the connections of the rendezvous stay open, and a thread listens to them:
 
     process 1 --+
     process 2 --+-- process 0       each line says that both ends live; process 0 passes losses on
@@ -39,14 +39,14 @@ def on_loss(callback: Callable[[], None]) -> None:
     _callbacks.append(callback)
 
 
-def meet() -> None:
+def barrier() -> None:
     """Returns when every process of the run has called it; at once in a process that is alone.
 
     Without a time limit, unlike the first meeting of collectives: on CPUs gloo allows 30 seconds,
     which is less than the compilers of two machines may differ by.
     """
     for watch in _watching:
-        watch.meet()
+        watch.barrier()
 
 
 class Peers:
@@ -61,28 +61,28 @@ class Peers:
         self._closed = threading.Event()
         self._sending = threading.Lock()
         self._arrived = dict.fromkeys(self._lines, 0)
-        self._meetings, self._arrival = 0, threading.Condition()
+        self._barriers, self._arrival = 0, threading.Condition()
         for connection, _ in self._lines.values():
             connection.settimeout(5.0)
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._thread.start()
         _watching.append(self)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Returns when all have called it as often as this process has."""
-        self._meetings += 1
+        self._barriers += 1
         gathers = 0 not in self._lines  # process 0 hears all the others, and then tells them
         if not gathers:
-            self._say(_HERE)
+            self._broadcast(_HERE)
         with self._arrival:
-            self._arrival.wait_for(lambda: min(self._arrived.values()) >= self._meetings)
+            self._arrival.wait_for(lambda: min(self._arrived.values()) >= self._barriers)
         if gathers:
-            self._say(_HERE)
+            self._broadcast(_HERE)
 
     def close(self) -> None:
         """Ends the watch: this process has done its work, as the others have."""
         self._closed.set()
-        self._say(_BYE)
+        self._broadcast(_BYE)
         self._thread.join()
         _watching.remove(self)
         for connection, _ in self._lines.values():
@@ -97,7 +97,7 @@ class Peers:
         if self._lost.wait(SETTLE_SECONDS):
             self._thread.join()
         self._closed.set()  # what the others do then is no news
-        self._say(_LOST + f" {self._me} ended: {reason}".encode("utf-8", "backslashreplace"))
+        self._broadcast(_LOST + f" {self._me} ended: {reason}".encode("utf-8", "backslashreplace"))
         self._thread.join()
 
     def _watch(self) -> None:
@@ -108,18 +108,18 @@ class Peers:
             said = time.monotonic()
             while not self._closed.is_set():
                 for key, _ in selector.select(min(beat, 0.2)):
-                    if not self._hear(key.data):
+                    if not self._receive(key.data):
                         selector.unregister(key.fileobj)
                 now = time.monotonic()
                 if now - said > beat:
-                    self._say(_ALIVE)
+                    self._broadcast(_ALIVE)
                     said = now
                 for index, heard in self._heard.items():
                     if now - heard > self._limit:
                         silent = f"has been silent for {self._limit:g} seconds"
                         self._end(f"{self._name(index)} {silent}")
 
-    def _hear(self, index: int) -> bool:
+    def _receive(self, index: int) -> bool:
         """Reads what a process says; tells whether there may be more to come."""
         try:
             data = self._lines[index][0].recv(65_536)
@@ -148,7 +148,7 @@ class Peers:
         if self._closed.is_set():
             return
         self._lost.set()
-        self._say(_LOST + b" " + loss.encode("utf-8", "backslashreplace"))
+        self._broadcast(_LOST + b" " + loss.encode("utf-8", "backslashreplace"))
         print(
             f"\nerror: {loss}\n{self._me} cannot go on without it and ends. Start all processes "
             "again: they go on from the newest checkpoint",
@@ -162,7 +162,7 @@ class Peers:
             sys.stdout.flush()
         os._exit(1)  # the main thread may be waiting for the lost process, where nothing stops it
 
-    def _say(self, word: bytes) -> None:
+    def _broadcast(self, word: bytes) -> None:
         with self._sending:
             for connection, _ in self._lines.values():
                 with contextlib.suppress(OSError):  # it has gone: the watch will find out

@@ -121,7 +121,7 @@ def meshes(job: Job, topology: Topology) -> list[tuple[int, int, int]]:
     )
 
 
-def likely(job: Job, topology: Topology) -> list[tuple[int, int, int]]:
+def feasible_meshes(job: Job, topology: Topology) -> list[tuple[int, int, int]]:
     """Those of `meshes` that also have room for what waits for the backward pass."""
     found = meshes(job, topology)
     if topology.chip is None or job.step != "train" or not found:
@@ -182,7 +182,7 @@ def remarks(job: Job, mesh: Mesh) -> list[str]:
     return rules.remarks(param_shapes(job.variant), mesh)
 
 
-def moves(job: Job, batch: int, sizes: tuple[int, int, int]) -> float:
+def estimated_traffic(job: Job, batch: int, sizes: tuple[int, int, int]) -> float:
     """Bytes that each device would receive in a step by rule of thumb, to sort meshes by.
 
     fsdp     every weight of bfloat16 twice, forward and backward

@@ -138,7 +138,7 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
             f"config.parallel.mode is {config.parallel.mode}: plans are of the program that jit "
             "compiles for a mesh; under pmap each device holds all weights and moments"
         )
-    optimizer, schedule = setup.read_optimizer(config)
+    optimizer, schedule = setup.make_optimizer(config)
     train = step == "train"
     limits = config.text
     lengths = {"qformer_tokens": limits.qformer_limit, "tokens": limits.prompt_limit}

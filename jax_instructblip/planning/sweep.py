@@ -54,7 +54,7 @@ def sweep(
     found, tried = [], []
     for batch in dict.fromkeys((first, first // 2, first * 2)):
         job = plan.read_job(change_fields(config, {field: batch}), variant, step)
-        tried += [(batch, sizes) for sizes in advice.likely(job, chips)]
+        tried += [(batch, sizes) for sizes in advice.feasible_meshes(job, chips)]
     if not tried:
         raise ValueError(
             f"no mesh of {len(chips.devices)} chips holds this model and what a step keeps, or "
@@ -62,7 +62,9 @@ def sweep(
             "--config.model.remat.llm=full or --config.train.accumulate=2"
         )
     # The config's batch first, then meshes by how much they would move.
-    tried.sort(key=lambda each: (each[0] != first, advice.moves(asked, each[0], each[1])))
+    tried.sort(
+        key=lambda each: (each[0] != first, advice.estimated_traffic(asked, each[0], each[1]))
+    )
     for number, (batch, sizes) in enumerate(tried[:tries], 1):
         mesh = ",".join(map(str, sizes))
         print(f"{number}/{min(len(tried), tries)}: mesh {mesh}, batch {batch}", flush=True)

@@ -23,7 +23,7 @@ from jax_instructblip.training.state import Params, partition
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class Initial:
     """A model ready to be tuned.
 
     Attributes:
@@ -43,7 +43,7 @@ class Start:
     notes: tuple[str, ...]
 
 
-def read_start(
+def load_initial(
     base: str | os.PathLike,
     *,
     init: str | os.PathLike = "",
@@ -52,7 +52,7 @@ def read_start(
     dtype: Any = jnp.float32,
     frozen_dtype: Any = jnp.bfloat16,
     mesh: Mesh | None = None,
-) -> Start:
+) -> Initial:
     """The weights of the checkpoint `base`, of which `trainable` come from `init` where given.
 
     `base` is a checkpoint folder or an embedded name; `init` may also be a run or a Hugging Face
@@ -88,8 +88,8 @@ def read_start(
         dtype = array.dtype if not floats else (jnp.float32 if trains else frozen_dtype)
         return rules.place(path, array, mesh, dtype)
 
-    share = {"process": jax.process_index(), "processes": jax.process_count()}
-    chosen, frozen = partition(read_params(source, place, **share), trainable)
+    processes = {"process": jax.process_index(), "processes": jax.process_count()}
+    chosen, frozen = partition(read_params(source, place, **processes), trainable)
     if jax.process_count() > 1:
         megabytes = checkpoint.manifest_bytes(checkpoint.read_manifest(source.folder)) / 1e6
         read = stored_leaf.bytes_read() / 1e6
@@ -101,7 +101,7 @@ def read_start(
                 return None
             return rules.place(path, array, mesh, jnp.float32)
 
-        chosen = partition(read_params(other, place_init, **share), trainable)[0]
+        chosen = partition(read_params(other, place_init, **processes), trainable)[0]
     notes.append(f"{', '.join(trainable)} starts from: {init or source.folder}")
     kept, dropped = _fit(chosen, variant, trainable)
     if dropped:
@@ -110,21 +110,23 @@ def read_start(
             f"({', '.join(sorted({_branch(path) for path in dropped}))})"
         )
     where = {"name": os.fspath(base), "path": str(source.folder.absolute()), "sha256": digest}
-    return Start(variant, kept, frozen, where, source.folder, tuple(notes))
+    return Initial(variant, kept, frozen, where, source.folder, tuple(notes))
 
 
-def read_before(run: Mapping[str, Any], blip: InstructBlipPipeline) -> InstructBlipPipeline:
+def load_untuned(run: Mapping[str, Any], blip: InstructBlipPipeline) -> InstructBlipPipeline:
     """The model that a run started from; `run` is its config.json, `blip` the model tuned since."""
-    start = read_start(
+    initial = load_initial(
         run["base"]["path"],
         init=run["config"]["model"]["init"],
         trainable=tuple(run["trainable"]),
         fields={"qformer.instruction_aware": blip.variant.qformer.instruction_aware},
         frozen_dtype=blip.model.dtype,
     )
-    text = TextProcessor.load(start.folder, start.variant)
+    text = TextProcessor.load(initial.folder, initial.variant)
     dtype = jnp.dtype(blip.model.dtype)
-    return InstructBlipPipeline(start.variant, start.frozen | start.trainable, text, dtype=dtype)
+    return InstructBlipPipeline(
+        initial.variant, initial.frozen | initial.trainable, text, dtype=dtype
+    )
 
 
 def _fit(chosen: Params, variant: Variant, trainable: tuple[str, ...]) -> tuple[Params, list[str]]:
@@ -137,10 +139,10 @@ def _fit(chosen: Params, variant: Variant, trainable: tuple[str, ...]) -> tuple[
     dropped = sorted(leaves.keys() & (checkpoint.flatten(aware).keys() - expected.keys()))
     wrong = []
     for path in sorted((leaves.keys() | expected.keys()) - set(dropped)):
-        have = leaves[path].shape if path in leaves else "nothing"
-        want = expected[path].shape if path in expected else "nothing"
-        if have != want:
-            wrong.append(f"{path}: found {have}, expected {want}")
+        found = leaves[path].shape if path in leaves else "nothing"
+        wanted = expected[path].shape if path in expected else "nothing"
+        if found != wanted:
+            wrong.append(f"{path}: found {found}, expected {wanted}")
     if wrong:
         raise checkpoint.CheckpointError(
             "\n  ".join([f"these weights do not fit the model to train ({len(wrong)}):", *wrong])

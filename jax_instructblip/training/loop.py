@@ -35,14 +35,14 @@ from jax_instructblip.data.mixture import TrainBatches
 from jax_instructblip.inference.loading import LIMITS
 from jax_instructblip.models.vlm import VisionLanguageModel
 from jax_instructblip.parallel import peers
-from jax_instructblip.parallel.cluster import StopOrder, Watchdog, agree
+from jax_instructblip.parallel.cluster import Preemption, Watchdog, agree
 from jax_instructblip.parallel.mesh import batch_sharding
 from jax_instructblip.progress import Progress
 from jax_instructblip.training import earlier_run, metrics, profiling, setup
 from jax_instructblip.training.checkpoints import Checkpoints, Meta
-from jax_instructblip.training.initial import Start, read_start
+from jax_instructblip.training.initial import Initial, load_initial
 from jax_instructblip.training.metrics import MetricsWriter, Window, read_metrics
-from jax_instructblip.training.non_finite import Spoilt
+from jax_instructblip.training.non_finite import NonFiniteGuard
 from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.state import TrainState, create_state
 from jax_instructblip.training.step import Metrics, Step, compile_step
@@ -86,13 +86,13 @@ def _run(
     mesh = setup.read_mesh(config)
     shared = setup.read_samples_per_row(config, mesh)
     rows = setup.read_rows(config, mesh)
-    optimizer, schedule = setup.read_optimizer(config)
+    optimizer, schedule = setup.make_optimizer(config)
     mixture = setup.read_mixture(config)
     validated = setup.read_validation_records(config) if evaluate else None
-    _say(mixture.table())
+    _print_lines(mixture.table())
     dtype, frozen_dtype = jnp.dtype(config.model.dtype), jnp.dtype(config.model.frozen_dtype)
     setup.check_model(config)
-    start = read_start(
+    initial = load_initial(
         config.model.checkpoint,
         init=config.model.init,
         trainable=tuple(config.model.trainable),
@@ -101,14 +101,14 @@ def _run(
         frozen_dtype=frozen_dtype,
         mesh=mesh,
     )
-    _say(*start.notes)
-    batches = setup.read_batches(config, mixture, start, rows, shared)
-    model = VisionLanguageModel(start.variant, dtype, setup.read_scans(config))
+    _print_lines(*initial.notes)
+    batches = setup.read_batches(config, mixture, initial, rows, shared)
+    model = VisionLanguageModel(initial.variant, dtype, setup.read_scans(config))
     objective = LanguageObjective(model)
     validation = setup.read_validation(
         config, evaluate, validated, model=model, text=batches.text, mesh=mesh
     )
-    state = create_state(start.trainable, optimizer, mesh)
+    state = create_state(initial.trainable, optimizer, mesh)
     step = compile_step(
         like=state,
         mesh=mesh,
@@ -123,10 +123,10 @@ def _run(
     )
     peak = profiling.peak_flops(config.train.peak_flops)
     # Its model keeps all that the backward pass takes: recomputation is no work that was asked for.
-    plain = LanguageObjective(VisionLanguageModel(start.variant, dtype))
+    plain = LanguageObjective(VisionLanguageModel(initial.variant, dtype))
     utilisation = profiling.Utilisation(plain, peak)
-    tuning = _Run(config, workdir, start, batches, step, validation, utilisation)
-    del start  # its trainable weights have been copied
+    tuning = _Run(config, workdir, initial, batches, step, validation, utilisation)
+    del initial  # its trainable weights have been copied
     # Under pmap every device runs a program of its own, which knows of no mesh.
     with jax.set_mesh(mesh) if config.parallel.mode == "jit" else contextlib.nullcontext():
         tuning.begin(state, fresh)
@@ -150,7 +150,7 @@ class _Run:
         self,
         config: ConfigDict,
         workdir: Workdir,
-        start: Start,
+        initial: Initial,
         batches: TrainBatches,
         step: Step,
         validation: setup.Validation | None,
@@ -158,7 +158,7 @@ class _Run:
     ):
         self.place, self.workdir = workdir, workdir.folder
         self.batches, self.step, self.validation = batches, step, validation
-        self.frozen, self.utilisation = start.frozen, utilisation
+        self.frozen, self.utilisation = initial.frozen, utilisation
         self.profile = {
             "folder": Path(config.train.profile_folder or self.workdir / "profile"),
             "steps": config.train.profile_steps,
@@ -172,7 +172,7 @@ class _Run:
             keep=config.checkpoints.keep,
             keep_every=config.checkpoints.keep_every,
         )
-        self.spoilt = Spoilt(
+        self.non_finite_guard = NonFiniteGuard(
             self.workdir,
             skip=config.train.non_finite == "skip",
             limit=config.train.non_finite_limit,
@@ -181,9 +181,9 @@ class _Run:
         )
         self.seed = config.seed
         self.meta: Meta = {
-            "variant": start.variant.to_dict(),
-            "trainable": sorted(start.trainable),
-            "base": start.base,
+            "variant": initial.variant.to_dict(),
+            "trainable": sorted(initial.trainable),
+            "base": initial.base,
             "text": {name: getattr(batches.text, name) for name in LIMITS},
         }
         self.document = {"kind": "run", **self.meta, "config": json.loads(config.to_json())}
@@ -214,8 +214,8 @@ class _Run:
             _compare_cursors(
                 self.checkpoints.place(self.first), found["data"], self.cursor(self.first)
             )
-            _say(f"resuming {self.place} at step {self.first} of {self.steps}")
-            _say(*earlier_run.changes(self.workdir, self.document["config"]))
+            _print_lines(f"resuming {self.place} at step {self.first} of {self.steps}")
+            _print_lines(*earlier_run.changes(self.workdir, self.document["config"]))
             self.unscored = found["score"] is None and self.validates(self.first)
         self.saved = bool(self.first)
         self.write_document()
@@ -241,12 +241,12 @@ class _Run:
         self.writer = MetricsWriter(self.workdir, start=self.first, silent=self.silent)
         if self.writer.damaged:
             lost = f"{self.writer.damaged} damaged lines of {self.workdir / metrics.FILE}"
-            _say(f"{lost} are set aside in {metrics.DAMAGED}")
+            _print_lines(f"{lost} are set aside in {metrics.DAMAGED}")
         self.window = Window(self.batch_size, self.utilisation)
         self.trace = profiling.Trace(
             self.profile["folder"], first=self.first, steps=self.profile["steps"]
         )
-        self.stop_order, self.watchdog = StopOrder(), Watchdog(self.hang_limit)
+        self.preemption, self.watchdog = Preemption(), Watchdog(self.hang_limit)
         peers.on_loss(self.checkpoints.abandon)
         try:
             if self.first == 0 and self.validation and self.validation.first:
@@ -257,9 +257,9 @@ class _Run:
                 self._loop(loader.load(self.batches, sharding, start=self.first, **reading))
             self.checkpoints.wait()
         finally:
-            _say(*filter(None, [self.trace.close()]))
+            _print_lines(*filter(None, [self.trace.close()]))
             self.watchdog.close()
-            self.stop_order.close()
+            self.preemption.close()
             self.checkpoints.close(wait=not isinstance(sys.exc_info()[1], KeyboardInterrupt))
             self.writer.close()
             if sys.exc_info()[0] is not None:
@@ -269,7 +269,7 @@ class _Run:
 
     def _loop(self, loaded: Iterator[tuple[loader.DeviceBatch, loader.Counts]]) -> None:
         waiting: tuple[int, Metrics, loader.Counts, int] | None = None
-        _say("compiling the step")
+        _print_lines("compiling the step")
         line = Progress(
             self.steps, "tuning", "steps", done=self.first, compiles=True, silent=self.silent
         )
@@ -278,10 +278,10 @@ class _Run:
                 with self.window.timed("data"):
                     batch, counts = next(loaded)
                 if number == self.first + 1 and jax.process_count() > 1:
-                    # Compiled here, the step is not compiled again; see `meet` for the reason.
+                    # Compiled here, the step is not compiled again; see `barrier` for the reason.
                     self.step.lower(self.state, self.frozen, batch, self.rng).compile()
-                    peers.meet()
-                _say(*filter(None, [self.trace.before(number, self.state)]))
+                    peers.barrier()
+                _print_lines(*filter(None, [self.trace.before(number, self.state)]))
                 self.state, metrics = self.step(self.state, self.frozen, batch, self.rng)
                 # The numbers of the step before are fetched while the device makes this one.
                 if waiting is not None:
@@ -290,7 +290,7 @@ class _Run:
                 waiting = number, metrics, counts, done
                 self.checkpoints.check()
                 self.watchdog.alive()
-                ends, stops = number == self.steps, self.stop_order.reached(number)
+                ends, stops = number == self.steps, self.preemption.reached(number)
                 validates = self.validates(number)
                 if validates or ends or stops or number % self.save_every == 0:
                     progress.update(note=self.record(*waiting))
@@ -300,7 +300,9 @@ class _Run:
                         self.validate(number)
                 if stops and not ends:
                     self.checkpoints.wait()
-                    _say(f"told to stop: saved step {number}; the same command goes on from there")
+                    _print_lines(
+                        f"told to stop: saved step {number}; the same command goes on from there"
+                    )
                     break
 
     def record(self, number: int, metrics: Metrics, counts: loader.Counts, flops: int) -> str:
@@ -310,7 +312,7 @@ class _Run:
             ValueError: the loss is not finite, and such steps are not skipped, or too many.
         """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.spoilt.check(number, values)
+        self.non_finite_guard.check(number, values)
         self.window.add(values, counts, flops)
         if number % self.log_every == 0 or number in (1, self.steps):
             self.writer.write(number, self.window.close())
@@ -328,7 +330,7 @@ class _Run:
         self.writer.write_answers(number, answers)
         when = f"step {number}" if number else "before tuning"
         headline, value = next(iter(scores.items()))
-        _say(f"validation, {when}: {headline} {100 * value:.1f}")
+        _print_lines(f"validation, {when}: {headline} {100 * value:.1f}")
         if number:
             self.checkpoints.record_score(number, scores["score"])
 
@@ -368,13 +370,13 @@ def _in_first_process(work: Callable[[], list[str]]) -> None:
     problem = None
     if jax.process_index() == 0:
         try:
-            _say(*work())
+            _print_lines(*work())
         except (ValueError, OSError) as error:
             problem = error
     agree(problem)
 
 
-def _say(*lines: str) -> None:
+def _print_lines(*lines: str) -> None:
     if jax.process_index() == 0:
         for line in lines:
             print(line, file=sys.stderr, flush=True)

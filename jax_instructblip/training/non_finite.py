@@ -12,7 +12,7 @@ from jax_instructblip.training.checkpoints import Checkpoints
 FILE = "non_finite.jsonl"
 
 
-class Spoilt:
+class NonFiniteGuard:
     """Writes such steps down with their samples, and ends the run: at once, or after many in a row.
 
     The numbers are of the global batch and so the same in every process: all come to the same end.
@@ -30,7 +30,7 @@ class Spoilt:
         """`skip`: the step left weights and moments alone; `ids(n)`: the samples of batch n."""
         self._path, self._skip, self._limit, self._ids = workdir / FILE, skip, limit, ids
         self._checkpoints = checkpoints
-        self._row: list[int] = []  # the last steps, all of which were spoilt
+        self._row: list[int] = []  # the last steps, all of them not finite
 
     def check(self, number: int, values: Mapping[str, float]) -> None:
         """Takes note of the numbers of a step.

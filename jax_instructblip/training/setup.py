@@ -24,7 +24,7 @@ from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.parallel import pmap, rules
 from jax_instructblip.parallel.mesh import batch_sharding, local_rows, make_mesh
 from jax_instructblip.training.config_fields import check_config
-from jax_instructblip.training.initial import Start
+from jax_instructblip.training.initial import Initial
 from jax_instructblip.training.optimizer import adamw, staircase_cosine, warmup_cosine
 from jax_instructblip.training.state import partition
 
@@ -135,20 +135,20 @@ def read_mixture(config: ConfigDict) -> Mixture:
 def read_batches(
     config: ConfigDict,
     mixture: Mixture,
-    start: Start,
+    initial: Initial,
     rows: np.ndarray,
     samples_per_row: int = 1,
 ) -> TrainBatches:
     """The batches of the run, of which this host makes `rows`."""
     return TrainBatches(
         mixture,
-        TextProcessor.load(start.folder, start.variant, **config.text),
+        TextProcessor.load(initial.folder, initial.variant, **config.text),
         batch_size=config.data.batch_size,
         steps=config.train.steps,
         samples_per_row=samples_per_row,
         buckets=tuple(config.data.buckets),
         augment=config.data.augment,
-        least_pixels=config.data.least_pixels,
+        min_decode_ratio=config.data.min_decode_ratio,
         rows=rows,
     )
 
@@ -187,7 +187,7 @@ def read_variant_fields(config: ConfigDict) -> dict[str, Any]:
     return fields
 
 
-def read_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of `config.optimizer`, and the learning rate of each step."""
     given = config.optimizer
     rates = dict(

@@ -16,7 +16,7 @@ from jax_instructblip.data.shapes import world
 from jax_instructblip.data.shapes.world import Scene, Thing
 from jax_instructblip.inference.loading import read_params, read_source
 from jax_instructblip.training.checkpoints import Checkpoints
-from jax_instructblip.training.initial import read_start
+from jax_instructblip.training.initial import load_initial
 from jax_instructblip.training.state import create_state
 
 SCENE = Scene(
@@ -92,11 +92,11 @@ def test_a_language_model_learns_from_text():
 
 def save_run(base, folder):
     """A run over `base` that has changed every leaf of a Q-Former without text branch."""
-    start = read_start(base, fields={"qformer.instruction_aware": False})
+    initial = load_initial(base, fields={"qformer.instruction_aware": False})
     optimizer = optax.sgd(0.0)
-    changed = jax.tree.map(lambda leaf: leaf + 1.0, start.trainable)
+    changed = jax.tree.map(lambda leaf: leaf + 1.0, initial.trainable)
     checkpoints = Checkpoints(folder / "checkpoints")
-    meta = {"variant": start.variant.to_dict(), "trainable": ["qformer"], "base": start.base}
+    meta = {"variant": initial.variant.to_dict(), "trainable": ["qformer"], "base": initial.base}
     checkpoints.save(create_state(changed, optimizer), jax.random.key(0), {**meta, "data": {}})
     checkpoints.wait()
     return checkpoint.flatten(changed)

@@ -158,14 +158,14 @@ def test_folder_without_config(tmp_path):
 
 
 def test_missing_extra_and_misshapen_tensors_are_reported_together(flan, tmp_path):
-    def spoil(state):
+    def damage(state):
         del state["query_tokens"]
         del state[VISION_LAYER + "2.mlp.fc1.weight"]
         state[VISION_LAYER + "4.mlp.fc1.weight"] = torch.zeros(384, 88)
         state["stray"] = torch.zeros(3)
         state["language_projection.weight"] = torch.zeros(48, 64)
 
-    folder = copy(flan, tmp_path / "spoilt", change=spoil)
+    folder = copy(flan, tmp_path / "damaged", change=damage)
     assert failures(folder) == [
         "language_projection.weight: for qformer/projection/kernel: "
         "expected shape [64, 48], found [48, 64]",

@@ -12,25 +12,25 @@ from jax_instructblip.__main__ import main
 from jax_instructblip.training import loop
 
 
-def spoilt(compile_step, steps):
+def inject_nan(compile_step, steps):
     """`compile_step` but for frozen weights, which are no numbers in these of the steps made."""
-    made = [0]
+    count = [0]
 
-    def spoiling(**settings):
+    def compile_with_nan(**settings):
         step = compile_step(**settings)
 
         def call(state, frozen, batch, rng):
-            made[0] += 1
-            if made[0] in steps:
+            count[0] += 1
+            if count[0] in steps:
                 frozen = jax.tree.map(lambda leaf: leaf * np.float32("nan"), frozen)
             return step(state, frozen, batch, rng)
 
         call.lower = step.lower
         return call
 
-    return spoiling
+    return compile_with_nan
 
 
 if __name__ == "__main__":
-    loop.compile_step = spoilt(loop.compile_step, set(map(int, sys.argv[1].split(","))))
+    loop.compile_step = inject_nan(loop.compile_step, set(map(int, sys.argv[1].split(","))))
     sys.exit(main(sys.argv[2:]))

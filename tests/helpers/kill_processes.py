@@ -18,7 +18,7 @@ SAVING = re.compile(r"\.\d+\.part")  # a checkpoint that is being written
 FIELDS = {"checkpoints.every": EVERY, "checkpoints.keep": 2}
 
 
-class Chaos:
+class RandomKills:
     """`start()` begins the run in `workdir`, `ended(processes)` waits for it."""
 
     def __init__(self, start, ended, workdir, seed):

@@ -1,4 +1,4 @@
-"""The roll call, and the order to stop; real runs are in test_processes.py."""
+"""The rendezvous, and preemption; real runs are in test_processes.py."""
 
 import concurrent.futures
 import contextlib
@@ -27,10 +27,10 @@ def address():
 def call(clusters, limit):
     """With whom each process of `clusters` stays connected, or the error."""
 
-    def meet(own):
+    def join(own):
         try:
             with contextlib.ExitStack() as stack:
-                lines = cluster.roll_call(own, limit)
+                lines = cluster.rendezvous(own, limit)
                 for connection, _ in lines.values():
                     stack.enter_context(connection)
                 return sorted(lines)
@@ -38,7 +38,7 @@ def call(clusters, limit):
             return str(error)
 
     with concurrent.futures.ThreadPoolExecutor(len(clusters)) as pool:
-        return list(pool.map(meet, clusters))
+        return list(pool.map(join, clusters))
 
 
 def test_all_are_here(address):
@@ -97,7 +97,7 @@ def test_strangers_at_the_port_do_not_count(address):
         waiting = pool.submit(call, [Cluster(address, 2, 0)], 20.0)
         while True:
             try:
-                host, port = Cluster(address, 2, 0).roll_call_address()
+                host, port = Cluster(address, 2, 0).rendezvous_address()
                 with socket.create_connection((host, port), timeout=5) as stranger:
                     stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
                 break
@@ -111,12 +111,12 @@ def test_a_port_in_use_is_named(address):
     port = int(address.partition(":")[2]) + 1
     with socket.create_server(("", port)):
         with pytest.raises(ClusterError, match=f"port {port} of .* cannot be used"):
-            cluster.roll_call(Cluster(address, 2, 0), 1.0)
+            cluster.rendezvous(Cluster(address, 2, 0), 1.0)
 
 
 def test_sigterm_is_an_order_to_stop_and_is_given_back():
     before = signal.getsignal(signal.SIGTERM)
-    order = cluster.StopOrder()
+    order = cluster.Preemption()
     assert not order.reached(1)
     os.kill(os.getpid(), signal.SIGTERM)
     assert order.reached(2) and order.reached(3)
@@ -127,7 +127,7 @@ def test_sigterm_is_an_order_to_stop_and_is_given_back():
 def test_the_first_ctrl_c_is_an_order_to_stop_the_second_interrupts(capfd):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        order = cluster.StopOrder()
+        order = cluster.Preemption()
         os.kill(os.getpid(), signal.SIGINT)
         assert order.reached(1)
         assert "Ctrl-C: saving, then ending. Once more: ending now" in capfd.readouterr().err

@@ -15,14 +15,14 @@ from tests.helpers.ports import free_port
 MEMBER = """
     import sys, time
     from jax_instructblip.parallel import peers
-    from jax_instructblip.parallel.cluster import roll_call
+    from jax_instructblip.parallel.cluster import rendezvous
     from jax_instructblip.parallel.membership import Cluster
 
     port, index, limit = sys.argv[1:]
     time.time = lambda: 1e6 * float(index)  # the clocks of machines differ, as no one should mind
     cluster = Cluster(f"localhost:{port}", 3, int(index))
     watch = peers.Peers(
-        roll_call(cluster, 60.0), f"process {index} on here", float(limit)
+        rendezvous(cluster, 60.0), f"process {index} on here", float(limit)
     )
     peers.on_loss(lambda: print("finishing", flush=True))
     print("here", flush=True)
@@ -30,8 +30,8 @@ MEMBER = """
         if line == "end\\n":
             watch.close()
             sys.exit(0)
-        if line == "meet\\n":
-            peers.meet()
+        if line == "barrier\\n":
+            peers.barrier()
             print("met", flush=True)
         if line == "fail\\n":
             watch.fail("ValueError: the disk is full\\nreally")
@@ -109,8 +109,8 @@ def test_the_end_of_the_work_is_no_loss(members):
 def test_they_meet_when_the_last_one_comes(members):
     for latest in (1, 0):
         for index in {0, 1, 2} - {latest}:
-            order(members[index], "meet")
+            order(members[index], "barrier")
         ready, _, _ = select.select([process.stdout for process in members], [], [], 1.0)
         assert not ready  # they wait
-        order(members[latest], "meet")
+        order(members[latest], "barrier")
         assert [process.stdout.readline() for process in members] == ["met\n"] * 3

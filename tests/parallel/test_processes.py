@@ -248,10 +248,10 @@ def survive(files, folder, moments, seed, unbroken, steps=STEPS):
     """Notes of a run of two processes of which one was killed at these moments."""
     arguments = words(files, folder / "run", **kill_processes.FIELDS, **{"train.steps": steps})
     again = lambda: start(2, 2, [*arguments, "--wait_limit", "60"])
-    storm = kill_processes.Chaos(again, ended, folder / "run", seed)
+    kills = kill_processes.RandomKills(again, ended, folder / "run", seed)
     notes = []
     for moment in moments:
-        notes.append(storm.strike(moment))
+        notes.append(kills.strike(moment))
         print(len(notes), notes[-1], flush=True)
     found = ended(again())
     assert [code for _, code in found] == [0, 0], "\n".join(said for said, _ in found)

@@ -117,8 +117,10 @@ def test_moments_lie_where_their_weights_do():
         path.removeprefix("params/"): spec for path, spec in found.items() if "params" in path
     }
     for moment in ("mu", "nu"):
-        start = f"optimizer/0/{moment}/"
-        moments = {p.removeprefix(start): spec for p, spec in found.items() if p.startswith(start)}
+        prefix = f"optimizer/0/{moment}/"
+        moments = {
+            p.removeprefix(prefix): spec for p, spec in found.items() if p.startswith(prefix)
+        }
         assert moments == weights
     assert found["step"] == found["optimizer/0/count"] == P()
 
@@ -169,7 +171,7 @@ def test_constrains_no_layer_without_a_mesh():
 
 
 @pytest.fixture(scope="module")
-def eight():
+def multi_device():
     return dict(zip(CALLS, in_a_process(*CALLS), strict=True))
 
 
@@ -177,26 +179,26 @@ def eight():
 @pytest.mark.parametrize(
     ("sizes", "share"), [((8, 1, 1), 1), ((1, 8, 1), 1 / 8), ((2, 2, 2), 1 / 4), ((1, 2, 4), 1 / 8)]
 )
-def test_devices_hold_their_share_of_big_leaves(eight, kind, sizes, share):
-    found = eight["shares"][f"{kind} {sizes}"]
+def test_devices_hold_their_share_of_big_leaves(multi_device, kind, sizes, share):
+    found = multi_device["shares"][f"{kind} {sizes}"]
     leaves = {"frozen": {"llama": 14, "t5": 25}[kind], "trained": 21, "moments": 42}
     assert found == {name: [count, share] for name, count in leaves.items()}
 
 
-def test_no_stack_of_layers_is_fetched_whole(eight):
+def test_no_stack_of_layers_is_fetched_whole(multi_device):
     """Under FSDP one layer at a time: a whole tower on every device would not fit."""
-    assert eight["programs"]["step"]["stacks"] == []
-    single = {tuple(shape) for shape in eight["programs"]["step"]["others"]}
+    assert multi_device["programs"]["step"]["stacks"] == []
+    single = {tuple(shape) for shape in multi_device["programs"]["step"]["others"]}
     assert {(16, 24), (32, 48), (48, 32), (32, 4, 8), (4, 8, 32)} <= single
 
 
-def test_the_search_sees_stacks_fetched_whole(eight):
-    found = {tuple(shape) for shape in eight["programs"]["hoisted"]["stacks"]}
+def test_the_search_sees_stacks_fetched_whole(multi_device):
+    found = {tuple(shape) for shape in multi_device["programs"]["hoisted"]["stacks"]}
     assert {(7, 16, 24), (5, 32, 48), (5, 32, 4, 8)} <= found
 
 
-def test_layers_constrain_their_weights_and_gradients(eight):
-    found = [tuple(shape) for shape in eight["programs"]["constraints"]]
+def test_layers_constrain_their_weights_and_gradients(multi_device):
+    found = [tuple(shape) for shape in multi_device["programs"]["constraints"]]
     vision, pair, llm = 6, 20, 7
     # Layers with a backward pass are fetched again for it; the gradient is constrained, too.
     assert len(found) == vision + 3 * pair + 2 * llm
@@ -204,9 +206,9 @@ def test_layers_constrain_their_weights_and_gradients(eight):
     assert found.count((16, 24)) == 1 + 3 * 4  # the ViT's; four in a pair
 
 
-def test_a_state_is_restored_on_other_devices(eight):
-    assert len(eight["restores"]) == 3
-    for case, (same, placed) in eight["restores"].items():
+def test_a_state_is_restored_on_other_devices(multi_device):
+    assert len(multi_device["restores"]) == 3
+    for case, (same, placed) in multi_device["restores"].items():
         assert same and placed, case
 
 
@@ -214,11 +216,11 @@ def test_a_mesh_that_does_not_divide_is_refused_before_weights_are_read(tmp_path
     base = write_base(tmp_path / "base")
     monkeypatch.setattr(initial, "read_params", None)
     with pytest.raises(ValueError, match=r"llm/.*key/kernel .*: axis 2 of 3 does not divide by"):
-        initial.read_start(base, mesh=mesh_of(1, 1, 2))
+        initial.load_initial(base, mesh=mesh_of(1, 1, 2))
 
 
 def test_a_second_choice_is_noted_where_weights_are_read(tmp_path, monkeypatch):
     base = write_base(tmp_path / "base")
     monkeypatch.setattr(rules, "remarks", lambda tree, mesh: [f"{len(tree)} towers on {mesh.size}"])
-    notes = initial.read_start(base, mesh=make_mesh(devices=jax.devices()[:1])).notes
+    notes = initial.load_initial(base, mesh=make_mesh(devices=jax.devices()[:1])).notes
     assert "3 towers on 1" in notes

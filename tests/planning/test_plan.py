@@ -15,7 +15,7 @@ from jax_instructblip.planning.chips import CHIPS
 from jax_instructblip.planning.topology import Topology
 from tests.helpers.interpreter import run_module
 from tests.helpers.planned import job_of
-from tests.helpers.tiny import micro
+from tests.helpers.tiny import tiny_variant
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,7 +69,7 @@ def test_a_model_of_no_known_name():
 
 
 def test_a_batch_that_does_not_divide():
-    job = dataclasses.replace(job_of(micro("llama")), batch=9, accumulate=2)
+    job = dataclasses.replace(job_of(tiny_variant("llama")), batch=9, accumulate=2)
     with pytest.raises(ValueError, match="batch of 9 .* in 2 parts .* multiple of 2"):
         plan.check_rows(job, make_mesh(1, 1, 1, jax.devices()[:1]))
 
@@ -80,7 +80,7 @@ def test_a_plan_is_of_the_program_that_train_runs():
         config.update_from_flattened_dict(
             {"data.batch_size": 16, "data.samples_per_row": 8, "train.non_finite": "skip"}
         )
-    job = plan.read_job(config, micro("llama"))
+    job = plan.read_job(config, tiny_variant("llama"))
     assert job.skip_non_finite
     _, _, batch, _ = plan.job_arguments(job, make_mesh(1, 1, 1, jax.devices()[:1]))
     widths = {name: batch[name].shape[1] for name in ("slots", "targets")}
@@ -91,7 +91,7 @@ def test_a_plan_is_of_the_program_that_train_runs():
     assert widths == {name: round_up(length) for name, length in row.items()}
     config.parallel.mode = "pmap"
     with pytest.raises(ValueError, match="parallel.mode is pmap: plans are of .* jit compiles"):
-        plan.read_job(config, micro("llama"))
+        plan.read_job(config, tiny_variant("llama"))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_other_errors_of_the_compiler_are_raised():
 @pytest.fixture(scope="module")
 def refused():
     """A job of 16 rows, residuals of half a chip, which the compiler refused."""
-    job = job_of(micro("llama"))
+    job = job_of(tiny_variant("llama"))
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
     arguments = plan.job_arguments(job, mesh)
     with jax.set_mesh(mesh):
@@ -146,8 +146,10 @@ def test_the_smallest_change_that_would_do(refused):
 
 def test_a_sweep_begins_with_what_may_fit(refused):
     job, _, report = refused
-    likely = lambda share: advice.likely(job, _chip(report.arguments + share * report.residuals))
-    assert likely(0.9) == [] and likely(1.1) == [(1, 1, 1)]
+    feasible = lambda share: advice.feasible_meshes(
+        job, _chip(report.arguments + share * report.residuals)
+    )
+    assert feasible(0.9) == [] and feasible(1.1) == [(1, 1, 1)]
     assert advice.meshes(job, _chip(report.arguments * 1.1)) == [(1, 1, 1)]
 
 
@@ -191,9 +193,9 @@ def test_meshes_that_move_less_come_first():
         plan.read_job(config, get_variant("instructblip-vicuna-7b"), step)
         for step in ("train", "decode")
     )
-    moves = lambda *sizes: advice.moves(train, 128, sizes)
-    assert 0 < moves(16, 1, 1) < moves(1, 16, 1) and moves(1, 8, 2) < moves(1, 16, 1)
+    traffic = lambda *sizes: advice.estimated_traffic(train, 128, sizes)
+    assert 0 < traffic(16, 1, 1) < traffic(1, 16, 1) and traffic(1, 8, 2) < traffic(1, 16, 1)
     # A mesh of whole weights sums gradients alone, which answering has none of.
     qformer = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(train.variant)["qformer"]))
-    assert moves(16, 1, 1) == 2 * 4 * qformer * 15 / 16
-    assert advice.moves(decode, 128, (16, 1, 1)) == 0
+    assert traffic(16, 1, 1) == 2 * 4 * qformer * 15 / 16
+    assert advice.estimated_traffic(decode, 128, (16, 1, 1)) == 0

@@ -9,7 +9,7 @@ from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
 from tests.helpers.numerics import random_params
-from tests.helpers.tiny import make_batch, micro
+from tests.helpers.tiny import make_batch, tiny_variant
 
 RATE = 1e-2
 
@@ -22,7 +22,7 @@ def tuning():
     def make(kind: str, **fields):
         key = kind, tuple(fields.items())
         if key not in made:
-            variant = micro(kind, **fields)
+            variant = tiny_variant(kind, **fields)
             schedule = lambda _: RATE
             objective = LanguageObjective(VisionLanguageModel(variant))
             settings = dict(objective=objective, optimizer=adamw(schedule), schedule=schedule)

@@ -7,7 +7,7 @@ import pytest
 
 from jax_instructblip import checkpoint
 from jax_instructblip.models.vlm import param_shapes
-from jax_instructblip.training.initial import _fit, read_start
+from jax_instructblip.training.initial import _fit, load_initial
 from tests.helpers.tiny import write_base
 
 
@@ -34,60 +34,60 @@ def dtypes(tree):
 
 
 def test_splits_casts_and_says_where_from(base):
-    start = read_start(base, frozen_dtype=jnp.bfloat16)
-    assert (sorted(start.trainable), sorted(start.frozen)) == (["qformer"], ["llm", "vision"])
-    assert dtypes(start.trainable) == {jnp.dtype("float32")}
-    assert dtypes(start.frozen) == {jnp.dtype("bfloat16")}
-    assert start.base == {
+    initial = load_initial(base, frozen_dtype=jnp.bfloat16)
+    assert (sorted(initial.trainable), sorted(initial.frozen)) == (["qformer"], ["llm", "vision"])
+    assert dtypes(initial.trainable) == {jnp.dtype("float32")}
+    assert dtypes(initial.frozen) == {jnp.dtype("bfloat16")}
+    assert initial.base == {
         "name": str(base),
         "path": str(base),
         "sha256": checkpoint.manifest_digest(base),
     }
-    assert start.base["sha256"][:12] in start.notes[0] and str(base) in start.notes[1]
+    assert initial.base["sha256"][:12] in initial.notes[0] and str(base) in initial.notes[1]
 
 
 def test_values_are_the_checkpoints(base):
-    start = read_start(base, trainable=("vision", "qformer"), frozen_dtype=jnp.float32)
-    found = checkpoint.flatten({**start.frozen, **start.trainable})
+    initial = load_initial(base, trainable=("vision", "qformer"), frozen_dtype=jnp.float32)
+    found = checkpoint.flatten({**initial.frozen, **initial.trainable})
     for path, leaf in checkpoint.flatten(checkpoint.read_tree(base)).items():
         np.testing.assert_array_equal(found[path], leaf, err_msg=path)
 
 
 def test_init_replaces_what_is_trained(base, other):
-    start = read_start(base, init=other, frozen_dtype=jnp.float32)
+    initial = load_initial(base, init=other, frozen_dtype=jnp.float32)
     ours = checkpoint.read_tree(base)
     np.testing.assert_array_equal(
-        start.trainable["qformer"]["queries"], ours["qformer"]["queries"] + 1
+        initial.trainable["qformer"]["queries"], ours["qformer"]["queries"] + 1
     )
-    np.testing.assert_array_equal(start.frozen["vision"]["cls"], ours["vision"]["cls"])
-    assert str(other) in start.notes[1]
+    np.testing.assert_array_equal(initial.frozen["vision"]["cls"], ours["vision"]["cls"])
+    assert str(other) in initial.notes[1]
 
 
 def test_an_init_of_other_sizes_lists_all_that_differs(base, tmp_path):
     wide = write_base(tmp_path / "wide", **{"qformer.mlp": 30})
     with pytest.raises(checkpoint.CheckpointError) as error:
-        read_start(base, init=wide)
+        load_initial(base, init=wide)
     message = str(error.value)
     assert "do not fit the model to train (12)" in message
     assert "layers/cross/query_mlp/in/kernel: found (1, 16, 30), expected (1, 16, 28)" in message
 
 
 def test_without_instructions_the_text_branch_is_left_out(base):
-    start = read_start(base, fields={"qformer.instruction_aware": False})
-    paths = checkpoint.flatten(start.trainable)
+    initial = load_initial(base, fields={"qformer.instruction_aware": False})
+    paths = checkpoint.flatten(initial.trainable)
     assert not any("text_" in path or "position_embed" in path for path in paths)
-    assert not start.variant.qformer.instruction_aware
-    everything = checkpoint.flatten(read_start(base).trainable)
-    assert f"left out {len(everything) - len(paths)} leaves" in start.notes[2]
+    assert not initial.variant.qformer.instruction_aware
+    everything = checkpoint.flatten(load_initial(base).trainable)
+    assert f"left out {len(everything) - len(paths)} leaves" in initial.notes[2]
     for name in ("text_embed", "position_embed", "text_mlp", "text_mlp_norm"):
-        assert name in start.notes[2]
+        assert name in initial.notes[2]
 
 
 def test_nothing_but_the_text_branch_is_left_out(base):
-    start = read_start(base)
-    blind = start.variant.replace(**{"qformer.instruction_aware": False})
-    leaves = checkpoint.flatten(start.trainable)
-    kept, dropped = _fit(start.trainable, blind, ("qformer",))
+    initial = load_initial(base)
+    blind = initial.variant.replace(**{"qformer.instruction_aware": False})
+    leaves = checkpoint.flatten(initial.trainable)
+    kept, dropped = _fit(initial.trainable, blind, ("qformer",))
     wanted = checkpoint.flatten({"qformer": param_shapes(blind)["qformer"]})
     assert checkpoint.flatten(kept).keys() == wanted.keys()
     assert set(dropped) == leaves.keys() - wanted.keys()
@@ -103,20 +103,20 @@ def test_float16_is_refused_for_t5_before_weights_are_read(tmp_path):
     shutil.rmtree(folder / "params")
     (folder / "files.json").unlink()  # which misses them first
     with pytest.raises(ValueError, match="T5 cannot compute in float16"):
-        read_start(folder, dtype=jnp.float16)
+        load_initial(folder, dtype=jnp.float16)
 
 
 def test_a_text_branch_cannot_be_made_up(tmp_path):
     blind = write_base(tmp_path / "blind", **{"qformer.instruction_aware": False})
     with pytest.raises(checkpoint.CheckpointError, match="text_embed/embedding: found nothing"):
-        read_start(blind, fields={"qformer.instruction_aware": True})
+        load_initial(blind, fields={"qformer.instruction_aware": True})
 
 
 def test_fields_change_the_variant(base):
-    start = read_start(base, fields={"qformer.dropout": 0.25, "llm.dropout": 0.5})
-    assert (start.variant.qformer.dropout, start.variant.llm.dropout) == (0.25, 0.5)
+    initial = load_initial(base, fields={"qformer.dropout": 0.25, "llm.dropout": 0.5})
+    assert (initial.variant.qformer.dropout, initial.variant.llm.dropout) == (0.25, 0.5)
 
 
 def test_an_unknown_part_names_the_nearest(base):
     with pytest.raises(ValueError, match="did you mean 'qformer'"):
-        read_start(base, trainable=("qformr",))
+        load_initial(base, trainable=("qformr",))

@@ -1,4 +1,4 @@
-"""Whole runs of a micro model: they learn, stop, go on, and refuse what does not fit."""
+"""Whole runs of a tiny model: they learn, stop, go on, and refuse what does not fit."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from jax_instructblip.training import loop
 from jax_instructblip.training.metrics import Window, read_answers, read_metrics
 from jax_instructblip.training.optimizer import adamw
 from tests.helpers.bucket import bucket
-from tests.helpers.inject_nan import spoilt
+from tests.helpers.inject_nan import inject_nan
 from tests.helpers.tiny import compile_cache, write_base, write_data
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -263,7 +263,7 @@ def test_validation_chooses_the_best_checkpoint(files, tmp_path, capsys):
 
 def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path, monkeypatch):
     rate = lambda _: 1e30
-    monkeypatch.setattr(loop.setup, "read_optimizer", lambda config: (adamw(rate), rate))
+    monkeypatch.setattr(loop.setup, "make_optimizer", lambda config: (adamw(rate), rate))
     config = make_config(files, tmp_path / "run")
     with pytest.raises(ValueError, match=r"step \d: loss .*samples: train:\d+, .*learning_rate"):
         loop.run(config)
@@ -276,8 +276,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path, monkeypatch):
 def test_spoilt_steps_are_skipped_and_written_down_until_they_are_too_many(
     files, tmp_path, monkeypatch
 ):
-    spoiling = spoilt(loop.compile_step, {2, 3, 6, 7, 8, 9})
-    monkeypatch.setattr(loop, "compile_step", spoiling)
+    with_nan = inject_nan(loop.compile_step, {2, 3, 6, 7, 8, 9})
+    monkeypatch.setattr(loop, "compile_step", with_nan)
     fields = {"train.non_finite": "skip", "train.non_finite_limit": 3, "train.log_every": 2}
     config = make_config(files, tmp_path / "run", **fields, **{"train.steps": 12})
     with pytest.raises(ValueError, match=r"step 8: loss nan.* 3 in a row.*checkpoints/[46]"):

@@ -4,7 +4,7 @@ import types
 import pytest
 
 from jax_instructblip.training import non_finite
-from jax_instructblip.training.non_finite import Spoilt
+from jax_instructblip.training.non_finite import NonFiniteGuard
 
 FINE = {"loss": 1.0, "gradient_norm": 2.0}
 NAN = {"loss": float("nan"), "gradient_norm": 2.0}
@@ -14,7 +14,7 @@ INFINITE = {"loss": 1.0, "gradient_norm": float("inf")}
 def make(folder, skip=True, limit=3, steps=(4,)):
     checkpoints = types.SimpleNamespace(steps=lambda: list(steps), place=lambda step: f"run/{step}")
     ids = lambda number: [f"record:{number}"]
-    return Spoilt(folder, skip=skip, limit=limit, ids=ids, checkpoints=checkpoints)
+    return NonFiniteGuard(folder, skip=skip, limit=limit, ids=ids, checkpoints=checkpoints)
 
 
 def test_only_steps_in_a_row_end_a_run_that_skips_them(tmp_path):

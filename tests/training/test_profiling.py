@@ -13,7 +13,7 @@ from jax_instructblip.training import profiling
 from jax_instructblip.training.metrics import Window
 from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.state import partition
-from tests.helpers.tiny import micro
+from tests.helpers.tiny import tiny_variant
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,13 @@ def test_the_products_of_a_full_size_step_are_the_analytic_ones(name):
 
 
 def test_nothing_is_counted_against_an_unknown_peak():
-    use = profiling.Utilisation(objective(micro("t5")), 0.0)
+    use = profiling.Utilisation(objective(tiny_variant("t5")), 0.0)
     assert use.of_step({}, {}, {}) == 0 and use.metrics(0, 1.0) == {}
-    assert profiling.Utilisation(objective(micro("t5")), 1e12).metrics(0, 1.0) == {}
+    assert profiling.Utilisation(objective(tiny_variant("t5")), 1e12).metrics(0, 1.0) == {}
 
 
 def test_rates_are_of_all_steps_since_the_last_line():
-    use = profiling.Utilisation(objective(micro("t5")), 1e9)
+    use = profiling.Utilisation(objective(tiny_variant("t5")), 1e9)
     window = Window(24, use)
     counts = {"replaced": np.zeros(4), "truncated": np.zeros((4, 3)), "text": np.array([1, 2])}
     window.skip(-10.0)  # as if it had begun ten seconds ago

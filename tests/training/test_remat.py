@@ -11,7 +11,7 @@ from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.state import partition
 from tests.helpers.numerics import random_params
-from tests.helpers.tiny import make_batch, micro
+from tests.helpers.tiny import make_batch, tiny_variant
 
 TOWERS = ("vision", "qformer", "llm")
 
@@ -36,7 +36,7 @@ def shapes_of(variant, trainable=("qformer",), **sizes):
 @pytest.mark.parametrize("kind", [pytest.param("llama", marks=pytest.mark.full), "t5"])
 def test_gradients_are_the_same(kind):
     """With dropout on: the same is dropped the second time."""
-    variant = micro(kind, **{"qformer.dropout": 0.3, "llm.dropout": 0.3})
+    variant = tiny_variant(kind, **{"qformer.dropout": 0.3, "llm.dropout": 0.3})
     chosen, frozen = partition(random_params(variant), ("qformer",))
     batch, found = make_batch(variant), {}
     for remat in REMAT:
@@ -52,7 +52,7 @@ def test_gradients_are_the_same(kind):
 
 
 def test_memory_shrinks():
-    variant = micro("llama", **{"llm.layers": 24, "qformer.layers": 12})
+    variant = tiny_variant("llama", **{"llm.layers": 24, "qformer.layers": 12})
     shapes = shapes_of(variant, rows=8, text=40)
     kept = {}
     for remat in REMAT:
@@ -78,7 +78,7 @@ def test_what_is_computed_again(name):
 
 
 def test_a_trained_vision_tower_is_computed_again():
-    variant = micro("llama")
+    variant = tiny_variant("llama")
     shapes = shapes_of(variant, ("vision", "qformer"))
     count = lambda remat: flops.counted(gradient_of(variant, remat, ["vision"]), *shapes)[0]
     assert count("full") > count("none")

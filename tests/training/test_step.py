@@ -14,7 +14,7 @@ from jax_instructblip.training.optimizer import adamw
 from jax_instructblip.training.state import create_state, partition
 from jax_instructblip.training.step import compile_step, train_step
 from tests.helpers.interpreter import run_python
-from tests.helpers.tiny import micro
+from tests.helpers.tiny import tiny_variant
 
 KINDS = ("llama", "t5")
 STILL = {"qformer.dropout": 0.0, "llm.dropout": 0.0}
@@ -89,7 +89,7 @@ def test_golden_numbers(tuning, kind):
 
 def traced(kind, function=None, variant=None):
     """FLOPs, shapes of products and analytic FLOPs of a step, or of `function` in its place."""
-    variant = variant or micro(kind)
+    variant = variant or tiny_variant(kind)
     rows, text, answer = 3, 11, 10
     batch = jax.eval_shape(lambda: example_batch(variant, rows, text, answer))
     chosen, frozen = partition(param_shapes(variant), ("qformer",))
@@ -187,7 +187,7 @@ def test_takes_over_the_buffers_of_the_state_and_keeps_the_frozen_ones(tuning):
 
 
 def test_narrow_frozen_weights_are_not_widened_ahead_of_the_scan():
-    variant = micro("llama", **{"llm.layers": 12, "llm.mlp": 3000})
+    variant = tiny_variant("llama", **{"llm.layers": 12, "llm.mlp": 3000})
     chosen, frozen = partition(param_shapes(variant), ("qformer",))
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), frozen)
     rate = lambda _: 1e-2
