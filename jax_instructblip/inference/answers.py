@@ -28,19 +28,21 @@ class Answer:
     alternatives: tuple["Answer", ...] = ()
 
 
-def best_answer(text: TextProcessor, made: dict[str, np.ndarray], row: int, count: int) -> Answer:
+def best_answer(
+    text: TextProcessor, generated: dict[str, np.ndarray], row: int, count: int
+) -> Answer:
     """The first of the row's answers, with the next `count - 1` as its alternatives.
 
-    `made` is what `generate_tokens` or `beam_tokens` returned.
+    `generated` is what `generate_tokens` or `beam_tokens` returned.
     """
-    first, *others = [_answer(text, made, row, place) for place in range(count)]
+    first, *others = [_answer(text, generated, row, index) for index in range(count)]
     return dataclasses.replace(first, alternatives=tuple(others))
 
 
-def _answer(text: TextProcessor, made: dict[str, np.ndarray], row: int, place: int) -> Answer:
-    length = made["lengths"][row, place]
-    tokens = made["tokens"][row, place, :length].tolist()
-    logprobs = made["logprobs"][row, place, :length]
+def _answer(text: TextProcessor, generated: dict[str, np.ndarray], row: int, index: int) -> Answer:
+    length = generated["lengths"][row, index]
+    tokens = generated["tokens"][row, index, :length].tolist()
+    logprobs = generated["logprobs"][row, index, :length]
     logprob = float(logprobs.sum(dtype=np.float64))
     return Answer(text.decode(tokens), tuple(tokens), logprob, tuple(logprobs.tolist()))
 

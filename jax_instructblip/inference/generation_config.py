@@ -142,12 +142,12 @@ class GenerationConfig:
         unknown = [name for name in settings if name not in NAMES]
         known = {name: value for name, value in settings.items() if name in NAMES}
         try:
-            made = dataclasses.replace(self, **known)
+            config = dataclasses.replace(self, **known)
         except ValueError as error:
             raise ValueError("; ".join([*map(_hint, unknown), str(error)])) from error
         if unknown:
             raise ValueError("; ".join(map(_hint, unknown)))
-        return made
+        return config
 
     @property
     def sample(self) -> bool:
@@ -181,9 +181,9 @@ class GenerationConfig:
                 f"({self.max_new_tokens})"
             )
         if self.do_sample is False and self._drawing:
-            given = [name for name in DRAWING if getattr(self, name) is not None]
+            drawing = [name for name in DRAWING if getattr(self, name) is not None]
             yield (
-                f"do_sample is False, but {', '.join(given)} would draw tokens: leave out either"
+                f"do_sample is False, but {', '.join(drawing)} would draw tokens: leave out either"
             )
         if {"num_beams", "num_return_sequences"} & wrong:
             return
@@ -227,8 +227,8 @@ def add_flags(parser: Any, *names: str, unset: bool = False) -> None:
 
 def read_flags(flags: argparse.Namespace) -> GenerationConfig:
     """The config of the flags that `add_flags` added; raises as `GenerationConfig.of`."""
-    given = {name: getattr(flags, name) for name in NAMES if hasattr(flags, name)}
-    return GenerationConfig.of(**given)
+    settings = {name: getattr(flags, name) for name in NAMES if hasattr(flags, name)}
+    return GenerationConfig.of(**settings)
 
 
 def _hint(name: str) -> str:

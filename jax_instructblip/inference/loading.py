@@ -75,12 +75,12 @@ def read_dtype(dtype: Any) -> np.dtype:
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     try:
-        found = jnp.dtype(dtype)
+        known = jnp.dtype(dtype)
     except TypeError:
-        found = None
-    if found is None or found.name not in DTYPES:
+        known = None
+    if known is None or known.name not in DTYPES:
         raise ValueError(f"dtype is {str(dtype)[:60]!r}, expected one of {', '.join(DTYPES)}")
-    return found
+    return known
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> Path:
@@ -125,9 +125,9 @@ def read_source(path: str | os.PathLike) -> Source:
     if "architectures" in config or "model_type" in config:
         variant, facts, leaves = convert_hf(folder)
         return Source(folder, variant, leaves, facts=facts)
-    found = ", ".join(sorted(each.name for each in folder.iterdir())[:12]) or "nothing"
+    names = ", ".join(sorted(each.name for each in folder.iterdir())[:12]) or "nothing"
     raise ValueError(
-        f"{folder} is of no known kind: found {found}; expected {', '.join(KINDS[:-1])} or "
+        f"{folder} is of no known kind: found {names}; expected {', '.join(KINDS[:-1])} or "
         f"{KINDS[-1]}"
     )
 
@@ -275,8 +275,8 @@ def weights_digest(source: Source) -> str:
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as file:
-                for place in range(0, size, max(size // SAMPLES, SAMPLE_BYTES)):
-                    file.seek(place)
+                for offset in range(0, size, max(size // SAMPLES, SAMPLE_BYTES)):
+                    file.seek(offset)
                     digest.update(file.read(SAMPLE_BYTES))
         return digest.hexdigest()
     base = checkpoint.manifest_digest(source.folder)

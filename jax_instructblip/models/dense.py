@@ -37,18 +37,18 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        given = x.shape[x.ndim - self.contracted :]
-        flat = (math.prod(given), math.prod(self.features))
-        draw = lambda key, shape: nn.initializers.lecun_normal()(key, flat).reshape(shape)
-        kernel = self.param("kernel", draw, (*given, *self.features))
+        contracted = x.shape[x.ndim - self.contracted :]
+        flat = (math.prod(contracted), math.prod(self.features))
+        init = lambda key, shape: nn.initializers.lecun_normal()(key, flat).reshape(shape)
+        kernel = self.param("kernel", init, (*contracted, *self.features))
         x = x.astype(self.dtype)
         if not self.use_bias:
             return jnp.tensordot(x, kernel.astype(self.dtype), self.contracted)
         bias = self.param("bias", nn.initializers.zeros, self.features)
         dtype = jnp.dtype(jnp.float32 if self.wide else self.bias_dtype)
-        made: Array = affine(x, kernel, bias, dtype)  # pyright: ignore (custom_vjp hides it)
+        product: Array = affine(x, kernel, bias, dtype)  # pyright: ignore (custom_vjp hides it)
         # Named, since no policy sees the product inside of a function with its own gradient.
-        return checkpoint_name(made if self.wide else made.astype(self.dtype), PRODUCT)
+        return checkpoint_name(product if self.wide else product.astype(self.dtype), PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -61,8 +61,8 @@ def affine(x: Array, kernel: Array, bias: Array, dtype: Any) -> Array:
     """
     product = functools.partial(jnp.tensordot, precision=_precision(x))
     contracted = kernel.ndim - bias.ndim
-    made = product(x, kernel.astype(x.dtype), contracted, preferred_element_type=dtype)
-    return made + rank_of(bias.astype(dtype), made)
+    total = product(x, kernel.astype(x.dtype), contracted, preferred_element_type=dtype)
+    return total + rank_of(bias.astype(dtype), total)
 
 
 def _affine_forward(x: Array, kernel: Array, bias: Array, dtype: Any) -> tuple[Array, Any]:
@@ -73,11 +73,11 @@ def _affine_backward(dtype: Any, kept: Any, gradient: Array) -> tuple[Array, Arr
     del dtype
     x, kernel, bias = kept
     product = functools.partial(jnp.tensordot, precision=_precision(x))
-    lead, made = tuple(range(gradient.ndim - bias.ndim)), tuple(range(-bias.ndim, 0))
+    batch_axes, feature_axes = tuple(range(gradient.ndim - bias.ndim)), tuple(range(-bias.ndim, 0))
     narrow = gradient.astype(x.dtype)
-    of_x = product(narrow, kernel.astype(x.dtype), (made, made))
-    of_kernel = product(x, narrow, (lead, lead), preferred_element_type=kernel.dtype)
-    return of_x, of_kernel, gradient.sum(lead, dtype=jnp.float32).astype(bias.dtype)
+    of_x = product(narrow, kernel.astype(x.dtype), (feature_axes, feature_axes))
+    of_kernel = product(x, narrow, (batch_axes, batch_axes), preferred_element_type=kernel.dtype)
+    return of_x, of_kernel, gradient.sum(batch_axes, dtype=jnp.float32).astype(bias.dtype)
 
 
 affine.defvjp(_affine_forward, _affine_backward)

@@ -92,9 +92,9 @@ def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) ->
     read = _vision(variant, rows) + _qformer(variant, rows, text)[1]
     if isinstance(config, LlamaConfig):
         weights = config.layers * (4 * config.width**2 + 3 * config.width * config.mlp)
-        look = lambda keys: config.layers * 2 * linear(rows, keys, config.width)
-        read += linear(rows * prompt, weights) + prompt * look(prompt) + head
-        return read + (new - 1) * (linear(rows, weights) + look(prompt + new - 1) + head)
+        attention = lambda keys: config.layers * 2 * linear(rows, keys, config.width)
+        read += linear(rows * prompt, weights) + prompt * attention(prompt) + head
+        return read + (new - 1) * (linear(rows, weights) + attention(prompt + new - 1) + head)
     inner = config.heads * config.head_width
     own, mlp = 4 * config.width * inner, 3 * config.width * config.mlp
     read += config.encoder_layers * (

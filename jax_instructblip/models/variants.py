@@ -181,8 +181,8 @@ class Variant:
     @property
     def towers(self) -> dict[str, Any]:
         """The towers' sizes by the keys of the parameters: vision, qformer or projector, llm."""
-        found = {"vision": self.vision, self.bridge.key: self.bridge, "llm": self.llm}
-        return {name: tower for name, tower in found.items() if tower is not None}
+        towers = {"vision": self.vision, self.bridge.key: self.bridge, "llm": self.llm}
+        return {name: tower for name, tower in towers.items() if tower is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, for `config.json`."""
@@ -262,8 +262,8 @@ class Variant:
             ("vision_width", "vision", self.vision.width),
             ("llm_width", "llm", getattr(self.llm, "width", bridge.llm_width)),
         ):
-            if (found := getattr(bridge, field)) != width:
-                wrong.append(f"{bridge.key}.{field} {found} != {tower}.width {width}")
+            if (own_width := getattr(bridge, field)) != width:
+                wrong.append(f"{bridge.key}.{field} {own_width} != {tower}.width {width}")
         return wrong
 
     def _wrong_divisions(self) -> list[str]:

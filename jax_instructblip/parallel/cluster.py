@@ -47,7 +47,7 @@ def joined(
         return
     watch = None
     # Ours is to notice first: JAX aborts.
-    given: dict[str, Any] = {
+    kwargs: dict[str, Any] = {
         "initialization_timeout": int(limit),
         "heartbeat_timeout_seconds": math.ceil(2 * silence_limit),
     }
@@ -55,10 +55,10 @@ def joined(
         lines = rendezvous(cluster, limit)
         me = f"process {cluster.index} on {socket.gethostname()}"
         watch = peers.Peers(lines, me, silence_limit)
-        given["coordinator_address"] = cluster.coordinator
-        given["num_processes"], given["process_id"] = cluster.count, cluster.index
+        kwargs["coordinator_address"] = cluster.coordinator
+        kwargs["num_processes"], kwargs["process_id"] = cluster.count, cluster.index
     try:
-        jax.distributed.initialize(**given)
+        jax.distributed.initialize(**kwargs)
         me = f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
         devices = f"{jax.local_device_count()} of {jax.device_count()} devices"
         print(f"{me}: {devices} ({jax.devices()[0].device_kind})", file=sys.stderr, flush=True)
@@ -155,7 +155,7 @@ def _receive(
 
 def _answer(cluster: Cluster, deadline: float, limit: float) -> socket.socket:
     """The others: report to process 0, as soon as it listens, and wait for its word."""
-    address, found = cluster.rendezvous_address(), "nobody answers"
+    address, problem = cluster.rendezvous_address(), "nobody answers"
     while time.monotonic() < deadline:
         try:
             connection = socket.create_connection(address, deadline - time.monotonic())
@@ -171,10 +171,10 @@ def _answer(cluster: Cluster, deadline: float, limit: float) -> socket.socket:
             raise ClusterError(answer.removeprefix(_GREETING).strip())
         if not answer:
             raise ClusterError("process 0 left before all were here")
-        found = f"somebody else answers ({answer[:80]!r})"
+        problem = f"somebody else answers ({answer[:80]!r})"
         time.sleep(RETRY_SECONDS)
     raise ClusterError(
-        f"process {cluster.index}: {found} at {address[0]}:{address[1]} after {limit:g} seconds; "
+        f"process {cluster.index}: {problem} at {address[0]}:{address[1]} after {limit:g} seconds; "
         "absent: 0 (is its host right, is the port open?)"
     )
 

@@ -93,9 +93,9 @@ def find_cluster(
     environ = os.environ if environ is None else environ
     if coordinator == AUTO:
         return Cluster(AUTO, 0, 0)
-    given = (coordinator, str(processes or ""), str(process if process >= 0 else ""))
+    from_flags = (coordinator, str(processes or ""), str(process if process >= 0 else ""))
     for source, names in (
-        (given, ("--coordinator", "--processes", "--process")),
+        (from_flags, ("--coordinator", "--processes", "--process")),
         (tuple(environ.get(name, "") for name in VARIABLES), VARIABLES),
     ):
         if not any(source):
@@ -119,7 +119,7 @@ def find_cluster(
 
 def first_host(nodes: str) -> str:
     """The first node of Slurm's list: `gpu[07-09,12],login1` -> `gpu07`."""
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
-    if found is None:
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
+    if match is None:
         raise ClusterError(f"Slurm's list of nodes is {nodes!r}: no host in it")
-    return found[1] + (found[2] or "")
+    return match[1] + (match[2] or "")

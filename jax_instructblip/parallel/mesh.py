@@ -25,11 +25,11 @@ def make_mesh(
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
-    given = math.prod(size for size in sizes.values() if size != -1)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
         raise ValueError(f"mesh {sizes}: sizes are at least 1, and one of them may be -1")
-    if free and len(devices) % given == 0:
-        sizes[free[0]] = len(devices) // given
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(f"mesh {sizes} does not use the {len(devices)} devices there are")
     shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(AXES)

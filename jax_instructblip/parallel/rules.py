@@ -132,14 +132,14 @@ def constrain_layer(weights: Any) -> Any:
 
 def remarks(tree: Any, mesh: Mesh) -> list[str]:
     """A sentence for each rule whose second choice the mesh takes; none on most meshes."""
-    found: dict[str, list[str]] = {}
+    paths_by_remark: dict[str, list[str]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = path_of(path)
         rule, spec, reason = _decide(name, leaf.shape, mesh.shape)
         if reason:
             text = f"{reason}; split as {tuple(spec)} instead ({rule.path})"
-            found.setdefault(text, []).append(name)
-    return [f"{text}: {names[0]}, {len(names)} leaves" for text, names in found.items()]
+            paths_by_remark.setdefault(text, []).append(name)
+    return [f"{text}: {names[0]}, {len(names)} leaves" for text, names in paths_by_remark.items()]
 
 
 def path_of(path: tuple[Any, ...]) -> str:

@@ -108,41 +108,41 @@ def meshes(job: Job, topology: Topology) -> list[tuple[int, int, int]]:
     Axes are powers of two where the devices are. A mesh is left out whose arguments alone are more
     than a chip has.
     """
-    count, found = len(topology.devices), []
+    count, candidates = len(topology.devices), []
     for tensor in _divisors(count):
         for fsdp in _divisors(count // tensor):
             data = count // (tensor * fsdp)
             parts = data * fsdp * (job.accumulate if job.step == "train" else 1)
             if job.batch % parts == 0:
-                found.append((data, fsdp, tensor))
+                candidates.append((data, fsdp, tensor))
     return sorted(
-        (sizes for sizes in found if _allowed(job, sizes, topology)),
+        (sizes for sizes in candidates if _allowed(job, sizes, topology)),
         key=lambda sizes: (sizes[1] * sizes[2], sizes[2]),
     )
 
 
 def feasible_meshes(job: Job, topology: Topology) -> list[tuple[int, int, int]]:
     """Those of `meshes` that also have room for what waits for the backward pass."""
-    found = meshes(job, topology)
-    if topology.chip is None or job.step != "train" or not found:
-        return found
-    place = {sizes: make_mesh(*sizes, topology.devices) for sizes in found}
-    waiting, room = _residuals(job, place[found[-1]]), topology.chip.memory
+    candidates = meshes(job, topology)
+    if topology.chip is None or job.step != "train" or not candidates:
+        return candidates
+    mesh_of = {sizes: make_mesh(*sizes, topology.devices) for sizes in candidates}
+    waiting, room = _residuals(job, mesh_of[candidates[-1]]), topology.chip.memory
 
     def need(sizes: tuple[int, int, int]) -> float:
-        held = plan.bytes_per_device(plan.job_arguments(job, place[sizes]))
-        return held + waiting / (sizes[0] * sizes[1])
+        arguments = plan.bytes_per_device(plan.job_arguments(job, mesh_of[sizes]))
+        return arguments + waiting / (sizes[0] * sizes[1])
 
-    return [sizes for sizes in found if need(sizes) < room]
+    return [sizes for sizes in candidates if need(sizes) < room]
 
 
 def _allowed(job: Job, sizes: tuple[int, int, int], topology: Topology) -> bool:
     mesh = make_mesh(*sizes, topology.devices)
     try:
-        held = plan.bytes_per_device(plan.job_arguments(job, mesh))
+        arguments = plan.bytes_per_device(plan.job_arguments(job, mesh))
     except ValueError:
         return False
-    return topology.chip is None or held < topology.chip.memory
+    return topology.chip is None or arguments < topology.chip.memory
 
 
 def _divisors(number: int) -> list[int]:

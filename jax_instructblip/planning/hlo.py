@@ -75,12 +75,12 @@ class Program:
 
     def moved(self) -> dict[str, dict[str, float]]:
         """Counts by kind: how many run in a step, and what bytes each device receives in them."""
-        found: dict[str, dict[str, float]] = {}
+        totals: dict[str, dict[str, float]] = {}
         for each in self.collectives:
-            row = found.setdefault(each.kind, {"count": 0, "bytes": 0.0})
+            row = totals.setdefault(each.kind, {"count": 0, "bytes": 0.0})
             row["count"] += each.times
             row["bytes"] += each.received * each.times
-        return found
+        return totals
 
 
 def read_program(text: str, devices: int, loops: int = 1) -> Program:
@@ -93,8 +93,8 @@ def read_program(text: str, devices: int, loops: int = 1) -> Program:
     pieces: dict[str, Collective] = {}
     unknown, cycles = [], []
     for line, times, fused in _walk(computations, entry, 1, unknown, loops):
-        if not fused and (found := _CYCLES.search(line.text)):
-            cycles.append(int(found[1]) * times)
+        if not fused and (match := _CYCLES.search(line.text)):
+            cycles.append(int(match[1]) * times)
         if collective := _collective(line, times, devices):
             channel = re.search(r"channel_id=(\d+)", line.text)
             if fused and channel:
@@ -109,11 +109,11 @@ def read_program(text: str, devices: int, loops: int = 1) -> Program:
 
 def _computations(text: str) -> tuple[dict[str, dict[str, Line]], str]:
     """Every computation's instructions by name, and the name of the one that is run."""
-    found: dict[str, dict[str, Line]] = {}
+    computations: dict[str, dict[str, Line]] = {}
     entry, lines = "", {}
     for raw in text.splitlines():
         if head := _HEAD.match(raw):
-            lines = found.setdefault(head[1], {})
+            lines = computations.setdefault(head[1], {})
             if raw.startswith("ENTRY "):
                 entry = head[1]
         elif match := _LINE.match(raw):
@@ -123,16 +123,16 @@ def _computations(text: str) -> tuple[dict[str, dict[str, Line]], str]:
                 operands = tuple(re.findall(r"%([\w.\-]+)", inside[: _closing(inside)]))
                 root = raw.lstrip().startswith("ROOT ")
                 lines[name] = Line(name, rest[: kind.start(1)], kind[1], operands, rest, root)
-    return found, entry
+    return computations, entry
 
 
 def _closing(text: str) -> int:
     """The place at which the bracket closes that was open before `text`."""
     depth = 1
-    for place, letter in enumerate(text):
+    for index, letter in enumerate(text):
         depth += (letter in "({[") - (letter in ")}]")
         if depth == 0:
-            return place
+            return index
     return len(text)
 
 
@@ -174,46 +174,46 @@ def _trips(
     if root is None or root.kind != "compare" or "direction=LT" not in root.text:
         return None
     counter, limit = (condition[name] for name in root.operands)
-    place = _place(counter)
+    position = _tuple_index(counter)
     end = _constant(limit, condition)
-    if end is None and (index := _place(limit)) is not None:
+    if end is None and (index := _tuple_index(limit)) is not None:
         end = _carried(index, outer, loop)
-    if place is None or end is None:
+    if position is None or end is None:
         return None
-    first, step = _carried(place, outer, loop), _step(place, body)
+    first, step = _carried(position, outer, loop), _step(position, body)
     if first is None or not step:
         return None
     return max(0, math.ceil((end - first) / step))
 
 
-def _place(line: Line) -> int | None:
+def _tuple_index(line: Line) -> int | None:
     """The number of the part that the instruction takes of what a loop carries."""
-    found = re.search(r"index=(\d+)", line.text) if line.kind == "get-tuple-element" else None
-    return int(found[1]) if found else None
+    match = re.search(r"index=(\d+)", line.text) if line.kind == "get-tuple-element" else None
+    return int(match[1]) if match else None
 
 
 def _constant(line: Line, lines: Mapping[str, Line]) -> int | None:
     while line.kind in ("copy", "bitcast", "convert") and line.operands[0] in lines:
         line = lines[line.operands[0]]
-    found = re.search(r"constant\((-?\d+)\)", line.text) if line.kind == "constant" else None
-    return int(found[1]) if found else None
+    match = re.search(r"constant\((-?\d+)\)", line.text) if line.kind == "constant" else None
+    return int(match[1]) if match else None
 
 
-def _carried(place: int, outer: Mapping[str, Line], loop: Line) -> int | None:
+def _carried(index: int, outer: Mapping[str, Line], loop: Line) -> int | None:
     """The constant with which a part of what the loop carries begins."""
     start = outer.get(loop.operands[0])
     if start is None or start.kind != "tuple":
         return None
-    line = outer.get(start.operands[place])
+    line = outer.get(start.operands[index])
     return None if line is None else _constant(line, outer)
 
 
-def _step(place: int, body: Mapping[str, Line]) -> int | None:
+def _step(index: int, body: Mapping[str, Line]) -> int | None:
     """The amount by which a run of the body raises the counter."""
     root = next((line for line in body.values() if line.root), None)
     if root is None or root.kind != "tuple":
         return None
-    line = body.get(root.operands[place])
+    line = body.get(root.operands[index])
     while line is not None and line.kind in ("copy", "bitcast"):
         line = body.get(line.operands[0])
     if line is None or line.kind not in ("add", "fusion"):
@@ -251,13 +251,13 @@ def _group(text: str, devices: int) -> int:
     Raises:
         ValueError: it is written in yet another way.
     """
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return len(found[1].split(","))
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):
-        return int(found[2])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", found[2]))
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return len(match[1].split(","))
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):
+        return int(match[2])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", match[2]))
     if "source_target_pairs=" in text:
         return 2
     if re.search(r"replica_groups=\{\}", text) or "replica_groups=" not in text:

@@ -241,7 +241,7 @@ def compile_job(job: Job, mesh: Mesh, *, effort: float = EFFORTS["quick"]) -> Re
         stop("compile")
     loops = job.new_tokens - 1 if job.step == "decode" else 1
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    found = dict(
+    facts = dict(
         arguments=bytes_per_device(arguments),
         residuals=residuals(jaxpr) // rows,
         flops=flops.count(jaxpr, loops=loops),
@@ -249,7 +249,7 @@ def compile_job(job: Job, mesh: Mesh, *, effort: float = EFFORTS["quick"]) -> Re
         refusal=refusal,
     )
     if compiled is None:
-        return Report(outputs=0, temporaries=0, code=0, need=need, program=None, **found)
+        return Report(outputs=0, temporaries=0, code=0, need=need, program=None, **facts)
     stats: Any = compiled.memory_analysis()
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     parts = dict(
@@ -257,9 +257,9 @@ def compile_job(job: Job, mesh: Mesh, *, effort: float = EFFORTS["quick"]) -> Re
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
     )
-    found["arguments"] = stats.argument_size_in_bytes
+    facts["arguments"] = stats.argument_size_in_bytes
     program = hlo.read_program(compiled.as_text(), mesh.size, loops=loops)
-    return Report(need=sum(parts.values()) + found["arguments"], program=program, **parts, **found)
+    return Report(need=sum(parts.values()) + facts["arguments"], program=program, **parts, **facts)
 
 
 def job_arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
@@ -338,10 +338,10 @@ def _batch(job: Job, rows: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
         "A": answer,
         "U": answer,
     }
-    made = spec.shapes(job.variant, sizes, training=job.step == "train")
+    shapes = spec.shapes(job.variant, sizes, training=job.step == "train")
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-        for name, (shape, dtype) in made.items()
+        for name, (shape, dtype) in shapes.items()
     }
 
 
@@ -381,7 +381,7 @@ def _refusal(error: Exception) -> tuple[str, int]:
     """The compiler's sentence about memory and the bytes it would need; other errors are raised."""
     text = str(error)
     for pattern in _REFUSALS:
-        if found := pattern.search(text):
-            line = next(line for line in text.splitlines() if found[0] in line)
-            return line.strip(), int(float(found[1]) * _UNITS[found[2]])
+        if match := pattern.search(text):
+            line = next(line for line in text.splitlines() if match[0] in line)
+            return line.strip(), int(float(match[1]) * _UNITS[match[2]])
     raise error

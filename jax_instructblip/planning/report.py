@@ -38,18 +38,18 @@ def make_report(
     name, variant = plan.read_variant(config)
     job = plan.read_job(config, variant, step)
     sizes = _sizes(mesh) if mesh else dict(config.mesh)
-    made = make_mesh(**sizes, devices=chips.devices)
-    report = plan.compile_job(job, made, effort=EFFORTS[effort])
-    fits, sentence = advice.verdict(job, made, chips, report)
-    floor, count, chip = job.floor(), made.size, chips.chip
+    chip_mesh = make_mesh(**sizes, devices=chips.devices)
+    report = plan.compile_job(job, chip_mesh, effort=EFFORTS[effort])
+    fits, sentence = advice.verdict(job, chip_mesh, chips, report)
+    floor, count, chip = job.floor(), chip_mesh.size, chips.chip
     program = report.program
     moved = {} if program is None else program.moved()
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "model": name,
         "step": step,
         "topology": chips.name,
         "chips": count,
-        "mesh": dict(made.shape),
+        "mesh": dict(chip_mesh.shape),
         "batch": job.batch,
         "lengths": dict(job.lengths),
         "remat": {tower: getattr(job.scans, tower).remat for tower in ("qformer", "llm")},
@@ -77,15 +77,15 @@ def make_report(
         "refusal": report.refusal,
         "fits": fits,
         "verdict": sentence,
-        "remarks": advice.remarks(job, made),
+        "remarks": advice.remarks(job, chip_mesh),
     }
     if step == "decode":
-        found["new_tokens"] = job.new_tokens
+        figures["new_tokens"] = job.new_tokens
     if chip is not None:
-        found["bounds"] = advice.estimate(found, chip)
+        figures["bounds"] = advice.estimate(figures, chip)
         if program is not None and program.cycles and effort == "full":
-            found["bounds"]["compiler"] = program.cycles / chip.clock
-    return found
+            figures["bounds"]["compiler"] = program.cycles / chip.clock
+    return figures
 
 
 def lines(report: Mapping[str, Any]) -> Iterator[str]:

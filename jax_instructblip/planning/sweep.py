@@ -51,7 +51,7 @@ def sweep(
     field = "data.batch_size" if step == "train" else "validation.batch_size"
     asked = plan.read_job(config, variant, step)
     first = asked.batch
-    found, tried = [], []
+    reports, tried = [], []
     for batch in dict.fromkeys((first, first // 2, first * 2)):
         job = plan.read_job(change_fields(config, {field: batch}), variant, step)
         tried += [(batch, sizes) for sizes in advice.feasible_meshes(job, chips)]
@@ -71,16 +71,16 @@ def sweep(
         more = ["--topology", topology, "--mesh", mesh, "--step", step, "--effort", effort]
         report = elsewhere([*words, f"--config.{field}={batch}", *more])
         if "verdict" in report:
-            found.append(report)
+            reports.append(report)
         print(f"  {report.get('verdict', report.get('error'))}", flush=True)
-    chosen = advice.best(found, first)
-    print("\n".join(table(found)))
+    chosen = advice.best(reports, first)
+    print("\n".join(table(reports)))
     if chosen is None:
         print("none of these fits: raise --tries, or take more chips")
     else:
         mesh = ",".join(str(size) for size in chosen["mesh"].values())
         print(f"recommended: --mesh {mesh}, batch {chosen['batch']}")
-    return {"recommended": chosen, "tried": found}
+    return {"recommended": chosen, "tried": reports}
 
 
 def table(reports: list[dict[str, Any]]) -> Iterator[str]:

@@ -88,13 +88,13 @@ class Checkpoints:
         """The steps of all complete checkpoints, ascending."""
         if self._store:
             numbers = [name for name in remote.names(self._store) if is_step(name)]
-            found = [name for name in numbers if remote.holds(self.place(int(name)), META)]
+            committed = [name for name in numbers if remote.holds(self.location(int(name)), META)]
         elif self.folder.is_dir():
             names = [path.name for path in self.folder.iterdir() if (path / META).is_file()]
-            found = [name for name in names if is_step(name)]
+            committed = [name for name in names if is_step(name)]
         else:
-            found = []
-        return sorted(map(int, found))
+            committed = []
+        return sorted(map(int, committed))
 
     def newest(self) -> int:
         """The newest step, as process 0 sees it (a shared folder may show up late); 0: none."""
@@ -105,7 +105,7 @@ class Checkpoints:
         """The folder of that step on the disk."""
         return self.folder / str(step)
 
-    def place(self, step: int) -> str:
+    def location(self, step: int) -> str:
         """The place where that step is kept, on the disk or elsewhere."""
         return f"{self._store or self.folder}/{step}"
 
@@ -114,9 +114,9 @@ class Checkpoints:
         if not self._store:
             raw = (self.path(step) / META).read_bytes()
         else:
-            raw = remote.read(self.place(step), META) or b""
+            raw = remote.read(self.location(step), META) or b""
         try:
-            return parse_meta(raw, self.place(step))
+            return parse_meta(raw, self.location(step))
         except checkpoint.CheckpointError as error:
             raise checkpoint.CheckpointError(f"{error}\n  {self._way_past(step)}") from error
 
@@ -256,14 +256,14 @@ class Checkpoints:
         compared first, then keys, shapes and dtypes, then the hash of every leaf. Of `like` shapes,
         dtypes and shardings are used. Of several processes each reads what its devices hold.
         """
-        found = self.meta(step)
-        compare_meta(self.place(step), found, meta)
+        stored = self.meta(step)
+        compare_meta(self.location(step), stored, meta)
         read, problem = {}, None
         try:
             if self._store:
-                remote.get(self.place(step), self.path(step))
+                remote.get(self.location(step), self.path(step))
             for part, leaves in zip(PARTS, _leaves(like, rng), strict=True):
-                check_manifest(found, self.path(step), part)
+                check_manifest(stored, self.path(step), part)
                 read[part] = _read_leaves(self.path(step) / part, leaves)
         except OSError as error:
             problem = error
@@ -284,7 +284,7 @@ class Checkpoints:
             ),
         )
         key = jax.random.wrap_key_data(jnp.asarray(rest["rng"]), impl=jax.random.key_impl(rng))
-        return state, key, found
+        return state, key, stored
 
     def _write(self, step: int, write: Callable[[], None], then: Callable[[], None]) -> None:
         try:
@@ -308,7 +308,7 @@ class Checkpoints:
         write_file(path, text)
         if self._store:
             try:
-                remote.put_file(path, self.place(step))
+                remote.put_file(path, self.location(step))
             finally:
                 shutil.rmtree(path.parent, ignore_errors=True)
         self._remove_old()
@@ -323,19 +323,19 @@ class Checkpoints:
         """The cure where that checkpoint is damaged."""
         before = [each for each in self.steps() if each < step]
         way = f"go on from step {before[-1]}" if before else "start over"
-        return f"remove {self.place(step)} to {way}"
+        return f"remove {self.location(step)} to {way}"
 
     def _upload(self, step: int) -> None:
         """Moves the checkpoint from the disk to the store."""
         try:
-            remote.remove(self.place(step))  # what a killed process has left
-            remote.put(self.path(step), self.place(step), last=META)
+            remote.remove(self.location(step))  # what a killed process has left
+            remote.put(self.path(step), self.location(step), last=META)
         finally:
             shutil.rmtree(self.path(step), ignore_errors=True)
 
     def _remove(self, step: int) -> None:
         if self._store:
-            remote.remove(self.place(step), first=META)
+            remote.remove(self.location(step), first=META)
             return
         # Renamed first: a removal cut short must not leave half a numbered folder.
         doomed = self.folder / f".{step}.removed"
@@ -379,12 +379,12 @@ def _read_leaves(folder: Path, like: Mapping[str, Array]) -> dict[str, Any]:
         part = lambda index: np.asarray(leaf[index])
         return jax.make_array_from_callback(old.shape, old.sharding, part)
 
-    given: dict[str, Any] = {"expected": checkpoint.unflatten(like), "strict_dtype": True}
-    given["place"] = place
+    kwargs: dict[str, Any] = {"expected": checkpoint.unflatten(like), "strict_dtype": True}
+    kwargs["place"] = place
     if jax.process_count() == 1:
-        return checkpoint.flatten(checkpoint.read_tree(folder, **given))
+        return checkpoint.flatten(checkpoint.read_tree(folder, **kwargs))
     share = {"process": jax.process_index(), "processes": jax.process_count()}
-    return checkpoint.flatten(checkpoint.read_parts(folder, **share, **given))
+    return checkpoint.flatten(checkpoint.read_parts(folder, **share, **kwargs))
 
 
 def _optimizer_path(path: tuple[Any, ...]) -> str:

@@ -71,8 +71,8 @@ def run(
         OSError: a checkpoint could not be written; the ones before it are intact.
     """
     workdir = setup.read_workdir(config)
-    with Workdir(workdir) as place:
-        _run(config, place, evaluate, report, fresh)
+    with Workdir(workdir) as opened:
+        _run(config, opened, evaluate, report, fresh)
     return workdir
 
 
@@ -156,7 +156,7 @@ class _Run:
         validation: setup.Validation | None,
         utilisation: profiling.Utilisation,
     ):
-        self.place, self.workdir = workdir, workdir.folder
+        self.location, self.workdir = workdir, workdir.folder
         self.batches, self.step, self.validation = batches, step, validation
         self.frozen, self.utilisation = initial.frozen, utilisation
         self.profile = {
@@ -191,15 +191,15 @@ class _Run:
     def begin(self, state: TrainState, fresh: bool) -> None:
         """Takes `state`, or what the newest checkpoint holds instead."""
         self.state, self.rng = state, jax.random.key(self.seed)
-        self.place.fetch()
+        self.location.fetch()
         self.checkpoints.check_room(state)
         _in_first_process(lambda: earlier_run.set_incomplete_aside(self.checkpoints, fresh=fresh))
         self.first = self.checkpoints.newest()
         self.unscored = False
         if not self.first:
-            place = self.checkpoints.place(0).removesuffix("/0")
+            location = self.checkpoints.location(0).removesuffix("/0")
             _in_first_process(
-                lambda: earlier_run.set_metrics_aside(self.workdir, place, fresh=fresh)
+                lambda: earlier_run.set_metrics_aside(self.workdir, location, fresh=fresh)
             )
         else:
             like = jax.tree.map(
@@ -208,15 +208,15 @@ class _Run:
             )
             for leaf in jax.tree.leaves(state):  # never both states at once
                 leaf.delete()
-            self.state, self.rng, found = self.checkpoints.restore(
+            self.state, self.rng, stored = self.checkpoints.restore(
                 self.first, like, self.rng, self.meta
             )
             _compare_cursors(
-                self.checkpoints.place(self.first), found["data"], self.cursor(self.first)
+                self.checkpoints.location(self.first), stored["data"], self.cursor(self.first)
             )
-            _print_lines(f"resuming {self.place} at step {self.first} of {self.steps}")
+            _print_lines(f"resuming {self.location} at step {self.first} of {self.steps}")
             _print_lines(*earlier_run.changes(self.workdir, self.document["config"]))
-            self.unscored = found["score"] is None and self.validates(self.first)
+            self.unscored = stored["score"] is None and self.validates(self.first)
         self.saved = bool(self.first)
         self.write_document()
 
@@ -264,8 +264,8 @@ class _Run:
             self.writer.close()
             if sys.exc_info()[0] is not None:
                 with contextlib.suppress(OSError):  # of the store: what ended the run is raised
-                    self.place.push()
-        self.place.push()
+                    self.location.push()
+        self.location.push()
 
     def _loop(self, loaded: Iterator[tuple[loader.DeviceBatch, loader.Counts]]) -> None:
         waiting: tuple[int, Metrics, loader.Counts, int] | None = None
@@ -338,7 +338,7 @@ class _Run:
         """Starts saving the state after that step."""
         meta = self.meta | {"data": self.cursor(number)}
         with self.window.timed("checkpoint"):
-            self.place.check_owner()
+            self.location.check_owner()
             self.checkpoints.save(self.state, self.rng, meta, then=self.note_save)
 
     def note_save(self) -> None:
@@ -346,15 +346,15 @@ class _Run:
         if not self.saved:
             self.saved = True
             self.write_document()
-        self.place.push()
+        self.location.push()
 
 
-def _compare_cursors(folder: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _compare_cursors(folder: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises when the checkpoint's data order is not the run's."""
     wrong = [
-        f"{name} was {found.get(name)}, now {wanted[name]}"
+        f"{name} was {stored.get(name)}, now {wanted[name]}"
         for name in ("step", "seed", "fingerprint")
-        if found.get(name) != wanted[name]
+        if stored.get(name) != wanted[name]
     ]
     if wrong:
         raise ValueError(

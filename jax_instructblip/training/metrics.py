@@ -104,13 +104,13 @@ def read_answers(folder: str | os.PathLike) -> list[dict[str, Any]]:
     Lines that cannot be read, such as a last one that a kill cut short, are left out.
     """
     path = Path(folder) / ANSWERS
-    found = []
+    answers = []
     for raw in path.read_bytes().split(b"\n") if path.is_file() else ():
         with contextlib.suppress(ValueError):
             line = parse_json(raw, allow_nan=True)
             if isinstance(line, dict) and _is_answer(line):
-                found.append(line)
-    return found
+                answers.append(line)
+    return answers
 
 
 def _is_answer(line: dict[str, Any]) -> bool:
@@ -228,8 +228,8 @@ class Window:
         if self._utilisation is not None:
             values |= self._utilisation.metrics(self._flops, seconds)
         values |= profiling.memory()
-        held, positions = self._text
-        values["padding_share"] = 1 - held / positions
+        filled, positions = self._text
+        values["padding_share"] = 1 - filled / positions
         names = {"replaced": "replaced", **{name: f"truncated_{name}" for name in TRUNCATED}}
         values |= {names[name]: count for name, count in self._counts.items() if count}
         self.restart()

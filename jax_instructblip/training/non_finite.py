@@ -49,18 +49,18 @@ class NonFiniteGuard:
             with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(json.dumps(line) + "\n")
         saved = self._checkpoints.steps()
-        newest = self._checkpoints.place(saved[-1]) if saved else "none"
-        found = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
+        newest = self._checkpoints.location(saved[-1]) if saved else "none"
+        numbers = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
         if not self._skip:
             raise ValueError(
-                f"step {number}: {found}, and nothing after it can be trusted. Its samples: "
+                f"step {number}: {numbers}, and nothing after it can be trusted. Its samples: "
                 f"{', '.join(ids)}. Newest checkpoint: {newest}; lower "
                 "config.optimizer.learning_rate or set config.optimizer.clip_norm "
                 "(config.train.non_finite=skip leaves such steps out)"
             )
         if len(self._row) >= self._limit:
             raise ValueError(
-                f"step {number}: {found}; as in the steps before it, {len(self._row)} in a row "
+                f"step {number}: {numbers}; as in the steps before it, {len(self._row)} in a row "
                 f"(config.train.non_finite_limit): the weights themselves are at fault, or all "
                 f"data. Their samples are in {self._path}. Newest checkpoint: {newest}; lower "
                 "config.optimizer.learning_rate or set config.optimizer.clip_norm"

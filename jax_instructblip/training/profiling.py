@@ -79,12 +79,12 @@ class Utilisation:
 
 def memory() -> dict[str, float]:
     """Memory of the fullest of this host's devices, in GB; nothing where they do not tell."""
-    found = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    statistics = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
     names = {"memory_gb": "bytes_in_use", "memory_peak_gb": "peak_bytes_in_use"}
     return {
-        name: max(stats[key] for stats in found) / 1e9
+        name: max(stats[key] for stats in statistics) / 1e9
         for name, key in names.items()
-        if found and all(key in stats for stats in found)
+        if statistics and all(key in stats for stats in statistics)
     }
 
 

@@ -8,21 +8,21 @@ from jax_instructblip.fields import dotted
 Meta = dict[str, Any]
 
 
-def compare_meta(folder: str, found: Meta, wanted: Meta) -> None:
+def compare_meta(folder: str, stored: Meta, wanted: Meta) -> None:
     """Raises when the checkpoint is of another model, of other parts of it, or of another base."""
     wrong = []
-    variant, expected = (dotted(meta["variant"]) for meta in (found, wanted))
+    variant, expected = (dotted(meta["variant"]) for meta in (stored, wanted))
     for name in sorted(variant.keys() | expected.keys()):
         if variant.get(name) != expected.get(name):
             wrong.append(
                 f"variant: {name} is {variant.get(name)}, the run has {expected.get(name)}"
             )
-    if list(found["trainable"]) != list(wanted["trainable"]):
-        wrong.append(f"it trains {found['trainable']}, the run trains {wanted['trainable']}")
-    if found["base"]["sha256"] != wanted["base"]["sha256"]:
+    if list(stored["trainable"]) != list(wanted["trainable"]):
+        wrong.append(f"it trains {stored['trainable']}, the run trains {wanted['trainable']}")
+    if stored["base"]["sha256"] != wanted["base"]["sha256"]:
         wrong.append(
-            f"it was tuned on the frozen base {found['base']['path']} "
-            f"(sha256 {found['base']['sha256'][:12]}...), the run has {wanted['base']['path']} "
+            f"it was tuned on the frozen base {stored['base']['path']} "
+            f"(sha256 {stored['base']['sha256'][:12]}...), the run has {wanted['base']['path']} "
             f"({wanted['base']['sha256'][:12]}...)"
         )
     if wrong:

@@ -142,9 +142,9 @@ def remove_parts(folder: Path) -> None:
 def _move(source: Path, target: Path) -> None:
     for path in source.rglob("*"):
         if path.is_file():
-            place = target / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(place)
+            destination = target / path.relative_to(source)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(destination)
 
 
 def _write_lists(folder: Path, merged: Mapping[str, Any], meta: Mapping[str, Any]) -> None:

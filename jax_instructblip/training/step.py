@@ -67,11 +67,11 @@ def train_step(
     sums = _sums(state.params, frozen, batch, rng, objective, totals, accumulate)
     if axis_name is not None:
         sums = jax.lax.psum(sums, axis_name)
-    loss, told, gradient = sums
+    loss, measured, gradient = sums
     norm = optax.tree.norm(gradient)
     metrics = {
         "loss": loss,
-        **told,
+        **measured,
         **totals,
         "gradient_norm": norm,
         "parameter_norm": optax.tree.norm(state.params),
@@ -141,16 +141,16 @@ def _sums(
 
     def sums(rows: Batch, rng: Array) -> Sums:
         loss_of = lambda params: objective({**frozen, **params}, rows, rng, totals)
-        (loss, told), gradient = jax.value_and_grad(loss_of, has_aux=True)(trainable)
-        return loss, told, gradient
+        (loss, measured), gradient = jax.value_and_grad(loss_of, has_aux=True)(trainable)
+        return loss, measured, gradient
 
     if parts == 1:
         return sums(batch, rng)
 
     def add(so_far: Sums, part: tuple[Array, Batch]) -> tuple[Sums, None]:
         number, rows = part
-        found = sums(rows, jax.random.fold_in(rng, number))
-        return jax.tree.map(jnp.add, so_far, found), None
+        addend = sums(rows, jax.random.fold_in(rng, number))
+        return jax.tree.map(jnp.add, so_far, addend), None
 
     divided = _split(batch, parts)
     first = jax.tree.map(lambda leaf: leaf[0], divided)

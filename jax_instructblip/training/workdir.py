@@ -26,10 +26,10 @@ class Workdir:
       store: the address; "" if the run is kept on the disk.
     """
 
-    def __init__(self, place: str):
-        """`place` is a path or an address."""
-        self.store = place.rstrip("/") if remote.is_remote(place) else ""
-        self.folder = Path(tempfile.mkdtemp(prefix="run-") if self.store else place)
+    def __init__(self, location: str):
+        """`location` is a path or an address."""
+        self.store = location.rstrip("/") if remote.is_remote(location) else ""
+        self.folder = Path(tempfile.mkdtemp(prefix="run-") if self.store else location)
         self._lock: RunLock | None = None
         self._note = ""
 
@@ -82,24 +82,24 @@ class Workdir:
             return
         self.check_owner()
         for path in self.folder.rglob("*"):
-            place = path.relative_to(self.folder)
-            if path.is_file() and place.parts[0] != "checkpoints":
-                remote.put_file(path, "/".join([self.store, *place.parts[:-1]]))
+            relative = path.relative_to(self.folder)
+            if path.is_file() and relative.parts[0] != "checkpoints":
+                remote.put_file(path, "/".join([self.store, *relative.parts[:-1]]))
 
     def check_owner(self) -> None:
         """Raises an OSError where another run has begun in the store since this one did."""
-        found = remote.read(self.store, FILE) if self._note else None
-        if found is not None and found.decode(errors="replace") != self._note:
+        note = remote.read(self.store, FILE) if self._note else None
+        if note is not None and note.decode(errors="replace") != self._note:
             raise OSError(
-                f"{self.store} was taken over by another run ({Owner.parse(found)}): this one "
+                f"{self.store} was taken over by another run ({Owner.parse(note)}): this one "
                 "ends, and writes nothing more there"
             )
 
     def _leave_note(self) -> None:
-        found = remote.read(self.store, FILE)
-        if found is not None:
+        note = remote.read(self.store, FILE)
+        if note is not None:
             print(
-                f"{self.store} has the note of a run that has not ended ({Owner.parse(found)}): it "
+                f"{self.store} has the note of a run that has not ended ({Owner.parse(note)}): it "
                 "was killed, or goes on, and then it stops at its next save",
                 file=sys.stderr,
                 flush=True,

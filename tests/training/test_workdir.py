@@ -8,58 +8,58 @@ from tests.helpers.bucket import bucket
 
 
 def test_a_folder_on_the_disk_is_made_and_stays(tmp_path):
-    with Workdir(str(tmp_path / "a" / "run")) as place:
-        assert str(place) == str(place.folder) == str(tmp_path / "a" / "run")
-        assert not place.folder.exists()  # until it is needed
-        place.fetch()
-        (place.folder / "config.json").write_text("{}")
-        place.push()
+    with Workdir(str(tmp_path / "a" / "run")) as location:
+        assert str(location) == str(location.folder) == str(tmp_path / "a" / "run")
+        assert not location.folder.exists()  # until it is needed
+        location.fetch()
+        (location.folder / "config.json").write_text("{}")
+        location.push()
     assert os.listdir(tmp_path / "a" / "run") == ["config.json"]
 
 
 def test_small_files_go_to_the_store_and_come_back(monkeypatch):
     with bucket() as store:
-        with Workdir("gs://bucket/run/") as place:
-            assert str(place) == "gs://bucket/run"
-            place.fetch()
+        with Workdir("gs://bucket/run/") as location:
+            assert str(location) == "gs://bucket/run"
+            location.fetch()
             for name in ("config.json", "metrics.jsonl", "tensorboard/events", "checkpoints/1/x"):
-                (place.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (place.folder / name).write_text(name)
-            place.push()
-            local = place.folder
+                (location.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (location.folder / name).write_text(name)
+            location.push()
+            local = location.folder
         assert not local.exists()
         names = {"config.json", "metrics.jsonl", "tensorboard/events"}
         assert set(store.store) == {f"/bucket/run/{name}" for name in names}
-        with Workdir("gs://bucket/run") as place:
-            place.fetch()
-            assert sorted(os.listdir(place.folder)) == ["config.json", "metrics.jsonl"]
-            assert (place.folder / "metrics.jsonl").read_text() == "metrics.jsonl"
+        with Workdir("gs://bucket/run") as location:
+            location.fetch()
+            assert sorted(os.listdir(location.folder)) == ["config.json", "metrics.jsonl"]
+            assert (location.folder / "metrics.jsonl").read_text() == "metrics.jsonl"
             monkeypatch.setattr(workdir.jax, "process_index", lambda: 1)
-            (place.folder / "metrics.jsonl").write_text("another's")
-            place.push()  # of several processes the first one does
+            (location.folder / "metrics.jsonl").write_text("another's")
+            location.push()  # of several processes the first one does
         assert store.store["/bucket/run/metrics.jsonl"].getvalue() == b"metrics.jsonl"
 
 
-@pytest.mark.parametrize("place", ["gs://bucket/run", "run"])
-def test_its_copy_on_the_disk_goes_when_the_run_fails(place, tmp_path, monkeypatch):
+@pytest.mark.parametrize("location", ["gs://bucket/run", "run"])
+def test_its_copy_on_the_disk_goes_when_the_run_fails(location, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError), bucket(), Workdir(place) as made:
+    with pytest.raises(ValueError), bucket(), Workdir(location) as made:
         made.fetch()
         raise ValueError
-    assert made.folder.exists() == (place == "run")
+    assert made.folder.exists() == (location == "run")
 
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path):
-    with Workdir(str(tmp_path / "run")) as place:
+    with Workdir(str(tmp_path / "run")) as location:
         with Workdir(str(tmp_path / "run")) as other:  # not there yet: nothing to lock
-            place.fetch()
+            location.fetch()
             with pytest.raises(ValueError, match="in use by another run"):
                 other.fetch()
-        with pytest.raises(ValueError, match="in use by another run"), Workdir(str(place)):
+        with pytest.raises(ValueError, match="in use by another run"), Workdir(str(location)):
             pass
-    with Workdir(str(tmp_path / "run")) as place:
-        place.fetch()
-        assert os.listdir(place.folder) == ["run.lock"]
+    with Workdir(str(tmp_path / "run")) as location:
+        location.fetch()
+        assert os.listdir(location.folder) == ["run.lock"]
     assert not os.listdir(tmp_path / "run")
 
 
