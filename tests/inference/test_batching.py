@@ -15,7 +15,7 @@ def test_a_single_picture_or_prompt_needs_no_list(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("inputs", "message"),
     [
         (([], ["a"]), "images is empty"),
         ((["a"], []), "prompts is empty"),

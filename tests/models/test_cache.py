@@ -65,7 +65,7 @@ def small(kind, unstacked):
     return Small(kind, unstacked)
 
 
-@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("unstacked", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_rows_that_continue_others_are_whole_rows(kind, unstacked):
     one = small(kind, unstacked)
@@ -97,7 +97,7 @@ def test_unstacked_layers_are_the_stack():
         assert error(found, expected) < 1e-6
 
 
-@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("unstacked", [False, True])
 def test_a_written_row_is_its_own_from_that_step_on(unstacked):
     layer = {"key": jnp.zeros((1, 2, 5, 4)), "value": jnp.zeros((1, 2, 5, 4))}
     prefix = (layer,) if unstacked else jax.tree.map(lambda leaf: leaf[None], layer)

@@ -66,7 +66,7 @@ def programs(model: VisionLanguageModel, params: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("program", "separate"),
+    ("program", "unstacked"),
     [(name, False) for name in ("generate", "beam", "rank", "logits")] + [("generate", True)],
 )
 @pytest.mark.parametrize("kind", KINDS)
