@@ -185,12 +185,14 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is no checkpoint folder: it has no {CONFIG}")
     try:
         config = read_json(path, dict)
-        found = config.get("format")
+        version = config.get("format")
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    if found != FORMAT or isinstance(found, bool):
-        why = "update the package" if isinstance(found, int) else "is it another program's folder?"
-        raise CheckpointError(f"{path} has format {found!r}, this version reads {FORMAT}: {why}")
+    if version != FORMAT or isinstance(version, bool):
+        why = (
+            "update the package" if isinstance(version, int) else "is it another program's folder?"
+        )
+        raise CheckpointError(f"{path} has format {version!r}, this version reads {FORMAT}: {why}")
     verify_hashes(folder)
     return config
 

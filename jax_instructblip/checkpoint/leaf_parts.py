@@ -145,16 +145,16 @@ def stored(params: Path, path: str, entry: Mapping[str, Any]) -> StoredParts:
 
 def files(params: Path, manifest: Mapping[str, Mapping[str, Any]]) -> dict[Path, tuple[str, str]]:
     """Every file of leaves with its leaf's path and the sha256 of its bytes."""
-    found = {}
+    hashes = {}
     for path, entry in manifest.items():
         folder = params / "state" / path.replace("/", ".")
         if "parts" in entry:
             for name, part in entry["parts"].items():
-                found[folder / name] = path, part["sha256"]
+                hashes[folder / name] = path, part["sha256"]
         else:
             chunk = ".".join("0" * max(len(entry["shape"]), 1))  # Zarr's only one
-            found[folder / chunk] = path, entry["sha256"]
-    return found
+            hashes[folder / chunk] = path, entry["sha256"]
+    return hashes
 
 
 def stored_leaf(params: Path, path: str, entry: Mapping[str, Any]) -> StoredParts:

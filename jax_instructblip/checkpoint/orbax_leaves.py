@@ -107,10 +107,10 @@ def metadata(params: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Orbax's own description of each leaf, which also asks for it as a numpy array."""
     try:
         with _quiet(), _alone():
-            found = ocp.metadata(str(params)).metadata
-            if not isinstance(found, Mapping):
+            tree = ocp.metadata(str(params)).metadata
+            if not isinstance(tree, Mapping):
                 raise ValueError("Orbax cannot read its metadata")
-        return flatten(found)
+        return flatten(tree)
     except Exception as error:  # whatever a damaged folder makes Orbax raise
         reason = _reason(error)
     damaged: list[str] = []  # the leaves that cannot be read one by one name the damage

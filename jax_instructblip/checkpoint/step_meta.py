@@ -54,8 +54,8 @@ def parse_meta(raw: bytes, where: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format {meta.get('format')!r}, this version reads {FORMAT}"
         )
-    found = meta.pop(_SEAL, None)
-    if (found is not None or _MANIFESTS in meta) and found != _digest(meta):
+    stored_seal = meta.pop(_SEAL, None)
+    if (stored_seal is not None or _MANIFESTS in meta) and stored_seal != _digest(meta):
         raise CheckpointError(
             f"{path} is damaged: its fields have another sha256 than the one it states"
         )

@@ -46,9 +46,9 @@ class StoredParts:
         self.dtype = np.dtype(cast or dtype)
         for part in parts:
             wanted = math.prod(part.shape) * self._stored.itemsize
-            found = part.file.stat().st_size
-            if found != wanted:
-                raise ValueError(f"{part.file} has {found} bytes, expected {wanted}")
+            size = part.file.stat().st_size
+            if size != wanted:
+                raise ValueError(f"{part.file} has {size} bytes, expected {wanted}")
 
     def astype(self, dtype: Any, copy: bool = False) -> "StoredParts":
         """This leaf with another dtype, to which parts are cast when they are read."""
@@ -82,19 +82,19 @@ class StoredParts:
                 return
             source.append(slice(low - first, high - first))
             target.append(slice(low - begin, high - begin))
-        place = out[tuple(target)]
+        region = out[tuple(target)]
         if not source:
             out[...] = part.map(self._stored)
         else:
             rows, *others = source
-            step = max(1, _BLOCK * len(place) // max(place.nbytes, 1))
+            step = max(1, _BLOCK * len(region) // max(region.nbytes, 1))
             for row in range(rows.start, rows.stop, step):
                 some = slice(row, min(row + step, rows.stop))
                 # A map of its own for each block: its pages go back before the next are read.
-                found = part.map(self._stored)[(some, *others)]
-                place[row - rows.start : row - rows.start + len(found)] = found
-                del found
-        _read["bytes"] += place.nbytes
+                block = part.map(self._stored)[(some, *others)]
+                region[row - rows.start : row - rows.start + len(block)] = block
+                del block
+        _read["bytes"] += region.nbytes
 
 
 class StoredLeaf(StoredParts):

@@ -128,31 +128,31 @@ class Section:
     @property
     def defaults(self) -> dict[str, Any]:
         """The values that transformers takes for keys that are left out."""
-        found: dict[str, Any] = {}
+        defaults: dict[str, Any] = {}
         for row in self.rows:
             if isinstance(row, Pair):
-                found |= row.defaults
+                defaults |= row.defaults
             elif isinstance(row, Fixed):
-                found[row.name] = row.value
+                defaults[row.name] = row.value
             elif row.default is not None:
-                found[row.name] = row.default
-        return found
+                defaults[row.name] = row.default
+        return defaults
 
     def read(self, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """The fields that the section of a config.json fills, and all that is wrong with it."""
-        found = (config.get(self.name) if self.name else config) or {}
-        if not isinstance(found, Mapping):
-            return {}, [f"{self.name} is {kind_of(found)}, expected an object"]
-        values = Values(self.name, {**self.defaults, **found})
+        section = (config.get(self.name) if self.name else config) or {}
+        if not isinstance(section, Mapping):
+            return {}, [f"{self.name} is {kind_of(section)}, expected an object"]
+        values = Values(self.name, {**self.defaults, **section})
         fields: dict[str, Any] = {}
-        taken: dict[str, Any] = {}  # by key
+        checked: dict[str, Any] = {}  # by key
         for row in self.rows:
             if isinstance(row, Key):
                 if row.else_as and values.get(row.name) is None:
-                    taken[row.name] = taken[row.else_as]  # checked, and told of, there
+                    checked[row.name] = checked[row.else_as]  # checked, and told of, there
                 else:
-                    taken[row.name] = values.checked(row.name, row.kind)
-                fields[row.field] = taken[row.name]
+                    checked[row.name] = values.checked(row.name, row.kind)
+                fields[row.field] = checked[row.name]
         for row in self.rows:
             if isinstance(row, Fixed) and not equal(values[row.name], row.value):
                 values.fail(row.name, f"supported: {row.value!r}")
@@ -165,7 +165,7 @@ class Section:
         vocab = fields.get("vocab")
         for row in self.rows:
             if isinstance(row, Key) and row.kind is ID and vocab is not None:
-                if row.name in found and (fields[row.field] or 0) >= vocab:
+                if row.name in section and (fields[row.field] or 0) >= vocab:
                     values.fail(row.name, f"expected an id below the vocab_size {vocab}")
         return fields, values.failures
 

@@ -117,11 +117,11 @@ class Plan:
         """One leaf, read from its source tensors: peak memory is the leaf and one layer."""
         leaf = self.leaves[path]
         rule = leaf.rule
-        made = np.empty(leaf.shape, leaf.dtype)
+        leaf_array = np.empty(leaf.shape, leaf.dtype)
         for i, key in enumerate(rule.keys):
             piece = rule.transform.forward(self.tensors[key].read(*rule.part))
-            transforms.copy(made if rule.layers is None else made[i], piece)
-        return made
+            transforms.copy(leaf_array if rule.layers is None else leaf_array[i], piece)
+        return leaf_array
 
 
 def make_plan(
@@ -151,9 +151,9 @@ def make_plan(
             for key in entry.keys:
                 parts[key].add(entry.part)
                 _check_zero(key, entry, tensors, failures)
-    for key, taken in parts.items():
-        if key in tensors and {k for k, _ in taken} != set(range(next(iter(taken))[1])):
-            failures.append((key, f"only its parts {sorted(taken)} are used"))
+    for key, used in parts.items():
+        if key in tensors and {k for k, _ in used} != set(range(next(iter(used))[1])):
+            failures.append((key, f"only its parts {sorted(used)} are used"))
     dropped = _dropped(entries, tensors, parts.keys(), failures)
     ruled = {entry.target for entry in entries if isinstance(entry, Rule)}
     for path in expected.keys() - ruled:
@@ -205,8 +205,8 @@ def _leaf(
         else:
             dtypes[tensors[key].dtype].append(key)
     if len(dtypes) > 1:
-        found = "; ".join(f"{dtype}: {', '.join(keys)}" for dtype, keys in dtypes.items())
-        failures.append((rule.target, f"its layers have different dtypes: {found}"))
+        by_dtype = "; ".join(f"{dtype}: {', '.join(keys)}" for dtype, keys in dtypes.items())
+        failures.append((rule.target, f"its layers have different dtypes: {by_dtype}"))
     return Leaf(rule, shape, next(iter(dtypes))) if len(failures) == before else None
 
 

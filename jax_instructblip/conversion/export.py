@@ -53,15 +53,17 @@ class _Group:
 
     def make(self, layer: int, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
         """The tensor of one layer: a permuted copy of the leaf, or its parts one after another."""
-        made = np.zeros(self.shape, self.dtype)
+        tensor = np.zeros(self.shape, self.dtype)
         rows = self.shape[0] // len(self.entries) if self.shape else 0
         for part, entry in enumerate(self.entries):
             if isinstance(entry, Rule):
                 leaf = leaves[entry.target]
                 leaf = leaf if entry.layers is None else leaf[layer]
-                place = made[part * rows : (part + 1) * rows] if len(self.entries) > 1 else made
-                transforms.copy(place, entry.transform.backward(leaf))
-        return made
+                target = (
+                    tensor[part * rows : (part + 1) * rows] if len(self.entries) > 1 else tensor
+                )
+                transforms.copy(target, entry.transform.backward(leaf))
+        return tensor
 
 
 def export_hf(
@@ -136,10 +138,10 @@ def _tensors(model: StoredModel, groups: list[_Group]) -> Iterator[tuple[str, np
     wanted = [rule.target for group in groups for rule in group.rules]
     leaves = model.read(wanted)
     for group in groups:
-        held = dict(itertools.islice(leaves, len(group.rules)))
+        group_leaves = dict(itertools.islice(leaves, len(group.rules)))
         for layer, key in enumerate(group.keys):
-            yield key, group.make(layer, held)
-        del held  # before the next group is read
+            yield key, group.make(layer, group_leaves)
+        del group_leaves  # before the next group is read
 
 
 def _head_is_tied(model: StoredModel) -> bool:

@@ -160,16 +160,16 @@ def check_preprocessor(folder: Path, variant: Variant) -> None:
     del wanted["image_processor_type"]  # there are several that do the same
     failures = []
     for name in ("preprocessor_config.json", "processor_config.json"):
-        found = read_json(folder / name) if (folder / name).is_file() else {}
+        document = read_json(folder / name) if (folder / name).is_file() else {}
         if name == "processor_config.json":
-            found = found.get("image_processor") or {}
-        if not isinstance(found, Mapping):
-            failures.append(f"{name}: image_processor is {kind_of(found)}, expected an object")
+            document = document.get("image_processor") or {}
+        if not isinstance(document, Mapping):
+            failures.append(f"{name}: image_processor is {kind_of(document)}, expected an object")
             continue
         failures += [
-            f"{name}: {key} is {found[key]!r:.60}; supported: {value!r}"
+            f"{name}: {key} is {document[key]!r:.60}; supported: {value!r}"
             for key, value in wanted.items()
-            if found.get(key) is not None and not _is_near(found[key], value)
+            if document.get(key) is not None and not _is_near(document[key], value)
         ]
     if failures:
         raise ConversionError(f"the images of {folder} are prepared otherwise than here", failures)
@@ -188,11 +188,11 @@ def _is_near(found: Any, wanted: Any) -> bool:
     return math.isclose(found, wanted, rel_tol=1e-4)
 
 
-def check_variant(folder: Path, found: Variant, name: str) -> None:
+def check_variant(folder: Path, variant: Variant, name: str) -> None:
     """Raises ConversionError where the sizes found are not those of the variant of that name."""
-    differences = size_differences(found, get_variant(name))
+    differences = size_differences(variant, get_variant(name))
     if differences:
-        fits = released_name(found)
+        fits = released_name(variant)
         hint = f"it fits {fits}" if fits else "no released variant has its sizes"
         raise ConversionError(f"{folder} is not {name}; {hint}", differences)
 

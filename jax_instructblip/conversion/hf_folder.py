@@ -45,25 +45,25 @@ def convert_hf(folder: str | Path, variant: str | None = None) -> Conversion:
     """
     folder = Path(folder)
     config = read_config(folder)
-    found = variant_of(folder, config)
-    family = family_of(found)
+    described = variant_of(folder, config)
+    family = family_of(described)
     if variant is not None:
-        check_variant(folder, found, variant)
+        check_variant(folder, described, variant)
     tensors = open_folder(folder)
-    _check_sizes(folder, found, family, tensors)
-    check_preprocessor(folder, found)
-    head = family.languages[found.llm.kind].head
+    _check_sizes(folder, described, family, tensors)
+    check_preprocessor(folder, described)
+    head = family.languages[described.llm.kind].head
     tied_head = has_tied_embeddings(config) and head not in tensors
-    entries = family.rules(found, tied_head)
+    entries = family.rules(described, tied_head)
     _check_prefix(folder, entries, tensors)
     plan = make_plan(
         entries,
         tensors,
-        checkpoint.flatten(param_shapes(found)),
+        checkpoint.flatten(param_shapes(described)),
         f"the tensors of {folder} do not fit its config.json",
     )
     source = _source(folder, config, family, tensors, plan, tied_head)
-    return Conversion(found, source, plan)
+    return Conversion(described, source, plan)
 
 
 def _check_sizes(

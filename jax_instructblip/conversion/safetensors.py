@@ -136,19 +136,19 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
                 f"({len(keys)} tensors, the first is {keys[0]})"
             )
             continue
-        found, others, wrong = _open_file(folder / shard)
+        opened, others, wrong = _open_file(folder / shard)
         failures += wrong
         if wrong:
             continue
-        held = found.keys() | others.keys()
-        for key in held - index.keys():
+        keys = opened.keys() | others.keys()
+        for key in keys - index.keys():
             failures.append(f"{shard}: holds {key}, which the index does not name")
         for key, name in index.items():
-            if name == shard and key not in held:
+            if name == shard and key not in keys:
                 failures.append(f"{shard}: the index promises {key}, the file does not hold it")
-            elif name != shard and key in held:
+            elif name != shard and key in keys:
                 failures.append(f"{shard}: holds {key}, which the index places in {name}")
-        tensors |= found
+        tensors |= opened
         unread |= others
     for path in sorted(folder.glob("model*.safetensors")):
         if path.name not in shards:
@@ -267,16 +267,16 @@ def _are_whole(values: Any, most: int) -> bool:
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """Size and header sha256 of each file: where the weights came from, without reading them."""
-    found = {}
+    prints = {}
     for path in sorted({tensor.file for tensor in tensors.values()}):
         with path.open("rb") as file:
             first = file.read(8)
             header = first + file.read(int.from_bytes(first, "little"))
-        found[path.name] = {
+        prints[path.name] = {
             "bytes": path.stat().st_size,
             "header_sha256": hashlib.sha256(header).hexdigest(),
         }
-    return found
+    return prints
 
 
 class Writer:
@@ -298,7 +298,7 @@ class Writer:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else SINGLE
             self._layout(folder / name, {key: specs[key] for key in keys})
             index |= dict.fromkeys(keys, name)
-        self.total_bytes = sum(place.nbytes for place in self._places.values())
+        self.total_bytes = sum(slot.nbytes for slot in self._places.values())
         if shards[1:]:
             document = {"metadata": {"total_size": self.total_bytes}, "weight_map": index}
             (folder / INDEX).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
@@ -325,15 +325,15 @@ class Writer:
 
     def write(self, key: str, array: np.ndarray) -> None:
         """Puts a tensor into its place; a second one of that key or another shape is an error."""
-        place = self._places[key]
-        if key not in self._left or array.shape != place.shape or array.dtype != place.dtype:
+        slot = self._places[key]
+        if key not in self._left or array.shape != slot.shape or array.dtype != slot.dtype:
             raise ValueError(
-                f"{key}: {array.shape} {array.dtype} for the place of {place.shape} {place.dtype}, "
+                f"{key}: {array.shape} {array.dtype} for the place of {slot.shape} {slot.dtype}, "
                 f"{'free' if key in self._left else 'taken'}"
             )
         self._left.remove(key)
-        with _writing(place.file), place.file.open("r+b") as file:
-            file.seek(place.offset)
+        with _writing(slot.file), slot.file.open("r+b") as file:
+            file.seek(slot.offset)
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def close(self) -> None:
