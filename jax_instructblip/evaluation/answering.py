@@ -120,13 +120,13 @@ def _answer_load(
             pad_to=None if one_list else group.sizes,
             **task.settings,
         )
-        made = [
+        rows = [
             _ranked(task, questions, number, row[: len(names)])
             for (number, _), row, names in zip(order, scores, choices, strict=True)
         ]
     else:
         answers = blip.answer(asked, GenerationConfig.of(**task.settings), batch_size=batch)
-        made = [
+        rows = [
             _prediction(task, questions, number, text=each.text, logprob=_number(each.logprob))
             for (number, _), each in zip(order, answers, strict=True)
         ]
@@ -134,7 +134,7 @@ def _answer_load(
         row
         if pixels_or_error[number][0] is not None
         else _problem(task, questions, number, pixels_or_error[number][1])
-        for row, (number, real) in zip(made, order, strict=True)
+        for row, (number, real) in zip(rows, order, strict=True)
         if real
     ]
 
@@ -158,8 +158,8 @@ def _ranked(task: Task, questions: Questions, number: int, scores: np.ndarray) -
         number,
         text=text,
         logprob=_number(logprob),
-        candidates=tuple(names[place] for place in order),
-        scores=tuple(_number(scores[place]) for place in order),
+        candidates=tuple(names[index] for index in order),
+        scores=tuple(_number(scores[index]) for index in order),
     )
 
 

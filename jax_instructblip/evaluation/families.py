@@ -52,18 +52,18 @@ def family_task(
 
 def content_digest(records: Sequence[Record], digest: str) -> str:
     """`digest` with what it does not stand for: the files that image paths name."""
-    found = hashlib.sha256(digest.encode())
+    hasher = hashlib.sha256(digest.encode())
     for number in range(len(records)):
         for image in records[number].images:
             if isinstance(image, str):
                 try:
                     status = os.stat(image)
                 except (OSError, ValueError):
-                    found.update(f"{image} is absent".encode(errors="backslashreplace"))
+                    hasher.update(f"{image} is absent".encode(errors="backslashreplace"))
                     continue
                 facts = f"{image} {status.st_size} {status.st_mtime_ns}"
-                found.update(facts.encode(errors="backslashreplace"))
-    return found.hexdigest()
+                hasher.update(facts.encode(errors="backslashreplace"))
+    return hasher.hexdigest()
 
 
 def majority(records: Sequence[Record]) -> dict[str, float]:
@@ -82,10 +82,10 @@ def majority(records: Sequence[Record]) -> dict[str, float]:
 
 def counts(records: Sequence[Record]) -> dict[str, int]:
     """The number of records of each family, in alphabetical order."""
-    found: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     for record in records:
-        found[record.task or NO_FAMILY] = found.get(record.task or NO_FAMILY, 0) + 1
-    return {family: found[family] for family in sorted(found)}
+        numbers[record.task or NO_FAMILY] = numbers.get(record.task or NO_FAMILY, 0) + 1
+    return {family: numbers[family] for family in sorted(numbers)}
 
 
 def by_family(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:

@@ -131,12 +131,12 @@ def loads(units: Sequence[Unit], devices: int, workers: int) -> list[list[Unit]]
     """The units in parts of one group each, of a few units for each of the devices of a worker."""
     share = max(1, len(units) // (workers * devices * LOADS))
     most = devices * min(share, LOAD_UNITS)
-    made: list[list[Unit]] = []
+    parts: list[list[Unit]] = []
     for unit in units:
-        if not made or made[-1][0].group != unit.group or len(made[-1]) == most:
-            made.append([])
-        made[-1].append(unit)
-    return made
+        if not parts or parts[-1][0].group != unit.group or len(parts[-1]) == most:
+            parts.append([])
+        parts[-1].append(unit)
+    return parts
 
 
 def places(load: Sequence[Unit], size: int, devices: int) -> Iterator[tuple[int, bool]]:
@@ -147,9 +147,9 @@ def places(load: Sequence[Unit], size: int, devices: int) -> Iterator[tuple[int,
     """
     filled = [*load, *[load[-1]] * (-len(load) % devices)]
     for index, unit in enumerate(filled):
-        for place in range(size):
-            real = index < len(load) and place < len(unit.rows)
-            yield unit.rows[min(place, len(unit.rows) - 1)], real
+        for position in range(size):
+            real = index < len(load) and position < len(unit.rows)
+            yield unit.rows[min(position, len(unit.rows) - 1)], real
 
 
 def _has_one_list(task: Task) -> bool:

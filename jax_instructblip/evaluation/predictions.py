@@ -143,9 +143,9 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def check_ids(path: Path, rows: Iterable[Prediction], ids: Sequence[str], name: str) -> None:
     """Raises a MetricError where the rows are not those of these records; all ids are listed."""
-    found, known = {row.id for row in rows}, set(ids)
-    lacking = [each for each in ids if each not in found]
-    strange = sorted(found - known)
+    answered, known = {row.id for row in rows}, set(ids)
+    lacking = [each for each in ids if each not in answered]
+    strange = sorted(answered - known)
     if len(lacking) == len(ids):
         raise MetricError(
             f"{path} has none of the {len(ids)} records of {name}: it is of another dataset or "
@@ -243,13 +243,13 @@ class Store:
         except (ValueError, OSError):
             return False
 
-    def _compare(self, found: Mapping[str, Any]) -> None:
-        if found == self._facts:
+    def _compare(self, recorded: Mapping[str, Any]) -> None:
+        if recorded == self._facts:
             return
         wrong = [
-            f"{name} was {found.get(name)!r}, now {self._facts.get(name)!r}"
-            for name in sorted(found.keys() | self._facts.keys())
-            if found.get(name) != self._facts.get(name)
+            f"{name} was {recorded.get(name)!r}, now {self._facts.get(name)!r}"
+            for name in sorted(recorded.keys() | self._facts.keys())
+            if recorded.get(name) != self._facts.get(name)
         ]
         raise ValueError(
             "\n  ".join(

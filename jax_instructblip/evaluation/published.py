@@ -115,8 +115,8 @@ def _build(cls: type, row: Any, where: str, problems: list[str]) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     needed = {n for n, field in fields.items() if field.default is dataclasses.MISSING}
     if not isinstance(row, dict) or not needed <= set(row) <= set(fields):
-        found = ", ".join(row) if isinstance(row, dict) else repr(row)
-        problems.append(f"{where}: found {found}, expected {', '.join(fields)}")
+        shown = ", ".join(row) if isinstance(row, dict) else repr(row)
+        problems.append(f"{where}: found {shown}, expected {', '.join(fields)}")
         return None
     if "tokens" in row:
         row = row | {"tokens": tuple(row["tokens"])}

@@ -44,20 +44,20 @@ def score(
         return list(rows), None, HIDDEN
     responses = [_response(task, by_id[record.id]) for record in scored]
     try:
-        found = metric[1](responses, scored)
+        scores = metric[1](responses, scored)
         if task.relevance:
             more = score_ndcg(responses, scored, task.relevance)
-            found = dataclasses.replace(found, values={**found.values, **more.values})
+            scores = dataclasses.replace(scores, values={**scores.values, **more.values})
     except MetricError as error:
         return list(rows), None, str(error)
     if len(scored) < len(records):
         note = f"{len(records) - len(scored)} of {len(records)} records have no public answer"
-        found = dataclasses.replace(found, notes=(*found.notes, note))
-    main = next(iter(found.values))
-    each = found.samples.get(main) or next(iter(found.samples.values()), ())
+        scores = dataclasses.replace(scores, notes=(*scores.notes, note))
+    main = next(iter(scores.values))
+    each = scores.samples.get(main) or next(iter(scores.samples.values()), ())
     values = dict(zip((record.id for record in scored), each, strict=True)) if each else {}
     rows = [dataclasses.replace(row, score=values.get(row.id)) for row in rows]
-    return rows, found, ""
+    return rows, scores, ""
 
 
 def percent(name: str, value: float) -> float:

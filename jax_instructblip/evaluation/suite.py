@@ -48,7 +48,7 @@ class Finished(NamedTuple):
     result: dict[str, Any]
 
 
-class Place(NamedTuple):
+class Destination(NamedTuple):
     """The place of answers, and what they are of: weights, dtype, questions at once, limit."""
 
     folder: Path
@@ -91,26 +91,30 @@ def run(
     """
     first = jax.process_index() == 0
     say = say if first else lambda line: None
-    place = Place(out / PREDICTIONS, model["weights"], model["dtype"], size, limit, replace)
+    destination = Destination(
+        out / PREDICTIONS, model["weights"], model["dtype"], size, limit, replace
+    )
     finished = []
     for task in tasks:
         line = Progress(len(task.records), f"reading {task.name}", "records", silent=not first)
         with agreed(), line:
             questions = grouping.plan(task, blip.text, size, line.update)
             check_choices(task, questions.records)
-        store = _ask(blip, task, questions, place, task.name, say)
-        beside = {}
+        store = _ask(blip, task, questions, destination, task.name, say)
+        baseline_stores = {}
         if task.protocol.metric == families.METRIC:
             for each in baselines:
-                there = place._replace(folder=out / BASELINES, weights=each.weights)
+                beside_it = destination._replace(folder=out / BASELINES, weights=each.weights)
                 other = dataclasses.replace(task, black=each.black)
                 name = f"{task.name}.{each.name}"
-                beside[each.name] = _ask(each.blip, other, questions, there, name, say)
+                baseline_stores[each.name] = _ask(each.blip, other, questions, beside_it, name, say)
         with agreed():
             if first:
                 paper = paper_model(blip.variant)
                 facts = {**task.facts(), "batch_size": size, "limit": limit}
-                finished.append(_finish(task, questions, store, beside, facts, full, paper))
+                finished.append(
+                    _finish(task, questions, store, baseline_stores, facts, full, paper)
+                )
                 say(describe_result(finished[-1]))
     return finished
 
@@ -139,10 +143,10 @@ def score_given(task: Task, path: Path, *, full: bool = True) -> Finished:
     return Finished(task, ordered, result)
 
 
-def keep(out: Path, finished: Finished, given: Path) -> None:
+def keep(out: Path, finished: Finished, predictions: Path) -> None:
     """Writes the rows of answers that somebody has made, so that runs can be compared by them."""
     path = out / PREDICTIONS / f"{finished.task.name}.jsonl"
-    if path.exists() and path.samefile(given):
+    if path.exists() and path.samefile(predictions):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, "".join(row.line() for row in finished.rows))
@@ -204,11 +208,11 @@ def finish(
 def versions() -> dict[str, str]:
     """The versions of the programs that compute and score."""
     names = ("jax-instructblip", "jax", "jaxlib", "flax", "numpy", "transformers", "pycocoevalcap")
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def describe(task: Task, name: str, count: int, done: int = 0) -> str:
@@ -240,7 +244,7 @@ def _ask(
     blip: InstructBlipPipeline,
     task: Task,
     questions: grouping.Questions,
-    place: Place,
+    destination: Destination,
     name: str,
     say: Say,
 ) -> Store:
@@ -248,10 +252,14 @@ def _ask(
     process = jax.process_index()
     first, together = process == 0, blip.mesh is not None and blip.mesh.is_multi_process
     share = Share() if together else Share(process, jax.process_count())
-    facts = {**task.facts(), "batch_size": place.size, "limit": place.limit}
-    stands = {"weights": place.weights, "dtype": place.dtype, "questions": questions.digest}
-    store = Store(place.folder, name, {**facts, **stands}, process)
-    done = _begin(store, first, place.replace)
+    facts = {**task.facts(), "batch_size": destination.size, "limit": destination.limit}
+    stands = {
+        "weights": destination.weights,
+        "dtype": destination.dtype,
+        "questions": questions.digest,
+    }
+    store = Store(destination.folder, name, {**facts, **stands}, process)
+    done = _begin(store, first, destination.replace)
     say(describe(task, name, len(questions.records), len(done)))
     left = count_left(questions, done)
     total = left if together else -(-left // jax.process_count())
@@ -263,7 +271,7 @@ def _ask(
         line.update(len(rows))
 
     with line, agreed():
-        answer(blip, task, questions, size=place.size, done=done, share=share, take=take)
+        answer(blip, task, questions, size=destination.size, done=done, share=share, take=take)
     return store
 
 
@@ -271,7 +279,7 @@ def _finish(
     task: Task,
     questions: grouping.Questions,
     store: Store,
-    beside: Mapping[str, Store],
+    baseline_stores: Mapping[str, Store],
     facts: Mapping[str, Any],
     full: bool,
     paper: str,
@@ -284,9 +292,9 @@ def _finish(
         result["notes"].append(note)
     if task.protocol.metric == families.METRIC:
         baselines = {families.MAJORITY: families.majority(questions.records)}
-        for name, other in beside.items():
-            _, found, _ = _scored(task, questions, other, full)
-            baselines[name] = dict(found.values) if found else {}
+        for name, other in baseline_stores.items():
+            _, baseline_scores, _ = _scored(task, questions, other, full)
+            baselines[name] = dict(baseline_scores.values) if baseline_scores else {}
         result["families"] = families.counts(questions.records)
         result["baselines"] = {
             name: {each: 100 * value for each, value in values.items()}
@@ -299,8 +307,8 @@ def _finish(
 def _scored(
     task: Task, questions: grouping.Questions, store: Store, full: bool
 ) -> tuple[list[Prediction], Scores | None, str]:
-    found = store.rows()
-    rows = [found[record.id] for record in questions.records]
+    by_id = store.rows()
+    rows = [by_id[record.id] for record in questions.records]
     rows, scores, reason = scoring.score(task, rows, questions.records, full=full)
     store.finish(rows)
     return rows, scores, reason

@@ -142,7 +142,7 @@ def open_task(
     """
     dataset = DATASETS[protocol.dataset]
     split = split or protocol.split or next(iter(dataset.files))
-    records, digest, found, videos = _open(dataset, data, split, scoring)
+    records, digest, shared_candidates, videos = _open(dataset, data, split, scoring)
     protocol = protocol.override(overrides or {}, llm)
     if protocol.metric in RANKED and not (protocol.ranking or scoring):
         raise ValueError(
@@ -152,7 +152,7 @@ def open_task(
     if limit:
         records = Chosen(records, pick_numbers(len(records), limit))
     shared = dataset.shared_candidates and protocol.ranking
-    candidates = (candidates or found) if shared else ()
+    candidates = (candidates or shared_candidates) if shared else ()
     if shared and not candidates:
         raise ValueError(
             f"{protocol.name} is ranked over one list of candidates, and {data} has none: put "
@@ -191,8 +191,8 @@ def _open(
     dataset: Dataset, data: Path, split: str, scoring: bool
 ) -> tuple[Sequence[Record], str, tuple[str, ...], bool]:
     """Records, the digest of their files, the candidates beside them, whether they are videos."""
-    for place in (data / dataset.name, data):
-        folder = prepared_folder(place)
+    for directory in (data / dataset.name, data):
+        folder = prepared_folder(directory)
         if folder is None:
             continue
         report = shards.read_report(folder)
@@ -201,13 +201,13 @@ def _open(
         records = cast(Sequence[Record], builder.open_folder(folder, split))
         digest = hashlib.sha256((folder / shards.REPORT).read_bytes()).hexdigest()
         return records, digest, shards.read_candidates(folder), False
-    for place in (data / dataset.name, data):
-        if place.is_dir() and split in dataset.present(place):
-            rows = list(dataset.read(place, split))
+    for directory in (data / dataset.name, data):
+        if directory.is_dir() and split in dataset.present(directory):
+            rows = list(dataset.read(directory, split))
             videos = dataset.family == shards.VIDEO
-            return rows, "", shards.raw_candidates(dataset, place), videos
-        if scoring and dataset.read_answers and split in dataset.scorable(place):
-            return list(dataset.read_answers(place, split)), "", (), False
+            return rows, "", shards.raw_candidates(dataset, directory), videos
+        if scoring and dataset.read_answers and split in dataset.scorable(directory):
+            return list(dataset.read_answers(directory, split)), "", (), False
     there = sorted(each.name for each in data.iterdir()) if data.is_dir() else []
     near = difflib.get_close_matches(dataset.name, there, n=1)
     files = " and ".join(dataset.files.get(split, ("?",)))

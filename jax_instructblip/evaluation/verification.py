@@ -80,7 +80,7 @@ def verify(
       ValueError: facts or images cannot be used, or there are no facts about such a model.
     """
     pictures, entries = read_facts(facts)
-    given = read_images(images, pictures)
+    paths = read_images(images, pictures)
     source = read_source(checkpoint)
     model = model or released_name(source.variant)
     mine = [entry for entry in entries if entry.model in ("", model)]
@@ -90,12 +90,12 @@ def verify(
             f"{facts} has nothing about {model or 'a model of these sizes'}; "
             f"it knows {known}: name one of them by --model if the checkpoint is one"
         )
-    asked = [entry for entry in mine if entry.image in given]
+    asked = [entry for entry in mine if entry.image in paths]
     for name in {entry.image for entry in asked}:
-        if not is_published_file(pictures[name], given[name]):
-            say(f"note: {given[name]} is not the file that was published as {name}")
-    matching = _ask(load(checkpoint, dtype=dtype), asked, given, say) if asked else 0
-    missing = [entry for entry in mine if entry.image not in given]
+        if not is_published_file(pictures[name], paths[name]):
+            say(f"note: {paths[name]} is not the file that was published as {name}")
+    matching = _ask(load(checkpoint, dtype=dtype), asked, paths, say) if asked else 0
+    missing = [entry for entry in mine if entry.image not in paths]
     for line in _not_run(missing, pictures):
         say(line)
     say(
@@ -107,7 +107,7 @@ def verify(
 
 def read_images(words: Sequence[str], images: Mapping[str, Image]) -> dict[str, Path]:
     """The files of `NAME=FILE`, each opened once: a bad one should not wait for the weights."""
-    given = {}
+    paths = {}
     for word in words:
         name, _, path = word.partition("=")
         if not path:
@@ -117,18 +117,18 @@ def read_images(words: Sequence[str], images: Mapping[str, Image]) -> dict[str, 
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(images)}"
             raise ValueError(f"--image {word}: there is no image {name!r}; {hint}")
         decode(path)
-        given[name] = Path(path)
-    return given
+        paths[name] = Path(path)
+    return paths
 
 
 def _ask(
-    blip: InstructBlipPipeline, entries: Sequence[Entry], given: Mapping[str, Path], say: Say
+    blip: InstructBlipPipeline, entries: Sequence[Entry], paths: Mapping[str, Path], say: Say
 ) -> int:
     """The number of entries that match; each is told as soon as it is known."""
     matching = 0
     width = max(len(entry.name) for entry in entries)
     for entry in entries:
-        answer, difference = compare(blip, entry, given[entry.image])
+        answer, difference = compare(blip, entry, paths[entry.image])
         matching += difference is None
         verdict = "match" if difference is None else f"differs at {difference.place}"
         note = f"  (published {entry.note})" if entry.note else ""
@@ -152,10 +152,10 @@ def compare(
 ) -> tuple[Answer, Difference | None]:
     """The model's answer, and where it first differs from all published ones."""
     (answer,) = blip.generate([image], [entry.prompt], **entry.settings)
-    found = [first_difference(blip, answer, each) for each in entry.published]
-    if None in found:
+    compared = [first_difference(blip, answer, each) for each in entry.published]
+    if None in compared:
         return answer, None
-    differences = [pair for pair in found if pair is not None]
+    differences = [pair for pair in compared if pair is not None]
     return answer, max(differences, key=lambda pair: pair[0])[1]
 
 
@@ -168,32 +168,38 @@ def first_difference(
     """
     if published.tokens:
         unit, length = "token", len(published.tokens)
-        place = _first_unequal(published.tokens, answer.tokens)
-        expected = _token(blip, published.tokens, place)
-        found = _token(blip, answer.tokens, place)
+        position = _first_unequal(published.tokens, answer.tokens)
+        expected = _token(blip, published.tokens, position)
+        found = _token(blip, answer.tokens, position)
     else:
         unit, length = "character", len(published.text)
-        place = _first_unequal(published.text, answer.text)
-        expected, found = _around(published.text, place), _around(answer.text, place)
-    if place < 0:
+        position = _first_unequal(published.text, answer.text)
+        expected, found = _around(published.text, position), _around(answer.text, position)
+    if position < 0:
         return None
-    return place / max(length, 1), Difference(f"{unit} {place}", expected, found, published.by)
+    return position / max(length, 1), Difference(
+        f"{unit} {position}", expected, found, published.by
+    )
 
 
 def _first_unequal(expected: Sequence, found: Sequence) -> int:
     """The first place where the two differ, or where the shorter one ends; -1 if nowhere."""
     pairs = zip(expected, found, strict=False)
-    for place, (one, other) in enumerate(pairs):
+    for position, (one, other) in enumerate(pairs):
         if one != other:
-            return place
+            return position
     return -1 if len(expected) == len(found) else min(len(expected), len(found))
 
 
-def _token(blip: InstructBlipPipeline, tokens: Sequence[int], place: int) -> str:
-    if place >= len(tokens):
+def _token(blip: InstructBlipPipeline, tokens: Sequence[int], position: int) -> str:
+    if position >= len(tokens):
         return "the end"
-    return f"{tokens[place]} {blip.text.decode(tokens[place : place + 1])!r}"
+    return f"{tokens[position]} {blip.text.decode(tokens[position : position + 1])!r}"
 
 
-def _around(text: str, place: int) -> str:
-    return repr(text[max(0, place - AROUND) : place + AROUND]) if place < len(text) else "the end"
+def _around(text: str, position: int) -> str:
+    return (
+        repr(text[max(0, position - AROUND) : position + AROUND])
+        if position < len(text)
+        else "the end"
+    )

@@ -53,10 +53,10 @@ def score_captions(
     """
     folder = find_tools()
     pairs = align(responses, records)
-    found = shutil.which("java") is not None
-    if java and not found:
+    has_java = shutil.which("java") is not None
+    if java and not has_java:
         raise MetricError("there is no `java` on the PATH: install a Java runtime (17 works)")
-    java = found if java is None else java
+    java = has_java if java is None else java
     references, candidates = _tokenised(
         pairs, tokenise_stanford if java else penn_treebank.tokenise
     )
@@ -95,23 +95,25 @@ def tokenise_stanford(captions: Sequence[str]) -> list[str]:
         input="".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"),
         capture_output=True,
     )
-    found = done.stdout.decode("utf-8", "replace").split("\n")[:-1]
-    if done.returncode or len(found) != len(lines):
+    tokenised = done.stdout.decode("utf-8", "replace").split("\n")[:-1]
+    if done.returncode or len(tokenised) != len(lines):
         raise MetricError(
-            f"PTBTokenizer made {len(found)} lines of {len(lines)} captions and ended with "
+            f"PTBTokenizer made {len(tokenised)} lines of {len(lines)} captions and ended with "
             f"{done.returncode}: {done.stderr.decode('utf-8', 'replace')[-500:]}"
         )
-    return [" ".join(w for w in line.split(" ") if w and w not in PUNCTUATION) for line in found]
+    return [
+        " ".join(w for w in line.split(" ") if w and w not in PUNCTUATION) for line in tokenised
+    ]
 
 
 def _tokenised(
     pairs: Sequence[tuple[Response, Record]], split: Callable[[Sequence[str]], list[str]]
 ) -> tuple[Captions, Captions]:
     """The references and the one candidate of each image."""
-    given = iter(split([response.text for response, _ in pairs]))
+    responses = iter(split([response.text for response, _ in pairs]))
     said = iter(split([answer for _, record in pairs for answer in record.answers]))
     references = {record.id: [next(said) for _ in record.answers] for _, record in pairs}
-    return references, {record.id: [next(given)] for _, record in pairs}
+    return references, {record.id: [next(responses)] for _, record in pairs}
 
 
 def find_tools() -> Path:

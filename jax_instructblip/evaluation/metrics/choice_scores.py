@@ -164,13 +164,13 @@ def _meaning(text: str) -> str:
 
 
 def _positive(record: Record) -> int:
-    found = [i for i, choice in enumerate(record.choices) if normalise(choice) in POSITIVE]
-    if len(record.choices) != 2 or len(found) != 1:
+    positive = [i for i, choice in enumerate(record.choices) if normalise(choice) in POSITIVE]
+    if len(record.choices) != 2 or len(positive) != 1:
         raise MetricError(
             f"{record.id!r} has the choices {list(record.choices)}; AUROC expects two, one of them "
             f"{' or '.join(POSITIVE)}"
         )
-    return found[0]
+    return positive[0]
 
 
 def _says_yes(text: str) -> bool:

@@ -72,15 +72,15 @@ def read_relevance(path: str | os.PathLike[str]) -> dict[str, list[float]]:
 
     `[{"image_id", "round_id", "gt_relevance": [number for each candidate]}]`; rounds begin at 1.
     """
-    found = {}
+    relevance = {}
     for number, row in enumerate(read_json(Path(path), list)):
         where = f"{path}: row {number}"
         require(row, dict, where)
         name = "gt_relevance" if "gt_relevance" in row else "relevance"  # val; train
         gains = field(row, name, list, where)
         record = f"{field(row, 'image_id', int, where)}:{field(row, 'round_id', int, where)}"
-        found[record] = [float(require(gain, (int, float), where)) for gain in gains]
-    return found
+        relevance[record] = [float(require(gain, (int, float), where)) for gain in gains]
+    return relevance
 
 
 def best_first(scores: Sequence[float]) -> np.ndarray:

@@ -40,13 +40,13 @@ def score_families(responses: Sequence[Response], records: Sequence[Record]) -> 
     accuracy         the mean over the families, each counting alike
     accuracy/FAMILY  of one family (`Record.task`)
     """
-    found: dict[str, list[float]] = {}
+    by_family: dict[str, list[float]] = {}
     samples = []
     for response, record in align(responses, records):
         samples.append(float(is_correct(response.text, record.answers)))
-        found.setdefault(record.task or NO_FAMILY, []).append(samples[-1])
-    shares = {family: mean(found[family]) for family in sorted(found)}
-    errors = {each: standard_error(found[each]) for each in shares if len(found[each]) > 1}
+        by_family.setdefault(record.task or NO_FAMILY, []).append(samples[-1])
+    shares = {family: mean(by_family[family]) for family in sorted(by_family)}
+    errors = {each: standard_error(by_family[each]) for each in shares if len(by_family[each]) > 1}
     whole = {f"accuracy/{family}": error for family, error in errors.items()}
     if len(errors) == len(shares):
         squares = math.fsum(error**2 for error in errors.values())

@@ -51,13 +51,13 @@ class Scores:
 
     def standard_errors(self) -> dict[str, float]:
         """The standard error of each value that is the mean of its samples, or brings its own."""
-        found = {
+        errors = {
             name: standard_error(self.samples[name])
             for name, value in self.values.items()
             if len(self.samples.get(name, ())) > 1
             and math.isclose(mean(self.samples[name]), value, rel_tol=1e-9, abs_tol=1e-12)
         }
-        return found | dict(self.errors)
+        return errors | dict(self.errors)
 
 
 Metric = Callable[[Sequence[Response], Sequence[Record]], Scores]

@@ -49,18 +49,20 @@ def tokenise(captions: Sequence[str]) -> list[str]:
     """
     text = "\n".join(" ".join(caption.split()) for caption in captions)
     lines: list[list[str]] = [[]]
-    place = 0
-    while place < len(text):
-        if text[place] == "\n":
+    position = 0
+    while position < len(text):
+        if text[position] == "\n":
             lines.append([])
-        if text[place] in " \n":
-            place += 1
+        if text[position] in " \n":
+            position += 1
             continue
         # A rule that ends in a look-ahead is as long as what it looks at (its last group).
-        found = [(match, action) for rule, action in _RULES if (match := rule.match(text, place))]
-        match, action = max(found, key=lambda pair: pair[0].end())
+        matches = [
+            (match, action) for rule, action in _RULES if (match := rule.match(text, position))
+        ]
+        match, action = max(matches, key=lambda pair: pair[0].end())
         lines[-1] += action(match)
-        place = match.end(match.lastindex) if match.lastindex else match.end()
+        position = match.end(match.lastindex) if match.lastindex else match.end()
     return [" ".join(line).lower() for line in lines[: len(captions)]]
 
 

@@ -58,13 +58,13 @@ def picture(metrics: Sequence[Mapping[str, float]]) -> str:
 def answers_table(answers: Sequence[Mapping[str, Any]]) -> str:
     """A table of some validation questions, the truth, and the answers of each step, as HTML."""
     steps = sorted({each["step"] for each in answers})
-    given = {(each["step"], each.get("id")): each.get("text", "") for each in answers}
+    texts = {(each["step"], each.get("id")): each.get("text", "") for each in answers}
     asked = {each.get("id"): each for each in answers}  # the newest wording of each
     head = ["question", "truth", *(f"step {step}" if step else "before" for step in steps)]
     rows = []
     for name, each in asked.items():
         truth = " / ".join(dict.fromkeys(each.get("answers", ())))
-        rows.append([each.get("prompt", ""), truth, *(given.get((s, name), "-") for s in steps)])
+        rows.append([each.get("prompt", ""), truth, *(texts.get((s, name), "-") for s in steps)])
     return page.table(head, rows)
 
 

@@ -193,8 +193,8 @@ def _card(opened: Open, number: int, row: Prediction, right: bool) -> str:
     notes = []
     if row.scores:
         best = np.argsort(-np.asarray(row.scores), kind="stable")[:CANDIDATES]
-        named = row.candidates or [str(place) for place in range(len(row.scores))]
-        notes.append(", ".join(f"{named[place]} {row.scores[place]:.2f}" for place in best))
+        named = row.candidates or [str(index) for index in range(len(row.scores))]
+        notes.append(", ".join(f"{named[index]} {row.scores[index]:.2f}" for index in best))
     score = "" if row.score is None else f", score {row.score:.2f}"
     chance = "" if row.logprob is None else f", log-probability {row.logprob:.2f}"
     notes.append(f"{row.id}{f', {row.task}' if row.task else ''}{score}{chance}")

@@ -51,8 +51,8 @@ def draw(records: Iterable[Record], count: int, seed: int = 0) -> list[Record]:
     for number, record in enumerate(records):
         if len(kept) < count:
             kept.append((number, record))
-        elif (place := int(rng.integers(number + 1))) < count:
-            kept[place] = (number, record)
+        elif (slot := int(rng.integers(number + 1))) < count:
+            kept[slot] = (number, record)
     return [record for _, record in sorted(kept, key=lambda pair: pair[0])]
 
 
