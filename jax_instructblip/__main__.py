@@ -25,13 +25,13 @@ _PACKAGE = Path(__file__).parent
 
 def find_verbs() -> dict[str, Path]:
     """Every verb and its file: the modules that have a `main`."""
-    found = {
+    files = {
         module.name: Path(folder, f"{module.name}.py")
         for folder in commands.__path__
         for module in pkgutil.iter_modules([folder])
     }
     has_main = lambda path: "\ndef main(" in path.read_text(encoding="utf-8")
-    return {name: path for name, path in found.items() if has_main(path)}
+    return {name: path for name, path in files.items() if has_main(path)}
 
 
 def usage() -> str:

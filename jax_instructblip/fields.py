@@ -74,7 +74,7 @@ class Field:
         if self.optional and value is None:
             return []
         if self.kind is tuple and self.each is not None and isinstance(value, tuple | list):
-            entries = [(f"{name}[{place}]", entry) for place, entry in enumerate(value)]
+            entries = [(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
             return [reason for entry in entries for reason in self.each.problems(*entry)]
         if not _is_a(self.kind, value):
             expected = _NAMES.get(self.kind, "")

@@ -9,6 +9,6 @@ STACK = "--fibers_default_thread_stack_size=4194304"
 
 def set_flags() -> None:
     """Adds to `LIBTPU_INIT_ARGS`; what is set there already stays. Harmless without a TPU."""
-    given = os.environ.get("LIBTPU_INIT_ARGS", "")
-    if STACK.partition("=")[0] not in given:
-        os.environ["LIBTPU_INIT_ARGS"] = f"{given} {STACK}".strip()
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if STACK.partition("=")[0] not in flags:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {STACK}".strip()

@@ -51,15 +51,15 @@ def text_processor(kind: str) -> TextProcessor:
 def write_checkpoint(
     folder: str | os.PathLike[str],
     params: dict[str, Any],
-    made: dict[str, Any],
+    history: dict[str, Any],
     *,
     kind: str,
     seed: int = 0,
 ) -> None:
     """Writes the checkpoint folder of an embedded model, bfloat16, with its tokenizers.
 
-    `params` are the towers that are trained; a tower that is missing stays random. `made` says in
-    `config.json` where they come from.
+    `params` are the towers that are trained; a tower that is missing stays random. `history` says
+    in `config.json` where they come from.
     """
     processor = text_processor(kind)
     variant = processor.variant
@@ -70,7 +70,7 @@ def write_checkpoint(
     leaves = checkpoint.flatten({**start, **params})
 
     def add(temporary: Path) -> None:
-        checkpoint.write_config(temporary, {"variant": variant.to_dict(), "source": made})
+        checkpoint.write_config(temporary, {"variant": variant.to_dict(), "source": history})
         processor.llm.save_pretrained(temporary / "tokenizer")
         processor.qformer.save_pretrained(temporary / "qformer_tokenizer")
 
@@ -94,8 +94,8 @@ def merge_captioned(
         if "query_mlp" in path:
             merged[path.replace("query_mlp", "text_mlp")] = leaf
     params["qformer"] = checkpoint.unflatten(merged)
-    made = {**checkpoint.read_config(source.folder)["source"], "qformer": "captioned on shapes"}
-    write_checkpoint(out, params, made, kind=source.variant.llm.kind)
+    history = {**checkpoint.read_config(source.folder)["source"], "qformer": "captioned on shapes"}
+    write_checkpoint(out, params, history, kind=source.variant.llm.kind)
 
 
 def replace_captioned(base: Path, run: Path, out: Path) -> None:

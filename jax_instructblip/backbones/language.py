@@ -57,7 +57,7 @@ def text_example(
     count = int(rng.integers(1, min(things, len(scene.things)) + 1))
     if things >= 3:
         count = max(count, int(rng.integers(1, min(things, len(scene.things)) + 1)))
-    chosen = [scene.things[place] for place in rng.permutation(len(scene.things))[:count]]
+    chosen = [scene.things[number] for number in rng.permutation(len(scene.things))[:count]]
     word = scene.word if rng.integers(4) else ""
     part = dataclasses.replace(scene, things=tuple(chosen), word=word)
     if rng.random() < relisted:
@@ -67,8 +67,8 @@ def text_example(
     question = FAMILIES[name].ask(part, rng, focus)
     if question is None:
         return None
-    given = FAMILIES[name].templates
-    prompt = tasks.templates.render(given[int(rng.integers(len(given)))], **question.fields)
+    templates = FAMILIES[name].templates
+    prompt = tasks.templates.render(templates[int(rng.integers(len(templates)))], **question.fields)
     description = tasks.describe(part)
     if name != "detail" and rng.integers(3) == 0:
         description = _loosely(part.things, part.word, rng)
@@ -92,10 +92,10 @@ def relist(scene: world.Scene, rng: np.random.Generator) -> tuple[str, str, str,
     description = tasks.describe(scene) if rng.integers(2) else _loosely(things, word, rng)
     values = [value for t in things for value in (t.color, t.shape, t.place)]
     answer = []
-    for place in rng.permutation(len(things)):
-        words = [things[place].color, things[place].shape, things[place].place]
+    for index in rng.permutation(len(things)):
+        words = [things[index].color, things[index].shape, things[index].place]
         keys = [key for key in words if values.count(key) == 1]
-        words = [words[place] for place in rng.permutation(len(words))]
+        words = [words[index] for index in rng.permutation(len(words))]
         if keys:  # what names the thing comes first
             key = keys[int(rng.integers(len(keys)))]
             words = [key, *(word for word in words if word != key)]
@@ -109,9 +109,9 @@ def _loosely(things, word: str, rng: np.random.Generator) -> str:
     parts = []
     for thing in things:
         words = [thing.color, thing.shape, thing.place] + ["large"] * thing.large
-        parts.append(" ".join(words[place] for place in rng.permutation(len(words))))
+        parts.append(" ".join(words[index] for index in rng.permutation(len(words))))
     parts += [f"word {word}"] * bool(word)
-    return ", ".join(parts[place] for place in rng.permutation(len(parts)))
+    return ", ".join(parts[index] for index in rng.permutation(len(parts)))
 
 
 def text_rows(
@@ -158,12 +158,12 @@ def pool(
     text: TextProcessor, seed: int, split: str, start: int, count: int, stage: Stage
 ) -> list[dict[str, np.ndarray]]:
     """About `count` examples of scenes from `start` on, in `BUCKETS` groups of like lengths."""
-    made = (
+    drawn = (
         text_example(seed, split, start + index, stage.things, stage.relisted)
         for index in range(count)
     )
     examples = sorted(
-        (example for example in made if example is not None),
+        (example for example in drawn if example is not None),
         key=lambda example: sum(part.count(" ") for part in example[1:]),
     )
     cuts = [len(examples) * part // BUCKETS for part in range(BUCKETS + 1)]
@@ -252,17 +252,17 @@ def train_language(
                 params, state, value = step(params, state, chosen, number)
                 number += 1
                 progress.update(note=f"loss {float(value):.3f}" if number % 50 == 0 else "")
-            held = pool(text, seed, "validation", 0, 1500, stage)
-            log(f"{config.kind}, {stage.things} things: {_by_family(right, params, held)}")
+            validation = pool(text, seed, "validation", 0, 1500, stage)
+            log(f"{config.kind}, {stage.things} things: {_by_family(right, params, validation)}")
     return params["llm"]
 
 
 def _by_family(right: Callable, params: Any, rows: list[dict[str, np.ndarray]]) -> str:
     good = np.concatenate([np.asarray(right(params, bucket)) for bucket in rows])
     family = np.concatenate([bucket["family"] for bucket in rows])
-    found = []
-    for place, name in enumerate(NAMES):
-        these = family == place
+    accuracies = []
+    for index, name in enumerate(NAMES):
+        these = family == index
         if these.any():
-            found.append(f"{name} {good[these].mean():.2f}")
-    return f"all {good.mean():.3f}; " + ", ".join(found)
+            accuracies.append(f"{name} {good[these].mean():.2f}")
+    return f"all {good.mean():.3f}; " + ", ".join(accuracies)

@@ -126,19 +126,19 @@ def _prune(
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges without the pieces that no word of `lines` needs, built up or whole."""
     model = json.loads(draft.to_str())["model"]
-    made = {}
+    parts_of = {}
     for merge in model["merges"]:
         left, right = merge if isinstance(merge, list) else merge.split(" ")
-        made[left + right] = (left, right)
+        parts_of[left + right] = (left, right)
     needed: set[str] = set()
     pending = {token for line in lines for token in draft.encode(line).tokens}
     while pending:
         piece = pending.pop()
         if piece not in needed:
             needed.add(piece)
-            pending.update(made.get(piece, ()))
+            pending.update(parts_of.get(piece, ()))
     keep = [piece for piece in sorted(model["vocab"], key=model["vocab"].get) if piece in needed]
     singles = [piece for piece in ["▁", *CHARACTERS] if piece not in keep]
     names = [*specials, *singles, *(piece for piece in keep if piece not in specials)]
-    merges = [pair for piece, pair in made.items() if piece in needed]
+    merges = [pair for piece, pair in parts_of.items() if piece in needed]
     return {piece: index for index, piece in enumerate(names)}, merges

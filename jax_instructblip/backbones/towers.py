@@ -55,8 +55,8 @@ def train_towers(
             build.text_processor(kind), curriculum=curriculum, examples=examples, seed=seed
         )
         params = {"vision": checkpoint.read_tree(vision), "llm": _on_host(llm)}
-        made = {"vision": "trained on shapes", "llm": "trained on text", "qformer": "random"}
-        build.write_checkpoint(base, params, made, kind=kind, seed=seed)
+        history = {"vision": "trained on shapes", "llm": "trained on text", "qformer": "random"}
+        build.write_checkpoint(base, params, history, kind=kind, seed=seed)
         print(f"written: {base}")
 
 

@@ -130,7 +130,7 @@ def train_vision(
 ) -> dict[str, Any]:
     """Float32 parameters of the trained tower; prints each label's accuracy on unseen scenes."""
     data = labelled_scenes(seed, "vision", scenes)
-    held = labelled_scenes(seed, "validation", 512)
+    unseen = labelled_scenes(seed, "validation", 512)
     pairs = labelled_scenes(seed, "test_pairs", 512)
     model: Any = Probed(config)
     params: Any = model.init(jax.random.key(seed), data["images"][:1])["params"]
@@ -172,7 +172,7 @@ def train_vision(
             chosen = {name: value[rows] for name, value in data.items()}
             params, state, value = step(params, state, chosen, number)
             progress.update(note=f"loss {float(value):.3f}" if number % 50 == 0 else "")
-    for name, rows in (("unseen scenes", held), ("scenes of held-out pairs", pairs)):
-        found = ", ".join(f"{key} {float(hit):.3f}" for key, hit in hits(params, rows).items())
-        log(f"vision tower on {name}: {found}")
+    for name, rows in (("unseen scenes", unseen), ("scenes of held-out pairs", pairs)):
+        shares = ", ".join(f"{key} {float(hit):.3f}" for key, hit in hits(params, rows).items())
+        log(f"vision tower on {name}: {shares}")
     return params["vision"]

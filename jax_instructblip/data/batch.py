@@ -58,8 +58,8 @@ def collate(
         for first in range(0, len(examples), samples_per_row)
     ]
 
-    def width(name: str, held: Iterable[int]) -> int:
-        return bucket(max(held), lengths.get(name), name)
+    def width(name: str, counts: Iterable[int]) -> int:
+        return bucket(max(counts), lengths.get(name), name)
 
     def pad(name: str, values: Sequence[np.ndarray], length: int, into: int = 0) -> None:
         own = qformer_pad_id if name == "qformer_tokens" else pad_id
@@ -80,8 +80,8 @@ def collate(
         apart = (len(rows), samples_per_row, length)
         pad("qformer_tokens", texts, length)
         batch["qformer_tokens"] = batch["qformer_tokens"].reshape(apart)
-        held = np.array([len(text) for text in texts])
-        batch["qformer_mask"] = (np.arange(length) < held[:, None]).reshape(apart)
+        text_lengths = np.array([len(text) for text in texts])
+        batch["qformer_mask"] = (np.arange(length) < text_lengths[:, None]).reshape(apart)
     for name in ("tokens", "slots", "segments", "positions"):
         pad(name, [getattr(row, name) for row in rows], slots)
     if "targets" in examples[0]:
@@ -192,14 +192,14 @@ def deal(sizes: Sequence[Sequence[int]], rows: int) -> np.ndarray:
     whole = [max(sum(each), 1) for each in zip(*sizes, strict=True)]
     fullness = lambda size: sum(a / b for a, b in zip(size, whole, strict=True))
     order = sorted(range(len(sizes)), key=lambda sample: (-fullness(sizes[sample]), sample))
-    held: list[list[int]] = [[] for _ in range(rows)]
-    taken = [[0] * len(whole) for _ in range(rows)]
+    rows_of_samples: list[list[int]] = [[] for _ in range(rows)]
+    fill = [[0] * len(whole) for _ in range(rows)]
     for sample in order:
-        free = (row for row in range(rows) if len(held[row]) < room)
-        row = min(free, key=lambda row: (fullness(taken[row]), row))
-        held[row].append(sample)
-        taken[row] = [a + b for a, b in zip(taken[row], sizes[sample], strict=True)]
-    return np.array(held)
+        free = (row for row in range(rows) if len(rows_of_samples[row]) < room)
+        row = min(free, key=lambda row: (fullness(fill[row]), row))
+        rows_of_samples[row].append(sample)
+        fill[row] = [a + b for a, b in zip(fill[row], sizes[sample], strict=True)]
+    return np.array(rows_of_samples)
 
 
 def round_up(length: int) -> int:
@@ -285,12 +285,12 @@ def _check_examples(examples: Sequence[Example], per_row: int, lengths: Mapping[
 
 def _stack_images(rows: Sequence[Sequence[np.ndarray]], count: int) -> np.ndarray:
     """[G, count, H, W, 3]: the images of each row's samples, then black ones."""
-    found = sorted({each.shape[1:] for images in rows for each in images if len(each)})
-    if len(found) > 1:
-        sizes = ", ".join(map(str, found))
+    shapes = sorted({each.shape[1:] for images in rows for each in images if len(each)})
+    if len(shapes) > 1:
+        sizes = ", ".join(map(str, shapes))
         raise ValueError(f"images of one batch must have one shape, found {sizes}")
     dtype = rows[0][0].dtype
-    shape = found[0] if found else rows[0][0].shape[1:]
+    shape = shapes[0] if shapes else rows[0][0].shape[1:]
     out = np.zeros((len(rows), count, *shape), dtype)
     for row, images in enumerate(rows):
         start = 0

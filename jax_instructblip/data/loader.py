@@ -40,13 +40,13 @@ def load(
     """
     numbered = grain.MapDataset.source(cast(Any, batches))[start:]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
-    made = numbered.to_iter_dataset(options)
+    batches_ahead = numbered.to_iter_dataset(options)
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain reads its own flags in the workers
             flags.FLAGS.mark_as_parsed()
-        made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        batches_ahead = batches_ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     waiting: collections.deque[tuple[DeviceBatch, Counts]] = collections.deque()
-    for batch in made:
+    for batch in batches_ahead:
         counts = {name: batch.pop(name) for name in HOST_KEYS} | {"text": slot_counts(batch)}
         waiting.append((put(batch, sharding, batches.rows, batches.row_count), counts))
         if len(waiting) > 1:  # one is on its way to the device while another is worked on
@@ -59,7 +59,7 @@ def put(
 ) -> DeviceBatch:
     """Global arrays `[count, ...]` of which this process holds `rows`, given as `batch`."""
 
-    def place(local: np.ndarray) -> jax.Array:
+    def to_devices(local: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(count)
             first = int(np.searchsorted(rows, start))
@@ -67,4 +67,4 @@ def put(
 
         return jax.make_array_from_callback((count, *local.shape[1:]), sharding, part)
 
-    return {name: place(value) for name, value in batch.items()}
+    return {name: to_devices(value) for name, value in batch.items()}

@@ -113,8 +113,8 @@ class Record:
             yield "images is empty, expected at least one"
         for index, image in enumerate(self.images):
             if not isinstance(image, ImageSource):
-                found = files.kind_of(image)
-                yield f"images[{index}] is {found}, expected a path, bytes or a PIL image"
+                kind = files.kind_of(image)
+                yield f"images[{index}] is {kind}, expected a path, bytes or a PIL image"
             elif isinstance(image, str) and not image:
                 yield f"images[{index}] is an empty path"
         for name in ("answers", "choices", "ocr"):
@@ -144,14 +144,14 @@ class Record:
             named += [(f"{name}[{i}]", text) for i, text in enumerate(getattr(self, name))]
         for index, turn in enumerate(self.history):
             named += [(f"history[{index}]", text) for text in turn]
-        found = [(name, text_problem(text)) for name, text in named]
+        problems = [(name, text_problem(text)) for name, text in named]
         for index, image in enumerate(self.images):
             try:
                 # Names of files that are of another encoding are given with halves of pairs.
                 os.fsencode(image if isinstance(image, str) else "")
             except UnicodeEncodeError:
-                found.append((f"images[{index}]", f"cannot be the name of a file: {image!r}"))
-        return [f"{name} {problem}" for name, problem in found if problem]
+                problems.append((f"images[{index}]", f"cannot be the name of a file: {image!r}"))
+        return [f"{name} {problem}" for name, problem in problems if problem]
 
 
 def read_jsonl(
@@ -235,8 +235,8 @@ def _record(
         image = path.parent / name  # an absolute name stays what it is
         images.append(str(image))
         if not text_problem(name) and not image.is_file():
-            found = "is a folder" if image.is_dir() else "does not exist"
-            reasons.append(f"image {name!r} {found} (looked for {image})")
+            why = "is a folder" if image.is_dir() else "does not exist"
+            reasons.append(f"image {name!r} {why} (looked for {image})")
     record: dict[str, Any] = dict(
         id=_text(fields, "id", reasons) or f"{path.stem}:{number}",
         images=tuple(images),

@@ -68,10 +68,10 @@ def _lost_scores(written: Mapping[str, Any]) -> bool:
     merges than pieces; one of a vocabulary that was trained with its merges has not.
     """
     vocab, merges = written["vocab"], [tuple(pair) for pair in written["merges"]]
-    made = [vocab.get("".join(pair), -1) for pair in merges]
-    if len(made) == len(set(made)):
+    merged_ids = [vocab.get("".join(pair), -1) for pair in merges]
+    if len(merged_ids) == len(set(merged_ids)):
         return False
-    by_id = all(one <= other for one, other in itertools.pairwise(made))
+    by_id = all(one <= other for one, other in itertools.pairwise(merged_ids))
     return by_id and any(_is_space(piece) and len(piece) > 1 for piece in vocab)
 
 

@@ -83,20 +83,20 @@ def example_batch(variant: Variant, batch: int = 1, text: int = 4, answer: int =
     """A batch of one sample a row: an image, `text` equal ids behind it, `answer` targets."""
     visual = variant.visual_tokens
     sizes = {"G": batch, "X": visual + text, "L": text, "A": answer, "U": answer}
-    made: dict[str, Any] = {n: np.zeros(*each) for n, each in shapes(variant, sizes).items()}
+    arrays: dict[str, Any] = {n: np.zeros(*each) for n, each in shapes(variant, sizes).items()}
     slots = np.arange(visual + text, dtype=np.int32)
-    made["image_sample"] += 1
-    made["qformer_mask"] |= True
-    made["slots"] += np.where(slots < visual, slots, -1)
-    made["segments"] += 1
-    made["positions"] += slots
-    made["places"] += slots[:visual]
-    made["asked"] += np.arange(answer, dtype=np.int32)
+    arrays["image_sample"] += 1
+    arrays["qformer_mask"] |= True
+    arrays["slots"] += np.where(slots < visual, slots, -1)
+    arrays["segments"] += 1
+    arrays["positions"] += slots
+    arrays["places"] += slots[:visual]
+    arrays["asked"] += np.arange(answer, dtype=np.int32)
     if variant.llm.encoder_decoder:
-        made["decoder_segments"] += 1
+        arrays["decoder_segments"] += 1
     else:
-        made["asked"] += visual + text - answer
-    return made
+        arrays["asked"] += visual + text - answer
+    return arrays
 
 
 def check(batch: Mapping[str, Any], variant: Variant) -> None:
@@ -173,13 +173,13 @@ def _wrong_images(batch: Mapping[str, Any]) -> list[str]:
     least, most = float(images.min(initial=np.inf)), float(images.max(initial=-np.inf))
     finite = bool(np.isfinite(images).all())
     if not finite or least < black.min() - 0.01 or most > white.max() + 0.01:
-        found = f"from {least:.3g} to {most:.3g}" if finite else "not all finite"
+        values = f"from {least:.3g} to {most:.3g}" if finite else "not all finite"
     elif len(images) and least >= 0 and most <= 1:
-        found = f"from {least:.3g} to {most:.3g}, as no normalised photograph is"
+        values = f"from {least:.3g} to {most:.3g}, as no normalised photograph is"
     else:
         return []
     return [
-        f"images are floats {found}: give uint8 pixels from 0 to 255, or floats normalised by "
+        f"images are floats {values}: give uint8 pixels from 0 to 255, or floats normalised by "
         f"CLIP's mean and deviation ({black.min():.2f} to {white.max():.2f})"
     ]
 
@@ -245,8 +245,8 @@ def _wrong_ids(batch: Batch, variant: Variant) -> list[str]:
         if name == "targets":
             bad &= ids != IGNORE
         if bad.any():
-            found = np.unique(ids[bad])[:8].tolist()
-            wrong.append(f"{name} has ids {found}, the model's are 0 to {vocab - 1}")
+            beyond = np.unique(ids[bad])[:8].tolist()
+            wrong.append(f"{name} has ids {beyond}, the model's are 0 to {vocab - 1}")
     return wrong
 
 

@@ -58,10 +58,10 @@ def encode_frames(
 
     Those of the last `VIDEOS_KEPT` videos are kept. Raises as `read_frames`.
     """
-    found = _kept_frames(os.fspath(path), wanted, quality, _state(path))
-    if isinstance(found, str):
-        raise VideoError(found)
-    return found
+    frames_or_error = _kept_frames(os.fspath(path), wanted, quality, _state(path))
+    if isinstance(frames_or_error, str):
+        raise VideoError(frames_or_error)
+    return frames_or_error
 
 
 def _state(path: str | os.PathLike[str]) -> tuple[int, ...]:

@@ -307,13 +307,13 @@ def test_streamed_tokens_are_those_of_the_whole_loop(model, settings):
 
 def test_one_program_for_all_settings(model, greedy):
     batch = make_batch()
-    sample = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_new_tokens": 2}
-    generate(model, batch, **sample)
+    sampling = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_new_tokens": 2}
+    generate(model, batch, **sampling)
     with count_compiles() as compiled:
         generate(model, batch)
         generate(model, batch, repetition_penalty=2, min_new_tokens=3)
         for change in ({"temperature": 2}, {"top_k": None}, {"top_p": 1}, {"min_new_tokens": 0}):
-            generate(model, batch, **(sample | change))
+            generate(model, batch, **(sampling | change))
         generate((model[0], random_params(model[0].variant, seed=1)), batch)
     assert len(compiled) == 0
     with count_compiles() as compiled:  # and the counter counts

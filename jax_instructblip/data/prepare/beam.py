@@ -85,9 +85,9 @@ def prepare_with_beam(
     draft = done.parent / "beam"
     shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
     try:
-        made = builder.JaxInstructblipRecords(config=config, data_dir=os.fspath(draft))
+        tfds_builder = builder.JaxInstructblipRecords(config=config, data_dir=os.fspath(draft))
         with builder.quiet():
-            made.download_and_prepare(
+            tfds_builder.download_and_prepare(
                 file_format="array_record",
                 download_config=tfds.download.DownloadConfig(
                     compute_stats=tfds.download.ComputeStatsMode.SKIP,
@@ -96,19 +96,19 @@ def prepare_with_beam(
                     beam_options=PipelineOptions(list(options)),
                 ),
             )
-        folder = pathlib.Path(made.data_path)
+        folder = pathlib.Path(tfds_builder.data_path)
         report: dict[str, Any] = {"name": dataset.name, "version": shards.VERSION, "splits": {}}
         report["options"] = kept
         for split in read.values():
-            found = shards.summary(dataset, split, _notes(made.info.splits[split.name]))
-            found["left_out_count"] = split.records - found["records"]
-            if found["left_out_count"] > max_missing * split.records:
+            counts = shards.summary(dataset, split, _notes(tfds_builder.info.splits[split.name]))
+            counts["left_out_count"] = split.records - counts["records"]
+            if counts["left_out_count"] > max_missing * split.records:
                 raise shards.PrepareError(
-                    f"{dataset.name} {split.name}: {found['left_out_count']} of {split.records} "
+                    f"{dataset.name} {split.name}: {counts['left_out_count']} of {split.records} "
                     f"records have no usable image, more than {max_missing:.1%}; complete the "
                     "images, or raise --max_missing (without Beam the report names them)"
                 )
-            report["splits"][split.name] = found
+            report["splits"][split.name] = counts
         shards.write_candidates(candidates, folder)
         shards.write_report(folder, report)
         folder.rename(done)

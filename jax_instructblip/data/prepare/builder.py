@@ -192,11 +192,11 @@ def prepare(
 def _with_splits(done: pathlib.Path, splits: Splits) -> pathlib.Path:
     """The finished folder, which must have these splits and no others."""
     with quiet():
-        held = sorted(tfds.builder_from_directory(done).info.splits)
-    if held != sorted(splits):
+        present = sorted(tfds.builder_from_directory(done).info.splits)
+    if present != sorted(splits):
         raise ValueError(
-            f"{done} has the splits {', '.join(held)}, asked for are {', '.join(sorted(splits))}: "
-            "remove it, or prepare under another name or version"
+            f"{done} has the splits {', '.join(present)}, asked for are "
+            f"{', '.join(sorted(splits))}: remove it, or prepare under another name or version"
         )
     return done
 

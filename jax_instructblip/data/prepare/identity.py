@@ -138,17 +138,17 @@ def refuse_other(
       candidates: the shared candidates of the folder, and those of RAW.
     """
     wrong = list(_changed_options(report.get("options", {}), options))
-    held = report["splits"]
-    if lacking := sorted(set(names) - set(held)):
+    splits = report["splits"]
+    if lacking := sorted(set(names) - set(splits)):
         wrong.append(
-            f"it was prepared without {', '.join(lacking)} (it has {', '.join(held)}): remove it "
+            f"it was prepared without {', '.join(lacking)} (it has {', '.join(splits)}): remove it "
             "and name all splits, or prepare into another folder"
         )
     for split in read:
-        if split.name in held:
-            wrong += _changed_records(held[split.name], split)
-    for name in sorted(set(names) & set(held)):
-        left_out, count = held[name]["left_out_count"], held[name]["read"]
+        if split.name in splits:
+            wrong += _changed_records(splits[split.name], split)
+    for name in sorted(set(names) & set(splits)):
+        left_out, count = splits[name]["left_out_count"], splits[name]["read"]
         if left_out > max_missing * count:
             wrong.append(
                 f"{name}: {left_out} of {count} records were left out, more than --max_missing "
@@ -190,14 +190,14 @@ def _changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
             yield f"--{name} was {before[name]}, now it is {value}"
 
 
-def _changed_records(found: Mapping[str, Any], split: Split) -> Iterator[str]:
-    if (found["read"], found["annotations"]) != (split.records, split.digest):
+def _changed_records(recorded: Mapping[str, Any], split: Split) -> Iterator[str]:
+    if (recorded["read"], recorded["annotations"]) != (split.records, split.digest):
         yield (
-            f"{split.name}: its {found['read']} records are of other annotations than the "
+            f"{split.name}: its {recorded['read']} records are of other annotations than the "
             f"{split.records} of RAW, or were read by another version of the program"
         )
         return
-    known = found.get("pictures", {})
+    known = recorded.get("pictures", {})
     if known.get("group") == split.group:
         other = sum(a != b for a, b in zip(known["digests"], split.pictures, strict=True))
         if other:

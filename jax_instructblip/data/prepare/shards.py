@@ -130,7 +130,7 @@ def check_done(
 
     Without `read` and `candidates` it is not compared with RAW.
     """
-    held = read_candidates(done)
+    stored = read_candidates(done)
     refuse_other(
         done,
         read_report(done),
@@ -138,7 +138,7 @@ def check_done(
         read=read,
         options=options,
         max_missing=max_missing,
-        candidates=(held, held if candidates is None else candidates),
+        candidates=(stored, stored if candidates is None else candidates),
     )
 
 
@@ -360,11 +360,11 @@ def _finish(draft: pathlib.Path, name: str, report: dict[str, Any]) -> None:
     infos = [
         tfds.core.SplitInfo(
             name=split,
-            shard_lengths=[records for records, _ in found["shards"]],
-            num_bytes=found["bytes"],
+            shard_lengths=[records for records, _ in counts["shards"]],
+            num_bytes=counts["bytes"],
             filename_template=template.replace(split=split),
         )
-        for split, found in report["splits"].items()
+        for split, counts in report["splits"].items()
     ]
     with builder.quiet():
         tfds.folder_dataset.write_metadata(

@@ -167,8 +167,8 @@ def _coco(raw: pathlib.Path, path: pathlib.Path, folder: str) -> Iterator[_Image
         image = _number(row, "id", where)
         shown.add(image)
         name = text_of(row, "file_name", where)
-        given = {"captions": captions.get(image, [])}
-        said = () if hidden else texts_of(given, "captions", f"{path}: image {image}")
+        captioned = {"captions": captions.get(image, [])}
+        said = () if hidden else texts_of(captioned, "captions", f"{path}: image {image}")
         yield _Image(image, inside(raw, folder, name, where=where), said)
     stray = sorted(captions.keys() - shown)
     if stray:
@@ -221,13 +221,13 @@ def _pooled(
         said: tuple[str, ...] = ()
         if "caption" in row or not hidden:
             caption = field(row, "caption", (str, list), where)
-            given = [caption] if isinstance(caption, str) else caption
-            said = texts_of({"caption": given}, "caption", where)
+            captions = [caption] if isinstance(caption, str) else caption
+            said = texts_of({"caption": captions}, "caption", where)
         before = images.get(name)
         if before is None:
             parts = (name,) if "/" in name or not folder else (folder, name)
-            place = inside(raw, *parts, where=where)
-            images[name] = _Image(name_of(row, where), place, said)
+            file = inside(raw, *parts, where=where)
+            images[name] = _Image(name_of(row, where), file, said)
         else:
             images[name] = before._replace(captions=before.captions + said)
     yield from images.values()
@@ -265,8 +265,8 @@ def _textcaps(
         if split != "test":
             said.append(text_of(row, "caption_str", where))
     for image, said in captions.items():
-        place = pictures.find(folder, image, usual=".jpg", where=f"{path}: image {image}")
-        yield _Image(image, place, tuple(said), ocr.get(image, ()))
+        file = pictures.find(folder, image, usual=".jpg", where=f"{path}: image {image}")
+        yield _Image(image, file, tuple(said), ocr.get(image, ()))
 
 
 def _rows(document: dict[str, Any], name: str, path: pathlib.Path) -> Rows:

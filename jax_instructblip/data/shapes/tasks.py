@@ -81,10 +81,10 @@ def ask_count(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Qu
         return Question({"question": "How many shapes are there?"}, NUMBERS[len(scene.things)])
     colors = Counter(thing.color for thing in scene.things)
     forms = Counter(thing.shape for thing in scene.things)
-    found = colors if kind == 1 else forms
+    counts = colors if kind == 1 else forms
     # First the number, then what has it: otherwise nearly every answer were "one".
-    number = _pick(sorted(set(found.values())), rng)
-    name = _pick(sorted(key for key, value in found.items() if value == number), rng)
+    number = _pick(sorted(set(counts.values())), rng)
+    name = _pick(sorted(key for key, value in counts.items() if value == number), rng)
     text = f"How many shapes are {name}?" if kind == 1 else f"How many {name} shapes are there?"
     return Question({"question": text}, NUMBERS[number])
 
@@ -245,4 +245,4 @@ def _pick(values, rng: np.random.Generator):
 
 
 def _shuffled(values: list[str], rng: np.random.Generator) -> list[str]:
-    return [values[place] for place in rng.permutation(len(values))]
+    return [values[index] for index in rng.permutation(len(values))]

@@ -151,8 +151,8 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
         if sum(_unique(thing, things) for thing in things) >= 2:
             break
     row, column = int(rng.integers(GRID)), int(rng.integers(GRID - 1))
-    taken = {(row, column), (row, column + 1)}
-    free = [(r, c) for r in range(GRID) for c in range(GRID) if (r, c) not in taken]
+    used = {(row, column), (row, column + 1)}
+    free = [(r, c) for r in range(GRID) for c in range(GRID) if (r, c) not in used]
     cells = rng.permutation(len(free))[: len(things)]
     offsets = rng.uniform(-JITTER, JITTER, (len(things), 2)).round(2)
     placed = [
@@ -208,8 +208,8 @@ def _sample_things(rng: np.random.Generator) -> list[Thing]:
         colors[-3:] = colors[-1]
     names = tuple(COLORS)
     return [
-        Thing(names[color], SHAPES[shape], 0, 0, place == 0, 0.0, 0.0)
-        for place, (color, shape) in enumerate(zip(colors, shapes, strict=True))
+        Thing(names[color], SHAPES[shape], 0, 0, index == 0, 0.0, 0.0)
+        for index, (color, shape) in enumerate(zip(colors, shapes, strict=True))
     ]
 
 
