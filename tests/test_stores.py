@@ -183,7 +183,7 @@ def test_from_the_base_to_the_export_nothing_lies_on_the_disk(server, tmp_path):
         remote.put(data.parent, at["data"])
         lines = f"{at['data']}/{data.name}"
         given = fields(at["base"], lines, at["run"]) | {"train.steps": 40, "checkpoints.every": 2}
-        killed_after_a_save(given, server | programs(tmp_path / "programs"))
+        killed_after_a_save(given, server)
         steps = saved_steps(at["run"])
         assert steps and steps[-1] < 40
         config = ROOT / "configs" / "custom_jsonl.py"
@@ -216,13 +216,6 @@ def test_from_the_base_to_the_export_nothing_lies_on_the_disk(server, tmp_path):
         picture = str(data.parent / image)
         blip = jax_instructblip.load(again)
         assert blip.generate(picture, prompt, max_new_tokens=3)[0].tokens == answer.tokens
-
-
-def programs(folder):
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(folder),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
 
 
 def killed_after_a_save(given, environment):
