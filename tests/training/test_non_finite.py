@@ -12,7 +12,9 @@ INFINITE = {"loss": 1.0, "gradient_norm": float("inf")}
 
 
 def make(folder, skip=True, limit=3, steps=(4,)):
-    checkpoints = types.SimpleNamespace(steps=lambda: list(steps), place=lambda step: f"run/{step}")
+    checkpoints = types.SimpleNamespace(
+        steps=lambda: list(steps), location=lambda step: f"run/{step}"
+    )
     ids = lambda number: [f"record:{number}"]
     return NonFiniteGuard(folder, skip=skip, limit=limit, ids=ids, checkpoints=checkpoints)
 
