@@ -85,8 +85,9 @@ def text_processor(flags: argparse.Namespace) -> Any:
 def ours(flags: argparse.Namespace, augment: bool) -> Iterator[Any]:
     """Batches as a training run reads them, on the device."""
     from jax_instructblip.data import loader
-    from jax_instructblip.data.mixture import Mixture, Source, TrainBatches
+    from jax_instructblip.data.mixture import Mixture, Source
     from jax_instructblip.data.prepare import builder
+    from jax_instructblip.data.train_batches import TrainBatches
     from jax_instructblip.parallel.mesh import batch_sharding, make_mesh
 
     records: Any = builder.source(flags.work, flags.dataset, "train")

@@ -49,6 +49,10 @@ def get_config() -> ConfigDict:
     # model's pixels: 0.6 saves a third of the time and gives other pixels, 5 of 255 away in the
     # mean (`python -m benchmarks.crop_decoding --photos DIR`).
     config.data.min_decode_ratio = 0.0
+    config.data.rand_augment = False  # after it, two operations as the released FlanT5 training has
+    config.data.exif = True  # photographs are turned upright; False: as the released code
+    config.data.text_processor = "paper"  # "lavis": questions and captions in lower case, no marks
+    config.data.dialogue = "plain"  # earlier rounds one after the other; "q_a": `q: ... a: ...`
     config.data.threads = 8  # that make batches
     config.data.sampling = "sqrt"  # of sizes; ablations: "uniform", "proportional"
     config.data.instructions = "templates"  # ablations: "plain" input, or "tag" of task and dataset

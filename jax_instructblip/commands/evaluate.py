@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.evaluation.protocol import BENCHMARKS, table
-from jax_instructblip.evaluation.settings import DECODING, MODES, NAMES, PLACES
+from jax_instructblip.evaluation.settings import DECODING, MODES, NAMES, PLACES, SHOWING
 from jax_instructblip.inference.generation_config import add_flags
 from jax_instructblip.models.variants import DTYPES
 from jax_instructblip.parallel import membership
@@ -90,6 +90,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--candidates", type=Path, metavar="FILE", help="one a line, of msvd_qa and msrvtt_qa")
     add_flags(group, *DECODING, unset=True)
     add("--length_normalise", action="store_true", default=None, help="of a ranking: mean, not sum")
+    group = parser.add_argument_group("how records are shown, where paper and released code differ")
+    add = group.add_argument
+    add(
+        "--text_processor",
+        choices=SHOWING["text_processor"],
+        help="(paper) lavis: questions in lower case",
+    )
+    add("--dialogue", choices=SHOWING["dialogue"], help="(plain) q_a: `q: ... a: ...`")
+    add(
+        "--image_crop",
+        choices=SHOWING["image_crop"],
+        help="(squash) center: the middle, not squashed",
+    )
+    add("--ignore_exif", action="store_true", help="photographs are not turned upright")
     group = parser.add_argument_group("where the model lies")
     add = group.add_argument
     add("--dtype", choices=DTYPES, help="(bfloat16, on a CPU float32)")

@@ -48,17 +48,18 @@ class ImageError(ValueError):
     """An image cannot be used; the message names the file and the reason."""
 
 
-def decode(source: Source, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An upright RGB image of 8 bits a channel, or an `ImageError` with file name and reason.
+def decode(source: Source, *, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Image.Image:
+    """An RGB image of 8 bits a channel, or an `ImageError` with file name and reason.
 
     `source` is a path, an address of a store, the bytes of an image file, a PIL image or a uint8
-    array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. The EXIF orientation is applied; of an
-    animation the first frame is taken; transparency is dropped, not blended (Pillow's
-    `convert("RGB")`, as in the released code); 16-bit gray keeps its high byte, as Pillow does for
-    16-bit colour. The number of pixels is compared with `max_pixels` before any pixel is decoded.
+    array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. The EXIF orientation is applied where `upright`
+    (the released code leaves photographs as they lie in the file); of an animation the first frame
+    is taken; transparency is dropped, not blended (Pillow's `convert("RGB")`, as in the released
+    code); 16-bit gray keeps its high byte, as Pillow does for 16-bit colour. The number of pixels
+    is compared with `max_pixels` before any pixel is decoded.
     """
     with _opened(source, max_pixels) as image:
-        return _upright_rgb(image)
+        return _rgb(image, upright)
 
 
 def resize_squash(image: Image.Image, size: int) -> np.ndarray:
@@ -67,6 +68,22 @@ def resize_squash(image: Image.Image, size: int) -> np.ndarray:
     Bicubic with antialiasing, the released `blip_image_eval`.
     """
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def resize_center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """Pixels [size, size, 3] uint8 of the middle, the shorter side scaled to `size` (evaluation).
+
+    Bicubic with antialiasing, the released `clip_image_eval`.
+    """
+    short = min(image.size)
+    width, height = (size * each // short for each in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+# What an evaluation sees of an image.
+CROPS = {"squash": resize_squash, "center": resize_center_crop}
 
 
 def random_resized_crop_flip(
@@ -78,6 +95,7 @@ def random_resized_crop_flip(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     min_ratio: float = 0.0,
     max_pixels: int = MAX_PIXELS,
+    upright: bool = True,
 ) -> np.ndarray:
     """Pixels [size, size, 3] uint8 of a random part of the image, mirrored half of the time.
 
@@ -87,20 +105,20 @@ def random_resized_crop_flip(
     A JPEG is decoded at a half, a quarter or an eighth of its sides where the part then still has
     `min_ratio` times size x size pixels; 0 or inf: never. The part is the same one, its pixels
     differ a little (the decoder averages blocks, and with `min_ratio` below 1 a part may be
-    enlarged again). Sources and errors are as in `decode`.
+    enlarged again). Sources, `upright` and errors are as in `decode`.
     """
     with _opened(source, max_pixels) as image:
         # The header of a JPEG tells its size; a TIFF turns itself while it is decoded.
         reducible = image.format == "JPEG" and image is not source and 0 < min_ratio < math.inf
         if not reducible:
-            image = _upright_rgb(image)
+            image = _rgb(image, upright)
         width, height = image.size
-        if reducible and _orientation(image) in _SIDEWAYS:
+        if reducible and upright and _orientation(image) in _SIDEWAYS:
             width, height = height, width
         box = _random_box(width, height, rng, scale, ratio)
         if reducible:
             factor = _reduction(box[2] * box[3], min_ratio * size * size)
-            image = _reduced(image, factor)
+            image = _reduced(image, factor, upright)
     across, down = image.width / width, image.height / height  # 1, or less where it is reduced
     left, top = round(box[0] * across), round(box[1] * down)
     right, bottom = round((box[0] + box[2]) * across), round((box[1] + box[3]) * down)
@@ -163,8 +181,8 @@ def _open(source: Source, files: contextlib.ExitStack) -> Image.Image:
     return files.enter_context(Image.open(file, formats=_KNOWN_FORMATS))
 
 
-def _reduced(image: Image.Image, factor: int) -> Image.Image:
-    """The JPEG behind `image`, upright and RGB, decoded at one `factor`-th of its sides.
+def _reduced(image: Image.Image, factor: int, upright: bool = True) -> Image.Image:
+    """The JPEG behind `image`, RGB, turned or not, decoded at one `factor`-th of its sides.
 
     The pixels are those of Pillow, whose own decoding takes a tenth more time; it is left what is
     not plain: gray and CMYK, and whatever is damaged, so that it decides what can be used.
@@ -175,10 +193,11 @@ def _reduced(image: Image.Image, factor: int) -> Image.Image:
         height, width = -(-image.height // factor), -(-image.width // factor)
         with contextlib.suppress(ValueError):
             pixels = simplejpeg.decode_jpeg(file.read(), min_height=height, min_width=width)
-            upright, turn = Image.fromarray(pixels), _UPRIGHT.get(_orientation(image))
-            return upright.transpose(turn) if turn is not None else upright
+            turn = _UPRIGHT.get(_orientation(image)) if upright else None
+            reduced = Image.fromarray(pixels)
+            return reduced.transpose(turn) if turn is not None else reduced
     image.draft(None, (image.width // factor, image.height // factor))  # pyright: ignore
-    return _upright_rgb(image)
+    return _rgb(image, upright)
 
 
 def _reduction(pixels: int, min_pixels: float) -> int:
@@ -223,10 +242,10 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         )
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, upright: bool) -> Image.Image:
     image.load()
     # After load(): the TIFF reader turns the image itself and then forgets the orientation.
-    turn = _UPRIGHT.get(_orientation(image))
+    turn = _UPRIGHT.get(_orientation(image)) if upright else None
     if image.mode.startswith("I"):
         image = _eight_bits(image)
     elif image.mode == "F":

@@ -11,7 +11,7 @@ from absl import flags
 from jax.sharding import NamedSharding
 
 from jax_instructblip.data.batch import slot_counts
-from jax_instructblip.data.mixture import TrainBatches
+from jax_instructblip.data.train_batches import TrainBatches
 
 # Keys of a batch that only the host looks at.
 HOST_KEYS = ("truncated", "replaced")

@@ -1,33 +1,22 @@
-"""The order of training samples: shuffle, mix by weight, template, tokens and pixels, batch.
+"""The order of training samples: sources shuffled, mixed by weight, turned into prompt and answer.
 
-Sample k of a run, k = 0, 1, 2, ..., is a function of (seed, k) alone, and batch s holds the samples
-s x B ... (s + 1) x B - 1. Nothing is remembered between batches, so a run resumes at any step, on
-any number of hosts, with the same samples; a host reads only its own rows of each *global* batch.
-(Slicing the mixture by host would alias with its periodic pattern.)
+    sources --shuffled, repeated, mixed by weight--> sample k --template--> prompt, answer
 
-    sources --shuffled, repeated, mixed by weight--> k --template--> prompt, answer --> example
+Sample k of a run, k = 0, 1, 2, ..., is a function of (seed, k) alone: nothing is remembered.
 """
 
 import dataclasses
 import functools
 import hashlib
-import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import grain
 import numpy as np
 
-from jax_instructblip.data import images, templates
-from jax_instructblip.data.batch import bucket, collate, deal, round_up
+from jax_instructblip.data import templates
 from jax_instructblip.data.records import Record
-from jax_instructblip.data.spec import IGNORE, Batch
-from jax_instructblip.data.text import TextProcessor
-
-ATTEMPTS = 100  # replacements tried for one sample before the run stops
-FITTING = 20  # replacements passed over for their length before one is cut
-WARNINGS = 10  # replaced samples that are named one by one
 
 # Weight of a source of n records: the paper's, and the two it was compared with.
 SAMPLING: dict[str, Callable[[int], float]] = {
@@ -41,8 +30,6 @@ INSTRUCTIONS: dict[str, Callable[["Source"], str | None]] = {
     "plain": lambda source: "",
     "tag": lambda source: f"[{':'.join(filter(None, (source.family, source.name)))}]",
 }
-
-Example = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +77,7 @@ class Mixture:
         *,
         sampling: str = "sqrt",
         instructions: str = "templates",
+        style: templates.TextStyle = templates.PAPER,
     ):
         """Raises `ValueError` without sources, with two of one name, or for an unknown rule."""
         for name, value, known in (
@@ -103,13 +91,14 @@ class Mixture:
             raise ValueError(f"sources {names}: expected at least one, and different names")
         self.sources = tuple(sources)
         self.seed, self.sampling, self.instructions = seed, sampling, instructions
+        self.style = style
         size = SAMPLING[sampling]
         weights = [source.weight or size(len(source.records)) for source in sources]
         self.shares = [weight / sum(weights) for weight in weights]
         parts = [
             # Seeded by name, so that another source beside it does not change a source's order.
             grain.MapDataset.range(len(source.records))
-            .shuffle(seed=int(_digest([seed, source.name])[:8], 16))
+            .shuffle(seed=int(digest_of([seed, source.name])[:8], 16))
             .repeat()
             .map(functools.partial(_pair, number))
             for number, source in enumerate(sources)
@@ -139,11 +128,13 @@ class Mixture:
             [s.name, s.digest, len(s.records), s.templates, f"{share:.9f}"]
             for s, share in zip(self.sources, self.shares, strict=True)
         ]
-        return _digest([self.seed, self.instructions, *rows])
+        style = [] if self.style == templates.PAPER else [repr(self.style)]
+        return digest_of([self.seed, self.instructions, *style, *rows])
 
     def instruct(self, source: Source, record: Record, rng: np.random.Generator) -> tuple[str, str]:
         """Prompt and answer of a record of that source, by the mixture's kind of instructions."""
-        return instruct(record, source.templates, rng, INSTRUCTIONS[self.instructions](source))
+        tag = INSTRUCTIONS[self.instructions](source)
+        return instruct(record, source.templates, rng, tag, self.style)
 
     def table(self) -> str:
         """The sources, their sizes and their shares, for people."""
@@ -155,236 +146,44 @@ class Mixture:
         return "\n".join(lines)
 
 
-class TrainBatches:
-    """Random access to batches: `batches[s]` holds this host's rows of the global batch s.
-
-    Besides the keys of a training batch it has, for each sample of these rows in turn, `truncated`
-    [b, 3], and `replaced` [b], int32: how many unusable records were passed over before it.
-    """
-
-    def __init__(
-        self,
-        mixture: Mixture,
-        text: TextProcessor,
-        *,
-        batch_size: int,
-        steps: int,
-        samples_per_row: int = 1,
-        buckets: Sequence[int] = (),
-        augment: bool = True,
-        min_decode_ratio: float = 0.0,
-        rows: np.ndarray | None = None,
-    ):
-        """`batch_size` samples make a global batch; `rows` are the numbers of this host's rows.
-
-        With one sample a row, texts are padded to the smallest of `buckets` that holds the longest
-        one of the *global* batch, or else to the text's limit. Rows of several are as wide as the
-        widest of the batch, rounded up (`round_up`). Rows with fewer images than others get black
-        ones that nothing sees. `augment` crops and mirrors; without, the whole image is squashed to
-        the model's size (mirrored images would spoil reading, left and right). `min_decode_ratio`
-        is the `min_ratio` of `images.random_resized_crop_flip`.
-
-        Raises:
-            ValueError: `samples_per_row` does not divide the batch.
-        """
-        if samples_per_row < 1 or batch_size % samples_per_row:
-            raise ValueError(
-                f"{samples_per_row} samples a row do not divide a batch of {batch_size}"
-            )
-        self.mixture, self.text = mixture, text
-        self.batch_size, self.steps = batch_size, steps
-        self.samples_per_row, self.row_count = samples_per_row, batch_size // samples_per_row
-        self.augment, self.min_decode_ratio = augment, min_decode_ratio
-        self.rows = np.arange(self.row_count) if rows is None else rows
-        self.buckets = {name: _cut(buckets, limit) for name, limit in _limits(text).items()}
-        self._warned = 0
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> Batch:
-        first = step * self.batch_size
-        # Looked at by all hosts, the texts of all samples tell each who shares a row, and its size.
-        found = {sample: self._text(first + sample) for sample in range(self.batch_size)}
-        sizes = [self._size(*each[1:]) for each in found.values()]
-        shared = deal([(size["slots"], size["targets"]) for size in sizes], self.row_count)
-        chosen = [int(sample) for sample in shared[self.rows].flat]
-        made = [self._whole(first + sample, *found[sample]) for sample in chosen]
-        llm = self.text.variant.llm
-        batch = collate(
-            [example for _, example in made],
-            visual_tokens=self.text.variant.visual_tokens,
-            samples_per_row=self.samples_per_row,
-            lengths=self._lengths(sizes, shared),
-            pad_id=llm.pad_id,
-            qformer_pad_id=cast(int, self.text.qformer.pad_token_id or 0),
-        )
-        return batch | {"replaced": np.array([attempt for attempt, _ in made], np.int32)}
-
-    def _check_positions(self, record: Record, example: Example) -> None:
-        most, size = self.text.variant.llm.max_positions, self._size(record, example)
-        if most is not None and size["slots"] > most:
-            raise ValueError(
-                f"it has {size['slots']} slots ({size['images']} images, {size['tokens']} tokens), "
-                f"the language model has {most} positions: lower prompt_limit or answer_limit"
-            )
-
-    def _size(self, record: Record, example: Example) -> dict[str, int]:
-        """The room that a sample takes in a row, by kind."""
-        tokens, count = len(example["tokens"]), len(record.images)
-        return {
-            "images": count,
-            "tokens": tokens,
-            "slots": tokens + count * self.text.variant.visual_tokens,
-            "qformer_tokens": len(example["qformer_tokens"]),
-            "targets": int((example["targets"] != IGNORE).sum()),
-        }
-
-    def _lengths(self, sizes: Sequence[Mapping[str, int]], shared: np.ndarray) -> dict[str, int]:
-        """The width of all rows of the global batch; a few widths, so that programs are few."""
-        sums = {
-            name: max(sum(sizes[sample][name] for sample in row) for row in shared)
-            for name in ("images", "slots", "targets")
-        }
-        longest = lambda name: bucket(max(s[name] for s in sizes), self.buckets[name], name)
-        lengths = {"images": sums["images"], "qformer_tokens": longest("qformer_tokens")}
-        if self.samples_per_row > 1:
-            return lengths | {name: round_up(sums[name]) for name in ("slots", "targets")}
-        visual = sums["images"] * self.text.variant.visual_tokens
-        return lengths | {"slots": visual + longest("tokens"), "targets": longest("targets")}
-
-    def ids(self, step: int) -> list[str]:
-        """The ids of the records of the global batch `step`."""
-        first = step * self.batch_size
-        return [self.mixture.record(first + row)[1].id for row in range(self.batch_size)]
-
-    def fingerprint(self) -> str:
-        """A sha256 of mixture and batch size: with another one a step would hold other samples.
-
-        Who shares a row is no part of it: that changes no sample.
-        """
-        return _digest([self.mixture.fingerprint(), self.batch_size])
-
-    def _text(
-        self, place: int, attempt: int = 0, room: Example | None = None
-    ) -> tuple[int, Record, Example]:
-        """The first attempt whose text can be used, its record, its tokens cut to `room`."""
-        while True:
-            source, index = self.mixture.find(place, attempt)
-            name = f"record {index} of {source.name}"
-            try:
-                record = source.records[index]
-                name = record.id
-                if problems := record.text_problems():
-                    raise ValueError("; ".join(problems))
-                rng = self.mixture.rng(place, attempt, use="text")
-                prompt, answer = self.mixture.instruct(source, record, rng)
-                example = self.text.example(prompt, answer, room)
-                self._check_positions(record, example)
-                return attempt, record, example
-            except ValueError as error:
-                attempt = self._next(source, name, attempt, error)
-
-    def _whole(
-        self, place: int, attempt: int, record: Record, example: Example
-    ) -> tuple[int, Example]:
-        """The example with its pixels; where they cannot be read, another one in its room.
-
-        Rows are laid out before pixels are read, so nothing of the other may be longer. Where none
-        of `FITTING` others is as short, the next one is cut.
-        """
-        room, source = self._size(record, example), self.mixture.find(place)[0]
-        limits, passed = example, 0
-        while True:
-            try:
-                return attempt, example | {"images": self._pixels(record, place, attempt)}
-            except images.ImageError as error:
-                attempt = self._next(source, record.id, attempt, error)
-            attempt, record, example = self._text(place, attempt)
-            while not _fits(self._size(record, example), room):
-                passed += 1
-                if passed > FITTING:
-                    attempt, record, example = self._text(place, attempt, limits)
-                    kept = record.images[: room["images"]]
-                    record = dataclasses.replace(record, images=kept)
-                    break
-                attempt = self._next(source, record.id, attempt, _TOO_LONG)
-                attempt, record, example = self._text(place, attempt)
-
-    def _pixels(self, record: Record, place: int, attempt: int) -> np.ndarray:
-        size = self.text.variant.vision.image_size
-        frames = []
-        for source in record.images:
-            if self.augment:
-                # The same numbers for every frame: a video is cropped alike throughout.
-                rng = self.mixture.rng(place, attempt, use="image")
-                crop = images.random_resized_crop_flip
-                frames.append(crop(source, size, rng, min_ratio=self.min_decode_ratio))
-            else:
-                frames.append(images.resize_squash(images.decode(source), size))
-        return np.stack(frames)
-
-    def _next(self, source: Source, name: str, attempt: int, error: Exception) -> int:
-        if error is not _TOO_LONG and self._warned < WARNINGS:
-            self._warned += 1
-            text = f"{name}: replaced: {error}".encode("utf-8", "backslashreplace").decode()
-            logging.getLogger(__name__).warning(text)
-        if attempt >= ATTEMPTS:
-            raise ValueError(
-                f"{ATTEMPTS} records of source {source.name!r} in a row cannot be used, the last "
-                f"one being {name!r} ({error}); `jax-instructblip check` lists what is wrong"
-            )
-        return attempt + 1
-
-
 def instruct(
-    record: Record, kind: str, rng: np.random.Generator, tag: str | None = None
+    record: Record,
+    kind: str,
+    rng: np.random.Generator,
+    tag: str | None = None,
+    style: templates.TextStyle = templates.PAPER,
 ) -> tuple[str, str]:
     """Prompt and answer of a training sample.
 
     The answer is drawn evenly from the distinct ones (as the released code does), the template
     evenly from the list `kind`; without `kind` the record's prompt is an instruction already. For
     `question_generation` question and answer change places. With a `tag` no template is used: the
-    prompt is the tag and the bare input, as in the paper's ablation of instructions.
+    prompt is the tag and the bare input, as in the paper's ablation of instructions. `style` says
+    how questions, captions and dialogues are written; what brings its own instruction is left.
     """
     if not record.answers:
         raise ValueError("it has no answer")
     distinct = tuple(dict.fromkeys(record.answers))
     answer = distinct[int(rng.integers(len(distinct)))]
     turned = kind == "question_generation"
+    if not kind:
+        style = dataclasses.replace(style, processor="paper")
+    if kind == "caption":
+        answer = style.caption(answer)
     if tag is not None:
-        bare = templates.format_prompt("{answer}" if turned else "{question}", record, answer)
-        prompt = f"{tag} {bare}".strip()
+        bare = "{answer}" if turned else "{question}"
+        prompt = f"{tag} {templates.format_prompt(bare, record, answer, style)}".strip()
     else:
         choices = templates.TEMPLATES[kind] if kind else ("{question}",)
-        prompt = templates.format_prompt(choices[int(rng.integers(len(choices)))], record, answer)
-    return prompt, record.prompt if turned else answer
-
-
-# Records that are passed over so are usable, and are not named one by one.
-_TOO_LONG = ValueError("it has more images, or a longer text, than the one that it would replace")
-
-
-def _fits(size: Mapping[str, int], room: Mapping[str, int]) -> bool:
-    return all(size[name] <= room[name] for name in room)
-
-
-def _limits(text: TextProcessor) -> dict[str, int]:
-    """The most tokens of the texts of a sample."""
-    limits = {"qformer_tokens": text.qformer_limit, "tokens": text.prompt_limit}
-    if text.variant.llm.encoder_decoder:
-        return limits | {"targets": text.answer_limit}
-    answer = text.answer_limit - 1  # of which the first, which is dropped, is counted
-    return limits | {"tokens": text.prompt_limit + answer, "targets": answer}
-
-
-def _cut(buckets: Sequence[int], limit: int) -> tuple[int, ...]:
-    return tuple(sorted({size for size in buckets if size < limit} | {limit}))
+        template = choices[int(rng.integers(len(choices)))]
+        prompt = templates.format_prompt(template, record, answer, style)
+    return prompt, style.question(record.prompt) if turned else answer
 
 
 def _pair(number: int, index: int) -> tuple[int, int]:
     return number, index
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """The sha256 of how Python writes the value."""
     return hashlib.sha256(repr(value).encode()).hexdigest()

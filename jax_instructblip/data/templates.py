@@ -5,9 +5,11 @@ Those of captioning, question answering and question generation are InstructBLIP
 Which template a sample gets is a function of the caller's random number, never of a global state.
 """
 
+import dataclasses
 import string
 
 from jax_instructblip.data.records import Record
+from jax_instructblip.data.text_processors import PROCESSORS, process_caption, process_question
 
 OCR_TOKENS = 30  # of those read in the image, how many stand in a prompt (as the released code)
 
@@ -72,6 +74,48 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 
+DIALOGUES = ("plain", "q_a")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextStyle:
+    """The way in which the texts of records are written, where paper and released code differ.
+
+    Attributes:
+      processor: "paper" leaves questions and captions as they are; "lavis" puts them in lower case
+        without marks (`text_processors.py`).
+      dialogue: "plain" writes earlier rounds one after the other; "q_a" as `q: ... a: ...`.
+    """
+
+    processor: str = "paper"
+    dialogue: str = "plain"
+
+    def __post_init__(self):
+        for name, known in (("processor", PROCESSORS), ("dialogue", DIALOGUES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
+                )
+
+    def question(self, text: str) -> str:
+        """The question of a prompt, or one that is to be generated."""
+        return process_question(text) if self.processor == "lavis" else text
+
+    def caption(self, text: str) -> str:
+        """The caption that is to be generated."""
+        return process_caption(text) if self.processor == "lavis" else text
+
+    def history(self, rounds: tuple[tuple[str, str], ...]) -> str:
+        """The earlier rounds of a dialogue on one line."""
+        marks = ("q: ", "a: ") if self.dialogue == "q_a" else ("", "")
+        return " ".join(
+            mark + text for each in rounds for mark, text in zip(marks, each, strict=True)
+        )
+
+
+PAPER = TextStyle()
+
+
 def render_options(choices: tuple[str, ...]) -> str:
     """The choices on one line: `(a) blue (b) yellow (c) pink`.
 
@@ -106,7 +150,7 @@ def placeholders(template: str) -> set[str]:
     return {name for _, name, _, _ in string.Formatter().parse(template) if name}
 
 
-def format_prompt(template: str, record: Record, answer: str = "") -> str:
+def format_prompt(template: str, record: Record, answer: str = "", style: TextStyle = PAPER) -> str:
     """The prompt of a record: the template, filled with what the record holds.
 
     Placeholders: `{question}` the record's prompt, `{answer}`, `{options}`, `{context}`, `{ocr}`,
@@ -118,11 +162,11 @@ def format_prompt(template: str, record: Record, answer: str = "") -> str:
     """
     named = placeholders(template)
     fields = {
-        "question": record.prompt,
+        "question": style.question(record.prompt),
         "answer": answer,
         "context": record.context,
         "ocr": ", ".join(record.ocr[:OCR_TOKENS]),
-        "history": " ".join(text for turn in record.history for text in turn),
+        "history": style.history(record.history),
     }
     if "options" in named:
         fields["options"] = render_options(record.choices)

@@ -82,7 +82,7 @@ def _open(task: Task, number: int, side: int) -> tuple[np.ndarray | None, str]:
     if task.black:
         return _black(len(task.without_images(number).images), side), ""
     try:
-        return batching.pixels(task.with_images(number).images, side), ""
+        return batching.pixels(task.with_images(number).images, side, task.crop, task.upright), ""
     except ValueError as error:
         return None, str(error)
 

@@ -103,6 +103,7 @@ def open_tasks(settings: Settings, llm: str) -> list[Task]:
         except (ValueError, OSError) as error:
             wrong.append(str(error))
             continue
+        task = dataclasses.replace(task, **settings.showing())
         if benchmark.name == "visual_dialog":
             task = dataclasses.replace(task, relevance=relevance)
         tasks.append(task)

@@ -65,9 +65,8 @@ def measure_families(
     for split in settings.split.split(",") if settings.split else _test_splits(data):
         records, digest = open_records(data, split)
         digest = families.content_digest(records, digest) if data.endswith(_LINES) else digest
-        tasks.append(
-            families.family_task(split, records, config, digest=digest, limit=settings.limit)
-        )
+        task = families.family_task(split, records, config, digest=digest, limit=settings.limit)
+        tasks.append(dataclasses.replace(task, **settings.showing()))
     out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written: now, not afterwards
     blip = load(settings.checkpoint, dtype=settings.dtype)
     weights = weights_digest(blip.source or read_source(settings.checkpoint))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_instructblip.data import images, templates, text_processors
 from jax_instructblip.fields import find_problems, whole
 from jax_instructblip.files import find_addresses, local_path
 from jax_instructblip.remote import address_of
@@ -27,7 +28,23 @@ NUMBERS = {
 
 PLACES = ("checkpoint", "data", "out", "predictions", "candidates", "relevance")  # or addresses
 _PATHS = ("out", "predictions", "candidates", "relevance")
-_ANSWERING = ("checkpoint", "batch_size", "dtype", "fsdp", "tensor", "no_baselines", *OVERRIDES)
+# How records are shown, where paper and released code differ.
+SHOWING = {
+    "text_processor": text_processors.PROCESSORS,
+    "dialogue": templates.DIALOGUES,
+    "image_crop": tuple(images.CROPS),
+}
+_ANSWERING = (
+    *SHOWING,
+    "ignore_exif",
+    "checkpoint",
+    "batch_size",
+    "dtype",
+    "fsdp",
+    "tensor",
+    "no_baselines",
+    *OVERRIDES,
+)
 _OF_DATASETS = ("prompt", "mode", "candidates", "relevance", "length_normalise")
 
 
@@ -48,6 +65,11 @@ class Settings:
       predictions: a file of answers that were made before, which are scored.
       relevance: a file of dense annotations, for visual_dialog's NDCG.
       no_baselines: of families, whether `blind` and `before` are left out.
+      text_processor, dialogue: "lavis" and "q_a" write questions and dialogues as the released code
+        does (`templates.TextStyle`).
+      image_crop: "center" shows the middle of an image, as the released evaluation of COCO and
+        OK-VQA; by default all of it, squashed.
+      ignore_exif: whether photographs are left as they lie in the file.
       prompt: with placeholders `{question} {options} {context} {ocr} {history} {answer}`.
       mode: "rank" to rank candidates, "generate" to generate.
       candidates: a file of candidates, one a line, of msvd_qa and msrvtt_qa.
@@ -69,6 +91,10 @@ class Settings:
     predictions: Path | None = None
     relevance: Path | None = None
     no_baselines: bool = False
+    text_processor: str | None = None
+    dialogue: str | None = None
+    image_crop: str | None = None
+    ignore_exif: bool = False
     prompt: str | None = None
     mode: str | None = None
     candidates: Path | None = None
@@ -115,6 +141,10 @@ class Settings:
                 problems.append(f"{name} is {getattr(self, name)!r:.60}, expected text")
         if self.mode not in (None, *MODES):
             problems.append(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}")
+        for name, known in SHOWING.items():
+            if getattr(self, name) not in (None, *known):
+                expected = f"expected one of {', '.join(known)}"
+                problems.append(f"{name} is {getattr(self, name)!r:.60}, {expected}")
         if problems:
             raise ValueError("; ".join(problems))
         given = {name for name in NAMES if getattr(self, name) != getattr(_DEFAULTS, name)}
@@ -139,6 +169,12 @@ class Settings:
         if self.checkpoint is None and not self.predictions:
             or_else = ", or --predictions of answers made before" if self.datasets else ""
             raise ValueError(f"--checkpoint: needed{or_else}")
+
+    def showing(self) -> dict[str, Any]:
+        """The fields of a `Task` that say how its records are shown."""
+        style = templates.TextStyle(self.text_processor or "paper", self.dialogue or "plain")
+        crop = self.image_crop or "squash"
+        return {"style": style, "crop": crop, "upright": not self.ignore_exif}
 
     def overrides(self) -> dict[str, Any]:
         """The settings of decoding and ranking that are given, by name."""

@@ -15,7 +15,7 @@ from jax_instructblip.data.prepare import builder, shards
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import prepared_folder
-from jax_instructblip.data.templates import format_prompt
+from jax_instructblip.data.templates import PAPER, TextStyle, format_prompt
 from jax_instructblip.evaluation.metrics.metric import MetricError, listed
 from jax_instructblip.evaluation.metrics.table import RANKED
 from jax_instructblip.evaluation.protocol import Protocol
@@ -37,6 +37,9 @@ class Task:
       videos: whether images are paths of video files.
       relevance: of Visual Dialog the judgements of candidates, by id (`read_relevance`).
       black: whether black images are shown: what is right then was guessed from the question.
+      style: how questions and dialogues are written.
+      crop: what is seen of an image, a name of `images.CROPS`.
+      upright: whether photographs are turned as their EXIF says.
     """
 
     protocol: Protocol
@@ -48,6 +51,9 @@ class Task:
     videos: bool = False
     relevance: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     black: bool = False
+    style: TextStyle = PAPER
+    crop: str = "squash"
+    upright: bool = True
 
     @property
     def name(self) -> str:
@@ -68,7 +74,7 @@ class Task:
     def prompt(self, record: Record) -> str:
         """The prompt about the record; where it asks for a question, it has the first answer."""
         return format_prompt(
-            self.protocol.prompt, record, record.answers[0] if record.answers else ""
+            self.protocol.prompt, record, record.answers[0] if record.answers else "", self.style
         )
 
     def choices(self, record: Record) -> tuple[str, ...]:
@@ -88,6 +94,12 @@ class Task:
         }
         if self.black:
             facts["images"] = "black"
+        if self.style != PAPER:
+            facts["style"] = dataclasses.asdict(self.style)
+        if self.crop != "squash":
+            facts["crop"] = self.crop
+        if not self.upright:
+            facts["exif"] = "ignored"
         if self.protocol.ranking and self.protocol.words:
             facts["words"] = [list(words) for words in self.protocol.words]
         if self.candidates:

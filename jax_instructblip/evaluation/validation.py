@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import dataset_name
+from jax_instructblip.data.templates import PAPER, TextStyle
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import answering, families
 from jax_instructblip.evaluation.grouping import plan
@@ -58,6 +59,8 @@ def evaluate(
     max_new_tokens: int = 30,
     path: str = "",
     split: str = "",
+    style: TextStyle = PAPER,
+    upright: bool = True,
     take_samples: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> dict[str, float]:
     """Scores of the model on the validation records: the headline metric first, `score` last.
@@ -67,7 +70,8 @@ def evaluate(
     dataset's own metric (of captions CIDEr), with the prompt and the settings of its protocol. Of
     other records it is `accuracy`: exact match of whole answers, the mean over the families, with
     `accuracy/FAMILY`. `limit` questions are taken; 0 takes all. `take_samples` is called with a few
-    rows of the predictions, always of the same questions.
+    rows of the predictions, always of the same questions. `style` and `upright` are those of
+    training: how texts are written, and whether photographs are turned.
 
     On a mesh of several processes each calls it with the same records and gets the same numbers.
 
@@ -83,6 +87,7 @@ def evaluate(
     else:
         config = GenerationConfig(max_new_tokens=max_new_tokens)
         task = families.family_task(split or "validation", records, config, limit=limit)
+    task = dataclasses.replace(task, style=style, upright=upright)
     questions = plan(task, blip.text, size)
     check_choices(task, questions.records)
     rows: list[Prediction] = []

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from jax_instructblip.data.batch import collate, compact
-from jax_instructblip.data.images import decode, resize_squash
+from jax_instructblip.data.images import CROPS, decode
 from jax_instructblip.data.spec import IGNORE, Batch
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.fields import check, text_problem, whole
@@ -212,11 +212,16 @@ def _follow(index: np.ndarray, moved: np.ndarray) -> np.ndarray:
     return np.take_along_axis(moved, index, axis=1)
 
 
-def pixels(frames: Sequence[Frame] | np.ndarray, size: int) -> np.ndarray:
-    """The pixels that the model sees: `[F, size, size, 3]` uint8, an array as it is."""
+def pixels(
+    frames: Sequence[Frame] | np.ndarray, size: int, crop: str = "squash", upright: bool = True
+) -> np.ndarray:
+    """The pixels that the model sees: `[F, size, size, 3]` uint8, an array as it is.
+
+    `crop` is a name of `images.CROPS`; `upright` is as in `images.decode`.
+    """
     if isinstance(frames, np.ndarray):
         return frames
-    return np.stack([resize_squash(decode(frame), size) for frame in frames])
+    return np.stack([CROPS[crop](decode(frame, upright=upright), size) for frame in frames])
 
 
 def _common_length(text: TextProcessor, examples: Sequence[Example]) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jax_instructblip.data import mixture, templates
+from jax_instructblip.data import mixture, templates, text_processors
 from jax_instructblip.fields import (
     MOST_SECONDS,
     Field,
@@ -59,6 +59,10 @@ FIELDS: dict[str, Field] = {
     "data.min_decode_ratio": number(0, unit="share of the model's pixels; 0: decoded whole"),
     "data.threads": whole(1, 1_024),
     "data.sampling": one_of(*mixture.SAMPLING),
+    "data.text_processor": one_of(*text_processors.PROCESSORS),
+    "data.dialogue": one_of(*templates.DIALOGUES),
+    "data.rand_augment": flag(),
+    "data.exif": flag(),
     "data.instructions": one_of(*mixture.INSTRUCTIONS),
     "data.allow_held_out": several(text()),
     "data.ahead": whole(1, 1_024, unit="batches"),
@@ -195,6 +199,11 @@ def _together(values: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"config.optimizer.epoch_steps is {epoch}, config.train.steps is {steps}: the run must "
             "have an epoch; lower the one or raise the other"
+        )
+    if right.get("data.rand_augment") and right.get("data.augment") is False:
+        yield (
+            "config.data.rand_augment is True, config.data.augment is False: crops alone are "
+            "changed further; set config.data.augment, or leave it out"
         )
     free = [name for name in right if name.startswith("mesh.") and right[name] == -1]
     if len(free) > 1:

@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 
 from jax_instructblip.atomic import write_file
 from jax_instructblip.data import loader
-from jax_instructblip.data.mixture import TrainBatches
+from jax_instructblip.data.train_batches import TrainBatches
 from jax_instructblip.inference.loading import LIMITS
 from jax_instructblip.models.vlm import VisionLanguageModel
 from jax_instructblip.parallel import peers

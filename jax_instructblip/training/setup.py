@@ -14,10 +14,12 @@ from ml_collections import ConfigDict
 from jax_instructblip import remote
 from jax_instructblip.atomic import unwritable
 from jax_instructblip.data.datasets import DATASETS
-from jax_instructblip.data.mixture import Mixture, Source, TrainBatches
+from jax_instructblip.data.mixture import Mixture, Source
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import dataset_name, open_records
+from jax_instructblip.data.templates import TextStyle
 from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.data.train_batches import TrainBatches
 from jax_instructblip.inference.loading import read_source
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
@@ -129,7 +131,13 @@ def read_mixture(config: ConfigDict) -> Mixture:
         config.seed,
         sampling=config.data.sampling,
         instructions=config.data.instructions,
+        style=read_style(config),
     )
+
+
+def read_style(config: ConfigDict) -> TextStyle:
+    """The way in which questions, captions and dialogues are written."""
+    return TextStyle(config.data.text_processor, config.data.dialogue)
 
 
 def read_batches(
@@ -149,6 +157,8 @@ def read_batches(
         buckets=tuple(config.data.buckets),
         augment=config.data.augment,
         min_decode_ratio=config.data.min_decode_ratio,
+        rand_augment=config.data.rand_augment,
+        upright=config.data.exif,
         rows=rows,
     )
 
@@ -247,6 +257,8 @@ def read_validation(
             max_new_tokens=given.max_new_tokens,
             path=given.path,
             split=given.split,
+            style=read_style(config),
+            upright=config.data.exif,
             take_samples=take_samples,
         )
 

@@ -19,11 +19,12 @@ from configs import common, paper
 from jax_instructblip.checkpoint import read_config
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.loader import HOST_KEYS, load
-from jax_instructblip.data.mixture import Mixture, Source, TrainBatches
+from jax_instructblip.data.mixture import Mixture, Source
 from jax_instructblip.data.prepare import builder, shards
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.spec import check
 from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.data.train_batches import TrainBatches
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.parallel.mesh import batch_sharding, make_mesh
 from jax_instructblip.training.setup import read_batches, read_mixture

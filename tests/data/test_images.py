@@ -10,7 +10,12 @@ import pytest
 from PIL import Image, ImageOps
 
 from jax_instructblip.data import images
-from jax_instructblip.data.images import ImageError, decode
+from jax_instructblip.data.images import (
+    ImageError,
+    decode,
+    random_resized_crop_flip,
+    resize_center_crop,
+)
 from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD
 
 # Files of `difficult` that cannot be used, and why.
@@ -93,6 +98,36 @@ def test_every_orientation_of_every_format(orientation, format):
     found = decode(encoded(stored, format=format, exif=exif))
     assert found.size == upright.size
     np.testing.assert_allclose(np.asarray(found), np.asarray(upright), atol=12)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_photograph_may_be_left_as_it_lies_in_the_file(orientation):
+    stored = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 4, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    raw = encoded(stored, format="PNG", exif=exif)
+    assert (np.asarray(decode(raw, upright=False)) == np.asarray(stored)).all()
+    rng = lambda: np.random.default_rng(1)
+    lying = random_resized_crop_flip(raw, 4, rng(), upright=False)
+    assert (lying == random_resized_crop_flip(stored, 4, rng())).all()
+    jpeg = encoded(stored.resize((400, 600)), format="JPEG", exif=exif, quality=95)
+    plain = encoded(stored.resize((400, 600)), format="JPEG", quality=95)
+    for ratio in (0.0, 0.6):
+        lying = random_resized_crop_flip(jpeg, 8, rng(), min_ratio=ratio, upright=False)
+        assert (lying == random_resized_crop_flip(plain, 8, rng(), min_ratio=ratio)).all()
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 20), (20, 61), (20, 20), (7, 9)])
+def test_the_middle_is_shown_with_its_shorter_side_scaled(width, height):
+    """Columns tell where they were: the middle ones are seen, at the scale of both sides."""
+    ramp = np.broadcast_to(np.arange(width, dtype=np.uint8)[None, :, None], (height, width, 3))
+    found = resize_center_crop(Image.fromarray(ramp.copy()), 20)
+    assert found.shape == (20, 20, 3)
+    scale = 20 / min(width, height)
+    middle = found[10, 9:11, 0].mean()
+    assert middle == pytest.approx((width - 1) / 2, abs=1.0)
+    step = (float(found[10, 15, 0]) - float(found[10, 5, 0])) / 10
+    assert step == pytest.approx(1 / scale, abs=0.15)
 
 
 def test_sixteen_bits_keep_their_high_byte(photos):

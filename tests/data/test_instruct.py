@@ -3,7 +3,9 @@
 import collections
 
 import numpy as np
+import pytest
 
+from jax_instructblip.data import templates
 from jax_instructblip.data.mixture import instruct
 from jax_instructblip.data.records import Record
 from tests.data.test_mixture import RED
@@ -32,3 +34,41 @@ def test_templates_dress_the_prompt():
     prompts = {prompt for prompt, _ in found["question_generation"]}
     assert {answer for _, answer in found["question_generation"]} == {"what is it?"}
     assert all("red" in prompt for prompt in prompts)
+
+
+STYLE, PLAIN = templates.TextStyle("lavis", "q_a"), templates.PAPER
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "answer"),
+    [
+        ("question", "what is it, on the stop sign?", "A Dog (Brown)!"),
+        ("caption", None, "a dog brown"),
+        ("question_generation", "A Dog (Brown)!", "what is it, on the stop sign?"),
+        ("", 'What is it, on the "STOP" sign?', "A Dog (Brown)!"),
+    ],
+)
+def test_texts_are_written_as_the_released_code_does_where_told(kind, prompt, answer):
+    record = Record("a", (b"x",), 'What is it, on the "STOP" sign?', ("A Dog (Brown)!",))
+    found = instruct(record, kind, np.random.default_rng(0), None, STYLE)
+    assert found[1] == answer and (prompt is None or prompt in found[0])
+    plain = instruct(record, kind, np.random.default_rng(0))
+    turned = kind == "question_generation"
+    assert plain[1] == (record.prompt if turned else "A Dog (Brown)!")
+
+
+def test_a_dialogue_is_written_as_rounds_one_after_the_other_or_marked():
+    record = Record("a", (b"x",), "And now?", ("No",), history=(("Who?", "I."), ("Why?", "So.")))
+    template = "Dialog history: {history} Question: {question}"
+    found = [templates.format_prompt(template, record, "", style) for style in (PLAIN, STYLE)]
+    assert found == [
+        "Dialog history: Who? I. Why? So. Question: And now?",
+        "Dialog history: q: Who? a: I. q: Why? a: So. Question: and now?",
+    ]
+
+
+def test_an_unknown_style_is_refused():
+    with pytest.raises(ValueError, match="processor is 'blip', expected one of paper, lavis"):
+        templates.TextStyle("blip")
+    with pytest.raises(ValueError, match="dialogue is 'Q', expected one of plain, q_a"):
+        templates.TextStyle(dialogue="Q")

@@ -7,9 +7,10 @@ import pytest
 
 from jax_instructblip.checkpoint import read_config
 from jax_instructblip.data.loader import HOST_KEYS, load
-from jax_instructblip.data.mixture import Mixture, Source, TrainBatches
+from jax_instructblip.data.mixture import Mixture, Source
 from jax_instructblip.data.records import read_jsonl
 from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.data.train_batches import TrainBatches
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.parallel.mesh import batch_sharding, make_mesh
 from tests.helpers.tiny import write_base, write_data

@@ -8,15 +8,11 @@ from PIL import Image
 
 from jax_instructblip.checkpoint import read_config
 from jax_instructblip.data.images import decode, resize_squash
-from jax_instructblip.data.mixture import (
-    ATTEMPTS,
-    Mixture,
-    Source,
-    TrainBatches,
-)
+from jax_instructblip.data.mixture import Mixture, Source
 from jax_instructblip.data.prepare import builder
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.data.train_batches import ATTEMPTS, TrainBatches
 from jax_instructblip.models.variants import Variant
 from tests.helpers.tiny import write_base
 

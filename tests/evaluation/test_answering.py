@@ -1,5 +1,12 @@
-import pytest
+import dataclasses
+import io
+import itertools
 
+import numpy as np
+import pytest
+from PIL import Image
+
+from jax_instructblip.data.images import CROPS
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import grouping
 from jax_instructblip.evaluation.answering import Share, answer, count_left
@@ -28,21 +35,19 @@ def varied(count):
 
 def count_calls(monkeypatch):
     """Counts how often pictures and texts are prepared from now on, by name of the function."""
-    made = dict.fromkeys(("decode", "resize_squash", "prompt", "candidate"), 0)
+    made = dict.fromkeys(("decode", "resize", "prompt", "candidate"), 0)
 
-    def count(owner, name):
-        called = getattr(owner, name)
-
-        def counted(*args, **rest):
+    def counted(name, called):
+        def call(*args, **rest):
             made[name] += 1
             return called(*args, **rest)
 
-        monkeypatch.setattr(owner, name, counted)
+        return call
 
-    for name in ("decode", "resize_squash"):
-        count(batching, name)
+    monkeypatch.setattr(batching, "decode", counted("decode", batching.decode))
+    monkeypatch.setitem(CROPS, "squash", counted("resize", CROPS["squash"]))
     for name in ("prompt", "candidate"):
-        count(TextProcessor, name)
+        monkeypatch.setattr(TextProcessor, name, counted(name, getattr(TextProcessor, name)))
     return made
 
 
@@ -76,8 +81,8 @@ def test_nothing_is_made_twice_or_compiled_after_the_first_load(tmp_path, name, 
     # Each picture is decoded and resized once, each text is tokenised once.
     texts = {each for record in questions.records for each in record.choices}
     tokenised = {"prompt": 24, "candidate": len(texts) if task.protocol.ranking else 0}
-    assert planned == {"decode": 0, "resize_squash": 0, **tokenised}
-    assert made == {"decode": 24, "resize_squash": 24, **tokenised}
+    assert planned == {"decode": 0, "resize": 0, **tokenised}
+    assert made == {"decode": 24, "resize": 24, **tokenised}
 
 
 def test_shares_together_are_all():
@@ -89,6 +94,34 @@ def test_shares_together_are_all():
         answer(blip, task, questions, size=2, share=Share(index, 3), take=asked.extend)
     assert sorted(row.id for row in asked) == sorted(f"r{n}" for n in range(30))
     assert all(row.text == row.id[1:] for row in asked)
+
+
+class Looking(FakePipeline):
+    """Keeps the frame that it saw."""
+
+    def answer(self, questions, config, batch_size):
+        self.frame = questions[0].frames[0]
+        return super().answer(questions, config, batch_size)
+
+
+def test_the_middle_of_an_image_may_be_shown_and_photographs_be_left_as_they_lie():
+    """Black but for a white band: above where it lies in the file, on the left when turned."""
+    stored = np.zeros((300, 100, 3), np.uint8)
+    stored[:90] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    file = io.BytesIO()
+    Image.fromarray(stored).save(file, "PNG", exif=exif)
+    task = make_task("gqa", [record(1, images=(file.getvalue(),))])
+    seen = {}
+    for crop, upright in itertools.product(("squash", "center"), (True, False)):
+        shown = dataclasses.replace(task, crop=crop, upright=upright)
+        blip = Looking()
+        answer(blip, shown, plan(shown, blip.text, 1), size=1, take=[].extend)
+        seen[crop, upright] = blip.frame
+    assert seen["squash", False][0].min() > 200 and seen["squash", False][:, 0].min() == 0
+    assert seen["squash", True][0].min() == 0 and seen["squash", True].max() == 255
+    assert seen["center", True].max() == seen["center", False].max() == 0
 
 
 def test_what_is_done_is_not_asked_again():

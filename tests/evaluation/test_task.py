@@ -5,6 +5,7 @@ import pytest
 
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.prepare import shards
+from jax_instructblip.data.templates import TextStyle
 from jax_instructblip.evaluation.metrics.metric import MetricError
 from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.evaluation.task import VIDEO_FRAMES, check_choices, open_task
@@ -81,6 +82,17 @@ def test_what_is_overridden_is_what_is_asked(raw):
     assert facts["settings"]["length_penalty"] == 0.0  # of the preset, with a LLaMA
     ranked = open_task(BENCHMARKS["iconqa"], raw, "llama", overrides=fields)
     assert ranked.settings == {"length_normalise": True}
+
+
+def test_how_records_are_shown_is_what_is_asked_and_noted_where_it_is_not_usual():
+    task = make_task("gqa", [record(1)])
+    assert not {"style", "crop", "exif"} & task.facts().keys()
+    shown = dataclasses.replace(task, style=TextStyle("lavis", "q_a"), crop="center", upright=False)
+    facts = shown.facts()
+    assert facts["style"] == {"processor": "lavis", "dialogue": "q_a"}
+    assert facts["crop"] == "center" and facts["exif"] == "ignored"
+    told = record(1, prompt='Is "IT" so?')
+    assert shown.prompt(told) == "is it so?" and task.prompt(told) == 'Is "IT" so?'
 
 
 def test_what_is_not_there_is_said(raw, tmp_path):

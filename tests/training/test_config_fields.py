@@ -111,6 +111,10 @@ def test_a_value_out_of_its_row_is_refused_by_name(field, value, expected):
             {"optimizer.schedule": "staircase", "train.steps": 50},
             "config.optimizer.epoch_steps is 3000, config.train.steps is 50: the run must have an",
         ),
+        (
+            {"data.rand_augment": True, "data.augment": False},
+            "rand_augment is True, config.data.augment is False: crops alone are changed further",
+        ),
         ({"mesh.fsdp": -1}, "config.mesh.data and config.mesh.fsdp are -1"),
         ({"data.batch_sise": 8}, "config.data.batch_sise is unknown; did you mean config.data.bat"),
         ({"optimizer": 3}, "config.optimizer.learning_rate is missing: start from common.get_con"),

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from jax_instructblip.data.loader import HOST_KEYS
-from jax_instructblip.data.mixture import FITTING, Source
+from jax_instructblip.data.mixture import Source
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.spec import check
+from jax_instructblip.data.train_batches import FITTING
 from tests.data.test_mixture import RED, damaged, make_batches, picture, source, text
 
 __all__ = ["text"]  # the fixture
