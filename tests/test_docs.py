@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from jax_instructblip import remote
 from jax_instructblip.inference.loading import EMBEDDED
+from tests.helpers.object_stores import s3_server
 from tests.helpers.raw_layouts import write_all
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +49,7 @@ SMALL = {
     '"train.steps": 2000': '"train.steps": 2, "optimizer.warmup_steps": 1',
     "--step 3000": "--step 2",
     "--compare zero-shot other": "--compare zero-shot zero-shot",
+    "gs://bucket": "s3://bucket",  # whose server runs here
     "--predictions answers.jsonl": "--predictions zero-shot/predictions/gqa.jsonl",
 }
 
@@ -114,9 +117,16 @@ def workplace(prepared, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def environment(prepared, tmp_path_factory):
+def server():
+    with s3_server() as variables:
+        yield variables
+
+
+@pytest.fixture(scope="module")
+def environment(prepared, server, tmp_path_factory):
     return {
         **os.environ,
+        **server,
         "PATH": f"{prepared / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
@@ -132,6 +142,8 @@ def run(prepared, environment):
     )
     subprocess.run(["bash", "-c", training], cwd=prepared, env=environment, check=True)
     (prepared / "runs" / "mine").rename(prepared / "run")
+    remote.put(prepared / "run", "s3://bucket/run")
+    remote.put_file(prepared / "photos" / "1.jpg", "s3://bucket")
 
 
 @pytest.mark.parametrize("page", PAGES)
