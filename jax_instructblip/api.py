@@ -102,13 +102,13 @@ def evaluate(
         cannot be asked, or predictions not be scored.
       OSError: a file cannot be read or written.
     """
-    given = Settings.of(checkpoint=checkpoint, datasets=datasets, data=data, out=out, **settings)
-    with _on_disk(given) as local:
+    chosen = Settings.of(checkpoint=checkpoint, datasets=datasets, data=data, out=out, **settings)
+    with _on_disk(chosen) as local:
         if local.predictions:
             return benchmarks.score_predictions(local, command)
         if local.datasets:
             with joined or contextlib.nullcontext():
-                if (address := address_of(given.out)) and jax.process_count() > 1:
+                if (address := address_of(chosen.out)) and jax.process_count() > 1:
                     raise ValueError(
                         f"out is {address}, but several processes need a folder that they all see: "
                         "mount the bucket, or start one process"

@@ -207,31 +207,31 @@ def _fetch(
             raise FileNotFoundError(f"there is nothing at {address}")
         if wrong := [name for name in there if ".." in Path(name).parts]:
             raise ValueError(f"{address} has files with names that lead out of it: {wrong}")
-        held: _Stamps = {}
+        cached: _Stamps = {}
         if (home / INDEX).is_file():
             entries = read_json(home / INDEX, dict)["files"]
-            held = {name: (entry[0], entry[1]) for name, entry in entries.items()}
-        for name in held.keys() - there.keys():
+            cached = {name: (entry[0], entry[1]) for name, entry in entries.items()}
+        for name in cached.keys() - there.keys():
             (copy / name).unlink(missing_ok=True)
-        held = {
+        cached = {
             name: stamp
-            for name, stamp in held.items()
+            for name, stamp in cached.items()
             if there.get(name) == stamp and (copy / name if name else copy).is_file()
         }
-        missing = {name: there[name] for name in there if wanted(name) and name not in held}
+        missing = {name: there[name] for name in there if wanted(name) and name not in cached}
         size = sum(stamp[0] for stamp in missing.values())
         check_room(home, size)
         try:
             with count_bytes(size, f"copying {address}") as count:
 
                 def note(name: str) -> None:
-                    held[name] = missing[name]
+                    cached[name] = missing[name]
                     count(missing[name][0])
 
                 targets = {name: copy / name if name else copy for name in missing}
                 remote.get_files(address, targets, note)
         finally:
-            _write_index(home, address, held)
+            _write_index(home, address, cached)
     return copy
 
 
@@ -239,9 +239,9 @@ def _home(address: str) -> Path:
     return folder_of_copies() / hashlib.sha256(address.encode()).hexdigest()[:16]
 
 
-def _write_index(home: Path, address: str, held: _Stamps) -> None:
+def _write_index(home: Path, address: str, cached: _Stamps) -> None:
     partial = home / f"{INDEX}.partial"
-    partial.write_text(json.dumps({"address": address, "files": held}))
+    partial.write_text(json.dumps({"address": address, "files": cached}))
     partial.replace(home / INDEX)
 
 

@@ -26,8 +26,8 @@ def main(argv: list[str]) -> int:
     from jax_instructblip.inference.text_loading import load_text
 
     text = load_text(flags.checkpoint)
-    found = examine(flags.file, text, flags.samples)
-    for line in describe(flags.file, found, text):
+    findings = examine(flags.file, text, flags.samples)
+    for line in describe(flags.file, findings, text):
         print(line)
     print(f"tokens are counted with the tokenizers of {flags.checkpoint} (--checkpoint)")
-    return int(not found.usable)
+    return int(not findings.usable)

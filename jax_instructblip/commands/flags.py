@@ -68,8 +68,8 @@ def check_flags(flags: argparse.Namespace, stores: Sequence[str] = ()) -> None:
     values = vars(flags)
     problems = [*find_problems(values, NUMBERS, "--"), *find_addresses(values, stores)]
     for name in TEXTS:
-        given = values.get(name) or []
-        for each in given if isinstance(given, list) else [given]:
+        value = values.get(name) or []
+        for each in value if isinstance(value, list) else [value]:
             if problem := text_problem(each):
                 problems.append(f"--{name} {problem}")
     if problems:

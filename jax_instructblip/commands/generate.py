@@ -35,8 +35,8 @@ def main(argv: list[str]) -> int:
     from jax_instructblip.inference.asking import answer_files
 
     asked = (flags.checkpoint, flags.image, flags.prompt, config)
-    for found in answer_files(*asked, dtype=flags.dtype, batch_size=flags.batch_size):
-        for line in [json_line(found)] if flags.json else _lines(found):
+    for row in answer_files(*asked, dtype=flags.dtype, batch_size=flags.batch_size):
+        for line in [json_line(row)] if flags.json else _lines(row):
             print(line)
     return 0
 
@@ -55,12 +55,12 @@ def _stream(flags: argparse.Namespace, config: GenerationConfig) -> int:
     return 0
 
 
-def _lines(found: dict[str, Any]) -> Iterator[str]:
-    yield f"image:            {found['image']}"
-    yield f"prompt:           {found['prompt']}"
-    yield f"answer:           {found['answer']}"
-    yield f"log-probability:  {found['logprob']:.3f}  ({len(found['tokens'])} tokens)"
-    for text in found["alternatives"]:
+def _lines(row: dict[str, Any]) -> Iterator[str]:
+    yield f"image:            {row['image']}"
+    yield f"prompt:           {row['prompt']}"
+    yield f"answer:           {row['answer']}"
+    yield f"log-probability:  {row['logprob']:.3f}  ({len(row['tokens'])} tokens)"
+    for text in row["alternatives"]:
         yield f"or:               {text}"
     yield ""
 

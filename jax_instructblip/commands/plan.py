@@ -25,16 +25,16 @@ def main(argv: list[str]) -> int:
     if flags.sweep:
         from jax_instructblip.planning.sweep import sweep
 
-        found = sweep(config, rest, flags.topology, tries=flags.tries, **common)
-        fits = found["recommended"] is not None
+        result = sweep(config, rest, flags.topology, tries=flags.tries, **common)
+        fits = result["recommended"] is not None
     else:
         from jax_instructblip.planning.report import lines, make_report
 
-        found = make_report(config, flags.topology, mesh=flags.mesh, **common)
-        fits = found["fits"]
-        print("\n".join(lines(found)))
+        result = make_report(config, flags.topology, mesh=flags.mesh, **common)
+        fits = result["fits"]
+        print("\n".join(lines(result)))
     if flags.json is not None:
-        write_file(flags.json, json.dumps(found, indent=1) + "\n")
+        write_file(flags.json, json.dumps(result, indent=1) + "\n")
     return 0 if fits else 1
 
 

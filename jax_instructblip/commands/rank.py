@@ -28,24 +28,24 @@ def main(argv: list[str]) -> int:
         dtype=flags.dtype,
         batch_size=flags.batch_size,
     )
-    for found in rows:
-        for line in [json_line(found)] if flags.json else _lines(found):
+    for row in rows:
+        for line in [json_line(row)] if flags.json else _lines(row):
             print(line)
     return 0
 
 
-def _read(given: str) -> list[str]:
+def _read(words: str) -> list[str]:
     """The candidates of the flag; blank lines of a file are passed over."""
-    if given.startswith("@"):
-        return read_entries(stores.input_path(given[1:]))
-    return [each.strip() for each in given.split(",")]
+    if words.startswith("@"):
+        return read_entries(stores.input_path(words[1:]))
+    return [each.strip() for each in words.split(",")]
 
 
-def _lines(found: dict[str, Any]) -> Iterator[str]:
-    yield f"image:   {found['image']}"
-    yield f"prompt:  {found['prompt']}"
+def _lines(row: dict[str, Any]) -> Iterator[str]:
+    yield f"image:   {row['image']}"
+    yield f"prompt:  {row['prompt']}"
     yield "     score  probability  candidate"
-    for each in found["candidates"]:
+    for each in row["candidates"]:
         yield f"{each['score']:10.3f}  {each['probability']:11.2%}  {each['candidate']}"
     yield ""
 

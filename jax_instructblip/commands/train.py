@@ -49,11 +49,11 @@ def read_config(argv: list[str]) -> "ConfigDict":
         ValueError: an unknown flag or field, with the nearest name, or a value of the wrong type.
         OSError: the file cannot be read.
     """
-    given, words = _parser().parse_known_args(argv)
-    check_flags(given, stores=("config",))
-    config = parse_words(load_config(given.config), words)
-    if given.profile:
-        config.train.profile_folder = given.profile
+    flags, words = _parser().parse_known_args(argv)
+    check_flags(flags, stores=("config",))
+    config = parse_words(load_config(flags.config), words)
+    if flags.profile:
+        config.train.profile_folder = flags.profile
         config.train.profile_steps = config.train.profile_steps or PROFILE_STEPS
     return config
 

@@ -39,20 +39,20 @@ def convert(
         another model.
       OSError: `out` exists, or the disk has too little room.
     """
-    with stores.output_folder(out) as (place, title):
-        _convert(stores.input_path(folder, "folder"), place, title, variant)
-    return title if is_remote(out) else place
+    with stores.output_folder(out) as (target, title):
+        _convert(stores.input_path(folder, "folder"), target, title, variant)
+    return title if is_remote(out) else target
 
 
 def _convert(folder: Path, out: Path, title: str, variant: str | None) -> None:
-    found, source, leaves = hf_folder.convert_hf(folder, variant)
-    unread = _tokenizer_problem(folder, found)
+    described, source, leaves = hf_folder.convert_hf(folder, variant)
+    unread = _tokenizer_problem(folder, described)
     check_room(out, leaves.nbytes)
     absent: list[str] = []
-    spoilt: list[str] = []
+    not_finite: list[str] = []
 
     def add(partial: Path) -> None:
-        checkpoint.write_config(partial, {"variant": found.to_dict(), "source": source})
+        checkpoint.write_config(partial, {"variant": described.to_dict(), "source": source})
         absent.extend(copy_tokenizers(folder, partial))
 
     with count_bytes(leaves.nbytes, "converting") as count:
@@ -61,7 +61,7 @@ def _convert(folder: Path, out: Path, title: str, variant: str | None) -> None:
             for path, array in leaves:
                 size = array.nbytes
                 if not is_finite(array):
-                    spoilt.append(path)
+                    not_finite.append(path)
                 yield path, array
                 del array  # the next leaf is made while no name holds this one
                 count(size, path)
@@ -69,7 +69,7 @@ def _convert(folder: Path, out: Path, title: str, variant: str | None) -> None:
         manifest = checkpoint.write_tree(out, counted(), extra=add)
     dtypes = ", ".join(f"{number} tensors {name}" for name, number in source["dtypes"].items())
     print(
-        f"{title}: {released_name(found) or 'a variant of its own size'}, {dtypes} -> "
+        f"{title}: {released_name(described) or 'a variant of its own size'}, {dtypes} -> "
         f"{len(manifest)} leaves, {leaves.nbytes / 1e9:.2f} GB"
     )
     for key, reason in leaves.dropped.items():
@@ -78,9 +78,9 @@ def _convert(folder: Path, out: Path, title: str, variant: str | None) -> None:
         print("the folder has no lm_head: filled from the tied embedding")
     for name in absent:
         print(f"warning: no {name} in {folder}: the checkpoint cannot answer", file=sys.stderr)
-    if spoilt:
+    if not_finite:
         print(
-            f"warning: NaN or infinity in {', '.join(spoilt)}: is a file of {folder} damaged, "
+            f"warning: NaN or infinity in {', '.join(not_finite)}: is a file of {folder} damaged, "
             "or were its weights rounded to float16? Answers may end in an error",
             file=sys.stderr,
         )

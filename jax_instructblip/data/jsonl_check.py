@@ -41,13 +41,13 @@ class Findings:
 def examine(file: str | os.PathLike, text: TextProcessor, samples: int) -> Findings:
     """Reads every line, opens every image and counts the tokens of every answer."""
     cut, unknown = np.zeros(len(TRUNCATED), np.int64), {name: [] for name in TRUNCATED}
-    found = Findings({}, 0, collections.defaultdict(list), cut, unknown, [])
+    findings = Findings({}, 0, collections.defaultdict(list), cut, unknown, [])
     records: dict[int, Record] = {}
     with Progress(None, "reading", "lines") as progress:
         for line, record, reasons in scan_jsonl(stores.input_rows(file)):
             progress.update()
             if record is None:
-                found.bad[line] = reasons
+                findings.bad[line] = reasons
             else:
                 records[line] = record
     unreadable = open_images(str(path) for record in records.values() for path in record.images)
@@ -63,49 +63,49 @@ def examine(file: str | os.PathLike, text: TextProcessor, samples: int) -> Findi
                 except ValueError as error:
                     reasons.append(str(error))
             if reasons:
-                found.bad[line] = list(dict.fromkeys(reasons))
+                findings.bad[line] = list(dict.fromkeys(reasons))
                 continue
-            found.good += 1
+            findings.good += 1
             asked = {name: text.has_unknown(name, record.prompt) for name in TRUNCATED[:2]}
             for answer in record.answers:
-                told = asked | {"answer": text.has_unknown("answer", answer)}
-                for name in filter(told.get, TRUNCATED):
+                lacking = asked | {"answer": text.has_unknown("answer", answer)}
+                for name in filter(lacking.get, TRUNCATED):
                     shown = answer if name == "answer" else record.prompt
-                    found.unknown[name].append((line, shown))
+                    findings.unknown[name].append((line, shown))
             for example in examples:
-                found.cut += example["truncated"]
+                findings.cut += example["truncated"]
                 for name, count in token_counts(example).items():
-                    found.lengths[name].append(count)
-            if len(found.samples) < samples:
-                found.samples.append((line, record, examples[0]))
-    return found
+                    findings.lengths[name].append(count)
+            if len(findings.samples) < samples:
+                findings.samples.append((line, record, examples[0]))
+    return findings
 
 
-def describe(file: pathlib.Path, found: Findings, text: TextProcessor) -> Iterator[str]:
+def describe(file: pathlib.Path, findings: Findings, text: TextProcessor) -> Iterator[str]:
     """The lines of the report."""
-    yield f"{file}: {found.good} good lines, {len(found.bad)} bad"
-    yield from _bad_lines(file, found.bad)
-    if not found.bad and not found.good:
+    yield f"{file}: {findings.good} good lines, {len(findings.bad)} bad"
+    yield from _bad_lines(file, findings.bad)
+    if not findings.bad and not findings.good:
         yield f"  {file} holds no records, expected one JSON object a line"
-    for name, counts in found.lengths.items():
+    for name, counts in findings.lengths.items():
         yield from ("", *histogram(name, counts))
-    samples = len(next(iter(found.lengths.values()), []))
-    for name, count in zip(TRUNCATED, found.cut.tolist(), strict=True):
+    samples = len(next(iter(findings.lengths.values()), []))
+    for name, count in zip(TRUNCATED, findings.cut.tolist(), strict=True):
         if count:
             yield f"{count} of {samples} samples lose tokens of their {name} to its limit"
-    for name, where in found.unknown.items():
+    for name, where in findings.unknown.items():
         if where:
             whose = "the Q-Former's" if name == "instruction" else "the language model's"
             yield (
                 f"{len(where)} of {samples} samples have characters in their {name} that {whose} "
                 "tokenizer does not know: they all become one and the same <unk>"
             )
-            yield from (f"  {file}:{line}: {held[:60]!r}" for line, held in where[:_SHOWN])
+            yield from (f"  {file}:{line}: {value[:60]!r}" for line, value in where[:_SHOWN])
             if len(where) > _SHOWN:
                 yield f"  and {len(where) - _SHOWN} more"
-    if found.samples:
+    if findings.samples:
         yield "\nsamples, the loss asks for the tokens in [brackets]:"
-    for line, record, example in found.samples:
+    for line, record, example in findings.samples:
         yield f"  {file.name}:{line}  {', '.join(map(str, record.images))}"
         for name, pieces in token_rows(example, text).items():
             yield f"    {name:<14}  {render(pieces)}"
@@ -118,12 +118,12 @@ def _bad_lines(file: pathlib.Path, bad: Mapping[int, list[str]]) -> Iterator[str
         for reason in bad[line]:
             cause = re.sub(r"'[^']*'|\([^)]*\)|\d+", "", reason)
             causes[cause].append(f"  {file}:{line}: {reason}")
-    for told in causes.values():
-        if len(told) <= 2 * _SHOWN:
-            yield from told
+    for messages in causes.values():
+        if len(messages) <= 2 * _SHOWN:
+            yield from messages
         else:
-            yield from told[:_SHOWN]
-            yield f"  and {len(told) - _SHOWN:,} more lines of this kind"
+            yield from messages[:_SHOWN]
+            yield f"  and {len(messages) - _SHOWN:,} more lines of this kind"
 
 
 def open_images(paths: Iterable[str]) -> dict[str, str]:
@@ -137,7 +137,7 @@ def open_images(paths: Iterable[str]) -> dict[str, str]:
             return str(error)
         return None
 
-    found = {}
+    reasons = {}
     with (
         Progress(len(unique), "opening images", "images") as progress,
         concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool,
@@ -145,5 +145,5 @@ def open_images(paths: Iterable[str]) -> dict[str, str]:
         for path, why in zip(unique, pool.map(reason, unique), strict=True):
             progress.update()
             if why is not None:
-                found[path] = why
-    return found
+                reasons[path] = why
+    return reasons

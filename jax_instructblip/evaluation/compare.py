@@ -53,19 +53,20 @@ def compare(first: Path, second: Path) -> list[Comparison]:
 def describe(first: Path, second: Path) -> Iterator[str]:
     """The comparisons of two runs for people; raises as `compare`."""
     labels = (f"A {first}", f"B {second}")
-    for found in compare(first, second):
-        yield from lines(found, labels)
+    for comparison in compare(first, second):
+        yield from lines(comparison, labels)
 
 
-def lines(found: Comparison, labels: tuple[str, str]) -> Iterator[str]:
+def lines(comparison: Comparison, labels: tuple[str, str]) -> Iterator[str]:
     """The comparison for people: the number of samples that differ, then each of them."""
-    better = [_better(*pair) for pair in found.differing]
+    better = [_better(*pair) for pair in comparison.differing]
+    differing, count = len(better), comparison.same + len(better)
     yield (
-        f"{found.name}: {len(found.differing)} of {found.same + len(found.differing)} samples "
-        f"differ; {better.count(-1)} are better in A, {better.count(1)} in B"
+        f"{comparison.name}: {differing} of {count} samples differ; "
+        f"{better.count(-1)} are better in A, {better.count(1)} in B"
     )
     width = max(map(len, labels))
-    for first, second in found.differing:
+    for first, second in comparison.differing:
         yield f"  {first.id}: {first.prompt!r}"
         if first.prompt != second.prompt:
             yield f"    asked in B: {second.prompt!r}"
@@ -76,21 +77,21 @@ def lines(found: Comparison, labels: tuple[str, str]) -> Iterator[str]:
 
 def _files(folder: Path) -> dict[str, Path]:
     places = [folder / suite.PREDICTIONS, folder]
-    found = next((list(each.glob("*.jsonl")) for each in places if each.is_dir()), [])
-    if not found:
+    files = next((list(each.glob("*.jsonl")) for each in places if each.is_dir()), [])
+    if not files:
         raise MetricError(
             f"{folder} has no predictions: expected a folder that `evaluate --out` wrote, or two "
             "files of its predictions/"
         )
-    return {path.stem: path for path in sorted(found)}
+    return {path.stem: path for path in sorted(files)}
 
 
 def _kind(folder: Path) -> str | None:
     """The kind of the folder's run, one of `suite.KINDS`; None where nothing says it."""
-    place = folder if (folder / suite.RESULTS).is_file() else folder.parent
-    if not (place / suite.RESULTS).is_file():
+    out = folder if (folder / suite.RESULTS).is_file() else folder.parent
+    if not (out / suite.RESULTS).is_file():
         return None
-    document = read_json(place / suite.RESULTS, dict)
+    document = read_json(out / suite.RESULTS, dict)
     kind = document.get("kind")
     return kind if kind in suite.KINDS else None
 

@@ -51,9 +51,9 @@ def save_checkpoint(
         else:
             copy_tokenizers(source.folder, partial)
 
-    with stores.output_folder(out) as (place, _):
-        check_room(place, sum(leaf.nbytes for leaf in leaves))
-        checkpoint.write_tree(place, _stacked(variant, params), extra=add)
+    with stores.output_folder(out) as (target, _):
+        check_room(target, sum(leaf.nbytes for leaf in leaves))
+        checkpoint.write_tree(target, _stacked(variant, params), extra=add)
 
 
 def _stacked(variant: Variant, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:

@@ -57,11 +57,11 @@ def load_config(path: str | os.PathLike) -> "ConfigDict":
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        made = getattr(module, "get_config", None)
-        config = made() if callable(made) else None
+        make = getattr(module, "get_config", None)
+        config = make() if callable(make) else None
     except Exception as error:  # the file is a program of the user's; fields and types besides
         raise ValueError(f"{_place(path, error)}: {type(error).__name__}: {error}") from error
-    if made is None:
+    if make is None:
         raise ValueError(f"{path} has no get_config(): see configs/custom_jsonl.py for one")
     from ml_collections import ConfigDict
 
@@ -127,13 +127,13 @@ def change_fields(config: "ConfigDict", fields: Mapping[str, Any]) -> "ConfigDic
     _refuse_unknown(changed, fields)
     for name, value in fields.items():
         *sections, last = name.split(".")
-        place = changed
-        for section in sections:
-            place = place[section]
+        section = changed
+        for part in sections:
+            section = section[part]
         try:
-            place[last] = os.fspath(value) if isinstance(value, os.PathLike) else value
+            section[last] = os.fspath(value) if isinstance(value, os.PathLike) else value
         except TypeError:
-            kind = type(place[last]).__name__
+            kind = type(section[last]).__name__
             wrong.append(f"config.{name} is {value!r:.60}, expected a value of type {kind}")
     if wrong:
         raise ValueError("\n  ".join(["this config cannot be used:", *wrong]))

@@ -41,17 +41,17 @@ def export(
       ValueError: the format cannot hold the model, or the run has no such step.
       OSError: `out` exists, there is nothing at `path`, or the disk has too little room.
     """
-    with stores.output_folder(out) as (place, title):
+    with stores.output_folder(out) as (target, title):
         folder, chosen = choose_step(path, step=step, best=best)
         model = stored_model(read_source(folder))
         with count_bytes(model.nbytes, "exporting") as count:
-            notes = export_hf(model, place, shard_bytes=shard_bytes, progress=count)
+            notes = export_hf(model, target, shard_bytes=shard_bytes, progress=count)
     print(f"{title}: {model.nbytes / 1e9:.2f} GB in Hugging Face's layout")
     if chosen:
         print(f"tuned: {chosen}")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    return title if is_remote(out) else place
+    return title if is_remote(out) else target
 
 
 def merge(
@@ -79,7 +79,7 @@ def merge(
       ValueError: `run` is no run, or has no such step.
       OSError: `out` exists, there is nothing at `run`, or the disk has too little room.
     """
-    with stores.output_folder(out) as (place, title):
+    with stores.output_folder(out) as (target, title):
         folder, chosen = choose_step(run, step=step, best=best)
         source = read_source(folder)
         if source.step is None:
@@ -89,9 +89,9 @@ def merge(
             )
         model = stored_model(source)
         with count_bytes(model.nbytes, "merging") as count:
-            write_checkpoint(model, place, progress=count)
-        absent = [name for name in TOKENIZERS if not (place / name).is_dir()]
+            write_checkpoint(model, target, progress=count)
+        absent = [name for name in TOKENIZERS if not (target / name).is_dir()]
     print(f"{title}: {chosen or folder} over {source.folder}, {model.nbytes / 1e9:.2f} GB")
     for name in absent:
         print(f"warning: no {name} in {source.folder}: it cannot answer", file=sys.stderr)
-    return title if is_remote(out) else place
+    return title if is_remote(out) else target
