@@ -61,13 +61,13 @@ def address_problem(path: str | os.PathLike) -> str:
     `pathlib` makes `s3:/bucket` of `s3://bucket`, and a shell may put `./` before it: these are
     addresses, too, and no folder named `s3:`.
     """
-    found = _ADDRESS.match(os.fspath(path))
-    if found is None or not (found["scheme"].lower() in _SCHEMES or found["slashes"] == "//"):
+    match = _ADDRESS.match(os.fspath(path))
+    if match is None or not (match["scheme"].lower() in _SCHEMES or match["slashes"] == "//"):
         return ""
-    scheme = found["scheme"].lower()
-    address = f"{found['scheme']}://{found['rest']}"
+    scheme = match["scheme"].lower()
+    address = f"{match['scheme']}://{match['rest']}"
     if scheme == "file":
-        return f"is {address}: give the path alone, without {found['scheme']}://"
+        return f"is {address}: give the path alone, without {match['scheme']}://"
     if scheme in ("http", "https", "ftp"):
         return f"is {address}, an address of the web: download it and give the file's path"
     return (

@@ -28,11 +28,11 @@ _FINAL = (FileNotFoundError, PermissionError)  # trying again changes nothing
 
 def address_of(path: object) -> str:
     """The address (`gs://bucket/run`) that this is, without a slash at its end; "" for a path."""
-    found = _ADDRESS.fullmatch(os.fspath(path)) if isinstance(path, str | os.PathLike) else None
-    if found is None:
+    match = _ADDRESS.fullmatch(os.fspath(path)) if isinstance(path, str | os.PathLike) else None
+    if match is None:
         return ""
-    scheme = found["scheme"].lower().replace("gcs", "gs")
-    return f"{scheme}://{found['rest'].rstrip('/')}"
+    scheme = match["scheme"].lower().replace("gcs", "gs")
+    return f"{scheme}://{match['rest'].rstrip('/')}"
 
 
 def is_remote(path: object) -> bool:

@@ -55,8 +55,8 @@ def main(argv: list[str]) -> int:
 
 def _refuse_others(parser: argparse.ArgumentParser, args: argparse.Namespace, kind: str) -> None:
     """Raises a ValueError where other flags are given beside `--list` or `--compare`."""
-    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    if wrong := sorted(set(given) - {kind}):
+    changed = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    if wrong := sorted(set(changed) - {kind}):
         names = ", ".join(f"--{name}" for name in wrong)
         raise ValueError(f"{names}: not used with --{kind}, which takes no other flag")
 

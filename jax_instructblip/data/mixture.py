@@ -105,22 +105,22 @@ class Mixture:
         ]
         self._order = grain.MapDataset.mix(parts, weights)
 
-    def record(self, place: int, attempt: int = 0) -> tuple[Source, Record]:
+    def record(self, position: int, attempt: int = 0) -> tuple[Source, Record]:
         """The record at that place; `attempt` > 0 gives others of the same source instead."""
-        source, index = self.find(place, attempt)
+        source, index = self.find(position, attempt)
         return source, source.records[index]
 
-    def find(self, place: int, attempt: int = 0) -> tuple[Source, int]:
+    def find(self, position: int, attempt: int = 0) -> tuple[Source, int]:
         """The source of that record, and its number there; the record itself is not read."""
-        number, index = cast(tuple[int, int], self._order[place])
+        number, index = cast(tuple[int, int], self._order[position])
         source = self.sources[number]
         if attempt:
-            index = int(self.rng(place, attempt, use="replace").integers(len(source.records)))
+            index = int(self.rng(position, attempt, use="replace").integers(len(source.records)))
         return source, index
 
-    def rng(self, place: int, attempt: int, use: str) -> np.random.Generator:
+    def rng(self, position: int, attempt: int, use: str) -> np.random.Generator:
         """Random numbers of one sample, independent for each `use` of them."""
-        return np.random.default_rng([self.seed, place, attempt, *use.encode()])
+        return np.random.default_rng([self.seed, position, attempt, *use.encode()])
 
     def fingerprint(self) -> str:
         """A sha256 that changes with the seed, a source, its content or its share."""

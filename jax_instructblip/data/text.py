@@ -292,16 +292,16 @@ class TextProcessor:
         if isinstance(llm, LlamaConfig):
             expected["bos"] = llm.bos_id
         wrong = []
-        for name, want in sorted(expected.items()):
-            found = getattr(self.llm, f"{name}_token_id")
-            if found != want:
+        for name, wanted in sorted(expected.items()):
+            actual = getattr(self.llm, f"{name}_token_id")
+            if actual != wanted:
                 token = getattr(self.llm, f"{name}_token")
                 wrong.append(
-                    f"{name}: the model expects id {want}, the tokenizer has {found} ({token!r})"
+                    f"{name}: the model expects id {wanted}, the tokenizer has {actual} ({token!r})"
                 )
-        for name, want in (("cls", "[CLS]"), ("sep", "[SEP]")):
-            if (token := getattr(self.qformer, f"{name}_token")) != want:
-                wrong.append(f"{name}: the Q-Former expects {want}, its tokenizer has {token!r}")
+        for name, wanted in (("cls", "[CLS]"), ("sep", "[SEP]")):
+            if (token := getattr(self.qformer, f"{name}_token")) != wanted:
+                wrong.append(f"{name}: the Q-Former expects {wanted}, its tokenizer has {token!r}")
         for name, tokenizer, vocab in (
             ("language model", self.llm, llm.vocab),
             ("Q-Former", self.qformer, self.variant.qformer.vocab),
@@ -356,10 +356,10 @@ def _require_readable(text: str) -> None:
 
 def _require(folder: pathlib.Path, names: Sequence[str], whose: str) -> None:
     if not any((folder / name).is_file() for name in names):
-        found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no folder"
+        present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else "no folder"
         raise FileNotFoundError(
             f"the {whose} tokenizer is missing: expected one of {', '.join(names)} in {folder}, "
-            f"found {found}"
+            f"found {present}"
         )
     for name in (*names, *_SETTINGS):
         if (folder / name).exists():  # a pipe would be waited for

@@ -83,21 +83,21 @@ class TrainBatches:
     def __getitem__(self, step: int) -> Batch:
         first = step * self.batch_size
         # Looked at by all hosts, the texts of all samples tell each who shares a row, and its size.
-        found = {sample: self._text(first + sample) for sample in range(self.batch_size)}
-        sizes = [self._size(*each[1:]) for each in found.values()]
+        texts = {sample: self._text(first + sample) for sample in range(self.batch_size)}
+        sizes = [self._size(*each[1:]) for each in texts.values()]
         shared = deal([(size["slots"], size["targets"]) for size in sizes], self.row_count)
         chosen = [int(sample) for sample in shared[self.rows].flat]
-        made = [self._whole(first + sample, *found[sample]) for sample in chosen]
+        samples = [self._whole(first + sample, *texts[sample]) for sample in chosen]
         llm = self.text.variant.llm
         batch = collate(
-            [example for _, example in made],
+            [example for _, example in samples],
             visual_tokens=self.text.variant.visual_tokens,
             samples_per_row=self.samples_per_row,
             lengths=self._lengths(sizes, shared),
             pad_id=llm.pad_id,
             qformer_pad_id=cast(int, self.text.qformer.pad_token_id or 0),
         )
-        return batch | {"replaced": np.array([attempt for attempt, _ in made], np.int32)}
+        return batch | {"replaced": np.array([attempt for attempt, _ in samples], np.int32)}
 
     def _check_positions(self, record: Record, example: Example) -> None:
         most, size = self.text.variant.llm.max_positions, self._size(record, example)
@@ -144,18 +144,18 @@ class TrainBatches:
         return digest_of([self.mixture.fingerprint(), self.batch_size])
 
     def _text(
-        self, place: int, attempt: int = 0, room: Example | None = None
+        self, position: int, attempt: int = 0, room: Example | None = None
     ) -> tuple[int, Record, Example]:
         """The first attempt whose text can be used, its record, its tokens cut to `room`."""
         while True:
-            source, index = self.mixture.find(place, attempt)
+            source, index = self.mixture.find(position, attempt)
             name = f"record {index} of {source.name}"
             try:
                 record = source.records[index]
                 name = record.id
                 if problems := record.text_problems():
                     raise ValueError("; ".join(problems))
-                rng = self.mixture.rng(place, attempt, use="text")
+                rng = self.mixture.rng(position, attempt, use="text")
                 prompt, answer = self.mixture.instruct(source, record, rng)
                 example = self.text.example(prompt, answer, room)
                 self._check_positions(record, example)
@@ -164,38 +164,38 @@ class TrainBatches:
                 attempt = self._next(source, name, attempt, error)
 
     def _whole(
-        self, place: int, attempt: int, record: Record, example: Example
+        self, position: int, attempt: int, record: Record, example: Example
     ) -> tuple[int, Example]:
         """The example with its pixels; where they cannot be read, another one in its room.
 
         Rows are laid out before pixels are read, so nothing of the other may be longer. Where none
         of `FITTING` others is as short, the next one is cut.
         """
-        room, source = self._size(record, example), self.mixture.find(place)[0]
+        room, source = self._size(record, example), self.mixture.find(position)[0]
         limits, passed = example, 0
         while True:
             try:
-                return attempt, example | {"images": self._pixels(record, place, attempt)}
+                return attempt, example | {"images": self._pixels(record, position, attempt)}
             except images.ImageError as error:
                 attempt = self._next(source, record.id, attempt, error)
-            attempt, record, example = self._text(place, attempt)
+            attempt, record, example = self._text(position, attempt)
             while not _fits(self._size(record, example), room):
                 passed += 1
                 if passed > FITTING:
-                    attempt, record, example = self._text(place, attempt, limits)
+                    attempt, record, example = self._text(position, attempt, limits)
                     kept = record.images[: room["images"]]
                     record = dataclasses.replace(record, images=kept)
                     break
                 attempt = self._next(source, record.id, attempt, _TOO_LONG)
-                attempt, record, example = self._text(place, attempt)
+                attempt, record, example = self._text(position, attempt)
 
-    def _pixels(self, record: Record, place: int, attempt: int) -> np.ndarray:
+    def _pixels(self, record: Record, position: int, attempt: int) -> np.ndarray:
         size = self.text.variant.vision.image_size
         frames = []
         for source in record.images:
             if self.augment:
                 # The same numbers for every frame: a video is cropped alike throughout.
-                rng = self.mixture.rng(place, attempt, use="image")
+                rng = self.mixture.rng(position, attempt, use="image")
                 crop = images.random_resized_crop_flip
                 ratio = self.min_decode_ratio
                 pixels = crop(source, size, rng, min_ratio=ratio, upright=self.upright)

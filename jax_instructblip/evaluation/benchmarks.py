@@ -75,8 +75,8 @@ def open_tasks(settings: Settings, llm: str) -> list[Task]:
     assert settings.data is not None
     names = [n for name in settings.datasets for n in (HELD_OUT if name == "held_out" else (name,))]
     benchmarks = [get_benchmark(name) for name in dict.fromkeys(names)]
-    given = settings.overrides()
-    overrides = dict(given)
+    changed = settings.overrides()
+    overrides = dict(changed)
     if settings.prompt is not None:
         overrides["prompt"] = settings.prompt
     if settings.mode:
@@ -109,7 +109,7 @@ def open_tasks(settings: Settings, llm: str) -> list[Task]:
         tasks.append(task)
     if wrong:
         raise ValueError("\n  ".join([f"{len(wrong)} datasets cannot be evaluated:", *wrong]))
-    _refuse_unused(tasks, given, candidates, relevance)
+    _refuse_unused(tasks, changed, candidates, relevance)
     return tasks
 
 
@@ -123,13 +123,13 @@ def _folder(data: str, name: str) -> Path:
 
 def _refuse_unused(
     tasks: Sequence[Task],
-    given: Mapping[str, Any],
+    changed: Mapping[str, Any],
     candidates: tuple[str, ...],
     relevance: Mapping[str, Any],
 ) -> None:
     """Raises a ValueError where a setting changes nothing of any dataset."""
     used = {name for task in tasks for name in task.settings}
-    wrong = [name for name in given if name not in used]
+    wrong = [name for name in changed if name not in used]
     if candidates and not any(task.candidates for task in tasks):
         wrong.append("candidates")
     if relevance and not any(task.relevance for task in tasks):

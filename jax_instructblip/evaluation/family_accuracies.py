@@ -59,8 +59,8 @@ def measure_families(
         )
     size = BATCH_SIZE if settings.batch_size is None else settings.batch_size
     check_batch_size(size)
-    given = settings.overrides()
-    config = GenerationConfig.of(**{name: given[name] for name in DECODING if name in given})
+    changed = settings.overrides()
+    config = GenerationConfig.of(**{name: changed[name] for name in DECODING if name in changed})
     tasks = []
     for split in settings.split.split(",") if settings.split else _test_splits(data):
         records, digest = open_records(data, split)

@@ -110,7 +110,7 @@ class Settings:
     tensor: int = 1
 
     @classmethod
-    def of(cls, *, datasets: str | Sequence[str] | None = None, **given: Any) -> "Settings":
+    def of(cls, *, datasets: str | Sequence[str] | None = None, **values: Any) -> "Settings":
         """The settings of these values by name; datasets may stand in a text with commas.
 
         Raises:
@@ -122,14 +122,16 @@ class Settings:
         if not isinstance(datasets, list | tuple | None):
             raise ValueError(f"datasets is {datasets!r:.60}, expected a list of names or one text")
         for name in ("checkpoint", "data", *_PATHS):
-            if given.get(name) is not None:
-                path = Path(address_of(given[name]) or local_path(given[name], name))
-                given[name] = path if name in _PATHS else address_of(path) or os.fspath(given[name])
-        if unknown := [name for name in given if name not in NAMES]:
+            if values.get(name) is not None:
+                path = Path(address_of(values[name]) or local_path(values[name], name))
+                values[name] = (
+                    path if name in _PATHS else address_of(path) or os.fspath(values[name])
+                )
+        if unknown := [name for name in values if name not in NAMES]:
             raise ValueError("; ".join(map(_hint, unknown)))
-        made = cls(datasets=tuple(datasets or ()), **given)
-        made.check()
-        return made
+        settings = cls(datasets=tuple(datasets or ()), **values)
+        settings.check()
+        return settings
 
     def check(self) -> None:
         """Raises a ValueError where a setting cannot be, or the others leave it without effect."""
@@ -147,14 +149,14 @@ class Settings:
                 problems.append(f"{name} is {getattr(self, name)!r:.60}, {expected}")
         if problems:
             raise ValueError("; ".join(problems))
-        given = {name for name in NAMES if getattr(self, name) != getattr(_DEFAULTS, name)}
+        changed = {name for name in NAMES if getattr(self, name) != getattr(_DEFAULTS, name)}
         if self.datasets and self.predictions:
-            wrong = given & set(_ANSWERING)
+            wrong = changed & set(_ANSWERING)
             why = "not used with --predictions: nothing is answered, what is there is scored"
         elif self.datasets:
-            wrong, why = given & {"no_baselines"}, "only used without --datasets"
+            wrong, why = changed & {"no_baselines"}, "only used without --datasets"
         else:
-            wrong = given & {*_OF_DATASETS, "predictions", "fsdp", "tensor"}
+            wrong = changed & {*_OF_DATASETS, "predictions", "fsdp", "tensor"}
             why = "only used with --datasets"
         if wrong:
             raise ValueError(f"{', '.join(f'--{name}' for name in sorted(wrong))}: {why}")
@@ -178,8 +180,8 @@ class Settings:
 
     def overrides(self) -> dict[str, Any]:
         """The settings of decoding and ranking that are given, by name."""
-        given = {name: getattr(self, name) for name in OVERRIDES}
-        return {name: value for name, value in given.items() if value is not None}
+        overrides = {name: getattr(self, name) for name in OVERRIDES}
+        return {name: value for name, value in overrides.items() if value is not None}
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Settings))

@@ -169,9 +169,9 @@ def _source_problems(sources: Any) -> Iterator[str]:
     for name, source in sources.items():
         where = f"config.{SOURCES}.{name}"
         if not isinstance(source, Mapping) or set(source) != set(SOURCE_FIELDS):
-            found = sorted(source) if isinstance(source, Mapping) else repr(source)[:60]
+            names = sorted(source) if isinstance(source, Mapping) else repr(source)[:60]
             yield (
-                f"{where} has the fields {found}, expected {sorted(SOURCE_FIELDS)}: make it with "
+                f"{where} has the fields {names}, expected {sorted(SOURCE_FIELDS)}: make it with "
                 "common.source()"
             )
             continue

@@ -109,12 +109,12 @@ def read_scans(config: ConfigDict) -> Scans:
 def read_mixture(config: ConfigDict) -> Mixture:
     """The sources of `config.data`, opened; raises a ValueError that lists all that cannot be."""
     sources, wrong = [], []
-    for name, given in sorted(config.data.sources.items()):
+    for name, fields in sorted(config.data.sources.items()):
         try:
-            records, digest = open_records(given.path, given.split)
-            dataset = DATASETS.get(dataset_name(given.path))
+            records, digest = open_records(fields.path, fields.split)
+            dataset = DATASETS.get(dataset_name(fields.path))
             family = dataset.family if dataset else ""
-            sources.append(Source(name, records, digest, given.weight, given.templates, family))
+            sources.append(Source(name, records, digest, fields.weight, fields.templates, family))
         except (ValueError, OSError) as error:
             wrong.append(f"config.data.sources.{name}: {error}")
             continue
@@ -199,20 +199,26 @@ def read_variant_fields(config: ConfigDict) -> dict[str, Any]:
 
 def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of `config.optimizer`, and the learning rate of each step."""
-    given = config.optimizer
+    settings = config.optimizer
     rates = dict(
-        start=given.warmup_learning_rate,
-        peak=given.learning_rate,
-        end=given.final_learning_rate,
-        warmup_steps=given.warmup_steps,
+        start=settings.warmup_learning_rate,
+        peak=settings.learning_rate,
+        end=settings.final_learning_rate,
+        warmup_steps=settings.warmup_steps,
         total_steps=config.train.steps,
     )
-    if given.schedule == "staircase":
-        schedule = staircase_cosine(**rates, epoch_steps=given.epoch_steps)
+    if settings.schedule == "staircase":
+        schedule = staircase_cosine(**rates, epoch_steps=settings.epoch_steps)
     else:
         schedule = warmup_cosine(**rates)
-    made = adamw(schedule, b1=given.b1, b2=given.b2, eps=given.eps, weight_decay=given.weight_decay)
-    return made, schedule
+    optimizer = adamw(
+        schedule,
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    return optimizer, schedule
 
 
 def read_validation_records(config: ConfigDict) -> Sequence[Record] | None:
@@ -221,11 +227,11 @@ def read_validation_records(config: ConfigDict) -> Sequence[Record] | None:
     Raises:
         ValueError: they are not there.
     """
-    given = config.validation
-    if not given.path:
+    settings = config.validation
+    if not settings.path:
         return None
     try:
-        records, _ = open_records(given.path, given.split)
+        records, _ = open_records(settings.path, settings.split)
     except (ValueError, OSError) as error:
         raise ValueError(f"config.validation.path cannot be used: {error}") from error
     return records
@@ -241,7 +247,7 @@ def read_validation(
     mesh: Mesh,
 ) -> Validation | None:
     """The validation that the config asks for; None where nothing is to be validated."""
-    given = config.validation
+    settings = config.validation
     if evaluate is None or records is None:
         return None
 
@@ -252,14 +258,14 @@ def read_validation(
             text=text,
             records=records,
             mesh=mesh,
-            limit=given.limit,
-            batch_size=given.batch_size,
-            max_new_tokens=given.max_new_tokens,
-            path=given.path,
-            split=given.split,
+            limit=settings.limit,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            path=settings.path,
+            split=settings.split,
             style=read_style(config),
             upright=config.data.exif,
             take_samples=take_samples,
         )
 
-    return Validation(measure, given.every, given.first)
+    return Validation(measure, settings.every, settings.first)
