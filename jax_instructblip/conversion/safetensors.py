@@ -188,8 +188,8 @@ def _refuse_unread(folder: Path, unread: Mapping[str, str]) -> None:
     lines = []
     for dtype in sorted(set(unread.values())):
         keys = [key for key, name in unread.items() if name == dtype]
-        cure = f"quantised weights: {DEQUANTISE}" if dtype in QUANTISED else "no weights of a model"
-        lines.append(f"{len(keys)} tensors are {dtype}, the first is {keys[0]}: {cure}")
+        hint = f"quantised weights: {DEQUANTISE}" if dtype in QUANTISED else "no weights of a model"
+        lines.append(f"{len(keys)} tensors are {dtype}, the first is {keys[0]}: {hint}")
     if lines:
         raise ConversionError(f"{folder} holds weights of a dtype that is not read", lines)
 

@@ -193,14 +193,14 @@ class GenerationConfig:
                 "do_sample, temperature, top_p and top_k, or num_beams"
             )
         if self.num_return_sequences > self.num_beams:
-            cure = (
+            hint = (
                 "; to draw several answers ask as often, each prompt with its image again"
                 if self.sample
                 else "; raise num_beams for more"
             )
             yield (
                 f"num_return_sequences is {self.num_return_sequences}, expected 1 to num_beams "
-                f"({self.num_beams}){cure}"
+                f"({self.num_beams}){hint}"
             )
 
 

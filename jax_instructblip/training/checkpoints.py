@@ -290,11 +290,12 @@ class Checkpoints:
         try:
             write()
         except OSError as error:
-            cure = "When the store answers" if self._store else "With room made there"
+            hint = "When the store answers" if self._store else "With room made there"
             raise OSError(
                 error.errno or errno.EIO,
                 f"the checkpoint of step {step} was not saved ({error.strerror or error}); intact "
-                f"in {self._store or self.folder}: {self._there()}. {cure}, start the run again",
+                f"in {self._store or self.folder}: {self._complete_steps()}. {hint}, start the run "
+                "again",
             ) from error
         if jax.process_index() == 0:
             self._remove_old()
@@ -320,7 +321,7 @@ class Checkpoints:
                 self._remove(old)
 
     def _way_past(self, step: int) -> str:
-        """The cure where that checkpoint is damaged."""
+        """A hint for where that checkpoint is damaged."""
         before = [each for each in self.steps() if each < step]
         way = f"go on from step {before[-1]}" if before else "start over"
         return f"remove {self.location(step)} to {way}"
@@ -338,12 +339,12 @@ class Checkpoints:
             remote.remove(self.location(step), first=META)
             return
         # Renamed first: a removal cut short must not leave half a numbered folder.
-        doomed = self.folder / f".{step}.removed"
-        shutil.rmtree(doomed, ignore_errors=True)
-        self.path(step).rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        expired = self.folder / f".{step}.removed"
+        shutil.rmtree(expired, ignore_errors=True)
+        self.path(step).rename(expired)
+        shutil.rmtree(expired, ignore_errors=True)
 
-    def _there(self) -> str:
+    def _complete_steps(self) -> str:
         """The complete steps, for a message; a store that fails may not even tell them."""
         try:
             return ", ".join(map(str, self.steps())) or "none"
