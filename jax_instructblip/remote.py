@@ -5,6 +5,7 @@ folder is complete when one file of it is there, which is put last and removed f
 """
 
 import errno
+import functools
 import os
 import re
 import time
@@ -151,6 +152,8 @@ def remove(folder: str, *, first: str = "") -> None:
         _try(system.rm_file, f"{place}/{first}")
     if files := stamps(folder):
         _at_once([(system.rm_file, f"{place}/{name}".rstrip("/")) for name in files])
+    if _try(system.exists, place):  # where folders are more than parts of names
+        _try(functools.partial(system.rm, recursive=True), place)
 
 
 def remove_file(folder: str, name: str) -> None:

@@ -115,7 +115,7 @@ def test_a_step_and_the_best_one_exclude_each_other(run, tmp_path):
         jax_instructblip.merge(run, tmp_path / "out", step=2, best=True)
 
 
-@pytest.mark.parametrize("out", ["", None, 5, b"x", ".", "s3://bucket/x"])
+@pytest.mark.parametrize("out", ["", None, 5, b"x", ".", "hdfs://bucket/x"])
 @pytest.mark.parametrize("verb", ["convert", "export", "merge"])
 def test_what_is_no_place_for_a_new_folder(base, tmp_path, monkeypatch, verb, out):
     """The empty text was the present folder, which was renamed away from under its reader."""
@@ -126,7 +126,7 @@ def test_what_is_no_place_for_a_new_folder(base, tmp_path, monkeypatch, verb, ou
     assert Path("new").exists() and main([verb, str(base), "--out", ""]) == 1
 
 
-@pytest.mark.parametrize("config", [5, None, "", "s3://bucket/config.py"])
+@pytest.mark.parametrize("config", [5, None, "", "hdfs://bucket/config.py"])
 def test_what_is_no_config_is_said(config):
     with pytest.raises(ValueError, match="the config is"):
         jax_instructblip.train(config)
@@ -228,7 +228,7 @@ def test_evaluate_of_datasets_is_its_verb(base, tmp_path, monkeypatch, capsys):
         ({"prompt": "x"}, "--prompt: only used with --datasets"),
         ({"datasets": "gqa", "data": "a"}, "--out: needed by --datasets"),
         ({"checkpoint": None}, "--checkpoint: needed"),
-        ({"out": "s3://a/b"}, "out is s3://a/b: weights and data are read from a disk"),
+        ({"out": "hdfs://a/b"}, "out is hdfs://a/b: this is read from a disk, or written"),
         ({"num_beams": 0, "data": "shapes", "out": "x"}, "num_beams is 0, expected at least 1"),
         ({"batch_size": 0, "data": "shapes", "out": "x"}, "batch_size is 0, expected at least 1"),
         ({"datasets": 5, "data": "a", "out": "x"}, "datasets is 5, expected a list of names or"),

@@ -183,14 +183,14 @@ def test_the_recorded_cases(shared):
         ("./a//b", ""),
         ("notes: a/b", ""),
         ("step:/x", ""),  # no store that is known
-        ("s3://b/x", "is s3://b/x: weights and data are read from a disk"),
-        ("./s3:/b/x", "is s3://b/x: weights and data"),
-        (Path("s3://b/x"), "is s3://b/x: weights and data"),
-        ("././gs://b", "is gs://b: weights"),
-        ("S3://b", "is S3://b: weights"),
-        ("memory://a", "is memory://a: weights"),
-        ("nowhere://a", "is nowhere://a: weights"),
-        ("hf://datasets/a", "is hf://datasets/a: weights"),
+        ("s3://b/x", "is s3://b/x: this is read from a disk, or written to one"),
+        ("./s3:/b/x", "is s3://b/x: this is read from a disk"),
+        (Path("s3://b/x"), "is s3://b/x: this is read from a disk"),
+        ("././gs://b", "is gs://b: this is read"),
+        ("S3://b", "is S3://b: this is read"),
+        ("memory://a", "is memory://a: this is read"),
+        ("nowhere://a", "is nowhere://a: this is read"),
+        ("hf://datasets/a", "is hf://datasets/a: this is read"),
         ("https://a.org/b.jpg", "is https://a.org/b.jpg, an address of the web: download it"),
         ("file:///a/b", "is file:///a/b: give the path alone"),
     ],
@@ -259,7 +259,7 @@ def test_nothing_is_read_from_or_written_to_an_address(tmp_path, monkeypatch):
         lambda: atomic.atomic_folder("gs://b/x").__enter__(),
         lambda: atomic.refuse_existing(Path("gs://b/x")),
     ):
-        with pytest.raises(ValueError, match="is (s3|gs)://b/x.*: weights and data are read"):
+        with pytest.raises(ValueError, match="is (s3|gs)://b/x.*: this is read from a disk"):
             call()
     assert "it is gs://b" in atomic.unwritable("gs://b")
     assert list(tmp_path.iterdir()) == []

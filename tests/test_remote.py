@@ -89,7 +89,7 @@ def test_a_store_that_refuses_is_told_at_once_with_what_to_do(store):
 
 @pytest.mark.parametrize(
     ("folder", "message"),
-    [("s3://bucket/run", "pip install s3fs"), ("ftp://bucket/run", "known are gs://, s3://")],
+    [("az://bucket/run", "pip install adlfs"), ("ftp://bucket/run", "known are gs://, s3://")],
 )
 def test_an_unknown_store_or_an_absent_library_is_named(folder, message):
     with pytest.raises(ValueError, match=message):

@@ -289,7 +289,7 @@ class Family:
         return document
 
 
-_LANGUAGES = {
+LANGUAGES = {
     "t5": Language(T5, "t5", t5.rules, T5Config, t5.HEAD),
     "llama": Language(LLAMA, "llama", llama.rules, LlamaConfig, llama.HEAD),
 }
@@ -301,7 +301,7 @@ FAMILIES = (
         top=Section("", (Key("num_query_tokens", "queries", AXIS, 32),)),
         vision=Tower(EVA_VIT, "instructblip_vision_model", vision.rules, VisionConfig),
         bridge=Tower(QFORMER, "instructblip_qformer", qformer.rules, QFormerConfig),
-        languages=_LANGUAGES,
+        languages=LANGUAGES,
         link=lambda vision, llm: {
             "llm_width": llm.width,
             # Hugging Face normalises the tower's output with the tower's eps; LAVIS has 1e-5.

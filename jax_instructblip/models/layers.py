@@ -19,7 +19,7 @@ from jax_instructblip.models.dense import PRODUCT, Dense, rank_of
 # (benchmarks/precision.py). Embeddings begin a stream in this dtype; sums and norms keep it.
 RESIDUAL = jnp.float32
 BATCH_AXES = ("data", "fsdp")  # mesh axes that split the batch
-FLAGS = ("return_kv", "train")  # arguments of a layer that are Python booleans
+FLAGS = ("queries", "return_kv", "train")  # arguments of a layer that are no arrays
 
 # What a backward pass computes again instead of keeping it since the forward pass.
 REMAT: dict[str, Callable[..., bool] | None] = {

@@ -51,6 +51,21 @@ def causal_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
     return earlier & segment_mask(segments, segments)
 
 
+def prefix_causal_mask(valid: Bool[Array, "B T"], prefix: int) -> Bool[Array, "B 1 T S"]:
+    """The mask of a caption that is written behind the queries: all of these, and what precedes.
+
+    For valid = 1 1 0 and a prefix of 2:
+
+        # # # . .
+        # # # # .
+        # # # # .
+    """
+    index = jnp.arange(valid.shape[1])
+    earlier = (index[:, None] >= index[None, :])[None] & valid[:, None, :]
+    queries = jnp.ones((*earlier.shape[:2], prefix), bool)
+    return jnp.concatenate([queries, earlier], axis=2)[:, None]
+
+
 def tree_mask(ends: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
     """The mask of a ranking's tree of candidates: a token sees itself and what leads to it.
 

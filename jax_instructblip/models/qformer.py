@@ -3,6 +3,11 @@
 BERT-base with three additions: cross-attention in even layers (for the queries alone), a
 feed-forward of their own for the queries, and the queries themselves. Everything that InstructBLIP
 trains is here, the image norm before it and the projection after it included.
+
+    read_image   queries | image          what the image says          unimodal: ITC, stage 2
+    read_text    text                     what the text says           unimodal: ITC
+    read_both    [queries ; text] | image  both, in both directions    ITM, InstructBLIP
+    write_text   text behind the queries  causal                       ITG
 """
 
 import functools
@@ -12,7 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_instructblip.models.attention import Attention
+from jax_instructblip.models.attention import Attention, attend
 from jax_instructblip.models.dense import Dense
 from jax_instructblip.models.layers import (
     RESIDUAL,
@@ -24,14 +29,16 @@ from jax_instructblip.models.layers import (
     constrain,
     scan_layers,
 )
-from jax_instructblip.models.masks import padding_mask
+from jax_instructblip.models.masks import padding_mask, prefix_causal_mask
 from jax_instructblip.models.variants import QFormerConfig
 
 BIASES = ("query", "key", "value", "out")
 
+KeyValue = dict[str, Array]  # key and value [B, S, N, K] of a layer
+
 
 class QFormerLayer(nn.Module):
-    """One post-norm layer over `[queries ; text]`; `cross` adds the look at the image."""
+    """One post-norm layer over `[queries ; text]`; with `cross` the queries look at the image."""
 
     config: QFormerConfig
     dtype: Any
@@ -41,31 +48,44 @@ class QFormerLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        mask: Bool[Array, "B 1 1 T"] | None,
-        image: Float[Array, "B P Dv"],
+        past: KeyValue | None,
+        mask: Bool[Array, "#B 1 #T S"] | None,
+        image: Float[Array, "B P Dv"] | None,
+        queries: int,
         train: bool,
-    ) -> Float[Array, "B T D"]:
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """The layer's output, and the keys and values of `x`.
+
+        `x` are `queries` queries, then text; one of the two may be absent. What `past` holds is
+        seen ahead of `x`.
+        """
         c = self.config
         layer = Dropout(c.dropout)
         dropout = functools.partial(layer, deterministic=not train)
         norm = functools.partial(LayerNorm, c.norm_eps)
         mlp = functools.partial(Mlp, c.width, c.mlp, self.dtype)
-        attention = functools.partial(
+        make_attention = functools.partial(
             Attention, c.width, c.heads, c.width // c.heads, self.dtype, BIASES
         )
 
-        y = attention(name="attention")(x, x, mask, dropout=dropout)
-        x = norm(name="attention_norm")(constrain(x + dropout(y)))
-        queries, text = x[:, : c.queries], x[:, c.queries :]
-        if self.cross:
-            y = attention(name="cross_attention")(queries, image, dropout=dropout)
-            queries = norm(name="cross_attention_norm")(constrain(queries + dropout(y)))
-        y = mlp(name="query_mlp")(queries)
-        queries = norm(name="query_mlp_norm")(constrain(queries + dropout(y)))
-        if c.instruction_aware:
+        attention = make_attention(name="attention")
+        own = {"key": attention.key(x), "value": attention.value(x)}
+        seen = own
+        if past is not None:
+            seen = {name: jnp.concatenate([past[name], own[name]], axis=1) for name in own}
+        mixed = attend(attention.query(x), seen["key"], seen["value"], mask, dropout=dropout)
+        x = norm(name="attention_norm")(constrain(x + dropout(attention.out(mixed))))
+        first, text = x[:, :queries], x[:, queries:]
+        if image is not None and self.cross:
+            y = make_attention(name="cross_attention")(first, image, dropout=dropout)
+            first = norm(name="cross_attention_norm")(constrain(first + dropout(y)))
+        if queries:
+            y = mlp(name="query_mlp")(first)
+            first = norm(name="query_mlp_norm")(constrain(first + dropout(y)))
+        if text.shape[1]:
             y = mlp(name="text_mlp")(text)
             text = norm(name="text_mlp_norm")(constrain(text + dropout(y)))
-        return constrain(jnp.concatenate([queries, text], axis=1))
+        return constrain(jnp.concatenate([first, text], axis=1)), own
 
 
 class QFormerPair(nn.Module):
@@ -75,20 +95,45 @@ class QFormerPair(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, _, mask, image, train):
-        x = QFormerLayer(self.config, self.dtype, cross=True, name="cross")(x, mask, image, train)
-        x = QFormerLayer(self.config, self.dtype, cross=False, name="plain")(x, mask, image, train)
-        return x, None
+    def __call__(self, x, past, mask, image, queries, return_kv, train):
+        """Runs both layers; `past` and what `return_kv` gives back hold those of each by name."""
+        kept = {}
+        for name in ("cross", "plain"):
+            layer = QFormerLayer(self.config, self.dtype, cross=name == "cross", name=name)
+            own = None if past is None else past[name]
+            x, kept[name] = layer(x, own, mask, image, queries, train)
+        return x, kept if return_kv else None
 
 
 class QFormer(Network):
-    """Patch features and instruction to the visual prompt of the language model."""
+    """Patch features and text to queries that speak of the image.
+
+    As a bridge (`__call__`) it projects them to the language model's width. The first stage of
+    BLIP-2 reads image and text apart (`read_image`, `read_text`), together (`read_both`), and lets
+    the text be written after the queries (`write_text`).
+    """
 
     config: QFormerConfig
     dtype: Any
     scan: Scan = Scan()
 
-    @nn.compact
+    def setup(self):
+        c = self.config
+        self.image_norm = LayerNorm(c.image_norm_eps)
+        normal = nn.initializers.normal(0.02)
+        self.queries = self.param("queries", normal, (1, c.queries, c.width))
+        if c.instruction_aware:
+            embed = functools.partial(
+                nn.Embed, features=c.width, embedding_init=normal, dtype=RESIDUAL
+            )
+            self.text_embed, self.position_embed = embed(c.vocab), embed(c.max_positions)
+        self.embed_norm = LayerNorm(c.norm_eps)
+        self.drop = Dropout(c.dropout)
+        layers = scan_layers(QFormerPair, c.layers // 2, self.scan, call=5)
+        self.layers = layers(c, self.dtype)
+        if c.llm_width:
+            self.projection = Dense((c.llm_width,), self.dtype)
+
     def __call__(
         self,
         patches: Float[Array, "B P Dv"],
@@ -99,40 +144,88 @@ class QFormer(Network):
         """The Q query outputs, projected to the language model's width.
 
         `tokens` are the instruction in BERT ids, `valid` is False on padding; both are left out
-        (and ignored) where the Q-Former is not instruction-aware. Queries carry no position, text
-        positions start at 0, and one norm covers both.
+        (and ignored) where the Q-Former is not instruction-aware.
         """
-        c = self.config
-        image = LayerNorm(c.image_norm_eps, name="image_norm")(patches)
-        queries = self.param("queries", nn.initializers.normal(0.02), (1, c.queries, c.width))
-        x = jnp.broadcast_to(queries, (image.shape[0], *queries.shape[1:])).astype(RESIDUAL)
-        mask = None
-        if c.instruction_aware:
-            if tokens is None or valid is None:
-                raise ValueError(
-                    "this Q-Former reads the instruction: the batch lacks qformer_tokens or "
-                    "qformer_mask"
-                )
-            if tokens.shape[1] > c.max_positions:
-                raise ValueError(
-                    f"the instruction has {tokens.shape[1]} tokens, the Q-Former has "
-                    f"{c.max_positions} positions: truncate it (data/text.py does, at 128)"
-                )
-            x = jnp.concatenate([x, self.embed_text(tokens)], axis=1)
-            queries = jnp.ones((x.shape[0], c.queries), bool)
-            mask = padding_mask(jnp.concatenate([queries, valid], axis=1))
-        x = LayerNorm(c.norm_eps, name="embed_norm")(x)
-        x = Dropout(c.dropout)(x, deterministic=not train)
-        pairs = scan_layers(QFormerPair, c.layers // 2, self.scan, call=3)
-        x, _ = pairs(c, self.dtype, name="layers")(x, None, mask, image, train)
-        return Dense((c.llm_width,), self.dtype, name="projection")(x[:, : c.queries])
+        if not self.config.instruction_aware:
+            return self.projection(self.read_image(patches, train)[0])
+        if tokens is None or valid is None:
+            raise ValueError(
+                "this Q-Former reads the instruction: the batch lacks qformer_tokens or "
+                "qformer_mask"
+            )
+        return self.projection(self.read_both(patches, tokens, valid, train))
+
+    def read_image(
+        self, patches: Float[Array, "B P Dv"], train: bool = False, return_kv: bool = False
+    ) -> tuple[Float[Array, "B Q D"], Any]:
+        """The outputs of the queries that saw the image and no text.
+
+        With `return_kv` their keys and values in every layer come back, for `write_text`.
+        """
+        image = self.image_norm(patches)
+        return self._run(self._queries(image), None, None, image, return_kv, train)
+
+    def read_text(
+        self, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"], train: bool = False
+    ) -> Float[Array, "B L D"]:
+        """The outputs of the text alone, read in both directions."""
+        return self._run(self.embed_text(tokens), None, padding_mask(valid), None, False, train)[0]
+
+    def read_both(
+        self,
+        patches: Float[Array, "B P Dv"],
+        tokens: Int[Array, "B L"],
+        valid: Bool[Array, "B L"],
+        train: bool = False,
+    ) -> Float[Array, "B Q D"]:
+        """The outputs of the queries that saw the image and the text, which saw them.
+
+        Queries carry no position, text positions start at 0, and one norm covers both.
+        """
+        image = self.image_norm(patches)
+        queries = self._queries(image)
+        x = jnp.concatenate([queries, self.embed_text(tokens)], axis=1)
+        ones = jnp.ones(queries.shape[:2], bool)
+        mask = padding_mask(jnp.concatenate([ones, valid], axis=1))
+        return self._run(x, None, mask, image, False, train)[0][:, : self.config.queries]
+
+    def write_text(
+        self,
+        tokens: Int[Array, "B L"],
+        valid: Bool[Array, "B L"],
+        kv: Any,
+        train: bool = False,
+    ) -> Float[Array, "B L D"]:
+        """The outputs of a text that is written: each token sees the queries and what precedes it.
+
+        `kv` is what `read_image` gave back; the queries do not see the text.
+        """
+        mask = prefix_causal_mask(valid, self.config.queries)
+        return self._run(self.embed_text(tokens), kv, mask, None, False, train)[0]
 
     def embed_text(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Word plus position embeddings `[B, L, D]`, before the norm."""
         c = self.config
-        table = nn.initializers.normal(0.02)
-        words = nn.Embed(c.vocab, c.width, embedding_init=table, dtype=RESIDUAL, name="text_embed")
-        positions = nn.Embed(
-            c.max_positions, c.width, embedding_init=table, dtype=RESIDUAL, name="position_embed"
-        )
-        return constrain(words(tokens) + positions(jnp.arange(tokens.shape[1]))[None])
+        if tokens.shape[1] > c.max_positions:
+            raise ValueError(
+                f"the instruction has {tokens.shape[1]} tokens, the Q-Former has "
+                f"{c.max_positions} positions: truncate it (data/text.py does, at 128)"
+            )
+        positions = self.position_embed(jnp.arange(tokens.shape[1]))
+        return constrain(self.text_embed(tokens) + positions[None])
+
+    def word_table(self) -> Float[Array, "V D"]:
+        """The word embeddings, which the head of captions shares."""
+        return self.text_embed.embedding
+
+    def _queries(self, image: Float[Array, "B P Dv"]) -> Float[Array, "B Q D"]:
+        shape = (image.shape[0], *self.queries.shape[1:])
+        return jnp.broadcast_to(self.queries, shape).astype(RESIDUAL)
+
+    def _run(
+        self, x: Array, past: Any, mask: Array | None, image: Array | None, *flags: bool
+    ) -> tuple[Array, Any]:
+        """Norm, dropout and all layers; `flags` are `return_kv` and `train`."""
+        queries = 0 if image is None else self.config.queries
+        x = self.drop(self.embed_norm(x), deterministic=not flags[-1])
+        return self.layers(x, past, mask, image, queries, *flags)

@@ -49,7 +49,9 @@ class QFormerConfig:
     norm_eps: float = 1e-12
     image_norm_eps: float = 1e-5  # LAVIS 1e-5, the Hugging Face port 1e-6
     dropout: float = 0.1
-    instruction_aware: bool = True  # False: BLIP-2, queries alone and no text branch
+    instruction_aware: bool = True  # has a text branch; False: BLIP-2's second stage
+    feature_width: int = 0  # of the space in which the first stage compares images and texts
+    caption_head: bool = True  # of the first stage; False: Hugging Face's, which only compares
     key: ClassVar[str] = "qformer"  # of its tree in the parameters
 
     def vectors(self, vision: VisionConfig) -> int:
@@ -171,7 +173,7 @@ class Variant:
     @property
     def reads_instruction(self) -> bool:
         """Tells whether the bridge is given the instruction beside the image."""
-        return isinstance(self.bridge, QFormerConfig) and self.bridge.instruction_aware
+        return self.llm is not None and getattr(self.bridge, "instruction_aware", False)
 
     @property
     def visual_tokens(self) -> int:
@@ -249,8 +251,15 @@ class Variant:
         bridge = ProjectorConfig if self.kind == "llava" else QFormerConfig
         if not isinstance(self.bridge, bridge):
             wrong.append(f"a model of kind {self.kind} has a {bridge.key}, not {self.bridge!r}")
-        elif self.kind.startswith("blip2") and self.reads_instruction:
+        elif self.kind == "blip2" and self.reads_instruction:
             wrong.append(f"the Q-Former of kind {self.kind} does not read the instruction")
+        elif self.kind == "blip2_stage1" and not (
+            self.qformer.instruction_aware and self.qformer.feature_width
+        ):
+            wrong.append(
+                "the Q-Former of kind blip2_stage1 reads texts (instruction_aware) and has a "
+                "feature_width"
+            )
         if (self.llm is None) != (self.kind in WITHOUT_LLM):
             having = "no language model" if self.llm is None else "a language model"
             wrong.append(f"a model of kind {self.kind} cannot have {having}")
@@ -335,6 +344,20 @@ _FLAN_T5_XXL = dataclasses.replace(_FLAN_T5_XL, width=4096, heads=64, mlp=10240)
 _VICUNA_7B = LlamaConfig(width=4096, heads=32, mlp=11008, layers=32)
 _VICUNA_13B = LlamaConfig(width=5120, heads=40, mlp=13824, layers=40)
 
+
+def _blip2(llm: LanguageConfig) -> Variant:
+    """BLIP-2's second stage: queries alone, before a frozen language model."""
+    instructed = _instructblip(llm)
+    qformer = dataclasses.replace(instructed.qformer, instruction_aware=False)
+    return Variant("blip2", instructed.vision, qformer, llm)
+
+
+def _blip2_stage1(vision: VisionConfig = _VIT_G, features: int = 256, **fields: Any) -> Variant:
+    fields = dict(vision_width=vision.width, llm_width=0, feature_width=features) | fields
+    none: Any = None
+    return Variant("blip2_stage1", vision, QFormerConfig(**fields), none)
+
+
 _TINY_VISION = VisionConfig(image_size=56, width=88, layers=4, heads=4, mlp=384)
 _TINY_QFORMER: dict[str, Any] = dict(width=48, layers=4, heads=4, mlp=192, queries=8)
 
@@ -343,6 +366,12 @@ VARIANTS: dict[str, Variant] = {
     "instructblip-flan-t5-xxl": _instructblip(_FLAN_T5_XXL),
     "instructblip-vicuna-7b": _instructblip(_VICUNA_7B),
     "instructblip-vicuna-13b": _instructblip(_VICUNA_13B),
+    "blip2-stage1": _blip2_stage1(),
+    "blip2-flan-t5-xl": _blip2(_FLAN_T5_XL),
+    "blip2-flan-t5-xxl": _blip2(_FLAN_T5_XXL),
+    "blip2-vicuna-7b": _blip2(_VICUNA_7B),
+    "blip2-vicuna-13b": _blip2(_VICUNA_13B),
+    "tiny-stage1": _blip2_stage1(_TINY_VISION, 24, **_TINY_QFORMER),
     "tiny-t5": _instructblip(
         T5Config(width=64, head_width=16, heads=4, mlp=160, encoder_layers=3, decoder_layers=2),
         _TINY_VISION,

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jax_instructblip.models import blip2
 from jax_instructblip.models.layers import Network, Scans, constrain, take_slots, unstack_layers
 from jax_instructblip.models.llama import Llama
 from jax_instructblip.models.projector import Projector
@@ -159,6 +160,8 @@ def param_shapes(variant: Variant) -> dict[str, Any]:
 @functools.lru_cache(maxsize=16)
 def _param_shapes(variant: Variant) -> dict[str, Any]:
     """The kept result of `param_shapes`: tracing takes a second and a command asks ten times."""
+    if variant.llm is None:
+        return blip2.param_shapes(variant)
     return jax.eval_shape(lambda key: init_params(variant, key), jax.random.key(0))
 
 

@@ -57,7 +57,9 @@ RULES = (
     Rule(r"(cross_)?attention/out/kernel", P("tensor", None, "fsdp")),
     Rule(r"((query|text)_)?mlp/(gate|in)/kernel", P("fsdp", "tensor")),
     Rule(r"((query|text)_)?mlp/out/kernel", P("tensor", "fsdp")),
-    Rule(r"projection/kernel", P("fsdp", "tensor")),
+    Rule(r"((image|text)_)?projection/kernel", P("fsdp", "tensor")),
+    Rule(r"caption/in/kernel", P("fsdp", "tensor")),
+    Rule(r"match/kernel", P()),  # two columns
     # FlanT5 has 32128 = 2^7 x 251 words, Vicuna 32001 and BERT 30523, both odd.
     Rule(r"head/kernel", P("fsdp", "tensor"), otherwise=P(BOTH, None)),
     # Not over `fsdp`: that splits the samples whose rows are looked up, and XLA would look up those
@@ -65,7 +67,7 @@ RULES = (
     Rule(r"(text_)?embed/embedding", P(None, "tensor")),
     Rule(r"position_embed/embedding", P()),
     Rule(r"patch_embed/kernel", P()),
-    Rule(r"bias|scale|cls|pos_embed|queries|relative_bias", P()),
+    Rule(r"bias|scale|cls|pos_embed|queries|relative_bias|temp", P()),
     Rule(r"step|count", P()),  # of the state and of the optimizer
 )
 

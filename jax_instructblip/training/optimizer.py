@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 # Stacked leaves have one dimension more, so "biases and norms are one-dimensional" cannot decide.
-DECAYED = ("kernel", "embedding", "queries", "cls", "pos_embed", "relative_bias")
+# `temp`, a number alone, decays as in the released code, which spares what has one dimension.
+DECAYED = ("kernel", "embedding", "queries", "cls", "pos_embed", "relative_bias", "temp")
 NOT_DECAYED = ("bias", "scale")
 
 

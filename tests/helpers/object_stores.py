@@ -22,7 +22,7 @@ KEYS = {
 def s3_server() -> Iterator[dict[str, str]]:
     """A server with the bucket `bucket`; yields what the environment of its clients needs.
 
-    One a process: the client keeps the first one's address.
+    One at a time: clients keep its address.
     """
     port = free_port()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for each request
@@ -31,6 +31,7 @@ def s3_server() -> Iterator[dict[str, str]]:
     environment = KEYS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
     try:
         with mock.patch.dict(os.environ, environment):
+            fsspec.get_filesystem_class("s3").clear_instance_cache()  # of a server before it
             fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
             yield environment
     finally:

@@ -16,21 +16,31 @@ from jax_instructblip.conversion.transforms import (
 from jax_instructblip.models.variants import QFormerConfig
 
 
-def rules(config: QFormerConfig) -> list[Entry]:
-    """The entries of all tensors that instruction tuning trains."""
+def rules(
+    config: QFormerConfig,
+    norm: str = "qformer.embeddings.layernorm.",
+    embeddings: str = "qformer.embeddings.",
+) -> list[Entry]:
+    """The entries of all tensors that instruction tuning trains.
+
+    `norm` and `embeddings` are the names of the first norm and of the tables, which differ.
+    """
     pairs = [
         ("vision_model.post_layernorm.weight", "image_norm/scale", identity),
         ("vision_model.post_layernorm.bias", "image_norm/bias", identity),
         ("query_tokens", "queries", identity),
-        ("language_projection.weight", "projection/kernel", linear),
-        ("language_projection.bias", "projection/bias", identity),
-        ("qformer.embeddings.layernorm.weight", "embed_norm/scale", identity),
-        ("qformer.embeddings.layernorm.bias", "embed_norm/bias", identity),
+        (f"{norm}weight", "embed_norm/scale", identity),
+        (f"{norm}bias", "embed_norm/bias", identity),
     ]
+    if config.llm_width:
+        pairs += [
+            ("language_projection.weight", "projection/kernel", linear),
+            ("language_projection.bias", "projection/bias", identity),
+        ]
     if config.instruction_aware:
         pairs += [
-            ("qformer.embeddings.word_embeddings.weight", "text_embed/embedding", identity),
-            ("qformer.embeddings.position_embeddings.weight", "position_embed/embedding", identity),
+            (f"{embeddings}word_embeddings.weight", "text_embed/embedding", identity),
+            (f"{embeddings}position_embeddings.weight", "position_embed/embedding", identity),
         ]
     entries: list[Entry] = [Rule(theirs, "qformer/" + ours, how) for theirs, ours, how in pairs]
     for first, stack in enumerate(("cross", "plain")):
@@ -44,7 +54,7 @@ def rules(config: QFormerConfig) -> list[Entry]:
                 )
             )
     entries.append(
-        Drop("qformer.embeddings.position_ids", "a buffer that counts 0, 1, 2, ...: no weight")
+        Drop(f"{embeddings}position_ids", "a buffer that counts 0, 1, 2, ...: no weight")
     )
     return entries
 

@@ -1,0 +1,206 @@
+"""Original checkpoints of LAVIS (`.pth`) -> our leaves, by the tables of Hugging Face's names.
+
+    visual_encoder.blocks.3.attn.proj.weight        the original
+    vision_model.encoder.layers.3.self_attn.projection.weight     the name in our tables
+
+The original's names follow from those of the tables; where it stores a tensor otherwise (two
+biases instead of one of three parts) the entry is changed. A file never holds code: it is read
+with `weights_only=True`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jax_instructblip import checkpoint
+from jax_instructblip.conversion.engine import Drop, Entry, Plan, Rule, Zeros, make_plan
+from jax_instructblip.conversion.families import LANGUAGES
+from jax_instructblip.conversion.safetensors import ConversionError
+from jax_instructblip.conversion.tables import heads, qformer, vision
+from jax_instructblip.files import require_file
+from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.vlm import param_shapes
+
+# Where a name of the tables begins so, the original's begins otherwise; the first match counts.
+_NAMES = (
+    (r"vision_model\.post_layernorm\.", "ln_vision."),
+    (r"vision_model\.embeddings\.class_embedding", "visual_encoder.cls_token"),
+    (r"vision_model\.embeddings\.position_embedding", "visual_encoder.pos_embed"),
+    (r"vision_model\.embeddings\.patch_embedding\.", "visual_encoder.patch_embed.proj."),
+    (
+        r"vision_model\.encoder\.layers\.(\{i\})\.self_attn\.projection",
+        r"visual_encoder.blocks.\1.attn.proj",
+    ),
+    (r"vision_model\.encoder\.layers\.(\{i\})\.self_attn", r"visual_encoder.blocks.\1.attn"),
+    (r"vision_model\.encoder\.layers\.(\{i\})\.layer_norm", r"visual_encoder.blocks.\1.norm"),
+    (r"vision_model\.encoder\.layers\.", "visual_encoder.blocks."),
+    (r"qformer\.embeddings\.layernorm\.", "Qformer.bert.embeddings.LayerNorm."),
+    (
+        r"qformer\.encoder\.layer\.(\{i\})\.(attention|crossattention)\.attention\.",
+        r"Qformer.bert.encoder.layer.\1.\2.self.",
+    ),
+    (r"qformer\.", "Qformer.bert."),
+    (r"cls\.", "Qformer.cls."),
+    (r"(vision|text)_projection\.", r"\1_proj."),
+)
+_LANGUAGE_MODELS = {"t5": "t5", "llama": "llm", "opt": "opt"}  # `t5_model.`, `t5_proj.`
+_QKV_BIASES = {0: "q_bias", 2: "v_bias"}  # by the part of the tables' one tensor
+
+# Of `eva_vit_g.pth`, which is the tower alone, with bare names: what no model here has.
+_EVA = "blocks.0.attn.qkv.weight"
+_EVA_DROPPED = "of the whole EVA-CLIP tower: the features are taken before it"
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchTensor:
+    """One tensor of a `.pth` file, mapped into memory."""
+
+    file: Path
+    tensor: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its axes."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype in numpy's words."""
+        name = str(self.tensor.dtype).removeprefix("torch.")
+        return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.tensor.numel() * self.dtype.itemsize
+
+    def read(self, part: int = 0, parts: int = 1) -> np.ndarray:
+        """The tensor, or one of `parts` equal pieces along its first axis."""
+        import torch
+
+        rows = self.tensor
+        if parts > 1:
+            size = self.shape[0] // parts
+            rows = rows[part * size : (part + 1) * size]
+        if rows.dtype == torch.bfloat16:
+            return rows.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return rows.contiguous().numpy()
+
+
+def open_pth(path: Path) -> dict[str, TorchTensor]:
+    """The tensors of a `.pth` file by name; those below `model`, as LAVIS saves them.
+
+    Raises:
+        ConversionError: it is no such file, holds more than tensors, or torch is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ConversionError(
+            f"{path} is a PyTorch file", ["reading it takes torch: pip install -e '.[torch]'"]
+        ) from error
+    require_file(path)
+    try:
+        stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # pickle, zip and torch have errors of their own
+        first = str(error).strip().splitlines()[0]
+        raise ConversionError(
+            f"{path} cannot be read as tensors alone (nothing in it was run)", [first[:300]]
+        ) from error
+    stored = stored.get("model", stored) if isinstance(stored, Mapping) else stored
+    wrong = not isinstance(stored, Mapping) or not stored
+    if wrong or not all(isinstance(each, torch.Tensor) for each in stored.values()):
+        raise ConversionError(f"{path} holds no tensors by name", ["expected a state_dict"])
+    tensors = {str(name): TorchTensor(path, tensor) for name, tensor in stored.items()}
+    if _EVA in tensors:
+        return {f"visual_encoder.{name}": tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def lavis_entries(variant: Variant) -> list[Entry]:
+    """The entries of all tensors of a variant, under the original's names."""
+    entries = [*vision.rules(variant.vision), *qformer.rules(variant.qformer)]
+    if variant.llm is None:
+        entries += heads.rules(variant.qformer)
+    else:
+        entries += LANGUAGES[variant.llm.kind].rules(variant.llm, False)
+    kind = "" if variant.llm is None else _LANGUAGE_MODELS[variant.llm.kind]
+    named = [each for entry in entries for each in _renamed(entry, kind)]
+    last = variant.vision.layers
+    named += [
+        Drop(f"visual_encoder.{name}", _EVA_DROPPED)
+        for name in (
+            *(f"blocks.{last}.{part}" for part in _BLOCK),
+            *("norm.weight", "norm.bias", "head.weight", "head.bias"),
+            *("fc_norm.weight", "fc_norm.bias"),
+        )
+    ]
+    return named
+
+
+_BLOCK = (
+    *("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"),
+    *("attn.q_bias", "attn.v_bias", "attn.qkv.weight", "attn.proj.weight", "attn.proj.bias"),
+    *("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"),
+)
+
+
+def convert_lavis(tensors: Mapping[str, Any], variant: Variant, title: str) -> Plan:
+    """The leaves of a variant from tensors under the original's names, one at a time.
+
+    `title` names where they are from. Raises ConversionError with all that is missing, left over
+    or of another shape; where a whole tower is missing, it says which file has it.
+    """
+    _refuse_trimmed(tensors, variant, title)
+    expected = checkpoint.flatten(param_shapes(variant))
+    wrong = f"the tensors of {title} do not fit this model"
+    return make_plan(lavis_entries(variant), tensors, expected, wrong)
+
+
+def read_files(paths: Sequence[Path]) -> dict[str, TorchTensor]:
+    """The tensors of several files, such as a trimmed one and its towers; a later one wins."""
+    tensors: dict[str, TorchTensor] = {}
+    for path in paths:
+        tensors |= open_pth(path)
+    return tensors
+
+
+def _refuse_trimmed(tensors: Iterable[str], variant: Variant, title: str) -> None:
+    """Raises where a tower is not in a file at all: those are stored apart."""
+    begins = lambda word: any(name.startswith(word) for name in tensors)
+    lacking = []
+    if not begins("visual_encoder.blocks."):
+        lacking.append("visual_encoder.*, the image tower: give eva_vit_g.pth, too")
+    if variant.llm is not None:
+        name = f"{_LANGUAGE_MODELS[variant.llm.kind]}_model."
+        if not begins(name):
+            lacking.append(f"{name}*, the language model, which is stored apart: give it, too")
+    if lacking:
+        raise ConversionError(f"{title} was saved without its frozen towers", lacking)
+
+
+def _renamed(entry: Entry, kind: str) -> list[Entry]:
+    if entry.source.endswith("self_attn.qkv.bias"):
+        if isinstance(entry, Zeros) or not isinstance(entry, Rule):
+            return []
+        source = _original(entry.source, kind).replace("qkv.bias", _QKV_BIASES[entry.part[0]])
+        return [dataclasses.replace(entry, source=source, part=(0, 1))]
+    changes: dict[str, Any] = {"source": _original(entry.source, kind)}
+    if isinstance(entry, Drop) and entry.same_as:
+        changes["same_as"] = _original(entry.same_as, kind)
+    return [dataclasses.replace(entry, **changes)]
+
+
+def _original(name: str, kind: str) -> str:
+    """The original's name for one of the tables."""
+    name = name.replace("language_model.", f"{kind}_model.", 1)
+    name = name.replace("language_projection.", f"{kind}_proj.", 1)
+    for pattern, other in _NAMES:
+        if found := re.match(pattern, name):
+            return found.expand(other) + name[found.end() :]
+    return name

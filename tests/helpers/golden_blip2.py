@@ -1,0 +1,79 @@
+"""The golden files of the original first stage, read by the package's own converter."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_instructblip import checkpoint
+from jax_instructblip.conversion.engine import Rule
+from jax_instructblip.conversion.lavis import convert_lavis, lavis_entries
+from jax_instructblip.conversion.safetensors import open_folder
+from jax_instructblip.models.variants import QFormerConfig, Variant, VisionConfig
+from tests.helpers.golden import GOLDEN
+
+CASE = "blip2_stage1"
+
+
+def variant() -> Variant:
+    document = json.loads((GOLDEN / CASE / "config.json").read_text())
+    dims = document["dims"]
+    qformer = QFormerConfig(
+        vision_width=dims["vit_w"],
+        llm_width=0,
+        width=dims["q_hidden"],
+        layers=dims["q_layers"],
+        heads=dims["q_heads"],
+        mlp=dims["q_ffn"],
+        vocab=document["bert_vocab_with_DEC"],
+        max_positions=dims["q_max_pos"],
+        queries=dims["nq"],
+        feature_width=dims["embed_dim"],
+    )
+    vision = VisionConfig(
+        image_size=dims["img"],
+        patch_size=dims["patch"],
+        width=dims["vit_w"],
+        layers=dims["vit_d"],
+        heads=dims["vit_h"],
+        mlp=int(dims["vit_w"] * dims["mlp_ratio"]),
+    )
+    return Variant("blip2_stage1", vision, qformer, None)
+
+
+def tensors(folder) -> dict:
+    """The tensors of the original by name; `folder` is an empty one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").symlink_to(GOLDEN / CASE / "weights.safetensors")
+    return dict(open_folder(folder))
+
+
+def params(folder) -> dict:
+    leaves = convert_lavis(tensors(folder), variant(), CASE)
+    return checkpoint.unflatten({path: jnp.asarray(leaf) for path, leaf in leaves})
+
+
+def gradients_like(found: dict[str, np.ndarray], tag: str, expected: dict) -> dict:
+    """The recorded gradients `tag/NAME` by our paths, moved as the weights are."""
+    fake = {name.removeprefix(tag): Recorded(each) for name, each in found.items()}
+    made = {}
+    for entry in lavis_entries(variant()):
+        if isinstance(entry, Rule) and all(key in fake for key in entry.keys):
+            pieces = [entry.transform.forward(fake[k].read(*entry.part)) for k in entry.keys]
+            made[entry.target] = np.stack(pieces) if entry.layers is not None else pieces[0]
+    return {path: made[path] for path in made if path in expected}
+
+
+class Recorded:
+    def __init__(self, array):
+        self.array = array
+
+    def read(self, part=0, parts=1):
+        return self.array if parts == 1 else np.split(self.array, parts)[part]
+
+
+def assert_close(found, wanted, limit):
+    found, wanted = np.asarray(jax.device_get(found)), np.asarray(wanted)
+    assert found.shape == wanted.shape
+    assert np.abs(found - wanted).max() <= limit, np.abs(found - wanted).max()
