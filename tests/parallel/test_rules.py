@@ -47,9 +47,7 @@ def specs(tree, mesh):
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_every_leaf_of_every_variant_has_a_rule(name):
     variant = get_variant(name)
-    kinds = (
-        (True, False) if variant.kind == "instructblip" else (variant.qformer.instruction_aware,)
-    )
+    own = variant.qformer.instruction_aware
     for aware in {True, False} if variant.kind == "instructblip" else {own}:
         variant = variant.replace(**{"qformer.instruction_aware": aware})
         assert rules.shardings(param_shapes(variant), mesh_of(1, 1, 1))
