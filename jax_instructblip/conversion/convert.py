@@ -12,6 +12,7 @@ from jax_instructblip.atomic import check_room
 from jax_instructblip.conversion import hf_folder
 from jax_instructblip.conversion.engine import is_finite
 from jax_instructblip.conversion.stored_model import copy_tokenizers
+from jax_instructblip.data.captions import CaptionTokenizer
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.models.variants import Variant, released_name
 from jax_instructblip.progress import count_bytes
@@ -53,7 +54,7 @@ def _convert(folder: Path, out: Path, title: str, variant: str | None) -> None:
 
     def add(partial: Path) -> None:
         checkpoint.write_config(partial, {"variant": described.to_dict(), "source": source})
-        absent.extend(copy_tokenizers(folder, partial))
+        absent.extend(copy_tokenizers(folder, partial, described))
 
     with count_bytes(leaves.nbytes, "converting") as count:
 
@@ -90,8 +91,9 @@ def _convert(folder: Path, out: Path, title: str, variant: str | None) -> None:
 
 def _tokenizer_problem(folder: Path, variant: Variant) -> str:
     """A sentence about tokenizers that are not there; ValueError for damaged or foreign ones."""
+    reader = TextProcessor if variant.llm is not None else CaptionTokenizer
     try:
-        TextProcessor.load(folder, variant)
+        reader.load(folder, variant)
     except FileNotFoundError as error:
         return str(error)
     return ""

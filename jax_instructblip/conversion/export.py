@@ -25,9 +25,9 @@ from jax_instructblip.conversion.families import Family, family_of
 from jax_instructblip.conversion.hf_config import preprocessor, variant_of
 from jax_instructblip.conversion.safetensors import SHARD_BYTES, SHARD_SIZE, Writer
 from jax_instructblip.conversion.stored_model import (
-    TOKENIZERS,
     StoredModel,
     read_stored_model,
+    tokenizers,
 )
 from jax_instructblip.files import TOKENIZER_LIMIT, read_json
 from jax_instructblip.models.variants import QFormerConfig
@@ -157,11 +157,11 @@ def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> l
     """Writes config, tokenizers and side files; returns notes on what the format cannot say."""
     variant, facts = model.variant, model.facts
     notes = []
-    for name in TOKENIZERS:
+    for name in tokenizers(variant):
         files = sorted((model.folder / name).glob("*"))
         if not files:
             notes.append(f"the checkpoint has no {name}: the folder cannot be prompted as it is")
-        target = out if name == "tokenizer" else out / name
+        target = out if name == tokenizers(variant)[0] else out / name
         target.mkdir(exist_ok=True)
         for path in files:
             shutil.copyfile(path, target / path.name)
@@ -173,11 +173,13 @@ def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> l
     else:
         config = family.config(variant)
         config["dtype"] = _main_dtype(model.manifest)
-        config["image_token_index"] = _image_token(model.folder)
-        if config["image_token_index"] is None:
-            notes.append(
-                "the tokenizer has no <image> token: transformers needs one, and image_token_index"
-            )
+        if variant.llm is not None:
+            config["image_token_index"] = _image_token(model.folder)
+            if config["image_token_index"] is None:
+                notes.append(
+                    "the tokenizer has no <image> token: transformers needs one, and "
+                    "image_token_index"
+                )
     notes += _losses(model, family, config)
     sides = {"preprocessor_config": preprocessor(variant)}
     sides |= {name: facts[name] for name in hf_folder.SIDE_FILES if name in facts}

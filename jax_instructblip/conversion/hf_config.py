@@ -25,7 +25,7 @@ from jax_instructblip.models.variants import (
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
-    "spiece.model tokenizer.model"
+    "spiece.model tokenizer.model vocab.txt"
 ).split()
 SUPPORTED = ", ".join(family.architecture for family in FAMILIES)
 SENTENCEPIECE_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2}  # LLaMA's, where no file lists them
@@ -55,7 +55,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 def find_family(config: Mapping[str, Any]) -> Family | None:
     """The row of the architecture that a config.json names; None where there is none."""
     named = config.get("architectures") or [config.get("model_type")]
-    return next((f for f in FAMILIES if named in ([f.architecture], [f.model_type])), None)
+    fitting = [f for f in FAMILIES if named in ([f.architecture], [f.model_type])]
+    bridge = config.get("qformer_config")
+    reads = isinstance(bridge, Mapping) and bridge.get("use_qformer_text_input") is True
+    # Two have the model_type "blip-2": without a language model texts are read by the Q-Former.
+    told = [f for f in fitting if len(fitting) == 1 or bool(f.languages) != reads]
+    return told[0] if told else None
 
 
 def variant_of(folder: Path, config: Mapping[str, Any]) -> Variant:
@@ -75,9 +80,9 @@ def _variant(folder: Path, config: Mapping[str, Any], failures: list[str]) -> Va
         return None
     if (quantised := config.get("quantization_config")) is not None:
         failures.append(f"quantization_config is {quantised!r:.80}: {DEQUANTISE}")
-    kind = _language(family, config, failures)
+    kind = _language(family, config, failures) if family.languages else ""
     parts = {"top": family.top, "vision": family.vision.section, "bridge": family.bridge.section}
-    if kind is not None:
+    if kind:
         parts["llm"] = family.languages[kind].section
     fields: dict[str, dict[str, Any]] = {}
     for name, section in parts.items():
@@ -89,7 +94,7 @@ def _variant(folder: Path, config: Mapping[str, Any], failures: list[str]) -> Va
     for name, id_ in ids.items():
         if id_ >= (vocab := fields["llm"]["vocab"]):
             failures.append(f"the tokenizer's {name} is {id_}, the vocabulary has {vocab}")
-    image = config.get("image_token_index")
+    image = config.get("image_token_index") if kind else None
     if image is not None and not (type(image) is int and 0 <= image < fields["llm"]["vocab"]):
         failures.append(
             f"image_token_index is {image!r:.60}, expected an id below the vocab_size "
@@ -97,7 +102,7 @@ def _variant(folder: Path, config: Mapping[str, Any], failures: list[str]) -> Va
         )
     try:
         vision = family.vision.config(**fields["vision"])
-        llm = family.languages[kind].config(**fields["llm"], **ids)
+        llm: Any = family.languages[kind].config(**fields["llm"], **ids) if kind else None
         linked = family.link(vision, llm)
         bridge = family.bridge.config(**fields["bridge"], **fields["top"], **linked)
         variant = Variant(family.kind, vision, bridge, llm)

@@ -52,8 +52,10 @@ def convert_hf(folder: str | Path, variant: str | None = None) -> Conversion:
     tensors = open_folder(folder)
     _check_sizes(folder, described, family, tensors)
     check_preprocessor(folder, described)
-    head = family.languages[described.llm.kind].head
-    tied_head = has_tied_embeddings(config) and head not in tensors
+    language = family.language(described)
+    tied_head = (
+        language is not None and has_tied_embeddings(config) and language.head not in tensors
+    )
     entries = family.rules(described, tied_head)
     _check_prefix(folder, entries, tensors)
     plan = make_plan(

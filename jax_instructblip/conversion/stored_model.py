@@ -104,7 +104,7 @@ def write_checkpoint(
 
     def add(partial: Path) -> None:
         write_sides(partial, model.variant, model.facts, model.limits)
-        copy_tokenizers(model.folder, partial)
+        copy_tokenizers(model.folder, partial, model.variant)
 
     checkpoint.write_tree(out, leaves(), extra=add)
 
@@ -117,15 +117,21 @@ def write_sides(
     checkpoint.write_config(folder, {"variant": variant.to_dict(), "source": facts, **text})
 
 
-def copy_tokenizers(folder: Path, out: Path) -> list[str]:
-    """Copies both tokenizers to folders in `out`; returns the names of those that are absent.
+def tokenizers(variant: Variant) -> tuple[str, ...]:
+    """The names of the tokenizers of a variant, the one at a Hugging Face folder's root first."""
+    return TOKENIZERS if variant.llm is not None else TOKENIZERS[1:]
 
-    A checkpoint folder of ours has them in folders, too; a Hugging Face folder has the language
-    model's at its root.
+
+def copy_tokenizers(folder: Path, out: Path, variant: Variant) -> list[str]:
+    """Copies all tokenizers to folders in `out`; returns the names of those that are absent.
+
+    A checkpoint folder of ours has them in folders, too; a Hugging Face folder has the first one,
+    the language model's where there is one, at its root.
     """
-    files = {name: sorted((folder / name).glob("*")) for name in TOKENIZERS}
-    if not (folder / "tokenizer").is_dir():
-        files["tokenizer"] = [folder / name for name in TOKENIZER_FILES]
+    files = {name: sorted((folder / name).glob("*")) for name in tokenizers(variant)}
+    first = tokenizers(variant)[0]
+    if not (folder / first).is_dir():
+        files[first] = [folder / name for name in TOKENIZER_FILES]
     absent = []
     for name, paths in files.items():
         paths = [path for path in paths if path.is_file()]

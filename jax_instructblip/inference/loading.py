@@ -300,7 +300,8 @@ def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> checkpo
         if mesh.is_multi_process:
             share = {"process": jax.process_index(), "processes": jax.process_count()}
             return read_params(source, place, **share)
-    if jax.default_backend() != "cpu" or (mesh is not None and is_split(mesh)):
+    whole = source.variant.llm is None or jax.default_backend() != "cpu"
+    if whole or (mesh is not None and is_split(mesh)):
         return read_params(source, place)
     params = read_params(source, functools.partial(_place_apart, source.variant, place))
     return unstack_decoder(source.variant, params)

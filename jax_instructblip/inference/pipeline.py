@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,7 @@ from jax_instructblip.inference.ranking import (
     stack_scores,
     tokenise,
 )
+from jax_instructblip.inference.retrieval import Retriever
 from jax_instructblip.inference.sampling import row_keys, seed_key
 from jax_instructblip.inference.saving import save_checkpoint
 from jax_instructblip.inference.streaming import one_ahead, pieces
@@ -69,7 +70,7 @@ from jax_instructblip.progress import Progress
 def load(
     path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None
 ) -> "InstructBlipPipeline":
-    """The model of `path`, ready to answer: what `READERS` has for its kind.
+    """The model of `path`, ready to answer; of BLIP-2's first stage a `Retriever`.
 
     Args:
       path: a Hugging Face folder, a checkpoint folder of ours, a run directory (the base it tuned,
@@ -82,6 +83,10 @@ def load(
     """
     dtype = read_dtype(dtype)
     source = read_source(path)
+    if source.variant.llm is None:
+        if mesh is not None:
+            raise ValueError("a first-stage model works on one device: leave out mesh")
+        return cast(Any, Retriever.of(source, dtype))
     reader = require_kind(source, READERS)
     # The model refuses a dtype when it is bound: now, before gigabytes are read.
     _ = VisionLanguageModel(source.variant, dtype).bind({}).vision

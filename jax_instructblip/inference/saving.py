@@ -49,7 +49,7 @@ def save_checkpoint(
             text.llm.save_pretrained(partial / "tokenizer")
             text.qformer.save_pretrained(partial / "qformer_tokenizer")
         else:
-            copy_tokenizers(source.folder, partial)
+            copy_tokenizers(source.folder, partial, variant)
 
     with stores.output_folder(out) as (target, _):
         check_room(target, sum(leaf.nbytes for leaf in leaves))

@@ -104,12 +104,12 @@ class Blip2(Network):
 
     def match_logits(
         self,
-        patches: Float[Array, "B P Dv"],
+        patches: Float[Array, "G P Dv"],
         tokens: Int[Array, "B L"],
         valid: Bool[Array, "B L"],
         train: bool = False,
     ) -> Float[Array, "B 2"]:
-        """Float32 logits of (no match, match) of each image with the text beside it."""
+        """Float32 logits of (no match, match) of each image with the text, or texts, beside it."""
         x = self.qformer.read_both(patches, tokens, valid, train)
         return self.heads.match(x).astype(jnp.float32).mean(axis=1)
 

@@ -50,7 +50,7 @@ class QFormerLayer(nn.Module):
         x: Float[Array, "B T D"],
         past: KeyValue | None,
         mask: Bool[Array, "#B 1 #T S"] | None,
-        image: Float[Array, "B P Dv"] | None,
+        image: Float[Array, "G P Dv"] | None,
         queries: int,
         train: bool,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
@@ -77,7 +77,10 @@ class QFormerLayer(nn.Module):
         x = norm(name="attention_norm")(constrain(x + dropout(attention.out(mixed))))
         first, text = x[:, :queries], x[:, queries:]
         if image is not None and self.cross:
-            y = make_attention(name="cross_attention")(first, image, dropout=dropout)
+            # Rows that share an image lie beside each other: its keys are made once for all.
+            rows = first.reshape(image.shape[0], -1, first.shape[-1])
+            y = make_attention(name="cross_attention")(rows, image, dropout=dropout)
+            y = y.reshape(first.shape)
             first = norm(name="cross_attention_norm")(constrain(first + dropout(y)))
         if queries:
             y = mlp(name="query_mlp")(first)
@@ -163,7 +166,7 @@ class QFormer(Network):
         With `return_kv` their keys and values in every layer come back, for `write_text`.
         """
         image = self.image_norm(patches)
-        return self._run(self._queries(image), None, None, image, return_kv, train)
+        return self._run(self._queries(image.shape[0]), None, None, image, return_kv, train)
 
     def read_text(
         self, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"], train: bool = False
@@ -173,17 +176,18 @@ class QFormer(Network):
 
     def read_both(
         self,
-        patches: Float[Array, "B P Dv"],
+        patches: Float[Array, "G P Dv"],
         tokens: Int[Array, "B L"],
         valid: Bool[Array, "B L"],
         train: bool = False,
     ) -> Float[Array, "B Q D"]:
         """The outputs of the queries that saw the image and the text, which saw them.
 
-        Queries carry no position, text positions start at 0, and one norm covers both.
+        Each image may serve several texts in a row, B = G x k. Queries carry no position, text
+        positions start at 0, and one norm covers both.
         """
         image = self.image_norm(patches)
-        queries = self._queries(image)
+        queries = self._queries(tokens.shape[0])
         x = jnp.concatenate([queries, self.embed_text(tokens)], axis=1)
         ones = jnp.ones(queries.shape[:2], bool)
         mask = padding_mask(jnp.concatenate([ones, valid], axis=1))
@@ -218,8 +222,8 @@ class QFormer(Network):
         """The word embeddings, which the head of captions shares."""
         return self.text_embed.embedding
 
-    def _queries(self, image: Float[Array, "B P Dv"]) -> Float[Array, "B Q D"]:
-        shape = (image.shape[0], *self.queries.shape[1:])
+    def _queries(self, rows: int) -> Float[Array, "B Q D"]:
+        shape = (rows, *self.queries.shape[1:])
         return jnp.broadcast_to(self.queries, shape).astype(RESIDUAL)
 
     def _run(

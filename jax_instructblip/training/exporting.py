@@ -7,7 +7,7 @@ from pathlib import Path
 from jax_instructblip import stores
 from jax_instructblip.conversion.export import export_hf
 from jax_instructblip.conversion.safetensors import SHARD_BYTES
-from jax_instructblip.conversion.stored_model import TOKENIZERS, write_checkpoint
+from jax_instructblip.conversion.stored_model import tokenizers, write_checkpoint
 from jax_instructblip.inference.loading import read_source, stored_model
 from jax_instructblip.progress import count_bytes
 from jax_instructblip.remote import is_remote
@@ -90,7 +90,7 @@ def merge(
         model = stored_model(source)
         with count_bytes(model.nbytes, "merging") as count:
             write_checkpoint(model, target, progress=count)
-        absent = [name for name in TOKENIZERS if not (target / name).is_dir()]
+        absent = [name for name in tokenizers(model.variant) if not (target / name).is_dir()]
     print(f"{title}: {chosen or folder} over {source.folder}, {model.nbytes / 1e9:.2f} GB")
     for name in absent:
         print(f"warning: no {name} in {source.folder}: it cannot answer", file=sys.stderr)

@@ -23,7 +23,7 @@ def convert(folder, out):
 
     def extra(temporary):
         checkpoint.write_config(temporary, {"variant": variant.to_dict(), "source": source})
-        copy_tokenizers(folder, temporary)
+        copy_tokenizers(folder, temporary, variant)
 
     checkpoint.write_tree(out, leaves, extra=extra)
     return out
@@ -53,15 +53,14 @@ def assert_same_tensors(found, wanted, dropped=()):
         assert torch.equal(bits(tensor), bits(wanted[key])), key
 
 
-def load_in_transformers(folder):
+def load_in_transformers(folder, architecture="InstructBlipForConditionalGeneration"):
     """The stock model, which must find each of its tensors in the folder and nothing else."""
     import transformers
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own affair
-        model, info = transformers.InstructBlipForConditionalGeneration.from_pretrained(
-            folder, output_loading_info=True
-        )
+        reader = getattr(transformers, architecture)
+        model, info = reader.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     return model
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jax_instructblip.conversion import families, hf_config
+from jax_instructblip.conversion import hf_config, sections
 from jax_instructblip.conversion.safetensors import ConversionError
 from tests.helpers.hf_folders import edit_config
 
@@ -124,10 +124,10 @@ def test_defaults_are_those_of_transformers():
     import transformers
 
     made = {
-        transformers.InstructBlipVisionConfig: families.EVA_VIT.defaults,
-        transformers.InstructBlipQFormerConfig: families.QFORMER.defaults,
-        transformers.T5Config: families.T5.defaults,
-        transformers.LlamaConfig: families.LLAMA.defaults,
+        transformers.InstructBlipVisionConfig: sections.EVA_VIT.defaults,
+        transformers.InstructBlipQFormerConfig: sections.QFORMER.defaults,
+        transformers.T5Config: sections.T5.defaults,
+        transformers.LlamaConfig: sections.LLAMA.defaults,
     }
     # Not in the config classes of today: the one position embedding there is, RoPE in a new place.
     gone = {"position_embedding_type", "rope_theta"}

@@ -306,11 +306,14 @@ def test_head_that_is_there_is_taken_although_the_config_says_tied(flan):
 
 def test_tokenizers_are_copied(forge, tmp_path):
     vicuna = forge(VICUNA)
-    assert copy_tokenizers(vicuna, tmp_path) == []
+    assert copy_tokenizers(vicuna, tmp_path, get_variant("tiny-vicuna")) == []
     assert (tmp_path / "tokenizer" / "tokenizer.model").is_file()
     assert (tmp_path / "qformer_tokenizer" / "tokenizer.json").is_file()
     assert not (tmp_path / "tokenizer" / "config.json").exists()
-    assert copy_tokenizers(tmp_path / "nowhere", tmp_path) == ["tokenizer", "qformer_tokenizer"]
+    assert copy_tokenizers(tmp_path / "nowhere", tmp_path, get_variant("tiny-t5")) == [
+        "tokenizer",
+        "qformer_tokenizer",
+    ]
 
 
 def test_conversion_imports_neither_torch_nor_transformers():

@@ -10,7 +10,13 @@ from jax_instructblip import checkpoint
 from jax_instructblip.conversion.engine import Rule
 from jax_instructblip.conversion.lavis import convert_lavis, lavis_entries
 from jax_instructblip.conversion.safetensors import open_folder
-from jax_instructblip.models.variants import QFormerConfig, Variant, VisionConfig
+from jax_instructblip.models.variants import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    QFormerConfig,
+    Variant,
+    VisionConfig,
+)
 from tests.helpers.golden import GOLDEN
 
 CASE = "blip2_stage1"
@@ -77,3 +83,13 @@ def assert_close(found, wanted, limit):
     found, wanted = np.asarray(jax.device_get(found)), np.asarray(wanted)
     assert found.shape == wanted.shape
     assert np.abs(found - wanted).max() <= limit, np.abs(found - wanted).max()
+
+
+def normalised(pixels):
+    """Pixels [N, 1, H, W, 3] uint8 as transformers takes them: [N, 3, H, W], normalised."""
+    mean, std = np.array(IMAGE_MEAN, np.float32), np.array(IMAGE_STD, np.float32)
+    return (
+        ((pixels.astype(np.float32) / 255 - mean) / std)
+        .reshape(-1, *pixels.shape[-3:])
+        .transpose(0, 3, 1, 2)
+    )

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import urllib.request
 from collections.abc import Iterator
 from unittest import mock
 
@@ -28,6 +29,8 @@ def s3_server() -> Iterator[dict[str, str]]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for each request
     server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
     server.start()
+    reset = urllib.request.Request(f"http://127.0.0.1:{port}/moto-api/reset", method="POST")
+    urllib.request.urlopen(reset).close()  # what a server of this process held before
     environment = KEYS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
     try:
         with mock.patch.dict(os.environ, environment):

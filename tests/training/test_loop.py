@@ -15,6 +15,7 @@ import pytest
 
 from configs import common
 from jax_instructblip import checkpoint
+from jax_instructblip.data import templates
 from jax_instructblip.training import loop
 from jax_instructblip.training.metrics import Window, read_answers, read_metrics
 from jax_instructblip.training.optimizer import adamw
@@ -239,8 +240,11 @@ def test_validation_chooses_the_best_checkpoint(files, tmp_path, capsys):
         max_new_tokens,
         path,
         split,
+        style,
+        upright,
         take_samples,
     ):
+        assert style == templates.PAPER and upright
         seen.append((sorted(params), len(records), limit, batch_size, max_new_tokens))
         take_samples([{"id": "a", "prompt": "what|?", "answers": ("red",), "text": f"{len(seen)}"}])
         return {"cider": 0.5, "score": next(scores), "color": 0.5}

@@ -1,0 +1,208 @@
+"""The sections of Hugging Face's config.json: a table of keys for each tower.
+
+A section says which key fills which of our fields, within which range, and what else must be so.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jax_instructblip.conversion.config_keys import (
+    AXIS,
+    COUNT,
+    EPS,
+    FLAG,
+    ID,
+    RATE,
+    SIZE,
+    Fixed,
+    Key,
+    Pair,
+    Same,
+    Section,
+    Values,
+    equal,
+    number,
+    one_of,
+    text,
+)
+
+EVA_VIT = Section(
+    "vision_config",
+    (
+        Key("hidden_size", "width", AXIS, 1408),
+        Key("intermediate_size", "mlp", AXIS, 6144),
+        Key("num_hidden_layers", "layers", COUNT, 39),
+        Key("num_attention_heads", "heads", SIZE, 16),
+        Key("image_size", "image_size", SIZE, 224),
+        Key("patch_size", "patch_size", AXIS, 14),
+        Key("layer_norm_eps", "norm_eps", EPS, 1e-6),
+        Fixed("hidden_act", "gelu"),
+        Fixed("qkv_bias", True),
+    ),
+)
+_TABLES = (  # of a Q-Former that reads texts
+    Key("vocab_size", "vocab", AXIS, 30522),
+    Key("max_position_embeddings", "max_positions", AXIS, 512),
+)
+_BERT = (
+    Key("hidden_size", "width", AXIS, 768),
+    Key("num_hidden_layers", "layers", COUNT, 12),
+    Key("num_attention_heads", "heads", SIZE, 12),
+    Key("intermediate_size", "mlp", AXIS, 3072),
+    Key("hidden_dropout_prob", "dropout", RATE, 0.1),
+    Key("layer_norm_eps", "norm_eps", EPS, 1e-12),
+    Key("encoder_hidden_size", "vision_width", AXIS, 1408),
+    Same("attention_probs_dropout_prob", "hidden_dropout_prob", 0.1),
+    Fixed("hidden_act", "gelu"),
+    Fixed("cross_attention_frequency", 2),
+    Fixed("position_embedding_type", "absolute", written=False),
+)
+QFORMER = Section("qformer_config", (*_TABLES, *_BERT))
+BLIP2_QFORMER = Section("qformer_config", (*_BERT, Fixed("use_qformer_text_input", False)))
+# Its default is False, so a folder that leaves it out has no text branch.
+BLIP2_ITM_QFORMER = Section(
+    "qformer_config",
+    (*_TABLES, *_BERT, Fixed("use_qformer_text_input", True)),
+)
+
+
+def _read_activation(values: Values) -> dict[str, Any]:
+    feed_forward = values.checked("feed_forward_proj", text(), "gated-gelu")
+    gate, _, activation = feed_forward.partition("-")
+    if gate != "gated":
+        values.fail("feed_forward_proj", "only gated T5 (v1.1, FlanT5) is supported")
+    if "dense_act_fn" in values:
+        return {"activation": values.checked("dense_act_fn", one_of(*ACTIVATIONS))}
+    if gate == "gated" and activation not in ACTIVATIONS:
+        values.fail("feed_forward_proj", f"supported: gated- and one of {', '.join(ACTIVATIONS)}")
+    # 'gated-gelu' alone means the tanh approximation in transformers.
+    return {"activation": "gelu_new" if activation == "gelu" else activation}
+
+
+def _read_scale(values: Values) -> dict[str, Any]:
+    tied = values.checked("tie_word_embeddings", FLAG_OR_NULL, True) is not False
+    # transformers 5 states it; before, tied embeddings meant it.
+    scale = values.setdefault("scale_decoder_outputs", tied)
+    if scale is None:
+        return {"scale_decoder_outputs": tied}
+    return {"scale_decoder_outputs": values.checked("scale_decoder_outputs", FLAG)}
+
+
+def _read_buckets(values: Values) -> dict[str, Any]:
+    """Fills no field; checks that the logarithm of distances beyond exact buckets is positive."""
+    buckets, furthest = "relative_attention_num_buckets", "relative_attention_max_distance"
+    if SIZE.problems("", values[buckets]) or SIZE.problems("", values[furthest]):
+        return {}  # noted where they are read
+    if values[buckets] < 4:
+        values.fail(buckets, "expected at least 4")
+    elif values[furthest] <= values[buckets] // 2:
+        values.fail(furthest, f"expected more than half of the {values[buckets]} buckets")
+    return {}
+
+
+ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu")
+FLAG_OR_NULL = dataclasses.replace(FLAG, optional=True)
+T5 = Section(
+    "text_config",
+    (
+        Key("d_model", "width", AXIS, 512),
+        Key("d_kv", "head_width", SIZE, 64),
+        Key("d_ff", "mlp", AXIS, 2048),
+        Key("num_layers", "encoder_layers", COUNT, 6),
+        Key("num_decoder_layers", "decoder_layers", COUNT, else_as="num_layers"),
+        Key("num_heads", "heads", AXIS, 8),
+        Key("vocab_size", "vocab", AXIS, 32128),
+        Key("relative_attention_num_buckets", "relative_buckets", AXIS, 32),
+        Key("relative_attention_max_distance", "relative_max_distance", SIZE, 128),
+        Key("layer_norm_epsilon", "norm_eps", EPS, 1e-6),
+        Key("dropout_rate", "dropout", RATE, 0.1),
+        Key("pad_token_id", "pad_id", ID, 0),
+        Key("eos_token_id", "eos_id", ID, 1),
+        Key("decoder_start_token_id", "decoder_start_id", ID, else_as="pad_token_id"),
+        Pair(
+            _read_activation,
+            lambda llm: {
+                "feed_forward_proj": f"gated-{llm.activation.removesuffix('_new')}",
+                "dense_act_fn": llm.activation,
+            },
+            {"feed_forward_proj": "relu"},
+        ),
+        Pair(
+            _read_scale,
+            lambda llm: {
+                "scale_decoder_outputs": llm.scale_decoder_outputs,
+                "tie_word_embeddings": llm.scale_decoder_outputs,  # what older versions scale by
+            },
+            {"tie_word_embeddings": True},
+        ),
+        Pair(_read_buckets, lambda llm: {}),
+    ),
+)
+
+
+def _read_rope(values: Values) -> dict[str, Any]:
+    """The rotary base, which transformers 5 has in an object of its own; none that is scaled."""
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(values.get(name) or {}, Mapping):
+            values.fail(name, "expected an object or null")
+            return {}
+    scaling, rope = values.get("rope_scaling") or {}, values.get("rope_parameters") or {}
+    kind = scaling.get("type", scaling.get("rope_type", rope.get("rope_type", "default")))
+    if kind != "default":
+        values["rope_type"] = kind
+        values.fail("rope_type", "supported: 'default'")
+    name = "rope_parameters.rope_theta" if "rope_theta" in rope else "rope_theta"
+    values[name] = rope.get("rope_theta", values["rope_theta"])
+    return {"rope_theta": values.checked(name, ROPE_THETA)}
+
+
+def _read_heads(values: Values) -> dict[str, Any]:
+    """Fills no field; checks that keys have as many heads as queries, which share the width."""
+    heads, width = values["num_attention_heads"], values["hidden_size"]
+    if SIZE.problems("", heads) or SIZE.problems("", width):
+        return {}  # noted where they are read
+    for name, wanted in (("num_key_value_heads", heads), ("head_dim", width // heads)):
+        if values.get(name) is not None and not equal(values[name], wanted):
+            values.fail(name, f"supported: {wanted!r}")
+    return {}
+
+
+def _check_tie(values: Values) -> dict[str, Any]:
+    values.checked("tie_word_embeddings", FLAG_OR_NULL)
+    return {}
+
+
+ROPE_THETA = number(above=1, at_most=1e12)
+LLAMA = Section(
+    "text_config",
+    (
+        Key("hidden_size", "width", AXIS, 4096),
+        Key("intermediate_size", "mlp", AXIS, 11008),
+        Key("num_hidden_layers", "layers", COUNT, 32),
+        Key("num_attention_heads", "heads", SIZE, 32),
+        Key("vocab_size", "vocab", AXIS, 32000),
+        Key("rms_norm_eps", "norm_eps", EPS, 1e-6),
+        Key("max_position_embeddings", "max_positions", SIZE, 2048),
+        Key("attention_dropout", "dropout", RATE, 0.0),
+        Fixed("hidden_act", "silu"),
+        Fixed("attention_bias", False),
+        Fixed("mlp_bias", False),
+        Pair(
+            _read_heads,
+            lambda llm: {"num_key_value_heads": llm.heads, "head_dim": llm.head_width},
+        ),
+        Pair(_read_rope, lambda llm: {"rope_theta": llm.rope_theta}, {"rope_theta": 10_000.0}),
+        Pair(
+            _check_tie,
+            lambda llm: {
+                "tie_word_embeddings": False,
+                # Not read: `hf_config.tokenizer_ids` has those of the tokenizer.
+                "bos_token_id": llm.bos_id,
+                "eos_token_id": llm.eos_id,
+                "pad_token_id": llm.pad_id,
+            },
+            {"tie_word_embeddings": False},
+        ),
+    ),
+)
