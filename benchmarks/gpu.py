@@ -15,7 +15,7 @@ import sys
 import time
 
 from benchmarks.workload import VARIANTS, Lengths, train_flops
-from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.released import get_variant
 
 
 def run(module: str, *flags: str, limit: int) -> dict:

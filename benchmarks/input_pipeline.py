@@ -71,7 +71,8 @@ def text_processor(flags: argparse.Namespace) -> Any:
     from jax_instructblip.checkpoint import read_config
     from jax_instructblip.data.text import TextProcessor, load_tokenizers
     from jax_instructblip.inference.loading import resolve_checkpoint
-    from jax_instructblip.models.variants import Variant, get_variant
+    from jax_instructblip.models.released import get_variant
+    from jax_instructblip.models.variants import Variant
 
     if flags.tokenizers is None:
         folder = resolve_checkpoint("shapes_t5")

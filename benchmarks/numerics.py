@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.ours import random_batch
 from benchmarks.workload import VARIANTS, Lengths
-from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.released import get_variant
 from jax_instructblip.models.vlm import VisionLanguageModel, init_params
 from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw, warmup_cosine

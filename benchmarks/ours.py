@@ -16,7 +16,8 @@ from jax_instructblip.checkpoint import flatten, unflatten
 from jax_instructblip.data.batch import IGNORE, collate
 from jax_instructblip.inference.decode import generate_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.models.variants import Variant, get_variant
+from jax_instructblip.models.released import get_variant
+from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw, warmup_cosine

@@ -33,7 +33,8 @@ from benchmarks.workload import Lengths, facts
 from jax_instructblip.checkpoint.trees import flatten
 from jax_instructblip.conversion.hf_folder import read_hf
 from jax_instructblip.data.batch import IGNORE, collate
-from jax_instructblip.models.variants import Variant, get_variant
+from jax_instructblip.models.released import get_variant
+from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import VisionLanguageModel
 from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw

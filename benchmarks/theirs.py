@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from benchmarks.workload import TRAIN_BATCH, Lengths, seconds
-from jax_instructblip.models.variants import Variant, get_variant
+from jax_instructblip.models.released import get_variant
+from jax_instructblip.models.variants import Variant
 
 TRAINED = ("qformer.", "query_tokens", "language_projection.", "vision_model.post_layernorm.")
 

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jax_instructblip.models.released import get_variant
 from jax_instructblip.models.variants import (
     LlamaConfig,
     QFormerConfig,
     T5Config,
     Variant,
     VisionConfig,
-    get_variant,
 )
 
 VARIANTS = {

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from jax_instructblip.commands.flags import check_flags, without_accelerator
-from jax_instructblip.models.variants import VARIANTS
+from jax_instructblip.models.released import VARIANTS
 
 
 def main(argv: list[str]) -> int:

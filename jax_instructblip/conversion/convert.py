@@ -14,7 +14,8 @@ from jax_instructblip.conversion.engine import is_finite
 from jax_instructblip.conversion.stored_model import copy_tokenizers
 from jax_instructblip.data.captions import CaptionTokenizer
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.models.variants import Variant, released_name
+from jax_instructblip.models.released import released_name
+from jax_instructblip.models.variants import Variant
 from jax_instructblip.progress import count_bytes
 from jax_instructblip.remote import is_remote
 
@@ -30,7 +31,7 @@ def convert(
       folder: config.json, *.safetensors and tokenizers, as downloaded or saved by transformers.
       out: the folder to make, or its address in a store; it must not exist, and appears when all
         is written.
-      variant: the released model whose sizes are demanded, a name of `models/variants.py`.
+      variant: the released model whose sizes are demanded, a name of `models/released.py`.
 
     Returns:
       The folder `out`, or its address.

@@ -14,14 +14,8 @@ from jax_instructblip.conversion.config_keys import equal
 from jax_instructblip.conversion.families import FAMILIES, Family
 from jax_instructblip.conversion.safetensors import DEQUANTISE, ConversionError
 from jax_instructblip.files import kind_of
-from jax_instructblip.models.variants import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    Variant,
-    get_variant,
-    released_name,
-    size_differences,
-)
+from jax_instructblip.models.released import get_variant, released_name, size_differences
+from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, Variant
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "

@@ -17,7 +17,8 @@ from typing import Any
 from jax_instructblip import lookup
 from jax_instructblip.data import templates
 from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.models.variants import Variant, released_name
+from jax_instructblip.models.released import released_name
+from jax_instructblip.models.variants import Variant
 
 GENERATE = (
     *("num_beams", "length_penalty", "repetition_penalty"),

@@ -19,7 +19,7 @@ from jax_instructblip.evaluation.published import (
 )
 from jax_instructblip.inference.loading import read_source
 from jax_instructblip.inference.pipeline import Answer, InstructBlipPipeline, load
-from jax_instructblip.models.variants import released_name
+from jax_instructblip.models.released import released_name
 
 AROUND = 20  # characters shown of each side of a difference
 

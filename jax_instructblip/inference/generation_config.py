@@ -237,3 +237,15 @@ def _hint(name: str) -> str:
     near = difflib.get_close_matches(name, NAMES, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(NAMES)}"
     return f"unknown setting {name!r}; {hint}"
+
+
+def configured(config: Any, settings: dict[str, Any]) -> GenerationConfig:
+    """The config with other settings; the default one for None; ValueError for anything else."""
+    if config is None:
+        return GenerationConfig.of(**settings)
+    if not isinstance(config, GenerationConfig):
+        raise ValueError(
+            f"config is {config!r}, expected a GenerationConfig: settings are given by name, as in "
+            "max_new_tokens=30"
+        )
+    return config.replace(**settings)

@@ -36,7 +36,7 @@ from jax_instructblip.inference.batching import (
 )
 from jax_instructblip.inference.beam_search import beam_tokens
 from jax_instructblip.inference.decode import generate_tokens, stream_tokens
-from jax_instructblip.inference.generation_config import BATCH_SIZE, GenerationConfig
+from jax_instructblip.inference.generation_config import BATCH_SIZE, GenerationConfig, configured
 from jax_instructblip.inference.loading import (
     Source,
     load_params,
@@ -61,7 +61,8 @@ from jax_instructblip.inference.sampling import row_keys, seed_key
 from jax_instructblip.inference.saving import save_checkpoint
 from jax_instructblip.inference.streaming import one_ahead, pieces
 from jax_instructblip.models.layers import BATCH_AXES, Scan, Scans
-from jax_instructblip.models.variants import Variant, released_name
+from jax_instructblip.models.released import released_name
+from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import VisionLanguageModel, is_unstacked
 from jax_instructblip.parallel.mesh import batch_sharding
 from jax_instructblip.progress import Progress
@@ -70,7 +71,7 @@ from jax_instructblip.progress import Progress
 def load(
     path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None
 ) -> "InstructBlipPipeline":
-    """The model of `path`, ready to answer; of BLIP-2's first stage a `Retriever`.
+    """The model of `path`, ready to answer: what `READERS` has for its kind.
 
     Args:
       path: a Hugging Face folder, a checkpoint folder of ours, a run directory (the base it tuned,
@@ -80,13 +81,12 @@ def load(
         processes each calls the same with the same questions, and gets all answers.
       dtype: what weights are held and computed in; by default bfloat16, on a CPU float32. Norms,
         softmax and logits are float32 anyway. float16 is refused for T5, where it overflows.
+
+    Of BLIP-2's first stage it is a `Retriever`.
     """
-    dtype = read_dtype(dtype)
-    source = read_source(path)
+    dtype, source = read_dtype(dtype), read_source(path)
     if source.variant.llm is None:
-        if mesh is not None:
-            raise ValueError("a first-stage model works on one device: leave out mesh")
-        return cast(Any, Retriever.of(source, dtype))
+        return cast(Any, Retriever.of(source, dtype, mesh))
     reader = require_kind(source, READERS)
     # The model refuses a dtype when it is bound: now, before gigabytes are read.
     _ = VisionLanguageModel(source.variant, dtype).bind({}).vision
@@ -123,8 +123,8 @@ class InstructBlipPipeline:
 
     def __repr__(self) -> str:
         name = released_name(self.variant) or f"a {self.variant.llm.kind} model of its own size"
-        folder = f", {self.source.folder}" if self.source else ""
-        return f"{type(self).__name__}({name}, {self.model.dtype}{folder})"
+        where = f", {self.source.folder}" if self.source else ""
+        return f"{type(self).__name__}({name}, {self.model.dtype}{where})"
 
     def generate(
         self,
@@ -158,7 +158,7 @@ class InstructBlipPipeline:
             a prompt too long for the model, an image that cannot be used (`ImageError`), scores
             that are not finite.
         """
-        config = _configured(config, settings)
+        config = configured(config, settings)
         check_batch_size(batch_size)
         return self.answer(pair_inputs(images, prompts), config, batch_size)
 
@@ -197,7 +197,7 @@ class InstructBlipPipeline:
         of which no token is certain before the end. What `generate` refuses is refused at once,
         scores that are not finite where they come up.
         """
-        config = _configured(config, settings)
+        config = configured(config, settings)
         if config.num_beams > 1:
             raise ValueError(
                 f"num_beams is {config.num_beams}, but a stream has no beams: expected 1"
@@ -378,7 +378,8 @@ class InstructBlipPipeline:
         )
 
 
-READERS = {"instructblip": InstructBlipPipeline}  # what `load` returns, by the kind of model
+# What `load` returns, by the kind of model.
+READERS = {"instructblip": InstructBlipPipeline, "blip2": InstructBlipPipeline}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -389,15 +390,3 @@ def _logits(model: VisionLanguageModel, params: Any, batch: Batch) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def _visual_prompt(model: VisionLanguageModel, params: Any, batch: Batch) -> Any:
     return model.apply({"params": params}, batch, method="visual_vectors")
-
-
-def _configured(config: Any, settings: dict[str, Any]) -> GenerationConfig:
-    """The config with other settings; the default one for None."""
-    if config is None:
-        return GenerationConfig.of(**settings)
-    if not isinstance(config, GenerationConfig):
-        raise ValueError(
-            f"config is {config!r}, expected a GenerationConfig: settings are given by name, as in "
-            "max_new_tokens=30"
-        )
-    return config.replace(**settings)

@@ -21,7 +21,8 @@ from jax_instructblip.fields import check, whole
 from jax_instructblip.inference.batching import Frame, check_batch_size, pixels
 from jax_instructblip.inference.loading import Source, load_params
 from jax_instructblip.models.blip2 import Blip2
-from jax_instructblip.models.variants import Variant, released_name
+from jax_instructblip.models.released import released_name
+from jax_instructblip.models.variants import Variant
 from jax_instructblip.progress import Progress
 
 IMAGES, TEXTS, PAIRS = 16, 128, 128  # at once
@@ -62,8 +63,10 @@ class Retriever:
         self._match = apply(Blip2.match_logits)
 
     @classmethod
-    def of(cls, source: Source, dtype: Any) -> "Retriever":
-        """The retriever of a folder that was looked at already."""
+    def of(cls, source: Source, dtype: Any, mesh: Any = None) -> "Retriever":
+        """The retriever of a folder that was looked at already; a ValueError for a `mesh`."""
+        if mesh is not None:
+            raise ValueError("a first-stage model works on one device: leave out mesh")
         text = CaptionTokenizer.load(source.folder, source.variant, RETRIEVAL_LIMIT)
         params = load_params(source, dtype)
         return cls(source.variant, params, text, dtype=dtype, source=source)

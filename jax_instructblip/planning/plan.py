@@ -28,7 +28,8 @@ from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.loading import read_source
 from jax_instructblip.models import flops
 from jax_instructblip.models.layers import Scans
-from jax_instructblip.models.variants import VARIANTS, Variant
+from jax_instructblip.models.released import VARIANTS
+from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import batch_sharding, replicated

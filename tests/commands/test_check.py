@@ -5,7 +5,7 @@ from PIL import Image
 
 from jax_instructblip.__main__ import main
 from jax_instructblip.data import jsonl_check, text
-from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.released import get_variant
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from jax_instructblip.data.text import TextProcessor, load_tokenizers
 from jax_instructblip.evaluation import published, verification
 from jax_instructblip.evaluation.published import FACTS, read_facts
 from jax_instructblip.inference.pipeline import Answer
-from jax_instructblip.models.variants import VARIANTS, get_variant
+from jax_instructblip.models.released import VARIANTS, get_variant
 
 PROMPT = "Question: what color is the shape? Short answer:"
 SETTINGS = {"max_new_tokens": 5}

@@ -9,7 +9,7 @@ from jax_instructblip import checkpoint
 from jax_instructblip.conversion import hf_folder
 from jax_instructblip.conversion.export import export_hf
 from jax_instructblip.conversion.stored_model import copy_tokenizers, read_stored_model
-from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.released import get_variant
 from jax_instructblip.models.vlm import param_shapes
 from tests.helpers.hf_folders import bits, copy, edit_config, tensors
 

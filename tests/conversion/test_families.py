@@ -1,10 +1,11 @@
-import dataclasses
-
 import pytest
 
 from jax_instructblip.conversion.families import FAMILIES, family_of
-from jax_instructblip.conversion.hf_config import variant_of
-from jax_instructblip.models.variants import VARIANTS, Variant, get_variant
+from jax_instructblip.conversion.hf_config import find_family, variant_of
+from jax_instructblip.models.released import VARIANTS, get_variant
+from jax_instructblip.models.variants import ProjectorConfig, Variant
+
+READS = {"use_qformer_text_input": True}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -16,19 +17,21 @@ def test_a_config_that_is_written_is_read_again(name, tmp_path):
             "qformer.image_norm_eps": 1e-5,
             "qformer.queries": 5,
             "qformer.dropout": 0.3,
-            "llm.dropout": 0.2,
-            "llm.norm_eps": 1e-4,
         }
     )
-    if variant.llm.encoder_decoder:
+    if variant.llm is None:
+        fields = {"qformer.feature_width": 9, "qformer.caption_head": False}
+    elif variant.llm.encoder_decoder:
         fields = {"llm.activation": "silu", "llm.scale_decoder_outputs": True, "llm.eos_id": 9}
     else:
         fields = {"llm.rope_theta": 5e5, "llm.max_positions": 77}
+    if variant.llm is not None:
+        fields |= {"llm.dropout": 0.2, "llm.norm_eps": 1e-4}
     variant = variant.replace(**fields)
     assert variant_of(tmp_path, family_of(variant).config(variant)) == variant
 
 
-@pytest.mark.parametrize("name", ["tiny-t5", "tiny-vicuna"])
+@pytest.mark.parametrize("name", ["tiny-t5", "tiny-vicuna", "tiny-stage1"])
 def test_every_key_that_is_written_is_read(name, tmp_path):
     """A key that is written and ignored would be a fact that is lost on the way back."""
     variant = get_variant(name)
@@ -47,9 +50,27 @@ def test_every_key_that_is_written_is_read(name, tmp_path):
 def test_a_kind_without_an_architecture_is_named():
     known = get_variant("tiny-t5")
     assert family_of(known) is FAMILIES[0]
-    blind = dataclasses.replace(known.qformer, instruction_aware=False)
-    with pytest.raises(ValueError, match="known for a model of kind 'blip2'; there are those of"):
-        family_of(Variant("blip2", known.vision, blind, known.llm))
+    projector = ProjectorConfig(known.vision.width, known.llm.width)
+    with pytest.raises(ValueError, match="known for a model of kind 'llava'; there are those of"):
+        family_of(Variant("llava", known.vision, projector, known.llm))
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        ({"architectures": ["Blip2ForImageTextRetrieval"]}, "blip2_stage1"),
+        ({"architectures": ["Blip2ForConditionalGeneration"]}, "blip2"),
+        ({"model_type": "blip-2"}, "blip2"),
+        (
+            {"model_type": "blip-2", "qformer_config": {"use_qformer_text_input": True}},
+            "blip2_stage1",
+        ),
+        ({"model_type": "blip-2", "qformer_config": 3}, "blip2"),
+        ({"model_type": "instructblip", "qformer_config": None}, "instructblip"),
+    ],
+)
+def test_two_architectures_of_one_type_are_told_apart(config, kind):
+    assert find_family(config).kind == kind
 
 
 def test_another_architecture_names_what_is_supported(tmp_path):

@@ -8,9 +8,10 @@ import pytest
 
 from jax_instructblip import checkpoint
 from jax_instructblip.conversion import hf_folder
+from jax_instructblip.conversion.families import FAMILIES
 from jax_instructblip.conversion.safetensors import ConversionError
 from jax_instructblip.conversion.stored_model import copy_tokenizers
-from jax_instructblip.models.variants import get_variant, released_name
+from jax_instructblip.models.released import get_variant, released_name
 from jax_instructblip.models.vlm import param_shapes
 from tests.helpers.hf_folders import INDEX, copy, edit_config, tensors
 
@@ -141,7 +142,7 @@ def test_wrong_variant_for_the_folder(flan):
 @pytest.mark.parametrize(
     ("config", "found"),
     [
-        ({"architectures": ["Blip2ForConditionalGeneration"]}, "Blip2ForConditionalGeneration"),
+        ({"architectures": ["BlipForQuestionAnswering"]}, "BlipForQuestionAnswering"),
         ({"architectures": [], "model_type": "llava"}, "llava"),
         ({"architectures": None}, "None"),
     ],
@@ -149,7 +150,8 @@ def test_wrong_variant_for_the_folder(flan):
 def test_another_architecture_names_what_is_supported(tmp_path, config, found):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (line,) = failures(tmp_path)
-    assert line == f"found {found}; supported: InstructBlipForConditionalGeneration"
+    supported = ", ".join(family.architecture for family in FAMILIES)
+    assert line == f"found {found}; supported: {supported}"
 
 
 def test_folder_without_config(tmp_path):

@@ -21,7 +21,7 @@ from jax_instructblip.data.mixture import instruct
 from jax_instructblip.data.readers.dataset import FAMILIES
 from jax_instructblip.data.text import TextProcessor, load_tokenizers
 from jax_instructblip.evaluation.protocol import BENCHMARKS
-from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.released import get_variant
 from tests.helpers.raw_layouts import LAYOUTS, write_all
 
 GOLDEN = Path(__file__).with_name("golden_prompts.json")

@@ -3,7 +3,8 @@ import pytest
 
 from jax_instructblip.data.batch import collate
 from jax_instructblip.data.spec import IGNORE, check, example_batch, fields, shapes
-from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, VARIANTS, get_variant
+from jax_instructblip.models.released import VARIANTS, get_variant
+from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD
 from tests.helpers.tiny import tiny_variant
 
 

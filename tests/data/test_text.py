@@ -11,13 +11,13 @@ import transformers
 
 from jax_instructblip.data import text
 from jax_instructblip.data.batch import IGNORE, compact
+from jax_instructblip.models.released import get_variant
 from jax_instructblip.models.variants import (
     LlamaConfig,
     QFormerConfig,
     T5Config,
     Variant,
     VisionConfig,
-    get_variant,
 )
 
 LAVIS_VICUNA = text.RELEASED_SPECIAL["llama"]

@@ -17,7 +17,7 @@ from jax_instructblip.evaluation.protocol import (
 )
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
-from jax_instructblip.models.variants import VARIANTS
+from jax_instructblip.models.released import VARIANTS
 
 EVERY_DAY = ("caption", "vqa_short", "describe", "rank")
 

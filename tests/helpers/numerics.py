@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_instructblip.models.variants import Variant, get_variant
+from jax_instructblip.models.released import get_variant
+from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import param_shapes
 
 

@@ -5,7 +5,7 @@ from transformers import T5Tokenizer
 import jax_instructblip
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.streaming import pieces
-from jax_instructblip.models.variants import VARIANTS
+from jax_instructblip.models.released import VARIANTS
 from tests.helpers.small_checkpoint import write_checkpoint
 from tests.helpers.tiny import QUESTION
 

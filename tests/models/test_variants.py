@@ -4,14 +4,8 @@ import json
 import jax
 import pytest
 
-from jax_instructblip.models.variants import (
-    VARIANTS,
-    ProjectorConfig,
-    Variant,
-    get_variant,
-    released_name,
-    size_differences,
-)
+from jax_instructblip.models.released import VARIANTS, get_variant, released_name, size_differences
+from jax_instructblip.models.variants import ProjectorConfig, Variant
 from jax_instructblip.models.vlm import param_shapes
 
 # FlanT5-XL, FlanT5-XXL, Vicuna-7B and Vicuna-13B have 2.850, 11.135, 6.738 and 13.016 billion.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip.data.spec import example_batch
-from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.released import get_variant
 from jax_instructblip.models.vlm import VisionLanguageModel, init_params, param_shapes
 from tests.helpers.numerics import error, random_params, small
 from tests.helpers.rows import lay_out

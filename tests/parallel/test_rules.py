@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from jax_instructblip.checkpoint import trees
-from jax_instructblip.models.variants import VARIANTS, get_variant
+from jax_instructblip.models.released import VARIANTS, get_variant
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import AXES, make_mesh

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 import jax_instructblip
 from jax_instructblip.inference.beam_search import beam_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.released import get_variant
 from jax_instructblip.models.vlm import VisionLanguageModel
 from tests.helpers import golden
 from tests.parity.test_generation import (

@@ -7,7 +7,7 @@ import pytest
 
 from configs import common, paper_vicuna_7b
 from jax_instructblip.data.batch import round_up
-from jax_instructblip.models.variants import VARIANTS, get_variant
+from jax_instructblip.models.released import VARIANTS, get_variant
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.planning import advice, plan

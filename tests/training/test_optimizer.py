@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.released import get_variant
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.training.optimizer import adamw, decays, staircase_cosine, warmup_cosine
 

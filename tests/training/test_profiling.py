@@ -7,7 +7,7 @@ import pytest
 
 from jax_instructblip.data.spec import example_batch
 from jax_instructblip.models import flops
-from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.released import get_variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.training import profiling
 from jax_instructblip.training.metrics import Window

@@ -6,7 +6,7 @@ import pytest
 
 from jax_instructblip.models import flops
 from jax_instructblip.models.layers import REMAT, Scan, Scans
-from jax_instructblip.models.variants import get_variant
+from jax_instructblip.models.released import get_variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.state import partition
