@@ -64,9 +64,12 @@ def get_config() -> ConfigDict:
     config.text.qformer_limit = 128  # tokens of the instruction that the Q-Former reads
     config.text.prompt_limit = 128  # tokens of the instruction that the language model reads
     config.text.answer_limit = 256  # tokens of the answer
+    config.text.caption_limit = 32  # tokens of a caption, in BLIP-2's first stage
 
     config.train = ConfigDict()
     config.train.steps = 60_000
+    # Of the first stage: all captions of an image are right for it (retrieval), not its own alone.
+    config.train.pairs_by_image = False
     config.train.log_every = 10  # steps between lines of metrics
     config.train.hang_limit = 1_800.0  # seconds without a step after which stacks are printed
     config.train.non_finite = "stop"  # on a loss that is no number; or "skip": leave the step out

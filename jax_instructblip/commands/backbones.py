@@ -1,6 +1,7 @@
-"""Trains the frozen towers of the embedded checkpoints, and puts the parts together.
+"""Makes checkpoints to begin with: of BLIP-2's first stage, and the parts of the embedded ones.
 
-`launch/backbones.sh` calls it: first `towers`, then (after the caption runs) `merge`.
+`stage1` gives a vision tower a fresh Q-Former. `launch/backbones.sh` calls the others: first
+`towers`, then (after the caption runs) `merge`.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from jax_instructblip.commands.flags import check_flags
 
 
 def main(argv: list[str]) -> int:
-    """Runs one of the two parts; returns 0."""
+    """Runs one of the parts; returns 0."""
     parser = argparse.ArgumentParser(prog="jax-instructblip backbones", description=__doc__)
     parts = parser.add_subparsers(dest="part", required=True)
     towers = parts.add_parser("towers", help="train vision tower and language models: WORK/base_*")
@@ -25,9 +26,18 @@ def main(argv: list[str]) -> int:
     merge.add_argument("base", type=Path)
     merge.add_argument("run", type=Path, help="run directory of the caption phase")
     merge.add_argument("out", type=Path)
+    stage1 = parts.add_parser("stage1", help="vision tower of BASE, fresh Q-Former and heads: OUT")
+    stage1.add_argument("base", type=Path, help="any checkpoint")
+    stage1.add_argument("out", type=Path, help="folder to make; must not exist")
+    stage1.add_argument("--bert", type=Path, help="a Hugging Face folder of BERT to start from")
+    stage1.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(argv)
-    check_flags(flags)
-    if flags.part == "merge":
+    check_flags(flags, stores=("base", "out", "bert") if flags.part == "stage1" else ())
+    if flags.part == "stage1":
+        from jax_instructblip.backbones.stage1 import write_stage1
+
+        write_stage1(flags.base, flags.out, bert=flags.bert, seed=flags.seed)
+    elif flags.part == "merge":
         from jax_instructblip.backbones.build import replace_captioned
 
         replace_captioned(flags.base, flags.run, flags.out)

@@ -255,11 +255,11 @@ def compact(tokens: np.ndarray, mask: np.ndarray, pad_id: int = 0) -> tuple[np.n
 def slot_counts(batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """[2] int64, the positions of the batch's texts: those in use, and all.
 
-    Counted is what a tower works on: the instructions, the rows and, for T5, the decoder's rows.
+    Counted is what a tower works on: the instructions or captions, the rows and, for T5, the
+    decoder's rows.
     """
-    used = [batch["segments"] > 0]
-    used += [batch[name] for name in ("qformer_mask",) if name in batch]
-    used += [batch[name] > 0 for name in ("decoder_segments",) if name in batch]
+    used = [batch[name] for name in ("qformer_mask", "caption_mask") if name in batch]
+    used += [batch[name] > 0 for name in ("segments", "decoder_segments") if name in batch]
     return np.array([sum(each.sum() for each in used), sum(each.size for each in used)], np.int64)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import transformers
@@ -14,6 +14,14 @@ from jax_instructblip.models.variants import Variant
 
 LIMIT = 32  # ids of a caption in training, [CLS] and [SEP] included
 RETRIEVAL_LIMIT = 35  # and in retrieval, as released
+
+
+class Captions(NamedTuple):
+    """Captions in ids, `[N, L]` each: the ids, and True where they are no padding."""
+
+    ids: np.ndarray  # int32
+    valid: np.ndarray  # bool
+    cut: np.ndarray  # [N] bool: those that were longer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,8 +69,8 @@ class CaptionTokenizer:
         tokenizer = transformers.BertTokenizer.from_pretrained(place, bos_token="[DEC]")
         return cls(variant, tokenizer, limit)
 
-    def encode(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [N, limit] int32 of the captions, and True [N, limit] where they are no padding.
+    def encode(self, captions: Sequence[str]) -> Captions:
+        """The captions in ids, all padded to `limit`.
 
         Raises:
             ValueError: there is none, or one is no text.
@@ -79,7 +87,10 @@ class CaptionTokenizer:
         made = self.tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=self.limit
         )
-        return np.array(made["input_ids"], np.int32), np.array(made["attention_mask"]) > 0
+        cut = np.array([bool(each.overflowing) for each in made.encodings])
+        return Captions(
+            np.array(made["input_ids"], np.int32), np.array(made["attention_mask"]) > 0, cut
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special ones left out."""

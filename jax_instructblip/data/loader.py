@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import grain
 import jax
@@ -11,7 +11,6 @@ from absl import flags
 from jax.sharding import NamedSharding
 
 from jax_instructblip.data.batch import slot_counts
-from jax_instructblip.data.train_batches import TrainBatches
 
 # Keys of a batch that only the host looks at.
 HOST_KEYS = ("truncated", "replaced")
@@ -20,8 +19,19 @@ DeviceBatch = dict[str, jax.Array]
 Counts = dict[str, np.ndarray]
 
 
+class Batches(Protocol):
+    """Random access to the batches of a run, of which this host makes `rows` of `row_count`."""
+
+    rows: np.ndarray
+    row_count: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]: ...
+
+
 def load(
-    batches: TrainBatches,
+    batches: Batches,
     sharding: NamedSharding,
     *,
     start: int = 0,

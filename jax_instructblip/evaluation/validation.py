@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from jax_instructblip.data.captions import CaptionTokenizer
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import dataset_name
 from jax_instructblip.data.templates import PAPER, TextStyle
@@ -17,10 +18,12 @@ from jax_instructblip.evaluation.metrics import caption_scores
 from jax_instructblip.evaluation.metrics.metric import MetricError
 from jax_instructblip.evaluation.predictions import Prediction
 from jax_instructblip.evaluation.protocol import BENCHMARKS
+from jax_instructblip.evaluation.retrieval_scores import retrieval_scores
 from jax_instructblip.evaluation.scoring import HIDDEN, NO_METRIC, is_known, score
 from jax_instructblip.evaluation.task import check_choices, open_task, pick_numbers
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
+from jax_instructblip.models.blip2 import Blip2
 from jax_instructblip.models.vlm import VisionLanguageModel
 
 SAMPLES = 8  # answers to show
@@ -49,9 +52,9 @@ def check(records: Sequence[Record], path: str, split: str) -> None:
 
 def evaluate(
     *,
-    model: VisionLanguageModel,
+    model: VisionLanguageModel | Blip2,
     params: dict[str, Any],
-    text: TextProcessor,
+    text: TextProcessor | CaptionTokenizer,
     records: Sequence[Record],
     mesh: Mesh | None = None,
     limit: int = 0,
@@ -73,11 +76,18 @@ def evaluate(
     rows of the predictions, always of the same questions. `style` and `upright` are those of
     training: how texts are written, and whether photographs are turned.
 
+    Of BLIP-2's first stage it is `recall`, the mean R@1 of both ways (`retrieval_scores`).
+
     On a mesh of several processes each calls it with the same records and gets the same numbers.
 
     Raises:
       MetricError: the dataset cannot be scored here.
     """
+    if isinstance(model, Blip2):
+        assert isinstance(text, CaptionTokenizer)
+        chosen = [records[number] for number in pick_numbers(len(records), limit)]
+        return retrieval_scores(model, params, text, chosen)
+    assert isinstance(text, TextProcessor)
     blip = InstructBlipPipeline(
         model.variant, params, text, dtype=model.dtype, mesh=mesh, silent=True
     )

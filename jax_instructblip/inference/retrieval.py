@@ -84,7 +84,7 @@ class Retriever:
 
     def text_features(self, texts: Sequence[str], *, batch_size: int = TEXTS) -> np.ndarray:
         """Normalised features [M, E] float32 of the texts."""
-        ids, valid = self.text.encode(texts)
+        ids, valid, _ = self.text.encode(texts)
         places = _batches(range(len(ids)), batch_size, "texts")
         batches = ((rows, (ids[rows], valid[rows])) for rows in map(list, places))
         run = lambda each: self._text_features(self.params, *each)
@@ -100,7 +100,7 @@ class Retriever:
         """Logits [N, 2] float32 of (no match, match) of each image with the text beside it."""
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts: give as many of both")
-        ids, valid = self.text.encode(texts)
+        ids, valid, _ = self.text.encode(texts)
         places = _batches(range(len(ids)), batch_size, "pairs")
 
         def batches() -> Iterator[tuple[Sequence[int], Any]]:
@@ -144,7 +144,7 @@ class Retriever:
         self, images: Sequence[Frame], texts: Sequence[str], wanted: np.ndarray, size: int
     ) -> np.ndarray:
         """Logits [N, M] of the match where `wanted`; the texts of an image together."""
-        ids, valid = self.text.encode(texts)
+        ids, valid, _ = self.text.encode(texts)
         scores = np.full(wanted.shape, ABSENT, np.float32)
         size = min(size, len(ids))
         with Progress(int(wanted.sum()), "matching", "pairs", silent=self.silent) as progress:

@@ -13,7 +13,6 @@ There is no language model: what is trained are the Q-Former and the four `heads
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -168,8 +167,3 @@ def begin_caption(tokens: Int[Array, "B L"], vocab: int) -> Int[Array, "B L"]:
 def init_params(variant: Variant, key: Array) -> dict[str, Any]:
     """Random float32 parameters: {'vision': ..., 'qformer': ..., 'heads': ...}."""
     return dict(Blip2(variant).init(key, method="make_params")["params"])
-
-
-def param_shapes(variant: Variant) -> dict[str, Any]:
-    """Shapes and (float32) dtypes of all parameters, without making any."""
-    return jax.eval_shape(lambda key: init_params(variant, key), jax.random.key(0))

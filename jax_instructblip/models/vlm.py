@@ -147,8 +147,18 @@ class VisionLanguageModel(Network):
         return flat(of_image("qformer_tokens")), flat(of_image("qformer_mask"))
 
 
+def model_of(
+    variant: Variant, dtype: Any = jnp.float32, scans: Scans | None = None
+) -> VisionLanguageModel | blip2.Blip2:
+    """The page that a variant is: the generative models', or that of the first stage."""
+    page = VisionLanguageModel if variant.llm is not None else blip2.Blip2
+    return page(variant, dtype, scans or Scans())
+
+
 def init_params(variant: Variant, key: Array) -> dict[str, Any]:
     """Random float32 parameters: {'vision': ..., 'qformer' or 'projector': ..., 'llm': ...}."""
+    if variant.llm is None:
+        return blip2.init_params(variant, key)
     return dict(VisionLanguageModel(variant).init(key, method="make_params")["params"])
 
 
@@ -160,8 +170,6 @@ def param_shapes(variant: Variant) -> dict[str, Any]:
 @functools.lru_cache(maxsize=16)
 def _param_shapes(variant: Variant) -> dict[str, Any]:
     """The kept result of `param_shapes`: tracing takes a second and a command asks ten times."""
-    if variant.llm is None:
-        return blip2.param_shapes(variant)
     return jax.eval_shape(lambda key: init_params(variant, key), jax.random.key(0))
 
 

@@ -70,6 +70,8 @@ FIELDS: dict[str, Field] = {
     "text.qformer_limit": whole(3, _TOKENS, unit="tokens"),
     "text.prompt_limit": whole(1, _TOKENS, unit="tokens"),
     "text.answer_limit": whole(2, _TOKENS, unit="tokens"),
+    "text.caption_limit": whole(3, _TOKENS, unit="tokens"),
+    "train.pairs_by_image": flag(),
     "train.steps": _STEPS,
     "train.log_every": _STEPS,
     "train.hang_limit": number(above=0, at_most=MOST_SECONDS, unit="seconds"),

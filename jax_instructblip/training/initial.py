@@ -17,7 +17,7 @@ from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.loading import base_digest, read_params, read_source
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.models.variants import Variant
-from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
+from jax_instructblip.models.vlm import model_of, param_shapes
 from jax_instructblip.parallel import rules
 from jax_instructblip.training.state import Params, partition
 
@@ -73,16 +73,18 @@ def load_initial(
     digest = base_digest(source)
     variant = source.variant.replace(**(fields or {}))
     # The model refuses a dtype when it is bound: now, before gigabytes are read.
-    _ = VisionLanguageModel(variant, jnp.dtype(dtype)).bind({}).vision
+    _ = model_of(variant, jnp.dtype(dtype)).bind({}).vision
     notes = [f"frozen weights: {source.folder} (sha256 {digest[:12]}...)"]
     if mesh is not None:  # what it cannot divide is told now, too
         rules.shardings(param_shapes(variant), mesh)
         notes += rules.remarks(param_shapes(variant), mesh)
 
+    lacking = _lacking(variant, source.variant if other is None else other.variant, trainable)
+
     def place(path: str, array: np.ndarray) -> jax.Array | None:
         """The leaf on its devices in its dtype; None where it comes from `init`."""
         trains = path.partition("/")[0] in trainable
-        if trains and init:
+        if trains and init and path not in lacking:
             return None
         floats = jnp.issubdtype(array.dtype, jnp.floating)
         dtype = array.dtype if not floats else (jnp.float32 if trains else frozen_dtype)
@@ -101,8 +103,13 @@ def load_initial(
                 return None
             return rules.place(path, array, mesh, jnp.float32)
 
+        own = {path: leaf for path, leaf in checkpoint.flatten(chosen).items() if path in lacking}
         chosen = partition(read_params(other, place_init, **processes), trainable)[0]
+        chosen = checkpoint.unflatten({**checkpoint.flatten(chosen), **own})
     notes.append(f"{', '.join(trainable)} starts from: {init or source.folder}")
+    if lacking:
+        parts = ", ".join(sorted({path.split("/")[1] for path in lacking}))
+        notes.append(f"{init} is of another stage and lacks {parts}: from {source.folder}")
     kept, dropped = _fit(chosen, variant, trainable)
     if dropped:
         notes.append(
@@ -129,13 +136,27 @@ def load_untuned(run: Mapping[str, Any], blip: InstructBlipPipeline) -> Instruct
     )
 
 
+def _lacking(variant: Variant, other: Variant, trainable: tuple[str, ...]) -> set[str]:
+    """The leaves to train that a model of another stage does not have; empty for one of the same.
+
+    The first stage of BLIP-2 has no projection to a language model, the second no text branch.
+    """
+    if other.kind == variant.kind:
+        return set()
+    shapes = param_shapes(variant)
+    wanted = checkpoint.flatten({name: shapes[name] for name in trainable})
+    return wanted.keys() - checkpoint.flatten(param_shapes(other)).keys()
+
+
 def _fit(chosen: Params, variant: Variant, trainable: tuple[str, ...]) -> tuple[Params, list[str]]:
     """The leaves that `variant` has, and the paths of those that it does without."""
     shapes = param_shapes(variant)
     expected = checkpoint.flatten({name: shapes[name] for name in trainable})
     leaves = checkpoint.flatten(chosen)
     # What the same variant with instructions has on top: nothing else can be dropped.
-    aware = param_shapes(variant.replace(**{"qformer.instruction_aware": True}))
+    kind = "instructblip" if variant.kind == "blip2" else variant.kind
+    known = dataclasses.replace(variant, kind=kind)
+    aware = param_shapes(known.replace(**{"qformer.instruction_aware": True}))
     dropped = sorted(leaves.keys() & (checkpoint.flatten(aware).keys() - expected.keys()))
     wrong = []
     for path in sorted((leaves.keys() | expected.keys()) - set(dropped)):

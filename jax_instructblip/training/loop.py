@@ -31,9 +31,10 @@ from ml_collections import ConfigDict
 
 from jax_instructblip.atomic import write_file
 from jax_instructblip.data import loader
+from jax_instructblip.data.pairs import PairBatches
 from jax_instructblip.data.train_batches import TrainBatches
 from jax_instructblip.inference.loading import LIMITS
-from jax_instructblip.models.vlm import VisionLanguageModel
+from jax_instructblip.models.vlm import model_of
 from jax_instructblip.parallel import peers
 from jax_instructblip.parallel.cluster import Preemption, Watchdog, agree
 from jax_instructblip.parallel.mesh import batch_sharding
@@ -43,7 +44,6 @@ from jax_instructblip.training.checkpoints import Checkpoints, Meta
 from jax_instructblip.training.initial import Initial, load_initial
 from jax_instructblip.training.metrics import MetricsWriter, Window, read_metrics
 from jax_instructblip.training.non_finite import NonFiniteGuard
-from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.state import TrainState, create_state
 from jax_instructblip.training.step import Metrics, Step, compile_step
 from jax_instructblip.training.workdir import Workdir
@@ -103,8 +103,8 @@ def _run(
     )
     _print_lines(*initial.notes)
     batches = setup.read_batches(config, mixture, initial, rows, shared)
-    model = VisionLanguageModel(initial.variant, dtype, setup.read_scans(config))
-    objective = LanguageObjective(model)
+    model = model_of(initial.variant, dtype, setup.read_scans(config))
+    objective = setup.make_objective(config, model)
     validation = setup.read_validation(
         config, evaluate, validated, model=model, text=batches.text, mesh=mesh
     )
@@ -123,7 +123,7 @@ def _run(
     )
     peak = profiling.peak_flops(config.train.peak_flops)
     # Its model keeps all that the backward pass takes: recomputation is no work that was asked for.
-    plain = LanguageObjective(VisionLanguageModel(initial.variant, dtype))
+    plain = setup.make_objective(config, model_of(initial.variant, dtype))
     utilisation = profiling.Utilisation(plain, peak)
     tuning = _Run(config, workdir, initial, batches, step, validation, utilisation)
     del initial  # its trainable weights have been copied
@@ -151,7 +151,7 @@ class _Run:
         config: ConfigDict,
         workdir: Workdir,
         initial: Initial,
-        batches: TrainBatches,
+        batches: TrainBatches | PairBatches,
         step: Step,
         validation: setup.Validation | None,
         utilisation: profiling.Utilisation,
@@ -184,7 +184,7 @@ class _Run:
             "variant": initial.variant.to_dict(),
             "trainable": sorted(initial.trainable),
             "base": initial.base,
-            "text": {name: getattr(batches.text, name) for name in LIMITS},
+            "text": {n: getattr(batches.text, n) for n in LIMITS if hasattr(batches.text, n)},
         }
         self.document = {"kind": "run", **self.meta, "config": json.loads(config.to_json())}
 

@@ -4,6 +4,7 @@ Complaints that need devices or files are here; those about single fields are in
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,21 +14,27 @@ from ml_collections import ConfigDict
 
 from jax_instructblip import remote
 from jax_instructblip.atomic import unwritable
+from jax_instructblip.data.captions import CaptionTokenizer
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.mixture import Mixture, Source
+from jax_instructblip.data.pairs import PairBatches
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import dataset_name, open_records
 from jax_instructblip.data.templates import TextStyle
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.data.train_batches import TrainBatches
 from jax_instructblip.inference.loading import read_source
+from jax_instructblip.models.blip2 import Blip2
 from jax_instructblip.models.layers import Scan, Scans
+from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.parallel import pmap, rules
 from jax_instructblip.parallel.mesh import batch_sharding, local_rows, make_mesh
 from jax_instructblip.training.config_fields import check_config
 from jax_instructblip.training.initial import Initial
+from jax_instructblip.training.objective import LanguageObjective, Objective
 from jax_instructblip.training.optimizer import adamw, staircase_cosine, warmup_cosine
+from jax_instructblip.training.pair_objective import PairObjective
 from jax_instructblip.training.state import partition
 
 # Called, in every process, with model, params, text, records, mesh, limit, batch_size,
@@ -146,21 +153,40 @@ def read_batches(
     initial: Initial,
     rows: np.ndarray,
     samples_per_row: int = 1,
-) -> TrainBatches:
+) -> TrainBatches | PairBatches:
     """The batches of the run, of which this host makes `rows`."""
-    return TrainBatches(
-        mixture,
-        TextProcessor.load(initial.folder, initial.variant, **config.text),
+    settings: dict[str, Any] = dict(
         batch_size=config.data.batch_size,
         steps=config.train.steps,
-        samples_per_row=samples_per_row,
-        buckets=tuple(config.data.buckets),
         augment=config.data.augment,
         min_decode_ratio=config.data.min_decode_ratio,
         rand_augment=config.data.rand_augment,
         upright=config.data.exif,
         rows=rows,
     )
+    text = read_text(config, initial.folder, initial.variant)
+    if isinstance(text, CaptionTokenizer):
+        return PairBatches(mixture, text, **settings)
+    buckets = tuple(config.data.buckets)
+    return TrainBatches(mixture, text, samples_per_row=samples_per_row, buckets=buckets, **settings)
+
+
+def read_text(
+    config: ConfigDict, folder: Path, variant: Variant
+) -> TextProcessor | CaptionTokenizer:
+    """The tokenizers of a checkpoint, with the limits of `config.text`."""
+    limits = dict(config.text)
+    caption_limit = limits.pop("caption_limit")
+    if variant.llm is None:
+        return CaptionTokenizer.load(folder, variant, caption_limit)
+    return TextProcessor.load(folder, variant, **limits)
+
+
+def make_objective(config: ConfigDict, model: VisionLanguageModel | Blip2) -> Objective:
+    """The objective that a model is trained with: language, or pairs in the first stage."""
+    if isinstance(model, Blip2):
+        return PairObjective(model, config.train.pairs_by_image)
+    return LanguageObjective(model)
 
 
 def check_model(config: ConfigDict) -> None:
@@ -183,7 +209,12 @@ def check_model(config: ConfigDict) -> None:
         partition(param_shapes(variant), tuple(config.model.trainable))
     except ValueError as error:
         raise ValueError(f"config.model.trainable: {error}") from error
-    TextProcessor.load(base.folder, variant, **config.text)
+    if variant.llm is None and config.data.samples_per_row > 1:
+        raise ValueError(
+            f"config.data.samples_per_row is {config.data.samples_per_row}: in the first stage "
+            "each pair has a row of its own, 1"
+        )
+    read_text(config, base.folder, variant)
 
 
 def read_variant_fields(config: ConfigDict) -> dict[str, Any]:
@@ -242,8 +273,8 @@ def read_validation(
     evaluate: Evaluate | None,
     records: Sequence[Record] | None,
     *,
-    model: VisionLanguageModel,
-    text: TextProcessor,
+    model: VisionLanguageModel | Blip2,
+    text: TextProcessor | CaptionTokenizer,
     mesh: Mesh,
 ) -> Validation | None:
     """The validation that the config asks for; None where nothing is to be validated."""

@@ -1,0 +1,133 @@
+"""A checkpoint to begin BLIP-2's first stage with: a vision tower, a fresh Q-Former, fresh heads.
+
+    BASE --vision tower, BERT tokenizer--> OUT     Q-Former and heads random, or from BERT
+
+From BERT comes all that it has: words, positions, self-attention and feed-forwards of the text; the
+feed-forwards of the queries are copies of these, and cross-attention stays random (as released).
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_instructblip import checkpoint, stores
+from jax_instructblip.conversion.engine import Drop, Rule
+from jax_instructblip.conversion.safetensors import ConversionError, Tensor, open_folder
+from jax_instructblip.conversion.stored_model import copy_tokenizers, write_sides
+from jax_instructblip.conversion.tables import qformer
+from jax_instructblip.inference.loading import read_params, read_source
+from jax_instructblip.models.blip2 import init_params
+from jax_instructblip.models.variants import QFormerConfig, Variant
+from jax_instructblip.remote import is_remote
+
+FEATURES = 256  # of the space that images and texts are compared in, as released
+BERT_PREFIXES = ("", "bert.")  # of tensor names in folders of BertModel and BertForPreTraining
+
+
+def write_stage1(
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    bert: str | os.PathLike[str] | None = None,
+    features: int = FEATURES,
+    seed: int = 0,
+) -> Path | str:
+    """Writes `out`, a checkpoint of the first stage that has learned nothing yet.
+
+    Args:
+      base: whose vision tower, Q-Former sizes and BERT tokenizer are taken; any checkpoint.
+      out: the folder to make, or its address in a store; it must not exist.
+      bert: a Hugging Face folder of BERT, of the Q-Former's sizes, that the Q-Former starts from.
+      features: width of the space that images and texts are compared in.
+      seed: of what is random.
+
+    Returns:
+      The folder `out`, or its address.
+
+    Raises:
+      ValueError: `base` has no Q-Former, or `bert` is of other sizes.
+      OSError: `out` exists, or there is no room.
+    """
+    source = read_source(base)
+    changes = dict(llm_width=0, instruction_aware=True, feature_width=features)
+    sizes = {**vars(source.variant.qformer), **changes, "caption_head": True}
+    none: Any = None
+    variant = Variant("blip2_stage1", source.variant.vision, QFormerConfig(**sizes), none)
+    keep = lambda path, array: array if path.startswith("vision/") else None
+    kept = checkpoint.flatten(read_params(source, keep))
+    fresh = checkpoint.flatten(init_params(variant, jax.random.key(seed)))
+    leaves = {**fresh, **{path: leaf for path, leaf in kept.items() if leaf is not None}}
+    origin = "random"
+    if bert is not None:
+        folder = stores.input_path(bert, "bert")
+        leaves |= bert_leaves(open_folder(folder), variant.qformer, str(folder))
+        origin = f"BERT: {folder.name}"
+    facts = {"vision": str(source.folder), "qformer": origin}
+
+    def add(partial: Path) -> None:
+        write_sides(partial, variant, facts, {})
+        copy_tokenizers(source.folder, partial, variant)
+
+    with stores.output_folder(out) as (place, title):
+        arrays = ((path, np.asarray(leaf)) for path, leaf in leaves.items())
+        checkpoint.write_tree(place, arrays, extra=add)
+    print(f"{title}: vision tower of {source.folder}, Q-Former {origin}, heads random")
+    return title if is_remote(out) else place
+
+
+def bert_leaves(
+    tensors: Mapping[str, Tensor], config: QFormerConfig, title: str
+) -> dict[str, np.ndarray]:
+    """The leaves of the Q-Former that BERT's tensors fill; the word `[DEC]` is left as it is.
+
+    Raises:
+      ConversionError: tensors are missing or of other shapes, all of them; `title` is their folder.
+    """
+    prefix = next((p for p in BERT_PREFIXES if f"{p}{_WORDS}" in tensors), "")
+    made: dict[str, np.ndarray] = {}
+    wrong: list[str] = []
+    for entry in qformer.rules(config):
+        if isinstance(entry, Drop) or not isinstance(entry, Rule):
+            continue
+        names = [_bert_name(key) for key in entry.keys]
+        if any(name is None for name in names):
+            continue
+        pieces = []
+        for name in names:
+            tensor = tensors.get(f"{prefix}{name}")
+            if tensor is None:
+                wrong.append(f"{prefix}{name} is missing, for {entry.target}")
+            else:
+                pieces.append(entry.transform.forward(tensor.read().astype(np.float32)))
+        if len(pieces) == len(names):
+            made[entry.target] = pieces[0] if entry.layers is None else np.stack(pieces)
+    words = made.pop("qformer/text_embed/embedding", None)
+    if wrong:
+        raise ConversionError(f"{title} is no BERT of these sizes", wrong)
+    if words is not None:
+        table = np.zeros((config.vocab, config.width), np.float32)
+        if words.shape[1:] != table.shape[1:] or len(words) > len(table):
+            raise ConversionError(
+                f"{title} is no BERT of these sizes",
+                [f"words {list(words.shape)}, the Q-Former has {list(table.shape)}"],
+            )
+        table[: len(words)] = words
+        table[len(words) :] = words.mean(axis=0)  # [DEC], which BERT does not know
+        made["qformer/text_embed/embedding"] = table
+    return made
+
+
+_WORDS = "embeddings.word_embeddings.weight"
+
+
+def _bert_name(key: str) -> str | None:
+    """BERT's name for a tensor of the Q-Former's table; None for what it does not have."""
+    if not key.startswith("qformer.") or "crossattention" in key:
+        return None
+    name = key.removeprefix("qformer.").replace("embeddings.layernorm.", "embeddings.LayerNorm.")
+    name = name.replace(".attention.attention.", ".attention.self.")
+    return name.replace("intermediate_query", "intermediate").replace("output_query", "output")

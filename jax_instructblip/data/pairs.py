@@ -1,0 +1,142 @@
+"""Batches of images and captions, for the first stage of BLIP-2.
+
+sample k --mixture--> record --one of its captions--> ids [L] --its image--> pixels
+batch s: samples s x B ... (s + 1) x B - 1, of which a host makes its own rows alone
+
+images         [B, 1, H, W, 3] uint8     captions       [B, L] int32, `[CLS] ... [SEP]`, padded
+caption_mask   [B, L] bool               image_id       [B] int32, the same for the same image
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jax_instructblip.data import images
+from jax_instructblip.data.captions import CaptionTokenizer
+from jax_instructblip.data.mixture import Mixture, Source, digest_of
+from jax_instructblip.data.rand_augment import rand_augment
+from jax_instructblip.data.records import Record
+from jax_instructblip.data.train_batches import ATTEMPTS, WARNINGS
+
+PairBatch = dict[str, np.ndarray]
+
+
+class PairBatches:
+    """Random access to batches of pairs: `batches[s]` holds this host's rows of the global batch s.
+
+    Besides the keys above it has, as `TrainBatches` does, `truncated` [b, 3] and `replaced` [b].
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        text: CaptionTokenizer,
+        *,
+        batch_size: int,
+        steps: int,
+        augment: bool = True,
+        min_decode_ratio: float = 0.0,
+        rand_augment: bool = False,
+        upright: bool = True,
+        rows: np.ndarray | None = None,
+    ):
+        """The arguments are those of `TrainBatches`.
+
+        Raises:
+            ValueError: the batch has one pair alone, which has nothing to be told apart from.
+        """
+        if batch_size < 2:
+            raise ValueError(
+                "config.data.batch_size is 1: a pair is compared with the others of its batch, of "
+                "which there are none; take at least 2"
+            )
+        self.mixture, self.text = mixture, text
+        self.batch_size, self.steps, self.row_count = batch_size, steps, batch_size
+        self.augment, self.min_decode_ratio = augment, min_decode_ratio
+        self.rand_augment, self.upright = rand_augment, upright
+        self.rows = np.arange(batch_size) if rows is None else rows
+        self._warned = 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> PairBatch:
+        pairs = [self._pair(step * self.batch_size + int(row)) for row in self.rows]
+        captions, valid, cut = self.text.encode([caption for _, caption, _, _ in pairs])
+        none = np.zeros_like(cut)
+        return {
+            "images": np.stack([pixels for _, _, pixels, _ in pairs])[:, None],
+            "captions": captions,
+            "caption_mask": valid,
+            "image_id": np.array([image_id(record) for record, _, _, _ in pairs], np.int32),
+            "truncated": np.stack([cut, none, none], axis=1).astype(np.int32),
+            "replaced": np.array([attempt for _, _, _, attempt in pairs], np.int32),
+        }
+
+    def ids(self, step: int) -> list[str]:
+        """The ids of the records of the global batch `step`."""
+        first = step * self.batch_size
+        return [self.mixture.record(first + row)[1].id for row in range(self.batch_size)]
+
+    def fingerprint(self) -> str:
+        """A sha256 of mixture and batch size: with another one a step would hold other samples."""
+        return digest_of([self.mixture.fingerprint(), self.batch_size])
+
+    def _pair(self, place: int) -> tuple[Record, str, np.ndarray, int]:
+        """The first attempt at that place that can be used: record, caption, pixels, its number."""
+        for attempt in range(ATTEMPTS + 1):
+            source, index = self.mixture.find(place, attempt)
+            name = f"record {index} of {source.name}"
+            try:
+                record = source.records[index]
+                name = record.id
+                caption = self._caption(record, self.mixture.rng(place, attempt, use="text"))
+                return record, caption, self._pixels(record, place, attempt), attempt
+            except (ValueError, images.ImageError) as error:
+                self._warn(source, name, error)
+                last = error
+        raise ValueError(
+            f"{ATTEMPTS} records of source {source.name!r} in a row cannot be used, the last one "
+            f"being {name!r} ({last}); `jax-instructblip check` lists what is wrong"
+        )
+
+    def _caption(self, record: Record, rng: np.random.Generator) -> str:
+        """One of the distinct captions, each as likely, written in the mixture's style."""
+        if problems := record.text_problems():
+            raise ValueError("; ".join(problems))
+        distinct = tuple(dict.fromkeys(record.answers))
+        if not distinct:
+            raise ValueError("it has no caption (answer)")
+        return self.mixture.style.caption(distinct[int(rng.integers(len(distinct)))])
+
+    def _pixels(self, record: Record, place: int, attempt: int) -> np.ndarray:
+        if len(record.images) != 1:
+            raise ValueError(f"it has {len(record.images)} images, a pair has one")
+        size, (source,) = self.text.variant.vision.image_size, record.images
+        if not self.augment:
+            return images.resize_squash(images.decode(source, upright=self.upright), size)
+        rng = self.mixture.rng(place, attempt, use="image")
+        how: Mapping[str, Any] = {"min_ratio": self.min_decode_ratio, "upright": self.upright}
+        pixels = images.random_resized_crop_flip(source, size, rng, **how)
+        return rand_augment(pixels, rng) if self.rand_augment else pixels
+
+    def _warn(self, source: Source, name: str, error: Exception) -> None:
+        if self._warned < WARNINGS:
+            self._warned += 1
+            text = f"{source.name}: {name}: replaced: {error}"
+            logging.getLogger(__name__).warning(text.encode("utf-8", "backslashreplace").decode())
+
+
+def image_id(record: Record) -> int:
+    """The number that the captions of one image share: of its bytes, or of its path."""
+    image = record.images[0]
+    if isinstance(image, Image.Image):
+        content = image.tobytes()
+    else:
+        content = image if isinstance(image, bytes) else os.fsencode(image)
+    return int.from_bytes(hashlib.sha256(content).digest()[:4], "little", signed=True)

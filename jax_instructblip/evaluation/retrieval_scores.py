@@ -1,0 +1,57 @@
+"""Recalls of BLIP-2's first stage on images and captions, by similarity and re-ranked."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_instructblip.data.captions import CaptionTokenizer
+from jax_instructblip.data.pairs import image_id
+from jax_instructblip.data.records import Record
+from jax_instructblip.evaluation.metrics.retrieval import recalls
+from jax_instructblip.inference.retrieval import CANDIDATES, Retriever
+from jax_instructblip.models.blip2 import Blip2
+
+
+def retrieval_scores(
+    model: Blip2, params: dict[str, Any], text: CaptionTokenizer, records: Sequence[Record]
+) -> dict[str, float]:
+    """Recalls of all images and all captions of the records, the headline first, `score` last.
+
+    `recall` is the mean of both ways' R@1 after re-ranking; `itc/...` are those of similarities
+    alone. Captions that several images share are right for each of them.
+
+    Raises:
+      ValueError: there are no captions, or the model is spread over several processes.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            "the first stage is validated in one process: leave out config.validation.path, and "
+            "evaluate its checkpoints afterwards"
+        )
+    captions_of: dict[int, set[str]] = {}
+    pictures: dict[int, Any] = {}
+    for record in records:
+        number = image_id(record)
+        pictures.setdefault(number, record.images[0])
+        captions_of.setdefault(number, set()).update(record.answers)
+    captions = sorted(set().union(*captions_of.values()))
+    right = np.array([[each in of for each in captions] for of in captions_of.values()])
+    blip = Retriever(model.variant, params, text, dtype=model.dtype, silent=True)
+    images = list(pictures.values())
+    near = blip.itc(images, captions)
+    ranking = blip.rank(images, captions, k=CANDIDATES)
+    values = {}
+    for prefix, forth, back in (
+        ("", ranking.image_to_text, ranking.text_to_image),
+        ("itc/", near, near.T),
+    ):
+        for name, scores, truth in (
+            ("image_to_text", forth, right),
+            ("text_to_image", back, right.T),
+        ):
+            for rank, value in recalls(scores, truth).items():
+                values[f"{prefix}{name}/{rank}"] = value
+    recall = (values["image_to_text/r1"] + values["text_to_image/r1"]) / 2
+    return {"recall": recall, **values, "score": recall}
