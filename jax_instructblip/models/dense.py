@@ -105,8 +105,15 @@ class Head(nn.Module):
         if self.by_word:
             shape, axes = shape[::-1], "VD"
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        return jnp.einsum(f"...D,{axes}->...V", x, kernel, preferred_element_type=jnp.float32)
+        return word_logits(x, kernel, axes, self.dtype)
+
+
+def word_logits(
+    x: Float[Array, "*B D"], kernel: Float[Array, "_ _"], axes: str, dtype: Any
+) -> Float[Array, "*B V"]:
+    """Vocabulary logits in float32 of a product of `dtype` with a kernel of axes "DV" or "VD"."""
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    return jnp.einsum(f"...D,{axes}->...V", x, kernel, preferred_element_type=jnp.float32)
 
 
 def rank_of(leaf: Array, x: Array) -> Array:

@@ -11,7 +11,13 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from jax_instructblip.models.variants import LanguageConfig, LlamaConfig, T5Config, Variant
+from jax_instructblip.models.variants import (
+    LanguageConfig,
+    LlamaConfig,
+    OptConfig,
+    T5Config,
+    Variant,
+)
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 
@@ -90,8 +96,8 @@ def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) ->
     prompt = queries + tokens
     head = linear(rows, config.width, config.vocab)
     read = _vision(variant, rows) + _qformer(variant, rows, text)[1]
-    if isinstance(config, LlamaConfig):
-        weights = config.layers * (4 * config.width**2 + 3 * config.width * config.mlp)
+    if not isinstance(config, T5Config):
+        weights = _decoder_weights(config)
         attention = lambda keys: config.layers * 2 * linear(rows, keys, config.width)
         read += linear(rows * prompt, weights) + prompt * attention(prompt) + head
         return read + (new - 1) * (linear(rows, weights) + attention(prompt + new - 1) + head)
@@ -105,6 +111,12 @@ def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) ->
         linear(rows, own + own // 2 + mlp) + 2 * linear(rows, prompt + new, inner)
     )
     return read + new * (step + head)
+
+
+def _decoder_weights(config: LlamaConfig | OptConfig) -> int:
+    """Elements of all kernels of a decoder's layers; LLaMA's feed-forward has a gate."""
+    mlp = (3 if isinstance(config, LlamaConfig) else 2) * config.width * config.mlp
+    return config.layers * (4 * config.width**2 + mlp)
 
 
 def linear(rows: int, *sizes: int) -> int:
@@ -142,12 +154,11 @@ def _qformer(variant: Variant, rows: int, text: int) -> tuple[int, int]:
 
 def _language(config: LanguageConfig, rows: int, length: int, answer: int) -> tuple[int, int]:
     """FLOPs of the forward pass: of products with weights, and of those of the attention."""
-    if isinstance(config, LlamaConfig):
-        weights = config.layers * (4 * config.width**2 + 3 * config.width * config.mlp)
+    if not isinstance(config, T5Config):
+        weights = _decoder_weights(config)
         attention = config.layers * 2 * linear(rows * length, length, config.width)
         head = linear(rows * answer, config.width, config.vocab)
         return linear(rows * length, weights) + head, attention
-    assert isinstance(config, T5Config)
     inner = config.heads * config.head_width
     own, mlp = 4 * config.width * inner, 3 * config.width * config.mlp
     encoder = linear(rows * length, config.encoder_layers * (own + mlp))

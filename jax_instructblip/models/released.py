@@ -7,6 +7,7 @@ from typing import Any
 from jax_instructblip.models.variants import (
     LanguageConfig,
     LlamaConfig,
+    OptConfig,
     QFormerConfig,
     T5Config,
     Variant,
@@ -27,13 +28,15 @@ _FLAN_T5_XL = T5Config(
 _FLAN_T5_XXL = dataclasses.replace(_FLAN_T5_XL, width=4096, heads=64, mlp=10240)
 _VICUNA_7B = LlamaConfig(width=4096, heads=32, mlp=11008, layers=32)
 _VICUNA_13B = LlamaConfig(width=5120, heads=40, mlp=13824, layers=40)
+_OPT_2_7B = OptConfig(width=2560, heads=32, mlp=10240, layers=32)
+_OPT_6_7B = OptConfig(width=4096, heads=32, mlp=16384, layers=32)
 
 
-def _blip2(llm: LanguageConfig) -> Variant:
+def _blip2(llm: LanguageConfig, vision: VisionConfig = _VIT_G, **fields: Any) -> Variant:
     """BLIP-2's second stage: queries alone, before a frozen language model."""
-    instructed = _instructblip(llm)
+    instructed = _instructblip(llm, vision, **fields)
     qformer = dataclasses.replace(instructed.qformer, instruction_aware=False)
-    return Variant("blip2", instructed.vision, qformer, llm)
+    return Variant("blip2", vision, qformer, llm)
 
 
 def _blip2_stage1(vision: VisionConfig = _VIT_G, features: int = 256, **fields: Any) -> Variant:
@@ -55,6 +58,8 @@ VARIANTS: dict[str, Variant] = {
     "blip2-flan-t5-xxl": _blip2(_FLAN_T5_XXL),
     "blip2-vicuna-7b": _blip2(_VICUNA_7B),
     "blip2-vicuna-13b": _blip2(_VICUNA_13B),
+    "blip2-opt-2.7b": _blip2(_OPT_2_7B),
+    "blip2-opt-6.7b": _blip2(_OPT_6_7B),
     "tiny-stage1": _blip2_stage1(_TINY_VISION, 24, **_TINY_QFORMER),
     "tiny-t5": _instructblip(
         T5Config(width=64, head_width=16, heads=4, mlp=160, encoder_layers=3, decoder_layers=2),
@@ -63,6 +68,9 @@ VARIANTS: dict[str, Variant] = {
     ),
     "tiny-vicuna": _instructblip(
         LlamaConfig(width=64, heads=4, mlp=176, layers=3), _TINY_VISION, **_TINY_QFORMER
+    ),
+    "tiny-opt": _blip2(
+        OptConfig(width=64, heads=4, mlp=176, layers=3), _TINY_VISION, **_TINY_QFORMER
     ),
 }
 

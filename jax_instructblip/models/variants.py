@@ -129,13 +129,40 @@ class LlamaConfig:
         return self.width // self.heads
 
 
-LanguageConfig = T5Config | LlamaConfig
+@dataclasses.dataclass(frozen=True)
+class OptConfig:
+    """OPT: LayerNorm before each part, learned positions, ReLU; its head is its embedding."""
+
+    width: int
+    heads: int
+    mlp: int
+    layers: int
+    vocab: int = 50272  # 50,265 of the tokenizer, and padding
+    max_positions: int = 2048
+    norm_eps: float = 1e-5
+    # Active in training although OPT is frozen: the released code leaves it in train mode.
+    dropout: float = 0.1
+    bos_id: int = 2
+    eos_id: int = 50118  # "\n", which ends BLIP-2's captions; OPT's own is 2
+    pad_id: int = 1
+    kind: Literal["opt"] = "opt"
+    encoder_decoder: ClassVar[bool] = False
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.heads
+
+
+LanguageConfig = T5Config | LlamaConfig | OptConfig
 
 
 KINDS = ("instructblip", "blip2", "blip2_stage1", "llava")
 WITHOUT_LLM = ("blip2_stage1",)  # their `llm` is None
 BRIDGE_CONFIGS: dict[str, type] = {each.key: each for each in (QFormerConfig, ProjectorConfig)}
-LANGUAGE_CONFIGS: dict[str, type] = {each.kind: each for each in (T5Config, LlamaConfig)}
+LANGUAGE_CONFIGS: dict[str, type] = {
+    each.kind: each for each in (T5Config, LlamaConfig, OptConfig)
+}
 if TYPE_CHECKING:  # every model that generates has one, and does not ask
     MaybeLanguage = LanguageConfig
 else:

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 from jax_instructblip.models import blip2
 from jax_instructblip.models.layers import Network, Scans, constrain, take_slots, unstack_layers
 from jax_instructblip.models.llama import Llama
+from jax_instructblip.models.opt import Opt
 from jax_instructblip.models.projector import Projector
 from jax_instructblip.models.protocols import Bridge, LanguageModel
 from jax_instructblip.models.qformer import QFormer
@@ -37,9 +38,9 @@ from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vision import VisionTransformer
 
 BRIDGES: dict[str, Any] = {"qformer": QFormer, "projector": Projector}
-LANGUAGE_MODELS: dict[str, Any] = {"t5": T5, "llama": Llama}
+LANGUAGE_MODELS: dict[str, Any] = {"t5": T5, "llama": Llama, "opt": Opt}
 # The layers that decode, whose parameters may be taken apart (`layers.Scan.unstacked`).
-DECODERS = {"t5": "llm/decoder/layers", "llama": "llm/layers"}
+DECODERS = {"t5": "llm/decoder/layers", "llama": "llm/layers", "opt": "llm/layers"}
 
 Batch = dict[str, Array]
 
@@ -176,7 +177,8 @@ def _param_shapes(variant: Variant) -> dict[str, Any]:
 def unstack_decoder(variant: Variant, params: dict[str, Any]) -> dict[str, Any]:
     """`params` for a model whose `scans.llm` is `unstacked`: one tree for each decoding layer.
 
-    Leaves of these layers may be tuples instead of stacks. The kernel of the head becomes `[V, D]`.
+    Leaves of these layers may be tuples instead of stacks. The kernel of a head becomes `[V, D]`;
+    a head that is the embedding (OPT's) has none, and is that already.
     """
 
     def replace(tree: dict[str, Any], path: list[str]) -> dict[str, Any]:
@@ -185,6 +187,8 @@ def unstack_decoder(variant: Variant, params: dict[str, Any]) -> dict[str, Any]:
         return {**tree, name: changed}
 
     unstacked = replace(params, DECODERS[variant.llm.kind].split("/"))
+    if "head" not in unstacked["llm"]:
+        return unstacked
     head = {"kernel": jnp.asarray(unstacked["llm"]["head"]["kernel"]).T}
     return {**unstacked, "llm": {**unstacked["llm"], "head": head}}
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jax_instructblip.models.variants import LlamaConfig
+from jax_instructblip.models.variants import T5Config
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import make_mesh
@@ -195,7 +195,7 @@ def estimated_traffic(job: Job, batch: int, sizes: tuple[int, int, int]) -> floa
     weights = count(shapes)
     trained = count(partition(shapes, job.trainable)[0]) if job.step == "train" else 0
     llm, tokens = variant.llm, variant.visual_tokens + 256
-    layers = llm.layers if isinstance(llm, LlamaConfig) else llm.encoder_layers + llm.decoder_layers
+    layers = llm.encoder_layers + llm.decoder_layers if isinstance(llm, T5Config) else llm.layers
     rows = batch / (data * fsdp)
     fetched = 2 * 2 * weights / tensor * (fsdp - 1) / fsdp
     summed = 8 * 2 * rows * tokens * layers * llm.width * (tensor - 1) / tensor

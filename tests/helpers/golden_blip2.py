@@ -1,6 +1,7 @@
-"""The golden files of the original first stage, read by the package's own converter."""
+"""The golden files of BLIP-2's original stages, read by the package's own converter."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,29 +14,34 @@ from jax_instructblip.conversion.safetensors import open_folder
 from jax_instructblip.models.variants import (
     IMAGE_MEAN,
     IMAGE_STD,
+    OptConfig,
     QFormerConfig,
+    T5Config,
     Variant,
     VisionConfig,
 )
 from tests.helpers.golden import GOLDEN
 
 CASE = "blip2_stage1"
+SECOND = ("blip2_opt", "blip2_t5")
 
 
-def variant() -> Variant:
-    document = json.loads((GOLDEN / CASE / "config.json").read_text())
-    dims = document["dims"]
+def variant(case: str = CASE) -> Variant:
+    document = json.loads((GOLDEN / case / "config.json").read_text())
+    dims, second = document["dims"], case in SECOND
+    llm: Any = _language(document) if second else None
     qformer = QFormerConfig(
         vision_width=dims["vit_w"],
-        llm_width=0,
+        llm_width=llm.width if second else 0,
         width=dims["q_hidden"],
         layers=dims["q_layers"],
         heads=dims["q_heads"],
         mlp=dims["q_ffn"],
-        vocab=document["bert_vocab_with_DEC"],
+        vocab=document.get("bert_vocab_with_DEC", 30523),
         max_positions=dims["q_max_pos"],
         queries=dims["nq"],
-        feature_width=dims["embed_dim"],
+        feature_width=0 if second else dims["embed_dim"],
+        instruction_aware=not second,
     )
     vision = VisionConfig(
         image_size=dims["img"],
@@ -45,26 +51,52 @@ def variant() -> Variant:
         heads=dims["vit_h"],
         mlp=int(dims["vit_w"] * dims["mlp_ratio"]),
     )
-    return Variant("blip2_stage1", vision, qformer, None)
+    return Variant("blip2" if second else "blip2_stage1", vision, qformer, llm)
 
 
-def tensors(folder) -> dict:
+def _language(document) -> OptConfig | T5Config:
+    llm = document["llm"]
+    if "d_model" in llm:
+        return T5Config(
+            width=llm["d_model"],
+            head_width=llm["d_kv"],
+            heads=llm["num_heads"],
+            mlp=llm["d_ff"],
+            encoder_layers=llm["num_layers"],
+            decoder_layers=llm["num_decoder_layers"],
+            vocab=document["shapes"]["t5_model.lm_head.weight"][0],
+            activation=llm["dense_act_fn"],
+        )
+    return OptConfig(
+        width=llm["hidden_size"],
+        heads=llm["num_attention_heads"],
+        mlp=llm["ffn_dim"],
+        layers=llm["num_hidden_layers"],
+        vocab=llm["vocab_size"],
+        max_positions=llm["max_position_embeddings"],
+        eos_id=document["eos_token_id_generate"],
+    )
+
+
+def tensors(folder, case: str = CASE) -> dict:
     """The tensors of the original by name; `folder` is an empty one."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.safetensors").symlink_to(GOLDEN / CASE / "weights.safetensors")
+    (folder / "model.safetensors").symlink_to(GOLDEN / case / "weights.safetensors")
     return dict(open_folder(folder))
 
 
-def params(folder) -> dict:
-    leaves = convert_lavis(tensors(folder), variant(), CASE)
+def params(folder, case: str = CASE) -> dict:
+    leaves = convert_lavis(tensors(folder, case), variant(case), case)
     return checkpoint.unflatten({path: jnp.asarray(leaf) for path, leaf in leaves})
 
 
-def gradients_like(found: dict[str, np.ndarray], tag: str, expected: dict) -> dict:
+def gradients_like(
+    found: dict[str, np.ndarray], tag: str, expected: dict, case: str = CASE
+) -> dict:
     """The recorded gradients `tag/NAME` by our paths, moved as the weights are."""
     fake = {name.removeprefix(tag): Recorded(each) for name, each in found.items()}
     made = {}
-    for entry in lavis_entries(variant()):
+    for entry in lavis_entries(variant(case)):
         if isinstance(entry, Rule) and all(key in fake for key in entry.keys):
             pieces = [entry.transform.forward(fake[k].read(*entry.part)) for k in entry.keys]
             made[entry.target] = np.stack(pieces) if entry.layers is not None else pieces[0]
@@ -72,8 +104,10 @@ def gradients_like(found: dict[str, np.ndarray], tag: str, expected: dict) -> di
 
 
 class Recorded:
+    """An array as a tensor of a file."""
+
     def __init__(self, array):
-        self.array = array
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
 
     def read(self, part=0, parts=1):
         return self.array if parts == 1 else np.split(self.array, parts)[part]

@@ -32,7 +32,7 @@ def test_released_variants_have_the_published_sizes(name):
         assert path[-1].key in LEAF_NAMES
 
 
-@pytest.mark.parametrize("kind", ["t5", "vicuna"])
+@pytest.mark.parametrize("kind", ["t5", "vicuna", "opt"])
 def test_layers_are_stacked_on_axis_0(kind):
     variant = get_variant(f"tiny-{kind}")
     shapes = param_shapes(variant)
@@ -63,7 +63,7 @@ def test_from_dict_names_unknown_and_missing_fields():
     fields["llm"]["depth"] = fields["llm"].pop("layers")
     with pytest.raises(ValueError, match=r"llm: unknown fields \['depth'\], missing .*'layers'"):
         Variant.from_dict(fields)
-    with pytest.raises(ValueError, match="llm.kind is 'gpt'.*llama, t5"):
+    with pytest.raises(ValueError, match="llm.kind is 'gpt'.*llama, opt, t5"):
         Variant.from_dict({**fields, "llm": {"kind": "gpt"}})
 
 
@@ -203,6 +203,8 @@ def test_a_released_model_is_known_by_kind_and_sizes_alone(name):
         ("blip2-flan-t5-xl", ("qformer",), 106_739_968),
         ("blip2-flan-t5-xxl", ("qformer",), 108_314_880),
         ("blip2-vicuna-7b", ("qformer",), 108_314_880),
+        ("blip2-opt-2.7b", ("qformer",), 107_133_696),
+        ("blip2-opt-6.7b", ("qformer",), 108_314_880),
     ],
 )
 def test_what_is_trained_has_the_released_number_of_parameters(name, trained, count):
