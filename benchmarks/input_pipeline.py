@@ -69,7 +69,8 @@ def prepare(work: pathlib.Path, photos: list[pathlib.Path], count: int) -> None:
 def text_processor(flags: argparse.Namespace) -> Any:
     """The text side of a model that has the tokenizers asked for."""
     from jax_instructblip.checkpoint import read_config
-    from jax_instructblip.data.text import TextProcessor, load_tokenizers
+    from jax_instructblip.data.text import TextProcessor
+    from jax_instructblip.data.tokenizer_files import load_tokenizers
     from jax_instructblip.inference.loading import resolve_checkpoint
     from jax_instructblip.models.released import get_variant
     from jax_instructblip.models.variants import Variant

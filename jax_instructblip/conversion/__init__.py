@@ -10,5 +10,5 @@ export.py         that -> a Hugging Face folder
 engine.py         Rule, Zeros, Drop; the ledger over them
 transforms.py     the permutations, each with its inverse
 safetensors.py    files read and written by seek
-tables/           one a tower: vision qformer t5 llama
+tables/           one a tower: vision qformer t5 llama opt
 """

@@ -145,7 +145,9 @@ def _tensors(model: StoredModel, groups: list[_Group]) -> Iterator[tuple[str, np
 
 
 def _head_is_tied(model: StoredModel) -> bool:
-    """Tells whether head and embedding still hold the same numbers."""
+    """Tells whether head and embedding still hold the same numbers; OPT's are one leaf."""
+    if "llm/head/kernel" not in model.manifest:
+        return True
     both = dict(model.read(["llm/embed/embedding", "llm/head/kernel"]))
     embed, head = both["llm/embed/embedding"], both["llm/head/kernel"]
     return embed.dtype == head.dtype and np.array_equal(

@@ -16,12 +16,14 @@ from jax_instructblip.conversion.sections import (
     BLIP2_QFORMER,
     EVA_VIT,
     LLAMA,
+    OPT,
     QFORMER,
     T5,
 )
-from jax_instructblip.conversion.tables import heads, llama, qformer, t5, vision
+from jax_instructblip.conversion.tables import heads, llama, opt, qformer, t5, vision
 from jax_instructblip.models.variants import (
     LlamaConfig,
+    OptConfig,
     QFormerConfig,
     T5Config,
     Variant,
@@ -118,6 +120,7 @@ class Family:
 LANGUAGES = {
     "t5": Language(T5, "t5", t5.rules, T5Config, t5.HEAD),
     "llama": Language(LLAMA, "llama", llama.rules, LlamaConfig, llama.HEAD),
+    "opt": Language(OPT, "opt", opt.rules, OptConfig, opt.HEAD),
 }
 FAMILIES = (
     Family(

@@ -19,7 +19,7 @@ from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, Variant
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
-    "spiece.model tokenizer.model vocab.txt"
+    "spiece.model tokenizer.model vocab.txt vocab.json merges.txt"
 ).split()
 SUPPORTED = ", ".join(family.architecture for family in FAMILIES)
 SENTENCEPIECE_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2}  # LLaMA's, where no file lists them

@@ -26,6 +26,7 @@ from jax_instructblip.conversion.config_keys import (
     one_of,
     text,
 )
+from jax_instructblip.models.variants import OptConfig
 
 EVA_VIT = Section(
     "vision_config",
@@ -204,5 +205,53 @@ LLAMA = Section(
             },
             {"tie_word_embeddings": False},
         ),
+    ),
+)
+
+
+OPT_NORM_EPS = 1e-5  # of PyTorch's LayerNorm: the format has no key for it
+
+
+def _read_embedding(values: Values) -> dict[str, Any]:
+    """Fills no field; checks that tokens are embedded in the model's own width."""
+    width = values["hidden_size"]
+    if values.get("word_embed_proj_dim") is not None:
+        if not equal(values["word_embed_proj_dim"], width):
+            values.fail("word_embed_proj_dim", f"supported: {width!r}")
+    return {}
+
+
+def _write_norm(llm: OptConfig) -> dict[str, Any]:
+    """Keys of nothing; refuses an eps that the format cannot say."""
+    if llm.norm_eps != OPT_NORM_EPS:
+        raise ValueError(
+            f"llm.norm_eps is {llm.norm_eps}: an OPT folder of Hugging Face means 1e-5"
+        )
+    return {}
+
+
+OPT = Section(
+    "text_config",
+    (
+        Key("hidden_size", "width", AXIS, 768),
+        Key("ffn_dim", "mlp", AXIS, 3072),
+        Key("num_hidden_layers", "layers", COUNT, 12),
+        Key("num_attention_heads", "heads", SIZE, 12),
+        Key("vocab_size", "vocab", AXIS, 50272),
+        Key("max_position_embeddings", "max_positions", AXIS, 2048),  # two rows less than the table
+        Key("dropout", "dropout", RATE, 0.1),
+        Key("pad_token_id", "pad_id", ID, 1),
+        Key("bos_token_id", "bos_id", ID, 2),
+        Key("eos_token_id", "eos_id", ID, 2),  # BLIP-2's folders say 50118, the line break
+        Fixed("activation_function", "relu"),
+        Fixed("do_layer_norm_before", True),
+        Fixed("enable_bias", True),
+        Fixed("layer_norm_elementwise_affine", True),
+        Fixed("attention_dropout", 0.0),
+        Fixed("layerdrop", 0.0),
+        Fixed("tie_word_embeddings", True),
+        Fixed("_remove_final_layer_norm", False, written=False),
+        Pair(_read_embedding, lambda llm: {"word_embed_proj_dim": llm.width}),
+        Pair(lambda values: {}, _write_norm),
     ),
 )

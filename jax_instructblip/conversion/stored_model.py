@@ -17,7 +17,7 @@ from jax_instructblip.atomic import check_room
 from jax_instructblip.conversion.hf_config import TOKENIZER_FILES
 from jax_instructblip.models.variants import Variant
 
-TOKENIZERS = ("tokenizer", "qformer_tokenizer")
+TOKENIZERS = ("tokenizer", "qformer_tokenizer")  # folders of a checkpoint
 
 Leaves = Iterator[tuple[str, np.ndarray]]
 
@@ -118,8 +118,12 @@ def write_sides(
 
 
 def tokenizers(variant: Variant) -> tuple[str, ...]:
-    """The names of the tokenizers of a variant, the one at a Hugging Face folder's root first."""
-    return TOKENIZERS if variant.llm is not None else TOKENIZERS[1:]
+    """The names of the tokenizers of a variant, the one at a Hugging Face folder's root first.
+
+    A Q-Former that reads no text has none.
+    """
+    reads = getattr(variant.bridge, "instruction_aware", False)
+    return TOKENIZERS[0 if variant.llm is not None else 1 : 2 if reads else 1]
 
 
 def copy_tokenizers(folder: Path, out: Path, variant: Variant) -> list[str]:

@@ -17,8 +17,11 @@ Pieces = list[tuple[str, bool]]
 
 def token_counts(example: Mapping[str, np.ndarray]) -> dict[str, int]:
     """The numbers of tokens that Q-Former and language model read and that the loss asks for."""
+    instruction = {}
+    if "qformer_tokens" in example:
+        instruction["instruction for the Q-Former"] = len(example["qformer_tokens"])
     return {
-        "instruction for the Q-Former": len(example["qformer_tokens"]),
+        **instruction,
         "tokens of the language model": len(example["tokens"]),
         "answer": int((example["targets"] != IGNORE).sum()),
     }
@@ -41,8 +44,10 @@ def histogram(name: str, counts: Sequence[int]) -> list[str]:
 def token_rows(example: Mapping[str, np.ndarray], text: TextProcessor) -> dict[str, Pieces]:
     """The token rows of an example: pieces, each with whether the loss asks for it."""
     pieces = text.llm.convert_ids_to_tokens(example["tokens"].tolist())
-    instruction = text.qformer.convert_ids_to_tokens(example["qformer_tokens"].tolist())
-    rows = {"Q-Former reads": [(piece, False) for piece in instruction]}
+    rows = {}
+    if "qformer_tokens" in example:
+        instruction = text.qformer.convert_ids_to_tokens(example["qformer_tokens"].tolist())
+        rows["Q-Former reads"] = [(piece, False) for piece in instruction]
     if isinstance(text.variant.llm, T5Config):
         answer = text.llm.convert_ids_to_tokens(example["targets"].tolist())
         rows["encoder reads"] = [(piece, False) for piece in pieces]

@@ -66,7 +66,8 @@ def examine(file: str | os.PathLike, text: TextProcessor, samples: int) -> Findi
                 findings.bad[line] = list(dict.fromkeys(reasons))
                 continue
             findings.good += 1
-            asked = {name: text.has_unknown(name, record.prompt) for name in TRUNCATED[:2]}
+            read = TRUNCATED[:2] if text.variant.reads_instruction else TRUNCATED[1:2]
+            asked = {name: text.has_unknown(name, record.prompt) for name in read}
             for answer in record.answers:
                 lacking = asked | {"answer": text.has_unknown("answer", answer)}
                 for name in filter(lacking.get, TRUNCATED):

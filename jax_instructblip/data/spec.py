@@ -60,22 +60,30 @@ FIELDS = {  # in the order in which they are made
 
 
 def fields(variant: Variant) -> dict[str, Field]:
-    """The keys of this variant's batches: a decoder-only model has no row of a decoder."""
+    """The keys that this variant's batches may have: without a decoder's row if it has none."""
     keep = lambda name: variant.llm.encoder_decoder or not name.startswith("decoder_")
     return {name: field for name, field in FIELDS.items() if keep(name)}
+
+
+def unread(variant: Variant) -> tuple[str, ...]:
+    """The keys that this variant passes over: instructions, where the bridge reads none."""
+    return () if variant.reads_instruction else ("qformer_tokens", "qformer_mask")
 
 
 def shapes(
     variant: Variant, sizes: Mapping[str, int], *, training: bool = True
 ) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and dtype of every key for sizes by letter; S, H and W follow from the variant."""
+    """Shape and dtype of every key that is read, for sizes by letter.
+
+    S, H and W follow from the variant.
+    """
     size = variant.vision.image_size
     known = {"J": 1, "I": 1, **sizes, "H": size, "W": size, "3": 3}
     known["S"] = known["I"] * variant.visual_tokens
     return {
         name: (tuple(known[letter] for letter in field.axes.split()), field.dtype)
         for name, field in fields(variant).items()
-        if training or not field.train_only
+        if (training or not field.train_only) and name not in unread(variant)
     }
 
 
@@ -86,7 +94,8 @@ def example_batch(variant: Variant, batch: int = 1, text: int = 4, answer: int =
     arrays: dict[str, Any] = {n: np.zeros(*each) for n, each in shapes(variant, sizes).items()}
     slots = np.arange(visual + text, dtype=np.int32)
     arrays["image_sample"] += 1
-    arrays["qformer_mask"] |= True
+    if variant.reads_instruction:
+        arrays["qformer_mask"] |= True
     arrays["slots"] += np.where(slots < visual, slots, -1)
     arrays["segments"] += 1
     arrays["positions"] += slots
@@ -131,11 +140,10 @@ def check_arrays(batch: Mapping[str, Any], variant: Variant) -> None:
 
 def _wrong_arrays(batch: Mapping[str, Any], variant: Variant) -> list[str]:
     known, wrong = fields(variant), []
-    unread = () if variant.reads_instruction else ("qformer_tokens", "qformer_mask")
     # Where a decoder-only model is asked for nothing, it can be asked for everything.
     training = variant.llm.encoder_decoder or "targets" in batch or "asked" in batch
     for name, field in known.items():
-        needed = name not in unread and (training or not field.train_only)
+        needed = name not in unread(variant) and (training or not field.train_only)
         if needed and name not in batch:
             wrong.append(f"{name} is missing")
     wrong += [f"{name} is no key of a batch" for name in batch if name not in known]

@@ -88,14 +88,14 @@ class TrainBatches:
         shared = deal([(size["slots"], size["targets"]) for size in sizes], self.row_count)
         chosen = [int(sample) for sample in shared[self.rows].flat]
         samples = [self._whole(first + sample, *texts[sample]) for sample in chosen]
-        llm = self.text.variant.llm
+        llm, qformer = self.text.variant.llm, self.text.qformer
         batch = collate(
             [example for _, example in samples],
             visual_tokens=self.text.variant.visual_tokens,
             samples_per_row=self.samples_per_row,
             lengths=self._lengths(sizes, shared),
             pad_id=llm.pad_id,
-            qformer_pad_id=cast(int, self.text.qformer.pad_token_id or 0),
+            qformer_pad_id=cast(int, (qformer and qformer.pad_token_id) or 0),
         )
         return batch | {"replaced": np.array([attempt for attempt, _ in samples], np.int32)}
 
@@ -114,7 +114,7 @@ class TrainBatches:
             "images": count,
             "tokens": tokens,
             "slots": tokens + count * self.text.variant.visual_tokens,
-            "qformer_tokens": len(example["qformer_tokens"]),
+            "qformer_tokens": len(example.get("qformer_tokens", ())),
             "targets": int((example["targets"] != IGNORE).sum()),
         }
 

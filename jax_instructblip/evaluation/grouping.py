@@ -165,7 +165,7 @@ def _shape(text: TextProcessor, example: Example, frames: int, reserve: int) -> 
     count, limit = len(example["tokens"]), prompt_limit(text.variant, frames, reserve)
     if count > limit:
         raise ValueError(f"the prompt has {count} tokens, the model holds {limit}: shorten it")
-    longest = max(count, len(example["qformer_tokens"]))
+    longest = max(count, len(example.get("qformer_tokens", ())))
     return frames, next(each for each in LENGTHS if each >= longest)
 
 

@@ -50,7 +50,7 @@ class Protocol:
       words: of a ranking, for each of the record's choices the words that stand for it; () where
         the choices themselves are ranked.
       decoding: how answers are generated; of a ranking, if it is told to generate.
-      llama: settings of `decoding` that differ with a LLaMA.
+      llama: settings of `decoding` that differ with a LLaMA, or another decoder alone (OPT).
       length_normalise: of a ranking, as in `blip.rank`.
       paper: what InstructBLIP reports, in percent, by the names of its models.
       notes: what is not known, or not as it seems.
@@ -76,7 +76,7 @@ class Protocol:
 
     def config(self, llm: str = "t5") -> GenerationConfig:
         """Settings of generation for a language model of this kind (`variant.llm.kind`)."""
-        return self.decoding.replace(**self.llama) if llm == "llama" else self.decoding
+        return self.decoding if llm == "t5" else self.decoding.replace(**self.llama)
 
     def settings(self, llm: str = "t5") -> dict[str, Any]:
         """Keyword arguments of `blip.generate`, or of `blip.rank` if `ranking`."""

@@ -229,7 +229,8 @@ def _common_length(text: TextProcessor, examples: Sequence[Example]) -> dict[str
 
     A row has the slots of the images besides.
     """
-    longest = max(len(each[name]) for each in examples for name in ("tokens", "qformer_tokens"))
+    both = ("tokens", "qformer_tokens")
+    longest = max(len(each[name]) for each in examples for name in both if name in each)
     length = next(size for size in LENGTHS if size >= longest)
     visual = len(examples[0]["images"]) * text.variant.visual_tokens
     return {"slots": (visual + length,), "qformer_tokens": (min(length, text.qformer_limit),)}

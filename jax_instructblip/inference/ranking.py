@@ -116,7 +116,7 @@ def tokenise(
     ids = {} if known is None else known
     for each in set(itertools.chain(*lists)) - ids.keys():
         ids[each] = tuple(text.candidate(each).tolist())
-    shortest = 1 + (text.variant.llm.kind == "t5")  # eos alone is no candidate
+    shortest = 1 + (text.variant.llm.encoder_decoder)  # eos alone is no candidate
     wrong = []
     for name, each in _named(lists):
         if not shortest <= len(ids[each]) <= LONGEST:

@@ -47,7 +47,8 @@ def save_checkpoint(
         write_sides(partial, variant, {} if source is None else source.facts, limits)
         if source is None:
             text.llm.save_pretrained(partial / "tokenizer")
-            text.qformer.save_pretrained(partial / "qformer_tokenizer")
+            if text.qformer is not None:
+                text.qformer.save_pretrained(partial / "qformer_tokenizer")
         else:
             copy_tokenizers(source.folder, partial, variant)
 

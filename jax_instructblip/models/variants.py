@@ -160,9 +160,7 @@ LanguageConfig = T5Config | LlamaConfig | OptConfig
 KINDS = ("instructblip", "blip2", "blip2_stage1", "llava")
 WITHOUT_LLM = ("blip2_stage1",)  # their `llm` is None
 BRIDGE_CONFIGS: dict[str, type] = {each.key: each for each in (QFormerConfig, ProjectorConfig)}
-LANGUAGE_CONFIGS: dict[str, type] = {
-    each.kind: each for each in (T5Config, LlamaConfig, OptConfig)
-}
+LANGUAGE_CONFIGS: dict[str, type] = {each.kind: each for each in (T5Config, LlamaConfig, OptConfig)}
 if TYPE_CHECKING:  # every model that generates has one, and does not ask
     MaybeLanguage = LanguageConfig
 else:

@@ -4,7 +4,8 @@ import pytest
 from PIL import Image
 
 from jax_instructblip.__main__ import main
-from jax_instructblip.data import jsonl_check, text
+from jax_instructblip.data import jsonl_check
+from jax_instructblip.data.tokenizer_files import load_tokenizers
 from jax_instructblip.models.released import get_variant
 
 
@@ -21,7 +22,7 @@ def checkpoint(shared, tmp_path_factory):
             config = {"format": 1, "variant": variant.to_dict()}
             (folder / "config.json").write_text(json.dumps(config))
             (folder / "manifest.json").write_text("{}")
-            llm, bert = text.load_tokenizers(files / kind, files / "bert-base-uncased", kind)
+            llm, bert = load_tokenizers(files / kind, files / "bert-base-uncased", kind)
             llm.save_pretrained(folder / "tokenizer")
             bert.save_pretrained(folder / "qformer_tokenizer")
         return str(made[kind])

@@ -5,7 +5,8 @@ from PIL import Image
 
 import jax_instructblip
 from jax_instructblip.__main__ import main
-from jax_instructblip.data.text import TextProcessor, load_tokenizers
+from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.data.tokenizer_files import load_tokenizers
 from jax_instructblip.evaluation import published, verification
 from jax_instructblip.evaluation.published import FACTS, read_facts
 from jax_instructblip.inference.pipeline import Answer

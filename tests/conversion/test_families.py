@@ -23,15 +23,18 @@ def test_a_config_that_is_written_is_read_again(name, tmp_path):
         fields = {"qformer.feature_width": 9, "qformer.caption_head": False}
     elif variant.llm.encoder_decoder:
         fields = {"llm.activation": "silu", "llm.scale_decoder_outputs": True, "llm.eos_id": 9}
+    elif variant.llm.kind == "opt":
+        fields = {"llm.max_positions": 77, "llm.bos_id": 3, "llm.eos_id": 9, "llm.pad_id": 4}
     else:
         fields = {"llm.rope_theta": 5e5, "llm.max_positions": 77}
     if variant.llm is not None:
-        fields |= {"llm.dropout": 0.2, "llm.norm_eps": 1e-4}
+        fields |= {"llm.dropout": 0.2}
+        fields |= {} if variant.llm.kind == "opt" else {"llm.norm_eps": 1e-4}  # it has no such key
     variant = variant.replace(**fields)
     assert variant_of(tmp_path, family_of(variant).config(variant)) == variant
 
 
-@pytest.mark.parametrize("name", ["tiny-t5", "tiny-vicuna", "tiny-stage1"])
+@pytest.mark.parametrize("name", ["tiny-t5", "tiny-vicuna", "tiny-opt", "tiny-stage1"])
 def test_every_key_that_is_written_is_read(name, tmp_path):
     """A key that is written and ignored would be a fact that is lost on the way back."""
     variant = get_variant(name)
@@ -45,6 +48,12 @@ def test_every_key_that_is_written_is_read(name, tmp_path):
             changed = {**written, section: {**keys, key: "nonsense"}}
             with pytest.raises(ValueError, match=f"{section}.{key} is 'nonsense'"):
                 variant_of(tmp_path, changed)
+
+
+def test_an_eps_that_opt_cannot_say_is_refused():
+    variant = get_variant("tiny-opt").replace(**{"llm.norm_eps": 1e-4})
+    with pytest.raises(ValueError, match="llm.norm_eps is 0.0001: an OPT folder"):
+        family_of(variant).config(variant)
 
 
 def test_a_kind_without_an_architecture_is_named():

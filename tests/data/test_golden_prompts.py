@@ -19,7 +19,8 @@ from jax_instructblip.data.batch import IGNORE
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.mixture import instruct
 from jax_instructblip.data.readers.dataset import FAMILIES
-from jax_instructblip.data.text import TextProcessor, load_tokenizers
+from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.data.tokenizer_files import load_tokenizers
 from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.models.released import get_variant
 from tests.helpers.raw_layouts import LAYOUTS, write_all

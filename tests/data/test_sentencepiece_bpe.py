@@ -8,7 +8,7 @@ import transformers
 from tokenizers import Tokenizer, models
 
 from jax_instructblip.data.sentencepiece_bpe import split_as_sentencepiece
-from jax_instructblip.data.text import load_tokenizers
+from jax_instructblip.data.tokenizer_files import load_tokenizers
 
 WORDS = "what is the colour of this red-ish cat's 12,000 naïve café 你好 😀 <0x0A> \n \t ( ... ▁ Ün"
 PIECES = ["<unk>", "▁", "a", "b", "▁▁", "ab", "▁a", "▁▁▁", "▁ab"]

@@ -11,6 +11,7 @@ import transformers
 
 from jax_instructblip.data import text
 from jax_instructblip.data.batch import IGNORE, compact
+from jax_instructblip.data.tokenizer_files import RELEASED_SPECIAL, load_tokenizers
 from jax_instructblip.models.released import get_variant
 from jax_instructblip.models.variants import (
     LlamaConfig,
@@ -20,7 +21,7 @@ from jax_instructblip.models.variants import (
     VisionConfig,
 )
 
-LAVIS_VICUNA = text.RELEASED_SPECIAL["llama"]
+LAVIS_VICUNA = RELEASED_SPECIAL["llama"]
 
 
 def variant(llm, bert_vocab=30523):
@@ -48,11 +49,9 @@ def real(shared):
     folder = shared / "data" / "tokenizers"
     bert = folder / "bert-base-uncased"
     return {
-        "t5": text.TextProcessor(
-            variant(tiny_t5()), *text.load_tokenizers(folder / "t5", bert, "t5")
-        ),
+        "t5": text.TextProcessor(variant(tiny_t5()), *load_tokenizers(folder / "t5", bert, "t5")),
         "llama": text.TextProcessor(
-            variant(tiny_llama()), *text.load_tokenizers(folder / "llama", bert, "llama")
+            variant(tiny_llama()), *load_tokenizers(folder / "llama", bert, "llama")
         ),
     }
 
@@ -69,9 +68,7 @@ def golden(shared):
             llm, special = tiny_t5(vocab=144), None
         else:
             llm, special = tiny_llama(vocab=401, pad_id=400), LAVIS_VICUNA
-        tokenizers = text.load_tokenizers(
-            folder / llm.kind, folder / "bert", llm.kind, special=special
-        )
+        tokenizers = load_tokenizers(folder / llm.kind, folder / "bert", llm.kind, special=special)
         return text.TextProcessor(variant(llm, 201), *tokenizers, **limits), inputs, outputs
 
     return golden
@@ -324,7 +321,7 @@ def test_checkpoint_folders_of_both_layouts(real, shared, tmp_path):
     files = shared / "data" / "tokenizers"
     prompt = "  Two   spaces, what's this?"
     for kind, llm in (("t5", tiny_t5()), ("llama", tiny_llama())):
-        tokenizer, bert = text.load_tokenizers(files / kind, files / "bert-base-uncased", kind)
+        tokenizer, bert = load_tokenizers(files / kind, files / "bert-base-uncased", kind)
         tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
         root = tmp_path / kind
         tokenizer.save_pretrained(root)
@@ -342,7 +339,7 @@ def test_checkpoint_folders_of_both_layouts(real, shared, tmp_path):
 
 def test_length_limit_inside_a_tokenizer_file_is_ignored(real, shared, tmp_path):
     files = shared / "data" / "tokenizers"
-    tokenizer, bert = text.load_tokenizers(files / "t5", files / "bert-base-uncased", "t5")
+    tokenizer, bert = load_tokenizers(files / "t5", files / "bert-base-uncased", "t5")
     for each in (tokenizer, bert):
         each.backend_tokenizer.enable_truncation(4)
         each.backend_tokenizer.enable_padding(length=50)
@@ -361,7 +358,7 @@ def test_a_qformer_without_its_own_special_tokens_is_refused(real, shared, tmp_p
     settings |= {"cls_token": token, "sep_token": token}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     folder = shared / "data" / "tokenizers" / "t5"
-    llm, qformer = text.load_tokenizers(folder, tmp_path, "t5")
+    llm, qformer = load_tokenizers(folder, tmp_path, "t5")
     with pytest.raises(ValueError) as error:
         text.TextProcessor(variant(tiny_t5()), llm, qformer)
     for name in ("[CLS]", "[SEP]"):
@@ -379,10 +376,10 @@ def test_processor_survives_pickling(real):
 _LOAD = """
 import sys
 {block}
-from jax_instructblip.data import text
+from jax_instructblip.data.tokenizer_files import load_tokenizers
 files = {files!r}
-text.load_tokenizers(files + "/t5", files + "/bert-base-uncased", "t5")
-llm, bert = text.load_tokenizers(files + "/llama", files + "/bert-base-uncased", "llama")
+load_tokenizers(files + "/t5", files + "/bert-base-uncased", "t5")
+llm, bert = load_tokenizers(files + "/llama", files + "/bert-base-uncased", "llama")
 assert bert("cat")["input_ids"][0] == 101
 loaded = [name for name in ("torch", "tensorflow") if sys.modules.get(name)]
 assert not loaded, loaded

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from jax_instructblip.data import text
+from jax_instructblip.data.tokenizer_files import load_tokenizers
 from tests.data.test_text import tiny_t5, variant
 
 
@@ -13,8 +14,8 @@ def test_missing_tokenizer_names_folder_and_files(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json.*found \['config\.json'\]"):
         text.TextProcessor.load(tmp_path, variant(tiny_t5()))
-    with pytest.raises(ValueError, match="kind 'opt'"):
-        text.load_tokenizers(tmp_path, tmp_path, "opt")
+    with pytest.raises(ValueError, match="kind 'gpt'"):
+        load_tokenizers(tmp_path, tmp_path, "gpt")
 
 
 @pytest.mark.parametrize("whose", ["language model", "Q-Former"])
@@ -24,18 +25,18 @@ def test_damaged_tokenizer_names_its_folder(shared, tmp_path, whose):
     folders[whose] = tmp_path
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=f"the {whose}'s tokenizer in {tmp_path} cannot be read"):
-        text.load_tokenizers(*folders.values(), "t5")
+        load_tokenizers(*folders.values(), "t5")
 
 
 def test_damaged_sentencepiece_model_is_named(shared, tmp_path):
     files = shared / "data" / "tokenizers"
     llama = shared / "golden" / "tokenizers" / "llama"
-    llm, bert = text.load_tokenizers(llama, files / "bert-base-uncased", "llama")
+    llm, bert = load_tokenizers(llama, files / "bert-base-uncased", "llama")
     llm.save_pretrained(tmp_path)
     for content in (b"", b"no model"):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(ValueError, match="tokenizer.model cannot be read .*: copy it again"):
-            text.load_tokenizers(tmp_path, files / "bert-base-uncased", "llama")
+            load_tokenizers(tmp_path, files / "bert-base-uncased", "llama")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model", "tokenizer_config.json"])
@@ -47,4 +48,4 @@ def test_a_pipe_among_the_files_of_a_tokenizer_is_not_waited_for(shared, tmp_pat
     if name != "tokenizer_config.json":
         (tmp_path / "t5" / "tokenizer.model").write_bytes(b"another vocabulary")
     with pytest.raises(OSError, match=f"{name} is a pipe, expected a regular file"):
-        text.load_tokenizers(tmp_path / "t5", files / "bert-base-uncased", "t5")
+        load_tokenizers(tmp_path / "t5", files / "bert-base-uncased", "t5")

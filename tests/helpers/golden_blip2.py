@@ -11,6 +11,8 @@ from jax_instructblip import checkpoint
 from jax_instructblip.conversion.engine import Rule
 from jax_instructblip.conversion.lavis import convert_lavis, lavis_entries
 from jax_instructblip.conversion.safetensors import open_folder
+from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.data.tokenizer_files import load_tokenizers
 from jax_instructblip.models.variants import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -88,6 +90,13 @@ def tensors(folder, case: str = CASE) -> dict:
 def params(folder, case: str = CASE) -> dict:
     leaves = convert_lavis(tensors(folder, case), variant(case), case)
     return checkpoint.unflatten({path: jnp.asarray(leaf) for path, leaf in leaves})
+
+
+def text_processor(case: str, **limits: int) -> TextProcessor:
+    """Texts of a second stage, by the tokenizer that the original was given."""
+    sizes = variant(case)
+    folder = GOLDEN / "tokenizers" / sizes.llm.kind
+    return TextProcessor(sizes, *load_tokenizers(folder, None, sizes.llm.kind), **limits)
 
 
 def gradients_like(

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jax_instructblip.data.batch import collate
-from jax_instructblip.data.text import RELEASED_SPECIAL, TextProcessor, load_tokenizers
+from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.data.tokenizer_files import RELEASED_SPECIAL, load_tokenizers
 from jax_instructblip.inference.ranking import make_plan, pair_logprobs, score, tokenise
 from jax_instructblip.models.vlm import VisionLanguageModel
 from tests.helpers import golden
