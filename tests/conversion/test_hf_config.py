@@ -113,8 +113,8 @@ def test_what_the_network_does_not_do_is_refused_all_at_once(flan, vicuna, tmp_p
         "text_config.num_key_value_heads",
         "text_config.rope_type",
     ]
-    with pytest.raises(ConversionError, match="'opt'; supported language models: llama, t5"):
-        variant_after(flan, tmp_path, lambda c: c["text_config"].update(model_type="opt"))
+    with pytest.raises(ConversionError, match="'gpt2'; supported language models: llama, opt, t5"):
+        variant_after(flan, tmp_path, lambda c: c["text_config"].update(model_type="gpt2"))
     with pytest.raises(ConversionError, match="do not fit together"):
         variant_after(flan, tmp_path, lambda c: c["qformer_config"].update(encoder_hidden_size=99))
 
