@@ -10,6 +10,7 @@ import pytest
 from jax_instructblip import checkpoint
 from jax_instructblip.conversion.engine import Rule
 from jax_instructblip.conversion.lavis import lavis_entries
+from jax_instructblip.data.captions import CaptionTokenizer
 from jax_instructblip.models.blip2 import Blip2, image_to_text, text_to_image
 from jax_instructblip.training.optimizer import decays
 from jax_instructblip.training.pair_objective import PairObjective, pair_terms
@@ -185,3 +186,56 @@ def test_the_same_weights_decay(shared, params):
                     assert ours[entry.target] == decayed[key], key
                     compared += 1
     assert compared >= len(decayed) > 100
+
+
+@pytest.fixture(scope="module")
+def dist(shared):
+    case = golden.GOLDEN / "blip2_stage1_dist"
+    with np.load(case / "inputs.npz") as inputs, np.load(case / "outputs.npz") as outputs:
+        return dict(inputs), dict(outputs)
+
+
+@pytest.mark.parametrize("world", ["world1", "world2", "world1_nodetach_NOT_LAVIS"])
+def test_the_contrast_of_a_gathered_batch(model, params, variant, dist, world):
+    """Two processes of the original are one global batch here; what is gathered has no gradient."""
+    given, wanted = dist
+    bert = CaptionTokenizer.load(golden.GOLDEN / "tokenizers" / "bert", variant, limit=16)
+    ids, valid, _ = bert.encode([str(each) for each in given["text_input"]])
+    rows = {
+        "images": jnp.asarray(given["image4"].transpose(0, 2, 3, 1)[:, None]),
+        "captions": jnp.asarray(ids),
+        "caption_mask": jnp.asarray(valid),
+        "image_id": jnp.arange(4),
+    }
+
+    def contrast(trainable):
+        variables = {"params": params | trainable}
+        key = jax.random.key(0)
+        return model.apply(variables, rows, key, train=False, method=pair_terms)["itc"] / 4
+
+    trainable = {name: params[name] for name in ("qformer", "heads")}
+    value, gradient = jax.jit(jax.value_and_grad(contrast))(trainable)
+    assert value == pytest.approx(wanted[f"{world}/per_rank/loss_itc"].mean(), abs=LOSS)
+    norms = groups(checkpoint.flatten(gradient))
+    recorded = {
+        name.rpartition("/")[2]: float(norm)
+        for name, norm in wanted.items()
+        if name.startswith(f"{world}/grad_itc/meangradnorm/")
+    }
+    same = [
+        norms[name] == pytest.approx(norm, rel=1e-4, abs=1e-6) for name, norm in recorded.items()
+    ]
+    assert len(same) == 7
+    assert all(same) if "nodetach" not in world else not all(same)
+    if f"{world}/per_rank/sim_i2t" in wanted:
+        features = lambda model: (
+            model.image_features(model.encode_image(rows["images"][:, 0]))[0],
+            model.text_features(rows["captions"], rows["caption_mask"]),
+        )
+        images, texts = model.apply({"params": params}, method=features)
+        temp = params["heads"]["temp"]
+        for name, found in (
+            ("sim_i2t", image_to_text(images, texts)),
+            ("sim_t2i", text_to_image(texts, images)),
+        ):
+            assert_close(found / temp, wanted[f"{world}/per_rank/{name}"].reshape(4, 4), TOWER)
