@@ -32,8 +32,8 @@ def get_config(name: str, batch_size: int) -> ConfigDict:
     """The training of one language model; `batch_size` is the paper's, on all devices together.
 
     `config.model.checkpoint` must be given. The paper's Q-Former started from the second stage of
-    BLIP-2 with the same language model, which `jax-instructblip convert` does not read yet; with a
-    converted InstructBLIP the run goes on from tuned weights.
+    BLIP-2 with the same language model, whose released files have no text branch; with a converted
+    InstructBLIP the run goes on from tuned weights.
     """
     config = common.get_config()
     config.workdir = f"runs/{name}"

@@ -8,6 +8,10 @@
 #   OUT    where the checkpoints go (default: jax_instructblip/embedded; what is there is replaced)
 #   SCALE  of all step counts (default: 1; 0.01 only tries the way)
 set -euo pipefail
+if (($#)); then
+  echo "launch/backbones.sh takes no arguments, found $*: set WORK, OUT or SCALE in the environment" >&2
+  exit 2
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 work=${WORK:-runs/backbones} out=${OUT:-jax_instructblip/embedded} scale=${SCALE:-1}
 

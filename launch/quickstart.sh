@@ -10,6 +10,12 @@
 #   FRESH=1  moves what is in WORKDIR aside and starts over
 #   EXTRAS   extras to install: EXTRAS=gpu on a machine with a GPU, EXTRAS=tpu on a TPU
 set -euo pipefail
+for word in "$@"; do
+  if [[ $word != --config.* && $word != -h && $word != --help ]]; then
+    echo "launch/quickstart.sh takes --config.FIELD=VALUE alone, found $word" >&2
+    exit 2
+  fi
+done
 here=$PWD
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

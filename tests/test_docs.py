@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from jax_instructblip import remote
+from jax_instructblip.backbones.stage1 import write_stage1
 from jax_instructblip.inference.loading import EMBEDDED
 from tests.helpers.object_stores import s3_server
 from tests.helpers.raw_layouts import write_all
@@ -43,6 +44,8 @@ SMALL = {
     "--datasets gqa,vsr": "--datasets gqa,vsr --limit 2",
     "gqa --data data --predictions": "gqa --limit 2 --data data --predictions",
     "--datasets gqa --data data --out": "--datasets gqa --limit 2 --data data --out",
+    "configs/shapes_stage1.py": "configs/shapes_stage1.py --config.train.steps=2 "
+    "--config.optimizer.warmup_steps=1 --config.validation.limit=4 --config.data.batch_size=4",
     "--config.train.steps=40": "--config.train.steps=4",
     "--config.validation.every=20": "--config.validation.every=2",
     "--config.optimizer.warmup_steps=5": "--config.optimizer.warmup_steps=1",
@@ -95,6 +98,7 @@ def prepared(tmp_path_factory):
     lines = [line.format(n % 4 + 1, "red green blue white".split()[n % 4]) for n in range(8)]
     for name in ("train.jsonl", "validation.jsonl", "data.jsonl"):
         (folder / name).write_text("".join(lines))
+    write_stage1(EMBEDDED / "shapes_t5", folder / "retrieval", features=24)
     for name in ("flan-t5-xl", "path/to/checkpoint"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(EMBEDDED / "shapes_t5", folder / name)

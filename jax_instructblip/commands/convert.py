@@ -1,4 +1,4 @@
-"""Converts a Hugging Face InstructBLIP folder to a checkpoint folder of this package."""
+"""Converts a Hugging Face folder of InstructBLIP or BLIP-2 to a checkpoint folder of ours."""
 
 import argparse
 from pathlib import Path

@@ -185,6 +185,10 @@ def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> l
     notes += _losses(model, family, config)
     sides = {"preprocessor_config": preprocessor(variant)}
     sides |= {name: facts[name] for name in hf_folder.SIDE_FILES if name in facts}
+    if variant.kind == "instructblip":  # the processor puts so many places before a prompt
+        usual: dict[str, Any] = {"processor_class": "InstructBlipProcessor"}
+        usual["num_query_tokens"] = variant.qformer.queries
+        sides["processor_config"] = usual | sides.get("processor_config", {})
     for name, document in {"config": config, **sides}.items():
         (out / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
     return notes

@@ -84,7 +84,8 @@ def examine(file: str | os.PathLike, text: TextProcessor, samples: int) -> Findi
 
 def describe(file: pathlib.Path, findings: Findings, text: TextProcessor) -> Iterator[str]:
     """The lines of the report."""
-    yield f"{file}: {findings.good} good lines, {len(findings.bad)} bad"
+    answers = "; each answer is a sample" if findings.good else ""
+    yield f"{file}: {findings.good} good lines, {len(findings.bad)} bad{answers}"
     yield from _bad_lines(file, findings.bad)
     if not findings.bad and not findings.good:
         yield f"  {file} holds no records, expected one JSON object a line"

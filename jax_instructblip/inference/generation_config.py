@@ -215,7 +215,8 @@ def add_flags(parser: Any, *names: str, unset: bool = False) -> None:
     defaults = GenerationConfig()
     for name in names or HELP:
         default = None if unset else getattr(defaults, name)
-        said = HELP[name].replace("%(default)s", str(getattr(defaults, name)))
+        usual = "as the dataset's protocol says" if unset else str(getattr(defaults, name))
+        said = HELP[name].replace("%(default)s", usual)
         if name == "do_sample":
             parser.add_argument("--do_sample", action="store_true", default=None, help=said)
         elif name == "length_rule":

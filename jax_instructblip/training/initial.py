@@ -111,6 +111,8 @@ def load_initial(
         parts = ", ".join(sorted({path.split("/")[1] for path in lacking}))
         notes.append(f"{init} is of another stage and lacks {parts}: from {source.folder}")
     kept, dropped = _fit(chosen, variant, trainable)
+    if variant.kind == "blip2":
+        notes.append("a second stage of BLIP-2: its Q-Former does not read the instruction")
     if dropped:
         notes.append(
             f"not instruction-aware: left out {len(dropped)} leaves of the text branch "

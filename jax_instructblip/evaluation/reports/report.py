@@ -40,6 +40,8 @@ def line(name: str, result: Mapping[str, Any]) -> str:
         counted.append(f"standard error {result['standard_error']:.2f}")
     if result["problems"]:
         counted.append(f"{len(result['problems'])} could not be asked")
+    if shown := _shown(result):
+        counted.append(shown)
     said += f" ({', '.join(counted)})"
     if result["gap"] is not None:
         model = result["paper_model"]
@@ -141,6 +143,8 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
         facts += [("prompt", repr(result["prompt"])), (result["mode"], settings)]
         facts.append(("at once", f"{result['batch_size']} questions a device"))
+    if shown := _shown(result):
+        facts.append(("shown", shown))
     if "candidates" in result:
         facts.append(("candidates", str(result["candidates"]["count"])))
     if "predictions" in result:
@@ -153,6 +157,20 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     if result["problems"]:
         facts.append(("could not be asked", f"{len(result['problems'])}, which count as wrong"))
     return facts + [("note", note) for note in result["notes"]]
+
+
+def _shown(result: Mapping[str, Any]) -> str:
+    """How records were shown, where that is not the usual way."""
+    style = result.get("style", {})
+    words = [
+        f"text processor {style['processor']}"
+        if style.get("processor", "paper") != "paper"
+        else "",
+        f"dialogue {style['dialogue']}" if style.get("dialogue", "plain") != "plain" else "",
+        f"image crop {result['crop']}" if "crop" in result else "",
+        f"EXIF {result['exif']}" if "exif" in result else "",
+    ]
+    return ", ".join(filter(None, words))
 
 
 def _values(result: Mapping[str, Any]) -> list[list[str]]:
