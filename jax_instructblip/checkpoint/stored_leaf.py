@@ -51,7 +51,7 @@ class StoredParts:
                 raise ValueError(f"{part.file} has {size} bytes, expected {wanted}")
 
     def astype(self, dtype: Any, copy: bool = False) -> "StoredParts":
-        """This leaf with another dtype, to which parts are cast when they are read."""
+        """This leaf with another dtype, cast when parts are read; `copy` is ignored."""
         del copy
         return StoredParts(self._parts, self.shape, self._stored, dtype)
 

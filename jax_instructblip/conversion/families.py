@@ -98,7 +98,7 @@ class Family:
         return [*entries, *language.rules(variant.llm, tied_head)]
 
     def sizes(self, variant: Variant) -> list[tuple[str, int, bool]]:
-        """(key, value, whether it counts layers) of each size that the tensors show."""
+        """(key, value, whether it counts layers) of each size that tensors show by their shapes."""
         parts = [(self.top, variant.bridge)]
         parts += [(tower.section, sizes) for tower, sizes in self.towers(variant)]
         return [size for section, sizes in parts for size in section.sizes(sizes)]

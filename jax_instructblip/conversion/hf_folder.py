@@ -112,7 +112,8 @@ def read_hf(
 ) -> tuple[Variant, checkpoint.Tree]:
     """The variant and parameters of a Hugging Face folder, without a checkpoint of ours on disk.
 
-    `place(path, array)` returns what is kept of each leaf, as in `checkpoint.read_tree`.
+    `place(path, array)` returns what is kept of each leaf, as in `checkpoint.read_tree`. Raises as
+    `convert_hf`.
     """
     variant, _, leaves = convert_hf(folder)
     kept = {}

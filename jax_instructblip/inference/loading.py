@@ -214,7 +214,7 @@ def _base_folder(step: Path, base: Mapping[str, str]) -> str:
 
 
 def require_kind(source: Source, readers: Mapping[str, type[Reader]]) -> type[Reader]:
-    """The reader of a model of this kind; a ValueError where there is none."""
+    """The reader in `readers` for the kind of `source`; a ValueError where there is none."""
     kind = source.variant.kind
     if kind not in readers:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The texts of a model without its weights: tokenizers and limits."""
+"""Tokenizers and limits of a model, loaded without its weights."""
 
 import os
 

@@ -87,7 +87,9 @@ def analytic(
 
 
 def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) -> int:
-    """FLOPs of `new` tokens for each of `rows` images with prompts of `text` and `tokens` tokens.
+    """FLOPs of `new` tokens for each of `rows` images with a prompt each.
+
+    A prompt has `text` tokens for the Q-Former and `tokens` for the language model.
 
     The first new token comes with the prompt. The attention of the others is counted over all the
     room there is for new tokens.

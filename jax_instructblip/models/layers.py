@@ -198,8 +198,8 @@ def take_slots(
     """`x[b, index[b, t]]`, zeros where an index is out of range.
 
     No slot is taken twice, and `inverse` says where each of the S is taken (T or more where
-    nowhere), so the gradient is a gather, too; that of an ordinary one is a scatter-add, a tenth of
-    a training step.
+    nowhere), so the gradient is a gather, too. The gradient of an ordinary gather is a scatter-add,
+    which took a tenth of a training step.
     """
     del inverse
     picked = jnp.take_along_axis(x, jnp.clip(index, 0, x.shape[1] - 1)[..., None], axis=1)

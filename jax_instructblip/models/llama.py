@@ -206,8 +206,9 @@ class Llama(Network):
         """Normed hidden states of a tree of continuations; `logits` makes logits of them.
 
         The tree stands in depth-first order. Each token sees the prompt, the tokens that lead to it
-        (`tree_mask(ends)`) and itself; its depth is 1 where it follows the prompt. `cache` is that
-        of `prefill`, before any step, and is only read.
+        (`tree_mask(ends)`) and itself; its depth is 1 where it follows the prompt, and `ends[b, t]`
+        is the index behind all that hangs below token t. `cache` is that of `prefill`, before any
+        step, and is only read.
         """
         valid, inner = cache["prefix_mask"], tokens.shape[1]
         shape = (valid.shape[0], inner, self.config.width)

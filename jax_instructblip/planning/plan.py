@@ -104,10 +104,11 @@ class Report:
 
     Attributes:
       arguments: weights, moments and batch.
-      outputs: what comes back and takes no argument's place.
+      outputs: results that do not reuse the memory of an argument.
       temporaries: what else the step holds at its worst moment.
       code: the program itself.
-      residuals: the part of the temporaries that waits for the backward pass, by the shapes.
+      residuals: the part of the temporaries that waits for the backward pass, estimated from
+        shapes.
       need: all of it. Where the compiler refused, what it says it would need.
       refusal: the compiler's words where the program does not fit; the parts are then unknown.
       program: what moves; None where it refused.

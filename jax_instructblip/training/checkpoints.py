@@ -57,7 +57,7 @@ class Checkpoints:
     """The folder `checkpoints/` of a run; one save at a time goes on in a thread.
 
     Old ones are removed after a save: the newest `keep` stay, the best by score, and with
-    `keep_every` those whose step is a multiple of it. Several processes all see the folder.
+    `keep_every` those whose step is a multiple of it. Several processes must all see the folder.
     """
 
     def __init__(

@@ -78,7 +78,7 @@ class Utilisation:
 
 
 def memory() -> dict[str, float]:
-    """Memory of the fullest of this host's devices, in GB; nothing where they do not tell."""
+    """`memory_gb` and `memory_peak_gb` of the fullest local device; {} where none tells."""
     statistics = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
     names = {"memory_gb": "bytes_in_use", "memory_peak_gb": "peak_bytes_in_use"}
     return {

@@ -9,7 +9,10 @@ Meta = dict[str, Any]
 
 
 def compare_meta(folder: str, stored: Meta, wanted: Meta) -> None:
-    """Raises when the checkpoint is of another model, of other parts of it, or of another base."""
+    """Raises a CheckpointError where a checkpoint is of another model, parts or base than wanted.
+
+    `folder` is what the message calls it.
+    """
     wrong = []
     variant, expected = (dotted(meta["variant"]) for meta in (stored, wanted))
     for name in sorted(variant.keys() | expected.keys()):

@@ -102,7 +102,7 @@ def read_samples_per_row(config: ConfigDict, mesh: Mesh) -> int:
 
 
 def read_rows(config: ConfigDict, mesh: Mesh) -> np.ndarray:
-    """The numbers of the rows of each batch that this host's devices work on."""
+    """The indices [b] of the rows of each batch that this host's devices work on."""
     count = config.data.batch_size // read_samples_per_row(config, mesh)
     return local_rows(batch_sharding(mesh), count)
 

@@ -1,7 +1,8 @@
-"""The identity of a prepared dataset: records, pictures, candidates and options, read from RAW.
+"""The identity of a prepared dataset: its records, pictures, candidates and options.
 
-A survey reads the annotations once, before anything is written, and looks at every picture file.
-What is resumed or found done is compared with it, so that no other data pass for those asked for.
+A survey reads the original annotations (RAW, the folder they were downloaded to) once, before
+anything is written, and looks at every picture file. What is resumed or found done is compared with
+it, so that data prepared from other originals are not taken for these.
 """
 
 import dataclasses
