@@ -52,7 +52,7 @@ def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record],
 
 
 def prepared_folder(path: str | os.PathLike) -> Path | None:
-    """The folder of a prepared dataset, `path` or its subfolder VERSION; None where there is none."""
+    """The folder of a prepared dataset: `path`, or its subfolder VERSION; None for no such."""
     path = stores.input_rows(path)
     places = (path, path / shards.VERSION)
     return next((each for each in places if (each / shards.REPORT).is_file()), None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jax_instructblip.models.attention import (
     Attention,
@@ -17,22 +17,18 @@ from jax_instructblip.models.attention import (
     attend_cached,
     heads_first,
 )
-from jax_instructblip.models.cache import append, attend_tail, start, tail_view
+from jax_instructblip.models.cache import attend_tail
+from jax_instructblip.models.decoder_only import DecoderOnly
 from jax_instructblip.models.dense import Head
 from jax_instructblip.models.layers import (
     RESIDUAL,
     Dropout,
     GatedMlp,
-    Network,
     RMSNorm,
     Scan,
     constrain,
     scan_layers,
-    take_slots,
-    unique_inverse,
-    zip_layers,
 )
-from jax_instructblip.models.masks import causal_mask, padding_mask, tree_mask
 from jax_instructblip.models.variants import LlamaConfig
 
 Rotation = tuple[Array, Array]  # cosine and sine, each [B or 1, T, K]
@@ -110,8 +106,8 @@ class LlamaLayer(nn.Module):
         return constrain(x + self.mlp(self.mlp_norm(x))), None
 
 
-class Llama(Network):
-    """The whole language model; same methods as `t5.T5`."""
+class Llama(DecoderOnly):
+    """The whole language model; rows, cache and trees are those of `DecoderOnly`."""
 
     config: LlamaConfig
     dtype: Any
@@ -136,87 +132,18 @@ class Llama(Network):
         """Float32 vocabulary logits of normed hidden states."""
         return self.head(x)
 
-    def hidden(
-        self, inputs: Array, segments: Array, positions: Array, return_kv: bool, train: bool
-    ) -> tuple[Array, Any]:
-        """Normed hidden states `[B, X, D]`; keys and values of all layers where `return_kv`."""
-        mask, rotation = causal_mask(segments), self.rotation(positions)
-        x, cache = self.layers(inputs.astype(RESIDUAL), None, mask, rotation, return_kv, train)
-        return self.norm(x), cache
+    def begin(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
+    ) -> Float[Array, "B T D"]:
+        """The embedded slots as they are: positions are in the rotation."""
+        del positions
+        return x.astype(RESIDUAL)
+
+    def shared(self, positions: Int[Array, "#B T"]) -> tuple[Any, ...]:
+        """The rotation, which queries and keys of all layers are given."""
+        return (self.rotation(positions),)
 
     def rotation(self, positions: Int[Array, "B T"]) -> Rotation:
         """Cosine and sine of `positions` for the heads of this model."""
         c = self.config
         return rotary(positions, c.head_width, c.rope_theta, jnp.float32)
-
-    def __call__(
-        self,
-        inputs: Float[Array, "B X D"],
-        segments: Int[Array, "B X"],
-        positions: Int[Array, "B X"],
-        asked: Int[Array, "B A"],
-        decoder_tokens: None = None,
-        decoder_segments: None = None,
-        train: bool = False,
-    ) -> Float[Array, "B A V"]:
-        """Logits `[B, A, V]`: those of slot t tell the token after it.
-
-        `inputs` are the embedded slots, `segments` the sample that owns each (0: padding),
-        `positions` its place in the sample. Slots that nobody asked for get no logits.
-        `decoder_tokens` and `decoder_segments` are of the encoder-decoders: none here.
-        """
-        del decoder_tokens, decoder_segments
-        x, _ = self.hidden(inputs, segments, positions, return_kv=False, train=train)
-        return self.head(take_slots(x, asked, unique_inverse(asked, x.shape[1])))
-
-    def prefill(
-        self, inputs: Float[Array, "B S D"], valid: Bool[Array, "B S"], tail_length: int
-    ) -> tuple[Float[Array, "B 1 V"], dict[str, Any]]:
-        """Logits of the first new token, and the cache with room for `tail_length` new ones."""
-        positions = jnp.arange(inputs.shape[1])[None]
-        x, prefix = self.hidden(
-            inputs, valid.astype(jnp.int32), positions, return_kv=True, train=False
-        )
-        last = valid.sum(axis=1) - 1  # padding stands at the end only
-        x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-        return self.head(x), start(prefix, valid, tail_length)
-
-    def decode_step(
-        self, token: Int[Array, "B R"], cache: dict[str, Any]
-    ) -> tuple[Float[Array, "B R V"], dict[str, Any]]:
-        """Logits of the token after `token`, and the cache with `token` written to its tail."""
-        valid = cache["prefix_mask"]
-        positions = jnp.broadcast_to(valid.sum(axis=1, keepdims=True) + cache["step"], token.shape)
-        x, outputs = self.layers.step(
-            self.embed(token),
-            zip_layers(prefix=cache["prefix"], tail=cache["tail"]),
-            padding_mask(valid),
-            tail_view(cache),
-            self.rotation(positions),
-        )
-        return self.head(self.norm(x)), append(cache, outputs)
-
-    def decode_tree(
-        self,
-        tokens: Int[Array, "#B T"],
-        depths: Int[Array, "#B T"],
-        ends: Int[Array, "#B T"],
-        cache: dict[str, Any],
-    ) -> Float[Array, "B T D"]:
-        """Normed hidden states of a tree of continuations; `logits` makes logits of them.
-
-        The tree stands in depth-first order. Each token sees the prompt, the tokens that lead to it
-        (`tree_mask(ends)`) and itself; its depth is 1 where it follows the prompt, and `ends[b, t]`
-        is the index behind all that hangs below token t. `cache` is that of `prefill`, before any
-        step, and is only read.
-        """
-        valid, inner = cache["prefix_mask"], tokens.shape[1]
-        shape = (valid.shape[0], inner, self.config.width)
-        x, _ = self.layers.tree(
-            constrain(jnp.broadcast_to(self.embed(tokens), shape)),
-            cache["prefix"],
-            padding_mask(valid),
-            tree_mask(ends),
-            self.rotation(valid.sum(axis=1, keepdims=True) + depths - 1),
-        )
-        return self.norm(x)

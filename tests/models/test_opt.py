@@ -128,7 +128,7 @@ def test_position_p_is_row_p_plus_2_of_the_table():
     embed = PARAMS["position_embed"]["embedding"]
     assert embed.shape == (CONFIG.max_positions + OFFSET, CONFIG.width)
     at = lambda positions: MODEL.apply(
-        {"params": PARAMS}, jnp.zeros((1, 3, CONFIG.width)), jnp.array([positions]), method="at"
+        {"params": PARAMS}, jnp.zeros((1, 3, CONFIG.width)), jnp.array([positions]), method="begin"
     )
     last = CONFIG.max_positions - 1
     np.testing.assert_array_equal(at([0, 1, last])[0], embed[jnp.array([2, 3, last + 2])])
