@@ -57,35 +57,41 @@ def affine(x: Array, kernel: Array, bias: Array, dtype: Any) -> Array:
 
     In its gradient, too, both factors of a product have the dtype of `x`, while what weights are
     given is summed in their own: JAX's rule would multiply a float32 gradient as it is, and sum a
-    bias's in `dtype`.
+    bias's in `dtype`. A frozen kernel is given none, and `x` is not kept for it.
     """
-    product = functools.partial(jnp.tensordot, precision=_precision(x))
+    product = functools.partial(jnp.tensordot, precision=_precision(x.dtype))
     contracted = kernel.ndim - bias.ndim
     total = product(x, kernel.astype(x.dtype), contracted, preferred_element_type=dtype)
     return total + rank_of(bias.astype(dtype), total)
 
 
-def _affine_forward(x: Array, kernel: Array, bias: Array, dtype: Any) -> tuple[Array, Any]:
-    return affine(x, kernel, bias, dtype), (x, kernel, bias)
+def _affine_forward(x: Any, kernel: Any, bias: Any, dtype: Any) -> tuple[Array, Any]:
+    total = affine(x.value, kernel.value, bias.value, dtype)
+    kept = x.value if kernel.perturbed else None
+    return total, (kept, kernel.value, bias.value, jnp.zeros(0, x.value.dtype))
 
 
-def _affine_backward(dtype: Any, kept: Any, gradient: Array) -> tuple[Array, Array, Array]:
+def _affine_backward(dtype: Any, kept: Any, gradient: Array) -> tuple[Array, Array | None, Array]:
     del dtype
-    x, kernel, bias = kept
-    product = functools.partial(jnp.tensordot, precision=_precision(x))
+    x, kernel, bias, like = kept
+    narrow = like.dtype  # that of the factors
+    product = functools.partial(jnp.tensordot, precision=_precision(narrow))
     batch_axes, feature_axes = tuple(range(gradient.ndim - bias.ndim)), tuple(range(-bias.ndim, 0))
-    narrow = gradient.astype(x.dtype)
-    of_x = product(narrow, kernel.astype(x.dtype), (feature_axes, feature_axes))
-    of_kernel = product(x, narrow, (batch_axes, batch_axes), preferred_element_type=kernel.dtype)
-    return of_x, of_kernel, gradient.sum(batch_axes, dtype=jnp.float32).astype(bias.dtype)
+    factor = gradient.astype(narrow)
+    of_x = product(factor, kernel.astype(narrow), (feature_axes, feature_axes))
+    of_bias = gradient.sum(batch_axes, dtype=jnp.float32).astype(bias.dtype)
+    if x is None:
+        return of_x, None, of_bias
+    of_kernel = product(x, factor, (batch_axes, batch_axes), preferred_element_type=kernel.dtype)
+    return of_x, of_kernel, of_bias
 
 
-affine.defvjp(_affine_forward, _affine_backward)
+affine.defvjp(_affine_forward, _affine_backward, symbolic_zeros=True)
 
 
-def _precision(x: Array) -> str | None:
+def _precision(dtype: Any) -> str | None:
     """The precision that `Network` asks for; products may be made after its `apply` returned."""
-    return "highest" if x.dtype.itemsize >= 4 else None
+    return "highest" if dtype.itemsize >= 4 else None
 
 
 class Head(nn.Module):

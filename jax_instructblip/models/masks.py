@@ -36,7 +36,7 @@ def segment_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Ar
 
 
 def causal_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
-    """The mask of LLaMA's rows and T5's decoder: the slots of the same sample up to itself.
+    """The mask of a decoder and of its rows: the slots of the same sample up to itself.
 
     For segments 1 1 2 2 0:
 

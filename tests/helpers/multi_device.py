@@ -7,6 +7,7 @@ list. Sizes divide by eight wherever the rules split them, of the two vocabulari
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import re
@@ -28,6 +29,7 @@ from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.variants import (
     LlamaConfig,
+    OptConfig,
     QFormerConfig,
     T5Config,
     Variant,
@@ -53,6 +55,7 @@ LANGUAGE = {
     "t5": T5Config(
         width=32, head_width=8, heads=4, mlp=48, encoder_layers=5, decoder_layers=5, vocab=64
     ),
+    "opt": OptConfig(width=32, heads=4, mlp=48, layers=5, vocab=64, eos_id=4),
 }
 LAYERS = (3, 5, 7)  # of the three towers, and of nothing else
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
@@ -70,7 +73,10 @@ def divisible(kind: str, **fields: Any) -> Variant:
     qformer = QFormerConfig(
         16, 32, width=16, layers=6, heads=4, mlp=24, vocab=50, max_positions=16, queries=4
     )
-    return Variant("instructblip", vision, qformer, LANGUAGE[kind]).replace(**fields)
+    if kind == "opt":
+        qformer = dataclasses.replace(qformer, instruction_aware=False)
+    stage = "blip2" if kind == "opt" else "instructblip"
+    return Variant(stage, vision, qformer, LANGUAGE[kind]).replace(**fields)
 
 
 class Setting:

@@ -57,7 +57,7 @@ def samples(variant: Variant, count: int = SAMPLES, seed: int = 0) -> list[dict[
     rng = np.random.default_rng(seed)
     size, llm = variant.vision.image_size, variant.llm
     ids = lambda length, vocab: rng.integers(3, vocab - 1, length).astype(np.int32)
-    recorded = json.loads(LENGTHS.read_text())[llm.kind]
+    recorded = json.loads(LENGTHS.read_text())["t5" if llm.encoder_decoder else "llama"]
     made = []
     for number, chosen in enumerate(rng.choice(len(recorded), count, replace=False)):
         instruction, length, *answer = recorded[chosen]
@@ -69,6 +69,8 @@ def samples(variant: Variant, count: int = SAMPLES, seed: int = 0) -> list[dict[
             "qformer_tokens": ids(instruction, variant.qformer.vocab),
             "tokens": ids(length, llm.vocab),
         }
+        if not variant.reads_instruction:
+            del example["qformer_tokens"]
         if llm.encoder_decoder:
             example["targets"] = ids(answer[0], llm.vocab)
             start = np.array([llm.decoder_start_id], np.int32)

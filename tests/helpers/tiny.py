@@ -1,6 +1,7 @@
 """The smallest models that have every part, with batches, a checkpoint folder, a little data."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -10,13 +11,17 @@ from unittest import mock
 
 import jax
 import numpy as np
+import tokenizers
 from PIL import Image
+from tokenizers import models, pre_tokenizers, trainers
+from transformers import GPT2Tokenizer
 
 from jax_instructblip import checkpoint
 from jax_instructblip.backbones.tokenizers import make_bert, make_llama, make_t5
 from jax_instructblip.data.batch import IGNORE
 from jax_instructblip.models.variants import (
     LlamaConfig,
+    OptConfig,
     QFormerConfig,
     T5Config,
     Variant,
@@ -31,6 +36,7 @@ LANGUAGE = {
     "t5": T5Config(
         width=24, head_width=5, heads=3, mlp=40, encoder_layers=2, decoder_layers=2, vocab=61
     ),
+    "opt": OptConfig(width=24, heads=3, mlp=40, layers=2, vocab=61, max_positions=2048, eos_id=4),
 }
 COLORS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (40, 60, 220), "white": (250,) * 3}
 QUESTION = "what color is it?"
@@ -42,7 +48,35 @@ def tiny_variant(kind: str, **fields: Any) -> Variant:
     qformer = QFormerConfig(
         22, 24, width=16, layers=2, heads=4, mlp=28, vocab=50, max_positions=128, queries=7
     )
+    if kind == "opt":
+        qformer = dataclasses.replace(qformer, instruction_aware=False)
+        return Variant("blip2", vision, qformer, LANGUAGE[kind]).replace(**fields)
     return Variant("instructblip", vision, qformer, LANGUAGE[kind]).replace(**fields)
+
+
+def make_opt(text: list[str]) -> GPT2Tokenizer:
+    """A BPE tokenizer of bytes that knows the words of these texts: `<pad>` 1, `</s>` 2."""
+    draft = tokenizers.Tokenizer(models.BPE())
+    draft.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=1,
+        show_progress=False,
+    )
+    draft.train_from_iterator([*text, *(f" {each}" for each in text)], trainer)
+    model = json.loads(draft.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    end = dict(bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>")
+    return GPT2Tokenizer(vocab=model["vocab"], merges=merges, **end)
+
+
+def spoil_logits(llm: dict[str, Any], factor: float) -> None:
+    """Multiplies the head in these parameters, which may be the token embedding."""
+    if "head" in llm:
+        llm["head"]["kernel"] *= factor
+    else:
+        llm["embed"]["embedding"] *= factor
 
 
 def make_batch(variant: Variant, rows: int = 4, text: int = 9, answer: int = 6, seed: int = 0):
@@ -58,6 +92,8 @@ def make_batch(variant: Variant, rows: int = 4, text: int = 9, answer: int = 6, 
         "tokens": ids(variant.llm.vocab, rows, text),
         "mask": mask,
     }
+    if not variant.reads_instruction and variant.kind == "blip2":
+        del batch["qformer_tokens"], batch["qformer_mask"]
     if variant.llm.kind == "t5":
         lengths = rng.integers(1, answer + 1, (rows, 1))
         targets = ids(variant.llm.vocab, rows, answer)
@@ -71,17 +107,20 @@ def make_batch(variant: Variant, rows: int = 4, text: int = 9, answer: int = 6, 
 
 def write_base(folder: Path, kind: str = "llama", **fields: Any) -> Path:
     """A checkpoint folder of a tiny variant, with tokenizers that know `TEXT`."""
-    llm = {"llama": make_llama, "t5": make_t5}[kind](TEXT)
+    llm = {"llama": make_llama, "t5": make_t5, "opt": make_opt}[kind](TEXT)
     bert = make_bert(TEXT)
     sizes = {"llm.vocab": len(llm), "qformer.vocab": len(bert)}
     if kind == "llama":
         sizes["llm.pad_id"] = llm.pad_token_id
+    if kind == "opt":
+        sizes["llm.eos_id"] = llm.convert_tokens_to_ids("Ċ")
     variant = tiny_variant(kind, **sizes, **fields)
 
     def add(partial: Path) -> None:
         checkpoint.write_config(partial, {"variant": variant.to_dict(), "source": {}})
         llm.save_pretrained(partial / "tokenizer")
-        bert.save_pretrained(partial / "qformer_tokenizer")
+        if variant.reads_instruction:
+            bert.save_pretrained(partial / "qformer_tokenizer")
 
     leaves = checkpoint.flatten(random_params(variant)).items()
     checkpoint.write_tree(folder, ((k, leaf.astype(np.float32)) for k, leaf in leaves), extra=add)

@@ -11,7 +11,7 @@ from jax_instructblip.parallel.mesh import make_mesh
 from tests.helpers.tiny import write_base
 
 
-@pytest.fixture(scope="module", params=["t5", "llama"])
+@pytest.fixture(scope="module", params=["t5", "llama", "opt"])
 def base(request, tmp_path_factory):
     return write_base(tmp_path_factory.mktemp("save") / "base", request.param)
 
@@ -81,15 +81,16 @@ def test_refusals_leave_nothing(base, tmp_path, monkeypatch):
 def test_a_kind_without_a_reader_is_named(base, tmp_path):
     params = checkpoint.read_tree(base)
     config = checkpoint.read_config(base)
-    blind = {**config["variant"]["qformer"], "instruction_aware": False}
-    variant = {**config["variant"], "kind": "blip2", "qformer": blind}
+    variant = {**config["variant"], "kind": "llava"}
+    qformer = variant.pop("qformer")
+    variant["projector"] = {name: qformer[name] for name in ("vision_width", "llm_width")}
     checkpoint.write_tree(
-        tmp_path / "blip2",
+        tmp_path / "llava",
         checkpoint.flatten(params).items(),
         extra=lambda folder: checkpoint.write_config(folder, {**config, "variant": variant}),
     )
     with pytest.raises(
-        ValueError, match="is a model of kind blip2, which nothing here answers"
+        ValueError, match="is a model of kind llava, which nothing here answers"
     ) as e:
-        jax_instructblip.load(tmp_path / "blip2")
-    assert str(tmp_path / "blip2") in str(e.value) and "instructblip" in str(e.value)
+        jax_instructblip.load(tmp_path / "llava")
+    assert str(tmp_path / "llava") in str(e.value) and "instructblip" in str(e.value)

@@ -7,7 +7,7 @@ from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.streaming import pieces
 from jax_instructblip.models.released import VARIANTS
 from tests.helpers.small_checkpoint import write_checkpoint
-from tests.helpers.tiny import QUESTION
+from tests.helpers.tiny import QUESTION, spoil_logits
 
 
 def picture(seed=0):
@@ -74,7 +74,8 @@ def test_streamed_text_is_the_answer(blip, settings):
     found = blip.stream(picture(), QUESTION, **settings)
     first = next(found)
     (expected,) = blip.generate([picture()], [QUESTION], **settings)
-    assert expected.text.startswith(first) and len(first) < len(expected.text)
+    assert expected.text.startswith(first)
+    assert len(first) < len(expected.text) or blip.text.rewrites  # which holds back a last word
     assert first + "".join(found) == expected.text
     assert len(expected.logprobs) == len(expected.tokens)
     assert sum(expected.logprobs) == pytest.approx(expected.logprob, rel=1e-5)
@@ -97,6 +98,6 @@ def test_mistakes_are_told_before_the_first_piece(blip, settings, message):
 
 def test_scores_that_are_not_finite_are_an_error(folder):
     broken = jax_instructblip.load(folder)
-    broken.params["llm"]["head"]["kernel"] *= np.nan
+    spoil_logits(broken.params["llm"], np.nan)
     with pytest.raises(ValueError, match=r"questions \[0\] are not finite"):
         list(broken.stream(picture(), QUESTION))

@@ -65,6 +65,18 @@ def test_gradients_of_weights_are_summed_in_float32(wide):
     assert found["kernel"].dtype == jnp.float32 and found["kernel"].tolist() == [[1001] * 3] * 2
 
 
+def test_a_frozen_kernel_costs_no_product():
+    params = Mlp(8, 5, jnp.float32).init(jax.random.key(0), X)
+    total = lambda params, x: Mlp(8, 5, jnp.float32).apply(params, x).sum()
+    shapes = [
+        equation.outvars[0].aval.shape
+        for equation, _ in products(jax.make_jaxpr(jax.grad(total, 1))(params, X).jaxpr)
+    ]
+    assert shapes == [(2, 3, 5), (2, 3, 8), (2, 3, 5), (2, 3, 8)]
+    found, expected = jax.grad(total, 1)(params, X), jax.grad(total, (0, 1))(params, X)[1]
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_products_of_the_gradient_are_narrow_too():
     params = Mlp(8, 5, jnp.bfloat16).init(jax.random.key(0), X)
     total = lambda params, x: Mlp(8, 5, jnp.bfloat16).apply(params, x).astype(jnp.float32).sum()

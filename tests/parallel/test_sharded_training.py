@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.multi_device import MESHES, in_a_process
 
-KINDS = ("llama", "t5")
+KINDS = ("llama", "t5", "opt")
 TOLERANCE = 1e-5  # of losses near 4 and weights near 1, in float32
 
 

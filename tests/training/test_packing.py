@@ -12,7 +12,7 @@ from jax_instructblip.models.vlm import VisionLanguageModel
 from tests.helpers import packing
 from tests.helpers.interpreter import run_python
 
-KINDS = ("llama", "t5")
+KINDS = ("llama", "t5", "opt")
 CLOSE = 1e-5  # of the loss, and of each leaf's gradient
 # Of key biases, whose gradients are nothing but rounding: no softmax sees them. Their unit is a
 # thousandth of the largest gradient (`packing.differences`).

@@ -44,7 +44,9 @@ def objective(variant, dtype=jnp.float32):
     return LanguageObjective(VisionLanguageModel(variant, dtype))
 
 
-@pytest.mark.parametrize("name", ["instructblip-flan-t5-xl", "instructblip-vicuna-13b"])
+@pytest.mark.parametrize(
+    "name", ["instructblip-flan-t5-xl", "instructblip-vicuna-13b", "blip2-opt-6.7b"]
+)
 def test_the_products_of_a_full_size_step_are_the_analytic_ones(name):
     variant, rows, text = get_variant(name), 2, 16
     batch = example_batch(variant, batch=rows, text=text, answer=text)
