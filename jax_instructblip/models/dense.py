@@ -66,7 +66,7 @@ def affine(x: Array, kernel: Array, bias: Array, dtype: Any) -> Array:
 
 
 def _affine_forward(x: Any, kernel: Any, bias: Any, dtype: Any) -> tuple[Array, Any]:
-    total = affine(x.value, kernel.value, bias.value, dtype)
+    total: Any = affine(x.value, kernel.value, bias.value, dtype)
     kept = x.value if kernel.perturbed else None
     return total, (kept, kernel.value, bias.value, jnp.zeros(0, x.value.dtype))
 
