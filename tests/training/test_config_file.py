@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_configs_of_the_project_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config("configs/quickstart.py").workdir == "runs/quickstart"
-    with pytest.raises(FileNotFoundError, match="configs/: common.py, custom_jsonl.py, paper.py"):
+    with pytest.raises(
+        FileNotFoundError, match="configs/: blip2_stage1.py, common.py, custom_jsonl.py, paper.py"
+    ):
         load_config("configs/quick.py")
     (tmp_path / "configs").mkdir()
     mine = "from configs import common\n\ndef get_config():\n    return common.get_config()\n"
