@@ -81,6 +81,11 @@ def export_hf(
     """
     if not isinstance(model, StoredModel):
         model = read_stored_model(Path(model))
+    left_out = []
+    if model.variant.llm is None and model.variant.qformer.caption_head:
+        changed = model.variant.replace(**{"qformer.caption_head": False})
+        model = dataclasses.replace(model, variant=changed)
+        left_out = ["the format has no caption head and no temperature: both are left out"]
     fields.check({"shard_bytes": shard_bytes}, {"shard_bytes": SHARD_SIZE})
     family = family_of(model.variant)
     if family.reads_instruction != model.variant.reads_instruction:
@@ -102,7 +107,7 @@ def export_hf(
                 progress(tensor.nbytes)
         writer.close()
         notes = _write_sides(model, family, temporary, tied)
-    return notes
+    return left_out + notes
 
 
 def _groups(

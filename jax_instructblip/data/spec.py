@@ -59,8 +59,18 @@ FIELDS = {  # in the order in which they are made
 }
 
 
+PAIR_FIELDS = {  # of the first stage of BLIP-2: one image and one caption a row
+    "images": Field(np.uint8, "G I H W 3", 0),
+    "captions": Field(np.int32, "G L", PAD_ID),
+    "caption_mask": Field(np.bool_, "G L", False),
+    "image_id": Field(np.int32, "G", 0),  # the same for the same image
+}
+
+
 def fields(variant: Variant) -> dict[str, Field]:
     """The keys that this variant's batches may have: without a decoder's row if it has none."""
+    if variant.llm is None:
+        return dict(PAIR_FIELDS)
     keep = lambda name: variant.llm.encoder_decoder or not name.startswith("decoder_")
     return {name: field for name, field in FIELDS.items() if keep(name)}
 
@@ -79,7 +89,7 @@ def shapes(
     """
     size = variant.vision.image_size
     known = {"J": 1, "I": 1, **sizes, "H": size, "W": size, "3": 3}
-    known["S"] = known["I"] * variant.visual_tokens
+    known["S"] = known["I"] * variant.visual_tokens  # of the first stage no key has it
     return {
         name: (tuple(known[letter] for letter in field.axes.split()), field.dtype)
         for name, field in fields(variant).items()
@@ -88,7 +98,15 @@ def shapes(
 
 
 def example_batch(variant: Variant, batch: int = 1, text: int = 4, answer: int = 4) -> Batch:
-    """A batch of one sample a row: an image, `text` equal ids behind it, `answer` targets."""
+    """A batch of one sample a row: an image, `text` equal ids behind it, `answer` targets.
+
+    Of the first stage of BLIP-2 a row is an image and a caption of `text` ids.
+    """
+    if variant.llm is None:
+        sizes = {"G": batch, "L": text}
+        pairs: Batch = {name: np.zeros(*each) for name, each in shapes(variant, sizes).items()}
+        own = np.arange(batch, dtype=np.int32)
+        return pairs | {"caption_mask": ~pairs["caption_mask"], "image_id": own}
     visual = variant.visual_tokens
     sizes = {"G": batch, "X": visual + text, "L": text, "A": answer, "U": answer}
     arrays: dict[str, Any] = {n: np.zeros(*each) for n, each in shapes(variant, sizes).items()}

@@ -14,8 +14,14 @@ from jax_instructblip.evaluation.settings import Settings
 from jax_instructblip.evaluation.task import Task, open_task
 from jax_instructblip.files import read_entries
 from jax_instructblip.inference.batching import check_batch_size
-from jax_instructblip.inference.loading import read_dtype, read_source, weights_digest
-from jax_instructblip.inference.pipeline import load
+from jax_instructblip.inference.loading import (
+    read_dtype,
+    read_source,
+    require_kind,
+    weights_digest,
+)
+from jax_instructblip.inference.pipeline import READERS
+from jax_instructblip.inference.pipeline import load_pipeline as load
 
 BATCH_SIZE = 8  # questions that a device answers at once
 
@@ -34,6 +40,7 @@ def answer_benchmarks(settings: Settings, command: str = "") -> dict[str, Any]:
     with suite.agreed():
         check_batch_size(size)
         source = read_source(settings.checkpoint)
+        require_kind(source, READERS)
         tasks = open_tasks(settings, source.variant.llm.kind)
         dtype = read_dtype(settings.dtype).name
         mesh = choose_mesh(source.variant, dtype, fsdp=settings.fsdp, tensor=settings.tensor)

@@ -12,7 +12,8 @@ from jax_instructblip.evaluation.settings import DECODING, Settings
 from jax_instructblip.inference.batching import check_batch_size
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.loading import read_source, weights_digest
-from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
+from jax_instructblip.inference.pipeline import InstructBlipPipeline
+from jax_instructblip.inference.pipeline import load_pipeline as load
 from jax_instructblip.remote import is_remote
 
 BATCH_SIZE = 64  # questions answered at once

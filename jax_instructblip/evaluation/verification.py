@@ -18,7 +18,8 @@ from jax_instructblip.evaluation.published import (
     read_facts,
 )
 from jax_instructblip.inference.loading import read_source
-from jax_instructblip.inference.pipeline import Answer, InstructBlipPipeline, load
+from jax_instructblip.inference.pipeline import Answer, InstructBlipPipeline
+from jax_instructblip.inference.pipeline import load_pipeline as load
 from jax_instructblip.models.released import released_name
 
 AROUND = 20  # characters shown of each side of a difference

@@ -10,7 +10,7 @@ from jax_instructblip.data.images import check_images
 from jax_instructblip.inference.batching import Question, pair_inputs
 from jax_instructblip.inference.generation_config import BATCH_SIZE, GenerationConfig
 from jax_instructblip.inference.loading import resolve_checkpoint
-from jax_instructblip.inference.pipeline import load
+from jax_instructblip.inference.pipeline import load_pipeline as load
 from jax_instructblip.inference.ranking import check_candidates
 
 Row = dict[str, Any]

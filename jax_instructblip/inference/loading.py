@@ -216,6 +216,11 @@ def _base_folder(step: Path, base: Mapping[str, str]) -> str:
 def require_kind(source: Source, readers: Mapping[str, type[Reader]]) -> type[Reader]:
     """The reader in `readers` for the kind of `source`; a ValueError where there is none."""
     kind = source.variant.kind
+    if source.variant.llm is None:
+        raise ValueError(
+            f"{source.step or source.folder} is a first stage of BLIP-2, which compares images and "
+            "texts and answers nothing: `jax_instructblip.load` gives a Retriever"
+        )
     if kind not in readers:
         raise ValueError(
             f"{source.step or source.folder} is a model of kind {kind}, which nothing here answers "

@@ -87,6 +87,14 @@ def load(
     dtype, source = read_dtype(dtype), read_source(path)
     if source.variant.llm is None:
         return cast(Any, Retriever.of(source, dtype, mesh))
+    return load_pipeline(path, mesh, dtype)
+
+
+def load_pipeline(
+    path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None
+) -> "InstructBlipPipeline":
+    """The model of `path` as `load` gives it; a ValueError for a model that answers nothing."""
+    dtype, source = read_dtype(dtype), read_source(path)
     reader = require_kind(source, READERS)
     # The model refuses a dtype when it is bound: now, before gigabytes are read.
     _ = VisionLanguageModel(source.variant, dtype).bind({}).vision

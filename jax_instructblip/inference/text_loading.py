@@ -3,10 +3,11 @@
 import os
 
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.inference.loading import read_source
+from jax_instructblip.inference.loading import read_source, require_kind
 
 
 def load_text(path: str | os.PathLike) -> TextProcessor:
     """The tokenizers and limits of the model of `path`, anything that `read_source` reads."""
     source = read_source(path)
+    require_kind(source, {source.variant.kind: TextProcessor})
     return TextProcessor.load(source.folder, source.variant, **source.limits)

@@ -135,6 +135,8 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
         ValueError: a field is wrong, or its program is another one than what is compiled here.
     """
     check_config(config)
+    if variant.llm is None:
+        raise ValueError("plans are of models with a language model, not of BLIP-2's first stage")
     if config.parallel.mode != "jit":
         raise ValueError(
             f"config.parallel.mode is {config.parallel.mode}: plans are of the program that jit "

@@ -55,7 +55,7 @@ def test_what_collate_makes_is_a_batch(kind, shared):
     assert set(shapes(variant, sizes, training=False)) == answering
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [n for n in VARIANTS if get_variant(n).llm is not None])
 def test_an_example_batch_is_a_batch(name):
     check(example_batch(get_variant(name), batch=2, text=6, answer=3), get_variant(name))
 
@@ -167,3 +167,14 @@ def test_images_that_fill_up_a_row_are_not_looked_at():
     check({**batch, "images": images}, variant)
     with pytest.raises(ValueError, match="from 0.5 to 0.5"):
         check({**batch, "images": np.full_like(images, 0.5)}, variant)
+
+
+def test_a_batch_of_pairs_has_an_image_and_a_caption_a_row():
+    batch = example_batch(get_variant("tiny-stage1"), 3, text=5)
+    assert {name: leaf.shape for name, leaf in batch.items()} == {
+        "images": (3, 1, 56, 56, 3),
+        "captions": (3, 5),
+        "caption_mask": (3, 5),
+        "image_id": (3,),
+    }
+    assert batch["caption_mask"].all() and len(set(batch["image_id"])) == 3
