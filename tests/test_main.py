@@ -113,7 +113,7 @@ def test_unknown_verb_suggests_the_nearest(verbs, capsys):
 
 # A verb stands outside the package in these tests, so "raised by this package" needs a function
 # of the package that raises.
-DELIBERATE = "from jax_instructblip.models.variants import get_variant; get_variant('nobody')"
+DELIBERATE = "from jax_instructblip.models.released import get_variant; get_variant('nobody')"
 
 
 @pytest.mark.parametrize(

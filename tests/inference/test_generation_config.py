@@ -118,4 +118,4 @@ def test_flags_give_what_they_are_called():
     bare = argparse.ArgumentParser()
     add_flags(bare, "num_beams", unset=True)
     assert vars(bare.parse_args([])) == {"num_beams": None}
-    assert "(default: 1; 1 is greedy)" in bare.format_help()
+    assert "the dataset's protocol says; 1 is greedy)" in " ".join(bare.format_help().split())

@@ -69,8 +69,8 @@ class Case:
             lengths={"slots": 96 + visual, "qformer_tokens": LIMIT},  # one program for all prompts
         )
         del batch["truncated"]
-        if not self.model.variant.qformer.instruction_aware:
-            del batch["qformer_tokens"], batch["qformer_mask"]
+        aware = self.model.variant.qformer.instruction_aware
+        assert ("qformer_tokens" in batch) == ("qformer_mask" in batch) == aware
         return batch
 
 

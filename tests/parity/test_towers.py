@@ -53,7 +53,8 @@ def test_qformer_layers(read_pair, start, kind):
     valid = np.pad(text, ((0, 0), (config.queries, 0)), constant_values=True)
     params = pair.params["qformer"]["layers"][kind]
     layer = QFormerLayer(config, jnp.float32, cross=kind == "cross")
-    found = through(layer, params, inputs, padding_mask(jnp.asarray(valid)), image, False)
+    mask = padding_mask(jnp.asarray(valid))
+    found = through(layer, params, inputs, None, mask, image, config.queries, False)
     assert error(found, expected) < LAYER
 
 
