@@ -50,7 +50,9 @@ prepare() { # $1: extras, comma-separated, may be empty
   state="$(cksum <setup.py) $(version "$python") $PWD"
   stamp=$venv/installed-${extras:-base}
   # Another checkout may have been installed here since.
-  if [[ -f $stamp && $(<"$venv/installed-last" 2>/dev/null) != "$PWD" ]]; then rm "$stamp"; fi
+  if [[ -f $venv/installed-last && $(<"$venv/installed-last") != "$PWD" ]]; then
+    rm -f "$venv"/installed-*
+  fi
   if [[ ! -f $stamp || $(<"$stamp") != "$state" ]]; then
     echo "installing jax_instructblip${extras:+[$extras]} into $venv (minutes the first time)"
     "$python" -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"

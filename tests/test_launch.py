@@ -1,13 +1,15 @@
 """The launchers without a cluster: what `--dry_run` prints, and what is refused."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / "launch"
 POD = {"PROJECT": "p", "ZONE": "z", "POD": "blip", "TYPE": "v5litepod-16"}
 
 
@@ -140,3 +142,53 @@ def test_the_shell_scripts_are_clean():
         [shellcheck, "-x", "-P", LAUNCH, *scripts], capture_output=True, text=True, check=False
     )
     assert made.returncode == 0, made.stdout
+
+
+FAKE = """#!/usr/bin/env bash
+if [[ $1 == -m ]]; then echo "$*" >>"$CALLS"; exit; fi
+exec {python} "$@"
+"""
+
+
+def prepare(clone, venv, extras, calls):
+    """Runs `prepare EXTRAS` of a checkout; the lines of pip that it called."""
+    before = calls.read_text().count("\n") if calls.exists() else 0
+    command = f"set -euo pipefail; source {clone}/launch/environment.sh; prepare '{extras}'"
+    environment = {**os.environ, "VENV": str(venv), "CALLS": str(calls)}
+    environment.pop("PYTHON", None)
+    subprocess.run(["bash", "-c", command], env=environment, check=True, capture_output=True)
+    return calls.read_text().splitlines()[before:] if calls.exists() else []
+
+
+def test_an_environment_is_installed_once_for_each_set_of_extras_and_checkout(tmp_path):
+    venv, calls = tmp_path / "venv", tmp_path / "calls"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").write_text(FAKE.format(python=sys.executable))
+    (venv / "bin" / "python").chmod(0o755)
+    clones = [tmp_path / name for name in ("one", "two")]
+    for clone in clones:
+        shutil.copytree(ROOT / "launch", clone / "launch")
+        shutil.copy(ROOT / "setup.py", clone)
+    first, second = clones
+    assert "--editable .[dev]" in prepare(first, venv, "dev", calls)[0]
+    assert prepare(first, venv, "dev", calls) == []
+    assert len(prepare(first, venv, "gpu", calls)) == 1
+    assert prepare(first, venv, "dev", calls) == []
+    assert len(prepare(second, venv, "dev", calls)) == 1  # now the package is the other checkout's
+    assert len(prepare(first, venv, "dev", calls)) == len(prepare(first, venv, "gpu", calls)) == 1
+    (first / "setup.py").write_text("# changed")
+    assert len(prepare(first, venv, "dev", calls)) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "words"), [("backbones.sh", "--dry_run"), ("quickstart.sh", "--dry_run")]
+)
+def test_a_launcher_refuses_words_that_it_does_not_take(script, words, tmp_path):
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / script), words],
+        env={**os.environ, "VENV": str(tmp_path / "none"), "WORKDIR": str(tmp_path / "run")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and f"found {words}" in done.stderr
+    assert list(tmp_path.iterdir()) == []
