@@ -8,6 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 600  # seconds
+# Devices of a busy machine wait for each other longer than the 40 seconds after which XLA ends.
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 
 
 def run_python(code: str, *, devices: int = 1) -> str:
@@ -30,7 +32,12 @@ def _run(words: list[str], devices: int) -> str:
         text=True,
         timeout=TIMEOUT,
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {PATIENT}".strip(),
+        },
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
