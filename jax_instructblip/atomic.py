@@ -88,8 +88,6 @@ def unwritable(folder: str | os.PathLike) -> str:
     there = next(path for path in (place, *place.parents) if path.exists())
     if not there.is_dir():
         return f"{there} is a file"
-    if str(there).startswith(("/proc", "/sys")):
-        return f"{there} holds no files of users"
     if not os.access(there, os.W_OK | os.X_OK):
         return f"{there} cannot be written to (read-only, or another user's)"
     return ""

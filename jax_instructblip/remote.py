@@ -24,7 +24,6 @@ PAUSE_SECONDS = 1.0  # after the first failure; twice as long after the next one
 # What `pathlib` and shells make of an address is one, too: `s3:/bucket`, `./s3:/bucket`.
 _ADDRESS = re.compile(r"(?:\./)*(?P<scheme>gs|gcs|s3|az|memory):/{1,2}(?P<rest>[^/].*)", re.I)
 _STAMPS = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "created")
-_FINAL = (FileNotFoundError, PermissionError)  # trying again changes nothing
 
 
 def address_of(path: object) -> str:
@@ -230,7 +229,7 @@ def _try(work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         except Exception as error:  # each store has errors of its own
             if isinstance(error, FileNotFoundError):
                 raise
-            if number == TRIES or isinstance(error, _FINAL):
+            if number == TRIES or isinstance(error, PermissionError):
                 where = next((each for each in reversed(arguments) if isinstance(each, str)), "")
                 tries = f" ({number} tries)" if number > 1 else ""
                 raise OSError(

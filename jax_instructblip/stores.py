@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import posixpath
 import shutil
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from jax_instructblip import remote
 from jax_instructblip.atomic import check_room, refuse_existing
-from jax_instructblip.files import local_path, read_json
+from jax_instructblip.files import local_path, read_json, scan_jsonl
 from jax_instructblip.progress import count_bytes
 
 VARIABLE = "JAX_INSTRUCTBLIP_STORES"  # names another folder of copies
@@ -71,14 +72,19 @@ def input_checkpoint(path: str | os.PathLike) -> Path:
 
 
 def input_rows(path: str | os.PathLike, name: str = "the data") -> Path:
-    """The path of a file of JSON lines; of an address with all files beside it, its images."""
+    """The path of a file of JSON lines; of an address with the images that its lines name.
+
+    Raises as `input_path`. What is wrong with a line is left to whoever reads the file.
+    """
     address = remote.address_of(path)
     if not address.endswith((".jsonl", ".json")):
         return input_path(path, name)
     folder, _, file = address.rpartition("/")
-    copy = _fetch(folder) / file
+    copy = _fetch(folder, lambda name: name == file) / file
     if not copy.is_file():
         raise FileNotFoundError(f"{name} is {address}, and there is no such file")
+    images = _named_files(copy)
+    _fetch(folder, lambda name: name == file or name in images)
     return copy
 
 
@@ -106,7 +112,8 @@ def output_folder(
 ) -> Iterator[tuple[Path, str]]:
     """Yields a folder to make, and what to call it; at an address it appears when it is whole.
 
-    `last` is the file that makes it whole. Where copying fails, the folder stays on the disk.
+    `last` is the file that makes it whole. Where copying fails or is interrupted, the folder stays
+    on the disk, and its place is said.
 
     Raises:
         FileExistsError: there is something already.
@@ -132,6 +139,10 @@ def output_folder(
         whole = folder.is_dir()
         if whole:
             send(folder, address, last)
+    except KeyboardInterrupt:
+        if whole:
+            print(f"{address} was not written; it stands whole in {folder}", file=sys.stderr)
+        raise
     except OSError as error:
         if not whole:
             raise
@@ -233,6 +244,17 @@ def _fetch(
         finally:
             _write_index(home, address, cached)
     return copy
+
+
+def _named_files(rows: Path) -> set[str]:
+    """The names of images in a file of JSON lines, as they are below its folder."""
+    names = set()
+    for _, fields, _ in scan_jsonl(rows):
+        if isinstance(fields, dict):
+            many = fields.get("images")
+            each = [fields.get("image"), *(many if isinstance(many, list) else [])]
+            names |= {posixpath.normpath(name) for name in each if isinstance(name, str)}
+    return names
 
 
 def _home(address: str) -> Path:

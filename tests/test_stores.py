@@ -1,4 +1,4 @@
-"""What is at an address of a store is read and written as what lies on a disk is."""
+"""Files and folders of a store are read and written as those of a disk are."""
 
 import json
 import os
@@ -110,6 +110,18 @@ def test_a_store_that_fails_in_the_middle_leaves_no_whole_folder_and_loses_nothi
     assert (folder / "params/a").read_text() == "1" and str(folder) in str(error.value)
 
 
+def test_an_interrupted_copy_says_where_all_of_it_is(capsys):
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    with bucket() as store, pytest.raises(KeyboardInterrupt):
+        with stores.output_folder("gs://bucket/new") as (folder, _):
+            write(folder, **{"config.json": "{}"})
+            store.before = interrupt
+    assert f"it stands whole in {folder}" in capsys.readouterr().err
+    assert (folder / "config.json").is_file()
+
+
 def fail(path):
     raise ConnectionError("503 busy")
 
@@ -131,6 +143,29 @@ def test_a_folder_that_grows_goes_to_the_store_meanwhile_and_comes_back(
         write(folder, rows="12")
         raise KeyError("the work failed")
     assert remote.read(f"{home}/out", "rows") == b"12" and remote.names(f"{home}/out") == ["rows"]
+
+
+def test_of_json_lines_the_images_that_they_name_are_copied(home, tmp_path):
+    folder = write_data(tmp_path / "data", count=3).parent
+    lines = next(folder.glob("*.jsonl"))
+    named = {json.loads(line)["image"] for line in lines.read_text().splitlines()}
+    write(folder, **{"run__checkpoints__1__a.b": "of another run", "unnamed.png": "1"})
+    remote.put(folder, home)
+    copy = stores.input_rows(f"{home}/{lines.name}")
+    found = {path.relative_to(copy.parent).as_posix() for path in copy.parent.rglob("*.*")}
+    assert found == {lines.name, *named}
+    with pytest.raises(FileNotFoundError, match=f"the data is {home}/no.jsonl, and there is no"):
+        stores.input_rows(f"{home}/no.jsonl")
+
+
+def test_bad_lines_of_a_store_are_left_to_their_reader(home, tmp_path):
+    lines = ("[]", '{"image": 3}', '{"images": "a.png"}', "no json")
+    bad = "\n".join([*lines, '{"images": ["../up.png", "sub/./a.png"]}'])
+    files = {"rows.jsonl": bad, "sub__a.png": "1", "x__other.png": "1"}
+    remote.put(write(tmp_path / "data", **files), home)
+    copy = stores.input_rows(f"{home}/rows.jsonl")
+    assert copy.read_text() == bad and (copy.parent / "sub/a.png").is_file()
+    assert not (copy.parent / "x").exists()
 
 
 def test_results_that_cannot_be_copied_stay_and_go_there_next_time(tmp_path):

@@ -32,6 +32,7 @@ from jax_instructblip.conversion.stored_model import (
 from jax_instructblip.files import TOKENIZER_LIMIT, read_json
 from jax_instructblip.models.variants import QFormerConfig
 
+PROCESSORS = {"instructblip": "InstructBlipProcessor", "blip2": "Blip2Processor"}
 QFORMER_LIMIT = 128  # tokens of an instruction, as released
 DTYPES = {
     name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("bfloat16", "float16", "float32")
@@ -190,8 +191,8 @@ def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> l
     notes += _losses(model, family, config)
     sides = {"preprocessor_config": preprocessor(variant)}
     sides |= {name: facts[name] for name in hf_folder.SIDE_FILES if name in facts}
-    if variant.kind == "instructblip":  # the processor puts so many places before a prompt
-        usual: dict[str, Any] = {"processor_class": "InstructBlipProcessor"}
+    if variant.kind in PROCESSORS:  # which put so many places before a prompt
+        usual: dict[str, Any] = {"processor_class": PROCESSORS[variant.kind]}
         usual["num_query_tokens"] = variant.qformer.queries
         sides["processor_config"] = usual | sides.get("processor_config", {})
     for name, document in {"config": config, **sides}.items():

@@ -49,6 +49,13 @@ _NAMES = (
     (r"(vision|text)_projection\.", r"\1_proj."),
 )
 _LANGUAGE_MODELS = {"t5": "t5", "llama": "llm", "opt": "opt"}  # `t5_model.`, `t5_proj.`
+# Where the layers of a language model begin. A file without them may still hold other names of its
+# embedding: the original leaves out the parameters that are frozen, not their second names.
+_LANGUAGE_LAYERS = {
+    "t5": "encoder.block.",
+    "llama": "model.layers.",
+    "opt": "model.decoder.layers.",
+}
 _QKV_BIASES = {0: "q_bias", 2: "v_bias"}  # by the part of the tables' one tensor
 
 # Of `eva_vit_g.pth`, which is the tower alone, with bare names: what no model here has.
@@ -178,7 +185,7 @@ def _refuse_trimmed(tensors: Iterable[str], variant: Variant, title: str) -> Non
         lacking.append("visual_encoder.*, the image tower: give eva_vit_g.pth, too")
     if variant.llm is not None:
         name = f"{_LANGUAGE_MODELS[variant.llm.kind]}_model."
-        if not begins(name):
+        if not begins(name + _LANGUAGE_LAYERS[variant.llm.kind]):
             lacking.append(f"{name}*, the language model, which is stored apart: give it, too")
     if lacking:
         raise ConversionError(f"{title} was saved without its frozen towers", lacking)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import transformers
 
+from jax_instructblip.data.tokenizer_files import load_qformer_tokenizer
 from jax_instructblip.fields import text_problem
 from jax_instructblip.models.variants import Variant
 
@@ -58,15 +58,10 @@ class CaptionTokenizer:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is of another model.
+            ValueError: it is damaged, or of another model.
         """
         own = pathlib.Path(folder, "qformer_tokenizer")
-        place = own if own.is_dir() else pathlib.Path(folder)
-        if not any((place / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-            raise FileNotFoundError(
-                f"{place} has no tokenizer.json and no vocab.txt, so captions cannot be read"
-            )
-        tokenizer = transformers.BertTokenizer.from_pretrained(place, bos_token="[DEC]")
+        tokenizer = load_qformer_tokenizer(own if own.is_dir() else folder)
         return cls(variant, tokenizer, limit)
 
     def encode(self, captions: Sequence[str]) -> Captions:

@@ -8,20 +8,16 @@ caption_mask   [B, L] bool               image_id       [B] int32, the same for 
 """
 
 import hashlib
-import logging
 import os
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from jax_instructblip.data import images
 from jax_instructblip.data.captions import CaptionTokenizer
-from jax_instructblip.data.mixture import Mixture, Source, digest_of
-from jax_instructblip.data.rand_augment import rand_augment
+from jax_instructblip.data.images import ImageError
+from jax_instructblip.data.mixture import Mixture, digest_of
 from jax_instructblip.data.records import Record
-from jax_instructblip.data.train_batches import ATTEMPTS, WARNINGS
+from jax_instructblip.data.train_batches import ImagePreparation, Replacements
 
 PairBatch = dict[str, np.ndarray]
 
@@ -57,10 +53,10 @@ class PairBatches:
             )
         self.mixture, self.text = mixture, text
         self.batch_size, self.steps, self.row_count = batch_size, steps, batch_size
-        self.augment, self.min_decode_ratio = augment, min_decode_ratio
-        self.rand_augment, self.upright = rand_augment, upright
+        size = text.variant.vision.image_size
+        self.prepare = ImagePreparation(size, augment, min_decode_ratio, rand_augment, upright)
         self.rows = np.arange(batch_size) if rows is None else rows
-        self._warned = 0
+        self.replacements = Replacements()
 
     def __len__(self) -> int:
         return self.steps
@@ -89,21 +85,20 @@ class PairBatches:
 
     def _pair(self, place: int) -> tuple[Record, str, np.ndarray, int]:
         """The first attempt at that place that can be used: record, caption, pixels, its number."""
-        for attempt in range(ATTEMPTS + 1):
+        attempt = 0
+        while True:
             source, index = self.mixture.find(place, attempt)
             name = f"record {index} of {source.name}"
             try:
                 record = source.records[index]
                 name = record.id
                 caption = self._caption(record, self.mixture.rng(place, attempt, use="text"))
-                return record, caption, self._pixels(record, place, attempt), attempt
-            except (ValueError, images.ImageError) as error:
-                self._warn(source, name, error)
-                last = error
-        raise ValueError(
-            f"{ATTEMPTS} records of source {source.name!r} in a row cannot be used, the last one "
-            f"being {name!r} ({last}); `jax-instructblip check` lists what is wrong"
-        )
+                if len(record.images) != 1:
+                    raise ValueError(f"it has {len(record.images)} images, a pair has one")
+                rng = self.mixture.rng(place, attempt, use="image")
+                return record, caption, self.prepare(record.images[0], rng), attempt
+            except (ValueError, ImageError) as error:
+                attempt = self.replacements.next(source, name, attempt, error)
 
     def _caption(self, record: Record, rng: np.random.Generator) -> str:
         """One of the distinct captions, each as likely, written in the mixture's style."""
@@ -113,23 +108,6 @@ class PairBatches:
         if not distinct:
             raise ValueError("it has no caption (answer)")
         return self.mixture.style.caption(distinct[int(rng.integers(len(distinct)))])
-
-    def _pixels(self, record: Record, place: int, attempt: int) -> np.ndarray:
-        if len(record.images) != 1:
-            raise ValueError(f"it has {len(record.images)} images, a pair has one")
-        size, (source,) = self.text.variant.vision.image_size, record.images
-        if not self.augment:
-            return images.resize_squash(images.decode(source, upright=self.upright), size)
-        rng = self.mixture.rng(place, attempt, use="image")
-        how: Mapping[str, Any] = {"min_ratio": self.min_decode_ratio, "upright": self.upright}
-        pixels = images.random_resized_crop_flip(source, size, rng, **how)
-        return rand_augment(pixels, rng) if self.rand_augment else pixels
-
-    def _warn(self, source: Source, name: str, error: Exception) -> None:
-        if self._warned < WARNINGS:
-            self._warned += 1
-            text = f"{source.name}: {name}: replaced: {error}"
-            logging.getLogger(__name__).warning(text.encode("utf-8", "backslashreplace").decode())
 
 
 def image_id(record: Record) -> int:

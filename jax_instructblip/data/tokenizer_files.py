@@ -3,7 +3,7 @@
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import transformers
 
@@ -78,26 +78,35 @@ def load_tokenizers(
         )
     llm_folder = pathlib.Path(llm_folder)
     _require(llm_folder, _FILES[kind], "language model's")
-    if qformer_folder is not None:
-        qformer_folder = pathlib.Path(qformer_folder)
-        _require(qformer_folder, ("tokenizer.json", "vocab.txt"), "Q-Former's")
+    qformer = None if qformer_folder is None else load_qformer_tokenizer(qformer_folder)
     if special is None:
         bare = not (llm_folder / "tokenizer_config.json").exists()
         special = RELEASED_SPECIAL[kind] if bare else {}
     llm = _read(_CLASSES[kind], llm_folder, "language model's", **special)
     if kind == "llama":
         split_as_sentencepiece(llm, llm_folder)
-    tokenizers: list[Any] = [llm]
-    if qformer_folder is not None:
-        # [DEC] starts the captions of the first pre-training stage; it makes the vocabulary 30,523.
-        bert = transformers.BertTokenizer
-        tokenizers.append(_read(bert, qformer_folder, "Q-Former's", bos_token="[DEC]"))
-    for tokenizer in tokenizers:
-        # A tokenizer.json may carry a length limit or padding of its own.
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-    llm, qformer, *_ = (*tokenizers, None)
-    return llm, qformer
+    return _without_limits(llm), cast(Any, qformer)
+
+
+def load_qformer_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
+    """BERT's tokenizer, with `[DEC]` as the beginning of a caption that is written (30,523 ids).
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: its files are damaged.
+    """
+    folder = pathlib.Path(folder)
+    _require(folder, ("tokenizer.json", "vocab.txt"), "Q-Former's")
+    return _without_limits(
+        _read(transformers.BertTokenizer, folder, "Q-Former's", bos_token="[DEC]")
+    )
+
+
+def _without_limits(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer without a length limit or padding, which its tokenizer.json may carry."""
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
 
 
 def _require(folder: pathlib.Path, names: Sequence[str], whose: str) -> None:

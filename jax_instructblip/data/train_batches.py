@@ -71,11 +71,11 @@ class TrainBatches:
         self.mixture, self.text = mixture, text
         self.batch_size, self.steps = batch_size, steps
         self.samples_per_row, self.row_count = samples_per_row, batch_size // samples_per_row
-        self.augment, self.min_decode_ratio = augment, min_decode_ratio
-        self.rand_augment, self.upright = rand_augment, upright
+        size = text.variant.vision.image_size
+        self.prepare = ImagePreparation(size, augment, min_decode_ratio, rand_augment, upright)
         self.rows = np.arange(self.row_count) if rows is None else rows
         self.buckets = {name: _cut(buckets, limit) for name, limit in _limits(text).items()}
-        self._warned = 0
+        self.replacements = Replacements()
 
     def __len__(self) -> int:
         return self.steps
@@ -161,7 +161,7 @@ class TrainBatches:
                 self._check_positions(record, example)
                 return attempt, record, example
             except ValueError as error:
-                attempt = self._next(source, name, attempt, error)
+                attempt = self.replacements.next(source, name, attempt, error)
 
     def _whole(
         self, position: int, attempt: int, record: Record, example: Example
@@ -177,7 +177,7 @@ class TrainBatches:
             try:
                 return attempt, example | {"images": self._pixels(record, position, attempt)}
             except images.ImageError as error:
-                attempt = self._next(source, record.id, attempt, error)
+                attempt = self.replacements.next(source, record.id, attempt, error)
             attempt, record, example = self._text(position, attempt)
             while not _fits(self._size(record, example), room):
                 passed += 1
@@ -186,28 +186,45 @@ class TrainBatches:
                     kept = record.images[: room["images"]]
                     record = dataclasses.replace(record, images=kept)
                     break
-                attempt = self._next(source, record.id, attempt, _TOO_LONG)
+                attempt = self.replacements.next(source, record.id, attempt, _TOO_LONG)
                 attempt, record, example = self._text(position, attempt)
 
     def _pixels(self, record: Record, position: int, attempt: int) -> np.ndarray:
-        size = self.text.variant.vision.image_size
-        frames = []
-        for source in record.images:
-            if self.augment:
-                # The same numbers for every frame: a video is cropped alike throughout.
-                rng = self.mixture.rng(position, attempt, use="image")
-                crop = images.random_resized_crop_flip
-                ratio = self.min_decode_ratio
-                pixels = crop(source, size, rng, min_ratio=ratio, upright=self.upright)
-                frames.append(rand_augment(pixels, rng) if self.rand_augment else pixels)
-            else:
-                image = images.decode(source, upright=self.upright)
-                frames.append(images.resize_squash(image, size))
-        return np.stack(frames)
+        """Pixels [n, H, W, 3]; a video is cropped alike throughout: the same numbers every time."""
+        rng = lambda: self.mixture.rng(position, attempt, use="image")
+        return np.stack([self.prepare(source, rng()) for source in record.images])
 
-    def _next(self, source: Source, name: str, attempt: int, error: Exception) -> int:
-        if error is not _TOO_LONG and self._warned < WARNINGS:
-            self._warned += 1
+
+class ImagePreparation:
+    """The way from an image of a record to the pixels of a training sample."""
+
+    def __init__(
+        self, size: int, augment: bool, min_decode_ratio: float, rand_augment: bool, upright: bool
+    ):
+        """`size` is that of the sides; the others are the arguments of `TrainBatches`."""
+        self.size, self.augment, self.upright = size, augment, upright
+        self.min_decode_ratio, self.rand_augment = min_decode_ratio, rand_augment
+
+    def __call__(self, source: images.Source, rng: np.random.Generator) -> np.ndarray:
+        """Pixels [size, size, 3], uint8; raises ImageError."""
+        if not self.augment:
+            return images.resize_squash(images.decode(source, upright=self.upright), self.size)
+        pixels = images.random_resized_crop_flip(
+            source, self.size, rng, min_ratio=self.min_decode_ratio, upright=self.upright
+        )
+        return rand_augment(pixels, rng) if self.rand_augment else pixels
+
+
+class Replacements:
+    """A count of unusable records, of which the first few are named in the log."""
+
+    def __init__(self):
+        self._named = 0
+
+    def next(self, source: Source, name: str, attempt: int, error: Exception) -> int:
+        """The number of the attempt after the one that failed; ValueError after too many."""
+        if error is not _TOO_LONG and self._named < WARNINGS:
+            self._named += 1
             text = f"{name}: replaced: {error}".encode("utf-8", "backslashreplace").decode()
             logging.getLogger(__name__).warning(text)
         if attempt >= ATTEMPTS:

@@ -55,7 +55,7 @@ class CaptionHead(nn.Module):
 
 
 class Heads(nn.Module):
-    """What reads the Q-Former's outputs: two projections, the match, the caption, a temperature."""
+    """Heads on the Q-Former's outputs: two projections, the match, the caption, a temperature."""
 
     config: QFormerConfig
     dtype: Any

@@ -34,7 +34,7 @@ class DecoderOnly(Network):
         raise NotImplementedError
 
     def shared(self, positions: Int[Array, "#B T"]) -> tuple[Any, ...]:
-        """What all layers are given alike because of the positions."""
+        """Arguments that follow from the positions and that all layers share."""
         raise NotImplementedError
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

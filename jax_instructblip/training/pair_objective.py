@@ -152,5 +152,5 @@ def _contrast(similarities: Array, same: Array) -> Array:
 
 
 def _targets(batch: Batch) -> Array:
-    """What a written caption is to tell: the next token, up to `[SEP]`; [B, L - 1]."""
+    """The next token behind each of a caption, up to `[SEP]`; [B, L - 1]."""
     return jnp.where(batch["caption_mask"][:, 1:], batch["captions"][:, 1:], IGNORE)

@@ -98,7 +98,7 @@ def test_layers_and_tower_are_those_of_transformers(theirs):
         )
 
     def layer(index):
-        """What layer `index` makes of what transformers gives its own."""
+        """The output of layer `index` for the input that transformers gives its own."""
         stack = jax.tree.map(lambda leaf: leaf[index : index + 1], params["layers"])
         one = Opt(VARIANT.replace(**{"llm.layers": 1}).llm, jnp.float32)
         x = jnp.asarray(made.hidden_states[index].numpy())

@@ -1,5 +1,6 @@
 """Hugging Face's folders of BLIP-2's second stage: logits and answers beside transformers."""
 
+import json
 import warnings
 
 import jax
@@ -110,6 +111,10 @@ def test_there_and_back_no_bit_changes(pair, tmp_path):
     back = jax_instructblip.export(ours, tmp_path / "back")
     assert_same_tensors(back, folder)
     load_in_transformers(back, SECOND)
+    # The processor puts as many placeholders before a prompt as there are queries.
+    stored = json.loads((back / "processor_config.json").read_text())
+    assert stored["processor_class"] == "Blip2Processor"
+    assert stored["num_query_tokens"] == blip.variant.qformer.queries
     again = jax_instructblip.load(ours, dtype=jnp.float32)
     assert again.variant == blip.variant
     jax.tree.map(np.testing.assert_array_equal, again.params, blip.params)
