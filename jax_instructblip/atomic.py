@@ -1,6 +1,7 @@
 """Folders and files that appear whole or not at all, and never replace another."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import socket
@@ -47,6 +48,14 @@ def encode_utf8(text: str) -> bytes:
     What was computed is written, whatever the texts are that it was computed from.
     """
     return text.encode("utf-8", "backslashreplace")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time; the lock of a killed one is gone with it."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def set_aside(path: Path, word: str = "aside") -> Path:

@@ -5,6 +5,7 @@ lets pass or dies of: a key that an object has twice (the last would win), nesti
 and Infinity, numbers that overflow, files of another size than their kind can have.
 """
 
+import dataclasses
 import io
 import json
 import math
@@ -53,6 +54,36 @@ _TYPES = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSlice:
+    """Bytes of a file that are a file of their own, such as a member of a tar.
+
+    Attributes:
+      path: the file that holds them.
+      name: the name of the member.
+      offset: its first byte.
+      size: the number of its bytes.
+    """
+
+    path: str
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        """`00000.tar:000000012.jpg`, with the folder of the tar."""
+        return f"{self.path}:{self.name}"
+
+    def read(self) -> bytes:
+        """The bytes; an OSError where the file is gone or ends before them."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        if len(content) < self.size:
+            raise OSError(f"{self}: {len(content)} of {self.size} bytes are there: it is cut off")
+        return content
 
 
 def address_problem(path: str | os.PathLike) -> str:

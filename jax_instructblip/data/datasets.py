@@ -1,4 +1,4 @@
-"""The datasets of InstructBLIP: one table, joined from the modules of `data/readers`."""
+"""The datasets of InstructBLIP and of BLIP-2's pre-training, from the modules of `data/readers`."""
 
 from jax_instructblip import lookup
 from jax_instructblip.data.readers import (
@@ -6,6 +6,7 @@ from jax_instructblip.data.readers import (
     choices,
     dialogue,
     memes,
+    pretraining,
     reading,
     reasoning,
     video_qa,
@@ -23,11 +24,15 @@ DATASETS: dict[str, Dataset] = {
         key=lambda dataset: FAMILIES.index(dataset.family),
     )
 }
+# What BLIP-2's first two stages are trained on besides COCO's captions.
+PRETRAINING: dict[str, Dataset] = {dataset.name: dataset for dataset in pretraining.DATASETS}
+
+ALL = DATASETS | PRETRAINING
 
 
 def get_dataset(name: str) -> Dataset:
     """The dataset of that name; a ValueError with those spelled alike where there is none."""
-    return lookup.find(DATASETS, name, "dataset")
+    return lookup.find(ALL, name, "dataset")
 
 
 def table(name: str | None = None) -> str:
@@ -37,9 +42,8 @@ def table(name: str | None = None) -> str:
       ValueError: there is none of that name.
     """
     lines = []
-    for dataset in DATASETS.values() if name is None else [get_dataset(name)]:
-        use = "held in" if dataset.held_in else "held out"
-        lines.append(f"{dataset.name}: {dataset.family}, {use}")
+    for dataset in ALL.values() if name is None else [get_dataset(name)]:
+        lines.append(f"{dataset.name}: {dataset.family}, {dataset.use}")
         for split, names in dataset.files.items():
             count = f"{dataset.counts[split]:,} records" if split in dataset.counts else ""
             again = " and ".join(dataset.rerelease.get(split, ()))

@@ -17,7 +17,7 @@ import simplejpeg
 from PIL import ExifTags, Image
 
 from jax_instructblip import remote
-from jax_instructblip.files import address_problem
+from jax_instructblip.files import FileSlice, address_problem
 
 # As Pillow's own warning limit: above it decoding takes more than 250 MB.
 MAX_PIXELS = 89_478_485
@@ -41,7 +41,7 @@ _UPRIGHT = {
 }
 
 
-Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+Source = str | os.PathLike[str] | bytes | FileSlice | Image.Image | np.ndarray
 
 
 class ImageError(ValueError):
@@ -51,12 +51,12 @@ class ImageError(ValueError):
 def decode(source: Source, *, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Image.Image:
     """An RGB image of 8 bits a channel, or an `ImageError` with file name and reason.
 
-    `source` is a path, an address of a store, the bytes of an image file, a PIL image or a uint8
-    array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. The EXIF orientation is applied where `upright`
-    (the released code leaves photographs as they lie in the file); of an animation the first frame
-    is taken; transparency is dropped, not blended (Pillow's `convert("RGB")`, as in the released
-    code); 16-bit gray keeps its high byte, as Pillow does for 16-bit colour. The number of pixels
-    is compared with `max_pixels` before any pixel is decoded.
+    `source` is a path, an address of a store, a member of a tar, the bytes of an image file, a PIL
+    image or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. The EXIF orientation is
+    applied where `upright` (the released code leaves photographs as they lie in the file); of an
+    animation the first frame is taken; transparency is dropped, not blended (Pillow's
+    `convert("RGB")`, as in the released code); 16-bit gray keeps its high byte, as Pillow does for
+    16-bit colour. The number of pixels is compared with `max_pixels` before any pixel is decoded.
     """
     with _opened(source, max_pixels) as image:
         return _rgb(image, upright)
@@ -163,8 +163,8 @@ def _open(source: Source, files: contextlib.ExitStack) -> Image.Image:
         return _from_array(source)
     if isinstance(source, Image.Image):
         return source
-    if isinstance(source, bytes):
-        file = io.BytesIO(source)
+    if isinstance(source, bytes | FileSlice):
+        file = io.BytesIO(source if isinstance(source, bytes) else source.read())
     elif address := remote.address_of(source):
         folder, _, name = address.rpartition("/")
         content = remote.read(folder, name)
@@ -307,6 +307,8 @@ def _name(source: object) -> str:
         return f"image of {len(source)} bytes"
     if isinstance(source, Image.Image):
         return str(getattr(source, "filename", "") or "PIL image")
+    if isinstance(source, FileSlice):
+        return str(source)
     if isinstance(source, str | os.PathLike):
         return remote.address_of(source) or os.fspath(source)
     raise ImageError(

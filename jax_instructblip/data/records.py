@@ -21,8 +21,9 @@ from PIL import Image
 
 from jax_instructblip import files
 from jax_instructblip.fields import text_problem
+from jax_instructblip.files import FileSlice
 
-ImageSource = str | bytes | Image.Image
+ImageSource = str | bytes | FileSlice | Image.Image
 
 _FIELDS = (
     *("id", "image", "images", "prompt", "answer", "answers", "task", "choices", "correct"),
@@ -38,7 +39,7 @@ _OTHERS = {
     **dict.fromkeys(("options", "candidates"), ["choices"]),
     **dict.fromkeys(("question_id", "image_id", "uid"), ["id"]),
 }
-_SINGLE = ("id", "prompt", "task", "split", "context")  # fields that are one text
+_SINGLE = ("id", "prompt", "task", "split", "context", "problem")  # fields that are one text
 
 
 LIST = (
@@ -62,7 +63,8 @@ class Record:
 
     Attributes:
       id: names the record within its dataset.
-      images: paths, encoded bytes or PIL images, in the order of time if there are several.
+      images: paths, members of tars, encoded bytes or PIL images, in the order of time if there
+        are several.
       prompt: what is asked, before a template dresses it.
       answers: one for each annotator, alike ones repeated; empty where nothing is known (then the
         record cannot train).
@@ -75,6 +77,7 @@ class Record:
       history: earlier rounds of a dialogue, each a question and its answer.
       times: seconds of each image from the start of its video; empty for still images.
       blank: how many annotators were asked and left the answer blank, beside those of `answers`.
+      problem: the reason why the original files hold no usable record here; "" where they do.
     """
 
     id: str
@@ -90,6 +93,7 @@ class Record:
     history: tuple[tuple[str, str], ...] = ()
     times: tuple[float, ...] = ()
     blank: int = 0
+    problem: str = dataclasses.field(default="", repr=False)  # digests are of what is stored
 
     def __post_init__(self):
         problems = []
@@ -135,7 +139,7 @@ class Record:
             yield f"times has {len(self.times)} numbers for {len(self.images)} images"
 
     def text_problems(self) -> list[str]:
-        """Every text and path of it that cannot be read or written, each with its reason.
+        """Its `problem`, and every text and path that cannot be read or written, with reasons.
 
         Such a record is none to train on or to ask; it may exist, so that it can be counted.
         """
@@ -145,13 +149,14 @@ class Record:
         for index, turn in enumerate(self.history):
             named += [(f"history[{index}]", text) for text in turn]
         problems = [(name, text_problem(text)) for name, text in named]
+        reasons = [self.problem] if self.problem else []
         for index, image in enumerate(self.images):
             try:
                 # Names of files that are of another encoding are given with halves of pairs.
                 os.fsencode(image if isinstance(image, str) else "")
             except UnicodeEncodeError:
                 problems.append((f"images[{index}]", f"cannot be the name of a file: {image!r}"))
-        return [f"{name} {problem}" for name, problem in problems if problem]
+        return reasons + [f"{name} {problem}" for name, problem in problems if problem]
 
 
 def read_jsonl(

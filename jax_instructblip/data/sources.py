@@ -1,4 +1,4 @@
-"""The records behind a path: your own JSON lines, a prepared folder, or a dataset drawn here."""
+"""The records behind a path: JSON lines, a prepared folder, tars, or a dataset drawn here."""
 
 import hashlib
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from jax_instructblip import stores
+from jax_instructblip.data import webdataset
 from jax_instructblip.data.prepare import builder, shards
 from jax_instructblip.data.records import Record, RecordError, read_jsonl
 from jax_instructblip.data.shapes import dataset
@@ -15,9 +16,10 @@ from jax_instructblip.data.shapes import dataset
 def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record], str]:
     """The records of one split with random access, and a digest that stands for their content.
 
-    `path` is a file of JSON lines, a folder that `jax-instructblip prepare` wrote, or the name of a
-    drawn dataset (`shapes`), which is drawn first where it is absent. Of a file whose lines name no
-    split, every line is of any split. What is at an address of a store is copied to the disk.
+    `path` is a file of JSON lines, a folder that `jax-instructblip prepare` wrote, a folder of tars
+    with pairs of images and captions (`webdataset.py`), or the name of a drawn dataset (`shapes`),
+    which is drawn first where it is absent. Lines that name no split, and tars, are of any split.
+    What is at an address of a store is copied to the disk.
 
     Raises:
         ValueError: there is no such dataset or split; what there is is listed.
@@ -35,10 +37,14 @@ def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record],
         records = cast(Sequence[Record], builder.open_folder(folder, split))
         content = (folder / shards.REPORT).read_bytes()
         return records, f"{hashlib.sha256(content).hexdigest()}-{split}"
+    if webdataset.holds_tars(Path(name)):
+        records = webdataset.open_tars(name, split=split)
+        return cast(Sequence[Record], records), records.digest()
     if not name.endswith((".jsonl", ".json")):
         raise ValueError(
             f"no records at {name!r}: expected a file of JSON lines (.jsonl), a folder that "
-            f"`jax-instructblip prepare` wrote, or one of {', '.join(dataset.DATASETS)}"
+            "`jax-instructblip prepare` wrote, a folder of tars (img2dataset), or one of "
+            f"{', '.join(dataset.DATASETS)}"
         )
     records = read_jsonl(name)
     splits = sorted({record.split for record in records})

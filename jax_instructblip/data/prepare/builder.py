@@ -11,7 +11,6 @@ as file objects (an array would be encoded by TensorFlow), and rows read back as
 
 import contextlib
 import dataclasses
-import fcntl
 import io
 import itertools
 import logging
@@ -25,6 +24,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
+from jax_instructblip.atomic import locked
 from jax_instructblip.data.records import Record, RecordError
 
 BUILDER = "jax_instructblip_records"  # the folder of TFDS's own naming
@@ -250,14 +250,6 @@ def _file(image: Any) -> Any:
     image.save(buffer, "PNG")
     buffer.seek(0)
     return buffer
-
-
-@contextlib.contextmanager
-def locked(path: pathlib.Path) -> Iterator[None]:
-    """One process at a time; the lock of a killed one is gone with it."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager

@@ -123,7 +123,10 @@ def inside(raw: pathlib.Path, *parts: str, where: str = "") -> str:
 
 
 def pick_layout(raw: pathlib.Path, split: str, *layouts: Layout) -> tuple[int, list[pathlib.Path]]:
-    """Number and files of the first of the layouts whose files of that split are all in `raw`."""
+    """Number and files of the first of the layouts whose files of that split are all in `raw`.
+
+    A name may be a pattern (`*.tar`), of which one file must be there.
+    """
     known = sorted(set().union(*layouts))
     if split not in known:
         raise AnnotationError(f"split {split!r} is not known, expected one of {', '.join(known)}")
@@ -131,10 +134,9 @@ def pick_layout(raw: pathlib.Path, split: str, *layouts: Layout) -> tuple[int, l
     for number, layout in enumerate(layouts):
         if split not in layout:
             continue
-        paths = [raw / name for name in layout[split]]
-        absent = [path.relative_to(raw).as_posix() for path in paths if not path.exists()]
+        absent = [name for name in layout[split] if not any(raw.glob(name))]
         if not absent:
-            return number, paths
+            return number, [raw / name for name in layout[split]]
         missing.append(" and ".join(absent))
     raise AnnotationError(
         f"{raw} lacks files of split {split!r}: {', or else '.join(missing)}: "

@@ -21,6 +21,9 @@ FAMILIES = (
     "LLaVA-Instruct-150K",
 )
 
+# Beside them, what the first two stages of BLIP-2 (arXiv 2301.12597) are trained on.
+PAIRS = "image-caption pairs"
+
 Reader = Callable[[pathlib.Path, str], Iterator[Record]]
 
 
@@ -30,13 +33,14 @@ class Dataset:
 
     Attributes:
       name: what configurations and folders call it.
-      family: one of `FAMILIES`.
-      held_in: whether InstructBLIP was trained on it.
+      family: one of `FAMILIES`, or `PAIRS`.
+      held_in: whether InstructBLIP was trained on it; None where it is only pre-trained on.
       read: yields the records of one split of a folder that holds the original files.
-      files: for each split the annotation files that `read` needs, relative to that folder.
+      files: for each split the annotation files that `read` needs, relative to that folder; `*.tar`
+        stands for at least one tar.
       counts: expected number of records of a split, where it is known.
       templates: the list of `data/templates.py` that dresses a training prompt; "" for a dataset
-        that brings its own instructions.
+        that brings its own instructions, or has none.
       licence: of annotations or images, as the source states it.
       source: where to get the files.
       notes: what is dead, differs between releases, or could not be verified.
@@ -51,7 +55,7 @@ class Dataset:
 
     name: str
     family: str
-    held_in: bool
+    held_in: bool | None
     read: Reader
     files: Mapping[str, tuple[str, ...]]
     counts: Mapping[str, int]
@@ -65,6 +69,13 @@ class Dataset:
     read_answers: Reader | None = None
     answer_files: tuple[Mapping[str, tuple[str, ...]], ...] = ()
 
+    @property
+    def use(self) -> str:
+        """The use of the dataset, in words."""
+        if self.held_in is None:
+            return "pre-training"
+        return "held in" if self.held_in else "held out"
+
     def present(self, raw: pathlib.Path) -> list[str]:
         """The splits whose annotation files, of one release or the other, are all in `raw`."""
         return self._present(raw, (self.files, self.rerelease))
@@ -77,6 +88,6 @@ class Dataset:
         self, raw: pathlib.Path, layouts: tuple[Mapping[str, tuple[str, ...]], ...]
     ) -> list[str]:
         def there(layout: Mapping[str, tuple[str, ...]], split: str) -> bool:
-            return split in layout and all((raw / name).exists() for name in layout[split])
+            return split in layout and all(any(raw.glob(name)) for name in layout[split])
 
         return [split for split in self.files if any(there(each, split) for each in layouts)]

@@ -1,0 +1,22 @@
+r"""BLIP-2's second stage (arXiv 2301.12597): the Q-Former before a frozen language model.
+
+    jax-instructblip train --config configs/blip2_stage2.py \
+        --config.model.checkpoint=blip2-opt-2.7b --config.model.init=runs/blip2_stage1
+
+The checkpoint is a BLIP-2 with the language model, whose Q-Former that of the first stage replaces.
+The language model is asked for the whole caption, without a prompt. (The paper gives FlanT5 a first
+part of the caption to read; where it was cut is in no released code.)
+"""
+
+from ml_collections import ConfigDict
+
+from configs import blip2_pretraining
+
+
+def get_config() -> ConfigDict:
+    """The fields that differ from instruction tuning, each with the paper's number."""
+    # With OPT; 1,520 with FlanT5.
+    config = blip2_pretraining.get_config("blip2_stage2", batch_size=1_920, steps=80_000)
+    config.optimizer.final_learning_rate = 5e-5
+    config.text.answer_limit = 32
+    return config
