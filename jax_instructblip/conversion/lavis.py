@@ -60,12 +60,15 @@ _EVA = "blocks.0.attn.qkv.weight"
 _EVA_DROPPED = "of the whole EVA-CLIP tower: the features are taken before it"
 
 
-def lavis_entries(variant: Variant) -> list[Entry]:
-    """The entries of all tensors of a variant, under the original's names."""
+def lavis_entries(variant: Variant, *, apart: bool = False) -> list[Entry]:
+    """The entries of all tensors of a variant, under the original's names.
+
+    With `apart` without those of the language model.
+    """
     entries = [*vision.rules(variant.vision), *qformer.rules(variant.qformer)]
     if variant.llm is None:
         entries += heads.rules(variant.qformer)
-    else:
+    elif not apart:
         entries += LANGUAGES[variant.llm.kind].rules(variant.llm, False)
     kind = "" if variant.llm is None else _LANGUAGE_MODELS[variant.llm.kind]
     named = [each for entry in entries for each in _renamed(entry, kind)]
@@ -88,16 +91,27 @@ _BLOCK = (
 )
 
 
-def convert_lavis(tensors: Mapping[str, Any], variant: Variant, title: str) -> Plan:
+def convert_lavis(
+    tensors: Mapping[str, Any], variant: Variant, title: str, *, apart: bool = False
+) -> Plan:
     """The leaves of a variant from tensors under the original's names, one at a time.
 
-    `title` names where they are from. Raises ConversionError with all that is missing, left over
-    or of another shape; where a whole tower is missing, it says which file has it.
+    `title` names where they are from. With `apart` the language model comes from elsewhere: its
+    leaves are not made, and what the tensors hold of it is dropped. Raises ConversionError with all
+    that is missing, left over or of another shape; where a whole tower is missing, it says which
+    file has it.
     """
-    _refuse_trimmed(tensors, variant, title)
+    _refuse_trimmed(tensors, variant, title, apart)
     expected = checkpoint.flatten(param_shapes(variant))
+    begin = f"{_LANGUAGE_MODELS[variant.llm.kind]}_model." if apart else None
+    surplus = [] if begin is None else [name for name in tensors if name.startswith(begin)]
+    if apart:
+        expected = {path: leaf for path, leaf in expected.items() if not path.startswith("llm/")}
+        tensors = {name: tensors[name] for name in tensors.keys() - set(surplus)}
     wrong = f"the tensors of {title} do not fit this model"
-    return make_plan(lavis_entries(variant), tensors, expected, wrong)
+    plan = make_plan(lavis_entries(variant, apart=apart), tensors, expected, wrong)
+    dropped = plan.dropped | dict.fromkeys(surplus, "the language model has a folder of its own")
+    return dataclasses.replace(plan, dropped=dropped)
 
 
 def open_lavis(path: Path) -> dict[str, TorchTensor]:
@@ -122,16 +136,16 @@ def read_files(paths: Sequence[Path]) -> dict[str, TorchTensor]:
     return tensors
 
 
-def _refuse_trimmed(tensors: Iterable[str], variant: Variant, title: str) -> None:
-    """Raises where a tower is not in a file at all: those are stored apart."""
+def _refuse_trimmed(tensors: Iterable[str], variant: Variant, title: str, apart: bool) -> None:
+    """Raises where a tower is in no file at all; `apart`, the language model need not be."""
     begins = lambda word: any(name.startswith(word) for name in tensors)
     lacking = []
     if not begins("visual_encoder.blocks."):
         lacking.append("visual_encoder.*, the image tower: give eva_vit_g.pth, too")
-    if variant.llm is not None:
+    if variant.llm is not None and not apart:
         name = f"{_LANGUAGE_MODELS[variant.llm.kind]}_model."
         if not begins(name + _LANGUAGE_LAYERS[variant.llm.kind]):
-            lacking.append(f"{name}*, the language model, which is stored apart: give it, too")
+            lacking.append(f"{name}*, the language model: give its Hugging Face folder (--llm)")
     if lacking:
         raise ConversionError(f"{title} was saved without its frozen towers", lacking)
 
