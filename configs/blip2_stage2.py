@@ -1,11 +1,10 @@
-r"""BLIP-2's second stage (arXiv 2301.12597): the Q-Former before a frozen language model.
+"""BLIP-2's second stage (arXiv 2301.12597): the Q-Former before a frozen language model.
 
-    jax-instructblip train --config configs/blip2_stage2.py \
-        --config.model.checkpoint=blip2-opt-2.7b --config.model.init=runs/blip2_stage1
+    jax-instructblip backbones stage2 runs/blip2_stage1 stage2_base --llm opt-2.7b
+    jax-instructblip train --config configs/blip2_stage2.py --config.model.checkpoint=stage2_base
 
-The checkpoint is a BLIP-2 with the language model, whose Q-Former that of the first stage replaces.
-The language model is asked for the whole caption, without a prompt. (The paper gives FlanT5 a first
-part of the caption to read; where it was cut is in no released code.)
+The language model is asked for the whole caption, without a prompt. (The paper gives FlanT5 the
+beginning of the caption to read and asks for the rest.)
 """
 
 from ml_collections import ConfigDict

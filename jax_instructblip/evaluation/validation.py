@@ -37,9 +37,8 @@ def check(records: Sequence[Record], path: str, split: str) -> None:
       MetricError: they cannot be.
     """
     name = dataset_name(path)
-    metric = families.METRIC
-    if name:  # what is pre-trained on has no protocol
-        metric = BENCHMARKS[name].metric if name in BENCHMARKS else ""
+    # What is pre-trained on has no protocol: like a file, it is asked as it stands.
+    metric = BENCHMARKS[name].metric if name in BENCHMARKS else families.METRIC
     some = [records[number] for number in pick_numbers(len(records), _LOOKED_AT)]
     try:
         if not metric:
@@ -94,7 +93,7 @@ def evaluate(
         model.variant, params, text, dtype=model.dtype, mesh=mesh, silent=True
     )
     kind, size = model.variant.llm.kind, max(1, batch_size // blip.batch_shards)
-    if name := dataset_name(path) if path else "":
+    if path and (name := dataset_name(path)) in BENCHMARKS:
         task = open_task(BENCHMARKS[name], Path(path), kind, split=split, limit=limit)
     else:
         config = GenerationConfig(max_new_tokens=max_new_tokens)

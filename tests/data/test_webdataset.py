@@ -9,6 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 
+from jax_instructblip import stores
 from jax_instructblip.data import webdataset
 from jax_instructblip.data.images import ImageError, decode
 from jax_instructblip.data.mixture import Mixture, Source
@@ -19,7 +20,7 @@ from tests.helpers.tars import entry, picture, write_shards, write_tar
 
 @pytest.fixture(autouse=True)
 def copies(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_INSTRUCTBLIP_STORES", str(tmp_path / "copies"))
+    monkeypatch.setenv(stores.VARIABLE, str(tmp_path / "copies"))
     return tmp_path / "copies"
 
 
@@ -114,7 +115,7 @@ def test_a_key_that_is_used_again(tmp_path):
 
 
 def test_hidden_files_folders_and_links_are_passed_over(tmp_path):
-    path = write_tar(tmp_path / "tars/00000.tar", [("._a.jpg", b"x"), *entry("a", "dog")])
+    path = write_tar(tmp_path / "tars/00000.tar", [("x/._a.jpg", b"x"), *entry("a", "dog")])
     with tarfile.open(path, "a") as tar:
         for name, kind in (("folder", tarfile.DIRTYPE), ("b.jpg", tarfile.SYMTYPE)):
             info = tarfile.TarInfo(name)

@@ -10,6 +10,8 @@ from jax_instructblip.backbones.stage1 import write_stage1
 from jax_instructblip.checkpoint import read_config
 from jax_instructblip.data.datasets import ALL, PRETRAINING
 from jax_instructblip.data.prepare import shards
+from jax_instructblip.data.sources import open_records
+from jax_instructblip.evaluation import validation
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.training.config_fields import check_config
 from jax_instructblip.training.config_file import change_fields, load_config
@@ -19,11 +21,6 @@ from tests.helpers.tars import entry, picture, write_shards, write_tar
 from tests.helpers.tiny import write_base
 
 BATCH, STEPS = 4, 6
-
-
-@pytest.fixture(autouse=True)
-def copies(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_INSTRUCTBLIP_STORES", str(tmp_path / "copies"))
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +86,15 @@ def test_prepared_pairs_are_trained_on_without_being_held_in(tmp_path):
     shards.prepare(PRETRAINING["cc3m"], raw, tmp_path / "data")
     (source,) = read_mixture(configure({"cc3m": tmp_path / "data/cc3m"})).sources
     assert (source.name, source.family) == ("cc3m", "image-caption pairs")
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_pairs_validate_the_first_stage(prepared, tmp_path):
+    path = write_shards(tmp_path / "raw", (3,))
+    if prepared:
+        path = shards.prepare(PRETRAINING["cc3m"], path, tmp_path / "data")
+    records, _ = open_records(path, "train")
+    validation.check(records, str(path), "train")
 
 
 def test_tars_and_what_is_prepared_of_them_make_the_same_batches(base, tmp_path):

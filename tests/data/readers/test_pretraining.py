@@ -14,11 +14,6 @@ from jax_instructblip.data.readers.pretraining import read_visual_genome
 from tests.helpers.tars import entry, picture, write_shards, write_tar
 
 
-@pytest.fixture(autouse=True)
-def copies(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_INSTRUCTBLIP_STORES", str(tmp_path / "copies"))
-
-
 def write(folder, name, document):
     (folder / name).write_text(json.dumps(document))
     return folder
@@ -109,6 +104,7 @@ def test_tars_are_prepared_as_any_dataset_is(tmp_path):
     assert {each.task for each in stored} == {"cc3m"}
     assert list(describe(folder, dataset, raw))[0] == "cc3m train: 9 records"
     assert len(list(folder.glob("*.array_record*"))) == 3
+    raw = raw.rename(tmp_path / "moved")
     assert shards.prepare(dataset, raw, tmp_path / "data", shard_size=4) == folder
 
 
