@@ -1,7 +1,7 @@
-"""Makes checkpoints to begin with: of BLIP-2's first stage, and the parts of the embedded ones.
+"""Makes initial checkpoints: for BLIP-2's first stage, and the parts of the embedded ones.
 
-`stage1` gives a vision tower a fresh Q-Former. `launch/backbones.sh` calls the others: first
-`towers`, then (after the caption runs) `merge`.
+`stage1` combines a vision tower with an untrained Q-Former. `launch/backbones.sh` calls the other
+parts: first `towers`, then (after the caption training runs) `merge`.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from jax_instructblip.commands.flags import check_flags
 
 
 def main(argv: list[str]) -> int:
-    """Runs one of the parts; returns 0."""
+    """Runs `towers`, `merge` or `stage1`; returns 0."""
     parser = argparse.ArgumentParser(prog="jax-instructblip backbones", description=__doc__)
     parts = parser.add_subparsers(dest="part", required=True)
     towers = parts.add_parser("towers", help="train vision tower and language models: WORK/base_*")

@@ -1,4 +1,4 @@
-"""Converts a Hugging Face folder of InstructBLIP or BLIP-2 to a checkpoint folder of ours."""
+"""Converts a Hugging Face folder of InstructBLIP or BLIP-2 to a checkpoint folder of this package."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Merges a run with the base it tuned into one checkpoint folder that needs no other."""
+"""Merges a run with the frozen base it was trained on into one self-contained checkpoint folder."""
 
 import argparse
 from pathlib import Path
