@@ -1,4 +1,4 @@
-"""A Hugging Face folder -> a checkpoint folder of this package, on disk."""
+"""Converts a Hugging Face folder to a checkpoint folder of this package."""
 
 import os
 import sys
@@ -23,22 +23,23 @@ from jax_instructblip.remote import is_remote
 def convert(
     folder: str | os.PathLike, out: str | os.PathLike, *, variant: str | None = None
 ) -> Path | str:
-    """Converts a Hugging Face InstructBLIP folder to a checkpoint folder of this package.
+    """Converts a Hugging Face InstructBLIP or BLIP-2 folder to a checkpoint folder of this package.
 
-    Prints what was converted, and on stderr what the checkpoint lacks.
+    Prints what was converted; what the checkpoint lacks is printed to stderr.
 
     Args:
-      folder: config.json, *.safetensors and tokenizers, as downloaded or saved by transformers.
-      out: the folder to make, or its address in a store; it must not exist, and appears when all
-        is written.
-      variant: the released model whose sizes are demanded, a name of `models/released.py`.
+      folder: a folder with config.json, *.safetensors and tokenizers, as downloaded or saved by
+        transformers.
+      out: the folder to make, or its address in an object store (`gs://...`). It must not exist,
+        and appears when it is complete.
+      variant: name of a released model (`models/released.py`) whose sizes the folder must have.
 
     Returns:
       The folder `out`, or its address.
 
     Raises:
-      ValueError: the folder cannot be converted, with every reason, or a tokenizer is damaged or of
-        another model.
+      ValueError: the folder cannot be converted (all reasons are listed), or a tokenizer is damaged
+        or of another model.
       OSError: `out` exists, or the disk has too little room.
     """
     with stores.output_folder(out) as (target, title):
@@ -65,7 +66,7 @@ def _convert(folder: Path, out: Path, title: str, variant: str | None) -> None:
                 if not is_finite(array):
                     not_finite.append(path)
                 yield path, array
-                del array  # the next leaf is made while no name holds this one
+                del array  # free it before the next one is made
                 count(size, path)
 
         manifest = checkpoint.write_tree(out, counted(), extra=add)
@@ -91,7 +92,11 @@ def _convert(folder: Path, out: Path, title: str, variant: str | None) -> None:
 
 
 def _tokenizer_problem(folder: Path, variant: Variant) -> str:
-    """A sentence about tokenizers that are not there; ValueError for damaged or foreign ones."""
+    """Returns a sentence about missing tokenizers, "" if there are none missing.
+
+    Raises:
+        ValueError: a tokenizer is damaged or of another model.
+    """
     reader = TextProcessor if variant.llm is not None else CaptionTokenizer
     try:
         reader.load(folder, variant)
