@@ -108,7 +108,7 @@ class Values(dict[str, Any]):
         self.failures: list[str] = []
 
     def fail(self, key: str, expected: str) -> None:
-        """Adds a complaint: the value of `key` is not `expected`."""
+        """Adds a complaint about the value of `key`; `expected` says which values are allowed."""
         self.failures.append(f"{self.prefix}{key} is {self[key]!r:.60}; {expected}")
 
     def checked(self, key: str, kind: Field, default: Any = None) -> Any:

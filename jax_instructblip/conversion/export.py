@@ -209,7 +209,10 @@ def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> l
 
 
 def _updated(config: Mapping[str, Any], model: StoredModel, family: Family) -> dict[str, Any]:
-    """Returns the config.json that was converted, with sizes that have changed since replaced."""
+    """Returns the config.json from which the model was converted, with the sizes it has now.
+
+    Sizes and rates can change between conversion and export, by tuning for example.
+    """
     before = family.config(variant_of(model.folder / "tokenizer", config))
     result = json.loads(json.dumps(config))
     for name, now in family.config(model.variant).items():

@@ -38,7 +38,7 @@ class Tower:
     Attributes:
       section: its section of config.json.
       model_type: the value of `model_type` in that section.
-      rules: function that returns the rules for its tensors.
+      rules: function of the tower's sizes that returns the conversion rules for its tensors.
       config: the dataclass of its sizes in this package.
     """
 

@@ -182,7 +182,7 @@ def check_preprocessor(folder: Path, variant: Variant) -> None:
 
 
 def _is_near(found: Any, wanted: Any) -> bool:
-    """Tells whether values are equal but for rounding; one number as a size means both sides."""
+    """Tells whether values are equal but for rounding; a number counts as height and width."""
     if isinstance(wanted, Mapping):
         sides = found if isinstance(found, Mapping) else dict.fromkeys(wanted, found)
         return sides.keys() == wanted.keys() and all(_is_near(sides[k], wanted[k]) for k in wanted)

@@ -67,7 +67,7 @@ class ConversionError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where one tensor is in its file; its data are read by `read` alone."""
+    """The place of one tensor in its file; only `read` reads its data."""
 
     file: Path
     dtype: np.dtype

@@ -229,7 +229,7 @@ def _read_embedding(values: Values) -> dict[str, Any]:
 
 
 def _write_norm(llm: OptConfig) -> dict[str, Any]:
-    """Returns no keys; raises a ValueError if the norm's eps, which has no key, is not 1e-5."""
+    """Returns no keys, for the norm's eps has none; raises a ValueError unless it is 1e-5."""
     if llm.norm_eps != OPT_NORM_EPS:
         raise ValueError(
             f"llm.norm_eps is {llm.norm_eps}: an OPT folder of Hugging Face means 1e-5"

@@ -71,8 +71,8 @@ def read_stored_model(folder: Path) -> StoredModel:
 def tuned(base: StoredModel, trainable: Path, **changes: Any) -> StoredModel:
     """Returns `base` with the parameters of the checkpoint folder `trainable` in place of its own.
 
-    Whole top-level trees (such as `qformer`) are replaced. `changes` are other fields to replace:
-    title, variant, facts, limits.
+    Each top-level tree that `trainable` has (such as `qformer`) is replaced as a whole. `changes`
+    are other fields of `StoredModel` to replace: title, variant, facts, limits.
     """
     changed = checkpoint.read_manifest(trainable)
     trees = {path.partition("/")[0] for path in changed}

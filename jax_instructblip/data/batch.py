@@ -246,7 +246,11 @@ def bucket(length: int, buckets: int | Sequence[int] | None, name: str) -> int:
 
 
 def pad_to(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:
-    """Returns the rows as one array [B, length] int32, each filled up on the right with `value`."""
+    """Returns the rows as one array [B, length] int32, each filled up on the right with `value`.
+
+    Raises:
+        ValueError: a row is longer than `length`.
+    """
     out = np.full((len(rows), length), value, np.int32)
     for index, row in enumerate(rows):
         if row.ndim != 1 or len(row) > length:

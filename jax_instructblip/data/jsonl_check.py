@@ -127,7 +127,10 @@ def describe(file: pathlib.Path, findings: Findings, text: TextProcessor) -> Ite
 
 
 def _bad_lines(file: pathlib.Path, bad: Mapping[int, list[str]]) -> Iterator[str]:
-    """Yields each bad line with its reasons; of many with one cause, the first few and a count."""
+    """Yields each bad line with its reasons; of many with one reason, only the first few.
+
+    For the others of that reason one line tells their number.
+    """
     causes = collections.defaultdict(list)
     for line in sorted(bad):
         for reason in bad[line]:

@@ -209,9 +209,9 @@ def _wrong_arrays(batch: Mapping[str, Any], variant: Variant) -> list[str]:
 
 
 def _wrong_images(batch: Mapping[str, Any]) -> list[str]:
-    """Returns a complaint where images are floats, but not normalised by CLIP's mean and deviation.
+    """Returns a complaint if float images are not normalised by CLIP's mean and deviation, else [].
 
-    That is known by their range: values from 0 to 1 alone, or beyond those of black and white.
+    Their range shows it: values are from 0 to 1, or beyond those that black and white have.
     """
     images = batch["images"]
     if not np.issubdtype(images.dtype, np.floating) or not images.size:

@@ -103,8 +103,9 @@ class TextProcessor:
     ) -> dict[str, np.ndarray]:
         """Returns a training example without images, with the int32 arrays drawn at the top.
 
-        Its `truncated` [3] is 1 where instruction, prompt or answer lost tokens to its limit. With
-        `room`, another example, the lengths of its texts are the limits instead.
+        Its `truncated` [3] is 1 where the prompt for the Q-Former, the prompt for the language
+        model or the answer lost tokens to its limit. With `room`, another example, the lengths of
+        its texts are the limits instead.
 
         OPT reads prompt and answer as one text with a space between them. Without a prompt, its
         first `</s>` is a target as well, predicted at the last visual vector (so LAVIS trains

@@ -27,7 +27,7 @@ def describe(
 
 
 def _counts(split: Mapping[str, Any]) -> str:
-    """Returns a sentence: how many records a split has, how many were left out and expected."""
+    """Returns a sentence: the numbers of records that a split has, left out, and should have."""
     said = f"{split['records']} records"
     if split["left_out_count"]:
         said += f", {split['left_out_count']} left out (named in prepared.json)"

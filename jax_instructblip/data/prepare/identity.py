@@ -68,9 +68,10 @@ def choose_splits(dataset: Dataset, raw: pathlib.Path, splits: Sequence[str]) ->
 
 
 def survey(dataset: Dataset, raw: pathlib.Path, name: str, group: int) -> Split:
-    """Reads the annotations of split `name` once; a bad row raises before anything is written.
+    """Returns the number of records and the digests of split `name`; reads its annotations once.
 
-    Every `group` records share a digest of their image files.
+    Every `group` records share a digest of their image files. A bad row raises here, before
+    anything is written.
 
     Raises:
         AnnotationError: a row cannot be used, or the split has no records.
@@ -98,9 +99,10 @@ def survey(dataset: Dataset, raw: pathlib.Path, name: str, group: int) -> Split:
 
 
 def pictures_digest(records: Sequence[Record]) -> str:
-    """Returns a digest of the records' image files: all sizes, and the content of about `SAMPLED`.
+    """Returns a digest of the records' image files: all sizes, and the content of some of them.
 
-    A missing file has a digest of its own, so that the digest changes when the file appears.
+    About `SAMPLED` records have their images read. A missing file has a digest of its own, so that
+    the digest changes when the file appears.
     """
     digest = hashlib.sha256()
     step = -(-len(records) // SAMPLED)

@@ -330,7 +330,8 @@ def _note_path(path: pathlib.Path) -> pathlib.Path:
 def _read_note(path: pathlib.Path, pictures: str = "") -> dict[str, Any] | None:
     """Returns the note of a finished shard; None if the shard must be written (again).
 
-    That is so, too, if the digest of its image files in the note is not `pictures`.
+    `pictures` is the digest that its image files have now; if the note has another one, the shard
+    must be written again. "" skips this check.
     """
     if not (path.is_file() and _note_path(path).is_file()):
         return None

@@ -215,10 +215,11 @@ def _pooled(
     *,
     hidden: bool = False,
 ) -> Iterator[_Image]:
-    """Yields the images of LAVIS's `[{"image", "caption"}]`, rows of one image joined.
+    """Yields the images of LAVIS's file, a JSON list of `{"image", "caption"}`.
 
-    An image comes where its first row is. `caption` is a text or a list of texts; with `hidden` it
-    may be missing. An image without a folder in its name is in `folder`; `name_of` returns its id.
+    Rows of one image are joined where its first row is. `caption` is a text or a list of texts;
+    with `hidden` it may be missing. An image without a folder in its name is in `folder`; `name_of`
+    returns its id.
     """
     images: dict[str, _Image] = {}
     for number, row in enumerate(read_json(path, list)):
@@ -261,9 +262,10 @@ def _lines(
 def _textcaps(
     raw: pathlib.Path, path: pathlib.Path, split: str, ocr: dict[str, tuple[str, ...]]
 ) -> Iterator[_Image]:
-    """Yields the images of `{"data": [{"image_id", "caption_str", ...}]}`, one row a caption.
+    """Yields the images of TextCaps's file, whose JSON list `data` has one row a caption.
 
-    `ocr` has the OCR words of each image by its id.
+    A row has `image_id` and `caption_str`; those of test have no caption. `ocr` has the OCR words
+    of each image by its id.
     """
     folder = "test_images" if split == "test" else "train_images"
     pictures = NamedFiles(raw, PICTURES)
@@ -300,7 +302,7 @@ def _stem_of(row: dict[str, Any], where: str) -> str:
 
 
 def _coco_number(row: dict[str, Any], where: str) -> str:
-    """Returns the number of a COCO image, 42 for `COCO_val2014_000000000042.jpg`."""
+    """Returns the number in a COCO file name: 42 for `COCO_val2014_000000000042.jpg`."""
     digits = _stem(row["image"]).rpartition("_")[2]
     if not digits.isdecimal():
         raise AnnotationError(

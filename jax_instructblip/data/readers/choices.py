@@ -1,7 +1,6 @@
 """Questions with choices: A-OKVQA, ScienceQA, IconQA.
 
-Blank choices are left out, and the index of the right choice is changed to match (A-OKVQA val has
-one).
+A blank choice (A-OKVQA val has one) is left out, and the index of the right choice is adjusted.
 """
 
 import pathlib
@@ -52,10 +51,10 @@ def read_scienceqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 
 def read_iconqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """Yields IconQA's questions with text choices, from its folders as released or LAVIS's list.
+    """Yields IconQA's questions with text choices, from its own folders or from LAVIS's file.
 
     Images below `raw`: `iconqa/test/choose_txt/7/image.png`, or below `all_images` for LAVIS's
-    list.
+    file.
     """
     layout, (path,) = pick_layout(raw, split, ICONQA, ICONQA_LAVIS)
     if layout == 0:
@@ -64,7 +63,11 @@ def read_iconqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 
 def _aokvqa(raw: pathlib.Path, split: str, task: str, path: pathlib.Path) -> Iterator[Record]:
-    """Yields the records of `[{"question_id", "image_id", "question", "choices", ...}]`."""
+    """Yields the records of A-OKVQA's file, a JSON list of questions.
+
+    A question has `question_id`, `image_id` (or `image`, a path), `question`, `choices` and, but
+    for test, `correct_choice_idx` and `direct_answers`.
+    """
     pictures = NamedFiles(raw, PICTURES)
     for number, row in enumerate(read_json(path, list)):
         name = text_of(require(row, dict, f"{path}: row {number}"), "question_id", f"{path}")
@@ -87,7 +90,11 @@ def _aokvqa(raw: pathlib.Path, split: str, task: str, path: pathlib.Path) -> Ite
 
 
 def _scienceqa(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
-    """Yields the records of `{id: {"question", "choices", "answer", "hint", "image", "split"}}`."""
+    """Yields the records of ScienceQA's file, a JSON object that has each problem by its id.
+
+    A problem has `question`, `choices`, `answer` (an index), `hint`, `image` and `split`. Problems
+    of other splits and those without an image are skipped.
+    """
     for name, row in read_json(path, dict).items():
         where = f"{path}: problem {name}"
         if field(require(row, dict, where), "split", str, where) != split:
@@ -110,7 +117,10 @@ def _iconqa(raw: pathlib.Path, split: str, folder: pathlib.Path) -> Iterator[Rec
 
 
 def _iconqa_lavis(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
-    """Yields the records of `[{"image", "question", "choices", "answer"}]`; ids are row numbers."""
+    """Yields the records of LAVIS's file, a JSON list of questions; ids are row numbers.
+
+    A question has `image`, `question`, `choices` and `answer`, an index.
+    """
     for number, row in enumerate(read_json(path, list)):
         where = f"{path}: row {number}"
         name = text_of(require(row, dict, where), "image", where)

@@ -46,9 +46,9 @@ class Dataset:
       shared_candidates: function of `raw` that returns the answers over which every record is
         ranked; None where records have choices of their own, or are not ranked.
       candidate_files: the files that `shared_candidates` can read; one of them is enough.
-      read_answers: like `read`, but for scoring answers made before: its records lack something
-        that a prompt needs, because a file with it is missing.
-      answer_files: for `read_answers`, alternatives of what `files` is for `read`.
+      read_answers: like `read`, but its records can only be scored, not asked: a file that prompts
+        need (with OCR words, say) may be missing.
+      answer_files: one mapping for each layout that `read_answers` knows: for each split its files.
     """
 
     name: str

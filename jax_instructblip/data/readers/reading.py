@@ -133,11 +133,9 @@ def _textvqa_records(
 
 
 def _textvqa(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
-    """Yields the records of TextVQA's own file, one for each row of `data`.
+    """Yields the records of TextVQA's own file, one for each row of its JSON list `data`.
 
-        {"data": [{"question_id", "question", "image_id", "answers": [10 texts]}]}
-
-    The rows of test have no answers.
+    A row has `question_id`, `question`, `image_id` and, but for test, `answers`, ten texts.
     """
     pictures = NamedFiles(raw, PICTURES)
     for number, row in enumerate(field(read_json(path, dict), "data", list, str(path))):

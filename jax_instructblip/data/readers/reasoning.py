@@ -30,7 +30,7 @@ VSR_ANSWERS = ("false", "true")  # in the order of the labels 0 and 1
 
 
 def read_gqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """Yields GQA's balanced questions, from its own file (a dict by question id) or LAVIS's list.
+    """Yields GQA's balanced questions, from its own file or from LAVIS's.
 
     Images below `raw`: `images/n161313.jpg`.
     """
@@ -49,9 +49,10 @@ def read_vsr(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 
 def _gqa(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
-    """Yields the records of `{id: {"imageId", "question", "answer"}}` or of LAVIS's list.
+    """Yields the records of GQA's own file or of LAVIS's.
 
-    A row of the list has `question_id` and `image` (a file name) instead of `imageId`.
+    GQA's is a JSON object that has `imageId`, `question` and `answer` by question id; LAVIS's is a
+    list of the same with `question_id` and `image` (a file name) instead of `imageId`.
     """
     document = read_json(path)
     pictures = NamedFiles(raw, PICTURES)

@@ -161,7 +161,10 @@ def _annotators(row: dict[str, Any], where: str, *, hidden: bool = False) -> dic
 
 
 def _lavis(raw: pathlib.Path, split: str, task: str, path: pathlib.Path) -> Iterator[Record]:
-    """Yields the records of LAVIS's `[{"question_id", "question", "answer": [texts], "image"}]`."""
+    """Yields the records of LAVIS's file, a JSON list of questions.
+
+    A question has `question_id`, `question`, `answer` (a list of texts) and `image` (a path).
+    """
     for number, row in enumerate(read_json(path, list)):
         where = f"{path}: row {number}"
         yield Record(
@@ -175,9 +178,9 @@ def _lavis(raw: pathlib.Path, split: str, task: str, path: pathlib.Path) -> Iter
 
 
 def _vizwiz(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
-    """Yields the records of `[{"image", "question", "answers": [{"answer"}]}]`.
+    """Yields the records of VizWiz's file, a JSON list of `{"image", "question", "answers"}`.
 
-    Rows of test have no answers.
+    `answers` is a list of `{"answer": text}`; test has none.
     """
     for number, row in enumerate(read_json(path, list)):
         where = f"{path}: row {number}"

@@ -63,17 +63,17 @@ def ask_detail(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Q
 
 
 def ask_color(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """Asks for the color of the focus, named by its shape."""
+    """Asks for the color of `focus`, which the question names by its shape."""
     return focus and Question({"question": f"What color is the {focus.shape}?"}, focus.color)
 
 
 def ask_shape(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """Asks for the shape of the focus, named by its color."""
+    """Asks for the shape of `focus`, which the question names by its color."""
     return focus and Question({"question": f"Which shape is {focus.color}?"}, focus.shape)
 
 
 def ask_position(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """Asks for the quadrant of the focus, named by its shape or by its color."""
+    """Asks for the quadrant of `focus`, which the question names by its shape or by its color."""
     if focus is None:
         return None
     name = focus.shape if rng.integers(2) else f"{focus.color} shape"
@@ -147,7 +147,7 @@ def ask_choice(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Q
 
 
 def ask_yes_no(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """Asks whether the focus has a color; for "no", that of another thing where there is one."""
+    """Asks whether `focus` has a color; for "no", that of another thing where there is one."""
     if focus is None:
         return None
     others = sorted({thing.color for thing in scene.things} - {focus.color})
