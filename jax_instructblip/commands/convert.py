@@ -1,4 +1,4 @@
-"""Converts a Hugging Face folder of InstructBLIP or BLIP-2 to a checkpoint folder of this package."""
+"""Converts a Hugging Face folder of InstructBLIP or BLIP-2 to this package's checkpoint format."""
 
 import argparse
 from pathlib import Path

@@ -53,7 +53,10 @@ def main(argv: list[str]) -> int:
 def _prepare(
     dataset: Dataset, splits: list[str], flags: argparse.Namespace, options: list[str]
 ) -> tuple[pathlib.Path, str]:
-    """Prepares the dataset; returns its folder, and its name in messages ("" for the folder)."""
+    """Prepares the dataset; returns a local folder with its report, and its store address.
+
+    The address is "" if the dataset itself is on the local disk.
+    """
     common: dict[str, Any] = dict(splits=splits, max_missing=flags.max_missing, frames=flags.frames)
     if flags.beam_runner:
         from jax_instructblip.data.prepare.beam import prepare_with_beam
