@@ -140,7 +140,10 @@ class Mixture:
         return source, index
 
     def rng(self, position: int, attempt: int, use: str) -> np.random.Generator:
-        """Returns a random generator for one attempt at one sample; `use` names a stream of it."""
+        """Returns a random generator that depends on the seed and on the arguments alone.
+
+        Different names in `use` ("text", "image") give independent numbers for one sample.
+        """
         return np.random.default_rng([self.seed, position, attempt, *use.encode()])
 
     def fingerprint(self) -> str:

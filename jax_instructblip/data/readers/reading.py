@@ -46,7 +46,7 @@ OCRVQA_LAVIS = {split: ("ocrvqa.json",) for split in OCRVQA_NUMBERS}
 
 
 def read_textvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """Yields TextVQA with Rosetta's OCR words, from its own files or from those of the VQA tools.
+    """Yields TextVQA with Rosetta's OCR words, from its own files or from files in VQAv2's layout.
 
     Images below `raw`: `train_images/003a8ae2ef43b901.jpg` for train and val, `test_images/...` for
     test, whose answers are not public.
@@ -125,7 +125,7 @@ def _with_words(records: Iterable[Record], path: pathlib.Path) -> Iterator[Recor
 def _textvqa_records(
     raw: pathlib.Path, split: str, layout: int, paths: list[pathlib.Path]
 ) -> Iterator[Record]:
-    """Yields the records of TextVQA's own file (layout 0) or of the VQA tools' two files (1)."""
+    """Yields the records of TextVQA's own file (layout 0) or of two files in VQAv2's layout (1)."""
     if layout == 0:
         return _textvqa(raw, split, paths[0])
     image = functools.partial(_textvqa_image, split)

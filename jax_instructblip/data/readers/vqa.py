@@ -58,7 +58,7 @@ def vqa_tool(
     paths: list[pathlib.Path],
     image: Callable[[dict[str, Any], str], str],
 ) -> Iterator[Record]:
-    """Yields the records of a question file and an annotation file of the VQA tools.
+    """Yields the records of a question file and an annotation file in VQAv2's layout.
 
         {"questions": [{"question_id", "image_id", "question"}]}
         {"annotations": [{"question_id", "answers": [{"answer"}]}]}
@@ -102,7 +102,7 @@ def vqa_tool(
 
 
 def read_vqav2(raw: pathlib.Path, split: str, task: str = "vqav2") -> Iterator[Record]:
-    """Yields VQAv2, as released for the VQA tools or by LAVIS; test and test-dev have no answers.
+    """Yields VQAv2 from its official files or LAVIS's; test and test-dev have no answers.
 
     Images below `raw`: `train2014/COCO_train2014_000000000009.jpg` and so on.
     """
@@ -114,7 +114,7 @@ def read_vqav2(raw: pathlib.Path, split: str, task: str = "vqav2") -> Iterator[R
 
 
 def read_okvqa(raw: pathlib.Path, split: str, task: str = "okvqa") -> Iterator[Record]:
-    """Yields OK-VQA, as released for the VQA tools or (train only) by LAVIS.
+    """Yields OK-VQA from its official files or, for train only, LAVIS's.
 
     Images below `raw`: `train2014/COCO_train2014_000000000009.jpg` and so on.
     """
@@ -126,10 +126,10 @@ def read_okvqa(raw: pathlib.Path, split: str, task: str = "okvqa") -> Iterator[R
 
 
 def read_vizwiz(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """Yields VizWiz-VQA as released (LAVIS's file is equal), or rewritten for the VQA tools.
+    """Yields VizWiz-VQA from its official file (LAVIS's is equal) or from files in VQAv2's layout.
 
     Images below `raw`: `val/VizWiz_val_00000000.jpg` and so on. Each image has one question, so
-    that the id of a record is the image's name; in the rewritten files it is the number there.
+    that the id of a record is the image's name; in VQAv2's layout it is the number there.
     """
     layout, paths = pick_layout(raw, split, VIZWIZ, VIZWIZ_TOOL)
     if layout == 1:
