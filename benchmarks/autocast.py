@@ -65,7 +65,7 @@ class Double(TorchFunctionMode):
 
 @contextlib.contextmanager
 def computing(side: str):
-    """Context manager for the calls of a side: "float64", or else bfloat16 autocast."""
+    """Context manager for transformers' calls: float64 if `side` is "float64", else autocast."""
     if side == "float64":
         with Double():
             yield
@@ -113,7 +113,7 @@ def measure(
     batches: Sequence[dict[str, np.ndarray]],
     steps: int,
 ) -> dict[str, np.ndarray]:
-    """Runs transformers as `side` says; returns the arrays described in `precision.measure`."""
+    """Runs transformers as `side`, one of `precision.SIDES`; returns the same as `precision.measure`."""
     with quiet():
         model = transformers.InstructBlipForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"

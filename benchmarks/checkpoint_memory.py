@@ -60,7 +60,7 @@ def shapes(gigabytes: float) -> Any:
 
 
 def values(number: int, shape: tuple[int, ...], dtype: Any, index: Any) -> np.ndarray:
-    """Returns the test values of the part `index` of leaf `number`; every row differs."""
+    """Returns the test values of the slice `index` of leaf `number`; every row differs."""
     if not shape:
         return np.asarray(number, dtype)
     bounds = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
@@ -81,7 +81,7 @@ def memory(name: str) -> int:
 
 
 def measured(work: Any) -> tuple[Any, dict[str, int | float]]:
-    """Returns the result of `work()`, and its memory before, peak above this, and seconds."""
+    """Returns the result of `work()` and a dict: bytes before, peak bytes above these, seconds."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current use
     before, began = memory("VmRSS"), time.monotonic()
     result = work()
@@ -94,9 +94,10 @@ def measured(work: Any) -> tuple[Any, dict[str, int | float]]:
 
 
 def work(phase: str, folder: str, gigabytes: float) -> dict[str, Any]:
-    """Runs one of the two processes: `phase` "save" creates and saves, else restores and checks.
+    """Runs one of the two processes: `phase` "save" creates and saves a state, else restores it.
 
-    Returns the memory figures in bytes, with this process's share of the state as `own_bytes`.
+    A restored state is compared with the test values. Returns the memory figures in bytes, with
+    this process's share of the state as `own_bytes`.
     """
     mesh = make_mesh(data=1, fsdp=PROCESSES, tensor=1)
     tree = shapes(gigabytes)
@@ -142,7 +143,7 @@ def work(phase: str, folder: str, gigabytes: float) -> dict[str, Any]:
 
 
 def run(phase: str, folder: str, gigabytes: float) -> list[dict[str, Any]]:
-    """Runs both processes of a phase; returns their measurements."""
+    """Runs the two processes of `phase`, "save" or "restore"; returns what each has measured."""
     with socket.create_server(("", 0)) as free:
         port = free.getsockname()[1]
     words = [sys.executable, "-m", "benchmarks.checkpoint_memory", "--gigabytes", str(gigabytes)]

@@ -98,7 +98,10 @@ def write_pictures(folder: pathlib.Path) -> pathlib.Path:
 
 
 def accuracy(work: pathlib.Path, seeds: list[int], steps: int, limit: int) -> dict[str, Any]:
-    """Returns exact match in percent per way of decoding and seed: family mean, and by family."""
+    """Returns exact match in percent for each way of decoding, as lists over `seeds`.
+
+    For the mean of all families of questions, and for each family.
+    """
     data = write_pictures(work / "data")
     rows: dict[str, Any] = {}
     for name, min_ratio in (("whole", 0.0), ("reduced", MIN_RATIO)):
@@ -128,7 +131,7 @@ def accuracy(work: pathlib.Path, seeds: list[int], steps: int, limit: int) -> di
 
 
 def main() -> None:
-    """Prints the figures and writes them as JSON."""
+    """Runs both comparisons, prints the results and writes them as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--photos", type=pathlib.Path, required=True)
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/crop_decoding"))

@@ -138,7 +138,7 @@ def ours(flags: argparse.Namespace) -> dict[str, Any]:
     model = VisionLanguageModel(variant)
 
     def run(tower: str, stage, *values):
-        """Returns the output of the method `stage`, with only the weights of `tower` in memory."""
+        """Returns the output of the model method `stage`, with only `tower`'s weights in memory."""
         leaves = [path for path in paths if path.startswith(f"{tower}/")]
         params = trees.unflatten(
             {
@@ -217,7 +217,7 @@ def train(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_stage(name: str, flags: argparse.Namespace, work: pathlib.Path) -> dict[str, Any]:
-    """Runs a stage in a new process; returns its result, seconds and peak memory.
+    """Runs the stage `name` in a new process; returns its result, seconds and peak memory.
 
     Raises:
         RuntimeError: the process failed; the message has the end of its stderr.

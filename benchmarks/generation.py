@@ -35,7 +35,7 @@ FEW = 4  # tokens generated to find transformers' fastest setting
 
 
 def our_call(twins: Twins, batch: dict[str, Any], beams: int) -> Callable[[int], np.ndarray]:
-    """Returns a function from a number of tokens to our answers, ids [B, tokens]."""
+    """Returns a function from a number N of new tokens to our answers, ids [B, N]."""
     keys = jax.random.split(jax.random.key(0), len(batch["tokens"]))
 
     def answer(new: int) -> np.ndarray:
@@ -54,7 +54,7 @@ def our_call(twins: Twins, batch: dict[str, Any], beams: int) -> Callable[[int],
 def their_call(
     twins: Twins, given: dict[str, torch.Tensor], beams: int, cache: str, threads: int
 ) -> Callable[[int], np.ndarray]:
-    """Returns a function from a number of tokens to transformers' answers, ids [B, tokens]."""
+    """Returns a function from a number N of new tokens to transformers' answers, ids [B, N]."""
 
     @torch.inference_mode()
     def answer(new: int) -> np.ndarray:
@@ -75,7 +75,7 @@ def their_call(
 
 
 def compare(twins: Twins, size: int, beams: int, lengths: Lengths, repeats: int) -> dict[str, Any]:
-    """Returns the median times of both sides after a warm-up, and their ratios, as a dict."""
+    """Returns the median times of this package and transformers, and their ratios, as a dict."""
     given, batch = questions(twins.variant, size, lengths)
     ours, new = our_call(twins, batch, beams), lengths.new
     ways = {
@@ -127,7 +127,7 @@ def median(name: str, measured: Sequence[Measured]) -> float:
 
 
 def main() -> None:
-    """Prints the figures and writes them as JSON."""
+    """Measures all sizes, prints the results and writes them as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--variants", nargs="*", default=list(MIDDLE))
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])

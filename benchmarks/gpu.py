@@ -39,7 +39,7 @@ def run(module: str, *flags: str, limit: int) -> dict:
 
 
 def table(results: list[dict]) -> str:
-    """Formats the results as text: one line per measurement, ours next to theirs."""
+    """Formats the results as text: one line per measurement, this package next to transformers."""
     sides = {}
     for result in results:
         if "variant" in result and "error" not in result:

@@ -84,7 +84,7 @@ def text_processor(flags: argparse.Namespace) -> Any:
 
 
 def ours(flags: argparse.Namespace, augment: bool) -> Iterator[Any]:
-    """Yields our batches on the device, as a training run reads them."""
+    """Yields this package's batches on the device, as a training run reads them."""
     from jax_instructblip.data import loader
     from jax_instructblip.data.mixture import Mixture, Source
     from jax_instructblip.data.prepare import builder
@@ -151,7 +151,7 @@ def list_photos(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def batches_of(flags: argparse.Namespace, side: str) -> Iterator[Any]:
-    """Returns the endless batches of `side`, one of `SIDES`."""
+    """Returns an endless iterator of the batches of `side`, one of `SIDES`."""
     return theirs(flags) if side == "theirs" else ours(flags, side == "ours_training")
 
 
@@ -167,7 +167,7 @@ def speed(flags: argparse.Namespace) -> dict[str, float]:
 
 
 def memory(flags: argparse.Namespace) -> dict[str, float]:
-    """Returns the memory of all processes after a tenth of the samples and after all."""
+    """Returns megabytes of all processes after a tenth of the samples and after all, and growth."""
     made = batches_of(flags, flags.side)
     tenth = -(-flags.samples // (10 * BATCH))
     found = []
@@ -180,7 +180,7 @@ def memory(flags: argparse.Namespace) -> dict[str, float]:
 
 
 def cold_start(flags: argparse.Namespace) -> dict[str, float]:
-    """Returns the seconds of setting the pipeline up (with imports), and then to the first batch."""
+    """Returns seconds: of setting the pipeline up (with imports), then to the first batch."""
     began = time.monotonic()
     made = batches_of(flags, flags.side)  # imports what it needs
     imported = time.monotonic()
@@ -189,7 +189,7 @@ def cold_start(flags: argparse.Namespace) -> dict[str, float]:
 
 
 def skip(made: Iterator[Any], count: int) -> None:
-    """Takes `count` batches; exits if there are fewer."""
+    """Takes `count` batches from `made`; exits if there are fewer."""
     if sum(1 for _ in itertools.islice(made, count)) < count:
         raise SystemExit("the pipeline ended early")
 
@@ -212,7 +212,7 @@ def processor_seconds() -> float:
 
 
 def resident_megabytes() -> float:
-    """Returns the memory of this process and its descendants; shared pages count once (PSS)."""
+    """Returns the megabytes of this process and its descendants; shared pages count once (PSS)."""
     lines = [line for each in processes() for line in (each / "smaps_rollup").open()]
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
@@ -239,7 +239,7 @@ def repeated(work: pathlib.Path, copies: int) -> None:
 
 
 def child(flags: argparse.Namespace, measure: str, **fields: Any) -> dict[str, float]:
-    """Runs a measurement in a new process; returns its figures.
+    """Takes a measurement, a key of `MEASURES`, in a new process; returns what it returns.
 
     `fields` replace values of `flags`.
     """
@@ -263,7 +263,10 @@ def child(flags: argparse.Namespace, measure: str, **fields: Any) -> dict[str, f
 
 
 def compare(flags: argparse.Namespace) -> dict[str, Any]:
-    """Returns the medians over all rounds, and the speed of each side relative to theirs."""
+    """Returns each side's median time per sample and its speed relative to `theirs`.
+
+    For 0 and for 1 worker process, over `flags.rounds` rounds.
+    """
     rows = {}
     for workers in (0, 1):
         rounds = [
@@ -289,7 +292,7 @@ def compare(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints the figures and writes them as JSON; with `--measure`, takes one measurement."""
+    """Runs all measurements, prints and writes them; with `--measure`, takes only this one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--photos", type=pathlib.Path, required=True)
     parser.add_argument("--tokenizers", type=pathlib.Path)

@@ -73,7 +73,7 @@ def random_batch(variant: Variant, size: int, lengths: Lengths, training: bool) 
 
 
 def time_training(name: str, params: dict, batch: int, lengths: Lengths, repeats: int) -> dict:
-    """Returns the seconds per step at the largest batch that fits in memory.
+    """Returns seconds per step and samples per second at the largest batch that fits, as a dict.
 
     Starts from `batch` and halves it while memory runs out.
     """
@@ -117,7 +117,10 @@ def time_training(name: str, params: dict, batch: int, lengths: Lengths, repeats
 
 
 def time_decoding(name: str, params: dict, batch: int, lengths: Lengths, repeats: int) -> dict:
-    """Returns the seconds for image, prompt and `lengths.new` greedy tokens of `batch` rows."""
+    """Returns the seconds for image, prompt and `lengths.new` greedy tokens of `batch` rows.
+
+    Also tokens per second, and time and weight bytes per step, as a dict.
+    """
     variant = get_variant(name)
     model = VisionLanguageModel(variant, jnp.bfloat16)
     data = random_batch(variant, batch, lengths, training=False)

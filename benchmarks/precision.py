@@ -148,7 +148,7 @@ def measure_ours(case: Case, dtype: str, folder: pathlib.Path, steps: int) -> di
 
 
 def measure(case: Case, side: str, folder: pathlib.Path, steps: int) -> dict[str, np.ndarray]:
-    """Runs a side with the weights in `folder`; returns these arrays:
+    """Runs a side with the weights in `folder`; returns the arrays listed here by name.
 
     logits, logits_after   [B, U, V] of the first batch's answers, before and after the steps
     losses                 [steps]
@@ -189,7 +189,10 @@ def compare(found: dict, truth: dict, before: dict) -> dict[str, float]:
 
 
 def run_side(name: str, side: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Runs `measure` in a new process, so that two frameworks never hold memory at once."""
+    """Returns what `measure` returns, computed in a new process.
+
+    So two frameworks never hold memory at the same time.
+    """
     out = folder / f"{side}.npz"
     words = ["--case", name, "--side", side, "--folder", str(folder)]
     settings = {
@@ -209,7 +212,7 @@ def run_side(name: str, side: str, folder: pathlib.Path) -> dict[str, np.ndarray
 
 
 def run_case(name: str) -> dict[str, dict[str, float]]:
-    """Returns the errors of every side except float64, over all seeds of the case."""
+    """Returns the errors of each of `SIDES` except float64, over all seeds of the case `name`."""
     case, rows = CASES[name], []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(case.seeds):
@@ -260,7 +263,10 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures and writes the results, and prints the table; with `--side`, runs one side."""
+    """Measures and writes the results, then prints them as a table.
+
+    With the hidden flag `--side`, as started by `run_side`, only runs this side.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)

@@ -61,7 +61,7 @@ def run(
 
 
 def summary(work: pathlib.Path, seeds: list[int], limit: int) -> list[dict[str, Any]]:
-    """Returns one row per language model, with or without instructions, and split."""
+    """Returns accuracies and baselines, one row per language model, instruction use and split."""
     rows = []
     for kind in KINDS:
         for aware in (True, False):

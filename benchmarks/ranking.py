@@ -155,7 +155,10 @@ def exact_scores(
 
 
 def ours_of(twins: Twins, batch: dict[str, Any], candidates: Sequence[Ids], repeats: int) -> dict:
-    """Returns our median seconds per question, with the number of candidates and inner tokens."""
+    """Returns our median seconds per question, with the number of candidates and inner tokens.
+
+    Inner tokens are the distinct proper prefixes of the candidates.
+    """
     run = lambda: our_scores(twins, batch, candidates)
     run()
     found = sorted((measure(run) for _ in range(repeats)), key=lambda each: each.wall)
@@ -174,7 +177,10 @@ def described(measured: Measured) -> dict[str, float]:
 
 
 def compare(name: str, count: int, repeats: int) -> dict[str, Any]:
-    """Returns seconds per question of both sides, score differences, and our growth."""
+    """Returns seconds per question of this package and transformers, and score differences.
+
+    Also our seconds for other numbers of candidates and prompt lengths, as `growth`.
+    """
     twins, lengths = make_twins(name), Lengths()
     given, batch = questions(twins.variant, 1, lengths)
     words = twins.variant.llm.vocab - 2
@@ -226,7 +232,7 @@ COUNTS = (1, 250, 500, 1000, 2000)
 
 
 def main() -> None:
-    """Prints the figures and writes them as JSON."""
+    """Measures all variants, prints the results and writes them as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--variants", nargs="*", default=[*VARIANTS["tiny"], *MIDDLE])
     parser.add_argument("--candidates", type=int, default=1000)

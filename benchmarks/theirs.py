@@ -114,7 +114,7 @@ def wait(device: torch.device) -> None:
 
 
 def time_training(variant: Variant, model, batch: int, lengths: Lengths, repeats: int) -> dict:
-    """Returns the seconds per step at the largest batch that fits in memory.
+    """Returns seconds per step and samples per second at the largest batch that fits, as a dict.
 
     Starts from `batch` and halves it while memory runs out.
     """
@@ -160,7 +160,10 @@ def time_training(variant: Variant, model, batch: int, lengths: Lengths, repeats
 
 @torch.no_grad()
 def time_decoding(variant: Variant, model, batch: int, lengths: Lengths, repeats: int) -> dict:
-    """Returns the seconds for image, prompt and `lengths.new` greedy tokens of `batch` rows."""
+    """Returns the seconds for image, prompt and `lengths.new` greedy tokens of `batch` rows.
+
+    Also tokens per second, as a dict.
+    """
     device = next(model.parameters()).device
     model.eval()
     inputs = random_inputs(variant, batch, lengths, False, device)

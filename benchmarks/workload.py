@@ -64,7 +64,7 @@ def variant_of(name: str) -> Variant:
 
 
 def facts(module: str, words: list[str]) -> dict[str, Any]:
-    """Returns the head of a results file: command, date, machine, versions."""
+    """Returns the head of a results file: command (`module`, `words`), date, machine, versions."""
     models = [
         line.partition(":")[2].strip()
         for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()

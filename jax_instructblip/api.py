@@ -77,13 +77,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores a model on benchmarks, next to the paper's numbers, or by family of questions.
 
-    Prints the results. Answers that are already in `out` are reused.
+    A family is the set of records with the same `task`. Prints the results. Answers that are
+    already in `out` are reused.
 
     Args:
-      checkpoint: a Hugging Face folder, a converted folder, a run, or an embedded name. It, `data`,
-        `out` and the files of other settings may be store addresses (`gs://bucket/run`).
+      checkpoint: a Hugging Face folder, a converted folder, a run, or the name of an embedded
+        checkpoint. It, `data`, `out` and the files of other settings may be object-store addresses
+        (`gs://bucket/run`).
       datasets: benchmarks, as a list or one text with commas; "held_out" means all of the paper's
-        table 1. Without any, exact match is computed by family of questions.
+        table 1. Without any, exact match is computed by family.
       data: output of `jax-instructblip prepare`, or the datasets' original files; for families a
         JSON-lines file or `shapes`, by default what the run was validated on.
       out: the folder to write to; for families by default the run.
@@ -98,8 +100,8 @@ def evaluate(
       processes except process 0.
 
     Raises:
-      ValueError: an unknown, invalid or useless setting, records that cannot be asked, or
-        predictions that cannot be scored.
+      ValueError: an unknown or invalid setting, one that has no effect with the others, records
+        that cannot be asked, or predictions that cannot be scored.
       OSError: a file cannot be read or written.
     """
     chosen = Settings.of(checkpoint=checkpoint, datasets=datasets, data=data, out=out, **settings)
@@ -119,7 +121,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def _on_disk(settings: Settings) -> Iterator[Settings]:
-    """Yields the settings with local copies of files at store addresses.
+    """Yields the settings with local copies of files at object-store addresses.
 
     A local copy of `out` is uploaded to its address regularly and when the block ends.
     """

@@ -131,42 +131,42 @@ class Field:
 
 
 def whole(at_least: int = -INT32, at_most: int = INT32, **more: Any) -> Field:
-    """Returns the field of an integer in a range; True, 3.0 and "3" are refused."""
+    """Returns a field that accepts integers in a range; True, 3.0 and "3" are refused."""
     return Field(int, at_least=at_least, at_most=at_most, **more)
 
 
 def number(at_least: float | None = None, at_most: float = FLOAT32, **more: Any) -> Field:
-    """Returns the field of a finite number in a range; True and "3" are refused."""
+    """Returns a field that accepts finite numbers in a range; True and "3" are refused."""
     return Field(float, at_least=at_least, at_most=at_most, **more)
 
 
 def flag(**more: Any) -> Field:
-    """Returns the field of True or False; 0 and 1 are refused."""
+    """Returns a field that accepts True and False; 0 and 1 are refused."""
     return Field(bool, **more)
 
 
 def text(**more: Any) -> Field:
-    """Returns the field of any text."""
+    """Returns a field that accepts any text."""
     return Field(str, **more)
 
 
 def path(*, stored: bool = False, **more: Any) -> Field:
-    """Returns the field of a local path or ""; with `stored`, also of a store address."""
+    """Returns a field that accepts a local path or ""; with `stored`, also a store address."""
     return Field(str, local=True, stored=stored, **more)
 
 
 def one_of(*choices: str, **more: Any) -> Field:
-    """Returns the field of a text that is one of `choices`."""
+    """Returns a field that accepts the texts in `choices`."""
     return Field(str, choices=choices, **more)
 
 
 def several(each: Field, **more: Any) -> Field:
-    """Returns the field of a tuple or list, perhaps empty, whose entries satisfy `each`."""
+    """Returns a field that accepts tuples and lists, also empty, of values that `each` accepts."""
     return Field(tuple, each=each, **more)
 
 
 def mapping(**more: Any) -> Field:
-    """Returns the field of a dict with any content."""
+    """Returns a field that accepts any dict."""
     return Field(dict, **more)
 
 

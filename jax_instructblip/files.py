@@ -97,10 +97,10 @@ def local_path(path: str | os.PathLike, name: str = "the path") -> Path:
 
 
 def find_addresses(flags: Mapping[str, Any], stores: Sequence[str] = ()) -> list[str]:
-    """Returns messages about a verb's flags with paths that are addresses, empty or invalid.
+    """Returns messages about a command's flags whose paths are addresses, empty or invalid.
 
     A flag has paths if its value is a `Path` or its name is in `_PATH_FLAGS`. The flags in `stores`
-    may have store addresses.
+    may have object-store addresses.
     """
     problems = []
     for flag, value in flags.items():

@@ -41,7 +41,7 @@ def write_stage1(
 
     Args:
       base: any checkpoint; supplies vision tower, Q-Former sizes and BERT tokenizer.
-      out: the new folder, or its address in a store; it must not exist.
+      out: the new folder, or its address in an object store (`gs://...`); it must not exist.
       bert: a Hugging Face folder of BERT with the Q-Former's sizes, to initialise the Q-Former.
       features: width of the space in which images and texts are compared.
       seed: of the random weights.

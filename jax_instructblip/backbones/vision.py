@@ -43,7 +43,7 @@ PICTURE_HEADS = {
 
 
 def scene_labels(scene: world.Scene) -> dict[str, np.ndarray]:
-    """Returns the labels of one scene: int32 `[16]` for cells, int32 `[n]` for the picture."""
+    """Returns the labels of one scene by name, int32: `[16]` for cells, `[n]` for the picture."""
     cells = world.GRID**2
     index = np.arange(cells, dtype=np.int32)
     label = {name: np.full(cells, CELL_HEADS[name] - 1, np.int32) for name in CELL_HEADS}

@@ -8,7 +8,7 @@ from jax_instructblip.models.released import VARIANTS
 
 
 def main(argv: list[str]) -> int:
-    """Writes the checkpoint folder; returns 0."""
+    """Converts as the flags say; returns 0."""
     parser = argparse.ArgumentParser(prog="jax-instructblip convert", description=__doc__)
     parser.add_argument("folder", type=Path, help="config.json, *.safetensors and tokenizers")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")

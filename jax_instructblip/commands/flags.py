@@ -63,7 +63,7 @@ def without_accelerator() -> None:
 def check_flags(flags: argparse.Namespace, stores: Sequence[str] = ()) -> None:
     """Raises a ValueError that names every flag with an unusable value.
 
-    `stores` are the flags whose values may be store addresses (`gs://bucket/run`).
+    `stores` are the flags whose values may be object-store addresses (`gs://bucket/run`).
     """
     values = vars(flags)
     problems = [*find_problems(values, NUMBERS, "--"), *find_addresses(values, stores)]

@@ -7,7 +7,7 @@ from jax_instructblip.commands.flags import add_step, check_flags, without_accel
 
 
 def main(argv: list[str]) -> int:
-    """Writes the checkpoint folder; returns 0."""
+    """Merges as the flags say; returns 0."""
     parser = argparse.ArgumentParser(prog="jax-instructblip merge", description=__doc__)
     parser.add_argument("run", type=Path, help="a run directory, or one of its checkpoints/STEP")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")

@@ -55,7 +55,7 @@ def _prepare(
 ) -> tuple[pathlib.Path, str]:
     """Prepares the dataset; returns a local folder with its report, and its store address.
 
-    The address is "" if the dataset itself is on the local disk.
+    The address is that of the dataset in an object store, "" if it is on the local disk.
     """
     common: dict[str, Any] = dict(splits=splits, max_missing=flags.max_missing, frames=flags.frames)
     if flags.beam_runner:

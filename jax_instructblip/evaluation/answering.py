@@ -50,9 +50,9 @@ def answer(
       questions: all questions, planned by `grouping.plan` with the same `size`.
       size: questions that each device of `blip` answers at once.
       done: ids of records that are already answered.
-      share: the part of this process; worker 0 also returns the rows of questions that cannot be
-        asked, each with its problem.
-      take: called with each finished list of rows, some at a time.
+      share: the part of this process. Worker 0 also returns a row with the problem for each
+        question that cannot be asked.
+      take: called with lists of finished rows, in any order.
     """
     records = questions.records
     if share.index == 0:

@@ -126,7 +126,10 @@ def open_tasks(settings: Settings, llm: str) -> list[Task]:
 
 
 def _folder(data: str, name: str) -> Path:
-    """Returns the local folder that has the dataset `name`; downloads it from a store address."""
+    """Returns the local folder that contains the dataset's folder `name`.
+
+    If `data` is an object-store address, this dataset (or all) is downloaded first.
+    """
     address = remote.address_of(data)
     if address and name in remote.names(address):
         return stores.input_path(f"{address}/{name}").parent

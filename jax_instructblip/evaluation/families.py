@@ -102,7 +102,8 @@ def counts(records: Sequence[Record]) -> dict[str, int]:
 def by_family(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Returns head and rows of a result's table: family, questions, a share (0 to 1) per column.
 
-    The columns are the model's accuracy and its baselines; the last row is the mean over families.
+    `result` is an entry of `results.json`. The columns are the model's accuracy and its baselines;
+    the last row is the mean over families.
     """
     columns = {"accuracy": result["values"], **result["baselines"]}
     columns = {name: columns[name] for name in MEANING if name in columns}
@@ -116,7 +117,7 @@ def by_family(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def table(name: str, result: Mapping[str, Any]) -> str:
-    """Formats a result as a printable table, followed by the questions that could not be asked."""
+    """Formats an entry of `results.json` as text: a table, and questions that were not asked."""
     lines = [f"\n{name}: not scored, {result['unscored']}"]
     if not result["unscored"]:
         (_, _, *columns), rows = by_family(result)

@@ -1,4 +1,7 @@
-"""Evaluates a checkpoint by family of questions, on `shapes` or JSON lines, with baselines."""
+"""Evaluates a checkpoint by family of questions, on `shapes` or JSON lines, with baselines.
+
+A family is the set of records with the same `Record.task`.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -50,7 +50,7 @@ class Questions:
       alike: number of records with two different candidates of equal tokens.
       units: the questions that can be asked, in batches.
       problems: record number -> reason, for records that cannot be asked.
-      cut: number of prompts that are truncated for the Q-Former (it reads their end).
+      cut: number of prompts too long for the Q-Former, which reads only their end.
       digest: identifies the content of the records, without images.
     """
 
@@ -143,10 +143,10 @@ def loads(units: Sequence[Unit], devices: int, workers: int) -> list[list[Unit]]
 
 
 def places(load: Sequence[Unit], size: int, devices: int) -> Iterator[tuple[int, bool]]:
-    """Yields (record number, counts) for each position of a load's batches.
+    """Yields (record number, is real) for each position of a load's batches.
 
-    The batches have `size` questions on each of the `devices`. Short units repeat their last
-    record, and a short load repeats its last unit; such padding has counts = False.
+    The batches have `size` questions on each of the `devices`. They are filled up by repeating the
+    last record of a short unit and the last unit of a short load; these copies are not real.
     """
     filled = [*load, *[load[-1]] * (-len(load) % devices)]
     for index, unit in enumerate(filled):

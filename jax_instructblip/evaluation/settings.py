@@ -52,11 +52,11 @@ _OF_DATASETS = ("prompt", "mode", "candidates", "relevance", "length_normalise")
 class Settings:
     """The settings of one evaluation; None means the default of the dataset's protocol.
 
-    Without `datasets`, accuracies by family of questions are measured ("families" below).
+    Without `datasets`, accuracy is measured by family of questions: records with the same `task`.
 
     Attributes:
-      checkpoint: a Hugging Face folder, a converted folder, a run, or an embedded name. It, `data`,
-        and the files and folders below may be a store address.
+      checkpoint: a Hugging Face folder, a converted folder, a run, or the name of an embedded
+        checkpoint. It, `data` and all files and folders may be object-store addresses (`gs://...`).
       datasets: names of benchmarks; () for families.
       data: folder of prepared or original datasets; for families a JSON-lines file or `shapes`, by
         default what the run was validated on.
@@ -64,10 +64,10 @@ class Settings:
       split: a split other than the paper's; for families one or more, separated by commas, by
         default the test splits.
       limit: number of questions per dataset, always the same ones; 0: all.
-      batch_size: questions answered at once, for datasets on each device.
+      batch_size: questions answered at once; for datasets, on each device.
       predictions: a file of existing answers to be scored.
-      relevance: Visual Dialog's dense annotations, for NDCG.
-      no_baselines: for families, skip the baselines `blind` and `before`.
+      relevance: a file of Visual Dialog's dense annotations, for NDCG.
+      no_baselines: for families, skip the baselines `blind` (black images) and `before` (training).
       text_processor, dialogue: "lavis" and "q_a" format questions and dialogues as the released
         code does (`templates.TextStyle`).
       image_crop: "center" crops the middle of an image, as the released evaluation of COCO and
@@ -117,8 +117,8 @@ class Settings:
         """Returns checked settings from keyword arguments; `datasets` may be one text with commas.
 
         Raises:
-          ValueError: an unknown setting, an invalid value, or a setting that the others make
-            useless.
+          ValueError: an unknown setting, an invalid value, or a setting that has no effect with the
+            others.
         """
         if isinstance(datasets, str):
             datasets = [each.strip() for each in datasets.split(",")] if datasets else ()

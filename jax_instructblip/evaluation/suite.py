@@ -81,7 +81,7 @@ def run(
     baselines: Sequence[Baseline] = (),
     replace: bool = False,
 ) -> list[Finished]:
-    """Answers and scores every task; returns the results, on other processes than 0 an empty list.
+    """Answers and scores every task; returns the results ([] on processes other than 0).
 
     Args:
       blip: the model, on this process's devices or on a mesh of all processes.
@@ -93,7 +93,7 @@ def run(
       limit: the limit with which the tasks were opened, to be recorded.
       full: add METEOR and SPICE, which need Java, to caption scores.
       say: prints lines about the progress, on process 0.
-      baselines: other ways to answer tasks of families, for comparison.
+      baselines: other ways to answer tasks that are scored by family of questions.
       replace: delete predictions in `out` that were asked differently, instead of refusing them.
 
     Raises:
@@ -157,7 +157,7 @@ def score_given(task: Task, path: Path, *, full: bool = True) -> Finished:
 def keep(out: Path, finished: Finished, predictions: Path) -> None:
     """Copies scored external answers to `out`, so that `compare` can read them.
 
-    Does nothing if `predictions`, the file that they come from, is that file already.
+    `predictions` is the file that they come from; if it is the copy itself, nothing is done.
     """
     path = out / PREDICTIONS / f"{finished.task.name}.jsonl"
     if path.exists() and path.samefile(predictions):
@@ -214,7 +214,8 @@ def finish(
 ) -> dict[str, Any]:
     """Writes the results and prints the report's path; returns the content of `results.json`.
 
-    `recorded` has further keyword arguments of `write`. Processes other than 0 return {}.
+    `recorded` has the arguments `metrics` and `answers` of `write`. Processes other than 0 do
+    nothing and return {}.
     """
     if jax.process_index():
         return {}
@@ -249,7 +250,7 @@ def describe(task: Task, name: str, count: int, done: int = 0) -> str:
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """Runs a block; if it fails in one process, raises an error in all processes."""
+    """Context manager: if the block fails in one process, an error is raised in all processes."""
     problem: Exception | None = None
     try:
         yield
@@ -305,7 +306,10 @@ def _finish(
     full: bool,
     paper: str,
 ) -> Finished:
-    """Joins the rows of all processes, scores them, and builds the task's result."""
+    """Joins the rows of all processes, scores them, and returns the task with its result.
+
+    `facts` are copied into the result; `paper` is the paper's model of the same sizes, "" for none.
+    """
     rows, scores, reason = _scored(task, questions, store, full)
     result = scoring.summarise(task, rows, scores, reason, facts, cut=questions.cut, model=paper)
     if questions.alike:

@@ -78,7 +78,7 @@ class Task:
         )
 
     def choices(self, record: Record) -> tuple[str, ...]:
-        """Returns the candidates to rank for a record."""
+        """Returns the texts to rank for a record: protocol words, shared candidates or choices."""
         if self.protocol.words:
             return tuple(word for words in self.protocol.words for word in words)
         return self.candidates or record.choices

@@ -77,8 +77,8 @@ def verify(
 
     Args:
       checkpoint: a checkpoint as `load` accepts it.
-      images: `NAME=FILE` for each image, with names from the facts.
-      facts: a JSON file in the format of `published.py`.
+      images: `NAME=FILE` for each image; NAME is an image of `facts`.
+      facts: a JSON file of published answers, in the format of `published.py`.
       model: the released model's name; by default determined by the checkpoint's sizes.
       dtype: of weights and computation, as `load` accepts it.
       say: prints each line of the result as soon as it is known.

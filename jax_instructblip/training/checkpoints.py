@@ -108,7 +108,7 @@ class Checkpoints:
         return self.folder / str(step)
 
     def location(self, step: int) -> str:
-        """Returns the path or store address where the checkpoint of `step` is kept."""
+        """Returns the path or object-store address where the checkpoint of `step` is kept."""
         return f"{self._store or self.folder}/{step}"
 
     def meta(self, step: int) -> Meta:
@@ -332,7 +332,7 @@ class Checkpoints:
         return f"remove {self.location(step)} to {way}"
 
     def _upload(self, step: int) -> None:
-        """Uploads the local checkpoint of `step` to the store and deletes the local files."""
+        """Uploads the local checkpoint of `step` to the object store; deletes the local files."""
         try:
             remote.remove(self.location(step))  # leftovers of a killed process
             remote.put(self.path(step), self.location(step), last=META)
@@ -368,7 +368,7 @@ def is_step(name: str) -> bool:
 
 
 def _leaves(state: TrainState, rng: Array) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Returns the leaves by path of each part, in the order of `PARTS`: trainable, optimizer."""
+    """Returns two dicts from path to leaf, in the order of `PARTS`: trainable and optimizer."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state.optimizer)
     rest = {_optimizer_path(path): leaf for path, leaf in flat}
     rest = {"step": state.step, "rng": jax.random.key_data(rng), **rest}

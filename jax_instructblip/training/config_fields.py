@@ -126,7 +126,7 @@ SOURCE_FIELDS: dict[str, Field] = {
 def check_config(config: ConfigDict, *, run: bool = False) -> None:
     """Raises a ValueError that lists every unusable field of `config`.
 
-    With `run`, the fields of `NEEDED` must be set too; `plan` works without them.
+    With `run`, fields that only a training run needs, such as `workdir`, must also be set.
     """
     tree = config.to_dict()
     if problems := [*(_unset(tree) if run else ()), *_problems(tree)]:
@@ -134,7 +134,7 @@ def check_config(config: ConfigDict, *, run: bool = False) -> None:
 
 
 def _unset(tree: Mapping[str, Any]) -> Iterator[str]:
-    """Yields an error for each field of `NEEDED` that is empty."""
+    """Yields an error for each field that a run needs (`NEEDED`) and that is empty."""
     values = _single(tree) | {SOURCES: _sources(tree)}
     for name, what in NEEDED.items():
         if values.get(name) in ("", (), [], {}):

@@ -18,15 +18,15 @@ SAVED = "saved"  # field of config.json: True once the run has saved a checkpoin
 
 
 def set_incomplete_aside(checkpoints: Checkpoints, *, fresh: bool) -> list[str]:
-    """Renames incomplete checkpoint folders in `checkpoints/`; returns one line per rename.
+    """Renames incomplete checkpoint folders in `checkpoints/`; returns one message per rename.
 
-    Such a folder has a step number as its name but no `meta.json`, for example after an
-    interrupted copy. (In a store nothing is renamed: saving the same step again replaces it.) If
-    `checkpoints/` is a dangling symlink, it is renamed with `fresh` and an error without.
+    Such a folder has a step number as its name but no `meta.json`, for example after an interrupted
+    copy. (In an object store nothing is renamed: saving the same step again replaces it.) If
+    `checkpoints/` is a dangling symlink, it is renamed if `fresh`, else it is an error.
 
     Raises:
         CheckpointError: a checkpoint's `meta.json` is damaged or of a newer version.
-        ValueError: `checkpoints/` is a dangling symlink without `fresh`, or is no folder.
+        ValueError: `checkpoints/` is a dangling symlink and not `fresh`, or is no folder.
     """
     folder, notes = checkpoints.folder, []
     if folder.is_symlink() and not folder.exists():
@@ -52,7 +52,7 @@ def set_incomplete_aside(checkpoints: Checkpoints, *, fresh: bool) -> list[str]:
 
 
 def set_metrics_aside(workdir: Path, checkpoints: str, *, fresh: bool) -> list[str]:
-    """Renames the metrics of an earlier run that has no checkpoints; returns one line or none.
+    """Renames metrics of an earlier run whose checkpoints are missing; returns messages about it.
 
     Call it only if there are no checkpoints. A run that was killed before its first save may start
     over by itself. Otherwise the checkpoints may be on a disk that is not mounted, so `fresh` is

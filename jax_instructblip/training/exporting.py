@@ -27,15 +27,15 @@ def export(
     Prints the size to stdout, and to stderr what the transformers format cannot express.
 
     Args:
-      path: a checkpoint folder of this package, a run directory, or an embedded name.
-      out: the new folder, or its address in a store; it must not exist yet, and appears only
-        when everything is written.
+      path: a checkpoint folder of this package, a run, or the name of an embedded checkpoint.
+      out: the new folder, or its address in an object store (`gs://...`); it must not exist yet,
+        and appears only when everything is written.
       step: for a run, the step to export; by default the newest.
       best: for a run, export the step with the best validation score.
       shard_bytes: the largest size of one safetensors file.
 
     Returns:
-      The folder `out`, or its address in a store.
+      The folder `out`, or its address.
 
     Raises:
       ValueError: the format cannot express the model, or the run has no such step.
@@ -67,13 +67,13 @@ def merge(
 
     Args:
       run: a run directory, or one of its `checkpoints/STEP`.
-      out: the new folder, or its address in a store; it must not exist yet, and appears only
-        when everything is written.
+      out: the new folder, or its address in an object store (`gs://...`); it must not exist yet,
+        and appears only when everything is written.
       step: the step to merge; by default the newest.
       best: merge the step with the best validation score.
 
     Returns:
-      The folder `out`, or its address in a store.
+      The folder `out`, or its address.
 
     Raises:
       ValueError: `run` is no run, or has no such step.

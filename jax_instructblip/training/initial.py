@@ -54,10 +54,10 @@ def load_initial(
     frozen_dtype: Any = jnp.bfloat16,
     mesh: Mesh | None = None,
 ) -> Initial:
-    """Loads the checkpoint `base`; if `init` is set, the trainable trees are read from there.
+    """Loads the checkpoint `base`; if `init` is set, trainable trees are read from `init`.
 
     Args:
-      base: a checkpoint folder or an embedded name.
+      base: a checkpoint folder, or the name of an embedded checkpoint.
       init: a checkpoint, run or Hugging Face folder of the same sizes, or "".
       trainable: the top-level trees to train.
       fields: changes of the variant (`{"qformer.dropout": 0.0}`). With

@@ -237,11 +237,17 @@ class _Run:
         return bool(due)
 
     def cursor(self, step: int) -> dict[str, Any]:
-        """Returns the data cursor for meta.json: step, seed and fingerprint of the data."""
+        """Returns the position in the data at `step`: step, seed and fingerprint of the sources.
+
+        A checkpoint stores it, so that a resumed run can check that it reads the same data.
+        """
         return {"step": step, "seed": self.seed, "fingerprint": self.batches.fingerprint()}
 
     def tune(self, sharding: jax.sharding.NamedSharding, **reading: int) -> None:
-        """Runs the remaining steps; `reading` are keyword arguments of `loader.load`."""
+        """Runs the remaining steps, with batches put on devices by `sharding`.
+
+        `reading` are keyword arguments of `loader.load`.
+        """
         self.silent = jax.process_index() > 0
         self.writer = MetricsWriter(self.workdir, start=self.first, silent=self.silent)
         if self.writer.damaged:
@@ -311,9 +317,9 @@ class _Run:
                     break
 
     def record(self, number: int, metrics: Metrics, counts: loader.Counts, flops: int) -> str:
-        """Adds a step's numbers to the metrics window; writes a line if due; returns a note.
+        """Adds the numbers of step `number` to `self.window`; writes a metrics line if it is due.
 
-        The note (`loss 1.234`) is shown in the progress line. `flops` are those of the step.
+        Returns a note for the progress line, `loss 1.234`. `flops` are those of the step.
 
         Raises:
             ValueError: the loss or gradient is not finite and the run may not skip (more) steps.
@@ -349,7 +355,7 @@ class _Run:
             self.checkpoints.save(self.state, self.rng, meta, then=self.note_save)
 
     def note_save(self) -> None:
-        """Records in config.json that a checkpoint exists, and pushes files to the store.
+        """Records in config.json that a checkpoint exists; uploads small files to an object store.
 
         Called on process 0 after each completed save.
         """

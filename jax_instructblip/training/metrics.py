@@ -158,7 +158,7 @@ def _has_numbers(line: dict[str, Any]) -> bool:
 
 
 class Window:
-    """Collects the numbers of the steps since the last line of metrics, to be summarised in one."""
+    """Collects the numbers of the steps since the last line of metrics; `close` summarises them."""
 
     def __init__(self, batch_size: int, utilisation: Utilisation | None = None):
         """Starts an empty window; `batch_size` is the number of samples per step on all devices.

@@ -13,7 +13,7 @@ FILE = "non_finite.jsonl"
 
 
 class NonFiniteGuard:
-    """Logs such steps with their sample ids; ends the run at once or after several in a row.
+    """Logs steps with a NaN or infinite loss or gradient norm; ends the run if they are too many.
 
     All processes take the same decision, because the numbers are those of the global batch.
     """
@@ -29,8 +29,10 @@ class NonFiniteGuard:
     ):
         """Sets up the guard, which appends to `non_finite.jsonl` in `workdir`.
 
-        With `skip`, the train step has already skipped the update of such a step, and the run ends
-        only after `limit` of them in a row. `ids(n)` returns the sample ids of batch n.
+        With `skip`, the train step leaves weights and moments unchanged on a non-finite step, and
+        the run ends after `limit` such steps in a row; without, it ends at the first one. `ids(n)`
+        returns the sample ids of batch n. `checkpoints` is used to name the newest one in the
+        error.
         """
         self._path, self._skip, self._limit, self._ids = workdir / FILE, skip, limit, ids
         self._checkpoints = checkpoints

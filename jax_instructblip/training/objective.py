@@ -53,7 +53,7 @@ class LanguageObjective:
     whole_batch: str = ""
 
     def totals(self, batch: Batch) -> Totals:
-        """Returns the number of target tokens, as `tokens`."""
+        """Returns {"tokens": the number of target tokens}, a float32 scalar."""
         return {"tokens": count_targets(batch["targets"])}
 
     def __call__(

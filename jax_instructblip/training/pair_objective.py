@@ -44,7 +44,7 @@ class PairObjective:
     whole_batch: str = "each pair is compared with all others of the batch"
 
     def totals(self, batch: Batch) -> Totals:
-        """Returns `pairs`, the number of pairs, and `tokens`, the number of caption targets."""
+        """Returns `pairs`, the number of pairs, and `tokens`, that of caption targets; float32."""
         pairs = jnp.asarray(batch["captions"].shape[0], jnp.float32)
         return {"pairs": pairs, "tokens": count_targets(_targets(batch))}
 

@@ -42,13 +42,14 @@ def peak_flops(stated: float = 0.0, kind: str | None = None) -> float:
 
 
 class Utilisation:
-    """Model FLOPs utilisation (MFU): FLOPs of the training steps as a share of the devices' peak.
-
-    Recomputation for rematerialisation is not counted, if `objective` has a model without it.
-    """
+    """Model FLOPs utilisation (MFU): FLOPs of training steps as a share of the devices' peak."""
 
     def __init__(self, objective: Objective, peak: float):
-        """Sets the peak FLOPs per second of one device; with 0 (unknown) nothing is computed."""
+        """Sets the objective to count, and the peak FLOPs per second of one device (0: unknown).
+
+        The objective's model should not rematerialise, because recomputation must not be counted.
+        Without a known peak nothing is computed.
+        """
         self._objective, self._peak = objective, peak
         self._known: dict[tuple[Any, ...], int] = {}
 
@@ -125,9 +126,9 @@ class Trace:
         return ""
 
     def close(self, state: Any = None) -> str:
-        """Ends the trace if one is due; returns a message the first time, later "".
+        """Stops the trace after the device has finished; returns a message once, later "".
 
-        Without a running trace the message says that the run was too short.
+        If the trace has not begun yet, the message says that the run was too short.
         """
         if not self._awaited:
             return ""

@@ -47,7 +47,7 @@ Report = Callable[..., None]
 
 
 class Validation(NamedTuple):
-    """A validation that the config asks for.
+    """The validation of a run, as the config describes it.
 
     Attributes:
       measure: `measure(params, take_samples)` returns scores by name, the headline score first and
@@ -62,7 +62,7 @@ class Validation(NamedTuple):
 
 
 def read_workdir(config: ConfigDict) -> str:
-    """Checks the whole config; returns its workdir, a path or a store address.
+    """Checks the whole config; returns its workdir, a path or an object-store address.
 
     Raises:
         ValueError: lists every unusable field, or says why a folder cannot be written.

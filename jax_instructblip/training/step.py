@@ -48,8 +48,9 @@ def train_step(
       optimizer: turns gradients into updates.
       schedule: the learning rate of each step, used for the metrics only.
       clip_norm: the largest gradient norm; None: no clipping.
-      accumulate: number of parts into which the batch is split, processed one after the other. The
-        result is the same, because each term is divided by its total over the whole batch.
+      accumulate: number of parts into which the batch is split, processed one after the other.
+        Except for dropout the result does not change: each term is divided by its total over the
+        whole batch.
       skip_non_finite: if the loss or the gradient norm is not finite, keep weights and moments; the
         step number still advances, for the schedule and the data.
       axis_name: the mapped axis under `jax.pmap`, where each device gets its own rows.

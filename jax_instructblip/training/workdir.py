@@ -25,11 +25,11 @@ class Workdir:
 
     Attributes:
       folder: the local folder.
-      store: the store address; "" if the run is kept on the disk.
+      store: the object-store address; "" if the run is kept on the disk.
     """
 
     def __init__(self, location: str):
-        """Prepares the workdir at `location`, a path or a store address; locks nothing yet."""
+        """Prepares the workdir at `location`, a path or object-store address; locks nothing yet."""
         self.store = location.rstrip("/") if remote.is_remote(location) else ""
         self.folder = Path(tempfile.mkdtemp(prefix="run-") if self.store else location)
         self._lock: RunLock | None = None
@@ -55,7 +55,7 @@ class Workdir:
         return self.store or str(self.folder)
 
     def fetch(self) -> None:
-        """Creates and locks the folder; from a store, downloads its .json and .jsonl files.
+        """Creates and locks the folder; from an object store, downloads .json and .jsonl files.
 
         Raises:
             ValueError: another run uses the folder.
@@ -73,7 +73,7 @@ class Workdir:
             self._leave_note()
 
     def push(self) -> None:
-        """Uploads all files except checkpoints to the store, on process 0; no-op without a store.
+        """Uploads all files except checkpoints to the object store, if there is one, on process 0.
 
         Raises:
             OSError: a file could not be copied, or another run has taken over the store.
@@ -87,7 +87,7 @@ class Workdir:
                 remote.put_file(path, "/".join([self.store, *relative.parts[:-1]]))
 
     def check_owner(self) -> None:
-        """Raises an OSError if another run has replaced this run's note in the store."""
+        """Raises an OSError if another run has replaced this run's note in the object store."""
         note = remote.read(self.store, FILE) if self._note else None
         if note is not None and note.decode(errors="replace") != self._note:
             raise OSError(

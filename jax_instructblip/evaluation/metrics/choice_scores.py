@@ -104,10 +104,11 @@ def class_scores(scores: Sequence[float], words: Sequence[Sequence[str]]) -> tup
 
 
 def score_yes_no(responses: Sequence[Response], records: Sequence[Record]) -> Scores:
-    """Returns POPE's scores of the answer "yes": `f1`, precision, recall, accuracy and counts.
+    """Returns POPE's scores of the answer "yes": F1, accuracy, precision, recall and counts.
 
-    A generated answer counts as "no" if its first sentence has the word "no" or "not", and as "yes"
-    otherwise, even if empty (LLaVA's scorer does the same). `yes_ratio` is the share of "yes".
+    By name: `f1`, `accuracy`, `precision`, `recall`, `yes_ratio` (the share of "yes" answers),
+    `true_positives` and the like. A generated answer counts as "no" if its first sentence has the
+    word "no" or "not", and as "yes" otherwise, even if empty (as in LLaVA's scorer).
     """
     pairs = align(responses, records)
     said = np.array([_says_yes(response.text) for response, _ in pairs])
@@ -155,7 +156,7 @@ def with_choices(
 
 
 def _chosen(response: Response, record: Record) -> int:
-    """Returns the index of the chosen choice; -1 if the answer equals none."""
+    """Returns the index of the choice that the response selects; -1 if it equals none."""
     if len(response.scores):
         return int(np.argmax(response.scores))
     meanings = [_meaning(choice) for choice in record.choices]

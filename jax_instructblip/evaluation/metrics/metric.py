@@ -135,7 +135,7 @@ def _repeated(ids: Iterable[str]) -> list[str]:
 
 
 def listed(what: str, ids: Sequence[str]) -> str:
-    """Formats `3 WHAT: 'a', 'b', 'c'` for an error message; "" if there are no ids."""
+    """Formats number and first ids for a message, `3 WHAT: 'a', 'b', 'c'`; "" without ids."""
     if not ids:
         return ""
     shown = ", ".join(map(repr, ids[:_SHOWN])) + (", ..." if len(ids) > _SHOWN else "")

@@ -103,7 +103,10 @@ def _currency(match: re.Match[str]) -> list[str]:
 
 
 def _rules() -> Iterator[tuple[str, Action, int]]:
-    """Yields (pattern, action, flags). The next token starts after the last group or the match."""
+    """Yields each rule: a regex pattern, a function from its match to tokens, and regex flags.
+
+    After a match, reading continues after its last group, or after the match if it has no group.
+    """
     ap = _APOSTROPHE
     yield r"&(?:amp|lt|gt|quot|apos|nbsp);", _entity, re.I
     yield r"</?[a-z!?][^<>\n]*>", _keep, re.I

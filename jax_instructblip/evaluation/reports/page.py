@@ -115,7 +115,7 @@ class Html(str):
 
 
 def marked(name: str, pieces: Iterable[tuple[str, bool]]) -> Html:
-    """Returns a name followed by pieces of text; `pieces` are (text, highlight it?)."""
+    """Returns `name` followed by the texts of `pieces`, each a (text, highlighted) pair."""
     shown = (
         f"<mark>{html.escape(piece)}</mark>" if mark else html.escape(piece)
         for piece, mark in pieces

@@ -30,7 +30,7 @@ Samples = Mapping[str, tuple[Open, Sequence[Prediction]]]
 
 
 def line(name: str, result: Mapping[str, Any]) -> str:
-    """Formats the result of one dataset for printing: its value, and the paper's if known."""
+    """Formats a dataset's entry of `results.json` for printing: its value, and the paper's."""
     if result["unscored"]:
         return f"{name}: NOT SCORED, {result['unscored']}"
     said = f"{name}: {result['metric']} {result['value']:.2f}"
@@ -51,7 +51,7 @@ def line(name: str, result: Mapping[str, Any]) -> str:
 
 
 def markdown(model: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the report's tables as a Markdown text."""
+    """Returns the report as Markdown tables; `results` are the entries of `results.json`."""
     lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in model.items()), ""]
     if any(result["paper"] for result in results.values()):
         lines += [*page.markdown_table(*_table(results)), "", PAPER]
@@ -164,7 +164,7 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _shown(result: Mapping[str, Any]) -> str:
-    """Returns how texts and images were presented, if not in the default way; else ""."""
+    """Describes how texts and images were presented, where it is not the default; "" if it is."""
     style = result.get("style", {})
     words = [
         f"text processor {style['processor']}"
