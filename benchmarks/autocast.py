@@ -113,7 +113,10 @@ def measure(
     batches: Sequence[dict[str, np.ndarray]],
     steps: int,
 ) -> dict[str, np.ndarray]:
-    """Runs transformers as `side`, one of `precision.SIDES`; returns the same as `precision.measure`."""
+    """Runs transformers as `side`, one of `precision.SIDES`; returns arrays by name.
+
+    They are described in `precision.measure`.
+    """
     with quiet():
         model = transformers.InstructBlipForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
@@ -162,7 +165,7 @@ def measure(
 
 
 def by_our_paths(variant: Variant, tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Returns the trained tensors by our leaf paths, in our layouts."""
+    """Returns the trained PyTorch tensors as arrays in this package's layout, by leaf path."""
     made = {}
     for rule in qformer_table.rules(variant.qformer):
         if isinstance(rule, Rule):

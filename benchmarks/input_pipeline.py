@@ -239,7 +239,7 @@ def repeated(work: pathlib.Path, copies: int) -> None:
 
 
 def child(flags: argparse.Namespace, measure: str, **fields: Any) -> dict[str, float]:
-    """Takes a measurement, a key of `MEASURES`, in a new process; returns what it returns.
+    """Calls a function of `MEASURES` in a new process; returns its result.
 
     `fields` replace values of `flags`.
     """

@@ -47,7 +47,7 @@ def one_step(name: str, dtype: jnp.dtype, device: jax.Device) -> dict[str, np.nd
 
 
 def main() -> None:
-    """Measures and prints the JSON object."""
+    """Compares all tiny variants and prints the results as one line of JSON."""
     rows = []
     for name in VARIANTS["tiny"]:
         truth = one_step(name, jnp.dtype(jnp.float32), jax.devices("cpu")[0])

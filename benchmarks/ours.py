@@ -146,7 +146,7 @@ def time_decoding(name: str, params: dict, batch: int, lengths: Lengths, repeats
 
 
 def main() -> None:
-    """Measures one variant and prints the JSON object."""
+    """Measures one variant and prints the results as one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variant", required=True)
     parser.add_argument("--batch", type=int, default=None, help="training batch to start from")

@@ -36,7 +36,7 @@ CONFIGS = {
 class Case:
     """One plan to make: a config, the chips, the mesh, and further flags."""
 
-    file: str  # of results
+    file: str  # the results go to plan_FILE.json
     config: str
     topology: str
     mesh: str

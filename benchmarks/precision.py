@@ -114,7 +114,7 @@ def make_batch(case: Case, step: int) -> dict[str, jax.Array]:
 
 
 def measure_ours(case: Case, dtype: str, folder: pathlib.Path, steps: int) -> dict[str, np.ndarray]:
-    """Runs this package in `dtype`; returns the arrays described in `measure`."""
+    """Runs this package in `dtype`; returns arrays by the names listed in `measure`."""
 
     def place(path: str, array: np.ndarray) -> jax.Array:
         return jnp.asarray(array, jnp.float32 if path.startswith("qformer/") else dtype)
@@ -148,7 +148,7 @@ def measure_ours(case: Case, dtype: str, folder: pathlib.Path, steps: int) -> di
 
 
 def measure(case: Case, side: str, folder: pathlib.Path, steps: int) -> dict[str, np.ndarray]:
-    """Runs a side with the weights in `folder`; returns the arrays listed here by name.
+    """Runs `side`, one of `SIDES`, with the weights in `folder`; returns arrays by these names.
 
     logits, logits_after   [B, U, V] of the first batch's answers, before and after the steps
     losses                 [steps]
@@ -162,7 +162,7 @@ def measure(case: Case, side: str, folder: pathlib.Path, steps: int) -> dict[str
 
 
 def compare(found: dict, truth: dict, before: dict) -> dict[str, float]:
-    """Returns the relative errors of the measurements `found` against float64's, `truth`.
+    """Returns relative errors, by name, of the arrays `found` against the float64 ones, `truth`.
 
     `before` are the trained weights at the start. Key biases are left out: softmax is invariant to
     them, so their gradients are rounding noise.

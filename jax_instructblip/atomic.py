@@ -95,7 +95,7 @@ def unwritable(folder: str | os.PathLike) -> str:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Deletes the hidden folders of dead writers of the same folder on this machine."""
+    """Deletes temporary folders that killed writers of `folder` left on this machine."""
     prefix = f".{folder.name}.partial-{socket.gethostname()}-"
     for left in folder.parent.glob(".*"):
         process = left.name.removeprefix(prefix)

@@ -50,8 +50,8 @@ class Field:
       choices: for a text, the allowed values.
       special: allowed values outside of the range, such as -1 for "as the checkpoint says".
       optional: None is allowed too.
-      local: for a text, it must be a local path and no store address.
-      stored: for a local path, a store address is allowed too.
+      local: for a text, it must be a local path and no object-store address.
+      stored: for a local path, an object-store address (`gs://...`) is allowed too.
       each: for a tuple, the field that every entry must satisfy.
       unit: the unit in messages, such as "steps".
     """

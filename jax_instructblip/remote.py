@@ -27,7 +27,7 @@ _STAMPS = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "cr
 
 
 def address_of(path: object) -> str:
-    """Returns the normalised store address (`gs://bucket/run`, no final slash); "" for others."""
+    """Returns the normalised object-store address (`gs://bucket/run`); "" for anything else."""
     match = _ADDRESS.fullmatch(os.fspath(path)) if isinstance(path, str | os.PathLike) else None
     if match is None:
         return ""
@@ -36,7 +36,7 @@ def address_of(path: object) -> str:
 
 
 def is_remote(path: object) -> bool:
-    """Returns True if `path` is a store address and not a local path."""
+    """Returns True if `path` is an object-store address and not a local path."""
     return bool(address_of(path))
 
 

@@ -48,7 +48,7 @@ def folder_of_copies() -> Path:
 
 
 def input_path(path: str | os.PathLike, name: str = "the path") -> Path:
-    """Returns the local path, or an up-to-date copy of the file or folder at an address.
+    """Returns the local path, or a current copy of the file or folder at an object-store address.
 
     `name` is the subject of error messages.
 
@@ -271,7 +271,7 @@ def _write_index(home: Path, address: str, cached: _Stamps) -> None:
 
 
 def send(folder: Path, address: str, last: str) -> None:
-    """Uploads a folder to the address, the file `last` at the end; raises an OSError."""
+    """Uploads a folder to the address, the file `last` at the end; an OSError if it fails."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"copying {size / 1e6:,.1f} MB to {address}", file=sys.stderr, flush=True)
     remote.put(folder, address, last=last)

@@ -179,7 +179,7 @@ _BENCHMARKS = (
         *("iconqa", "test", "accuracy", _OPTIONS, _RANKED),
         paper=_paper(50.0, 51.2, 43.1, 44.8),
     ),
-    # Numbers of VQAv2 are those of its test servers.
+    # VQAv2's published numbers are from its test servers, which use EvalAI's metric.
     _row("vqav2", "val", "vqa_accuracy_evalai", _QUESTION, _SHORT),
     _row(
         *("vizwiz", "val", "vqa_accuracy_evalai", _QUESTION, _SHORT),

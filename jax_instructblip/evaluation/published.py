@@ -111,7 +111,10 @@ def _entry(row: Any, number: int, images: Mapping[str, Any], problems: list[str]
 
 
 def _build(cls: type, row: Any, where: str, problems: list[str]) -> Any:
-    """Returns `cls` built from the fields of `row`; if they do not fit, None and a new problem."""
+    """Returns `cls` built from the fields of `row`; None if they do not fit.
+
+    Then a message that begins with `where` is appended to `problems`.
+    """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     needed = {n for n, field in fields.items() if field.default is dataclasses.MISSING}
     if not isinstance(row, dict) or not needed <= set(row) <= set(fields):

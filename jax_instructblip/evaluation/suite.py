@@ -65,7 +65,7 @@ class Destination(NamedTuple):
     dtype: str
     size: int
     limit: int
-    replace: bool  # answers to something else that are there
+    replace: bool
 
 
 def run(

@@ -60,7 +60,7 @@ def load_config(path: str | os.PathLike) -> "ConfigDict":
         spec.loader.exec_module(module)
         make = getattr(module, "get_config", None)
         config = make() if callable(make) else None
-    except Exception as error:  # the file is a program of the user's; fields and types besides
+    except Exception as error:  # the file is a user's program, which may raise anything
         raise ValueError(f"{_place(path, error)}: {type(error).__name__}: {error}") from error
     if make is None:
         raise ValueError(f"{path} has no get_config(): see configs/custom_jsonl.py for one")

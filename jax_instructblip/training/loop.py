@@ -289,7 +289,8 @@ class _Run:
                 with self.window.timed("data"):
                     batch, counts = next(loaded)
                 if number == self.first + 1 and jax.process_count() > 1:
-                    # Compile, then wait for all: the first collective has a time limit of its own.
+                    # Compile, then wait for all: the first collective has a time limit (gloo: 30 s)
+                    # that differences in compile time may exceed.
                     self.step.lower(self.state, self.frozen, batch, self.rng).compile()
                     peers.barrier()
                 _print_lines(*filter(None, [self.trace.before(number, self.state)]))

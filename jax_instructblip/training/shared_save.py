@@ -2,11 +2,11 @@
 
 checkpoints/
   .3000.part-TOKEN-1/     by process 1: `trainable/`, `optimizer/`; written last: done-TOKEN-1.json
-  3000/                   when all are done, process 0 moves all files here and renames the folder
+  3000/                   when all are done, process 0 joins their files and renames the folder
 
-In a store each process uploads its files to `3000/`, and process 0 adds `meta.json` at the end. The
-processes wait for each other by these files only: the writer thread must not run JAX collectives
-while the main thread trains.
+In an object store each process uploads its files to `3000/`, and process 0 adds `meta.json` last.
+The processes wait for each other by these files only: the writer thread must not run JAX
+collectives while the main thread trains.
 """
 
 import contextlib

@@ -58,7 +58,7 @@ def choose_step(
 
 
 def _best(folder: Path, steps: list[int], measured: dict[int, float]) -> int:
-    """Returns the step with the highest score (latest on a tie); ValueError if it is not saved."""
+    """Returns the best-scoring step (latest on a tie); a ValueError if it has no checkpoint."""
     tuned = {step: value for step, value in measured.items() if step > 0}  # 0: before tuning
     if not tuned:
         raise ValueError(

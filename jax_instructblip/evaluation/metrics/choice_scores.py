@@ -72,7 +72,7 @@ def auroc(scores: Sequence[float], positives: Sequence[bool]) -> float:
             f"AUROC of {count} positive and {others} negative records is not defined: it needs both"
         )
     _, places, repeats = np.unique(np.asarray(scores), return_inverse=True, return_counts=True)
-    # The rank of a value that is there more than once is the middle one of its ranks.
+    # Tied values all get the mean of their ranks.
     ranks = np.cumsum(repeats) - (repeats - 1) / 2
     above = ranks[places][labels].sum() - count * (count + 1) / 2
     return float(above / (count * others))

@@ -36,12 +36,12 @@ class Scores:
     """The results of a metric.
 
     Attributes:
-      values: scores over all records by name, as fractions (not percent); the first is the
-        headline that papers report.
+      values: scores over all records by name, the first being the headline that papers report.
+        Shares are from 0 to 1, not in percent.
       samples: for some of these names, the value of each record, in the order of the records.
       notes: remarks that a reader of the values needs.
       left_out: name -> reason, for values that could not be computed.
-      errors: standard errors that cannot be derived from `samples`.
+      errors: standard errors by name, for values whose error cannot be derived from `samples`.
     """
 
     values: Mapping[str, float]

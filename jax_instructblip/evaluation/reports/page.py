@@ -45,12 +45,12 @@ def write(path: str | os.PathLike, title: str, parts: Iterable[str]) -> None:
 
 
 def heading(text: str) -> str:
-    """Returns a section heading."""
+    """Returns a section heading as HTML."""
     return f"<h2>{html.escape(text)}</h2>"
 
 
 def note(text: str, items: Sequence[str] = ()) -> str:
-    """Returns a remark in small print, followed by a list if there are `items`."""
+    """Returns a remark in small print as HTML, followed by a list if there are `items`."""
     listed = "".join(f"<li>{html.escape(each)}</li>" for each in items)
     return f"<p class='note'>{html.escape(text)}</p>" + (
         listed and f"<ul class='note'>{listed}</ul>"
@@ -58,7 +58,7 @@ def note(text: str, items: Sequence[str] = ()) -> str:
 
 
 def pairs(facts: Iterable[tuple[str, Any]]) -> str:
-    """Returns a table of names and values."""
+    """Returns an HTML table of names and values."""
     rows = "".join(
         f"<tr><td>{html.escape(str(name))}</td><td class='left'>{html.escape(str(value))}</td></tr>"
         for name, value in facts
@@ -67,7 +67,7 @@ def pairs(facts: Iterable[tuple[str, Any]]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table with a head."""
+    """Returns an HTML table with a head."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
@@ -78,13 +78,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the lines of a table in Markdown."""
+    """Returns the lines of a table in Markdown (no HTML)."""
     lines = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(cell.replace("|", r"\|") for cell in each) + " |" for each in lines]
 
 
 def grid(cards: Iterable[str]) -> str:
-    """Returns a grid of cards."""
+    """Returns an HTML grid of `cards`, which are strings of HTML."""
     return f"<div class='grid'>{''.join(cards)}</div>"
 
 
@@ -95,7 +95,7 @@ def card(
     notes: Iterable[str] = (),
     kind: str = "",
 ) -> str:
-    """Returns a card: the first image of a sample, with texts below it.
+    """Returns an HTML card: the first image of a sample, with texts below it.
 
     `kind` is "right", "wrong" or "", and colours the card. `lines` are plain text, or HTML from
     `marked`; `notes` are in small print.
@@ -115,7 +115,7 @@ class Html(str):
 
 
 def marked(name: str, pieces: Iterable[tuple[str, bool]]) -> Html:
-    """Returns `name` followed by the texts of `pieces`, each a (text, highlighted) pair."""
+    """Returns HTML: `name`, then the texts of `pieces`, each a (text, highlighted) pair."""
     shown = (
         f"<mark>{html.escape(piece)}</mark>" if mark else html.escape(piece)
         for piece, mark in pieces
@@ -124,7 +124,7 @@ def marked(name: str, pieces: Iterable[tuple[str, bool]]) -> Html:
 
 
 def truth(answers: Iterable[str]) -> str:
-    """Formats the distinct right answers as plain text."""
+    """Formats the distinct right answers as plain text (no HTML)."""
     return f"truth: {' / '.join(dict.fromkeys(answers)) or '(not public)'}"
 
 

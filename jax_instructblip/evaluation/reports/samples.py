@@ -59,7 +59,10 @@ def draw(records: Iterable[Record], count: int, seed: int = 0) -> list[Record]:
 def write_preview(
     path: str | os.PathLike, source: Source, text: TextProcessor, *, shown: int = 20, seed: int = 0
 ) -> None:
-    """Writes a page with `shown` records of a source as pictures, and the lengths of all."""
+    """Writes a page with `shown` records of a source as pictures, and histograms of text lengths.
+
+    The histograms are of all records of the source.
+    """
     mixture, cards = Mixture([source], seed), []
     lengths: dict[str, list[int]] = collections.defaultdict(list)
     for number, record in enumerate(source.records):
