@@ -1,7 +1,7 @@
-"""Converts a Hugging Face folder, or original .pth files, to a checkpoint folder of ours.
+"""Converts a Hugging Face folder, or LAVIS's .pth files, to this package's checkpoint format.
 
-A folder of InstructBLIP or BLIP-2 is converted whole. Of LAVIS's files give a model's and those of
-the towers that it was saved without, and name the model:
+A folder of InstructBLIP or BLIP-2 holds the whole model. LAVIS saved frozen towers apart: give a
+model's file together with its towers' files, and name the model:
 
     convert blip2_pretrained.pth eva_vit_g.pth --variant blip2-stage1 --bert bert-base-uncased ...
 """
@@ -14,7 +14,7 @@ from jax_instructblip.models.released import VARIANTS
 
 
 def main(argv: list[str]) -> int:
-    """Writes the checkpoint folder; returns 0."""
+    """Converts as the flags say; returns 0."""
     parser = argparse.ArgumentParser(
         prog="jax-instructblip convert",
         description=__doc__,

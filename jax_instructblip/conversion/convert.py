@@ -1,4 +1,4 @@
-"""Weights of PyTorch on disk -> a checkpoint folder of this package."""
+"""Converts a Hugging Face folder, or LAVIS's `.pth` files, to a checkpoint folder."""
 
 import os
 import sys
@@ -31,28 +31,28 @@ def convert(
     llm: str | os.PathLike[str] | None = None,
     bert: str | os.PathLike[str] | None = None,
 ) -> Path | str:
-    """Converts weights of PyTorch to a checkpoint folder of this package.
+    """Converts a Hugging Face folder, or `.pth` files of LAVIS, to a checkpoint folder.
 
-    Prints what was converted, and on stderr what the checkpoint lacks.
+    Prints what was converted; what the checkpoint lacks is printed to stderr.
 
     Args:
-      source: a Hugging Face folder as downloaded or saved by transformers (config.json,
-        *.safetensors and tokenizers), or original files of LAVIS (`.pth`): a model's and those of
-        the towers that it was saved without.
-      out: the folder to make, or its address in a store; it must not exist, and appears when all
-        is written.
-      variant: the released model whose sizes are demanded, a name of `models/released.py`; original
-        files need one.
-      llm: with original files, the Hugging Face folder of the language model.
-      bert: with original files, a folder with the tokenizer of bert-base-uncased, for a Q-Former
-        that reads text.
+      source: a folder of InstructBLIP or BLIP-2 with config.json, *.safetensors and tokenizers, as
+        downloaded or saved by transformers; or `.pth` files of LAVIS: a model's file and those of
+        the towers that were saved apart.
+      out: the folder to make, or its address in an object store (`gs://...`). It must not exist,
+        and appears when it is complete.
+      variant: name of a released model (`models/released.py`) whose sizes the weights must have;
+        required with `.pth` files, which do not tell their sizes.
+      llm: with `.pth` files, the Hugging Face folder of the language model.
+      bert: with `.pth` files, a folder with the tokenizer of bert-base-uncased, for a Q-Former that
+        reads text.
 
     Returns:
       The folder `out`, or its address.
 
     Raises:
-      ValueError: the weights cannot be converted, with every reason, or a tokenizer is damaged or
-        of another model.
+      ValueError: the weights cannot be converted (all reasons are listed), or a tokenizer is
+        damaged or of another model.
       OSError: `out` exists, or the disk has too little room.
     """
     with stores.output_folder(out) as (target, title):
@@ -105,7 +105,7 @@ def _write(
                 if not is_finite(array):
                     not_finite.append(path)
                 yield path, array
-                del array  # the next leaf is made while no name holds this one
+                del array  # free it before the next one is made
                 count(size, path)
 
         manifest = checkpoint.write_tree(out, counted(), extra=add)
@@ -131,7 +131,11 @@ def _write(
 
 
 def _tokenizer_problem(folder: Path, variant: Variant) -> str:
-    """A sentence about tokenizers that are not there; ValueError for damaged or foreign ones."""
+    """Returns a sentence about missing tokenizers, "" if there are none missing.
+
+    Raises:
+        ValueError: a tokenizer is damaged or of another model.
+    """
     reader = TextProcessor if variant.llm is not None else CaptionTokenizer
     try:
         reader.load(folder, variant)

@@ -1,11 +1,11 @@
-"""Original checkpoints of LAVIS (`.pth`) -> our leaves, by the tables of Hugging Face's names.
+"""Converts original checkpoints of LAVIS (`.pth`) with the same tables as Hugging Face folders.
 
-    visual_encoder.blocks.3.attn.proj.weight        the original
-    vision_model.encoder.layers.3.self_attn.projection.weight     the name in our tables
+    visual_encoder.blocks.3.attn.proj.weight                      LAVIS's name
+    vision_model.encoder.layers.3.self_attn.projection.weight     Hugging Face's, as in our tables
 
-The original's names follow from those of the tables; where it stores a tensor otherwise (two
-biases instead of one of three parts) the entry is changed. A file never holds code: it is read
-with `weights_only=True`.
+LAVIS's names are derived from those in the tables. Where LAVIS stores a tensor in another way (the
+biases of query and value alone instead of one tensor of three parts), the rule is changed. Files
+are read with `weights_only=True`, so code in a file is never run.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from jax_instructblip.conversion.torch_files import TorchTensor, open_pth
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import param_shapes
 
-# Where a name of the tables begins so, the original's begins otherwise; the first match counts.
+# Start of a name in our tables -> start of LAVIS's name. The first match counts.
 _NAMES = (
     (r"vision_model\.post_layernorm\.", "ln_vision."),
     (r"vision_model\.embeddings\.class_embedding", "visual_encoder.cls_token"),
@@ -45,25 +45,26 @@ _NAMES = (
     (r"cls\.", "Qformer.cls."),
     (r"(vision|text)_projection\.", r"\1_proj."),
 )
-_LANGUAGE_MODELS = {"t5": "t5", "llama": "llm", "opt": "opt"}  # `t5_model.`, `t5_proj.`
-# Where the layers of a language model begin. A file without them may still hold other names of its
-# embedding: the original leaves out the parameters that are frozen, not their second names.
+_LANGUAGE_MODELS = {"t5": "t5", "llama": "llm", "opt": "opt"}  # prefix of `_model.`, `_proj.`
+# Start of the names of a language model's layers, by which a file with the model is recognised.
+# Other names do not show it: LAVIS leaves frozen parameters out, but not aliases of the embedding.
 _LANGUAGE_LAYERS = {
     "t5": "encoder.block.",
     "llama": "model.layers.",
     "opt": "model.decoder.layers.",
 }
-_QKV_BIASES = {0: "q_bias", 2: "v_bias"}  # by the part of the tables' one tensor
+_QKV_BIASES = {0: "q_bias", 2: "v_bias"}  # part of the tables' qkv tensor -> LAVIS's name
 
-# Of `eva_vit_g.pth`, which is the tower alone, with bare names: what no model here has.
+# `eva_vit_g.pth` has the whole EVA-CLIP vision tower, under names without a prefix. `_EVA` is a
+# name that shows such a file; `_EVA_DROPPED` is why its last block and its head are left out.
 _EVA = "blocks.0.attn.qkv.weight"
 _EVA_DROPPED = "of the whole EVA-CLIP tower: the features are taken before it"
 
 
 def lavis_entries(variant: Variant, *, apart: bool = False) -> list[Entry]:
-    """The entries of all tensors of a variant, under the original's names.
+    """Returns the conversion rules of all tensors of a variant, under LAVIS's names.
 
-    With `apart` without those of the language model.
+    With `apart`, the rules of the language model are left out.
     """
     entries = [*vision.rules(variant.vision), *qformer.rules(variant.qformer)]
     if variant.llm is None:
@@ -94,12 +95,18 @@ _BLOCK = (
 def convert_lavis(
     tensors: Mapping[str, Any], variant: Variant, title: str, *, apart: bool = False
 ) -> Plan:
-    """The leaves of a variant from tensors under the original's names, one at a time.
+    """Returns a plan that makes a variant's parameters from tensors under LAVIS's names.
 
-    `title` names where they are from. With `apart` the language model comes from elsewhere: its
-    leaves are not made, and what the tensors hold of it is dropped. Raises ConversionError with all
-    that is missing, left over or of another shape; where a whole tower is missing, it says which
-    file has it.
+    Args:
+        tensors: by LAVIS's names.
+        variant: the sizes of the model.
+        title: names the files in errors.
+        apart: whether the language model comes from elsewhere. The plan then makes no parameters of
+            it, and drops its tensors.
+
+    Raises:
+        ConversionError: tensors are missing, left over or of another shape. If a whole tower is
+            missing, the message says which file has it.
     """
     _refuse_trimmed(tensors, variant, title, apart)
     expected = checkpoint.flatten(param_shapes(variant))
@@ -115,12 +122,14 @@ def convert_lavis(
 
 
 def open_lavis(path: Path) -> dict[str, TorchTensor]:
-    """The tensors of an original file by name.
+    """Returns the tensors of a LAVIS file by name.
 
-    `eva_vit_g.pth` is the image tower alone, with bare names: these get `visual_encoder.` in front.
+    The names in `eva_vit_g.pth`, which is the vision tower alone, get the prefix `visual_encoder.`
+    that they have in a whole model.
 
     Raises:
-        ConversionError: the file holds more than tensors, or torch is not installed.
+        ConversionError: the file cannot be read, holds more than tensors, or torch is not
+            installed.
     """
     tensors = open_pth(path)
     if _EVA in tensors:
@@ -129,7 +138,10 @@ def open_lavis(path: Path) -> dict[str, TorchTensor]:
 
 
 def read_files(paths: Sequence[Path]) -> dict[str, TorchTensor]:
-    """The tensors of several original files by name; of two with one name the later file's."""
+    """Returns the tensors of several files by name; where two have the same name, the later file's.
+
+    Together they can make a model of a checkpoint that was saved without its frozen towers.
+    """
     tensors: dict[str, TorchTensor] = {}
     for path in paths:
         tensors |= open_lavis(path)
@@ -137,7 +149,10 @@ def read_files(paths: Sequence[Path]) -> dict[str, TorchTensor]:
 
 
 def _refuse_trimmed(tensors: Iterable[str], variant: Variant, title: str, apart: bool) -> None:
-    """Raises where a tower is in no file at all; `apart`, the language model need not be."""
+    """Raises a ConversionError if a whole tower is missing, since LAVIS saves frozen ones apart.
+
+    With `apart`, the language model may be missing.
+    """
     begins = lambda word: any(name.startswith(word) for name in tensors)
     lacking = []
     if not begins("visual_encoder.blocks."):
@@ -163,7 +178,7 @@ def _renamed(entry: Entry, kind: str) -> list[Entry]:
 
 
 def _original(name: str, kind: str) -> str:
-    """The original's name for one of the tables."""
+    """Returns LAVIS's name of a tensor for its name in the tables."""
     name = name.replace("language_model.", f"{kind}_model.", 1)
     name = name.replace("language_projection.", f"{kind}_proj.", 1)
     for pattern, other in _NAMES:

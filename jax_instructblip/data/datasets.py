@@ -1,4 +1,7 @@
-"""The datasets of InstructBLIP and of BLIP-2's pre-training, from the modules of `data/readers`."""
+"""The tables of all known datasets, joined from the modules of `data/readers`.
+
+`DATASETS` are those of InstructBLIP, `PRETRAINING` those that BLIP-2 is trained on before it.
+"""
 
 from jax_instructblip import lookup
 from jax_instructblip.data.readers import (
@@ -16,7 +19,7 @@ from jax_instructblip.data.readers.dataset import FAMILIES, Dataset
 
 _MODULES = (captioning, reasoning, vqa, choices, reading, video_qa, dialogue, memes)
 
-# In the order of the families, then as the modules have them.
+# Sorted by family, in the order of FAMILIES; within a family in the order of the modules.
 DATASETS: dict[str, Dataset] = {
     dataset.name: dataset
     for dataset in sorted(
@@ -24,22 +27,30 @@ DATASETS: dict[str, Dataset] = {
         key=lambda dataset: FAMILIES.index(dataset.family),
     )
 }
-# What BLIP-2's first two stages are trained on besides COCO's captions.
+# Trained on in BLIP-2's first two stages, beside the captions of COCO.
 PRETRAINING: dict[str, Dataset] = {dataset.name: dataset for dataset in pretraining.DATASETS}
 
 ALL = DATASETS | PRETRAINING
 
 
 def get_dataset(name: str) -> Dataset:
-    """The dataset of that name; a ValueError with those spelled alike where there is none."""
+    """Returns the dataset of that name.
+
+    Raises:
+        ValueError: there is no such dataset; the message lists similar names.
+    """
     return lookup.find(ALL, name, "dataset")
 
 
 def table(name: str | None = None) -> str:
-    """All datasets for people, or one: its use, what files it needs, where they come from.
+    """Returns a text for people about one dataset, or about all where `name` is None.
+
+    It says how the dataset is used (held in: InstructBLIP was trained on it; held out: only scored
+    on it; pre-training: BLIP-2, from which it starts, was trained on it), and lists the annotation
+    files of each split, the licence and where to get the files.
 
     Raises:
-      ValueError: there is none of that name.
+      ValueError: there is no dataset of that name.
     """
     lines = []
     for dataset in ALL.values() if name is None else [get_dataset(name)]:

@@ -1,16 +1,17 @@
-"""Pairs of images and captions in tars, as img2dataset writes them (WebDataset).
+"""Image-caption pairs in tars, as img2dataset writes them (WebDataset), with random access.
 
     00000.tar: 000000000.jpg, 000000000.json, 000000000.txt, 000000001.jpg ...
-    00000_stats.json: {"successes": 8123, ...}, the entries that 00000.tar should have
+    00000_stats.json: {"successes": 8123, ...}, the number of entries written to 00000.tar
 
-    folder --headers of each tar, once--> index: a row an entry --records[i]--> Record
+    folder --the headers of each tar, once--> index: a row per entry --records[i]--> Record
 
-Members of one key stand together and are an entry: an image, and its caption in the field
-`caption` of the .json (a text, or a list of texts of which training draws one), else in the .txt.
-An entry that is no pair, and what a tar lacks that is cut off, are records with a `problem`:
-`prepare` leaves them out, counts and names them, and training takes others instead.
+Consecutive members with the same key are an entry: an image, and its caption, which is the field
+`caption` of the .json (a text, or a list of texts of which training draws one) or else the .txt.
+An entry that is not such a pair, and each entry that a truncated tar has lost, is a record with a
+`problem`: `prepare` leaves it out, counts it and names it; training takes another record instead.
 
-The index is kept among the copies of `stores.py`; a tar of another size or time is read again.
+The index is kept in the folder of copies (`stores.py`). A tar whose size or time of change differs
+is read again.
 """
 
 import bisect
@@ -33,16 +34,16 @@ from jax_instructblip.files import FileSlice
 from jax_instructblip.progress import Progress
 
 TARS = "*.tar"
-THREADS = 8  # that read headers: a network's disk lets each of them wait
-_ABSENT = -1  # the offset of a member that an entry lacks
+THREADS = 8  # threads that read headers; on a network disk each of them waits most of the time
+_ABSENT = -1  # the offset of a missing member
 
 
 class _Row(NamedTuple):
-    """An entry in the index; offsets are those of contents in the tar."""
+    """A row of the index: one entry, with offsets and sizes (bytes) of its members in the tar."""
 
     key: bytes
     problem: bytes = b""
-    ending: bytes = b""  # of the image: `.jpg`
+    ending: bytes = b""  # file name extension of the image, as in `.jpg`
     image: int = _ABSENT
     image_size: int = 0
     json: int = _ABSENT
@@ -52,12 +53,12 @@ class _Row(NamedTuple):
 
 
 class TarRecords:
-    """Random access to the pairs of the tars of a folder: in their order, then in each tar's."""
+    """Random access to the pairs of a folder of tars, ordered by tar and by position in the tar."""
 
     def __init__(
         self, tars: list[tuple[pathlib.Path, pathlib.Path]], *, task: str = "", split: str = ""
     ):
-        """`tars` are those of the folder, each with the file of its index."""
+        """Opens the indexes; `tars` has for each tar its path and the path of its index."""
         self._tars, self._task, self._split = tars, task, split
         self._maps: dict[int, np.ndarray] = {}
         self._ends = list(itertools.accumulate(len(self._rows(n)) for n in range(len(tars))))
@@ -66,7 +67,7 @@ class TarRecords:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
-        """The record at `index`, its image a slice of the tar; what it lacks is its `problem`."""
+        """Returns the record at `index`, with a `problem` if it is not a pair."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}: {self!r}")
         number = bisect.bisect_right(self._ends, index)
@@ -97,7 +98,7 @@ class TarRecords:
         )
 
     def digest(self) -> str:
-        """A sha256 that stands for names, keys, places and sizes of everything in the tars."""
+        """Hashes the names of the tars and the keys, offsets and sizes of all entries."""
         digest = hashlib.sha256()
         for number, (tar, _) in enumerate(self._tars):
             digest.update(tar.name.encode(errors="surrogateescape"))
@@ -105,7 +106,7 @@ class TarRecords:
         return digest.hexdigest()
 
     def _rows(self, number: int) -> np.ndarray:
-        """The index of one tar, mapped from the disk, so that processes share it."""
+        """Returns the index of one tar, memory-mapped, so that processes share it."""
         if number not in self._maps:
             self._maps[number] = np.load(self._tars[number][1], mmap_mode="r")
         return self._maps[number]
@@ -114,23 +115,23 @@ class TarRecords:
         return {**self.__dict__, "_maps": {}}
 
     def __repr__(self) -> str:
-        """Names the folder and the split: Grain uses it to recognise a source."""
+        """Names the folder and the split; Grain tells sources apart by it."""
         return f"TarRecords({self._tars[0][0].parent}:{self._split})"
 
 
 def holds_tars(path: pathlib.Path) -> bool:
-    """Tells whether it is a tar or a folder of tars."""
+    """Returns True for a tar and for a folder that has tars."""
     return path.suffix == ".tar" if path.is_file() else any(path.glob(TARS))
 
 
 def open_tars(path: str | os.PathLike[str], *, task: str = "", split: str = "") -> TarRecords:
-    """The pairs of one tar or of all tars of a folder, whose headers are read where they are new.
+    """Returns the pairs of one tar or of all tars of a folder; reads the headers of new tars first.
 
-    `task` and `split` are those that all records get.
+    Every record gets this `task` and `split`.
 
     Raises:
         FileNotFoundError: there is no tar.
-        ValueError: none of the tars has an entry, or a file of counts is damaged.
+        ValueError: no tar has an entry, or a `_stats.json` is damaged.
     """
     path = pathlib.Path(path).absolute()
     tars = sorted(path.glob(TARS)) if path.is_dir() else [path]
@@ -153,14 +154,14 @@ def open_tars(path: str | os.PathLike[str], *, task: str = "", split: str = "") 
 
 
 def _index(tar: pathlib.Path, home: pathlib.Path) -> pathlib.Path:
-    """The file of the index of a tar, which is written if it is not there yet."""
+    """Returns the path of the index of a tar; writes it first if it is absent."""
     status, expected = files.require_file(tar), _expected(tar)
     name = f"{status.st_size}-{status.st_mtime_ns}-{expected}.npy"
     path = home / tar.name / name
     if path.is_file():
         return path
     path.parent.mkdir(exist_ok=True)
-    for other in path.parent.iterdir():  # of the tar as it was before, or of a killed run
+    for other in path.parent.iterdir():  # of an older state of the tar, or of a killed run
         other.unlink()
     temporary = path.with_name("rows.tmp")
     with temporary.open("wb") as file:
@@ -170,7 +171,7 @@ def _index(tar: pathlib.Path, home: pathlib.Path) -> pathlib.Path:
 
 
 def _expected(tar: pathlib.Path) -> int:
-    """The number of entries by the counts that img2dataset put there; -1 where there are none."""
+    """Returns the number of entries in the `_stats.json` of a tar; -1 without such a file."""
     path = tar.with_name(f"{tar.stem}_stats.json")
     if not path.is_file():
         return -1
@@ -179,10 +180,10 @@ def _expected(tar: pathlib.Path) -> int:
 
 
 def scan_tar(tar: pathlib.Path, expected: int = -1) -> np.ndarray:
-    """The index of a tar: a structured array, a row an entry, in its order (`_Row`).
+    """Returns the index of a tar: a structured array with the fields of `_Row`, one row per entry.
 
-    Only headers are read. Where the tar is cut off, or has fewer entries than `expected` (-1: not
-    known), a row stands for each that is lost, at least for one.
+    Only headers are read. If the tar is truncated, or has fewer entries than `expected` (-1:
+    unknown), each lost entry has a row with a `problem`; a loss of unknown size has one row.
     """
     members, reason = _members(tar)
     rows: list[_Row] = []
@@ -192,7 +193,7 @@ def scan_tar(tar: pathlib.Path, expected: int = -1) -> np.ndarray:
             rows.append(_row(key, list(group), again=key in seen))
             seen.add(key)
     if reason:
-        if rows and rows[-1].problem:  # the one that it ends in
+        if rows and rows[-1].problem:  # the entry in which the tar ends
             rows.pop()
         reason = f"{tar.name} is damaged or cut off after {len(rows)} entries ({reason})"
     lost = max(expected - len(rows), 0)
@@ -207,9 +208,9 @@ def scan_tar(tar: pathlib.Path, expected: int = -1) -> np.ndarray:
 
 
 def _members(tar: pathlib.Path) -> tuple[list[tarfile.TarInfo], str]:
-    """The files of a tar, and the reason why there are no more where it ends before its end mark.
+    """Returns the files in a tar, and the reason if it ends before its end-of-archive mark.
 
-    Python's own loop ends without a word at a header that is damaged or cut.
+    `tarfile` itself reports no error at a damaged or truncated header; it just stops there.
     """
     members: list[tarfile.TarInfo] = []
     size = files.require_file(tar).st_size
@@ -229,14 +230,14 @@ def _members(tar: pathlib.Path) -> tuple[list[tarfile.TarInfo], str]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and ending of a member: `a/000.seg.png` is of the key `a/000`; "" for hidden files."""
+    """Returns the key `a/000` and extension `.seg.png` of `a/000.seg.png`; "" of hidden files."""
     folder, _, file = name.removeprefix("./").rpartition("/")
     stem, dot, ending = file.partition(".")
     return posixpath.join(folder, stem) if stem else "", dot + ending.lower()
 
 
 def _row(key: str, members: list[tarfile.TarInfo], again: bool) -> _Row:
-    """The row of an entry, with the reason why it is no pair."""
+    """Returns the row of an entry, with a `problem` if it is not a pair."""
     endings = [_split(member.name)[1] for member in members]
     places = dict(zip(endings, members, strict=True))
     pictures = [ending for ending in endings if ending in PICTURES]
@@ -263,7 +264,7 @@ def _row(key: str, members: list[tarfile.TarInfo], again: bool) -> _Row:
 
 
 def _table(rows: list[_Row]) -> np.ndarray:
-    """The rows as a structured array whose texts are as wide as the longest of them."""
+    """Returns the rows as a structured array; text fields are as wide as their longest text."""
     columns = list(zip(*rows, strict=True)) or [()] * len(_Row._fields)
     texts = {"key", "problem", "ending"}
     kinds = [
@@ -274,11 +275,11 @@ def _table(rows: list[_Row]) -> np.ndarray:
 
 
 def _captions(json: FileSlice | None = None, text: FileSlice | None = None) -> tuple[str, ...]:
-    """The captions of an entry; a ValueError that says what is wrong with them."""
+    """Returns the captions of an entry; raises a ValueError with the reason if there are none."""
     said: Any = None
     if json is not None:
         try:
-            # img2dataset writes what it is given, NaN too.
+            # img2dataset copies columns of its input, in which NaN occurs.
             fields = files.parse_json(json.read(), allow_nan=True)
         except ValueError as error:
             raise ValueError(f"its .json is {error}") from error

@@ -1,4 +1,4 @@
-"""The content of a record's images, read and checked before it is stored."""
+"""Reads and checks the images of a record before it is stored."""
 
 import dataclasses
 import pathlib
@@ -12,12 +12,12 @@ JPEG_QUALITY = 95  # of the frames of a video
 
 
 def with_content(record: Record, frames: int = 0) -> Record:
-    """The record with the bytes of its images, or of `frames` frames where it is of a video.
+    """Returns the record with its images as bytes; of a video, `frames` of its frames.
 
     Raises:
-        RecordError: its reader found no usable record, or a text cannot be written.
-        ImageError: an image that is missing, damaged, or of no known kind.
-        VideoError: a file that is missing, damaged, too short, or holds no video.
+        RecordError: the record has a `problem`, or a text cannot be written.
+        ImageError: an image is missing, damaged, or of no known kind.
+        VideoError: the file is missing, damaged, too short, or has no video.
     """
     if problems := record.text_problems():
         raise RecordError("; ".join(problems), [])
@@ -25,10 +25,10 @@ def with_content(record: Record, frames: int = 0) -> Record:
 
 
 def with_pixels(record: Record) -> Record:
-    """The record with the encoded bytes of its images, each decoded once to see that it can be.
+    """Returns the record with encoded images instead of paths; each is decoded once as a check.
 
     Raises:
-        ImageError: an image that is missing, damaged, or of no known kind.
+        ImageError: an image is missing, damaged, or of no known kind.
     """
     images = []
     for image in record.images:
@@ -42,16 +42,16 @@ def with_pixels(record: Record) -> Record:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ImageError(f"{pathlib.Path(str(image)).name}: {reason}") from error
-        decode(image if isinstance(image, FileSlice) else content)  # a member is called by name
+        decode(image if isinstance(image, FileSlice) else content)  # its error names the member
         images.append(content)
     return dataclasses.replace(record, images=tuple(images))
 
 
 def with_frames(record: Record, frames: int) -> Record:
-    """The record of a video with JPEGs of `frames` of its frames, and their seconds.
+    """Returns the record of a video with JPEGs of `frames` of its frames, and their seconds.
 
     Raises:
-        VideoError: a file that is missing, damaged, too short, or holds no video.
+        VideoError: the file is missing, damaged, too short, or has no video.
     """
     images, times = encode_frames(str(record.images[0]), frames, quality=JPEG_QUALITY)
     return dataclasses.replace(record, images=images, times=times)

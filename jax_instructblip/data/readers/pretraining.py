@@ -1,7 +1,7 @@
-"""Pre-training on pairs (BLIP-2, stages 1 and 2): Visual Genome, CC3M, CC12M, SBU, LAION.
+"""Image-caption pairs of BLIP-2's stages 1 and 2: Visual Genome, CC3M, CC12M, SBU, LAION.
 
-Visual Genome is released as files; the others are lists of addresses and captions, whose images
-img2dataset fetches into tars (`data/webdataset.py`). COCO's captions are in `captioning.py`.
+Visual Genome is released as files. The others are lists of URLs and captions, whose images
+img2dataset downloads into tars (`data/webdataset.py`). COCO captions are in `captioning.py`.
 """
 
 import functools
@@ -27,11 +27,11 @@ _FOLDERS = ("VG_100K", "VG_100K_2")  # the two archives of Visual Genome's image
 
 
 def read_visual_genome(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """Visual Genome's descriptions of regions, each a caption of the whole image.
+    """Yields Visual Genome's descriptions of regions, each as a caption of the whole image.
 
     LAVIS's file is `[{"image": path below the folder, "caption"}]`, the official one
     `[{"id", "regions": [{"region_id", "phrase"}]}]` with images `VG_100K/1.jpg`, `VG_100K_2/2.jpg`.
-    Regions without words, which the official file has, are passed over.
+    Regions whose phrase is blank are skipped; the official file has such regions.
     """
     layout, (path,) = pick_layout(raw, split, VISUAL_GENOME, VISUAL_GENOME_OFFICIAL)
     record = functools.partial(Record, prompt="", task="visual_genome", split=split)
@@ -57,7 +57,7 @@ def read_visual_genome(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 
 def _read_tars(name: str, raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """The pairs of a dataset's tars, in their order."""
+    """Yields the pairs in the tars of a dataset."""
     pick_layout(raw, split, WEB)
     records = open_tars(raw, task=name, split=split)
     for number in range(len(records)):
@@ -65,7 +65,7 @@ def _read_tars(name: str, raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 
 def _web(name: str, source: str, notes: str = "") -> Dataset:
-    """A row for a list of addresses whose images img2dataset fetches."""
+    """Returns the row of a dataset that is a list of URLs, downloaded by img2dataset."""
     return Dataset(
         name=name,
         family=PAIRS,
@@ -74,16 +74,16 @@ def _web(name: str, source: str, notes: str = "") -> Dataset:
         files=WEB,
         counts={},
         templates="",
-        licence="of the list, as its source says; images: of the owners of the web pages",
+        licence="list: as its source states; images belong to the owners of the web pages",
         source=source,
         notes=f"{_FETCH} {notes}".strip(),
     )
 
 
 _FETCH = (
-    "Fetch the images with `img2dataset --output_format webdataset --caption_col caption`; all "
-    "tars of the folder are read. Many addresses are dead, so that no count is expected. BLIP's "
-    "filtered web captions and its synthetic ones are a list each."
+    "Download the images with `img2dataset --output_format webdataset --caption_col caption`; all "
+    "tars of the folder are read. Many URLs are dead, so that no count is expected. BLIP has a "
+    "list with filtered web captions and lists with synthetic ones."
 )
 _BLIP = "https://github.com/salesforce/BLIP (Pre-training datasets download)"
 _JOINT = "BLIP's lists hold CC3M, CC12M and SBU together: prepare them as one of the three."
@@ -102,8 +102,8 @@ DATASETS = (
         source="vg_caption.json: https://storage.googleapis.com/sfr-vision-language-research/LAVIS/"
         "datasets/visual_genome; region_descriptions.json and images: "
         "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html",
-        notes="Paths of vg_caption.json are taken below the folder. The official file has all "
-        "regions, several times as many as are counted here.",
+        notes="Paths in vg_caption.json are relative to the folder. The official file has all "
+        "regions, several times the count above.",
     ),
     _web("cc3m", f"https://ai.google.com/research/ConceptualCaptions/download; {_BLIP}", _JOINT),
     _web("cc12m", f"https://github.com/google-research-datasets/conceptual-12m; {_BLIP}", _JOINT),
