@@ -81,7 +81,7 @@ def describe(leaves: Mapping[str, Any], dtypes: bool) -> dict[str, tuple]:
 
 
 def described(manifest: Mapping[str, Any], dtypes: bool) -> dict[str, tuple]:
-    """Shape and (with `dtypes`) dtype of each leaf in a manifest, for `compare`."""
+    """Shape and (with `dtypes`) dtype of each leaf in a manifest, as `describe` gives them."""
     return {
         path: (tuple(entry["shape"]), entry["dtype"] if dtypes else None)
         for path, entry in manifest.items()
@@ -113,5 +113,5 @@ def _words(description: tuple) -> str:
 
 
 def listed(title: str, reasons: list[str]) -> str:
-    """A message: the title with the number of reasons, then one line per reason."""
+    """A message of several lines: the title with the number of reasons, then the reasons."""
     return "\n  ".join([f"{title} ({len(reasons)}):", *reasons])

@@ -56,7 +56,7 @@ class Search(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """The best answers of each sample so far, the best one first."""
+    """The best finished answers of each sample so far, the best one first."""
 
     scores: jax.Array  # [B, K]; -inf for no answer yet
     tokens: jax.Array  # [B, K, T]
@@ -64,7 +64,7 @@ class Answers(NamedTuple):
 
 
 class _Candidates(NamedTuple):
-    """Continuations of running rows by one token, the best one first; each field is `[B, C]`."""
+    """Unfinished answers extended by one token, the best one first; each field is `[B, C]`."""
 
     total: jax.Array  # the sum of the row's scores, the new token's included
     parent: jax.Array  # the row that is continued
@@ -73,7 +73,7 @@ class _Candidates(NamedTuple):
 
 
 class _State(NamedTuple):
-    """The state of the search loop, with K running rows per sample."""
+    """The state of the search loop, with K running rows (unfinished answers) per sample."""
 
     step: jax.Array  # [] number of new tokens so far
     tokens: jax.Array  # [B, K, T] of the running rows, the best one first
@@ -163,7 +163,7 @@ def _search(
 def _initial(
     llm: Any, beams: int, length: int, batch: dict[str, Any], settings: TracedSettings, cache: Any
 ) -> _State:
-    """The state before the first token: K equal running rows, of which only the first counts."""
+    """The state before the first token: K empty rows, of which only the first is continued."""
     size = len(batch["tokens"])
     tokens = jnp.full((size, beams, length), llm.pad_id, jnp.int32)
     logprobs = jnp.zeros((size, beams, length), jnp.float32)
@@ -186,7 +186,7 @@ def _initial(
 def _choose(
     eos_id: int, settings: TracedSettings, search: Search, state: _State, logits: jax.Array
 ) -> _State:
-    """The state one token longer; `logits` [B, K, V] are those of the next token."""
+    """The state one token longer; the new tokens are chosen by `logits` [B, K, V]."""
     beams, vocab = logits.shape[1:]
     logprobs = jax.nn.log_softmax(logits)
     scores = process_logits(logprobs, state.seen, state.step, eos_id, settings)
@@ -219,7 +219,7 @@ def _choose(
 
 
 def _longer(state: _State, candidates: _Candidates) -> tuple[jax.Array, jax.Array]:
-    """Tokens and log-probabilities `[B, K, T]` of the candidates' rows, the new token included."""
+    """Tokens and log-probabilities `[B, K, T]` of K candidates, from parent row and new token."""
     rows = (_take(leaf, candidates.parent) for leaf in (state.tokens, state.logprobs))
     new = (candidates.token, candidates.logprob)
     tokens, logprobs = (
@@ -229,9 +229,9 @@ def _longer(state: _State, candidates: _Candidates) -> tuple[jax.Array, jax.Arra
 
 
 def _cannot_better(search: Search, state: _State, best: jax.Array) -> jax.Array:
-    """Mask `[B]` of the samples whose K answers no running row can beat any more.
+    """Mask `[B]` of the samples whose K answers no unfinished one can beat any more.
 
-    `best` `[B]` is the highest sum of scores among the continuations that could.
+    `best` `[B]` is the highest sum of scores of the unfinished answers.
     """
     last = state.tokens.shape[-1]
     length = jnp.where(search.farthest, last, state.step) + search.released
@@ -243,7 +243,10 @@ def _cannot_better(search: Search, state: _State, best: jax.Array) -> jax.Array:
 
 
 def _with_the_cut_off(search: Search, state: _State) -> Answers:
-    """The answers, to which the running rows of unfinished samples are added as they are."""
+    """The K best answers of each sample at the end of the search.
+
+    In samples that are not done, unfinished answers count as they are.
+    """
     length = state.step + search.released
     scores = state.sums / search.weights[length - 1]
     ends = (search.released | state.first) & ~state.done[:, None]
@@ -252,7 +255,7 @@ def _with_the_cut_off(search: Search, state: _State) -> Answers:
 
 
 def _best(answers: Answers, others: Answers) -> Answers:
-    """The K best of the K answers and the others; of equal scores the earlier."""
+    """The K best of each sample from K answers and further ones; of equal scores the earlier."""
     pool = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), answers, others)
     scores, rows = jax.lax.top_k(pool.scores, answers.scores.shape[1])
     return Answers(scores, _take(pool.tokens, rows), _take(pool.logprobs, rows))

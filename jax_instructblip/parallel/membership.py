@@ -52,7 +52,7 @@ class Cluster:
             raise ClusterError("; ".join(wrong))
 
     def rendezvous_address(self) -> tuple[str, int]:
-        """Host and port where process 0 waits for the others: the port after the coordinator's."""
+        """Host and port where the processes meet: the coordinator's host, and the next port."""
         host, _, port = self.coordinator.rpartition(":")
         return host, int(port) + 1
 
@@ -75,7 +75,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_flags(flags: argparse.Namespace) -> tuple[Cluster | None, float, float]:
-    """Place and two limits, the arguments of `cluster.joined`, from flags and environment."""
+    """The arguments of `cluster.joined`: place of this process, and two limits in seconds.
+
+    They come from flags, the place possibly from the environment.
+    """
     cluster = find_cluster(flags.coordinator, flags.processes, flags.process)
     return cluster, flags.wait_limit, flags.silence_limit
 

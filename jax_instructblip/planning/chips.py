@@ -1,4 +1,4 @@
-"""The TPU chips that steps can be planned for: figures of one chip, and sizes on offer."""
+"""The TPU chips that steps can be planned for: figures of each, and sizes that clouds offer."""
 
 import dataclasses
 

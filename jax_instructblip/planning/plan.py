@@ -195,14 +195,14 @@ def read_variant(config: ConfigDict) -> tuple[str, Variant]:
 
 
 def fit_rows(job: Job, mesh: Mesh) -> Job:
-    """The job with at most as many samples per row as each device and accumulation step has."""
+    """The job with `samples_per_row` lowered to what one device has in one accumulation step."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * job.accumulate
     shared = max(1, min(job.samples_per_row, job.batch // parts))
     return dataclasses.replace(job, samples_per_row=shared)
 
 
 def check_rows(job: Job, mesh: Mesh) -> None:
-    """Raises a ValueError if the batch cannot be divided over the mesh."""
+    """Raises a ValueError if the batch does not divide over devices, accumulation and rows."""
     job = fit_rows(job, mesh)
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     parts = devices * (job.accumulate if job.step == "train" else 1) * job.samples_per_row
@@ -287,7 +287,7 @@ def job_arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """The bytes that each device holds of a tree of arrays, or of shapes with shardings."""
+    """The bytes that each device holds of a tree of shapes with shardings."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape)
@@ -350,7 +350,7 @@ def _batch(job: Job, rows: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def job_function(job: Job, mesh: Mesh, arguments: tuple[Any, ...]) -> Any:
-    """The jitted function of the job; its `trace` takes `arguments`, those of `job_arguments`."""
+    """The jitted function of the job; `arguments` come from `job_arguments`."""
     if job.step == "decode":
         model = VisionLanguageModel(job.variant, job.dtype)
         return jax.jit(

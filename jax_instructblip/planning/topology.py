@@ -24,7 +24,7 @@ MOST_CHIPS = 16_384  # in a topology; the largest pod has 8,960 chips
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for; `chip` has the figures of each, None for CPUs, which have none."""
+    """Devices to compile for; `chip` has the figures of one device, or is None for CPUs."""
 
     name: str
     devices: Sequence[Any]
