@@ -1,13 +1,15 @@
 """Beam search for every language model: the whole search is one compiled program.
 
+A running row is one of the K unfinished answers (beams) of a sample. A step continues them:
+
     K running rows of a sample --decode_step--> scores [K, V] --the 2K best--> candidates
         candidates with eos, among the first K  -->  answers, of which the K best are kept
         the K best others                       -->  the running rows of the next step
 
-The prompt is read once, by one row, and its part of the cache is never repeated. Only the tail of
-the cache has K rows, and its contents do not move: a row that continues another takes over its
-lineage (`models/cache.py`). A sample is done when no running row can beat its K answers, or at
-`max_new_tokens`, where running rows become answers as they are. The search ends when all samples
+The prompt is read once, by one row, and its part of the cache is never repeated. Only the cache of
+new tokens has K rows. Its contents do not move: each row has a list of the slots that it continues,
+its lineage (`models/cache.py`). A sample is done when no running row can beat its K answers. At
+`max_new_tokens` running rows become answers as they are, cut off. The search ends when all samples
 are done.
 
 An answer is ranked by the sum of its scores / length^length_penalty. With n new tokens, eos
@@ -16,8 +18,7 @@ included, the two values of `GenerationConfig.length_rule` differ in
                                        released               transformers5
     length of an answer with eos       n                      n
     length of an answer cut off        n + 1                  n
-    rows that become answers at the    all K                  those among the first K candidates
-      cut-off
+    running rows that become answers   all K                  those among the first K candidates
     "can beat" compares the score of   the best candidate,    the best running row
                                        with or without eos
     at the length                      n + 1                  n
@@ -101,10 +102,10 @@ def beam_tokens(
         scores    [B, K]                  float32  the values by which answers are ranked
         steps     []                      int32    number of steps that the longest search needed
 
-    `early_stopping`: True ends a sample at K answers. The other values end it when no running row
-    can beat them: False assumes its current length (a guess, as length_penalty > 0 favours longer
-    answers), "never" the most favourable length (safe). `min_new_tokens` and `repetition_penalty`
-    act on log-probabilities.
+    `early_stopping`: True ends a sample's search at K answers. The other values end it when no
+    unfinished answer can beat them: False assumes its current length (a guess, as length_penalty >
+    0 favours longer answers), "never" the most favourable length (safe). `min_new_tokens` and
+    `repetition_penalty` act on log-probabilities.
     """
     max_new_tokens, num_beams = config.max_new_tokens, config.num_beams
     length_penalty, early_stopping = config.length_penalty, config.early_stopping

@@ -212,9 +212,10 @@ def make_plan(
 ) -> Plan:
     """The `Plan` for the candidates (token ids) of X questions, or for one list for all.
 
-    Only tokens that others follow are fed to the model; a chunk has at most `nodes` of these,
-    unless a single candidate has more. Sizes are rounded up to few values, so that one compiled
-    program serves many lists; they are at least `pad_to`, the sizes of another plan.
+    Only tokens that others follow are fed to the model. A long list is cut into chunks with at most
+    `nodes` of these tokens, unless a single candidate has more. Sizes are rounded up to few values,
+    so that one compiled program serves many lists; they are at least `pad_to`, the sizes of another
+    plan.
     """
     if not isinstance(pad_to := pad_to or Sizes(), Sizes):
         raise ValueError(f"pad_to is a {type(pad_to).__name__}, expected Sizes or None")
@@ -239,7 +240,8 @@ def make_plan(
 def _grow(candidates: Sequence[Ids], limit: int) -> tuple[list[_Chunk], dict[Ids, Any]]:
     """Cuts one list of candidates into chunks of about equal size.
 
-    Returns the chunks, and for each candidate the index of its chunk and its pairs there.
+    Returns the chunks, and for each candidate the index of its chunk and the indices of its tokens'
+    log-probabilities among those of the chunk.
     """
     ordered = sorted(set(candidates))
     chunks, chunk_paths = _cut(ordered, limit)

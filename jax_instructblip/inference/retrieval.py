@@ -38,7 +38,7 @@ class Ranking(NamedTuple):
 
 
 class Retriever:
-    """A first-stage model with its tokenizer: features, similarities, match logits, rankings."""
+    """A model of BLIP-2's first stage: features, similarities, match logits and rankings."""
 
     def __init__(
         self,
@@ -64,7 +64,10 @@ class Retriever:
 
     @classmethod
     def of(cls, source: Source, dtype: Any, mesh: Any = None) -> "Retriever":
-        """Reads the weights of `source` and returns its retriever; a ValueError for a `mesh`."""
+        """Reads the weights of `source` and returns its retriever.
+
+        Raises a ValueError for a `mesh`: this model runs on one device.
+        """
         if mesh is not None:
             raise ValueError("a first-stage model works on one device: leave out mesh")
         text = CaptionTokenizer.load(source.folder, source.variant, RETRIEVAL_LIMIT)

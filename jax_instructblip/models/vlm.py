@@ -71,7 +71,8 @@ class VisionLanguageModel(Network):
     def __call__(self, batch: Batch, train: bool = False) -> Float[Array, "G A V"]:
         """Float32 logits that predict the batch's `targets`, in their order.
 
-        They are those of the slots `asked`: positions in a row, or in T5's decoder.
+        `batch["asked"]` holds the slots that they belong to: slots of a row, for T5 of the
+        decoder's row.
         """
         inputs = self.embed_row(batch, train)
         decoder = {name: batch[name] for name in batch if name.startswith("decoder_")}

@@ -255,7 +255,7 @@ class Preemption:
     """
 
     def __init__(self):
-        """Installs handlers; with several processes JAX already has one of SIGTERM."""
+        """Installs handlers of SIGTERM and Ctrl-C; with several processes JAX handles SIGTERM."""
         self._ordered, self._before = False, {}
         self._alone = jax.process_count() == 1
         # Python allows handlers in the main thread only; elsewhere the signals keep theirs.

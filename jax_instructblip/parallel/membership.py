@@ -58,7 +58,7 @@ class Cluster:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of a command that can run on several processes."""
+    """Adds the flags that give a command its place among several processes, and two time limits."""
     group = parser.add_argument_group("several processes (the launchers in launch/ set these)")
     group.add_argument("--coordinator", default="", help=f"HOST:PORT of process 0, or {AUTO!r}")
     group.add_argument("--processes", type=int, default=0, help="how many there are")
@@ -77,7 +77,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def read_flags(flags: argparse.Namespace) -> tuple[Cluster | None, float, float]:
     """The arguments of `cluster.joined`: place of this process, and two limits in seconds.
 
-    They come from flags, the place possibly from the environment.
+    All are read from flags; the place may also come from the environment.
     """
     cluster = find_cluster(flags.coordinator, flags.processes, flags.process)
     return cluster, flags.wait_limit, flags.silence_limit

@@ -19,7 +19,7 @@ def make_mesh(
 ) -> Mesh:
     """A mesh of `devices` (None: all) with the three axes `data`, `fsdp` and `tensor`.
 
-    One size may be -1: the devices that the other sizes leave. The axes are `Auto`, because
+    One size may be -1 and is then inferred from the others. The axes are `Auto`, because
     `jax.make_mesh` by default makes them `Explicit`, where a linen Dense over a sharded axis
     raises.
 

@@ -43,7 +43,7 @@ def barrier() -> None:
     """Returns when every process of the run has called this function; at once if there is only one.
 
     There is no time limit. The first collective of a run has one: gloo, on CPUs, waits 30 seconds,
-    and the compile times of two machines may differ by more. So processes meet here before it.
+    and the compile times of two machines may differ by more. A call before that collective helps.
     """
     for watch in _watching:
         watch.barrier()

@@ -136,7 +136,7 @@ def constrain_layer(weights: Any) -> Any:
 
 
 def remarks(tree: Any, mesh: Mesh) -> list[str]:
-    """A sentence for each rule of which this mesh needs the fallback (`Rule.otherwise`), and why.
+    """A sentence for each rule whose fallback (`Rule.otherwise`) this mesh needs, with the reason.
 
     Most meshes need none.
     """
@@ -159,7 +159,7 @@ def path_of(path: tuple[Any, ...]) -> str:
 
 
 def _decide(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[Rule, P, str]:
-    """The rule for a leaf, its `PartitionSpec`, and why that is the rule's fallback ("" if not).
+    """A leaf's rule, its `PartitionSpec`, and why that is the rule's fallback ("" if it is not).
 
     Raises a ValueError if no rule matches, or no spec divides the shape.
     """

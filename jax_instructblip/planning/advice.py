@@ -53,7 +53,7 @@ def smallest_change(job: Job, mesh: Mesh, topology: Topology, report: Report) ->
     """The first change that should make the step fit, in order of invasiveness; None if none does.
 
     The estimate: weights, moments and batch follow from the mesh; what is kept for the backward
-    pass follows from rows and remat; all else stays the same.
+    pass follows from the rows on a device and from remat; all else stays the same.
     """
     assert topology.chip is not None
     room = topology.chip.memory * (1 - SPARE)
@@ -70,7 +70,7 @@ def smallest_change(job: Job, mesh: Mesh, topology: Topology, report: Report) ->
 
 
 def _changes(job: Job, mesh: Mesh, topology: Topology) -> Iterator[tuple[str, Job, Mesh]]:
-    """Yields (flags, job, mesh) for each change to a step, the first to try first."""
+    """Yields (flags, job, mesh) for possible changes to a step, in the order to try them."""
     sizes = dict(mesh.shape)
     rows = job.batch // (sizes["data"] * sizes["fsdp"])
     if job.step == "train":
@@ -155,9 +155,10 @@ def _divisors(number: int) -> list[int]:
 
 
 def estimate(report: Mapping[str, Any], chip: Chip) -> dict[str, float]:
-    """Lower bounds of a step's time in seconds: products at peak speed, traffic at full link speed.
+    """Lower bounds of a step's time in seconds, as {"compute": ..., "links": ...}.
 
-    A real step takes longer than the larger of the two.
+    The first is for all products at the chip's peak speed, the second for all traffic at the full
+    speed of its links. A real step takes longer than the larger of the two.
     """
     return {
         "compute": report["flops"]["per_chip"] / chip.flops,
@@ -183,7 +184,7 @@ def best(reports: Sequence[Mapping[str, Any]], batch: int) -> Mapping[str, Any] 
 
 
 def remarks(job: Job, mesh: Mesh) -> list[str]:
-    """A sentence for each sharding rule of which this mesh needs the fallback, with the reason."""
+    """A sentence for each sharding rule whose fallback this mesh needs, with the reason."""
     return rules.remarks(param_shapes(job.variant), mesh)
 
 

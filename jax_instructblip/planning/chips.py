@@ -19,7 +19,7 @@ class Chip:
       bandwidth: bytes per second between HBM and the chip.
       links: bytes per second between the chip and its neighbours, all links of one direction.
       clock: cycles per second; the compiler states times in cycles.
-      sizes: examples of topologies on offer, as chips in each direction.
+      sizes: examples of sizes that clouds offer: chips in each direction.
       options: options (name, value) that the compiler needs for this kind of chip.
     """
 

@@ -145,7 +145,7 @@ def _walk(
     loops: int,
     fused: bool = False,
 ) -> Iterator[tuple[Line, int, bool]]:
-    """Yields (instruction, how often it runs, whether it is in a fusion) for all that runs.
+    """Yields each instruction that runs, how often it runs, and whether it is part of a fusion.
 
     Starts at the computation `name`, which runs `times` times. Loops whose number of runs is not in
     the text are added to `unknown` and count `loops` times.

@@ -76,9 +76,9 @@ def _count(size: str) -> int:
 
 
 def _prepare() -> None:
-    """Sets the environment so that the TPU compiler loads without a TPU.
+    """Sets the environment so that the TPU compiler loads on a machine without a TPU.
 
-    It then also loads while another process uses it.
+    Several processes may then load the compiler at the same time.
     """
     tpu_compiler.set_flags()
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # asks no cloud what machine this is
