@@ -272,8 +272,8 @@ class T5(Network):
     ) -> tuple[Float[Array, "B 1 V"], dict[str, Any]]:
         """Logits of the first new token, and a cache with space for `tail_length` new tokens.
 
-        `inputs` are embedded prompts, `valid` is False on padding. The tail has one slot more, for
-        the decoder's start id.
+        `inputs` are embedded prompts, `valid` is False on padding. The cache has space for one
+        token more, the decoder's start id, which is already in it.
         """
         encoded = self.encoder(inputs, padding_mask(valid))
         cache = start(self.decoder.cross_kv(encoded), valid, tail_length + 1)
