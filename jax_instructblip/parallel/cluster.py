@@ -99,7 +99,10 @@ def rendezvous(cluster: Cluster, limit: float) -> peers.Lines:
 
 
 def _call(cluster: Cluster, deadline: float, limit: float) -> peers.Lines:
-    """Process 0's part of `rendezvous`: accepts the others, then tells all of them the outcome."""
+    """Process 0's part of `rendezvous`: accepts the others, then tells all of them the outcome.
+
+    Returns the connections by process.
+    """
     here: dict[int, tuple[socket.socket, str]] = {}
     problem = ""
     with _listen(cluster.rendezvous_address()[1]) as listener, contextlib.ExitStack() as stack:
@@ -208,10 +211,10 @@ def _listen(port: int) -> socket.socket:
 
 
 def agree(problem: Exception | None) -> None:
-    """Raises in every process if any of them has a `problem`; all call this at the same point.
+    """Raises in every process if any process has a `problem`; all call this at the same point.
 
     Raises:
-        Exception: the process's own `problem`.
+        Exception: this process's own `problem`.
         ClusterError: only other processes have a problem; the message names them.
     """
     if jax.process_count() > 1:
@@ -252,7 +255,7 @@ class Preemption:
     """
 
     def __init__(self):
-        """Installs signal handlers; with several processes JAX already has that of SIGTERM."""
+        """Installs handlers of SIGTERM and Ctrl-C; with several processes JAX handles SIGTERM."""
         self._ordered, self._before = False, {}
         self._alone = jax.process_count() == 1
         # Python allows handlers in the main thread only; elsewhere the signals keep theirs.
