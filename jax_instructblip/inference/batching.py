@@ -105,11 +105,22 @@ def make_batches(
     multiple: int = 1,
     reserve: int = 0,
 ) -> Iterator[QuestionBatch]:
-    """Yields the questions in batches of at most `batch_size`, padded to a multiple of `multiple`.
+    """Yields the questions, in order, in batches that are padded to few shapes.
 
-    `reserve` is the number of new tokens that must fit after a prompt. If all questions are about
-    one picture and `multiple` is 1, the batch has this picture once. Everything but the images is
-    checked before the first batch; images are opened batch by batch.
+    If all questions are about one picture and `multiple` is 1, each batch has this picture once.
+    Everything but the images is checked before the first batch; they are opened batch by batch.
+
+    Args:
+        text: the tokenizers.
+        questions: at least one; all have the same number of frames.
+        batch_size: the most questions in a batch.
+        multiple: a batch's number of rows is rounded up to a multiple of this, the number of
+            shards into which devices split a batch.
+        reserve: number of new tokens that must fit after each prompt.
+
+    Raises:
+        ValueError: `batch_size` is out of range, or a prompt is too long.
+        ImageError: an image cannot be used.
     """
     check_batch_size(batch_size)
     examples = [question.example or text.prompt(question.prompt) for question in questions]

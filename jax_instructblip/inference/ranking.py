@@ -41,8 +41,8 @@ class Tree(NamedTuple):
     """One chunk: T inner tokens in depth-first order, and E (place, target) pairs to look up.
 
     Inner tokens are those of candidates that another token follows; only they are fed to the model.
-    X is 1 if all questions have the same candidates, else the size of the batch. All arrays are
-    int32.
+    X is 1 if all questions have the same candidates, else the number of questions in the batch.
+    All arrays are int32.
     """
 
     tokens: np.ndarray  # [X, T]
@@ -63,8 +63,9 @@ class Sizes(NamedTuple):
 class Plan(NamedTuple):
     """The trees of tokens for X lists of candidates, cut into chunks.
 
-    The chunks list log-probabilities to look up ("pairs"); `paths` has the indices of each
-    candidate's pairs, counted through all chunks, and -1 as padding.
+    X is the number of questions, or 1 for one list that all of them share. The chunks list
+    log-probabilities to look up ("pairs"); `paths` has the indices of each candidate's pairs,
+    counted through all chunks, and -1 as padding.
     """
 
     chunks: list[Tree]
@@ -210,12 +211,12 @@ class _Chunk:
 def make_plan(
     lists: Sequence[Sequence[Ids]], nodes: int = NODES, pad_to: Sizes | None = None
 ) -> Plan:
-    """The `Plan` for the candidates (token ids) of X questions, or for one list for all.
+    """Makes the `Plan` for ranking `lists`: one list of candidates per question, or one for all.
 
-    Only tokens that others follow are fed to the model. A long list is cut into chunks with at most
-    `nodes` of these tokens, unless a single candidate has more. Sizes are rounded up to few values,
-    so that one compiled program serves many lists; they are at least `pad_to`, the sizes of another
-    plan.
+    A candidate is a tuple of token ids. A long list is cut into chunks of at most `nodes` inner
+    tokens, unless a single candidate has more. Sizes are rounded up to few values, so that one
+    compiled program serves many lists; with `pad_to`, the sizes of another plan, they are at least
+    as large as those.
     """
     if not isinstance(pad_to := pad_to or Sizes(), Sizes):
         raise ValueError(f"pad_to is a {type(pad_to).__name__}, expected Sizes or None")
@@ -349,8 +350,9 @@ def _look_up(logits: jax.Array, rows: jax.Array, tokens: jax.Array) -> jax.Array
 def score(plan: Plan, logprobs: Sequence[np.ndarray], length_normalise: bool) -> np.ndarray:
     """Scores `[B, C]` float32 of a plan's candidates: sums of their tokens' log-probabilities.
 
-    With `length_normalise` means instead of sums. -inf where a list has fewer candidates; NaN where
-    the model's numbers are not finite.
+    `logprobs` has the result of `pair_logprobs`, `[B, E]` for each chunk. With `length_normalise`,
+    scores are means instead of sums. -inf where a list has fewer candidates; NaN where the model's
+    numbers are not finite.
     """
     size = len(logprobs[0])
     # The last column, zeros, is where a path's padding (-1) points.

@@ -87,7 +87,8 @@ def attend(
 class CachedKV(NamedTuple):
     """Cached keys and values of each sample, shared by its R rows (beams or ranked candidates).
 
-    `mask` is True where a row may see a slot; `bias` is added to the scores (T5).
+    `mask` is True where a row may see a slot; `bias`, T5's relative position bias, is added to the
+    scores.
     """
 
     key: Float[Array, "B N S K"]
@@ -97,7 +98,10 @@ class CachedKV(NamedTuple):
 
 
 class CurrentKV(NamedTuple):
-    """Key and value of each row's newest token, visible to that row only; `bias` is T5's."""
+    """Key and value of each row's newest token, visible to that row only.
+
+    `bias`, T5's relative position bias at distance 0, one per head, is added to the scores.
+    """
 
     key: Float[Array, "B N R K"]
     value: Float[Array, "B N R K"]

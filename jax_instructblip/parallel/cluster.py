@@ -101,7 +101,8 @@ def rendezvous(cluster: Cluster, limit: float) -> peers.Lines:
 def _call(cluster: Cluster, deadline: float, limit: float) -> peers.Lines:
     """Process 0's part of `rendezvous`: accepts the others, then tells all of them the outcome.
 
-    Returns the connections by process.
+    Returns the connections by process. `deadline` is a time of `time.monotonic`, `limit` the
+    seconds waited until then, for the error text. A ClusterError as in `rendezvous`.
     """
     here: dict[int, tuple[socket.socket, str]] = {}
     problem = ""
@@ -162,7 +163,9 @@ def _receive(
 def _answer(cluster: Cluster, deadline: float, limit: float) -> socket.socket:
     """The other processes' part of `rendezvous`: reports to process 0 and awaits its reply.
 
-    Returns the open connection.
+    Returns the open connection. `deadline` is a time of `time.monotonic`, `limit` the seconds
+    waited until then, for the error text. A ClusterError if process 0 is absent or says why the
+    run cannot start.
     """
     address, problem = cluster.rendezvous_address(), "nobody answers"
     while time.monotonic() < deadline:
@@ -189,7 +192,10 @@ def _answer(cluster: Cluster, deadline: float, limit: float) -> socket.socket:
 
 
 def _report(cluster: Cluster, connection: socket.socket, limit: float) -> str:
-    """Sends this process's number and host; returns the reply, or "" if the other end closes."""
+    """Sends this process's number and host to process 0; returns its reply, a line of text.
+
+    Returns "" if there is none within `limit` seconds, or the other end closes.
+    """
     connection.settimeout(limit)
     word = f"{_GREETING} {cluster.count} {cluster.index} {socket.gethostname()}\n"
     try:
