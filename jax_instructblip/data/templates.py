@@ -65,6 +65,9 @@ DETAIL = (
     "A long image caption:",
 )
 
+# The name of a rule instead of a list: the caption's beginning is the prompt, its rest the answer.
+CAPTION_PREFIX = "caption_prefix"
+
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "caption": CAPTION,
     "detail": DETAIL,

@@ -52,6 +52,7 @@ def batches(base, config, rows=None):
     [
         ("blip2_stage1", 1_680, 250_000, ("qformer", "heads"), 0.0),
         ("blip2_stage2", 1_920, 80_000, ("qformer",), 5e-5),
+        ("blip2_stage2_flan_t5", 1_520, 80_000, ("qformer",), 5e-5),
     ],
 )
 def test_the_numbers_of_the_paper(name, batch, steps, trainable, final):
