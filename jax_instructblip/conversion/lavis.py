@@ -58,9 +58,69 @@ _LANGUAGE_LAYERS = {
 }
 _QKV_BIASES = {0: "q_bias", 2: "v_bias"}  # by the part of the tables' one tensor
 
-# Of `eva_vit_g.pth`, which is the tower alone, with bare names: what no model here has.
-_EVA = "blocks.0.attn.qkv.weight"
-_EVA_DROPPED = "of the whole EVA-CLIP tower: the features are taken before it"
+
+@dataclasses.dataclass(frozen=True)
+class _ImageTower:
+    """An image tower of the original.
+
+    Attributes:
+      name: what people call it.
+      file: has the tower alone, its names without `visual_encoder.`.
+      blocks: begins the names of its blocks.
+      attention: of a block, by which a file is known.
+      block: all tensors of a block.
+      after: tensors behind the blocks, which no model here has, nor the last block.
+    """
+
+    name: str
+    file: str
+    blocks: str
+    attention: str
+    block: tuple[str, ...]
+    after: tuple[str, ...]
+
+    @property
+    def first(self) -> str:
+        """The tensor by which the file is known."""
+        return f"{self.blocks}0.{self.attention}"
+
+    def dropped(self, layers: int) -> list[Entry]:
+        """The entries of what follows so many blocks."""
+        last = [f"{self.blocks}{layers}.{part}" for part in self.block]
+        reason = f"of the whole {self.name}: the features are taken before it"
+        return [Drop(VISION + name, reason) for name in (*last, *self.after)]
+
+
+VISION = "visual_encoder."
+_VIT_G = _ImageTower(
+    "ViT-g",
+    "eva_vit_g.pth",
+    "blocks.",
+    "attn.qkv.weight",
+    (
+        *("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"),
+        *("attn.q_bias", "attn.v_bias", "attn.qkv.weight", "attn.proj.weight", "attn.proj.bias"),
+        *("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"),
+    ),
+    (
+        *("norm.weight", "norm.bias", "head.weight", "head.bias"),
+        *("fc_norm.weight", "fc_norm.bias"),
+    ),
+)
+_VIT_L = _ImageTower(
+    "ViT-L",
+    "clip_vit_L.pth",
+    "transformer.resblocks.",
+    "attn.in_proj_weight",
+    (
+        *("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"),
+        *("attn.in_proj_weight", "attn.in_proj_bias"),
+        *("attn.out_proj.weight", "attn.out_proj.bias"),
+        *("mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"),
+    ),
+    ("ln_post.weight", "ln_post.bias", "proj"),
+)
+_IMAGE_TOWERS = (_VIT_G, _VIT_L)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,37 +184,23 @@ def open_pth(path: Path) -> dict[str, TorchTensor]:
     if wrong or not all(isinstance(each, torch.Tensor) for each in stored.values()):
         raise ConversionError(f"{path} holds no tensors by name", ["expected a state_dict"])
     tensors = {str(name): TorchTensor(path, tensor) for name, tensor in stored.items()}
-    if _EVA in tensors:
-        return {f"visual_encoder.{name}": tensor for name, tensor in tensors.items()}
+    if any(tower.first in tensors for tower in _IMAGE_TOWERS):
+        return {VISION + name: tensor for name, tensor in tensors.items()}
     return tensors
 
 
 def lavis_entries(variant: Variant) -> list[Entry]:
     """The entries of all tensors of a variant, under the original's names."""
-    entries = [*vision.rules(variant.vision), *qformer.rules(variant.qformer)]
+    tower = _image_tower(variant)
+    rules = vision.openai_rules if tower is _VIT_L else vision.rules
+    entries = [*rules(variant.vision), *qformer.rules(variant.qformer)]
     if variant.llm is None:
         entries += heads.rules(variant.qformer)
     else:
         entries += LANGUAGES[variant.llm.kind].rules(variant.llm, False)
     kind = "" if variant.llm is None else _LANGUAGE_MODELS[variant.llm.kind]
     named = [each for entry in entries for each in _renamed(entry, kind)]
-    last = variant.vision.layers
-    named += [
-        Drop(f"visual_encoder.{name}", _EVA_DROPPED)
-        for name in (
-            *(f"blocks.{last}.{part}" for part in _BLOCK),
-            *("norm.weight", "norm.bias", "head.weight", "head.bias"),
-            *("fc_norm.weight", "fc_norm.bias"),
-        )
-    ]
-    return named
-
-
-_BLOCK = (
-    *("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"),
-    *("attn.q_bias", "attn.v_bias", "attn.qkv.weight", "attn.proj.weight", "attn.proj.bias"),
-    *("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"),
-)
+    return named + tower.dropped(variant.vision.layers)
 
 
 def convert_lavis(tensors: Mapping[str, Any], variant: Variant, title: str) -> Plan:
@@ -163,6 +209,7 @@ def convert_lavis(tensors: Mapping[str, Any], variant: Variant, title: str) -> P
     `title` names where they are from. Raises ConversionError with all that is missing, left over
     or of another shape; where a whole tower is missing, it says which file has it.
     """
+    _refuse_other_tower(tensors, variant, title)
     _refuse_trimmed(tensors, variant, title)
     expected = checkpoint.flatten(param_shapes(variant))
     wrong = f"the tensors of {title} do not fit this model"
@@ -180,15 +227,43 @@ def read_files(paths: Sequence[Path]) -> dict[str, TorchTensor]:
 def _refuse_trimmed(tensors: Iterable[str], variant: Variant, title: str) -> None:
     """Raises where a tower is not in a file at all: those are stored apart."""
     begins = lambda word: any(name.startswith(word) for name in tensors)
-    lacking = []
-    if not begins("visual_encoder.blocks."):
-        lacking.append("visual_encoder.*, the image tower: give eva_vit_g.pth, too")
+    lacking, tower = [], _image_tower(variant)
+    if not begins(VISION + tower.blocks):
+        lacking.append(f"{VISION}*, the image tower: give {tower.file}, too")
     if variant.llm is not None:
         name = f"{_LANGUAGE_MODELS[variant.llm.kind]}_model."
         if not begins(name + _LANGUAGE_LAYERS[variant.llm.kind]):
             lacking.append(f"{name}*, the language model, which is stored apart: give it, too")
     if lacking:
         raise ConversionError(f"{title} was saved without its frozen towers", lacking)
+
+
+def _refuse_other_tower(tensors: Mapping[str, Any], variant: Variant, title: str) -> None:
+    """Raises where a file has the other image tower, or was trained behind it."""
+    tower = _image_tower(variant)
+    wrong = [
+        f"it has the image tower {other.name} ({VISION}{other.blocks}*, as {other.file})"
+        for other in _IMAGE_TOWERS
+        if other is not tower and VISION + other.first in tensors
+    ]
+    norm, width = tensors.get("ln_vision.weight"), variant.vision.width
+    if norm is not None and norm.shape != (width,):
+        wrong.append(
+            f"ln_vision.weight is of features of width {norm.shape[0]}: its Q-Former was trained "
+            "behind another tower"
+        )
+    if wrong:
+        raise ConversionError(
+            f"{title} does not belong to this model, whose image tower is {tower.name} of width "
+            f"{width} ({tower.file}): choose the variant that the file is of, or the files of "
+            "this one",
+            wrong,
+        )
+
+
+def _image_tower(variant: Variant) -> _ImageTower:
+    """The tower of a variant: of the two CLIP's alone has a norm before its blocks."""
+    return _VIT_L if variant.vision.pre_norm else _VIT_G
 
 
 def _renamed(entry: Entry, kind: str) -> list[Entry]:

@@ -5,6 +5,7 @@ patches          [D, C, h, w]       <-> [h, w, C, D]
 attention_in     [N*K, D]           <-> [D, N, K]      query, key, value kernels
 attention_bias   [N*K]              <-> [N, K]
 attention_out    [D, N*K]           <-> [N, K, D]
+with_axes        [P, D]             <-> [1, P, D]
 identity
 """
 
@@ -50,6 +51,15 @@ def _flip(x: np.ndarray) -> np.ndarray:
 identity = Transform("identity", _same, _same)
 linear = Transform("linear", _flip, _flip)
 patches = Transform("patches", lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
+
+
+def with_axes(count: int) -> Transform:
+    """The transform that puts so many axes of size 1 before the others."""
+    return Transform(
+        "with_axes",
+        lambda x: x.reshape((1,) * count + x.shape),
+        lambda x: x.reshape(x.shape[count:]),
+    )
 
 
 def attention_in(heads: int) -> Transform:

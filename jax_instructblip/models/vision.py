@@ -1,8 +1,8 @@
-"""EVA ViT-g/14: images to patch features.
+"""The ViT: images to patch features. EVA ViT-g/14 and CLIP ViT-L/14 differ in fields alone.
 
-The released tower has 40 blocks; the last one, the final norm and the head are no part of the model
-(the features are the residual stream after block 39). `image_norm`, which follows, is trained and
-therefore belongs to the Q-Former.
+The released towers have 40 and 24 blocks; the last one, the final norm and the head are no part of
+the model (the features are the residual stream after block 39, or 23). `image_norm`, which follows,
+is trained and therefore belongs to the Q-Former.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ def normalise(images: UInt8[Array, "*B 3"] | Float[Array, "*B 3"]) -> Float[Arra
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm block: attention without key bias, erf-GELU feed-forward."""
+    """Pre-norm block; the config says whether keys have a bias, and the activation."""
 
     config: VisionConfig
     dtype: Any
@@ -47,15 +47,15 @@ class VisionBlock(nn.Module):
             c.heads,
             c.width // c.heads,
             self.dtype,
-            biases=("query", "value", "out"),
+            biases=("query", *(("key",) if c.key_bias else ()), "value", "out"),
             bias_dtype=self.dtype,
             name="attention",
         )
         y = LayerNorm(c.norm_eps, name="attention_norm")(x)
         x = constrain(x + attention(y, y))
         y = LayerNorm(c.norm_eps, name="mlp_norm")(x)
-        x = x + Mlp(c.width, c.mlp, self.dtype, bias_dtype=self.dtype, name="mlp")(y)
-        return constrain(x), None
+        mlp = Mlp(c.width, c.mlp, self.dtype, c.activation, bias_dtype=self.dtype, name="mlp")
+        return constrain(x + mlp(y)), None
 
 
 class VisionTransformer(Network):
@@ -85,6 +85,7 @@ class VisionTransformer(Network):
             (c.patch_size, c.patch_size),
             strides=(c.patch_size, c.patch_size),
             padding="VALID",
+            use_bias=c.patch_bias,
             dtype=self.dtype,
             name="patch_embed",
         )(normalise(images).astype(self.dtype))
@@ -94,5 +95,7 @@ class VisionTransformer(Network):
         positions = self.param("pos_embed", small, (1, c.tokens, c.width)).astype(RESIDUAL)
         cls = jnp.broadcast_to(cls, (images.shape[0], 1, c.width))
         x = constrain(jnp.concatenate([cls, patches], axis=1) + positions)
+        if c.pre_norm:
+            x = LayerNorm(c.norm_eps, name="pre_norm")(x)
         layers = scan_layers(VisionBlock, c.layers, self.scan, call=0)(c, self.dtype, name="layers")
         return layers(x, None)[0]
