@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.model.checkpoint = ""  # folder made by `convert`, or an embedded name: frozen weights
     config.model.init = ""  # another checkpoint or run whose weights the trained part starts from
     config.model.trainable = ("qformer",)  # top-level parts of the model that are trained
+    config.model.image_size = 0  # pixels a side; other than the checkpoint's: positions are resized
     config.model.instruction_aware = True  # False: the Q-Former does not read the instruction
     config.model.qformer_dropout = -1.0  # probability; -1: as the checkpoint says
     config.model.llm_dropout = -1.0  # probability, in the frozen model too; -1: as the checkpoint

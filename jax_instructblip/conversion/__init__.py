@@ -5,6 +5,7 @@ config_keys.py    keys of config.json, read and written by the same rows
 hf_config.py      a config.json -> variant, checked
 hf_folder.py      a Hugging Face folder -> variant, facts of the source, leaves one at a time
 convert.py        that -> a checkpoint folder of ours
+positions.py      the table of positions of the ViT, resized to other images
 stored_model.py   a checkpoint or a run over its base, as writers take it
 export.py         that -> a Hugging Face folder
 engine.py         Rule, Zeros, Drop; the ledger over them

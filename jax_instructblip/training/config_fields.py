@@ -44,6 +44,7 @@ FIELDS: dict[str, Field] = {
     "model.checkpoint": path(stored=True),
     "model.init": path(stored=True),
     "model.trainable": several(text()),
+    "model.image_size": whole(0, 4_096, unit="pixels a side; 0: as the checkpoint says"),
     "model.instruction_aware": flag(),
     "model.qformer_dropout": _DROPOUT,
     "model.llm_dropout": _DROPOUT,

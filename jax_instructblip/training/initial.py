@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jax_instructblip import checkpoint
 from jax_instructblip.checkpoint import stored_leaf
+from jax_instructblip.conversion.positions import fit_positions, resize_note
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.loading import base_digest, read_params, read_source
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
@@ -57,9 +58,9 @@ def load_initial(
 
     `base` is a checkpoint folder or an embedded name; `init` may also be a run or a Hugging Face
     folder of the same sizes. `fields` are changes of the variant (`{"qformer.dropout": 0.0}`).
-    With `qformer.instruction_aware` False the text branch of the Q-Former is left out. `dtype` is
-    what the model will compute in. With a `mesh` each leaf goes straight to where the rules put
-    it, device by device.
+    With `qformer.instruction_aware` False the text branch of the Q-Former is left out, with another
+    `vision.image_size` the table of positions is resized. `dtype` is what the model will compute
+    in. With a `mesh` each leaf goes straight to where the rules put it, device by device.
 
     Raises:
         ValueError: a change that the weights do not allow, an `init` of other sizes, or a `dtype`
@@ -86,6 +87,7 @@ def load_initial(
         trains = path.partition("/")[0] in trainable
         if trains and init and path not in lacking:
             return None
+        array = fit_positions(path, array, variant.vision)
         floats = jnp.issubdtype(array.dtype, jnp.floating)
         dtype = array.dtype if not floats else (jnp.float32 if trains else frozen_dtype)
         return rules.place(path, array, mesh, dtype)
@@ -101,11 +103,13 @@ def load_initial(
         def place_init(path: str, array: np.ndarray) -> jax.Array | None:
             if path.partition("/")[0] not in trainable:
                 return None
-            return rules.place(path, array, mesh, jnp.float32)
+            return rules.place(path, fit_positions(path, array, variant.vision), mesh, jnp.float32)
 
         own = {path: leaf for path, leaf in checkpoint.flatten(chosen).items() if path in lacking}
         chosen = partition(read_params(other, place_init, **processes), trainable)[0]
         chosen = checkpoint.unflatten({**checkpoint.flatten(chosen), **own})
+    starts = source if other is None or "vision" not in trainable else other
+    notes += filter(None, [resize_note(starts.variant.vision, variant.vision)])
     notes.append(f"{', '.join(trainable)} starts from: {init or source.folder}")
     if lacking:
         parts = ", ".join(sorted({path.split("/")[1] for path in lacking}))
@@ -128,7 +132,10 @@ def load_untuned(run: Mapping[str, Any], blip: InstructBlipPipeline) -> Instruct
         run["base"]["path"],
         init=run["config"]["model"]["init"],
         trainable=tuple(run["trainable"]),
-        fields={"qformer.instruction_aware": blip.variant.qformer.instruction_aware},
+        fields={
+            "qformer.instruction_aware": blip.variant.qformer.instruction_aware,
+            "vision.image_size": blip.variant.vision.image_size,
+        },
         frozen_dtype=blip.model.dtype,
     )
     text = TextProcessor.load(initial.folder, initial.variant)

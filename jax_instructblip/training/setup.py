@@ -204,7 +204,10 @@ def check_model(config: ConfigDict) -> None:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"config.model.{name}: {error}") from error
     base = sources["checkpoint"]
-    variant = base.variant.replace(**read_variant_fields(config))
+    try:
+        variant = base.variant.replace(**read_variant_fields(config))
+    except ValueError as error:
+        raise ValueError(f"config.model: {error}") from error
     try:
         partition(param_shapes(variant), tuple(config.model.trainable))
     except ValueError as error:
@@ -220,6 +223,8 @@ def check_model(config: ConfigDict) -> None:
 def read_variant_fields(config: ConfigDict) -> dict[str, Any]:
     """The fields of the variant that `config.model` changes."""
     fields: dict[str, Any] = {}
+    if config.model.image_size:
+        fields["vision.image_size"] = config.model.image_size
     if not config.model.instruction_aware:
         fields["qformer.instruction_aware"] = False
     for tower in ("qformer", "llm"):
