@@ -15,14 +15,14 @@ import jax
 import numpy as np
 
 from jax_instructblip import checkpoint, stores
+from jax_instructblip.backbones.joining import part_of, part_of_arrays, write_joined
 from jax_instructblip.conversion.engine import Drop, Rule
 from jax_instructblip.conversion.safetensors import ConversionError, Tensor, open_folder
-from jax_instructblip.conversion.stored_model import copy_tokenizers, write_sides
+from jax_instructblip.conversion.stored_model import copy_tokenizers
 from jax_instructblip.conversion.tables import qformer
-from jax_instructblip.inference.loading import read_params, read_source
+from jax_instructblip.inference.loading import read_source
 from jax_instructblip.models.blip2 import init_params
 from jax_instructblip.models.variants import QFormerConfig, Variant
-from jax_instructblip.remote import is_remote
 
 FEATURES = 256  # of the space that images and texts are compared in, as released
 BERT_PREFIXES = ("", "bert.")  # of tensor names in folders of BertModel and BertForPreTraining
@@ -57,26 +57,22 @@ def write_stage1(
     sizes = {**vars(source.variant.qformer), **changes, "caption_head": True}
     none: Any = None
     variant = Variant("blip2_stage1", source.variant.vision, QFormerConfig(**sizes), none)
-    keep = lambda path, array: array if path.startswith("vision/") else None
-    kept = checkpoint.flatten(read_params(source, keep))
-    fresh = checkpoint.flatten(init_params(variant, jax.random.key(seed)))
-    leaves = {**fresh, **{path: leaf for path, leaf in kept.items() if leaf is not None}}
-    origin = "random"
+    fresh = {
+        path: np.asarray(leaf)
+        for path, leaf in checkpoint.flatten(init_params(variant, jax.random.key(seed))).items()
+        if not path.startswith("vision/")
+    }
+    parts = {"vision tower": part_of(source, lambda path: path.startswith("vision/"))}
     if bert is not None:
         folder = stores.input_path(bert, "bert")
-        leaves |= bert_leaves(open_folder(folder), variant.qformer, str(folder))
-        origin = f"BERT: {folder.name}"
-    facts = {"vision": str(source.folder), "qformer": origin}
-
-    def add(partial: Path) -> None:
-        write_sides(partial, variant, facts, {})
-        copy_tokenizers(source.folder, partial, variant)
-
-    with stores.output_folder(out) as (place, title):
-        arrays = ((path, np.asarray(leaf)) for path, leaf in leaves.items())
-        checkpoint.write_tree(place, arrays, extra=add)
-    print(f"{title}: vision tower of {source.folder}, Q-Former {origin}, heads random")
-    return title if is_remote(out) else place
+        of_bert = bert_leaves(open_folder(folder), variant.qformer, str(folder))
+        fresh = {path: leaf for path, leaf in fresh.items() if path not in of_bert}
+        parts["Q-Former"] = part_of_arrays(f"BERT: {folder.name}", of_bert)
+        parts["cross-attention, queries and heads"] = part_of_arrays("random", fresh)
+    else:
+        parts["Q-Former and heads"] = part_of_arrays("random", fresh)
+    copy = lambda out: copy_tokenizers(source.folder, out, variant)
+    return write_joined(out, variant, parts, copy)
 
 
 def bert_leaves(

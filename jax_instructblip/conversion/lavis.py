@@ -14,15 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
 from jax_instructblip import checkpoint
 from jax_instructblip.conversion.engine import Drop, Entry, Plan, Rule, Zeros, make_plan
 from jax_instructblip.conversion.families import LANGUAGES
 from jax_instructblip.conversion.safetensors import ConversionError
 from jax_instructblip.conversion.tables import heads, qformer, vision
-from jax_instructblip.files import require_file
+from jax_instructblip.conversion.torch_files import TorchTensor, open_pth
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import param_shapes
 
@@ -123,72 +120,6 @@ _VIT_L = _ImageTower(
 _IMAGE_TOWERS = (_VIT_G, _VIT_L)
 
 
-@dataclasses.dataclass(frozen=True)
-class TorchTensor:
-    """One tensor of a `.pth` file, mapped into memory."""
-
-    file: Path
-    tensor: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its axes."""
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype in numpy's words."""
-        name = str(self.tensor.dtype).removeprefix("torch.")
-        return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return self.tensor.numel() * self.dtype.itemsize
-
-    def read(self, part: int = 0, parts: int = 1) -> np.ndarray:
-        """The tensor, or one of `parts` equal pieces along its first axis."""
-        import torch
-
-        rows = self.tensor
-        if parts > 1:
-            size = self.shape[0] // parts
-            rows = rows[part * size : (part + 1) * size]
-        if rows.dtype == torch.bfloat16:
-            return rows.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return rows.contiguous().numpy()
-
-
-def open_pth(path: Path) -> dict[str, TorchTensor]:
-    """The tensors of a `.pth` file by name; those below `model`, as LAVIS saves them.
-
-    Raises:
-        ConversionError: it is no such file, holds more than tensors, or torch is not installed.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise ConversionError(
-            f"{path} is a PyTorch file", ["reading it takes torch: pip install -e '.[torch]'"]
-        ) from error
-    require_file(path)
-    try:
-        stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # pickle, zip and torch have errors of their own
-        first = str(error).strip().splitlines()[0]
-        raise ConversionError(
-            f"{path} cannot be read as tensors alone (nothing in it was run)", [first[:300]]
-        ) from error
-    stored = stored.get("model", stored) if isinstance(stored, Mapping) else stored
-    wrong = not isinstance(stored, Mapping) or not stored
-    if wrong or not all(isinstance(each, torch.Tensor) for each in stored.values()):
-        raise ConversionError(f"{path} holds no tensors by name", ["expected a state_dict"])
-    tensors = {str(name): TorchTensor(path, tensor) for name, tensor in stored.items()}
-    if any(tower.first in tensors for tower in _IMAGE_TOWERS):
-        return {VISION + name: tensor for name, tensor in tensors.items()}
-    return tensors
-
-
 def lavis_entries(variant: Variant) -> list[Entry]:
     """The entries of all tensors of a variant, under the original's names."""
     tower = _image_tower(variant)
@@ -216,11 +147,26 @@ def convert_lavis(tensors: Mapping[str, Any], variant: Variant, title: str) -> P
     return make_plan(lavis_entries(variant), tensors, expected, wrong)
 
 
+def open_lavis(path: Path) -> dict[str, TorchTensor]:
+    """The tensors of an original file by name.
+
+    `eva_vit_g.pth` and `clip_vit_L.pth` are the image tower alone, with bare names: these get
+    `visual_encoder.` in front.
+
+    Raises:
+        ConversionError: the file holds more than tensors, or torch is not installed.
+    """
+    tensors = open_pth(path)
+    if any(tower.first in tensors for tower in _IMAGE_TOWERS):
+        return {VISION + name: tensor for name, tensor in tensors.items()}
+    return tensors
+
+
 def read_files(paths: Sequence[Path]) -> dict[str, TorchTensor]:
-    """The tensors of several files, such as a trimmed one and its towers; a later one wins."""
+    """The tensors of several original files by name; of two with one name the later file's."""
     tensors: dict[str, TorchTensor] = {}
     for path in paths:
-        tensors |= open_pth(path)
+        tensors |= open_lavis(path)
     return tensors
 
 

@@ -37,7 +37,7 @@ RELEASED_SPECIAL = {
 }
 
 # Files beside the vocabulary that transformers reads where they are there.
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 Tokenizer = transformers.PreTrainedTokenizerFast
 if TYPE_CHECKING:  # a Q-Former that reads instructions has one, and does not ask
@@ -116,7 +116,7 @@ def _require(folder: pathlib.Path, names: Sequence[str], whose: str) -> None:
             f"the {whose} tokenizer is missing: expected one of {', '.join(names)} in {folder}, "
             f"found {present}"
         )
-    for name in (*names, *_SETTINGS):
+    for name in (*names, *SETTINGS):
         if (folder / name).exists():  # a pipe would be waited for
             require_file(folder / name)
 

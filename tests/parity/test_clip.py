@@ -9,7 +9,7 @@ import pytest
 
 from jax_instructblip import checkpoint
 from jax_instructblip.conversion.engine import make_plan
-from jax_instructblip.conversion.lavis import VISION, open_pth
+from jax_instructblip.conversion.lavis import VISION, open_lavis
 from jax_instructblip.conversion.tables import vision
 from jax_instructblip.models.vision import VisionBlock, VisionTransformer
 from tests.helpers.golden_blip2 import normalised
@@ -30,7 +30,7 @@ def tower(tmp_path_factory):
     after = ("transformer.resblocks.3.", "ln_post.", "proj")
     tensors = {
         name: tensor
-        for name, tensor in open_pth(path).items()
+        for name, tensor in open_lavis(path).items()
         if not name.removeprefix(VISION).startswith(after)
     }
     module = VisionTransformer(clip.SIZES, jnp.float32)
