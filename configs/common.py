@@ -91,6 +91,8 @@ def get_config() -> ConfigDict:
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.05  # times the learning rate; not on biases and norms
+    # Of the rate, from each layer of a trained vision tower to the one before it; 1: the same rate.
+    config.optimizer.vision_layer_decay = 1.0
     config.optimizer.clip_norm = 0.0  # largest norm of the gradient; 0: not clipped
 
     config.checkpoints = ConfigDict()

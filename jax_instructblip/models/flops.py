@@ -67,15 +67,23 @@ def counted(function: Callable[..., Any], *arguments: Any) -> tuple[int, list[tu
 
 
 def analytic(
-    variant: Variant, batch: int, text: int, tokens: int, answer: int, *, samples_per_row: int = 1
+    variant: Variant,
+    batch: int,
+    text: int,
+    tokens: int,
+    answer: int,
+    *,
+    samples_per_row: int = 1,
+    trains_vision: bool = False,
 ) -> int:
     """FLOPs of one step as the network is built: head on all targets, attention over whole rows.
 
-    The ViT runs forward only; the Q-Former forward and backward, weights included; of the language
-    model backward has the activations' half alone. A sample has `text` tokens for the Q-Former,
-    `tokens` for the language model and `answer` targets. Of the keys and values of the
-    cross-attention only the weights' gradients are counted, as in the ideal; the step as built adds
-    what the trained image norm before them asks for, under 1 % of the whole.
+    The ViT runs forward only, unless it is trained; the Q-Former forward and backward, weights
+    included; of the language model backward has the activations' half alone. A sample has `text`
+    tokens for the Q-Former, `tokens` for the language model and `answer` targets. Of the keys and
+    values of the cross-attention only the weights' gradients are counted where the ViT is frozen,
+    as in the ideal; the step as built adds what the trained image norm before them asks for, under
+    1 % of the whole.
     """
     keys_values, qformer = _qformer(variant, batch, text)
     width = samples_per_row * (variant.visual_tokens + tokens)
@@ -83,7 +91,10 @@ def analytic(
     forward, attention = _language(variant.llm, rows, width, answers)
     # Backward: each frozen weight once (dX); each product of the attention twice.
     llm = 2 * forward + 3 * attention
-    return _vision(variant, batch) + 3 * qformer - keys_values + llm
+    patches, vision = _vision(variant, batch)
+    if trains_vision:  # but for the gradient of the pixels
+        return 3 * vision - patches + 3 * qformer + llm
+    return vision + 3 * qformer - keys_values + llm
 
 
 def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) -> int:
@@ -97,7 +108,7 @@ def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) ->
     config, queries = variant.llm, variant.visual_tokens
     prompt = queries + tokens
     head = linear(rows, config.width, config.vocab)
-    read = _vision(variant, rows) + _qformer(variant, rows, text)[1]
+    read = _vision(variant, rows)[1] + _qformer(variant, rows, text)[1]
     if not isinstance(config, T5Config):
         weights = _decoder_weights(config)
         attention = lambda keys: config.layers * 2 * linear(rows, keys, config.width)
@@ -126,9 +137,11 @@ def linear(rows: int, *sizes: int) -> int:
     return 2 * rows * math.prod(sizes)
 
 
-def _vision(variant: Variant, rows: int) -> int:
+def _vision(variant: Variant, rows: int) -> tuple[int, int]:
+    """FLOPs of the forward pass: of the patch convolution, and of everything."""
     v = variant.vision
-    return linear(rows * (v.tokens - 1), v.patch_size**2 * 3, v.width) + v.layers * (
+    patches = linear(rows * (v.tokens - 1), v.patch_size**2 * 3, v.width)
+    return patches, patches + v.layers * (
         4 * linear(rows * v.tokens, v.width, v.width)
         + 2 * linear(rows * v.tokens, v.tokens, v.width)
         + 2 * linear(rows * v.tokens, v.width, v.mlp)

@@ -92,6 +92,7 @@ FIELDS: dict[str, Field] = {
     "optimizer.b2": number(0, below=1),
     "optimizer.eps": number(above=0, at_most=1),
     "optimizer.weight_decay": number(0, 10, unit="times the learning rate"),
+    "optimizer.vision_layer_decay": number(above=0, at_most=1),
     "optimizer.clip_norm": number(0, unit="norm of the gradient; 0: not clipped"),
     "checkpoints.every": _STEPS,
     "checkpoints.keep": whole(1, unit="checkpoints"),
@@ -207,6 +208,12 @@ def _together(values: Mapping[str, Any]) -> Iterator[str]:
         yield (
             "config.data.rand_augment is True, config.data.augment is False: crops alone are "
             "changed further; set config.data.augment, or leave it out"
+        )
+    decay, trainable = right.get("optimizer.vision_layer_decay", 1), right.get("model.trainable")
+    if decay != 1 and trainable is not None and "vision" not in trainable:
+        yield (
+            f"config.optimizer.vision_layer_decay is {decay}, config.model.trainable is "
+            f"{trainable}: the vision tower is frozen; train it, or leave the decay at 1"
         )
     free = [name for name in right if name.startswith("mesh.") and right[name] == -1]
     if len(free) > 1:

@@ -253,6 +253,7 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
         b2=settings.b2,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
+        vision_layer_decay=settings.vision_layer_decay,
     )
     return optimizer, schedule
 

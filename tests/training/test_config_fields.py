@@ -32,6 +32,13 @@ def flat(tree, prefix=""):
             yield prefix + name, value
 
 
+def test_a_rate_by_layers_of_a_frozen_tower_is_refused():
+    fields = {"optimizer.vision_layer_decay": 0.95}
+    with pytest.raises(ValueError, match="vision_layer_decay is 0.95, .*the vision tower is froz"):
+        check_config(changed(fields))
+    check_config(changed({**fields, "model.trainable": ("vision", "qformer")}))
+
+
 def test_every_field_of_the_common_config_has_a_row():
     names = {name for name, _ in flat(common.get_config().to_dict())} - {"data.sources"}
     assert names == set(FIELDS)
