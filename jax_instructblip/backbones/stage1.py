@@ -1,9 +1,10 @@
-"""A checkpoint to begin BLIP-2's first stage with: a vision tower, a fresh Q-Former, fresh heads.
+"""Writes an initial checkpoint for BLIP-2's first stage: a vision tower and an untrained Q-Former.
 
-    BASE --vision tower, BERT tokenizer--> OUT     Q-Former and heads random, or from BERT
+    BASE --vision tower, BERT tokenizer--> OUT     Q-Former random or from BERT, heads random
 
-From BERT comes all that it has: words, positions, self-attention and feed-forwards of the text; the
-feed-forwards of the queries are copies of these, and cross-attention stays random (as released).
+With BERT, the Q-Former gets its word and position embeddings, self-attention and feed-forwards. The
+feed-forwards of the queries are copies of those of the text, and cross-attention is random (as in
+the released code).
 """
 
 import os
@@ -24,8 +25,8 @@ from jax_instructblip.inference.loading import read_source
 from jax_instructblip.models.blip2 import init_params
 from jax_instructblip.models.variants import QFormerConfig, Variant
 
-FEATURES = 256  # of the space that images and texts are compared in, as released
-BERT_PREFIXES = ("", "bert.")  # of tensor names in folders of BertModel and BertForPreTraining
+FEATURES = 256  # width of the space in which images and texts are compared, as released
+BERT_PREFIXES = ("", "bert.")  # tensor name prefixes of BertModel and BertForPreTraining
 
 
 def write_stage1(
@@ -36,21 +37,21 @@ def write_stage1(
     features: int = FEATURES,
     seed: int = 0,
 ) -> Path | str:
-    """Writes `out`, a checkpoint of the first stage that has learned nothing yet.
+    """Writes an untrained checkpoint of BLIP-2's first stage.
 
     Args:
-      base: whose vision tower, Q-Former sizes and BERT tokenizer are taken; any checkpoint.
-      out: the folder to make, or its address in a store; it must not exist.
-      bert: a Hugging Face folder of BERT, of the Q-Former's sizes, that the Q-Former starts from.
-      features: width of the space that images and texts are compared in.
-      seed: of what is random.
+      base: any checkpoint; supplies vision tower, Q-Former sizes and BERT tokenizer.
+      out: the new folder, or its address in an object store (`gs://...`); it must not exist.
+      bert: a Hugging Face folder of BERT with the Q-Former's sizes, to initialise the Q-Former.
+      features: width of the space in which images and texts are compared.
+      seed: of the random weights.
 
     Returns:
       The folder `out`, or its address.
 
     Raises:
-      ValueError: `base` has no Q-Former, or `bert` is of other sizes.
-      OSError: `out` exists, or there is no room.
+      ValueError: `base` has no Q-Former, or `bert` has other sizes.
+      OSError: `out` exists, or the disk has too little room.
     """
     source = read_source(base)
     changes = dict(llm_width=0, instruction_aware=True, feature_width=features)
@@ -78,10 +79,13 @@ def write_stage1(
 def bert_leaves(
     tensors: Mapping[str, Tensor], config: QFormerConfig, title: str
 ) -> dict[str, np.ndarray]:
-    """The leaves of the Q-Former that BERT's tensors fill; the word `[DEC]` is left as it is.
+    """Returns the Q-Former leaves that BERT's tensors fill, by path.
+
+    The word `[DEC]`, which BERT lacks, gets the mean of all word embeddings.
 
     Raises:
-      ConversionError: tensors are missing or of other shapes, all of them; `title` is their folder.
+      ConversionError: lists all tensors that are missing or of other shapes; `title`, the name of
+        their folder, is in the message.
     """
     prefix = next((p for p in BERT_PREFIXES if f"{p}{_WORDS}" in tensors), "")
     made: dict[str, np.ndarray] = {}
@@ -121,7 +125,7 @@ _WORDS = "embeddings.word_embeddings.weight"
 
 
 def _bert_name(key: str) -> str | None:
-    """BERT's name for a tensor of the Q-Former's table; None for what it does not have."""
+    """Returns BERT's name of a tensor of the Q-Former; None if BERT has no such tensor."""
     if not key.startswith("qformer.") or "crossattention" in key:
         return None
     name = key.removeprefix("qformer.").replace("embeddings.layernorm.", "embeddings.LayerNorm.")

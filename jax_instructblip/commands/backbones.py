@@ -1,8 +1,9 @@
-"""Makes checkpoints that a stage of training begins with, and the parts of the embedded ones.
+"""Makes initial checkpoints for the stages of training, and the parts of the embedded ones.
 
-`stage1` gives a vision tower a fresh Q-Former, `stage2` puts the trained one before a language
-model, `instruct` lets it read the instruction. `launch/backbones.sh` calls the others: first
-`towers`, then (after the caption runs) `merge`.
+`stage1` combines a vision tower with an untrained Q-Former, `stage2` a trained Q-Former with a
+language model; `instruct` makes a second stage's Q-Former read the instruction.
+`launch/backbones.sh` calls the other parts: first `towers`, then (after the caption training runs)
+`merge`.
 """
 
 import argparse
@@ -19,7 +20,7 @@ STORES = {  # the flags of each part that may be addresses of a store
 
 
 def main(argv: list[str]) -> int:
-    """Runs one of the parts; returns 0."""
+    """Runs the part that the first argument names; returns 0."""
     parser = argparse.ArgumentParser(prog="jax-instructblip backbones", description=__doc__)
     parts = parser.add_subparsers(dest="part", required=True)
     towers = parts.add_parser("towers", help="train vision tower and language models: WORK/base_*")

@@ -1,11 +1,11 @@
-"""Original checkpoints of LAVIS (`.pth`) -> our leaves, by the tables of Hugging Face's names.
+"""Converts original checkpoints of LAVIS (`.pth`) with the same tables as Hugging Face folders.
 
-    visual_encoder.blocks.3.attn.proj.weight        the original
-    vision_model.encoder.layers.3.self_attn.projection.weight     the name in our tables
+    visual_encoder.blocks.3.attn.proj.weight                      LAVIS's name
+    vision_model.encoder.layers.3.self_attn.projection.weight     Hugging Face's, as in our tables
 
-The original's names follow from those of the tables; where it stores a tensor otherwise (two
-biases instead of one of three parts) the entry is changed. A file never holds code: it is read
-with `weights_only=True`.
+LAVIS's names are derived from those in the tables. Where LAVIS stores a tensor in another way (the
+biases of query and value alone instead of one tensor of three parts), the rule is changed. Files
+are read with `weights_only=True`, so code in a file is never run.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from jax_instructblip.conversion.torch_files import TorchTensor, open_pth
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import param_shapes
 
-# Where a name of the tables begins so, the original's begins otherwise; the first match counts.
+# Start of a name in our tables -> start of LAVIS's name. The first match counts.
 _NAMES = (
     (r"vision_model\.post_layernorm\.", "ln_vision."),
     (r"vision_model\.embeddings\.class_embedding", "visual_encoder.cls_token"),
@@ -45,28 +45,28 @@ _NAMES = (
     (r"cls\.", "Qformer.cls."),
     (r"(vision|text)_projection\.", r"\1_proj."),
 )
-_LANGUAGE_MODELS = {"t5": "t5", "llama": "llm", "opt": "opt"}  # `t5_model.`, `t5_proj.`
-# Where the layers of a language model begin. A file without them may still hold other names of its
-# embedding: the original leaves out the parameters that are frozen, not their second names.
+_LANGUAGE_MODELS = {"t5": "t5", "llama": "llm", "opt": "opt"}  # prefix of `_model.`, `_proj.`
+# Start of the names of a language model's layers, by which a file with the model is recognised.
+# Other names do not show it: LAVIS leaves frozen parameters out, but not aliases of the embedding.
 _LANGUAGE_LAYERS = {
     "t5": "encoder.block.",
     "llama": "model.layers.",
     "opt": "model.decoder.layers.",
 }
-_QKV_BIASES = {0: "q_bias", 2: "v_bias"}  # by the part of the tables' one tensor
+_QKV_BIASES = {0: "q_bias", 2: "v_bias"}  # part of the tables' qkv tensor -> LAVIS's name
 
 
 @dataclasses.dataclass(frozen=True)
 class _ImageTower:
-    """An image tower of the original.
+    """A vision tower as LAVIS's files have it.
 
     Attributes:
-      name: what people call it.
-      file: has the tower alone, its names without `visual_encoder.`.
-      blocks: begins the names of its blocks.
-      attention: of a block, by which a file is known.
+      name: its usual name.
+      file: the file with the tower alone, whose tensors lack the prefix `visual_encoder.`.
+      blocks: the prefix of the names of its blocks.
+      attention: a tensor of a block that the other tower does not have.
       block: all tensors of a block.
-      after: tensors behind the blocks, which no model here has, nor the last block.
+      after: the tensors that follow the blocks; they and the last block are not converted.
     """
 
     name: str
@@ -78,11 +78,11 @@ class _ImageTower:
 
     @property
     def first(self) -> str:
-        """The tensor by which the file is known."""
+        """The name of a tensor that only this tower has."""
         return f"{self.blocks}0.{self.attention}"
 
     def dropped(self, layers: int) -> list[Entry]:
-        """The entries of what follows so many blocks."""
+        """Returns the rules that leave out what follows the first `layers` blocks."""
         last = [f"{self.blocks}{layers}.{part}" for part in self.block]
         reason = f"of the whole {self.name}: the features are taken before it"
         return [Drop(VISION + name, reason) for name in (*last, *self.after)]
@@ -120,41 +120,62 @@ _VIT_L = _ImageTower(
 _IMAGE_TOWERS = (_VIT_G, _VIT_L)
 
 
-def lavis_entries(variant: Variant) -> list[Entry]:
-    """The entries of all tensors of a variant, under the original's names."""
+def lavis_entries(variant: Variant, *, apart: bool = False) -> list[Entry]:
+    """Returns the conversion rules of all tensors of a variant, under LAVIS's names.
+
+    With `apart`, the rules of the language model are left out.
+    """
     tower = _image_tower(variant)
     rules = vision.openai_rules if tower is _VIT_L else vision.rules
     entries = [*rules(variant.vision), *qformer.rules(variant.qformer)]
     if variant.llm is None:
         entries += heads.rules(variant.qformer)
-    else:
+    elif not apart:
         entries += LANGUAGES[variant.llm.kind].rules(variant.llm, False)
     kind = "" if variant.llm is None else _LANGUAGE_MODELS[variant.llm.kind]
     named = [each for entry in entries for each in _renamed(entry, kind)]
     return named + tower.dropped(variant.vision.layers)
 
 
-def convert_lavis(tensors: Mapping[str, Any], variant: Variant, title: str) -> Plan:
-    """The leaves of a variant from tensors under the original's names, one at a time.
+def convert_lavis(
+    tensors: Mapping[str, Any], variant: Variant, title: str, *, apart: bool = False
+) -> Plan:
+    """Returns a plan that makes a variant's parameters from tensors under LAVIS's names.
 
-    `title` names where they are from. Raises ConversionError with all that is missing, left over
-    or of another shape; where a whole tower is missing, it says which file has it.
+    Args:
+        tensors: by LAVIS's names.
+        variant: the sizes of the model.
+        title: names the files in errors.
+        apart: whether the language model comes from elsewhere. The plan then makes no parameters of
+            it, and drops its tensors.
+
+    Raises:
+        ConversionError: tensors are missing, left over or of another shape. If a whole tower is
+            missing, the message says which file has it.
     """
     _refuse_other_tower(tensors, variant, title)
-    _refuse_trimmed(tensors, variant, title)
+    _refuse_trimmed(tensors, variant, title, apart)
     expected = checkpoint.flatten(param_shapes(variant))
+    begin = f"{_LANGUAGE_MODELS[variant.llm.kind]}_model." if apart else None
+    surplus = [] if begin is None else [name for name in tensors if name.startswith(begin)]
+    if apart:
+        expected = {path: leaf for path, leaf in expected.items() if not path.startswith("llm/")}
+        tensors = {name: tensors[name] for name in tensors.keys() - set(surplus)}
     wrong = f"the tensors of {title} do not fit this model"
-    return make_plan(lavis_entries(variant), tensors, expected, wrong)
+    plan = make_plan(lavis_entries(variant, apart=apart), tensors, expected, wrong)
+    dropped = plan.dropped | dict.fromkeys(surplus, "the language model has a folder of its own")
+    return dataclasses.replace(plan, dropped=dropped)
 
 
 def open_lavis(path: Path) -> dict[str, TorchTensor]:
-    """The tensors of an original file by name.
+    """Returns the tensors of a LAVIS file by name.
 
-    `eva_vit_g.pth` and `clip_vit_L.pth` are the image tower alone, with bare names: these get
-    `visual_encoder.` in front.
+    The names in `eva_vit_g.pth` and `clip_vit_L.pth`, which are the vision tower alone, get the
+    prefix `visual_encoder.` that they have in a whole model.
 
     Raises:
-        ConversionError: the file holds more than tensors, or torch is not installed.
+        ConversionError: the file cannot be read, holds more than tensors, or torch is not
+            installed.
     """
     tensors = open_pth(path)
     if any(tower.first in tensors for tower in _IMAGE_TOWERS):
@@ -163,29 +184,35 @@ def open_lavis(path: Path) -> dict[str, TorchTensor]:
 
 
 def read_files(paths: Sequence[Path]) -> dict[str, TorchTensor]:
-    """The tensors of several original files by name; of two with one name the later file's."""
+    """Returns the tensors of several files by name; where two have the same name, the later file's.
+
+    Together they can make a model of a checkpoint that was saved without its frozen towers.
+    """
     tensors: dict[str, TorchTensor] = {}
     for path in paths:
         tensors |= open_lavis(path)
     return tensors
 
 
-def _refuse_trimmed(tensors: Iterable[str], variant: Variant, title: str) -> None:
-    """Raises where a tower is not in a file at all: those are stored apart."""
+def _refuse_trimmed(tensors: Iterable[str], variant: Variant, title: str, apart: bool) -> None:
+    """Raises a ConversionError if a whole tower is missing, since LAVIS saves frozen ones apart.
+
+    With `apart`, the language model may be missing.
+    """
     begins = lambda word: any(name.startswith(word) for name in tensors)
     lacking, tower = [], _image_tower(variant)
     if not begins(VISION + tower.blocks):
         lacking.append(f"{VISION}*, the image tower: give {tower.file}, too")
-    if variant.llm is not None:
+    if variant.llm is not None and not apart:
         name = f"{_LANGUAGE_MODELS[variant.llm.kind]}_model."
         if not begins(name + _LANGUAGE_LAYERS[variant.llm.kind]):
-            lacking.append(f"{name}*, the language model, which is stored apart: give it, too")
+            lacking.append(f"{name}*, the language model: give its Hugging Face folder (--llm)")
     if lacking:
         raise ConversionError(f"{title} was saved without its frozen towers", lacking)
 
 
 def _refuse_other_tower(tensors: Mapping[str, Any], variant: Variant, title: str) -> None:
-    """Raises where a file has the other image tower, or was trained behind it."""
+    """Raises a ConversionError if a file has the other vision tower, or was trained behind it."""
     tower = _image_tower(variant)
     wrong = [
         f"it has the image tower {other.name} ({VISION}{other.blocks}*, as {other.file})"
@@ -208,7 +235,7 @@ def _refuse_other_tower(tensors: Mapping[str, Any], variant: Variant, title: str
 
 
 def _image_tower(variant: Variant) -> _ImageTower:
-    """The tower of a variant: of the two CLIP's alone has a norm before its blocks."""
+    """Returns the tower of a variant: only CLIP's has a norm before its blocks."""
     return _VIT_L if variant.vision.pre_norm else _VIT_G
 
 
@@ -225,7 +252,7 @@ def _renamed(entry: Entry, kind: str) -> list[Entry]:
 
 
 def _original(name: str, kind: str) -> str:
-    """The original's name for one of the tables."""
+    """Returns LAVIS's name of a tensor for its name in the tables."""
     name = name.replace("language_model.", f"{kind}_model.", 1)
     name = name.replace("language_projection.", f"{kind}_proj.", 1)
     for pattern, other in _NAMES:

@@ -1,8 +1,7 @@
-"""The table of positions of the vision tower, resized to images of another size.
+"""Resizes the position table of the vision tower for images of another size.
 
-As the released code does once when it loads a tower: in float32, by PyTorch's bicubic interpolation
-without antialiasing; the row of CLS stays. EVA's corners are those of the outer pixels, CLIP's the
-centres of the outer patches (`align_corners`).
+The released code does so once, when it loads a tower: bicubic interpolation as in PyTorch, without
+antialiasing, in float32; the row of CLS stays. EVA ViT-g has `align_corners` False, CLIP True.
 """
 
 import dataclasses
@@ -16,13 +15,13 @@ from jax_instructblip.conversion.stored_model import Leaves, StoredModel
 from jax_instructblip.models.variants import VisionConfig
 
 PATH = "vision/pos_embed"
-A = -0.75  # of Keys' cubic kernel; PIL and JAX have -0.5
+A = -0.75  # the parameter of the cubic kernel in PyTorch; PIL and JAX have -0.5
 
 
 def cubic_weights(size: int, new_size: int, *, align_corners: bool = False) -> np.ndarray:
-    """Weights [new_size, size] of each old point in each new one, float32; rows sum to 1.
+    """Returns the weights [new_size, size] of the old points in each new one, float32.
 
-    What lies beyond the border counts as the border.
+    Points beyond the border have the value of the border. Each row sums to 1.
     """
     new = np.arange(new_size, dtype=np.float64)
     if align_corners:
@@ -43,10 +42,10 @@ def cubic_weights(size: int, new_size: int, *, align_corners: bool = False) -> n
 def resize_positions(
     table: np.ndarray, side: int, *, align_corners: bool = False, path: str = PATH
 ) -> np.ndarray:
-    """The float32 table [1, 1 + side^2, D] of a table [1, 1 + old^2, D].
+    """Resizes a table [1, 1 + old^2, D] to [1, 1 + side^2, D], float32.
 
     Raises:
-        ValueError: the patches of `table` (named `path`) are no square.
+        ValueError: the patches of `table` are no square; the message calls it `path`.
     """
     shape = list(table.shape)
     patches = shape[1] - 1 if len(shape) == 3 else 0
@@ -64,7 +63,7 @@ def resize_positions(
 
 
 def fit_positions(path: str, array: Any, vision: VisionConfig) -> Any:
-    """A leaf of a base as a tower of this size has it: only the positions depend on the images."""
+    """Returns a leaf of a checkpoint for a tower of this size; only the positions may change."""
     if path != PATH or tuple(array.shape[1:2]) == (vision.tokens,):
         return array
     side = vision.image_size // vision.patch_size
@@ -72,7 +71,7 @@ def fit_positions(path: str, array: Any, vision: VisionConfig) -> Any:
 
 
 def resize_note(old: VisionConfig, new: VisionConfig) -> str:
-    """A sentence about positions that are resized; "" where they are not."""
+    """Returns a sentence that says how positions are resized, or "" if they are not."""
     if old.image_size == new.image_size:
         return ""
     before, after = (each.image_size // each.patch_size for each in (old, new))
@@ -83,7 +82,7 @@ def resize_note(old: VisionConfig, new: VisionConfig) -> str:
 
 
 def with_positions(model: StoredModel) -> StoredModel:
-    """`model` with the positions of its own variant, where those on disk are the base's."""
+    """Returns `model` with positions for its own variant, if those on disk are of its base."""
     entry, vision = model.manifest[PATH], model.variant.vision
     if entry["shape"][1] == vision.tokens:
         return model

@@ -25,22 +25,22 @@ class TorchTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its axes."""
+        """Shape of the tensor."""
         return tuple(self.tensor.shape)
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype in numpy's words."""
+        """The tensor's dtype as a numpy dtype."""
         name = str(self.tensor.dtype).removeprefix("torch.")
         return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
+        """Size of the tensor in bytes."""
         return self.tensor.numel() * self.dtype.itemsize
 
     def read(self, part: int = 0, parts: int = 1) -> np.ndarray:
-        """The tensor, or one of `parts` equal pieces along its first axis."""
+        """Returns the tensor, or piece `part` of `parts` equal ones along axis 0, as an array."""
         import torch
 
         rows = self.tensor
@@ -53,10 +53,11 @@ class TorchTensor:
 
 
 def open_pth(path: Path) -> dict[str, TorchTensor]:
-    """The tensors of a `.pth` file by name; those below `model`, as LAVIS saves them.
+    """Returns the tensors of a `.pth` file by name, those below the key `model` if there is one.
 
     Raises:
-        ConversionError: it is no such file, holds more than tensors, or torch is not installed.
+        ConversionError: the file cannot be read, holds more than tensors, or torch is not
+            installed.
     """
     try:
         import torch

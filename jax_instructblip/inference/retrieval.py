@@ -1,12 +1,12 @@
-"""Retrieval with BLIP-2's first stage: features, similarities, and re-ranking by the match.
+"""Retrieval with BLIP-2's first stage: features, similarities (ITC), and matching (ITM).
 
     blip = jax_instructblip.load("blip2-itm-vit-g")
-    blip.itc(images, texts)                 similarities [N, M], cheap: one pass an image and a text
-    blip.itm(images, texts)                 match logits [N] of pairs, one pass a pair
-    blip.rank(images, texts, k=128)         both ways: the k nearest by ITC, re-ranked by ITM
+    blip.itc(images, texts)                 similarities [N, M]: one pass per image and per text
+    blip.itm(images, texts)                 match logits [N, 2] of pairs: one pass per pair
+    blip.rank(images, texts, k=128)         both directions: the k nearest by ITC, re-ranked by ITM
 
-The keys and values of an image's patches do not depend on the text: in a re-ranking they are made
-once for all texts of the image.
+The keys and values of an image's patches do not depend on the text, so a re-ranking computes them
+once for all texts of an image.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,20 +25,20 @@ from jax_instructblip.models.released import released_name
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.progress import Progress
 
-IMAGES, TEXTS, PAIRS = 16, 128, 128  # at once
-CANDIDATES = 128  # that are re-ranked, as released for retrieval fine-tuning
-ABSENT = -100.0  # score of what was not re-ranked, as released
+IMAGES, TEXTS, PAIRS = 16, 128, 128  # default batch sizes
+CANDIDATES = 128  # pairs per image or text that are re-ranked, as released for fine-tuning
+ABSENT = -100.0  # score of pairs that were not re-ranked, as released
 
 
 class Ranking(NamedTuple):
-    """Scores of a re-ranking; `ABSENT` where a pair was not among the k nearest."""
+    """Scores of a re-ranking; `ABSENT` for pairs that were not among the k nearest."""
 
     image_to_text: np.ndarray  # [N, M] float32
     text_to_image: np.ndarray  # [M, N] float32
 
 
 class Retriever:
-    """A model of the first stage with its tokenizer: features, similarities, matches, rankings."""
+    """A first-stage model with its tokenizer: features, similarities, match logits, rankings."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Retriever:
         silent: bool = False,
         source: Source | None = None,
     ):
-        """The retriever of parameters that are on their device already; `load` reads a folder."""
+        """Takes parameters that are on their device already; `load` reads them from a folder."""
         self.variant, self.params, self.text = variant, params, text
         self.silent, self.source = silent, source  # silent: no progress lines
         self.model = Blip2(variant, jnp.dtype(dtype))
@@ -64,7 +64,7 @@ class Retriever:
 
     @classmethod
     def of(cls, source: Source, dtype: Any, mesh: Any = None) -> "Retriever":
-        """The retriever of a folder that was looked at already; a ValueError for a `mesh`."""
+        """The retriever of `source`, whose weights this reads; a ValueError for a `mesh`."""
         if mesh is not None:
             raise ValueError("a first-stage model works on one device: leave out mesh")
         text = CaptionTokenizer.load(source.folder, source.variant, RETRIEVAL_LIMIT)
@@ -77,7 +77,7 @@ class Retriever:
         return f"{type(self).__name__}({name}, {self.model.dtype}{folder})"
 
     def image_features(self, images: Sequence[Frame], *, batch_size: int = IMAGES) -> np.ndarray:
-        """Normalised features [N, Q, E] float32 of the images, one for each query."""
+        """Normalised features [N, Q, E] float32 of the images: one vector for each query."""
         batches = ((rows, self._pixels(rows)) for rows in _batches(images, batch_size, "images"))
         run = lambda x: self._image_features(self.params, x)
         return self._gather(run, batches, len(images), "looking", "images")
@@ -91,13 +91,13 @@ class Retriever:
         return self._gather(run, batches, len(ids), "reading", "texts")
 
     def itc(self, images: Sequence[Frame], texts: Sequence[str]) -> np.ndarray:
-        """Similarities [N, M] float32: cosines of each text and its nearest query of each image."""
+        """Similarities [N, M] float32: the largest cosine between a text and an image's queries."""
         return similarities(self.image_features(images), self.text_features(texts))
 
     def itm(
         self, images: Sequence[Frame], texts: Sequence[str], *, batch_size: int = PAIRS
     ) -> np.ndarray:
-        """Logits [N, 2] float32 of (no match, match) of each image with the text beside it."""
+        """Logits [N, 2] float32 of (no match, match) for image i and text i."""
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts: give as many of both")
         ids, valid, _ = self.text.encode(texts)
@@ -122,11 +122,11 @@ class Retriever:
     ) -> Ranking:
         """Scores of each image's k nearest texts, and of each text's k nearest images.
 
-        A score is the logit of the match plus the similarity, as released; with `itm_only` the
+        A score is the logit of a match plus the similarity, as released, or with `itm_only` the
         logit alone.
 
         Raises:
-            ValueError: there are no images or texts, or `k` is no whole number from 1 on.
+            ValueError: there are no images or texts, or `k` is not a whole number of at least 1.
         """
         check({"k": k}, {"k": whole(1)})
         check_batch_size(batch_size)
@@ -143,7 +143,10 @@ class Retriever:
     def _match_wanted(
         self, images: Sequence[Frame], texts: Sequence[str], wanted: np.ndarray, size: int
     ) -> np.ndarray:
-        """Logits [N, M] of the match where `wanted`; the texts of an image together."""
+        """Match logits [N, M] of the pairs where `wanted` is True, `ABSENT` elsewhere.
+
+        Goes image by image, `size` texts at once.
+        """
         ids, valid, _ = self.text.encode(texts)
         scores = np.full(wanted.shape, ABSENT, np.float32)
         size = min(size, len(ids))
@@ -170,7 +173,7 @@ class Retriever:
         label: str,
         unit: str,
     ) -> np.ndarray:
-        """The results of all batches, the last one padded to the size of the others."""
+        """Joins the results of `run` on all batches; the last batch is padded to equal size."""
         found, size = [], 0
         with Progress(count, label, unit, compiles=True, silent=self.silent) as progress:
             for rows, batch in batches:
@@ -186,7 +189,7 @@ def _features(model: Blip2, images: jax.Array) -> jax.Array:
 
 
 def similarities(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Cosines [N, M] of texts [M, E] and the nearest query of images [N, Q, E]."""
+    """The largest cosine [N, M] of each text [M, E] and the queries of each image [N, Q, E]."""
     return np.stack([(image @ texts.T).max(axis=0) for image in images])
 
 
@@ -198,13 +201,13 @@ def _batches(items: Sequence[Any], size: int, unit: str) -> Iterator[Sequence[An
 
 
 def _pad(leaf: Any, size: int) -> Any:
-    """The leaf with copies of its last row up to `size` of them."""
+    """The leaf with copies of its last row appended, `size` rows in all."""
     lacking = size - leaf.shape[0]
     return leaf if not lacking else jnp.concatenate([leaf, *[leaf[-1:]] * lacking])
 
 
 def _nearest(scores: np.ndarray, k: int) -> np.ndarray:
-    """The columns [R, min(k, C)] of the highest scores of each row, of equal ones the first."""
+    """Column indices [R, min(k, C)] of each row's highest scores; of equal scores the first."""
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
 

@@ -1,4 +1,4 @@
-"""AdamW with the papers' schedule; which leaves decay is decided by their names."""
+"""AdamW with the papers' learning rate schedules; a leaf's name decides about its weight decay."""
 
 import math
 from typing import Any
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-# Stacked leaves have one dimension more, so "biases and norms are one-dimensional" cannot decide.
-# `temp`, a number alone, decays as in the released code, which spares what has one dimension.
+# Leaf names decide, not dimensions: biases stacked over layers have two. `temp`, a scalar, decays
+# as in the released code, which exempts only one-dimensional parameters.
 DECAYED = ("kernel", "embedding", "queries", "cls", "pos_embed", "relative_bias", "temp")
 NOT_DECAYED = ("bias", "scale")
 
@@ -17,10 +17,13 @@ NOT_DECAYED = ("bias", "scale")
 def warmup_cosine(
     *, start: float, peak: float, end: float, warmup_steps: int, total_steps: int
 ) -> optax.Schedule:
-    """The learning rate of step s: linear from `start` to `peak`, then half a cosine to `end`.
+    """Returns a schedule: linear from `start` to `peak`, then half a cosine down to `end`.
 
-    The first step (s = 0) gets `start`, step `warmup_steps` gets `peak`, `total_steps` would get
-    `end` (InstructBLIP: 1e-8, 1e-5, 0; 1,000 and 60,000 steps).
+    Step 0 gets `start`, step `warmup_steps` gets `peak`; `total_steps` would get `end`.
+    InstructBLIP uses 1e-8, 1e-5, 0; 1,000 and 60,000 steps.
+
+    Raises:
+        ValueError: the warm-up is not shorter than the run.
     """
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
@@ -47,11 +50,14 @@ def staircase_cosine(
     total_steps: int,
     epoch_steps: int,
 ) -> optax.Schedule:
-    """The learning rate as the LAVIS runner sets it: one step of the cosine per inner epoch.
+    """Returns LAVIS's schedule: a cosine whose rate is constant within each inner epoch.
 
-    Warm-up exists in inner epoch 0 only and stays at `peak` once there; what a longer warm-up
-    would have left is lost. From epoch 1 on the rate is constant within an epoch of
-    `epoch_steps` steps (LAVIS `linear_warmup_cosine_lr`, `iters_per_inner_epoch`).
+    An inner epoch has `epoch_steps` steps. The warm-up happens in epoch 0 only: it stays at `peak`
+    once reached, and if it would be longer than epoch 0, the rest of it is dropped (LAVIS
+    `linear_warmup_cosine_lr`, `iters_per_inner_epoch`).
+
+    Raises:
+        ValueError: an epoch is shorter than 1 step or longer than the run.
     """
     if epoch_steps < 1 or total_steps < epoch_steps:
         raise ValueError(f"epochs of {epoch_steps} steps do not fit a run of {total_steps} steps")
@@ -68,10 +74,10 @@ def staircase_cosine(
 
 
 def decays(params: Any) -> Any:
-    """The tree of booleans that says which leaves weight decay pulls at.
+    """Returns a tree of booleans like `params`: True for leaves with weight decay.
 
     Raises:
-        ValueError: leaves whose names are in neither list, all of them.
+        ValueError: lists all leaves whose names are in neither `DECAYED` nor `NOT_DECAYED`.
     """
     names = lambda path: str(getattr(path[-1], "key", path[-1]))
     known = DECAYED + NOT_DECAYED
@@ -86,14 +92,14 @@ def decays(params: Any) -> Any:
 
 
 def rate_scales(params: Any, vision_layer_decay: float) -> Any:
-    """The factor of the learning rate of each leaf: a number, or [Y, 1, ...] of stacked layers.
+    """Returns the factor of each leaf's learning rate: a number, or [Y, 1, ...] for stacked layers.
 
         patches, CLS, positions, the norm before the blocks     decay^(Y + 1)
-        block i of the image tower's Y                          decay^(Y - i)
+        block i of the Y blocks of the vision tower             decay^(Y - i)
         everything else                                         1
 
-    The released code makes these groups (`lr_scale`), and its scheduler never multiplies by them;
-    the papers' numbers mean them.
+    The released code makes these groups (`lr_scale`), but its scheduler never multiplies by the
+    factor. Here it applies, as in the BLIP-2 paper.
     """
     if "vision" not in params:
         return jax.tree.map(lambda leaf: 1.0, params)
@@ -120,11 +126,11 @@ def adamw(
     weight_decay: float = 0.05,
     vision_layer_decay: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW as `torch.optim.AdamW` computes it, the decay times the learning rate of the step.
+    """Returns AdamW as in `torch.optim.AdamW`: decay is multiplied by the step's learning rate.
 
-    `vision_layer_decay` lowers the rate of the image tower from its last layer to its first
-    (`rate_scales`); the state is the same whatever it is. Clipping is not part of it (the papers
-    have none): `step.train_step` has the gradient's norm at hand anyway.
+    `vision_layer_decay` lowers the rate of the vision tower from its last layer to its first
+    (`rate_scales`); the state has the same form with any value. This does not clip gradients:
+    `step.train_step` does, because it computes the norm anyway.
     """
     plain = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
     if vision_layer_decay == 1:

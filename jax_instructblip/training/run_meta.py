@@ -1,4 +1,4 @@
-"""`meta.json` of a run's checkpoint against the run: model, parts that are trained, base."""
+"""Compares a checkpoint's `meta.json` with the current run: model, trained parts, frozen base."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ Meta = dict[str, Any]
 
 
 def compare_meta(folder: str, stored: Meta, wanted: Meta) -> None:
-    """Raises a CheckpointError where a checkpoint is of another model, parts or base than wanted.
+    """Raises a CheckpointError if `stored` differs from `wanted` in model, trained parts or base.
 
-    `folder` is what the message calls it.
+    All differences are listed; `folder` is the checkpoint's name in the message.
     """
     wrong = []
     variant, expected = (_sizes(meta["variant"]) for meta in (stored, wanted))
@@ -38,7 +38,7 @@ def compare_meta(folder: str, stored: Meta, wanted: Meta) -> None:
 
 
 def _sizes(variant: Any) -> dict[str, Any]:
-    """The fields of a variant by dotted names; those that are newer than it have their defaults."""
+    """Returns a variant's fields by dotted name; fields added since have their defaults."""
     try:
         return dotted(Variant.from_dict(variant).to_dict())
     except ValueError:

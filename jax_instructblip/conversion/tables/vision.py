@@ -1,4 +1,4 @@
-"""The tables of the vision towers: theirs -> ours.
+"""Conversion tables of the vision tower: tensors of a file, parameters of `vision/`.
 
 `rules` has Hugging Face's names of EVA ViT-g (`vision_model.`), `openai_rules` those of CLIP ViT-L
 in OpenAI's file, below `visual_encoder.` as LAVIS has it.
@@ -51,7 +51,7 @@ _OPENAI_BLOCK = {
 
 
 def rules(config: VisionConfig) -> list[Entry]:
-    """The entries of all vision tensors; the norm after the tower is in the Q-Former's table."""
+    """Returns the rules for all vision tensors but the last norm; the Q-Former's table has that."""
     source, target = "vision_model.embeddings.", "vision/"
     entries: list[Entry] = [
         Rule(source + "class_embedding", target + "cls", identity),
@@ -68,7 +68,7 @@ def rules(config: VisionConfig) -> list[Entry]:
 
 
 def openai_rules(config: VisionConfig) -> list[Entry]:
-    """The entries of all tensors of CLIP's tower but for the last block and what follows it."""
+    """Returns the rules for CLIP's tower, without the last block and what follows it."""
     source, target = "visual_encoder.", "vision/"
     entries: list[Entry] = [
         Rule(source + "class_embedding", target + "cls", with_axes(2)),
@@ -90,7 +90,7 @@ def _parts(
     transform: Callable[[int], Transform],
     without: str = "",
 ) -> list[Entry]:
-    """The entries of one tensor a layer that holds query, key and value one after another."""
+    """Returns the rules for a tensor that holds query, key and value one after another."""
     return [
         Rule(
             source,
@@ -105,7 +105,7 @@ def _parts(
 
 
 def _block(config: VisionConfig, source: str, names: Mapping[str, str]) -> list[Entry]:
-    """The entries of the other tensors of a layer, `names` being theirs by ours."""
+    """Returns the rules for the other tensors of a layer; `names` maps our leaf to their tensor."""
     transforms = {"attention/out/kernel": attention_out(config.heads)}
     transforms |= {"mlp/in/kernel": linear, "mlp/out/kernel": linear}
     return [
