@@ -105,6 +105,9 @@ def get_config() -> ConfigDict:
     # the protocol of its dataset and scored by its metric, as `evaluate --datasets` does.
     config.validation.path = ""
     config.validation.split = "validation"
+    # "": as the dataset's protocol asks, or the bare question. Else a prompt with placeholders, as
+    # "Question: {question} Answer:": that of training, where it had one alone.
+    config.validation.prompt = ""
     config.validation.every = 3_000  # steps
     config.validation.first = True  # whether the weights are validated before the first step
     config.validation.limit = 1_000  # questions, always the same ones; 0: all

@@ -65,6 +65,9 @@ VARIANTS: dict[str, Variant] = {
     "instructblip-flan-t5-xxl": _instructblip(_FLAN_T5_XXL),
     "instructblip-vicuna-7b": _instructblip(_VICUNA_7B),
     "instructblip-vicuna-13b": _instructblip(_VICUNA_13B),
+    # Not released: BLIP-2's fine-tunings on questions, whose Q-Former reads them.
+    "instructblip-opt-2.7b": _instructblip(_OPT_2_7B),
+    "instructblip-opt-6.7b": _instructblip(_OPT_6_7B),
     "blip2-stage1": _blip2_stage1(),
     "blip2-stage1-vit-l": _blip2_stage1(CLIP_VIT_L),
     "blip2-flan-t5-xl": _blip2(_FLAN_T5_XL),

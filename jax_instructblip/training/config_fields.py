@@ -99,6 +99,7 @@ FIELDS: dict[str, Field] = {
     "checkpoints.keep_every": whole(0, unit="steps; 0: none"),
     "validation.path": path(stored=True),
     "validation.split": text(),
+    "validation.prompt": text(),
     "validation.every": _STEPS,
     "validation.first": flag(),
     "validation.limit": whole(0, unit="questions; 0: all"),
@@ -219,7 +220,19 @@ def _together(values: Mapping[str, Any]) -> Iterator[str]:
             f"config.optimizer.vision_layer_decay is {decay}, config.model.trainable is "
             f"{trainable}: the vision tower is frozen; train it, or leave the decay at 1"
         )
+    yield from _prompt_problems(right.get("validation.prompt", ""))
     free = [name for name in right if name.startswith("mesh.") and right[name] == -1]
     if len(free) > 1:
         names = " and ".join(f"config.{name}" for name in free)
         yield f"{names} are -1 (all devices that the others leave), which one of them may be"
+
+
+def _prompt_problems(prompt: str) -> Iterator[str]:
+    known = ", ".join(f"{{{name}}}" for name in templates.PLACEHOLDERS)
+    try:
+        unknown = sorted(templates.placeholders(prompt) - set(templates.PLACEHOLDERS))
+    except ValueError as error:
+        yield f"config.validation.prompt is {prompt!r:.60}: {error}; expected {known}"
+        return
+    if unknown:
+        yield f"config.validation.prompt has the placeholders {unknown}, expected some of {known}"

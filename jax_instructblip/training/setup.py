@@ -313,6 +313,7 @@ def read_validation(
             max_new_tokens=settings.max_new_tokens,
             path=settings.path,
             split=settings.split,
+            prompt=settings.prompt,
             style=read_style(config),
             upright=config.data.exif,
             take_samples=take_samples,
