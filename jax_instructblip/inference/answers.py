@@ -5,7 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from jax_instructblip.data.captions import CaptionTokenizer
 from jax_instructblip.data.text import TextProcessor
+
+Text = TextProcessor | CaptionTokenizer  # what decodes the ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +31,7 @@ class Answer:
     alternatives: tuple["Answer", ...] = ()
 
 
-def best_answer(
-    text: TextProcessor, generated: dict[str, np.ndarray], row: int, count: int
-) -> Answer:
+def best_answer(text: Text, generated: dict[str, np.ndarray], row: int, count: int) -> Answer:
     """The best answer in row `row` of `generated`, with the next `count - 1` ones as alternatives.
 
     `generated` is the result of `generate_tokens` or `beam_tokens`, as numpy arrays.
@@ -39,7 +40,7 @@ def best_answer(
     return dataclasses.replace(first, alternatives=tuple(others))
 
 
-def _answer(text: TextProcessor, generated: dict[str, np.ndarray], row: int, index: int) -> Answer:
+def _answer(text: Text, generated: dict[str, np.ndarray], row: int, index: int) -> Answer:
     length = generated["lengths"][row, index]
     tokens = generated["tokens"][row, index, :length].tolist()
     logprobs = generated["logprobs"][row, index, :length]

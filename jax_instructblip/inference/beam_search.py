@@ -11,7 +11,7 @@ lineage (`models/cache.py`). A sample is done when no running row can beat its K
 are done.
 
 An answer is ranked by the sum of its scores / length^length_penalty. With n new tokens, eos
-included, the two values of `GenerationConfig.length_rule` differ in
+included, two values of `GenerationConfig.length_rule` differ in
 
                                        released               transformers5
     length of an answer with eos       n                      n
@@ -22,6 +22,7 @@ included, the two values of `GenerationConfig.length_rule` differ in
                                        with or without eos
     at the length                      n + 1                  n
 
+and "transformers4.26" is "released" but for the last line, where it has n. They differ
 because transformers 4.33 counts an id before the first new one (T5's start id, or an id that is
 never read) and leaves eos out. Settings are arguments of the program: new values do not recompile
 it.
@@ -43,7 +44,7 @@ from jax_instructblip.inference.sampling import (
     seen_ids,
 )
 from jax_instructblip.models.cache import expand_beams, reorder_beams
-from jax_instructblip.models.vlm import VisionLanguageModel
+from jax_instructblip.models.vlm import Model
 
 
 class Search(NamedTuple):
@@ -52,6 +53,7 @@ class Search(NamedTuple):
     weights: jax.Array  # [max_new_tokens + 1] length^length_penalty of lengths 1, 2, ...
     stop: jax.Array  # [] index of `early_stopping` in EARLY_STOPPING
     farthest: jax.Array  # [] True: "can beat" compares at the last length, not at the current one
+    ahead: jax.Array  # [] tokens added to the length at which "can beat" compares
     released: jax.Array  # [] True for the length rule "released"
 
 
@@ -88,7 +90,7 @@ class _State(NamedTuple):
 
 
 def beam_tokens(
-    model: VisionLanguageModel,
+    model: Model,
     params: dict[str, Any],
     batch: dict[str, Any],
     config: GenerationConfig,
@@ -116,7 +118,8 @@ def beam_tokens(
         jnp.asarray(np.arange(1.0, max_new_tokens + 2) ** length_penalty, jnp.float32),
         jnp.asarray(EARLY_STOPPING.index(early_stopping), jnp.int32),
         jnp.asarray(early_stopping == "never" and length_penalty > 0),
-        jnp.asarray(config.length_rule == "released"),
+        jnp.asarray(config.length_rule == "released", jnp.int32),
+        jnp.asarray(config.length_rule != "transformers5"),
     )
     chosen = TracedSettings.of(config)
     return _search(model, max_new_tokens, num_beams, params, batch, chosen, search)
@@ -124,7 +127,7 @@ def beam_tokens(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _search(
-    model: VisionLanguageModel,
+    model: Model,
     max_new_tokens: int,
     num_beams: int,
     params: dict[str, Any],
@@ -132,7 +135,7 @@ def _search(
     settings: TracedSettings,
     search: Search,
 ) -> dict[str, jax.Array]:
-    llm, variables = model.variant.llm, {"params": params}
+    ids, variables = model.vocabulary, {"params": params}
 
     def unfinished(state: _State) -> jax.Array:
         return (state.step < max_new_tokens) & ~state.done.all()
@@ -141,19 +144,19 @@ def _search(
         cache = reorder_beams(state.cache, state.parents)
         newest = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=2, keepdims=False)
         logits, cache = model.apply(variables, newest, cache, method="decode_step")
-        return _choose(llm.eos_id, settings, search, state._replace(cache=cache), logits)
+        return _choose(ids.eos_id, settings, search, state._replace(cache=cache), logits)
 
     # The last token is never fed back, so the tail needs one slot less.
     tail = max(max_new_tokens - 1, 1)
     logits, cache = model.apply(variables, batch, tail, method="prefill")
-    state = _initial(llm, num_beams, max_new_tokens, batch, settings, cache)
+    state = _initial(ids, num_beams, max_new_tokens, batch, settings, cache)
     logits = jnp.broadcast_to(logits, state.seen.shape)
-    state = _choose(llm.eos_id, settings, search, state, logits)
+    state = _choose(ids.eos_id, settings, search, state, logits)
     state = jax.lax.while_loop(unfinished, advance, state)
     answers = _with_the_cut_off(search, state)
     return {
         "tokens": answers.tokens,
-        "lengths": first_eos(answers.tokens, llm.eos_id),
+        "lengths": first_eos(answers.tokens, ids.eos_id),
         "logprobs": answers.logprobs,
         "scores": answers.scores,
         "steps": state.step,
@@ -161,13 +164,18 @@ def _search(
 
 
 def _initial(
-    llm: Any, beams: int, length: int, batch: dict[str, Any], settings: TracedSettings, cache: Any
+    ids: Any,
+    beams: int,
+    length: int,
+    batch: dict[str, Any],
+    settings: TracedSettings,
+    cache: Any,
 ) -> _State:
     """The state before the first token: K equal running rows, of which only the first counts."""
     size = len(batch["tokens"])
-    tokens = jnp.full((size, beams, length), llm.pad_id, jnp.int32)
+    tokens = jnp.full((size, beams, length), ids.pad_id, jnp.int32)
     logprobs = jnp.zeros((size, beams, length), jnp.float32)
-    seen = seen_ids(llm, batch, settings.prompt_counts)[:, None]
+    seen = seen_ids(ids, batch, settings.prompt_counts)[:, None]
     return _State(
         step=jnp.zeros((), jnp.int32),
         tokens=tokens,
@@ -176,7 +184,7 @@ def _initial(
         sums=jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, -1e9), (size, 1)),
         first=jnp.ones((size, beams), bool),
         parents=jnp.zeros((size, beams), jnp.int32),
-        seen=jnp.broadcast_to(seen, (size, beams, llm.vocab)),
+        seen=jnp.broadcast_to(seen, (size, beams, ids.vocab)),
         done=jnp.zeros(size, bool),
         answers=Answers(jnp.full((size, beams), -jnp.inf), tokens, logprobs),
         cache=expand_beams(cache, beams),
@@ -234,7 +242,7 @@ def _cannot_better(search: Search, state: _State, best: jax.Array) -> jax.Array:
     `best` `[B]` is the highest sum of scores among the continuations that could.
     """
     last = state.tokens.shape[-1]
-    length = jnp.where(search.farthest, last, state.step) + search.released
+    length = jnp.where(search.farthest, last, state.step) + search.ahead
     worst = state.answers.scores[:, -1]
     better = best / search.weights[length - 1] > worst
     stands = (worst > -jnp.inf) & (~better | (search.stop == 1))

@@ -17,8 +17,8 @@ import numpy as np
 
 from jax_instructblip.fields import Field, find_problems, number, one_of, whole
 
-LengthRule = Literal["released", "transformers5"]
-LENGTH_RULES: tuple[LengthRule, ...] = ("released", "transformers5")
+LengthRule = Literal["released", "transformers4.26", "transformers5"]
+LENGTH_RULES: tuple[LengthRule, ...] = ("released", "transformers4.26", "transformers5")
 EARLY_STOPPING = (False, True, "never")
 DRAWING = ("temperature", "top_k", "top_p")
 
@@ -100,8 +100,10 @@ class GenerationConfig:
       top_k: draw only among this many of the best tokens.
       top_p: draw only among the best tokens that together reach this probability.
       seed: seed of the random draws.
-      length_rule: how lengths and repetitions are counted: "released" as in the original code,
-        "transformers5" as in `generate` of transformers 5 (`sampling.py`, `beam_search.py`).
+      length_rule: how lengths and repetitions are counted: "released" as in the original code
+        of InstructBLIP, "transformers4.26" as in that of BLIP-2 (they differ in beam searches
+        alone), "transformers5" as in `generate` of transformers 5 (`sampling.py`,
+        `beam_search.py`).
     """
 
     max_new_tokens: int = 30

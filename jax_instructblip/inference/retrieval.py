@@ -18,7 +18,10 @@ import numpy as np
 
 from jax_instructblip.data.captions import RETRIEVAL_LIMIT, CaptionTokenizer
 from jax_instructblip.fields import check, whole
+from jax_instructblip.inference.answers import Answer
 from jax_instructblip.inference.batching import Frame, check_batch_size, pixels
+from jax_instructblip.inference.captioning import generate_captions
+from jax_instructblip.inference.generation_config import GenerationConfig, configured
 from jax_instructblip.inference.loading import Source, load_params
 from jax_instructblip.models.blip2 import Blip2
 from jax_instructblip.models.released import released_name
@@ -139,6 +142,39 @@ class Retriever:
         if not itm_only:
             scores = scores + near
         return Ranking(_keep(scores, nearest["image"]), _keep(scores.T, nearest["text"]))
+
+    def generate(
+        self,
+        images: Sequence[Frame],
+        config: GenerationConfig | None = None,
+        *,
+        batch_size: int = IMAGES,
+        **settings: Any,
+    ) -> list[Answer]:
+        """Captions of the images, in order, by the first stage alone (ITG).
+
+        Greedy by default; LAVIS has `num_beams=3, min_new_tokens=9, max_new_tokens=29`.
+
+        Args:
+            images: paths, bytes of image files, PIL images or uint8 arrays [H, W, 3].
+            config: how to decode (`GenerationConfig` explains all settings).
+            batch_size: images that are captioned at once.
+            **settings: changes of the config, by name.
+
+        Raises:
+            ValueError: the checkpoint has no caption head (Hugging Face's format lacks it), there
+                are no images, one of them cannot be used, or a setting is out of its range.
+        """
+        return generate_captions(
+            self.variant,
+            self.params,
+            self.text,
+            images,
+            configured(config, settings),
+            batch_size=batch_size,
+            dtype=self.model.dtype,
+            silent=self.silent,
+        )
 
     def _match_wanted(
         self, images: Sequence[Frame], texts: Sequence[str], wanted: np.ndarray, size: int

@@ -1,12 +1,13 @@
 """The choice of a token from logits: what greedy decoding, sampling and beam search share.
 
-`GenerationConfig.length_rule` selects one of two ways to count for the repetition penalty, and for
-the lengths of beams (`beam_search.py`):
+`GenerationConfig.length_rule` selects how ids count for the repetition penalty, and for the lengths
+of beams (`beam_search.py`):
 
-    released        as the original code with transformers 4.33, which the published figures are of
-    transformers5   as `generate` of transformers 5
+    released          as the original code with transformers 4.33: published figures
+    transformers4.26  as BLIP-2's with transformers 4.26: other lengths of beams, the same penalty
+    transformers5     as `generate` of transformers 5
 
-The penalty of both counts the ids generated so far, and T5's start id. In a decoder-only model,
+The penalty always counts the ids generated so far, and T5's start id. In a decoder-only model,
 `released` also counts `<s>`, which the original code puts before the answer although the model
 never reads it; `transformers5` also counts the ids of the prompt (`generate` even `<image>`, which
 is no id here).
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_instructblip.inference.generation_config import GenerationConfig
+from jax_instructblip.models.blip2 import CaptionVocabulary
 from jax_instructblip.models.variants import LanguageConfig, T5Config
 
 # The id that the released code puts before the new ids of a decoder-only model: `bos_token_id` of
@@ -50,7 +52,9 @@ class TracedSettings(NamedTuple):
         )
 
 
-def seen_ids(llm: LanguageConfig, batch: dict[str, Any], prompt_counts: jax.Array) -> jax.Array:
+def seen_ids(
+    llm: LanguageConfig | CaptionVocabulary, batch: dict[str, Any], prompt_counts: jax.Array
+) -> jax.Array:
     """Mask `[B, V]` of the ids that the repetition penalty counts before the first new token."""
     nothing = jnp.zeros((len(batch["tokens"]), llm.vocab), bool)
     if isinstance(llm, T5Config):

@@ -11,12 +11,13 @@ E is the width of the features by which images and texts are compared. There is 
 the Q-Former and the output heads (`Heads`) are trained.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_instructblip.models.cache import Cache
 from jax_instructblip.models.dense import Dense, rank_of
 from jax_instructblip.models.layers import (
     ACTIVATIONS,
@@ -74,12 +75,26 @@ class Heads(nn.Module):
             self.temp = self.param("temp", nn.initializers.constant(TEMPERATURE), ())
 
 
+class CaptionVocabulary(NamedTuple):
+    """The ids that the decoding loops need, by default BERT's; named as in `LanguageConfig`."""
+
+    vocab: int = 30523  # number of ids
+    bos_id: int = 30522  # [DEC], which begins a caption to be generated
+    eos_id: int = 102  # [SEP]
+    pad_id: int = 0
+    kind: str = "caption"
+
+
 class Blip2(Network):
-    """The whole first-stage model; `variant` holds its sizes, `dtype` is the compute dtype."""
+    """The whole first-stage model; `variant` holds its sizes, `dtype` is the compute dtype.
+
+    `vocabulary` is only needed to generate captions (`prefill`, `decode_step`).
+    """
 
     variant: Variant
     dtype: Any = jnp.float32
     scans: Scans = Scans()
+    vocabulary: CaptionVocabulary = CaptionVocabulary()
 
     def setup(self):
         v, c = self.variant, self.variant.qformer
@@ -138,6 +153,24 @@ class Blip2(Network):
         """
         x = self.qformer.write_text(tokens, valid, kv, train)
         return self.heads.caption(x, self.qformer.word_table())
+
+    def prefill(
+        self, batch: dict[str, Array], tail_length: int
+    ) -> tuple[Float[Array, "B 1 V"], Cache]:
+        """Logits of the first token of each image's caption, and the cache of its queries.
+
+        `batch` has `images` [B, 1, H, W, 3] and `tokens` [B, 1], the id `[DEC]`. The cache has
+        space for `tail_length` new tokens.
+        """
+        patches = self.encode_image(batch["images"][:, 0])
+        return self.decode_step(batch["tokens"], self.qformer.prefill(patches, 1 + tail_length))
+
+    def decode_step(
+        self, token: Int[Array, "B R"], cache: Cache
+    ) -> tuple[Float[Array, "B R V"], Cache]:
+        """Float32 logits of the token after `token`, and the cache one token longer."""
+        x, cache = self.qformer.decode_step(token, cache)
+        return self.heads.caption(x, self.qformer.word_table()), cache
 
     def temperature(self) -> Float[Array, ""]:
         """The learned temperature, which divides similarities; exists only with a caption head."""

@@ -106,7 +106,7 @@ def append(cache: Cache, outputs: Any) -> Cache:
     """Returns the cache one step longer; `outputs` holds the layers' `output` of `attend_tail`."""
     if not isinstance(outputs, tuple):
         slot = cache["step"] * cache["lineage"].shape[1]
-        outputs = {name: _put(leaf, outputs[name], slot) for name, leaf in cache["tail"].items()}
+        outputs = jax.tree.map(lambda leaf, token: _put(leaf, token, slot), cache["tail"], outputs)
     return {**_advance(cache), "tail": outputs}
 
 

@@ -9,6 +9,7 @@ is here, including the image norm before the Q-Former and the projection after i
     read_text    text                                               ITC
     read_both    [queries ; text], with cross-attention             ITM, InstructBLIP
     write_text   text, causal, after the queries' keys and values   ITG
+    decode_step  one token of such a text, with a cache             generated captions
 
 ITC, ITM and ITG are BLIP-2's losses: image-text contrast, matching, and captioning.
 """
@@ -17,10 +18,18 @@ import functools
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_instructblip.models.attention import Attention, attend
+from jax_instructblip.models.attention import (
+    Attention,
+    CachedKV,
+    attend,
+    attend_cached,
+    heads_first,
+)
+from jax_instructblip.models.cache import Cache, append, attend_tail, start, tail_view
 from jax_instructblip.models.dense import Dense
 from jax_instructblip.models.layers import (
     RESIDUAL,
@@ -31,11 +40,13 @@ from jax_instructblip.models.layers import (
     Scan,
     constrain,
     scan_layers,
+    zip_layers,
 )
 from jax_instructblip.models.masks import padding_mask, prefix_causal_mask
 from jax_instructblip.models.variants import QFormerConfig
 
 BIASES = ("query", "key", "value", "out")
+PAIR = ("cross", "plain")  # the layers of a `QFormerPair`, in order
 
 KeyValue = dict[str, Array]  # key and value [B, S, N, K] of a layer
 
@@ -47,7 +58,20 @@ class QFormerLayer(nn.Module):
     dtype: Any
     cross: bool
 
-    @nn.compact
+    def setup(self):
+        c = self.config
+        self.drop = Dropout(c.dropout)
+        norm = functools.partial(LayerNorm, c.norm_eps)
+        mlp = functools.partial(Mlp, c.width, c.mlp, self.dtype)
+        attention = functools.partial(
+            Attention, c.width, c.heads, c.width // c.heads, self.dtype, BIASES
+        )
+        self.attention, self.attention_norm = attention(), norm()
+        if self.cross:
+            self.cross_attention, self.cross_attention_norm = attention(), norm()
+        self.query_mlp, self.query_mlp_norm = mlp(), norm()
+        self.text_mlp, self.text_mlp_norm = mlp(), norm()
+
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -62,56 +86,67 @@ class QFormerLayer(nn.Module):
         The first `queries` positions of `x` are queries, the others text; either may be absent. The
         keys and values in `past` come before those of `x`.
         """
-        c = self.config
-        layer = Dropout(c.dropout)
-        dropout = functools.partial(layer, deterministic=not train)
-        norm = functools.partial(LayerNorm, c.norm_eps)
-        mlp = functools.partial(Mlp, c.width, c.mlp, self.dtype)
-        make_attention = functools.partial(
-            Attention, c.width, c.heads, c.width // c.heads, self.dtype, BIASES
-        )
-
-        attention = make_attention(name="attention")
+        dropout = functools.partial(self.drop, deterministic=not train)
+        attention = self.attention
         own = {"key": attention.key(x), "value": attention.value(x)}
         seen = own
         if past is not None:
             seen = {name: jnp.concatenate([past[name], own[name]], axis=1) for name in own}
         mixed = attend(attention.query(x), seen["key"], seen["value"], mask, dropout=dropout)
-        x = norm(name="attention_norm")(constrain(x + dropout(attention.out(mixed))))
+        x = self.attention_norm(constrain(x + dropout(attention.out(mixed))))
         first, text = x[:, :queries], x[:, queries:]
         if image is not None and self.cross:
-            # Texts about one image are adjacent rows, so its keys and values are computed once.
+            # Rows that share an image lie beside each other: its keys are made once for all.
             rows = first.reshape(image.shape[0], -1, first.shape[-1])
-            y = make_attention(name="cross_attention")(rows, image, dropout=dropout)
+            y = self.cross_attention(rows, image, dropout=dropout)
             y = y.reshape(first.shape)
-            first = norm(name="cross_attention_norm")(constrain(first + dropout(y)))
+            first = self.cross_attention_norm(constrain(first + dropout(y)))
         if queries:
-            y = mlp(name="query_mlp")(first)
-            first = norm(name="query_mlp_norm")(constrain(first + dropout(y)))
+            y = self.query_mlp(first)
+            first = self.query_mlp_norm(constrain(first + dropout(y)))
         if text.shape[1]:
-            y = mlp(name="text_mlp")(text)
-            text = norm(name="text_mlp_norm")(constrain(text + dropout(y)))
+            y = self.text_mlp(text)
+            text = self.text_mlp_norm(constrain(text + dropout(y)))
         return constrain(jnp.concatenate([first, text], axis=1)), own
+
+    def step(
+        self, x: Float[Array, "B R D"], cache: Any, prefix_mask: Bool[Array, "B 1 1 S"], view: Any
+    ) -> tuple[Float[Array, "B R D"], Any]:
+        """Output of one text token per row, and its key and value for `cache.append`."""
+        attention = self.attention
+        own = {"key": heads_first(attention.key(x)), "value": heads_first(attention.value(x))}
+        past, current, output = attend_tail(cache["tail"], own, view)
+        cached = [CachedKV(**cache["prefix"], mask=prefix_mask), past]
+        mixed = attend_cached(attention.query(x), cached, current)
+        x = self.attention_norm(constrain(x + attention.out(mixed)))
+        return self.text_mlp_norm(constrain(x + self.text_mlp(x))), output
 
 
 class QFormerPair(nn.Module):
-    """An even layer, with cross-attention, and the odd layer after it: the unit that is scanned."""
+    """An even layer, with cross-attention, and the odd one after it: what the scan repeats."""
 
     config: QFormerConfig
     dtype: Any
 
-    @nn.compact
-    def __call__(self, x, past, mask, image, queries, return_kv, train):
-        """Returns the output of both layers, and their keys and values (None unless `return_kv`).
+    def setup(self):
+        self.cross = QFormerLayer(self.config, self.dtype, cross=True)
+        self.plain = QFormerLayer(self.config, self.dtype, cross=False)
 
-        `past` and the returned keys and values are dicts with the keys "cross" and "plain".
-        """
+    def __call__(self, x, past, mask, image, queries, return_kv, train):
+        """Runs both layers; `past` and the second result hold each layer's tree by its name."""
         kept = {}
-        for name in ("cross", "plain"):
-            layer = QFormerLayer(self.config, self.dtype, cross=name == "cross", name=name)
+        for name in PAIR:
             own = None if past is None else past[name]
-            x, kept[name] = layer(x, own, mask, image, queries, train)
+            x, kept[name] = getattr(self, name)(x, own, mask, image, queries, train)
         return x, kept if return_kv else None
+
+    def step(self, x, cache, prefix_mask, view):
+        """Runs both layers on one text token per row; the second result is for `cache.append`."""
+        kept = {}
+        for name in PAIR:
+            own = {part: cache[part][name] for part in cache}
+            x, kept[name] = getattr(self, name).step(x, own, prefix_mask, view)
+        return x, kept
 
 
 class QFormer(Network):
@@ -138,7 +173,7 @@ class QFormer(Network):
             self.text_embed, self.position_embed = embed(c.vocab), embed(c.max_positions)
         self.embed_norm = LayerNorm(c.norm_eps)
         self.drop = Dropout(c.dropout)
-        layers = scan_layers(QFormerPair, c.layers // 2, self.scan, call=5)
+        layers = scan_layers(QFormerPair, c.layers // 2, self.scan, call=5, step=2)
         self.layers = layers(c, self.dtype)
         if c.llm_width:
             self.projection = Dense((c.llm_width,), self.dtype)
@@ -213,6 +248,26 @@ class QFormer(Network):
         """
         mask = prefix_causal_mask(valid, self.config.queries)
         return self._run(self.embed_text(tokens), kv, mask, None, False, train)[0]
+
+    def prefill(self, patches: Float[Array, "B P Dv"], tail_length: int) -> Cache:
+        """The cache (`cache.py`) of each image's queries, with space for `tail_length` tokens."""
+        _, kv = self.read_image(patches, return_kv=True)
+        prefix = jax.tree.map(lambda leaf: leaf.swapaxes(-3, -2), kv)  # heads first
+        valid = jnp.ones((patches.shape[0], self.config.queries), bool)
+        return start(prefix, valid, tail_length)
+
+    def decode_step(
+        self, token: Int[Array, "B R"], cache: Cache
+    ) -> tuple[Float[Array, "B R D"], Cache]:
+        """Output of the text token that each row continues with, and the cache one token longer."""
+        x = self.text_embed(token) + self.position_embed(cache["step"][None, None])
+        x, outputs = self.layers.step(
+            self.embed_norm(constrain(x)),
+            zip_layers(prefix=cache["prefix"], tail=cache["tail"]),
+            padding_mask(cache["prefix_mask"]),
+            tail_view(cache),
+        )
+        return x, append(cache, outputs)
 
     def embed_text(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Word plus position embeddings, before the norm; a ValueError for too many tokens."""

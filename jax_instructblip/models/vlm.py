@@ -34,7 +34,7 @@ from jax_instructblip.models.projector import Projector
 from jax_instructblip.models.protocols import Bridge, LanguageModel
 from jax_instructblip.models.qformer import QFormer
 from jax_instructblip.models.t5 import T5
-from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.variants import LanguageConfig, Variant
 from jax_instructblip.models.vision import VisionTransformer
 
 BRIDGES: dict[str, Any] = {"qformer": QFormer, "projector": Projector}
@@ -67,6 +67,11 @@ class VisionLanguageModel(Network):
         bridge = BRIDGES[v.bridge.key](v.bridge, self.dtype, scans.qformer, name=v.bridge.key)
         self.bridge: Bridge = bridge
         self.llm: LanguageModel = LANGUAGE_MODELS[v.llm.kind](v.llm, self.dtype, scans.llm)
+
+    @property
+    def vocabulary(self) -> LanguageConfig:
+        """The language model's config, which holds the ids that the decoding loops need."""
+        return self.variant.llm
 
     def __call__(self, batch: Batch, train: bool = False) -> Float[Array, "G A V"]:
         """Float32 logits of the slots `asked`, in the order of the batch's `targets`."""
@@ -157,9 +162,10 @@ class VisionLanguageModel(Network):
         return flat(of_image("qformer_tokens")), flat(of_image("qformer_mask"))
 
 
-def model_of(
-    variant: Variant, dtype: Any = jnp.float32, scans: Scans | None = None
-) -> VisionLanguageModel | blip2.Blip2:
+Model = VisionLanguageModel | blip2.Blip2
+
+
+def model_of(variant: Variant, dtype: Any = jnp.float32, scans: Scans | None = None) -> Model:
     """The Flax model of a variant: `Blip2` without a language model, else `VisionLanguageModel`."""
     page = VisionLanguageModel if variant.llm is not None else blip2.Blip2
     return page(variant, dtype, scans or Scans())
