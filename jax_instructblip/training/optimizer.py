@@ -136,8 +136,8 @@ def adamw(
     if vision_layer_decay == 1:
         return plain
 
-    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = plain.update(gradients, state, params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = plain.update(updates, state, params)
         scales = rate_scales(updates, vision_layer_decay)
         return jax.tree.map(lambda leaf, scale: leaf * scale, updates, scales), state
 
