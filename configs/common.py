@@ -7,8 +7,8 @@ def source(path: str, split: str = "train", weight: float = 0.0, templates: str 
     """One source of training data.
 
     Args:
-      path: a file of JSON lines, a folder of `jax-instructblip prepare`, or a drawn dataset
-        (`shapes`).
+      path: a file of JSON lines, a folder of `jax-instructblip prepare`, a folder of tars with
+        images and captions (img2dataset), or a drawn dataset (`shapes`); "" leaves the source out.
       split: which of its records.
       weight: its share, relative to the other weights; 0 means what `data.sampling` says.
       templates: a list of `data/templates.py` that dresses the prompts; "" takes them as they are.

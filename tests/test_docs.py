@@ -16,6 +16,7 @@ from jax_instructblip.backbones.stage1 import write_stage1
 from jax_instructblip.inference.loading import EMBEDDED
 from tests.helpers.object_stores import s3_server
 from tests.helpers.raw_layouts import write_all
+from tests.helpers.tars import write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
@@ -105,6 +106,7 @@ def prepared(tmp_path_factory):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(EMBEDDED / "shapes_t5", folder / name)
     write_all(folder / "downloads", ["vqav2", "gqa", "vsr"])
+    write_shards(folder / "downloads" / "cc3m", (6, 4))
     binaries = folder / "bin"
     binaries.mkdir()
     program = f'#!/usr/bin/env bash\nexec {shlex.quote(sys.executable)} -m jax_instructblip "$@"\n'

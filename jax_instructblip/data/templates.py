@@ -73,6 +73,10 @@ CHOICE_WITH_CONTEXT = ("Context: {context} Question: {question} Options: {option
 
 PLACEHOLDERS = ("question", "answer", "options", "context", "ocr", "history")
 
+# The name of a rule instead of a list: the caption's beginning is the prompt, its rest the answer.
+CAPTION_PREFIX = "caption_prefix"
+CAPTIONS = ("caption", "blip2_caption", CAPTION_PREFIX)  # the answer is a caption
+
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "caption": CAPTION,
     "detail": DETAIL,

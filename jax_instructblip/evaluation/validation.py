@@ -39,7 +39,8 @@ def check(records: Sequence[Record], path: str, split: str) -> None:
       MetricError: the dataset has no metric, no public answers, or its tools are missing.
     """
     name = dataset_name(path)
-    metric = BENCHMARKS[name].metric if name else families.METRIC
+    # Datasets of pre-training have no protocol; they are scored like a JSON-lines file.
+    metric = BENCHMARKS[name].metric if name in BENCHMARKS else families.METRIC
     some = [records[number] for number in pick_numbers(len(records), _LOOKED_AT)]
     try:
         if not metric:
@@ -98,7 +99,7 @@ def evaluate(
         model.variant, params, text, dtype=model.dtype, mesh=mesh, silent=True
     )
     kind, size = model.variant.llm.kind, max(1, batch_size // blip.batch_shards)
-    if name := dataset_name(path) if path else "":
+    if path and (name := dataset_name(path)) in BENCHMARKS:
         overrides = {"prompt": prompt} if prompt else {}
         task = open_task(
             *(BENCHMARKS[name], Path(path), kind), split=split, limit=limit, overrides=overrides

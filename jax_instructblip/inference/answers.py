@@ -32,7 +32,7 @@ class Answer:
 
 
 def best_answer(text: Text, generated: dict[str, np.ndarray], row: int, count: int) -> Answer:
-    """The best answer in row `row` of `generated`, with the next `count - 1` ones as alternatives.
+    """The best answer to question `row` of a batch, with the next `count - 1` ones as alternatives.
 
     `generated` is the result of `generate_tokens` or `beam_tokens`, as numpy arrays.
     """
@@ -49,7 +49,7 @@ def _answer(text: Text, generated: dict[str, np.ndarray], row: int, index: int) 
 
 
 def check_finite(wrong: list[int], dtype: Any) -> None:
-    """Raises a ValueError if `wrong` names any questions whose scores are not finite."""
+    """Raises a ValueError if `wrong`, the indices of questions with non-finite scores, has any."""
     if wrong:
         raise ValueError(
             f"the model's scores of questions {wrong} are not finite, so what it says means "

@@ -1,13 +1,15 @@
 """Beam search for every language model: the whole search is one compiled program.
 
+A running row is one of the K unfinished answers (beams) of a sample. A step continues them:
+
     K running rows of a sample --decode_step--> scores [K, V] --the 2K best--> candidates
         candidates with eos, among the first K  -->  answers, of which the K best are kept
         the K best others                       -->  the running rows of the next step
 
-The prompt is read once, by one row, and its part of the cache is never repeated. Only the tail of
-the cache has K rows, and its contents do not move: a row that continues another takes over its
-lineage (`models/cache.py`). A sample is done when no running row can beat its K answers, or at
-`max_new_tokens`, where running rows become answers as they are. The search ends when all samples
+The prompt is read once, by one row, and its part of the cache is never repeated. Only the cache of
+new tokens has K rows. Its contents do not move: each row has a list of the slots that it continues,
+its lineage (`models/cache.py`). A sample is done when no running row can beat its K answers. At
+`max_new_tokens` running rows become answers as they are, cut off. The search ends when all samples
 are done.
 
 An answer is ranked by the sum of its scores / length^length_penalty. With n new tokens, eos
@@ -16,8 +18,7 @@ included, two values of `GenerationConfig.length_rule` differ in
                                        released               transformers5
     length of an answer with eos       n                      n
     length of an answer cut off        n + 1                  n
-    rows that become answers at the    all K                  those among the first K candidates
-      cut-off
+    running rows that become answers   all K                  those among the first K candidates
     "can beat" compares the score of   the best candidate,    the best running row
                                        with or without eos
     at the length                      n + 1                  n
@@ -58,7 +59,7 @@ class Search(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """The best answers of each sample so far, the best one first."""
+    """The best finished answers of each sample so far, the best one first."""
 
     scores: jax.Array  # [B, K]; -inf for no answer yet
     tokens: jax.Array  # [B, K, T]
@@ -66,7 +67,7 @@ class Answers(NamedTuple):
 
 
 class _Candidates(NamedTuple):
-    """Continuations of running rows by one token, the best one first; each field is `[B, C]`."""
+    """Unfinished answers extended by one token, the best one first; each field is `[B, C]`."""
 
     total: jax.Array  # the sum of the row's scores, the new token's included
     parent: jax.Array  # the row that is continued
@@ -75,7 +76,7 @@ class _Candidates(NamedTuple):
 
 
 class _State(NamedTuple):
-    """The state of the search loop, with K running rows per sample."""
+    """The state of the search loop, with K running rows (unfinished answers) per sample."""
 
     step: jax.Array  # [] number of new tokens so far
     tokens: jax.Array  # [B, K, T] of the running rows, the best one first
@@ -103,10 +104,10 @@ def beam_tokens(
         scores    [B, K]                  float32  the values by which answers are ranked
         steps     []                      int32    number of steps that the longest search needed
 
-    `early_stopping`: True ends a sample at K answers. The other values end it when no running row
-    can beat them: False assumes its current length (a guess, as length_penalty > 0 favours longer
-    answers), "never" the most favourable length (safe). `min_new_tokens` and `repetition_penalty`
-    act on log-probabilities.
+    `early_stopping`: True ends a sample's search at K answers. The other values end it when no
+    unfinished answer can beat them: False assumes its current length (a guess, as length_penalty >
+    0 favours longer answers), "never" the most favourable length (safe). `min_new_tokens` and
+    `repetition_penalty` act on log-probabilities.
     """
     max_new_tokens, num_beams = config.max_new_tokens, config.num_beams
     length_penalty, early_stopping = config.length_penalty, config.early_stopping
@@ -171,7 +172,7 @@ def _initial(
     settings: TracedSettings,
     cache: Any,
 ) -> _State:
-    """The state before the first token: K equal running rows, of which only the first counts."""
+    """The state before the first token: K empty rows, of which only the first is continued."""
     size = len(batch["tokens"])
     tokens = jnp.full((size, beams, length), ids.pad_id, jnp.int32)
     logprobs = jnp.zeros((size, beams, length), jnp.float32)
@@ -194,7 +195,7 @@ def _initial(
 def _choose(
     eos_id: int, settings: TracedSettings, search: Search, state: _State, logits: jax.Array
 ) -> _State:
-    """The state one token longer; `logits` [B, K, V] are those of the next token."""
+    """The state one token longer; the new tokens are chosen by `logits` [B, K, V]."""
     beams, vocab = logits.shape[1:]
     logprobs = jax.nn.log_softmax(logits)
     scores = process_logits(logprobs, state.seen, state.step, eos_id, settings)
@@ -227,7 +228,7 @@ def _choose(
 
 
 def _longer(state: _State, candidates: _Candidates) -> tuple[jax.Array, jax.Array]:
-    """Tokens and log-probabilities `[B, K, T]` of the candidates' rows, the new token included."""
+    """Tokens and log-probabilities `[B, K, T]` of K candidates, from parent row and new token."""
     rows = (_take(leaf, candidates.parent) for leaf in (state.tokens, state.logprobs))
     new = (candidates.token, candidates.logprob)
     tokens, logprobs = (
@@ -237,9 +238,9 @@ def _longer(state: _State, candidates: _Candidates) -> tuple[jax.Array, jax.Arra
 
 
 def _cannot_better(search: Search, state: _State, best: jax.Array) -> jax.Array:
-    """Mask `[B]` of the samples whose K answers no running row can beat any more.
+    """Mask `[B]` of the samples whose K answers no unfinished one can beat any more.
 
-    `best` `[B]` is the highest sum of scores among the continuations that could.
+    `best` `[B]` is the highest sum of scores of the unfinished answers.
     """
     last = state.tokens.shape[-1]
     length = jnp.where(search.farthest, last, state.step) + search.ahead
@@ -251,7 +252,10 @@ def _cannot_better(search: Search, state: _State, best: jax.Array) -> jax.Array:
 
 
 def _with_the_cut_off(search: Search, state: _State) -> Answers:
-    """The answers, to which the running rows of unfinished samples are added as they are."""
+    """The K best answers of each sample at the end of the search.
+
+    In samples that are not done, unfinished answers count as they are.
+    """
     length = state.step + search.released
     scores = state.sums / search.weights[length - 1]
     ends = (search.released | state.first) & ~state.done[:, None]
@@ -260,7 +264,7 @@ def _with_the_cut_off(search: Search, state: _State) -> Answers:
 
 
 def _best(answers: Answers, others: Answers) -> Answers:
-    """The K best of the K answers and the others; of equal scores the earlier."""
+    """The K best of each sample from K answers and further ones; of equal scores the earlier."""
     pool = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), answers, others)
     scores, rows = jax.lax.top_k(pool.scores, answers.scores.shape[1])
     return Answers(scores, _take(pool.tokens, rows), _take(pool.logprobs, rows))

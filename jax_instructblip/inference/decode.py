@@ -32,7 +32,7 @@ from jax_instructblip.models.vlm import Model
 
 
 class _State(NamedTuple):
-    """The state of the decoding loop; R = 1 row per sample."""
+    """The state of the decoding loop, with one row per sample (R = 1)."""
 
     step: jax.Array  # [] number of new tokens so far
     token: jax.Array  # [B, R] the newest token
@@ -142,7 +142,7 @@ def _start(
     keys: jax.Array,
     settings: TracedSettings,
 ) -> _State:
-    """The state after the prompt is read and the first token is chosen."""
+    """The state of the loop after the prompt is read and the first token is chosen."""
     ids = model.vocabulary
     # The last token is never fed back, so the tail needs one slot less.
     tail = max(max_new_tokens - 1, 1)
@@ -168,7 +168,7 @@ def _advance(
     settings: TracedSettings,
     state: _State,
 ) -> _State:
-    """The state after one more decoding step."""
+    """The state of the loop after one more token."""
     variables = {"params": params}
     logits, cache = model.apply(variables, state.token, state.cache, method="decode_step")
     return _choose(model, do_sample, keys, settings, state._replace(cache=cache), logits)
@@ -182,7 +182,7 @@ def _choose(
     state: _State,
     logits: jax.Array,
 ) -> _State:
-    """The state after the next token is chosen from `logits` `[B, R, V]`."""
+    """The state of the loop with the next token added, chosen from `logits` `[B, R, V]`."""
     ids = model.vocabulary
     scores = process_logits(logits, state.seen, state.step, ids.eos_id, settings)
     if do_sample:

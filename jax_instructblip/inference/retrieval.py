@@ -41,7 +41,7 @@ class Ranking(NamedTuple):
 
 
 class Retriever:
-    """A first-stage model with its tokenizer: features, similarities, match logits, rankings."""
+    """A model of BLIP-2's first stage: features, similarities, match logits and rankings."""
 
     def __init__(
         self,
@@ -67,7 +67,10 @@ class Retriever:
 
     @classmethod
     def of(cls, source: Source, dtype: Any, mesh: Any = None) -> "Retriever":
-        """The retriever of `source`, whose weights this reads; a ValueError for a `mesh`."""
+        """Reads the weights of `source` and returns its retriever.
+
+        Raises a ValueError for a `mesh`: this model runs on one device.
+        """
         if mesh is not None:
             raise ValueError("a first-stage model works on one device: leave out mesh")
         text = CaptionTokenizer.load(source.folder, source.variant, RETRIEVAL_LIMIT)
@@ -125,8 +128,8 @@ class Retriever:
     ) -> Ranking:
         """Scores of each image's k nearest texts, and of each text's k nearest images.
 
-        A score is the logit of a match plus the similarity, as released, or with `itm_only` the
-        logit alone.
+        A score is the logit of a match plus the similarity, as in LAVIS; with `itm_only` the logit
+        alone.
 
         Raises:
             ValueError: there are no images or texts, or `k` is not a whole number of at least 1.
@@ -181,7 +184,7 @@ class Retriever:
     ) -> np.ndarray:
         """Match logits [N, M] of the pairs where `wanted` is True, `ABSENT` elsewhere.
 
-        Goes image by image, `size` texts at once.
+        Each image is encoded once, and matched with `size` texts at a time.
         """
         ids, valid, _ = self.text.encode(texts)
         scores = np.full(wanted.shape, ABSENT, np.float32)
@@ -209,7 +212,7 @@ class Retriever:
         label: str,
         unit: str,
     ) -> np.ndarray:
-        """Joins the results of `run` on all batches; the last batch is padded to equal size."""
+        """Concatenates the results of `run` on all batches, the padding of the last one removed."""
         found, size = [], 0
         with Progress(count, label, unit, compiles=True, silent=self.silent) as progress:
             for rows, batch in batches:
@@ -225,7 +228,7 @@ def _features(model: Blip2, images: jax.Array) -> jax.Array:
 
 
 def similarities(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """The largest cosine [N, M] of each text [M, E] and the queries of each image [N, Q, E]."""
+    """Similarities [N, M] of images [N, Q, E] and texts [M, E]: the largest cosine over queries."""
     return np.stack([(image @ texts.T).max(axis=0) for image in images])
 
 
@@ -237,7 +240,7 @@ def _batches(items: Sequence[Any], size: int, unit: str) -> Iterator[Sequence[An
 
 
 def _pad(leaf: Any, size: int) -> Any:
-    """The leaf with copies of its last row appended, `size` rows in all."""
+    """Appends copies of the last row to `leaf`, so that it has `size` rows."""
     lacking = size - leaf.shape[0]
     return leaf if not lacking else jnp.concatenate([leaf, *[leaf[-1:]] * lacking])
 

@@ -35,14 +35,14 @@ DEC = -1  # index of the vocabulary's last id, [DEC], which begins a caption to 
 
 
 class CaptionHead(nn.Module):
-    """BERT's output head: caption logits, with the word embeddings as the last kernel."""
+    """BERT's output head: vocabulary logits, with the word embeddings as the last kernel."""
 
     config: QFormerConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"], table: Float[Array, "V D"]) -> Float[Array, "*B V"]:
-        """Float32 logits of the text outputs `x`; `table` holds the Q-Former's word embeddings."""
+        """Float32 vocabulary logits of `x`; `table` holds the Q-Former's word embeddings."""
         c = self.config
         bias = self.param("bias", nn.initializers.zeros, (c.vocab,))
         x = ACTIVATIONS["gelu"](Dense((c.width,), self.dtype, name="in")(x).astype(jnp.float32))
@@ -57,9 +57,9 @@ class CaptionHead(nn.Module):
 
 
 class Heads(nn.Module):
-    """The heads on the Q-Former's outputs: two feature projections, match, caption, temperature.
+    """The output heads: image and text projection, match, and optionally caption and temperature.
 
-    Caption head and temperature exist only with `config.caption_head`.
+    The last two exist only with `config.caption_head`.
     """
 
     config: QFormerConfig
@@ -109,7 +109,7 @@ class Blip2(Network):
     def image_features(
         self, patches: Float[Array, "B P Dv"], train: bool = False, return_kv: bool = False
     ) -> tuple[Float[Array, "B Q E"], Any]:
-        """Normalised features of each query, and the keys and values that `caption_logits` takes.
+        """Normalised features of each query, and the queries' keys and values for `caption_logits`.
 
         The second item is None unless `return_kv`.
         """
@@ -119,10 +119,7 @@ class Blip2(Network):
     def text_features(
         self, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"], train: bool = False
     ) -> Float[Array, "B E"]:
-        """Normalised features of each text, from the output of its `[CLS]`.
-
-        `valid` is False on padding.
-        """
+        """Normalised features of each text, from its `[CLS]`; `valid` is False on padding."""
         x = self.qformer.read_text(tokens, valid, train)
         return normalise(self.heads.text_projection(x[:, 0]))
 
@@ -133,9 +130,10 @@ class Blip2(Network):
         valid: Bool[Array, "B L"],
         train: bool = False,
     ) -> Float[Array, "B 2"]:
-        """Float32 logits of (no match, match) of image-text pairs.
+        """Float32 logits of (no match, match) for image-text pairs; `valid` is False on padding.
 
-        With B = G x k texts, image i is paired with texts i * k to i * k + k - 1.
+        There may be k texts per image, B = G x k: the first k texts are paired with image 0, and so
+        on.
         """
         x = self.qformer.read_both(patches, tokens, valid, train)
         return self.heads.match(x).astype(jnp.float32).mean(axis=1)
@@ -188,7 +186,7 @@ class Blip2(Network):
 
 
 def image_to_text(images: Float[Array, "B Q E"], texts: Float[Array, "C E"]) -> Float[Array, "B C"]:
-    """Float32 similarity of each image and each text: the maximum over the image's queries.
+    """Float32 similarity of each image and each text: the largest product over the image's queries.
 
     Row b stays on the device of image b; the text features go to every device.
     """
@@ -197,7 +195,10 @@ def image_to_text(images: Float[Array, "B Q E"], texts: Float[Array, "C E"]) -> 
 
 
 def text_to_image(texts: Float[Array, "C E"], images: Float[Array, "B Q E"]) -> Float[Array, "C B"]:
-    """The transpose of `image_to_text`: row c stays on the device of text c."""
+    """Float32 similarity of each text and each image, as `image_to_text` transposed.
+
+    Row c stays on the device of text c; the image features go to every device.
+    """
     products = jnp.einsum("CE,BQE->CQB", texts, images, preferred_element_type=jnp.float32)
     return constrain(products.max(axis=1))
 
@@ -211,7 +212,8 @@ def normalise(x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
 def begin_caption(tokens: Int[Array, "B L"], vocab: int) -> Int[Array, "B L"]:
     """Replaces the `[CLS]` at the start of each caption by `[DEC]`, the last vocabulary id.
 
-    `[DEC]` marks a caption that the model generates token by token.
+    BLIP-2 begins captions that are generated with `[DEC]`, and texts that are only read with
+    `[CLS]`.
     """
     return tokens.at[:, 0].set(vocab + DEC)
 

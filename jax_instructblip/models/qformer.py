@@ -81,10 +81,11 @@ class QFormerLayer(nn.Module):
         queries: int,
         train: bool,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """The layer's output, and the keys and values of `x`.
+        """The layer's output, and the keys and values of `x` in its self-attention.
 
-        The first `queries` positions of `x` are queries, the others text; either may be absent. The
-        keys and values in `past` come before those of `x`.
+        The first `queries` positions of `x` are queries, the others text; either may be absent.
+        Keys and values in `past` are put before those of `x`. There may be several rows of `x` per
+        image.
         """
         dropout = functools.partial(self.drop, deterministic=not train)
         attention = self.attention
@@ -123,7 +124,7 @@ class QFormerLayer(nn.Module):
 
 
 class QFormerPair(nn.Module):
-    """An even layer, with cross-attention, and the odd one after it: what the scan repeats."""
+    """Two layers, of which the first cross-attends to the image; the unit that is scanned."""
 
     config: QFormerConfig
     dtype: Any
@@ -202,9 +203,9 @@ class QFormer(Network):
     def read_image(
         self, patches: Float[Array, "B P Dv"], train: bool = False, return_kv: bool = False
     ) -> tuple[Float[Array, "B Q D"], Any]:
-        """Query outputs that saw the image but no text, and the keys and values for `write_text`.
+        """Outputs of the queries, which see the image but no text, and their keys and values.
 
-        The second item holds those of the queries in every layer; it is None unless `return_kv`.
+        The second item is for `write_text`; it is None unless `return_kv`.
         """
         image = self.image_norm(patches)
         return self._run(self._queries(image.shape[0]), None, None, image, return_kv, train)
@@ -212,7 +213,7 @@ class QFormer(Network):
     def read_text(
         self, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"], train: bool = False
     ) -> Float[Array, "B L D"]:
-        """Text outputs without an image; attention is bidirectional and hides padding."""
+        """Text outputs without an image, bidirectional; `valid` is False on padding."""
         return self._run(self.embed_text(tokens), None, padding_mask(valid), None, False, train)[0]
 
     def read_both(
@@ -222,10 +223,11 @@ class QFormer(Network):
         valid: Bool[Array, "B L"],
         train: bool = False,
     ) -> Float[Array, "B Q D"]:
-        """Query outputs after bidirectional attention over queries and text, and over the image.
+        """Outputs of the queries, which see the image and the text; the text sees them, too.
 
-        With B = G x k, each image serves k texts in a row. Queries have no position embedding, text
-        positions start at 0, and one layer norm covers both.
+        There may be k texts per image, B = G x k: the first k texts belong to image 0, and so on.
+        Queries have no position embedding, text positions start at 0, and one layer norm covers
+        both.
         """
         image = self.image_norm(patches)
         queries = self._queries(tokens.shape[0])
@@ -241,7 +243,7 @@ class QFormer(Network):
         kv: Any,
         train: bool = False,
     ) -> Float[Array, "B L D"]:
-        """Text outputs, with causal attention to the queries and the tokens up to itself.
+        """Text outputs for generation: a token sees the queries and the tokens up to itself.
 
         `kv` is the second item that `read_image` returns with `return_kv`; the queries do not see
         the text.

@@ -1,9 +1,9 @@
-"""The vision transformer: maps images to patch features.
+"""The vision encoder: maps images to patch features.
 
-EVA ViT-g/14 and CLIP ViT-L/14 differ in fields of `VisionConfig` alone. The released towers have 40
-and 24 blocks. The features are the residual stream after block 39, or 23, so the last block, the
-final norm and the head are left out. `image_norm`, which follows, is trained and therefore belongs
-to the Q-Former.
+EVA ViT-g/14 and CLIP ViT-L/14 differ in fields of `VisionConfig` alone. The released networks have
+40 and 24 blocks. The features are the residual stream after block 39, or 23, so the last block, the
+final norm and the head are left out. The layer norm that follows is trained and therefore belongs
+to the Q-Former (`image_norm`).
 """
 
 from typing import Any

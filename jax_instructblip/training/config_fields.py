@@ -122,7 +122,7 @@ SOURCE_FIELDS: dict[str, Field] = {
     "path": path(stored=True),
     "split": text(),
     "weight": number(0, unit="relative to the other weights; 0: by data.sampling"),
-    "templates": one_of("", *templates.TEMPLATES),
+    "templates": one_of("", *templates.TEMPLATES, templates.CAPTION_PREFIX),
 }
 
 

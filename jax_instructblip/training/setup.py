@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from jax_instructblip import remote
 from jax_instructblip.atomic import unwritable
 from jax_instructblip.data.captions import CaptionTokenizer
-from jax_instructblip.data.datasets import DATASETS
+from jax_instructblip.data.datasets import ALL
 from jax_instructblip.data.mixture import Mixture, Source
 from jax_instructblip.data.pairs import PairBatches
 from jax_instructblip.data.records import Record
@@ -127,18 +127,24 @@ def read_scans(config: ConfigDict) -> Scans:
 
 
 def read_mixture(config: ConfigDict) -> Mixture:
-    """Opens all sources of `config.data`; raises a ValueError that lists all unusable ones."""
+    """Opens the sources of `config.data` that have a path.
+
+    Raises:
+        ValueError: some cannot be used, all of which are listed, or none has a path.
+    """
     sources, wrong = [], []
     for name, fields in sorted(config.data.sources.items()):
+        if not fields.path:
+            continue
         try:
             records, digest = open_records(fields.path, fields.split)
-            dataset = DATASETS.get(dataset_name(fields.path))
+            dataset = ALL.get(dataset_name(fields.path))
             family = dataset.family if dataset else ""
             sources.append(Source(name, records, digest, fields.weight, fields.templates, family))
         except (ValueError, OSError) as error:
             wrong.append(f"config.data.sources.{name}: {error}")
             continue
-        if dataset and not dataset.held_in and name not in config.data.allow_held_out:
+        if dataset and dataset.held_in is False and name not in config.data.allow_held_out:
             wrong.append(
                 f"config.data.sources.{name}: {dataset.name} is held out, to be evaluated without "
                 f"training on it; to train on it all the same, add {name!r} to "
