@@ -38,6 +38,8 @@ INSTEAD = {
     "jax-instructblip verify": "jax-instructblip verify --help",
     "jax-instructblip plan": "jax-instructblip plan --help",  # libtpu: tests/commands/test_plan.py
     "jax-instructblip train --config configs/paper_": "jax-instructblip train --help # ",
+    "jax-instructblip train --config configs/blip2_": "jax-instructblip train --help # ",
+    "jax-instructblip train --config configs/tuning_": "jax-instructblip train --help # ",
     "jax-instructblip evaluate --checkpoint runs/flan_t5_xl --datasets held_out": "true",
 }
 # Words that are changed wherever they stand.

@@ -217,7 +217,7 @@ def instruct(
     turned = kind == "question_generation"
     if not kind:
         style = dataclasses.replace(style, processor="paper")
-    if kind in ("caption", templates.CAPTION_PREFIX):
+    if kind in templates.CAPTIONS:
         answer = style.caption(answer)
     if kind == templates.CAPTION_PREFIX:
         return split_caption(answer, rng)

@@ -223,7 +223,10 @@ def check_model(config: ConfigDict) -> None:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"config.model.{name}: {error}") from error
     base = sources["checkpoint"]
-    variant = base.variant.replace(**read_variant_fields(config))
+    try:
+        variant = base.variant.replace(**read_variant_fields(config))
+    except ValueError as error:
+        raise ValueError(f"config.model: {error}") from error
     try:
         partition(param_shapes(variant), tuple(config.model.trainable))
     except ValueError as error:
@@ -239,6 +242,8 @@ def check_model(config: ConfigDict) -> None:
 def read_variant_fields(config: ConfigDict) -> dict[str, Any]:
     """Returns the fields of the variant that `config.model` changes, by dotted name."""
     fields: dict[str, Any] = {}
+    if config.model.image_size:
+        fields["vision.image_size"] = config.model.image_size
     if not config.model.instruction_aware:
         fields["qformer.instruction_aware"] = False
     for tower in ("qformer", "llm"):
@@ -267,6 +272,7 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
         b2=settings.b2,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
+        vision_layer_decay=settings.vision_layer_decay,
     )
     return optimizer, schedule
 
@@ -313,6 +319,7 @@ def read_validation(
             max_new_tokens=settings.max_new_tokens,
             path=settings.path,
             split=settings.split,
+            prompt=settings.prompt,
             style=read_style(config),
             upright=config.data.exif,
             take_samples=take_samples,

@@ -59,6 +59,8 @@ STYLE, PLAIN = templates.TextStyle("lavis", "q_a"), templates.PAPER
     [
         ("question", "what is it, on the stop sign?", "A Dog (Brown)!"),
         ("caption", None, "a dog brown"),
+        ("blip2_caption", "a photo of", "a dog brown"),
+        ("blip2_question", "Question: what is it, on the stop sign? Answer:", "A Dog (Brown)!"),
         ("question_generation", "A Dog (Brown)!", "what is it, on the stop sign?"),
         ("", 'What is it, on the "STOP" sign?', "A Dog (Brown)!"),
     ],
