@@ -6,6 +6,7 @@ rules (source tensor -> our parameter); one engine applies them and reports all 
     families.py         a row for each Hugging Face architecture: sections of config.json, tables
     config_keys.py      rows for keys of config.json, used for reading and writing
     sections.py         the rows of each tower's section of config.json
+    llama_sections.py   those of LLaMA and its relatives
     hf_config.py        config.json -> the sizes of the model (`Variant`), checked
     hf_folder.py        a Hugging Face folder -> our parameters, one at a time
     language_folder.py  a Hugging Face folder of a language model alone -> our parameters

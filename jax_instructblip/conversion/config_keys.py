@@ -24,15 +24,19 @@ ID = whole(0)
 EPS = number(1e-20, 0.1)
 RATE = number(0, below=1)  # of dropout
 FLAG = flag()
+FLAG_OR_NULL = dataclasses.replace(FLAG, optional=True)
+SIZE_OR_NULL = dataclasses.replace(SIZE, optional=True)
 
 __all__ = [
     "AXIS",
     "COUNT",
     "EPS",
     "FLAG",
+    "FLAG_OR_NULL",
     "ID",
     "RATE",
     "SIZE",
+    "SIZE_OR_NULL",
     "Fixed",
     "Key",
     "Pair",

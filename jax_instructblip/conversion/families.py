@@ -9,19 +9,20 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jax_instructblip.conversion import llama_sections
 from jax_instructblip.conversion.config_keys import AXIS, Key, Section
 from jax_instructblip.conversion.engine import Entry
 from jax_instructblip.conversion.sections import (
     BLIP2_ITM_QFORMER,
     BLIP2_QFORMER,
     EVA_VIT,
-    LLAMA,
     OPT,
     QFORMER,
     T5,
 )
 from jax_instructblip.conversion.tables import heads, llama, opt, qformer, t5, vision
 from jax_instructblip.models.variants import (
+    LanguageConfig,
     LlamaConfig,
     OptConfig,
     QFormerConfig,
@@ -92,12 +93,12 @@ class Family:
         """Returns (tower, its sizes) for each tower of a variant."""
         towers = [(self.vision, variant.vision), (self.bridge, variant.bridge)]
         if variant.llm is not None:
-            towers.append((self.languages[variant.llm.kind], variant.llm))
+            towers.append((self.languages[language_type(variant.llm)], variant.llm))
         return towers
 
     def language(self, variant: Variant) -> Language | None:
         """Returns the row of the variant's language model; None if the variant has none."""
-        return None if variant.llm is None else self.languages[variant.llm.kind]
+        return None if variant.llm is None else self.languages[language_type(variant.llm)]
 
     def rules(self, variant: Variant, tied_head: bool = False) -> list[Entry]:
         """Returns the rules for all tensors of a variant.
@@ -134,10 +135,26 @@ class Family:
         return document
 
 
+def language_type(llm: LanguageConfig) -> str:
+    """Returns the `model_type` of a language model in transformers, a key of `LANGUAGES`."""
+    return llama_sections.model_type(llm) if isinstance(llm, LlamaConfig) else llm.kind
+
+
+def with_own_head(llm: Any, has_head: bool) -> Any:
+    """Returns the sizes of a language model that is not tied if its files have a head (`has_head`).
+
+    A head that is there is taken, even if config.json says that the embedding is the head.
+    """
+    tied = has_head and isinstance(llm, LlamaConfig) and llm.tied_head
+    return dataclasses.replace(llm, tied_head=False) if tied else llm
+
+
 LANGUAGES = {
     "t5": Language(T5, "t5", t5.rules, T5Config, t5.HEAD),
-    "llama": Language(LLAMA, "llama", llama.rules, LlamaConfig, llama.HEAD),
     "opt": Language(OPT, "opt", opt.rules, OptConfig, opt.HEAD),
+} | {
+    name: Language(section, name, llama.rules, LlamaConfig, llama.HEAD)
+    for name, section in llama_sections.SECTIONS.items()
 }
 FAMILIES = (
     Family(

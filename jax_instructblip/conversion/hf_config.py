@@ -14,9 +14,10 @@ from jax_instructblip import files
 from jax_instructblip.conversion.config_keys import equal
 from jax_instructblip.conversion.families import FAMILIES, Family
 from jax_instructblip.conversion.safetensors import DEQUANTISE, ConversionError
+from jax_instructblip.data.tokenizer_files import splits_bytes, unnamed_special
 from jax_instructblip.files import kind_of
 from jax_instructblip.models.released import get_variant, released_name, size_differences
-from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, Variant
+from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, LlamaConfig, Variant
 
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
@@ -88,7 +89,8 @@ def _variant(folder: Path, config: Mapping[str, Any], failures: list[str]) -> Va
     for name, section in parts.items():
         fields[name], wrong = section.read(config)
         failures += wrong
-    ids = tokenizer_ids(folder, failures) if kind == "llama" else {}
+    llama = bool(kind) and family.languages[kind].config is LlamaConfig
+    ids = tokenizer_ids(folder, failures) if llama else {}
     if failures or kind is None:
         return None
     for name, id_ in ids.items():
@@ -218,13 +220,14 @@ def tokenizer_ids(folder: Path, failures: list[str]) -> dict[str, int]:
     here. An id that the files do not tell is left out, so that the default of `LlamaConfig` (the
     released id) applies. Complaints are appended to `failures`.
     """
+    bytewise = splits_bytes(folder)
     documents = {
         name: read_json(folder / name) if (folder / name).is_file() else {}
         for name in TOKENIZER_FILES
         if name.endswith(".json")
     }
     settings, special = documents["tokenizer_config.json"], documents["special_tokens_map.json"]
-    known = dict(SENTENCEPIECE_IDS)
+    known = {} if bytewise else dict(SENTENCEPIECE_IDS)
     wrong: list[str] = []
 
     def add(file: str, token: Any, id_: Any) -> None:
@@ -252,13 +255,15 @@ def tokenizer_ids(folder: Path, failures: list[str]) -> dict[str, int]:
         )
     for content, id_ in documents["added_tokens.json"].items():
         add("added_tokens.json", content, id_)
-    ids = {}
+    named: dict[str, str | None] = {}
     for name in ("bos", "eos", "pad"):
         token = settings.get(f"{name}_token") or special.get(f"{name}_token")
         content = token.get("content") if isinstance(token, Mapping) else token
         if content is not None and not isinstance(content, str):
             wrong.append(f"{name}_token is {token!r:.60}, expected a token's text")
-        elif content in known:
-            ids[f"{name}_id"] = known[content]
+        else:
+            named[name] = content
+    if bytewise:
+        named |= unnamed_special(named, known)
     failures += wrong
-    return ids
+    return {f"{name}_id": known[text] for name, text in named.items() if text in known}

@@ -1,5 +1,6 @@
 """Reads a Hugging Face folder: its config.json is checked, its tensors become our parameters."""
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jax_instructblip import checkpoint
 from jax_instructblip.conversion.engine import Drop, Entry, Plan, make_plan
-from jax_instructblip.conversion.families import Family, family_of
+from jax_instructblip.conversion.families import Family, family_of, with_own_head
 from jax_instructblip.conversion.hf_config import (
     check_preprocessor,
     check_variant,
@@ -58,9 +59,11 @@ def convert_hf(folder: str | Path, variant: str | None = None) -> Conversion:
     _check_sizes(folder, described, family, tensors)
     check_preprocessor(folder, described)
     language = family.language(described)
-    tied_head = (
-        language is not None and has_tied_embeddings(config) and language.head not in tensors
-    )
+    tied_head = False
+    if language is not None:
+        has_head = language.head in tensors
+        described = dataclasses.replace(described, llm=with_own_head(described.llm, has_head))
+        tied_head = has_tied_embeddings(config) and not has_head
     entries = family.rules(described, tied_head)
     _check_prefix(folder, entries, tensors)
     plan = make_plan(

@@ -1,10 +1,10 @@
-"""Reads the Hugging Face folder of a language model alone: FlanT5, OPT, LLaMA or Vicuna.
+"""Reads the Hugging Face folder of a language model alone: FlanT5, OPT, LLaMA or a relative of it.
 
     config.json, *.safetensors or *.bin, tokenizer  -->  our parameters below `llm/`, one at a time
 
 The conversion tables are those of whole models, where every name begins with `language_model.`.
 BLIP-2 and InstructBLIP change three things of a language model before they freeze it: the special
-tokens of its tokenizer (`RELEASED_SPECIAL`), the size of its vocabulary if a new padding token
+tokens of its tokenizer (`released_special`), the size of its vocabulary if a new padding token
 needs an embedding, and the activation of FlanT5 (GELU by erf, whatever its config.json says).
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from jax_instructblip import checkpoint
 from jax_instructblip.conversion.engine import Plan, make_plan
-from jax_instructblip.conversion.families import LANGUAGES, Language
+from jax_instructblip.conversion.families import LANGUAGES, Language, with_own_head
 from jax_instructblip.conversion.hf_config import TOKENIZER_FILES, read_json
 from jax_instructblip.conversion.safetensors import (
     INDEX,
@@ -29,9 +29,9 @@ from jax_instructblip.conversion.safetensors import (
 )
 from jax_instructblip.conversion.torch_files import open_pth
 from jax_instructblip.data.tokenizer_files import (
-    RELEASED_SPECIAL,
     SETTINGS,
     load_tokenizers,
+    released_special,
 )
 from jax_instructblip.models.variants import (
     LanguageConfig,
@@ -90,7 +90,7 @@ class LanguageFolder:
         """Makes the folder `out` with a copy of the tokenizer.
 
         Settings (tokenizer_config.json) are left out where BLIP-2 sets other special tokens: a bare
-        vocabulary is loaded with those of `RELEASED_SPECIAL`.
+        vocabulary is loaded with those of `released_special`.
         """
         out.mkdir()
         for path in _tokenizer_files(self.folder, self.config.kind):
@@ -123,8 +123,8 @@ def open_language(folder: str | Path) -> LanguageFolder:
     fields, failures = language.section.read({language.section.name: document})
     if failures:
         raise ConversionError(f"{folder}/config.json cannot be held", failures)
-    config = language.config(**fields)
     tensors = _tensors(folder, language)
+    config = with_own_head(language.config(**fields), language.head in tensors)
     tied = {**language.section.defaults, **document}["tie_word_embeddings"] is not False
     plan = make_plan(
         language.rules(config, tied and language.head not in tensors),
@@ -144,7 +144,7 @@ def _tensors(folder: Path, language: Language) -> dict[str, Tensor]:
         tensors = _bin_tensors(folder)
     # Saved without its head, a model's names lack their first word.
     bare = bool(tensors) and not any(name.startswith(_WORD) for name in tensors)
-    word = _WORD if bare and language.model_type in ("llama", "opt") else ""
+    word = _WORD if bare and language.config is not T5Config else ""
     return {f"{PREFIX}{word}{name}": tensor for name, tensor in tensors.items()}
 
 
@@ -176,13 +176,14 @@ def _leaf_shapes(config: LanguageConfig) -> dict[str, Any]:
 
 
 def _tokenizer_files(folder: Path, kind: str) -> list[Path]:
-    names = [name for name in TOKENIZER_FILES if not (RELEASED_SPECIAL[kind] and name in SETTINGS)]
+    special = released_special(folder, kind)
+    names = [name for name in TOKENIZER_FILES if not (special and name in SETTINGS)]
     return [folder / name for name in names if (folder / name).is_file()]
 
 
 def _as_released(folder: Path, config: LanguageConfig) -> tuple[LanguageConfig, list[str]]:
     """Returns the sizes with BLIP-2's changes, and a sentence about each change."""
-    special = RELEASED_SPECIAL[config.kind]
+    special = released_special(folder, config.kind)
     tokenizer, _ = load_tokenizers(folder, None, config.kind, special=special)
     changes: dict[str, Any] = {}
     notes = []

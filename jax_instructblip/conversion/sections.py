@@ -1,11 +1,10 @@
 """The sections of Hugging Face's config.json, one table of keys for each tower.
 
 A row says which key fills which field of our dataclass of sizes, which values are allowed, and its
-default. Keys for features that this package does not have must have one fixed value.
+default. Keys for features that this package does not have must have one fixed value. The rows of
+LLaMA and its relatives are in `llama_sections.py`.
 """
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from jax_instructblip.conversion.config_keys import (
@@ -13,6 +12,7 @@ from jax_instructblip.conversion.config_keys import (
     COUNT,
     EPS,
     FLAG,
+    FLAG_OR_NULL,
     ID,
     RATE,
     SIZE,
@@ -23,7 +23,6 @@ from jax_instructblip.conversion.config_keys import (
     Section,
     Values,
     equal,
-    number,
     one_of,
     text,
 )
@@ -120,7 +119,6 @@ def _read_buckets(values: Values) -> dict[str, Any]:
 
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu")
-FLAG_OR_NULL = dataclasses.replace(FLAG, optional=True)
 T5 = Section(
     "text_config",
     (
@@ -155,76 +153,6 @@ T5 = Section(
             {"tie_word_embeddings": True},
         ),
         Pair(_read_buckets, lambda llm: {}),
-    ),
-)
-
-
-def _read_rope(values: Values) -> dict[str, Any]:
-    """Returns the rotary base `rope_theta`, also from transformers 5's `rope_parameters`.
-
-    Scaled rotary positions are refused.
-    """
-    for name in ("rope_parameters", "rope_scaling"):
-        if not isinstance(values.get(name) or {}, Mapping):
-            values.fail(name, "expected an object or null")
-            return {}
-    scaling, rope = values.get("rope_scaling") or {}, values.get("rope_parameters") or {}
-    kind = scaling.get("type", scaling.get("rope_type", rope.get("rope_type", "default")))
-    if kind != "default":
-        values["rope_type"] = kind
-        values.fail("rope_type", "supported: 'default'")
-    name = "rope_parameters.rope_theta" if "rope_theta" in rope else "rope_theta"
-    values[name] = rope.get("rope_theta", values["rope_theta"])
-    return {"rope_theta": values.checked(name, ROPE_THETA)}
-
-
-def _read_heads(values: Values) -> dict[str, Any]:
-    """Fills no field; checks that there are as many key as query heads, of equal width."""
-    heads, width = values["num_attention_heads"], values["hidden_size"]
-    if SIZE.problems("", heads) or SIZE.problems("", width):
-        return {}  # the rows of these keys complain
-    for name, wanted in (("num_key_value_heads", heads), ("head_dim", width // heads)):
-        if values.get(name) is not None and not equal(values[name], wanted):
-            values.fail(name, f"supported: {wanted!r}")
-    return {}
-
-
-def _check_tie(values: Values) -> dict[str, Any]:
-    values.checked("tie_word_embeddings", FLAG_OR_NULL)
-    return {}
-
-
-ROPE_THETA = number(above=1, at_most=1e12)
-LLAMA = Section(
-    "text_config",
-    (
-        Key("hidden_size", "width", AXIS, 4096),
-        Key("intermediate_size", "mlp", AXIS, 11008),
-        Key("num_hidden_layers", "layers", COUNT, 32),
-        Key("num_attention_heads", "heads", SIZE, 32),
-        Key("vocab_size", "vocab", AXIS, 32000),
-        Key("rms_norm_eps", "norm_eps", EPS, 1e-6),
-        Key("max_position_embeddings", "max_positions", SIZE, 2048),
-        Key("attention_dropout", "dropout", RATE, 0.0),
-        Fixed("hidden_act", "silu"),
-        Fixed("attention_bias", False),
-        Fixed("mlp_bias", False),
-        Pair(
-            _read_heads,
-            lambda llm: {"num_key_value_heads": llm.heads, "head_dim": llm.head_width},
-        ),
-        Pair(_read_rope, lambda llm: {"rope_theta": llm.rope_theta}, {"rope_theta": 10_000.0}),
-        Pair(
-            _check_tie,
-            lambda llm: {
-                "tie_word_embeddings": False,
-                # Not read: `hf_config.tokenizer_ids` has those of the tokenizer.
-                "bos_token_id": llm.bos_id,
-                "eos_token_id": llm.eos_id,
-                "pad_token_id": llm.pad_id,
-            },
-            {"tie_word_embeddings": False},
-        ),
     ),
 )
 

@@ -236,7 +236,7 @@ def _wrong_images(batch: Mapping[str, Any]) -> list[str]:
 
 def _wrong_segments(batch: Batch, variant: Variant) -> list[str]:
     wrong = []
-    most = variant.llm.max_positions
+    most = variant.llm.longest_sample
     for row, answered in enumerate(batch.get("decoder_segments", ())):
         if unknown := sorted(set(answered.tolist()) - {0, *batch["segments"][row].tolist()}):
             wrong.append(f"row {row}: decoder_segments has samples {unknown} that segments has not")

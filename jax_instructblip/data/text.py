@@ -19,6 +19,7 @@ adds both when it makes a batch.
 """
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from jax_instructblip.data.spec import IGNORE
 from jax_instructblip.data.tokenizer_files import (
     MaybeTokenizer,
     Tokenizer,
+    decodes_bytes,
     load_tokenizers,
     tokenizer_folders,
 )
@@ -136,11 +138,11 @@ class TextProcessor:
         """Returns the ids [T] int32 of a candidate answer whose likelihood is to be ranked.
 
         Only T5's ids end with an end token. As in LAVIS, nothing is cut, and white space at the end
-        is kept (in training it is removed). OPT's ids start with the space that stands between
-        prompt and answer.
+        is kept (in training it is removed). Ids of OPT, and of tokenizers of bytes, start with the
+        space that stands between prompt and answer.
         """
         llm = self.variant.llm
-        ids = self._llm_ids(f" {answer}" if isinstance(llm, OptConfig) and answer else answer)
+        ids = self._llm_ids(f" {answer}" if self._spaced and answer else answer)
         return _int32([*ids, llm.eos_id] if isinstance(llm, T5Config) else ids)
 
     def instruction(self, prompt: str) -> np.ndarray:
@@ -167,6 +169,9 @@ class TextProcessor:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of generated ids, without special tokens and outer white space."""
         ids = [int(i) for i in ids]
+        if self._bytewise:
+            text = self.llm.backend_tokenizer.decode(ids, skip_special_tokens=True)
+            return str(text).strip()
         if isinstance(self.variant.llm, T5Config):
             return str(self.llm.decode(ids, skip_special_tokens=True)).strip()
         if isinstance(self.variant.llm, OptConfig):
@@ -183,13 +188,26 @@ class TextProcessor:
     def rewrites(self) -> bool:
         """Tells whether the end of a decoded text may change when more ids follow.
 
-        Streaming then has to hold the end back. For OPT it is always so, for LLaMA never; a T5
-        folder may ask for it (`clean_up_tokenization_spaces`) or bring a decoder of its own.
+        Streaming then has to hold the end back. For OPT it is always so, and for tokenizers of
+        bytes, whose characters may be split; for LLaMA never; a T5 folder may ask for it
+        (`clean_up_tokenization_spaces`) or bring a decoder of its own.
         """
+        if self._bytewise:
+            return True
         if not isinstance(self.variant.llm, T5Config):  # `_join_pieces` never changes earlier text
             return isinstance(self.variant.llm, OptConfig)
         plain = isinstance(self.llm.backend_tokenizer.decoder, decoders.Metaspace)
         return not plain or bool(getattr(self.llm, "clean_up_tokenization_spaces", False))
+
+    @functools.cached_property
+    def _bytewise(self) -> bool:
+        """True for the tokenizers of Llama 3 and Qwen, whose pieces are bytes."""
+        return isinstance(self.variant.llm, LlamaConfig) and decodes_bytes(self.llm)
+
+    @property
+    def _spaced(self) -> bool:
+        """True if a space between prompt and answer is a part of the answer's first piece."""
+        return isinstance(self.variant.llm, OptConfig) or self._bytewise
 
     def _limits(self, room: Mapping[str, np.ndarray] | None) -> Limits:
         if room is None:
@@ -226,7 +244,7 @@ class TextProcessor:
     ) -> dict[str, np.ndarray]:
         instruction, instruction_cut = self._instruction_part(prompt, limits.instruction)
         starts = [IGNORE]
-        if isinstance(llm, OptConfig):
+        if self._spaced:
             # In one text, the tokenizer counts a space to the word behind it.
             prompt, answer = prompt.rstrip(" "), answer.strip()
             answer = f" {answer}" if prompt and not prompt[-1].isspace() and answer else answer

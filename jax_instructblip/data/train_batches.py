@@ -111,7 +111,7 @@ class TrainBatches:
         return batch | {"replaced": np.array([attempt for attempt, _ in samples], np.int32)}
 
     def _check_positions(self, record: Record, example: Example) -> None:
-        most, size = self.text.variant.llm.max_positions, self._size(record, example)
+        most, size = self.text.variant.llm.longest_sample, self._size(record, example)
         if most is not None and size["slots"] > most:
             raise ValueError(
                 f"it has {size['slots']} slots ({size['images']} images, {size['tokens']} tokens), "

@@ -155,15 +155,15 @@ def make_batches(
 
 def prompt_limit(variant: Variant, frames: int, reserve: int) -> int:
     """Most tokens of a prompt about `frames` frames, if `reserve` new tokens must fit after it."""
-    if variant.llm.max_positions is None:
+    if variant.llm.longest_sample is None:
         return LENGTHS[-1]
-    return min(LENGTHS[-1], variant.llm.max_positions - frames * variant.visual_tokens - reserve)
+    return min(LENGTHS[-1], variant.llm.longest_sample - frames * variant.visual_tokens - reserve)
 
 
 def check_reserve(variant: Variant, frames: int, reserve: int) -> None:
     """Raises a ValueError if `reserve` new tokens do not fit after the shortest prompt."""
     visual_tokens = frames * variant.visual_tokens
-    if (positions := variant.llm.max_positions) is not None:
+    if (positions := variant.llm.longest_sample) is not None:
         most, why = (
             positions - visual_tokens - 1,
             f"the model has {positions} positions, {visual_tokens} of the image",

@@ -15,6 +15,7 @@ letters:
     D  model width                       M  width of a feed-forward layer
     V  vocabulary                        R  rows that share one prompt: beams or candidates
     E  width of BLIP-2's features        Y  layers of a tower (axis 0 of every stacked leaf)
+    Nk key and value heads, N if each query has its own     Z  query heads that share a key head
     Dv Dl Dc  model width of the vision tower, of the language model, and of the vectors that a
               cross-attention reads
 

@@ -23,7 +23,8 @@ class Attention(nn.Module):
     """Multi-head attention with its four projections; the kernels keep an axis of heads.
 
     `biases` names the projections that have a bias, of "query", "key", "value" and "out": the ViT
-    has no key bias.
+    has no key bias. `key_heads` is the number of key and of value heads if there are fewer of
+    them than query heads; consecutive query heads then share one.
     """
 
     width: int
@@ -32,13 +33,15 @@ class Attention(nn.Module):
     dtype: Any
     biases: tuple[str, ...] = ()
     bias_dtype: Any = jnp.float32
+    key_heads: int | None = None
 
     def setup(self):
-        heads = (self.heads, self.head_width)
-        project = lambda name: Dense(
-            heads, self.dtype, name in self.biases, bias_dtype=self.bias_dtype
+        project = lambda name, heads: Dense(
+            (heads, self.head_width), self.dtype, name in self.biases, bias_dtype=self.bias_dtype
         )
-        self.query, self.key, self.value = project("query"), project("key"), project("value")
+        key_heads = self.key_heads or self.heads
+        self.query = project("query", self.heads)
+        self.key, self.value = project("key", key_heads), project("value", key_heads)
         biased = "out" in self.biases
         self.out = Dense((self.width,), self.dtype, biased, contracted=2, wide=biased)
 
@@ -59,8 +62,8 @@ class Attention(nn.Module):
 
 def attend(
     query: Float[Array, "B T N K"],
-    key: Float[Array, "B S N K"],
-    value: Float[Array, "B S N K"],
+    key: Float[Array, "B S Nk K"],
+    value: Float[Array, "B S Nk K"],
     mask: Bool[Array, "#B 1 #T S"] | None = None,
     bias: Float[Array, "#B N T S"] | None = None,
     scale: float | None = None,
@@ -70,18 +73,35 @@ def attend(
 
     Keys where `mask` is False get no weight. `scale` defaults to K^-0.5 (T5 passes 1.0); the
     float32 scores are multiplied by it, because scaling a bfloat16 query would round once more.
-    `dropout` is applied to the weights and is passed only in training.
+    `dropout` is applied to the weights and is passed only in training. With fewer key than query
+    heads (`_grouped`), there is no bias.
     """
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = jnp.einsum("BTNK,BSNK->BNTS", query, key, preferred_element_type=jnp.float32) * factor
+    shape, (query, n) = query.shape, _grouped(query, key.shape[2], axis=2)
+    scores = (
+        jnp.einsum(f"BT{n}K,BSNK->B{n}TS", query, key, preferred_element_type=jnp.float32) * factor
+    )
     if bias is not None:
         scores = scores + bias
     if mask is not None:
-        scores = jnp.where(mask, scores, MASKED)
+        scores = jnp.where(mask if n == "N" else mask[:, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1)
     if dropout is not None:
         weights = dropout(weights)
-    return jnp.einsum("BNTS,BSNK->BTNK", weights.astype(value.dtype), value)
+    return jnp.einsum(f"B{n}TS,BSNK->BT{n}K", weights.astype(value.dtype), value).reshape(shape)
+
+
+def _grouped(query: Array, key_heads: int, axis: int) -> tuple[Array, str]:
+    """Splits the axis of query heads into key heads N and the Z queries of each, if Z > 1.
+
+    Returns (query, letters of the axis in an einsum: "N" or "NZ"). Keys are never repeated: query
+    head n attends to key head n // Z.
+    """
+    if query.shape[axis] == key_heads:
+        return query, "N"
+    shape = list(query.shape)
+    shape[axis : axis + 1] = [key_heads, query.shape[axis] // key_heads]
+    return query.reshape(shape), "NZ"
 
 
 class CachedKV(NamedTuple):
@@ -91,8 +111,8 @@ class CachedKV(NamedTuple):
     scores.
     """
 
-    key: Float[Array, "B N S K"]
-    value: Float[Array, "B N S K"]
+    key: Float[Array, "B Nk S K"]
+    value: Float[Array, "B Nk S K"]
     mask: Bool[Array, "#B 1 #R S"]
     bias: Float[Array, "#B N #R S"] | None = None
 
@@ -103,8 +123,8 @@ class CurrentKV(NamedTuple):
     `bias`, T5's relative position bias at distance 0, one per head, is added to the scores.
     """
 
-    key: Float[Array, "B N R K"]
-    value: Float[Array, "B N R K"]
+    key: Float[Array, "B Nk R K"]
+    value: Float[Array, "B Nk R K"]
     bias: Float[Array, " N"] | None = None
 
 
@@ -127,14 +147,15 @@ def attend_cached(
     """
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     query = heads_first(query)
+    shape, (query, n) = query.shape, _grouped(query, cached[0].key.shape[1], axis=1)
     score = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores = []
     for kv in cached:
-        logits = score("BNRK,BNSK->BNRS", query, kv.key) * factor
+        logits = score(f"B{n}RK,BNSK->B{n}RS", query, kv.key) * factor
         logits = logits if kv.bias is None else logits + kv.bias
-        scores.append(jnp.where(kv.mask, logits, MASKED))
+        scores.append(jnp.where(kv.mask if n == "N" else kv.mask[:, None], logits, MASKED))
     if current is not None:
-        logits = score("BNRK,BNRK->BNR", query, current.key)[..., None] * factor
+        logits = score(f"B{n}RK,BNRK->B{n}R", query, current.key)[..., None] * factor
         scores.append(
             logits if current.bias is None else logits + current.bias[None, :, None, None]
         )
@@ -142,11 +163,12 @@ def attend_cached(
     mixed, start = jnp.zeros_like(query), 0
     for kv in cached:
         stop = start + kv.key.shape[2]
-        mixed += jnp.einsum("BNRS,BNSK->BNRK", weights[..., start:stop], kv.value)
+        mixed += jnp.einsum(f"B{n}RS,BNSK->B{n}RK", weights[..., start:stop], kv.value)
         start = stop
     if current is not None:
-        mixed += weights[..., start:] * current.value
-    return heads_first(mixed)
+        value = current.value if n == "N" else current.value[:, :, None]
+        mixed += weights[..., start:] * value
+    return heads_first(mixed.reshape(shape))
 
 
 def heads_first(x: Float[Array, "B T N K"]) -> Float[Array, "B N T K"]:

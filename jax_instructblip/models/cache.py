@@ -1,9 +1,9 @@
 """The cache of a language model: keys and values of the prompt and of the tokens generated so far.
 
-    prefix       key, value  [B, N, S, K]    per layer: image and prompt (T5: the encoder's
+    prefix       key, value  [B, Nk, S, K]   per layer: image and prompt (T5: the encoder's
                                              output), shared by the R rows of a sample
     prefix_mask              [B, S]          False on padding
-    tail         key, value  [B, N, T*R, K]  per layer: generated tokens; slot t * R + r holds
+    tail         key, value  [B, Nk, T*R, K] per layer: generated tokens; slot t * R + r holds
                                              the token of row r at step t
     lineage              [B, R, T]           the row whose slot each row continues, per step
     step                 []                  number of steps that the tail holds so far

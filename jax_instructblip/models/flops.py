@@ -136,7 +136,8 @@ def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) ->
     read = _vision(variant, rows)[1] + _qformer(variant, rows, text)[1]
     if not isinstance(config, T5Config):
         weights = _decoder_weights(config)
-        attention = lambda keys: config.layers * 2 * linear(rows, keys, config.width)
+        inner = config.heads * config.head_width
+        attention = lambda keys: config.layers * 2 * linear(rows, keys, inner)
         read += linear(rows * prompt, weights) + prompt * attention(prompt) + head
         return read + (new - 1) * (linear(rows, weights) + attention(prompt + new - 1) + head)
     inner = config.heads * config.head_width
@@ -153,8 +154,10 @@ def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) ->
 
 def _decoder_weights(config: LlamaConfig | OptConfig) -> int:
     """The number of kernel elements in all layers of a decoder; LLaMA's have a gate, too."""
-    mlp = (3 if isinstance(config, LlamaConfig) else 2) * config.width * config.mlp
-    return config.layers * (4 * config.width**2 + mlp)
+    gated = isinstance(config, LlamaConfig)
+    mlp = (3 if gated else 2) * config.width * config.mlp
+    heads = 2 * config.heads + 2 * (config.cached_heads if gated else config.heads)
+    return config.layers * (config.width * heads * config.head_width + mlp)
 
 
 def linear(rows: int, *sizes: int) -> int:
@@ -200,7 +203,8 @@ def _language(config: LanguageConfig, rows: int, length: int, answer: int) -> tu
     """A language model's forward FLOPs: (products with weights, products inside attention)."""
     if not isinstance(config, T5Config):
         weights = _decoder_weights(config)
-        attention = config.layers * 2 * linear(rows * length, length, config.width)
+        inner = config.heads * config.head_width
+        attention = config.layers * 2 * linear(rows * length, length, inner)
         head = linear(rows * answer, config.width, config.vocab)
         return linear(rows * length, weights) + head, attention
     inner = config.heads * config.head_width

@@ -1,9 +1,12 @@
-"""LLaMA (Vicuna v1.1): one causal row of [visual vectors ; instruction ; answer].
+"""LLaMA and its relatives: one causal row of visual vectors and tokens.
 
-RMS norms, rotary positions on half-split heads, SwiGLU, no biases, an untied head.
+RMS norms, rotary positions on half-split heads, SwiGLU. Fields of `LlamaConfig` say in what Vicuna,
+Llama 2 and 3, Mistral, Qwen 2 and Qwen 3 differ: fewer key and value heads than query heads, biases
+or norms of queries and keys, scaled positions, a head that is the token embedding.
 """
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +22,7 @@ from jax_instructblip.models.attention import (
 )
 from jax_instructblip.models.cache import attend_tail
 from jax_instructblip.models.decoder_only import DecoderOnly
-from jax_instructblip.models.dense import Head
+from jax_instructblip.models.dense import Head, word_logits
 from jax_instructblip.models.layers import (
     RESIDUAL,
     Dropout,
@@ -34,13 +37,32 @@ from jax_instructblip.models.variants import LlamaConfig
 Rotation = tuple[Array, Array]  # cosine and sine, each [B or 1, T, K]
 
 
-def rotary(positions: Int[Array, "B T"], width: int, theta: float, dtype: Any) -> Rotation:
+def frequencies(config: LlamaConfig) -> Float[Array, " k"]:
+    """The angle `[K/2]` by which one position turns each pair: theta^(-2k/K), scaled.
+
+    Linear scaling divides all by `rope_factor`. Llama 3's divides those of long waves, which turn
+    less than `rope_low_turns` times within the original positions, keeps those that turn more than
+    `rope_high_turns` times, and goes linearly in the number of turns between the two.
+    """
+    c, width = config, config.head_width
+    frequency = c.rope_theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    if c.rope_scaling == "none":
+        return frequency
+    scaled = frequency / c.rope_factor
+    if c.rope_scaling == "linear":
+        return scaled
+    turns = c.rope_original_positions * frequency / (2 * math.pi)
+    kept = (turns - c.rope_low_turns) / (c.rope_high_turns - c.rope_low_turns)
+    kept = jnp.clip(kept, 0, 1)
+    return kept * frequency + (1 - kept) * scaled
+
+
+def rotary(positions: Int[Array, "B T"], frequency: Float[Array, " k"], dtype: Any) -> Rotation:
     """Cosine and sine `[B, T, K]` of each position, computed in float32 and cast to `dtype`.
 
-    K is `width`, that of a head. The angle of pair k is position x theta^(-2k/K); the pairs are (k,
-    k + K/2), as in the Hugging Face layout of the weights.
+    The angle of pair k is position x `frequency[k]`; the pairs are (k, k + K/2), as in the Hugging
+    Face layout of the weights.
     """
-    frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angle = positions.astype(jnp.float32)[..., None] * frequency[None, None, :]
     angle = jnp.concatenate([angle, angle], axis=-1)
     return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
@@ -63,7 +85,16 @@ class LlamaLayer(nn.Module):
     def setup(self):
         c = self.config
         self.attention_norm = RMSNorm(c.norm_eps)
-        self.attention = Attention(c.width, c.heads, c.head_width, self.dtype)
+        self.attention = Attention(
+            c.width,
+            c.heads,
+            c.head_width,
+            self.dtype,
+            biases=("query", "key", "value") if c.key_bias else (),
+            key_heads=c.cached_heads,
+        )
+        if c.key_norm:
+            self.query_norm, self.key_norm = RMSNorm(c.norm_eps), RMSNorm(c.norm_eps)
         self.mlp_norm = RMSNorm(c.norm_eps)
         self.mlp = GatedMlp(c.width, c.mlp, self.dtype, "silu")
         self.drop = Dropout(c.dropout)
@@ -71,42 +102,40 @@ class LlamaLayer(nn.Module):
     def __call__(self, x, _, mask, rotation, return_kv, train):
         """Runs full sequences `x` [B, T, D]; returns (x, kv), where kv is None unless `return_kv`.
 
-        kv is {"key": ..., "value": ...}, each `[B, N, T, K]` as in a cache.
+        kv is {"key": ..., "value": ...}, each `[B, Nk, T, K]` as in a cache.
         """
         dropout = functools.partial(self.drop, deterministic=not train)
-        y, attention = self.attention_norm(x), self.attention
-        key, value = rotate(attention.key(y), rotation), attention.value(y)
-        mixed = attend(rotate(attention.query(y), rotation), key, value, mask, dropout=dropout)
-        x = constrain(x + attention.out(mixed))
-        x = constrain(x + self.mlp(self.mlp_norm(x)))
+        query, key, value = self._project(x, rotation)
+        x = self._add(x, attend(query, key, value, mask, dropout=dropout))
         return x, ({"key": heads_first(key), "value": heads_first(value)} if return_kv else None)
 
     def step(self, x, cache, prefix_mask, view, rotation):
         """Runs each beam's newest token, `x` [B, R, D]; returns (x, what `cache.append` takes)."""
-        y, attention = self.attention_norm(x), self.attention
-        key, value = (
-            heads_first(rotate(attention.key(y), rotation)),
-            heads_first(attention.value(y)),
-        )
-        past, current, output = attend_tail(cache["tail"], {"key": key, "value": value}, view)
+        query, key, value = self._project(x, rotation)
+        token = {"key": heads_first(key), "value": heads_first(value)}
+        past, current, output = attend_tail(cache["tail"], token, view)
         cached = [CachedKV(**cache["prefix"], mask=prefix_mask), past]
-        x = constrain(
-            x + attention.out(attend_cached(rotate(attention.query(y), rotation), cached, current))
-        )
-        return constrain(x + self.mlp(self.mlp_norm(x))), output
+        return self._add(x, attend_cached(query, cached, current)), output
 
     def tree(self, x, prefix, prefix_mask, mask, rotation):
         """Runs a tree of tokens `x` [B, T, D] after the cached prompt; returns (x, None)."""
-        y, attention = self.attention_norm(x), self.attention
-        key, value = (
-            heads_first(rotate(attention.key(y), rotation)),
-            heads_first(attention.value(y)),
-        )
-        cached = [CachedKV(**prefix, mask=prefix_mask), CachedKV(key, value, mask)]
-        x = constrain(
-            x + attention.out(attend_cached(rotate(attention.query(y), rotation), cached))
-        )
-        return constrain(x + self.mlp(self.mlp_norm(x))), None
+        query, key, value = self._project(x, rotation)
+        own = CachedKV(heads_first(key), heads_first(value), mask)
+        cached = [CachedKV(**prefix, mask=prefix_mask), own]
+        return self._add(x, attend_cached(query, cached)), None
+
+    def _project(self, x, rotation):
+        """Rotated queries and keys, and values, of the layer's input `x` [B, T, D]."""
+        y = self.attention_norm(x)
+        query, key = self.attention.query(y), self.attention.key(y)
+        if self.config.key_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return rotate(query, rotation), rotate(key, rotation), self.attention.value(y)
+
+    def _add(self, x, mixed):
+        """The layer's output: `x` plus its attention's result `mixed`, plus the feed-forward."""
+        x = constrain(x + self.attention.out(mixed))
+        return constrain(x + self.mlp(self.mlp_norm(x)))
 
 
 class Llama(DecoderOnly):
@@ -125,7 +154,8 @@ class Llama(DecoderOnly):
         layers = scan_layers(LlamaLayer, c.layers, self.scan, call=4, step=3, tree=3)
         self.layers = layers(c, self.dtype)
         self.norm = RMSNorm(c.norm_eps)
-        self.head = Head(c.vocab, self.dtype, by_word=self.scan.unstacked)
+        if not c.tied_head:
+            self.head = Head(c.vocab, self.dtype, by_word=self.scan.unstacked)
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Float32 token embeddings, the start of a residual stream."""
@@ -133,6 +163,8 @@ class Llama(DecoderOnly):
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 vocabulary logits of hidden states after the final norm."""
+        if self.config.tied_head:
+            return word_logits(x, self.embedding.embedding, "VD", self.dtype)
         return self.head(x)
 
     def begin(
@@ -148,5 +180,4 @@ class Llama(DecoderOnly):
 
     def rotation(self, positions: Int[Array, "B T"]) -> Rotation:
         """Float32 cosine and sine `[B, T, K]` of `positions`, for heads of this model's width."""
-        c = self.config
-        return rotary(positions, c.head_width, c.rope_theta, jnp.float32)
+        return rotary(positions, frequencies(self.config), jnp.float32)

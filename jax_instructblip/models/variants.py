@@ -10,6 +10,13 @@ import difflib
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from jax_instructblip.models.language_configs import (
+    LanguageConfig,
+    LlamaConfig,
+    OptConfig,
+    T5Config,
+)
+
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in 0..1
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 DTYPES = ("float32", "bfloat16", "float16")  # compute dtypes of a model
@@ -87,86 +94,6 @@ class ProjectorConfig:
 
 
 Bridge = QFormerConfig | ProjectorConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class T5Config:
-    """Sizes of FlanT5 (T5 v1.1): gated feed-forward, relative position bias, untied head."""
-
-    width: int
-    head_width: int
-    heads: int
-    mlp: int
-    encoder_layers: int
-    decoder_layers: int
-    vocab: int = 32128
-    relative_buckets: int = 32
-    relative_max_distance: int = 128
-    norm_eps: float = 1e-6
-    # 'gelu' is erf, as the released folders say; stock Flan-T5 has 'gelu_new' (tanh).
-    activation: Literal["gelu", "gelu_new", "relu", "silu"] = "gelu"
-    scale_decoder_outputs: bool = False  # times width^-0.5, for a head tied to the embedding
-    # Active in training although T5 is frozen: the released code leaves it in train mode.
-    dropout: float = 0.1
-    pad_id: int = 0
-    eos_id: int = 1
-    decoder_start_id: int = 0
-    kind: Literal["t5"] = "t5"
-    encoder_decoder: ClassVar[bool] = True
-    max_positions: ClassVar[None] = None  # positions are relative: there is no last one
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes of Vicuna v1.1 (LLaMA-1): RMSNorm, rotary positions, SwiGLU, untied head."""
-
-    width: int
-    heads: int
-    mlp: int
-    layers: int
-    vocab: int = 32001
-    norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
-    max_positions: int = 2048
-    dropout: float = 0.0
-    bos_id: int = 2  # the released InstructBLIP sets bos = eos = unk = </s>
-    eos_id: int = 2
-    pad_id: int = 32000
-    kind: Literal["llama"] = "llama"
-    encoder_decoder: ClassVar[bool] = False
-
-    @property
-    def head_width(self) -> int:
-        """Width of one attention head."""
-        return self.width // self.heads
-
-
-@dataclasses.dataclass(frozen=True)
-class OptConfig:
-    """Sizes of OPT: LayerNorm before sub-layers, learned positions, ReLU, tied head."""
-
-    width: int
-    heads: int
-    mlp: int
-    layers: int
-    vocab: int = 50272  # 50,265 ids of the tokenizer, and unused ones
-    max_positions: int = 2048
-    norm_eps: float = 1e-5
-    # Active in training although OPT is frozen: the released code leaves it in train mode.
-    dropout: float = 0.1
-    bos_id: int = 2
-    eos_id: int = 50118  # "\n", which ends BLIP-2's captions; OPT's own is 2
-    pad_id: int = 1
-    kind: Literal["opt"] = "opt"
-    encoder_decoder: ClassVar[bool] = False
-
-    @property
-    def head_width(self) -> int:
-        """Width of one attention head."""
-        return self.width // self.heads
-
-
-LanguageConfig = T5Config | LlamaConfig | OptConfig
 
 
 KINDS = ("instructblip", "blip2", "blip2_stage1", "llava")
@@ -326,8 +253,15 @@ class Variant:
         for name, tower in self.towers.items():
             if isinstance(tower, T5Config | ProjectorConfig):  # T5 states its head width
                 continue
-            if tower.width % tower.heads:
+            if not getattr(tower, "head_size", 0) and tower.width % tower.heads:
                 wrong.append(f"{name}.width {tower.width} is not divisible by {tower.heads} heads")
+        llm = self.llm
+        if isinstance(llm, LlamaConfig) and llm.heads % llm.cached_heads:
+            wrong.append(
+                f"llm.heads {llm.heads} is no multiple of key_value_heads {llm.key_value_heads}"
+            )
+        if isinstance(llm, LlamaConfig) and llm.head_width % 2:
+            wrong.append(f"llm.head_width {llm.head_width} is odd: rotary positions turn pairs")
         return wrong
 
 

@@ -55,7 +55,13 @@ RULES = (
         P("tensor", None, "fsdp"),
         otherwise=P(None, None, BOTH),
     ),
-    Rule(r"(cross_)?attention/(query|key|value)/kernel", P("fsdp", "tensor", None)),
+    Rule(r"(cross_)?attention/query/kernel", P("fsdp", "tensor", None)),
+    # A language model may have fewer key and value heads than `tensor` has devices.
+    Rule(
+        r"(cross_)?attention/(key|value)/kernel",
+        P("fsdp", "tensor", None),
+        otherwise=P(BOTH, None, None),
+    ),
     Rule(r"(cross_)?attention/out/kernel", P("tensor", None, "fsdp")),
     Rule(r"((query|text)_)?mlp/(gate|in)/kernel", P("fsdp", "tensor")),
     Rule(r"((query|text)_)?mlp/out/kernel", P("tensor", "fsdp")),

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from jax_instructblip.conversion import hf_config, sections
+from jax_instructblip.conversion import hf_config, llama_sections, sections
 from jax_instructblip.conversion.safetensors import ConversionError
 from tests.helpers.hf_folders import edit_config
 
 VICUNA = "instructblip-vicuna-7b"
+LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
 
 
 def variant_after(folder, out, change):
@@ -103,7 +104,7 @@ def test_what_the_network_does_not_do_is_refused_all_at_once(flan, vicuna, tmp_p
     ]
 
     def odd_llama(config):
-        config["text_config"].update(num_key_value_heads=2, rope_scaling={"type": "linear"})
+        config["text_config"].update(num_key_value_heads=3, rope_scaling={"type": "dynamic"})
         config["text_config"].update(attention_bias=True)
 
     with pytest.raises(ConversionError) as error:
@@ -113,7 +114,9 @@ def test_what_the_network_does_not_do_is_refused_all_at_once(flan, vicuna, tmp_p
         "text_config.num_key_value_heads",
         "text_config.rope_type",
     ]
-    with pytest.raises(ConversionError, match="'gpt2'; supported language models: llama, opt, t5"):
+    with pytest.raises(
+        ConversionError, match="'gpt2'; supported language models: llama, mistral, opt, qwen2"
+    ):
         variant_after(flan, tmp_path, lambda c: c["text_config"].update(model_type="gpt2"))
     with pytest.raises(ConversionError, match="do not fit together"):
         variant_after(flan, tmp_path, lambda c: c["qformer_config"].update(encoder_hidden_size=99))
@@ -127,16 +130,25 @@ def test_defaults_are_those_of_transformers():
         transformers.InstructBlipVisionConfig: sections.EVA_VIT.defaults,
         transformers.InstructBlipQFormerConfig: sections.QFORMER.defaults,
         transformers.T5Config: sections.T5.defaults,
-        transformers.LlamaConfig: sections.LLAMA.defaults,
+        transformers.LlamaConfig: llama_sections.SECTIONS["llama"].defaults,
+        transformers.MistralConfig: llama_sections.SECTIONS["mistral"].defaults,
+        transformers.Qwen2Config: llama_sections.SECTIONS["qwen2"].defaults,
+        transformers.Qwen3Config: llama_sections.SECTIONS["qwen3"].defaults,
     }
     # Not in the config classes of today: the one position embedding there is, RoPE in a new place.
-    gone = {"position_embedding_type", "rope_theta"}
+    # Width of a head and window are worked out from others in `to_dict`.
+    gone = {"position_embedding_type", "rope_theta", "head_dim", "sliding_window"}
+    gone |= {"num_key_value_heads"}
     for config, ours in made.items():
         theirs = config().to_dict()
         assert {key: theirs[key] for key in ours if key not in gone} == {
             key: value for key, value in ours.items() if key not in gone
         }, config
-    assert transformers.LlamaConfig().rope_parameters["rope_theta"] == 10_000.0
+    for config in list(made)[3:]:
+        assert config().rope_parameters["rope_theta"] == 10_000.0
+    assert transformers.MistralConfig().sliding_window == transformers.Qwen2Config.sliding_window
+    assert transformers.MistralConfig().num_key_value_heads == 8
+    assert transformers.Qwen3Config().head_dim == 128
 
 
 @pytest.mark.parametrize(
@@ -176,8 +188,16 @@ def test_nonsense_in_a_config_is_one_sentence(flan, tmp_path, section, key, valu
         ({"rope_theta": 0, "rope_parameters": None}, "rope_theta is 0, expected above 1"),
         ({"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta is 'x', expected"),
         ({"rope_parameters": [1]}, "rope_parameters is [1]; expected an object"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'; supported: 'default'"),
-        ({"head_dim": 8.0}, "head_dim is 8.0; supported: 16"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'; supported: 'default', 'l"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is None, expected a number"),
+        ({"rope_parameters": LLAMA3 | {"factor": 0.5}}, "rope_parameters.factor is 0.5, expected"),
+        (
+            {"rope_parameters": LLAMA3 | {"high_freq_factor": 1}},
+            "high_freq_factor is 1; expected more than low_freq_factor 1",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; supported: 1"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3; expected a divisor of num_att"),
+        ({"head_dim": 8.0}, "head_dim is 8.0, expected a whole number"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected"),
         ({"max_position_embeddings": -1}, "max_position_embeddings is -1, expected at least 1"),
     ],

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -5,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_instructblip.models.cache import expand_beams
-from jax_instructblip.models.llama import Llama, rotary, rotate
+from jax_instructblip.models.llama import Llama, frequencies, rotary, rotate
 from tests.helpers.numerics import error, random_params, small
 
 CONFIG = small("vicuna").llm
@@ -14,6 +15,7 @@ MODEL = Llama(CONFIG, jnp.float32)
 DRAW = np.random.default_rng(0)
 INPUTS = jnp.asarray(DRAW.standard_normal((3, 9, CONFIG.width), np.float32))
 LENGTHS = (5, 9, 7)
+TURNS = frequencies(dataclasses.replace(CONFIG, head_size=8))
 
 
 def rows(inputs, valid, skip=0):
@@ -45,7 +47,7 @@ def valid(lengths, width):
 
 def test_rotary_turns_pair_k_by_position_over_theta_to_the_2k():
     positions = jnp.array([[0, 1, 7, 2047]])
-    cosine, sine = rotary(positions, 8, 10_000.0, jnp.float32)
+    cosine, sine = rotary(positions, TURNS, jnp.float32)
     assert cosine.shape == sine.shape == (1, 4, 8)
     x = DRAW.standard_normal((1, 4, 1, 8)).astype(np.float32)
     pairs = x[..., :4] + 1j * x[..., 4:]  # (k, k + K/2)
@@ -61,14 +63,14 @@ def test_scores_depend_on_the_distance_alone():
     query, key = (jnp.asarray(DRAW.standard_normal((1, 1, 1, 8), np.float32)) for _ in range(2))
     score = []
     for start in (0, 100):
-        at = lambda position: rotary(jnp.array([[position]]), 8, 10_000.0, jnp.float32)
+        at = lambda position: rotary(jnp.array([[position]]), TURNS, jnp.float32)
         score.append((rotate(query, at(start + 5)) * rotate(key, at(start))).sum())
     assert abs(score[0] - score[1]) < 1e-4
 
 
 def test_rotary_is_computed_in_float32():
     # bfloat16 cannot tell position 257 from 256.
-    cosine, _ = rotary(jnp.array([[256, 257]]), 8, 10_000.0, jnp.bfloat16)
+    cosine, _ = rotary(jnp.array([[256, 257]]), TURNS, jnp.bfloat16)
     assert cosine.dtype == jnp.bfloat16
     assert error(cosine[0, :, 0], np.cos([256.0, 257.0])) < 0.01
 

@@ -142,15 +142,15 @@ def test_only_tables_of_words_are_big_and_whole(sizes, whole):
 
 def test_refuses_what_no_rule_names_and_what_does_not_divide():
     tree = {
-        "llm": {"layers": {"attention": {"key": {"kernel": jnp.zeros((2, 8, 6, 4))}}}},
+        "llm": {"layers": {"attention": {"query": {"kernel": jnp.zeros((2, 8, 6, 4))}}}},
         "qformer": {"gizmo": {"kernel": jnp.zeros((3, 4))}, "head": {"kernel": jnp.zeros((9, 7))}},
     }
     with pytest.raises(ValueError) as caught:
         rules.shardings(tree, mesh_of(1, 2, 4))
     lines = str(caught.value).splitlines()
     assert lines[0] == "3 leaves cannot be laid over the mesh:"
-    assert "llm/layers/attention/key/kernel [2, 8, 6, 4]: axis 2 of 6 does not divide" in lines[1]
-    assert "by tensor=4 (rule '(cross_)?attention/(query|key|value)/kernel')" in lines[1]
+    assert "llm/layers/attention/query/kernel [2, 8, 6, 4]: axis 2 of 6 does not divide" in lines[1]
+    assert "by tensor=4 (rule '(cross_)?attention/query/kernel')" in lines[1]
     assert "qformer/gizmo/kernel [3, 4]: no rule says how it is split" in lines[2]
     assert "axis 0 of 9 does not divide by fsdp=2; axis 0 of 9 does not divide by" in lines[3]
     assert "fsdp=2 x tensor=4" in lines[3]
@@ -218,7 +218,7 @@ def test_a_state_is_restored_on_other_devices(multi_device):
 def test_a_mesh_that_does_not_divide_is_refused_before_weights_are_read(tmp_path, monkeypatch):
     base = write_base(tmp_path / "base")
     monkeypatch.setattr(initial, "read_params", None)
-    with pytest.raises(ValueError, match=r"llm/.*key/kernel .*: axis 2 of 3 does not divide by"):
+    with pytest.raises(ValueError, match=r"llm/.*query/kernel .*: axis 2 of 3 does not divide by"):
         initial.load_initial(base, mesh=mesh_of(1, 1, 2))
 
 

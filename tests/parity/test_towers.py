@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_instructblip.models.llama import LlamaLayer, rotary
+from jax_instructblip.models.llama import LlamaLayer, frequencies, rotary
 from jax_instructblip.models.masks import causal_mask, padding_mask
 from jax_instructblip.models.qformer import QFormerLayer
 from jax_instructblip.models.t5 import T5Layer, T5Stack
@@ -83,7 +83,7 @@ def test_llama_layers(read_pair):
     inputs, expected = towers.layers(seen, "language_model.model.layers")
     valid = pair.batch["segments"] > 0
     positions = jnp.arange(inputs.shape[2])[None]
-    rotation = rotary(positions, config.head_width, config.rope_theta, jnp.float32)
+    rotation = rotary(positions, frequencies(config), jnp.float32)
     rest = None, causal_mask(jnp.asarray(pair.batch["segments"])), rotation, False, False
     params = pair.params["llm"]["layers"]
     found = through(LlamaLayer(config, jnp.float32), params, inputs, *rest)
