@@ -41,7 +41,7 @@ def retrieval_scores(
     blip = Retriever(model.variant, params, text, dtype=model.dtype, silent=True)
     images = list(pictures.values())
     near = blip.itc(images, captions)
-    ranking = blip.rank(images, captions, k=CANDIDATES)
+    ranking = blip.rank(images, captions, k=CANDIDATES, near=near)
     values = {}
     for prefix, forth, back in (
         ("", ranking.image_to_text, ranking.text_to_image),

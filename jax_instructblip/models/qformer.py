@@ -51,13 +51,14 @@ class QFormerLayer(nn.Module):
         past: KeyValue | None,
         mask: Bool[Array, "#B 1 #T S"] | None,
         image: Float[Array, "G P Dv"] | None,
+        image_kv: KeyValue | None,
         queries: int,
         train: bool,
-    ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """The layer's output, and the keys and values of `x`.
+    ) -> tuple[Float[Array, "B T D"], KeyValue, KeyValue | None]:
+        """The layer's output, the keys and values of `x`, and those of the image it looked at.
 
         `x` are `queries` queries, then text; one of the two may be absent. What `past` holds is
-        seen ahead of `x`.
+        seen ahead of `x`. `image_kv` stands for the image where its keys were computed before.
         """
         c = self.config
         layer = Dropout(c.dropout)
@@ -76,10 +77,14 @@ class QFormerLayer(nn.Module):
         mixed = attend(attention.query(x), seen["key"], seen["value"], mask, dropout=dropout)
         x = norm(name="attention_norm")(constrain(x + dropout(attention.out(mixed))))
         first, text = x[:, :queries], x[:, queries:]
-        if image is not None and self.cross:
+        if self.cross and (image is not None or image_kv is not None):
+            cross = make_attention(name="cross_attention")
+            if image_kv is None:
+                image_kv = {"key": cross.key(image), "value": cross.value(image)}
+            key, value = image_kv["key"], image_kv["value"]
             # Rows that share an image lie beside each other: its keys are made once for all.
-            rows = first.reshape(image.shape[0], -1, first.shape[-1])
-            y = make_attention(name="cross_attention")(rows, image, dropout=dropout)
+            rows = first.reshape(key.shape[0], -1, first.shape[-1])
+            y = cross.out(attend(cross.query(rows), key, value, dropout=dropout))
             y = y.reshape(first.shape)
             first = norm(name="cross_attention_norm")(constrain(first + dropout(y)))
         if queries:
@@ -88,7 +93,7 @@ class QFormerLayer(nn.Module):
         if text.shape[1]:
             y = mlp(name="text_mlp")(text)
             text = norm(name="text_mlp_norm")(constrain(text + dropout(y)))
-        return constrain(jnp.concatenate([first, text], axis=1)), own
+        return constrain(jnp.concatenate([first, text], axis=1)), own, image_kv
 
 
 class QFormerPair(nn.Module):
@@ -99,12 +104,22 @@ class QFormerPair(nn.Module):
 
     @nn.compact
     def __call__(self, x, past, mask, image, queries, return_kv, train):
-        """Runs both layers; `past` and what `return_kv` gives back hold those of each by name."""
-        kept = {}
+        """Runs both layers; returns the keys and values that `return_kv` names.
+
+        "queries" (or True) are those of `x` in each layer by name, which `past` takes; "image"
+        those of the patches, which `past` takes under that name.
+        """
+        past, kept, image_kv = past or {}, {}, None
         for name in ("cross", "plain"):
-            layer = QFormerLayer(self.config, self.dtype, cross=name == "cross", name=name)
-            own = None if past is None else past[name]
-            x, kept[name] = layer(x, own, mask, image, queries, train)
+            cross = name == "cross"
+            layer = QFormerLayer(self.config, self.dtype, cross=cross, name=name)
+            shown = past.get("image") if cross else None
+            x, kept[name], shown = layer(
+                x, past.get(name), mask, image if cross else None, shown, queries, train
+            )
+            image_kv = shown if cross else image_kv
+        if return_kv == "image":
+            return x, image_kv
         return x, kept if return_kv else None
 
 
@@ -168,6 +183,14 @@ class QFormer(Network):
         image = self.image_norm(patches)
         return self._run(self._queries(image.shape[0]), None, None, image, return_kv, train)
 
+    def image_kv(self, patches: Float[Array, "G P Dv"]) -> KeyValue:
+        """Keys and values [Y, G, P, N, K] of the patches, in each of the Y layers that look.
+
+        `read_both` takes them in place of the patches, for any number of texts.
+        """
+        image = self.image_norm(patches)
+        return self._run(self._queries(image.shape[0]), None, None, image, "image", False)[1]
+
     def read_text(
         self, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"], train: bool = False
     ) -> Float[Array, "B L D"]:
@@ -176,22 +199,26 @@ class QFormer(Network):
 
     def read_both(
         self,
-        patches: Float[Array, "G P Dv"],
+        patches: Float[Array, "G P Dv"] | KeyValue,
         tokens: Int[Array, "B L"],
         valid: Bool[Array, "B L"],
         train: bool = False,
     ) -> Float[Array, "B Q D"]:
         """The outputs of the queries that saw the image and the text, which saw them.
 
-        Each image may serve several texts in a row, B = G x k. Queries carry no position, text
-        positions start at 0, and one norm covers both.
+        Each image may serve several texts in a row, B = G x k; its `image_kv` may stand for its
+        patches. Queries carry no position, text positions start at 0, and one norm covers both.
         """
-        image = self.image_norm(patches)
+        image, past = None, None
+        if isinstance(patches, dict):
+            past = {"image": patches}
+        else:
+            image = self.image_norm(patches)
         queries = self._queries(tokens.shape[0])
         x = jnp.concatenate([queries, self.embed_text(tokens)], axis=1)
         ones = jnp.ones(queries.shape[:2], bool)
         mask = padding_mask(jnp.concatenate([ones, valid], axis=1))
-        return self._run(x, None, mask, image, False, train)[0][:, : self.config.queries]
+        return self._run(x, past, mask, image, False, train)[0][:, : self.config.queries]
 
     def write_text(
         self,
@@ -227,9 +254,10 @@ class QFormer(Network):
         return jnp.broadcast_to(self.queries, shape).astype(RESIDUAL)
 
     def _run(
-        self, x: Array, past: Any, mask: Array | None, image: Array | None, *flags: bool
+        self, x: Array, past: Any, mask: Array | None, image: Array | None, *flags: bool | str
     ) -> tuple[Array, Any]:
         """Norm, dropout and all layers; `flags` are `return_kv` and `train`."""
-        queries = 0 if image is None else self.config.queries
+        looks = image is not None or "image" in (past or {})
+        queries = self.config.queries if looks else 0
         x = self.drop(self.embed_norm(x), deterministic=not flags[-1])
         return self.layers(x, past, mask, image, queries, *flags)
