@@ -11,7 +11,7 @@ one id more, which stands before them.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax_instructblip import lookup
@@ -25,14 +25,27 @@ GENERATE = (
     *("max_new_tokens", "min_new_tokens", "length_rule"),
 )
 RANK = ("length_normalise",)
+RETRIEVE = ("k", "itm_only")
 
+# The models that papers have numbers of, and what reports call them.
+SHORT = {
+    "instructblip-flan-t5-xl": "FlanT5-XL",
+    "instructblip-flan-t5-xxl": "FlanT5-XXL",
+    "instructblip-vicuna-7b": "Vicuna-7B",
+    "instructblip-vicuna-13b": "Vicuna-13B",
+    "blip2-opt-2.7b": "BLIP-2 OPT-2.7B",
+    "blip2-opt-6.7b": "BLIP-2 OPT-6.7B",
+    "blip2-flan-t5-xl": "BLIP-2 FlanT5-XL",
+    "blip2-flan-t5-xxl": "BLIP-2 FlanT5-XXL",
+    "blip2-vicuna-7b": "BLIP-2 Vicuna-7B",
+    "blip2-vicuna-13b": "BLIP-2 Vicuna-13B",
+    "blip2-opt-2.7b-coco": "BLIP-2 OPT-2.7B, COCO",
+    "blip2-opt-6.7b-coco": "BLIP-2 OPT-6.7B, COCO",
+    "blip2-flan-t5-xl-coco": "BLIP-2 FlanT5-XL, COCO",
+    "blip2-stage1-coco": "BLIP-2 ViT-g, COCO",
+}
 # InstructBLIP (arXiv 2305.06500), table 1: zero-shot results, in percent, of these models.
-MODELS = (
-    "instructblip-flan-t5-xl",
-    "instructblip-flan-t5-xxl",
-    "instructblip-vicuna-7b",
-    "instructblip-vicuna-13b",
-)
+MODELS = tuple(name for name in SHORT if name.startswith("instructblip"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +64,13 @@ class Protocol:
         the choices themselves are ranked.
       decoding: how answers are generated; of a ranking, if it is told to generate.
       llama: settings of `decoding` that differ with a LLaMA, or another decoder alone (OPT).
+      prompts: prompts of language models that are asked in other words, by their kinds.
+      retrieval: whether images and captions find each other (`Retriever.rank`).
+      k: of a retrieval, the nearest by similarity that are re-ranked by the match.
+      itm_only: of a retrieval, whether a score is the logit of the match without the similarity.
       length_normalise: of a ranking, as in `blip.rank`.
-      paper: what InstructBLIP reports, in percent, by the names of its models.
+      paper: what papers report, in percent, by the names of models.
+      paper_values: of some models the numbers beside the headline, by the names of values.
       notes: what is not known, or not as it seems.
     """
 
@@ -65,13 +83,20 @@ class Protocol:
     words: tuple[tuple[str, ...], ...] = ()
     decoding: GenerationConfig = GenerationConfig()  # noqa: RUF009 (frozen)
     llama: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    retrieval: bool = False
+    k: int = 0
+    itm_only: bool = False
     length_normalise: bool = False
     paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    paper_values: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
     def mode(self) -> str:
         """The way of answering, in a word."""
+        if self.retrieval:
+            return "retrieved"
         return "ranked" if self.ranking else "generated"
 
     def config(self, llm: str = "t5") -> GenerationConfig:
@@ -79,9 +104,9 @@ class Protocol:
         return self.decoding if llm == "t5" else self.decoding.replace(**self.llama)
 
     def settings(self, llm: str = "t5") -> dict[str, Any]:
-        """Keyword arguments of `blip.generate`, or of `blip.rank` if `ranking`."""
-        if self.ranking:
-            return {name: getattr(self, name) for name in RANK}
+        """Keyword arguments of `blip.generate`, or of `blip.rank` if `ranking` or `retrieval`."""
+        if self.ranking or self.retrieval:
+            return {name: getattr(self, name) for name in (RANK if self.ranking else RETRIEVE)}
         config = self.config(llm)
         return {name: getattr(config, name) for name in GENERATE} | config.changed()
 
@@ -93,7 +118,9 @@ class Protocol:
         Raises:
           ValueError: a setting cannot be so.
         """
-        own = {name: fields[name] for name in ("prompt", "ranking", *RANK) if name in fields}
+        names = RETRIEVE if self.retrieval else ("prompt", "ranking", *RANK)
+        own = {"prompt": self.prompts.get(llm, self.prompt), "prompts": {}}
+        own |= {name: fields[name] for name in names if name in fields}
         config = self.config(llm)
         if not fields.get("ranking", self.ranking):
             config = config.replace(**{name: fields[name] for name in GENERATE if name in fields})
@@ -268,29 +295,34 @@ def get_benchmark(name: str) -> Protocol:
     return lookup.find(BENCHMARKS, name, "dataset")
 
 
-def table() -> str:
+def table(rows: Mapping[str, Protocol] = PROTOCOLS) -> str:
     """All rows for people: what is asked of which split, how it is answered and scored."""
-    lines = []
-    for name, row in PROTOCOLS.items():
-        scored = f"scored by {row.metric}" if row.metric else "not scored"
-        split = (row.split or "any split") if row.dataset else "for every day"
-        lines.append(f"{name}: {split}, {row.mode}, {scored}")
-        lines.append(f"  prompt: {row.prompt!r}")
-        settings = {kind: row.settings(kind) for kind in ("t5", "llama")}
-        for kind, values in settings.items():
-            if kind == "t5" or values != settings["t5"]:
-                said = ", ".join(f"{field} {value}" for field, value in values.items())
-                lines.append(f"  {'settings' if kind == 't5' else 'with a LLaMA'}: {said}")
-        if row.words:
-            lines.append(f"  ranked: {'; '.join(' or '.join(words) for words in row.words)}")
-        if row.paper:
-            numbers = ", ".join(f"{model} {value}" for model, value in row.paper.items())
-            lines.append(f"  paper: {numbers}")
-        lines += [f"  note: {note}" for note in row.notes]
-    return "\n".join(lines)
+    return "\n".join(line for name, row in rows.items() for line in _described(name, row))
+
+
+def _described(name: str, row: Protocol) -> Iterator[str]:
+    scored = f"scored by {row.metric}" if row.metric else "not scored"
+    split = (row.split or "any split") if row.dataset else "for every day"
+    yield f"{name}: {split}, {row.mode}, {scored}"
+    if row.prompt:
+        yield f"  prompt: {row.prompt!r}"
+    for kind, prompt in row.prompts.items():
+        yield f"  of {kind}: {prompt!r}"
+    settings = {kind: row.settings(kind) for kind in ("t5", "llama")}
+    for kind, values in settings.items():
+        if kind == "t5" or values != settings["t5"]:
+            said = ", ".join(f"{field} {value}" for field, value in values.items())
+            yield f"  {'settings' if kind == 't5' else 'with a LLaMA'}: {said}"
+    if row.words:
+        yield f"  ranked: {'; '.join(' or '.join(words) for words in row.words)}"
+    if row.paper:
+        numbers = ", ".join(f"{model} {value}" for model, value in row.paper.items())
+        yield f"  paper: {numbers}"
+    for note in row.notes:
+        yield f"  note: {note}"
 
 
 def paper_model(variant: Variant) -> str:
-    """The name of the paper's model that has these sizes; "" for none."""
+    """The name of the published model that has these sizes; "" for none."""
     name = released_name(variant)
-    return name if name in MODELS else ""
+    return name if name in SHORT else ""

@@ -16,12 +16,13 @@ DECODING = (
     *("num_beams", "length_penalty", "repetition_penalty", "max_new_tokens", "min_new_tokens"),
     "length_rule",
 )
-OVERRIDES = (*DECODING, "length_normalise")
+OVERRIDES = (*DECODING, "length_normalise", "k", "itm_only")
 MODES = ("rank", "generate")
 _DEVICES = whole(1, 1_000_000, unit="devices")
 NUMBERS = {
     "batch_size": whole(1, 65_536, unit="questions", optional=True),
     "fsdp": _DEVICES,
+    "k": whole(1, unit="candidates", optional=True),
     "limit": whole(0, unit="questions; 0: all"),
     "tensor": _DEVICES,
 }
@@ -45,7 +46,7 @@ _ANSWERING = (
     "no_baselines",
     *OVERRIDES,
 )
-_OF_DATASETS = ("prompt", "mode", "candidates", "relevance", "length_normalise")
+_OF_DATASETS = ("prompt", "mode", "candidates", "relevance", "length_normalise", "k", "itm_only")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Settings:
       out: folder to write to; of families by default the run.
       split: another than the paper's; of families one or more with commas, by default test splits.
       limit: so many questions of each, always the same; 0: all.
-      batch_size: questions at once, of datasets on each device.
+      batch_size: questions (of a retrieval pairs) at once, of datasets on each device.
       predictions: a file of answers that were made before, which are scored.
       relevance: a file of dense annotations, for visual_dialog's NDCG.
       no_baselines: of families, whether `blind` and `before` are left out.
@@ -76,6 +77,8 @@ class Settings:
       num_beams, length_penalty, repetition_penalty, max_new_tokens, min_new_tokens, length_rule: as
         in `GenerationConfig`.
       length_normalise: of a ranking, whether scores are means over tokens instead of sums.
+      k: of a retrieval, the nearest that are re-ranked.
+      itm_only: of a retrieval, whether a score is the logit of the match alone.
       dtype: of weights and computing; by default bfloat16, on a CPU float32.
       fsdp: devices that weights are split over.
       tensor: devices that share every question.
@@ -105,6 +108,8 @@ class Settings:
     min_new_tokens: int | None = None
     length_rule: str | None = None
     length_normalise: bool | None = None
+    k: int | None = None
+    itm_only: bool | None = None
     dtype: str | None = None
     fsdp: int = 1
     tensor: int = 1

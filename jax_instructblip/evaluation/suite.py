@@ -259,7 +259,7 @@ def _ask(
         "questions": questions.digest,
     }
     store = Store(destination.folder, name, {**facts, **stands}, process)
-    done = _begin(store, first, destination.replace)
+    done = begin_store(store, first, destination.replace)
     say(describe(task, name, len(questions.records), len(done)))
     left = count_left(questions, done)
     total = left if together else -(-left // jax.process_count())
@@ -314,7 +314,7 @@ def _scored(
     return rows, scores, reason
 
 
-def _begin(store: Store, first: bool, replace: bool) -> dict[str, Prediction]:
+def begin_store(store: Store, first: bool, replace: bool = False) -> dict[str, Prediction]:
     """The answers already there; every process has seen them when one goes on."""
     problem: Exception | None = None
     if first:

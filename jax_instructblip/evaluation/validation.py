@@ -13,6 +13,7 @@ from jax_instructblip.data.sources import dataset_name
 from jax_instructblip.data.templates import PAPER, TextStyle
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import answering, families
+from jax_instructblip.evaluation.blip2_protocols import get_benchmark
 from jax_instructblip.evaluation.grouping import plan
 from jax_instructblip.evaluation.metrics import caption_scores
 from jax_instructblip.evaluation.metrics.metric import MetricError
@@ -93,7 +94,9 @@ def evaluate(
     )
     kind, size = model.variant.llm.kind, max(1, batch_size // blip.batch_shards)
     if name := dataset_name(path) if path else "":
-        task = open_task(BENCHMARKS[name], Path(path), kind, split=split, limit=limit)
+        task = open_task(
+            get_benchmark(name, model.variant.kind), Path(path), kind, split=split, limit=limit
+        )
     else:
         config = GenerationConfig(max_new_tokens=max_new_tokens)
         task = families.family_task(split or "validation", records, config, limit=limit)

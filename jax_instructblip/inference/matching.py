@@ -68,14 +68,12 @@ def plan_blocks(numbers: Sequence[int], texts: Sequence[np.ndarray], size: int) 
             yield Block(number, texts[number][start : start + size])
 
 
-def rerank(near: np.ndarray, matches: np.ndarray, columns: np.ndarray, itm_only: bool) -> Ranked:
-    """The candidates `columns` [R, k] by the logit of the match plus the similarity.
+def rerank(columns: np.ndarray, near: np.ndarray, matches: np.ndarray, itm_only: bool) -> Ranked:
+    """The candidates `columns` by the logit of their match plus their similarity, all [R, k].
 
     With `itm_only` by the logit alone. Of equal scores the nearer comes first.
     """
-    scores = np.take_along_axis(matches, columns, axis=1)
-    if not itm_only:
-        scores = scores + np.take_along_axis(near, columns, axis=1)
+    scores = matches if itm_only else matches + near
     order = np.argsort(-scores, axis=1, kind="stable")
     return Ranked(*(np.take_along_axis(each, order, axis=1) for each in (columns, scores)))
 

@@ -194,9 +194,12 @@ class Retriever:
             matches[number, chosen[number]] = logits
 
         self.match(images, texts, chosen, take, batch_size=batch_size)
-        forth = matching.rerank(near, matches, of_images, itm_only)
-        back = matching.rerank(near.T, matches.T, of_texts, itm_only)
-        return Ranking(matching.spread(forth, len(texts)), matching.spread(back, len(images)))
+
+        def ranked(columns: np.ndarray, near: np.ndarray, matches: np.ndarray) -> np.ndarray:
+            own, logits = (np.take_along_axis(each, columns, axis=1) for each in (near, matches))
+            return matching.spread(matching.rerank(columns, own, logits, itm_only), near.shape[1])
+
+        return Ranking(ranked(of_images, near, matches), ranked(of_texts, near.T, matches.T))
 
     def match(
         self,
@@ -360,7 +363,7 @@ def _similarities(images: jax.Array, texts: jax.Array) -> jax.Array:
         return image_to_text(images, texts)
 
 
-def _batches(items: Sequence[Any], size: int, unit: str) -> Iterator[Sequence[Any]]:
+def _batches(items: Any, size: int, unit: str) -> Iterator[Sequence[Any]]:
     check_batch_size(size)
     if isinstance(items, str | bytes | os.PathLike | Image.Image):
         raise ValueError(f"{unit} is a {type(items).__name__}, expected a list of them")

@@ -79,8 +79,9 @@ class QFormerLayer(nn.Module):
         first, text = x[:, :queries], x[:, queries:]
         if self.cross and (image is not None or image_kv is not None):
             cross = make_attention(name="cross_attention")
-            if image_kv is None:
+            if image is not None:
                 image_kv = {"key": cross.key(image), "value": cross.value(image)}
+            assert image_kv is not None
             key, value = image_kv["key"], image_kv["value"]
             # Rows that share an image lie beside each other: its keys are made once for all.
             rows = first.reshape(key.shape[0], -1, first.shape[-1])

@@ -38,12 +38,11 @@ def test_blocks_hold_each_pair_once():
 
 
 def test_a_score_is_match_plus_similarity_or_the_match_alone():
-    near = np.array([[0.5, 0.1, 0.4]], np.float32)
-    matches = np.array([[1.0, ABSENT, 1.05]], np.float32)
     columns = np.array([[0, 2]])
-    both = matching.rerank(near, matches, columns, itm_only=False)
+    near, matches = np.array([[0.5, 0.4]], np.float32), np.array([[1.0, 1.05]], np.float32)
+    both = matching.rerank(columns, near, matches, itm_only=False)
     assert both.columns.tolist() == [[0, 2]] and both.scores[0, 0] == pytest.approx(1.5)
-    alone = matching.rerank(near, matches, columns, itm_only=True)
+    alone = matching.rerank(columns, near, matches, itm_only=True)
     assert alone.columns.tolist() == [[2, 0]] and alone.scores[0, 0] == pytest.approx(1.05)
-    scores = matching.spread(Ranked(columns, both.scores), 3)
+    scores = matching.spread(Ranked(both.columns, both.scores), 3)
     assert scores[0, 1] == ABSENT and scores[0, 2] == pytest.approx(1.45)

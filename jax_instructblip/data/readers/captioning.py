@@ -57,6 +57,7 @@ class _Image(NamedTuple):
     path: str
     captions: tuple[str, ...]
     ocr: tuple[str, ...] = ()
+    group: str = ""  # of the images that are scored apart, too
 
 
 def read_coco_caption(raw: pathlib.Path, split: str) -> Iterator[Record]:
@@ -93,6 +94,7 @@ def read_web_capfilt(raw: pathlib.Path, split: str) -> Iterator[Record]:
 def read_nocaps(raw: pathlib.Path, split: str) -> Iterator[Record]:
     """NoCaps; its test captions are not public, and some copies of val have none either.
 
+    The domain of an image, where the file tells it, stands behind the name: `nocaps/in-domain`.
     Images: `val/0013ea2087020901.jpg`.
     """
     layout, (path,) = pick_layout(raw, split, NOCAPS, NOCAPS_LAVIS)
@@ -144,7 +146,7 @@ def _dressed(task: str, split: str, images: Iterable[_Image]) -> Iterator[Record
                 images=(image.path,),
                 prompt="",
                 answers=answers,
-                task=task,
+                task=f"{task}/{image.group}" if image.group else task,
                 split=split,
                 ocr=image.ocr,
             )
@@ -169,7 +171,8 @@ def _coco(raw: pathlib.Path, path: pathlib.Path, folder: str) -> Iterator[_Image
         name = text_of(row, "file_name", where)
         captioned = {"captions": captions.get(image, [])}
         said = () if hidden else texts_of(captioned, "captions", f"{path}: image {image}")
-        yield _Image(image, inside(raw, folder, name, where=where), said)
+        domain = field(row, "domain", str, where) if "domain" in row else ""
+        yield _Image(image, inside(raw, folder, name, where=where), said, group=domain)
     stray = sorted(captions.keys() - shown)
     if stray:
         raise AnnotationError(

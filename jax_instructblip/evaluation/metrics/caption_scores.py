@@ -44,7 +44,8 @@ def score_captions(
     run; `left_out` says why one cannot.
 
     CIDEr weighs words by how many of the records' images have them in a reference, so it depends on
-    which records are scored: score whole splits. Of a single image it is 0.
+    which records are scored: score whole splits. Of a single image it is 0. `cider/GROUP` is that
+    of a group (NoCaps' domains) alone, words weighed by its own references.
 
     `java` demands Java or does without; by default it is used where there is one.
 
@@ -78,7 +79,21 @@ def score_captions(
         for name, (value, of_each) in zip(names, score(references, candidates), strict=True):
             values[name] = float(value)
             samples[name] = tuple(map(float, of_each))
+    for group, names in _groups(pairs).items():
+        parts = ({name: each[name] for name in names} for each in (references, candidates))
+        value, of_each = next(_cider(*parts))
+        values[f"cider/{group}"] = float(value)
+        samples[f"cider/{group}"] = tuple(map(float, of_each))
     return Scores(values, samples, tuple(notes), left_out)
+
+
+def _groups(pairs: Sequence[tuple[Response, Record]]) -> dict[str, list[str]]:
+    """The ids of each group of records: `in-domain` of those whose task is `nocaps/in-domain`."""
+    groups: dict[str, list[str]] = {}
+    for _, record in pairs:
+        if group := record.task.partition("/")[2]:
+            groups.setdefault(group, []).append(record.id)
+    return dict(sorted(groups.items()))
 
 
 def tokenise_stanford(captions: Sequence[str]) -> list[str]:
