@@ -1,16 +1,18 @@
 """The PyTorch side of `precision.py`: transformers in float64 and under `torch.autocast(bfloat16)`.
 
-Two ways of autocast are measured:
+Two ways to use autocast are measured:
 
-    autocast   All weights are float32, as `torch.autocast` wants them; each product casts its own.
-               Embeddings are float32, and with them all residual streams.
-    released   The language model's weights and the linear ones of the ViT are bfloat16, as LAVIS
-               loads them (the ViT's in float16). What T5's encoder is given is float32, as where
-               LAVIS joins a float16 and a bfloat16 array, and so is its residual stream; that of
-               the decoder, and of LLaMA, begins with bfloat16 embeddings and stays bfloat16.
+    autocast   All weights are float32, as `torch.autocast` expects; each product casts its inputs.
+               Embeddings are float32, and so are all residual streams.
+    released   Weights of the language model and of the ViT's linear layers are bfloat16. LAVIS does
+               the same, but with float16 in the ViT. The inputs of T5's encoder are float32, as in
+               LAVIS, which joins a float16 and a bfloat16 array there, and so is its residual
+               stream. The residual streams of T5's decoder and of LLaMA start from bfloat16
+               embeddings and stay bfloat16.
 
-LAVIS runs the ViT and the Q-Former under float16; here all is bfloat16. On a CPU autocast leaves
-norms, softmaxes, sums and losses narrow that it makes float32 on a GPU: here it does as there.
+LAVIS runs the ViT and the Q-Former in float16; here everything is bfloat16. On CPU, autocast
+computes norms, softmaxes, sums and losses in bfloat16, on GPU in float32; here it is made to use
+float32 as on GPU.
 """
 
 import contextlib
@@ -31,9 +33,9 @@ from jax_instructblip.conversion.engine import Rule
 from jax_instructblip.conversion.tables import qformer as qformer_table
 from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, Variant
 
-RATE = 1e-5  # the paper's peak, with its AdamW: betas 0.9, 0.999, weight decay 0.05
+RATE = 1e-5  # the paper's peak rate; its AdamW has betas 0.9, 0.999 and weight decay 0.05
 _SHARPENED = (".q.weight", "q_proj.weight", "query.weight", "lm_head.weight")
-# Of what CUDA's autocast computes in float32, what these models call.
+# The functions used by these models that CUDA's autocast computes in float32.
 _WIDE = {
     *(functional.layer_norm, functional.softmax, functional.log_softmax, functional.cross_entropy),
     *(torch.softmax, torch.Tensor.softmax, torch.pow, torch.Tensor.pow),
@@ -42,7 +44,7 @@ _WIDE = {
 
 
 class Widened(TorchFunctionMode):
-    """Autocast of a CPU with the float32 functions of a GPU's."""
+    """Makes CPU autocast compute the functions in `_WIDE` in float32, as GPU autocast does."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: D105
         narrow = lambda leaf: isinstance(leaf, torch.Tensor) and leaf.dtype == torch.bfloat16
@@ -52,7 +54,7 @@ class Widened(TorchFunctionMode):
 
 
 class Double(TorchFunctionMode):
-    """No cast to float32 is made: the norms and softmaxes of transformers have some."""
+    """Turns casts to float32 in transformers' norms and softmaxes into casts to float64."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: D105
         change = lambda leaf: torch.float64 if leaf is torch.float32 else leaf
@@ -63,7 +65,7 @@ class Double(TorchFunctionMode):
 
 @contextlib.contextmanager
 def computing(side: str):
-    """The context that the calls of a side run under."""
+    """Context manager for transformers' calls: float64 if `side` is "float64", else autocast."""
     if side == "float64":
         with Double():
             yield
@@ -75,9 +77,10 @@ def computing(side: str):
 def make_weights(
     variant: Variant, sharp: float, seed: int, folder: pathlib.Path
 ) -> dict[str, np.ndarray]:
-    """Writes a Hugging Face folder of random weights; returns the trained ones by our paths.
+    """Writes a Hugging Face folder of random weights; returns the trained ones by our leaf paths.
 
-    `sharp` is a factor of query and head kernels. Frozen weights are numbers that bfloat16 has.
+    `sharp` multiplies query and head kernels; above 1 the softmaxes are more peaked. Frozen weights
+    are rounded to bfloat16.
     """
     with quiet():
         model = transformers.InstructBlipForConditionalGeneration(config_of(variant))
@@ -110,7 +113,10 @@ def measure(
     batches: Sequence[dict[str, np.ndarray]],
     steps: int,
 ) -> dict[str, np.ndarray]:
-    """Measures transformers as `side` says; returns what `precision.measure` does."""
+    """Runs transformers as `side`, one of `precision.SIDES`; returns arrays by name.
+
+    They are described in `precision.measure`.
+    """
     with quiet():
         model = transformers.InstructBlipForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
@@ -136,7 +142,7 @@ def measure(
     def read() -> np.ndarray:
         answer = batches[0]["answer"].shape[1]
         logits = call(0).logits
-        # Of a decoder-only model: those before each token of the answer, which is its row's end.
+        # For a decoder-only model: the logits one position before each answer token.
         asked = logits if variant.llm.kind == "t5" else logits[:, -answer - 1 : -1]
         return asked.double().numpy()
 
@@ -159,7 +165,7 @@ def measure(
 
 
 def by_our_paths(variant: Variant, tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """The trained tensors by the paths of our tree, moved as conversion moves them."""
+    """Returns the trained PyTorch tensors as arrays in this package's layout, by leaf path."""
     made = {}
     for rule in qformer_table.rules(variant.qformer):
         if isinstance(rule, Rule):
@@ -170,7 +176,7 @@ def by_our_paths(variant: Variant, tensors: dict[str, torch.Tensor]) -> dict[str
 
 
 def _narrow(model: Any) -> None:
-    """Narrows the weights that LAVIS narrows, and widens what its T5 encoder is given."""
+    """Casts the weights that LAVIS narrows to bfloat16, and T5's encoder inputs to float32."""
     model.language_model.bfloat16()
     for module in model.vision_model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
@@ -184,7 +190,7 @@ def _narrow(model: Any) -> None:
 
 
 def _inputs(variant: Variant, ids: dict[str, np.ndarray], side: str) -> dict[str, torch.Tensor]:
-    """A batch as transformers takes it: placeholders for the image, the text, the labels."""
+    """Returns a batch for transformers: image placeholders, text, labels, pixels."""
     prompt, answer = ids["prompt"], ids["answer"]
     pixels = (ids["images"][:, 0] / 255 - np.array(IMAGE_MEAN)) / np.array(IMAGE_STD)
     image = np.full((len(prompt), variant.qformer.queries), variant.llm.vocab - 1)

@@ -1,11 +1,11 @@
-"""Peak memory of a save and a restore of a large trained tree, in each of two processes.
+"""Peak memory of saving and restoring a large trained tree, in each of two processes.
 
 python -m benchmarks.checkpoint_memory [--gigabytes 2] [--folder DIR] [--out FILE]
 
-The tree has the leaves of a decoder, float32, split over the devices of two processes (gloo), with
-Adam's two moments of each. A first pair of processes makes it and saves it, a second one restores
-it. Of each the peak of the resident memory (VmHWM, set back before) is compared with what it was
-just before: of the save with the state in place, of the restore without one.
+The tree has the leaves of a decoder in float32 and Adam's two moments of each, split over the
+devices of two processes (gloo). A first pair of processes creates and saves it, a second pair
+restores it. Reported is the peak of the resident memory (VmHWM, reset before) minus the memory just
+before: with the state in place when saving, without a state when restoring.
 """
 
 import argparse
@@ -45,7 +45,7 @@ META = {
 
 
 def shapes(gigabytes: float) -> Any:
-    """The state's leaves: shapes and dtypes."""
+    """Returns the shapes and dtypes of a training state whose weights have so many gigabytes."""
     layers = max(1, round(LAYERS * gigabytes / 2))
     head = (layers, WIDTH, HEADS, WIDTH // HEADS)
     out = (layers, HEADS, WIDTH // HEADS, WIDTH)
@@ -60,7 +60,7 @@ def shapes(gigabytes: float) -> Any:
 
 
 def values(number: int, shape: tuple[int, ...], dtype: Any, index: Any) -> np.ndarray:
-    """The bytes of the leaf of that number there, others in each row."""
+    """Returns the test values of the slice `index` of leaf `number`; every row differs."""
     if not shape:
         return np.asarray(number, dtype)
     bounds = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
@@ -74,15 +74,15 @@ def values(number: int, shape: tuple[int, ...], dtype: Any, index: Any) -> np.nd
 
 
 def memory(name: str) -> int:
-    """`VmRSS` or `VmHWM` of this process in bytes."""
+    """Returns `VmRSS` or `VmHWM` of this process in bytes."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     (line,) = [line for line in lines if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024
 
 
 def measured(work: Any) -> tuple[Any, dict[str, int | float]]:
-    """The result of a call; memory before it, its peak meanwhile, and the time."""
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is what is used now
+    """Returns the result of `work()` and a dict: bytes before, peak bytes above these, seconds."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current use
     before, began = memory("VmRSS"), time.monotonic()
     result = work()
     peak = memory("VmHWM")
@@ -94,7 +94,11 @@ def measured(work: Any) -> tuple[Any, dict[str, int | float]]:
 
 
 def work(phase: str, folder: str, gigabytes: float) -> dict[str, Any]:
-    """One of the two processes: saves the state that it makes, or restores and checks it."""
+    """Runs one of the two processes: `phase` "save" creates and saves a state, else restores it.
+
+    A restored state is compared with the test values. Returns the memory figures in bytes, with
+    this process's share of the state as `own_bytes`.
+    """
     mesh = make_mesh(data=1, fsdp=PROCESSES, tensor=1)
     tree = shapes(gigabytes)
     flat, treedef = jax.tree.flatten(tree)
@@ -139,7 +143,7 @@ def work(phase: str, folder: str, gigabytes: float) -> dict[str, Any]:
 
 
 def run(phase: str, folder: str, gigabytes: float) -> list[dict[str, Any]]:
-    """The measurements of both processes."""
+    """Runs the two processes of `phase`, "save" or "restore"; returns what each has measured."""
     with socket.create_server(("", 0)) as free:
         port = free.getsockname()[1]
     words = [sys.executable, "-m", "benchmarks.checkpoint_memory", "--gigabytes", str(gigabytes)]
@@ -162,7 +166,7 @@ def run(phase: str, folder: str, gigabytes: float) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures, prints and writes; 1 where a peak is above its limit."""
+    """Measures, prints and writes the result; returns 1 if a peak exceeds its limit, else 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of the tree, without moments")
     parser.add_argument("--folder", default="", help="where it is saved (default: a temporary one)")
@@ -173,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     if flags.phase:
         jax.distributed.initialize(flags.coordinator, PROCESSES, flags.process)
-        # Now, while both have just begun: gloo allows 30 seconds for its first meeting.
+        # Synchronise now, while both have just started: gloo's first collective has 30 seconds.
         multihost_utils.sync_global_devices("begin")
         print(json.dumps(work(flags.phase, flags.folder, flags.gigabytes)), flush=True)
         jax.distributed.shutdown()

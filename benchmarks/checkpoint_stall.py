@@ -1,11 +1,10 @@
-"""The cost of a save to the training loop, at the quickstart's size.
+"""The time that saving checkpoints costs the training loop, at the quickstart's size.
 
 python -m benchmarks.checkpoint_stall [--steps 300] [--every 50] [--out FILE]
 
-Trains three times on this machine: without saves, with them, without. The loop waits while the
-state is copied (`checkpoint_share` of metrics.jsonl; the median of the saves is compared with a
-step); the writing itself goes on beside the steps and takes some of the processor from them, which
-the difference of the step times shows.
+Trains three times: without saves, with saves, without saves. The loop waits while the state is
+copied (`checkpoint_share` of metrics.jsonl); the median of these waits is compared with a step. The
+writing runs in the background and slows the steps down, which their times show.
 """
 
 import argparse
@@ -23,11 +22,11 @@ from typing import Any
 from jax_instructblip.training.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-LOG_EVERY = 5  # steps of a line of metrics
+LOG_EVERY = 5  # steps per line of metrics
 
 
 def run(folder: pathlib.Path, steps: int, every: int) -> list[dict[str, float]]:
-    """The lines of metrics of a run, those of the first steps left out."""
+    """Trains in a new process; returns its lines of metrics, without the first 20 steps."""
     fields = {
         "workdir": folder,
         "train.steps": steps,
@@ -43,12 +42,12 @@ def run(folder: pathlib.Path, steps: int, every: int) -> list[dict[str, float]]:
 
 
 def step_seconds(lines: list[dict[str, float]]) -> float:
-    """The mean time of a step."""
+    """Returns the mean seconds per step."""
     return statistics.mean(1 / line["steps_per_second"] for line in lines)
 
 
 def measure(steps: int, every: int) -> dict[str, Any]:
-    """The figures."""
+    """Trains three times; returns step times and the waits for saves as a dict."""
     with tempfile.TemporaryDirectory() as place:
         folder = pathlib.Path(place)
         bare = [run(folder / "before", steps, steps)]
@@ -59,7 +58,7 @@ def measure(steps: int, every: int) -> dict[str, Any]:
     stalls = [
         line["checkpoint_share"] * LOG_EVERY / line["steps_per_second"]
         for line in saving
-        if line["checkpoint_share"] > 0  # of the line after the save
+        if line["checkpoint_share"] > 0  # only lines that include a save
     ]
     plain, with_saves = statistics.mean(map(step_seconds, bare)), step_seconds(saving)
     stall = statistics.median(stalls)
@@ -77,7 +76,7 @@ def measure(steps: int, every: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures, prints and writes."""
+    """Measures, prints and writes the figures; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--every", type=int, default=50)

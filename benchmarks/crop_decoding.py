@@ -1,13 +1,14 @@
-"""The cost of `config.data.min_decode_ratio` = 0.6 beside whole decoding: pixels, and accuracy.
+"""Pixels and accuracy with `config.data.min_decode_ratio` = 0.6, compared with whole decoding.
 
 python -m benchmarks.crop_decoding --photos DIR [--seeds 0 1] [--steps 300] [--out FILE]
 
-Pixels: the same random parts of each JPEG below DIR, decoded whole and reduced; the difference of
-their 8-bit values, mean and largest, and the time that each takes. Accuracy: the pictures of
-`shapes`, each with a written word, as JPEGs that have as many pixels for one of the model's as a
-photograph of COCO has for one of 224 x 224; the quickstart's model is tuned on random parts of
-them, once a seed and way of decoding, and asked about pictures that it never saw. Runs that are
-finished in WORK are taken as they are; `--seeds` without numbers leaves the accuracy out.
+Pixels: the same random crops of each JPEG below DIR, decoded whole and at reduced size; the mean
+and largest difference of their 8-bit values, and the processor time of each way.
+
+Accuracy: pictures of `shapes`, each with a written word, as JPEGs that are as large relative to the
+model's input as a COCO photograph is to 224 x 224. The quickstart's model is trained on random
+crops of them, for each seed and way of decoding, and tested on new pictures. Finished runs in WORK
+are reused; `--seeds` without numbers skips this part.
 """
 
 import argparse
@@ -30,15 +31,15 @@ from benchmarks import quickstart
 from jax_instructblip.data import images
 from jax_instructblip.data.shapes import dataset, tasks
 
-MIN_RATIO = 0.6  # the share that is measured
+MIN_RATIO = 0.6  # the value of min_decode_ratio that is measured
 SIZE = 224
-PARTS = 50  # of each photograph
+PARTS = 50  # random crops per photograph
 BATCH = 32
-SIDE = 160  # of a picture of shapes, for a model that sees 64 x 64
+SIDE = 160  # side of the JPEGs of shapes, in pixels
 
 
 def pixel_difference(photos: list[pathlib.Path]) -> dict[str, Any]:
-    """Mean and largest difference, of each photograph and of all, of values from 0 to 255."""
+    """Returns mean and largest pixel difference (0 to 255), per photograph and overall."""
     rows = {}
     seconds = {0.0: 0.0, MIN_RATIO: 0.0}
     for photo in photos:
@@ -74,7 +75,7 @@ def pixel_difference(photos: list[pathlib.Path]) -> dict[str, Any]:
 
 
 def write_pictures(folder: pathlib.Path) -> pathlib.Path:
-    """JSON lines of the training scenes of `shapes`, their pictures enlarged, as JPEGs."""
+    """Writes the training scenes of `shapes` as enlarged JPEGs; returns their JSON-lines file."""
     path = folder / "train.jsonl"
     if path.is_file():
         return path
@@ -97,7 +98,10 @@ def write_pictures(folder: pathlib.Path) -> pathlib.Path:
 
 
 def accuracy(work: pathlib.Path, seeds: list[int], steps: int, limit: int) -> dict[str, Any]:
-    """Exact match in percent by way of decoding and seed, of all families and of words."""
+    """Returns exact match in percent for each way of decoding, as lists over `seeds`.
+
+    For the mean of all families of questions, and for each family.
+    """
     data = write_pictures(work / "data")
     rows: dict[str, Any] = {}
     for name, min_ratio in (("whole", 0.0), ("reduced", MIN_RATIO)):
@@ -127,7 +131,7 @@ def accuracy(work: pathlib.Path, seeds: list[int], steps: int, limit: int) -> di
 
 
 def main() -> None:
-    """Prints the figures and writes them as JSON."""
+    """Runs both comparisons, prints the results and writes them as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--photos", type=pathlib.Path, required=True)
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/crop_decoding"))

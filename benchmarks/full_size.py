@@ -1,14 +1,14 @@
-"""Full-size InstructBLIP on a CPU: equal to transformers, one answer, one training step.
+"""Full-size InstructBLIP on a CPU: compared with transformers, one answer, one training step.
 
 python -m benchmarks.full_size --folder HF_FOLDER --checkpoint CONVERTED --photo FILE [--out FILE]
 
-CONVERTED is what `jax-instructblip convert` made of HF_FOLDER, whose weights may be random.
-Each stage runs in a process of its own, so that its peak memory is its own:
+CONVERTED is the output of `jax-instructblip convert` for HF_FOLDER, whose weights may be random.
+Each stage runs in its own process, so that its peak memory can be measured:
 
-    theirs   transformers' float32 logits of one sample, one tower in memory at a time
-    ours     the same of ours, and the relative error
+    theirs   transformers' float32 logits of one sample, with one tower in memory at a time
+    ours     our float32 logits in the same way, and their relative error
     answer   load() with bfloat16 weights, and a question about the photograph
-    train    two steps of tuning with bfloat16 frozen weights
+    train    two training steps with bfloat16 frozen weights
 """
 
 import argparse
@@ -45,13 +45,13 @@ from jax_instructblip.training.step import compile_step
 QUESTION, ANSWER = "What is unusual about this picture?", "a man is ironing on the back of a taxi"
 STAGES = ("theirs", "ours", "answer", "train")
 LOGITS = "theirs.npy"
-# XLA on a CPU would turn a whole stacked tower of bfloat16 weights to float32 before its loop.
+# Without this, XLA on CPU converts a whole stacked bfloat16 tower to float32 before its loop.
 XLA_FLAGS = "--xla_disable_hlo_passes=while-loop-invariant-code-motion"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def make_batch(folder: pathlib.Path, variant: Variant, photo: pathlib.Path) -> dict[str, Any]:
-    """A training batch of one sample."""
+    """Returns a training batch with one sample: the photo, `QUESTION` and `ANSWER`."""
     example = TextProcessor.load(folder, variant).example(QUESTION, ANSWER)
     pixels = resize_squash(decode(photo), variant.vision.image_size)
     examples = [{**example, "images": pixels[None]}]
@@ -61,13 +61,16 @@ def make_batch(folder: pathlib.Path, variant: Variant, photo: pathlib.Path) -> d
 
 
 def theirs(flags: argparse.Namespace) -> dict[str, Any]:
-    """Writes transformers' logits; each tower is dropped before the next one is read."""
+    """Stage `theirs`: writes transformers' logits; returns their shape and largest value.
+
+    Each tower is deleted before the next one is read.
+    """
     import torch
     import transformers
     from safetensors import safe_open
 
     def read(prefix: str) -> dict[str, torch.Tensor]:
-        """The tensors below `prefix`, in float32."""
+        """Returns the tensors whose names start with `prefix`, in float32, without the prefix."""
         state = {}
         for shard in sorted(flags.folder.glob("*.safetensors")):
             with safe_open(shard, framework="pt") as file:
@@ -129,13 +132,13 @@ def theirs(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def ours(flags: argparse.Namespace) -> dict[str, Any]:
-    """Our float32 logits from the converted checkpoint, and how far transformers' are."""
+    """Stage `ours`: computes our float32 logits; returns their error against transformers'."""
     variant = read_source(flags.checkpoint).variant
     batch = make_batch(flags.checkpoint, variant, flags.photo)
     model = VisionLanguageModel(variant)
 
     def run(tower: str, stage, *values):
-        """`stage` of one tower, whose weights are read for it and dropped after it."""
+        """Returns the output of the model method `stage`, with only `tower`'s weights in memory."""
         leaves = [path for path in paths if path.startswith(f"{tower}/")]
         params = trees.unflatten(
             {
@@ -169,7 +172,7 @@ def ours(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def answer(flags: argparse.Namespace) -> dict[str, Any]:
-    """An answer of `load()` with bfloat16 weights, and the second one without compilation."""
+    """Stage `answer`: returns the seconds of loading, of a first and of a second answer."""
     start = time.perf_counter()
     blip = jax_instructblip.load(flags.checkpoint, dtype=jnp.bfloat16)
     loaded = time.perf_counter()
@@ -188,7 +191,7 @@ def answer(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(flags: argparse.Namespace) -> dict[str, Any]:
-    """Two steps with bfloat16 frozen weights and bfloat16 arithmetic."""
+    """Stage `train`: returns seconds and metrics of two steps in bfloat16."""
     source = read_source(flags.checkpoint)
     batch = make_batch(flags.checkpoint, source.variant, flags.photo)
     params = read_params(source, lambda _, array: jnp.asarray(array, jnp.bfloat16))
@@ -214,7 +217,11 @@ def train(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_stage(name: str, flags: argparse.Namespace, work: pathlib.Path) -> dict[str, Any]:
-    """The last line of a stage, with its seconds and peak memory; RuntimeError if it failed."""
+    """Runs the stage `name` in a new process; returns its result, seconds and peak memory.
+
+    Raises:
+        RuntimeError: the process failed; the message has the end of its stderr.
+    """
     command = [sys.executable, "-m", "benchmarks.full_size", "--stage", name, "--work", str(work)]
     for option in ("folder", "checkpoint", "photo"):
         command += [f"--{option}", str(getattr(flags, option).resolve())]
@@ -231,7 +238,7 @@ def run_stage(name: str, flags: argparse.Namespace, work: pathlib.Path) -> dict[
 
 
 def main() -> None:
-    """Runs the stages, each as a process, and writes one JSON file."""
+    """Runs the stages and writes one JSON file; with `--stage`, runs only this one, in-process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     parser.add_argument("--checkpoint", type=pathlib.Path, required=True)

@@ -1,11 +1,11 @@
-"""Greedy decoding and beam search side by side with transformers' `generate`, on a CPU in float32.
+"""Greedy decoding and beam search compared with transformers' `generate`, on a CPU in float32.
 
 python -m benchmarks.generation [--variants NAME ...] [--batches 1 8 32] [--beams 1 5] [--out FILE]
 
-Both sides have the same random weights and questions and make the same number of tokens, in turn in
-one process. Transformers runs in its fastest setting: SDPA attention, its dynamic or its static
-cache, a thread a core or one. A call is image + prompt + all new tokens; a step is a new token
-after the first one.
+Both sides have the same random weights and questions and generate equally many tokens, alternating
+in one process. Transformers runs in its fastest setting: SDPA attention, dynamic or static cache,
+one thread or one per core. A call includes image, prompt and all new tokens; a step is one new
+token after the first.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from jax_instructblip.inference.decode import generate_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
 
 CACHES = ("dynamic", "static")
-FEW = 4  # tokens, to find their fastest setting
+FEW = 4  # tokens generated to find transformers' fastest setting
 
 
 def our_call(twins: Twins, batch: dict[str, Any], beams: int) -> Callable[[int], np.ndarray]:
-    """Answers `[B, new]` of `new` tokens."""
+    """Returns a function from a number N of new tokens to our answers, ids [B, N]."""
     keys = jax.random.split(jax.random.key(0), len(batch["tokens"]))
 
     def answer(new: int) -> np.ndarray:
@@ -54,7 +54,7 @@ def our_call(twins: Twins, batch: dict[str, Any], beams: int) -> Callable[[int],
 def their_call(
     twins: Twins, given: dict[str, torch.Tensor], beams: int, cache: str, threads: int
 ) -> Callable[[int], np.ndarray]:
-    """Answers `[B, new]` of `new` tokens."""
+    """Returns a function from a number N of new tokens to transformers' answers, ids [B, N]."""
 
     @torch.inference_mode()
     def answer(new: int) -> np.ndarray:
@@ -75,7 +75,7 @@ def their_call(
 
 
 def compare(twins: Twins, size: int, beams: int, lengths: Lengths, repeats: int) -> dict[str, Any]:
-    """Medians of both sides in turn, after a warm-up, and their ratios."""
+    """Returns the median times of this package and transformers, and their ratios, as a dict."""
     given, batch = questions(twins.variant, size, lengths)
     ours, new = our_call(twins, batch, beams), lengths.new
     ways = {
@@ -122,12 +122,12 @@ def compare(twins: Twins, size: int, beams: int, lengths: Lengths, repeats: int)
 
 
 def median(name: str, measured: Sequence[Measured]) -> float:
-    """The median of one field."""
+    """Returns the median of the field `name` over the measurements."""
     return statistics.median(getattr(each, name) for each in measured)
 
 
 def main() -> None:
-    """Prints the figures and writes them as JSON."""
+    """Measures all sizes, prints the results and writes them as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--variants", nargs="*", default=list(MIDDLE))
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])

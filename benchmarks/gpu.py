@@ -1,8 +1,8 @@
-"""Runs every GPU measurement, each in a process of its own, and writes one JSON file.
+"""Runs every GPU measurement, each in its own process, and writes one JSON file.
 
 python benchmarks/gpu.py [--tiny] [--variants NAME ...] [--sides ours theirs numerics] [--out FILE]
 
-Start it through `gpu.sh`. A side that fails is recorded with its error; the others go on.
+Start it by `gpu.sh`. If a measurement fails, its error is recorded and the others still run.
 """
 
 import argparse
@@ -19,7 +19,10 @@ from jax_instructblip.models.released import get_variant
 
 
 def run(module: str, *flags: str, limit: int) -> dict:
-    """The JSON that the module printed last, or `{"error": ...}` with the end of its output."""
+    """Runs a benchmark module; returns the JSON that it prints last, or `{"error": ...}`.
+
+    `limit` is in seconds; an error has the end of the module's output.
+    """
     command = [sys.executable, "-m", f"benchmarks.{module}", *flags]
     print(f"-- {' '.join(command[1:])}", flush=True)
     start = time.perf_counter()
@@ -36,7 +39,7 @@ def run(module: str, *flags: str, limit: int) -> dict:
 
 
 def table(results: list[dict]) -> str:
-    """One line a measurement, ours beside theirs."""
+    """Formats the results as text: one line per measurement, this package next to transformers."""
     sides = {}
     for result in results:
         if "variant" in result and "error" not in result:
@@ -61,7 +64,7 @@ def table(results: list[dict]) -> str:
 
 
 def main() -> int:
-    """Parses the flags, measures, writes and prints; 1 if any side failed."""
+    """Measures, prints and writes the results; returns 1 if any measurement failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="toy sizes, for a CPU")
     parser.add_argument("--variants", nargs="*", default=None)

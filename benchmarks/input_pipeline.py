@@ -1,4 +1,4 @@
-"""From records on disk to ready batches: ours beside torch and the Hugging Face processor.
+"""Input pipeline speed, from records on disk to batches: ours and torch with Hugging Face.
 
 python -m benchmarks.input_pipeline --photos DIR [--tokenizers DIR] [--rounds 5] [--out FILE]
 
@@ -9,12 +9,11 @@ package). Both sides get the same images, prompts and answers:
     ours, training     ArrayRecord -> decode, random crop and mirror, tokens, targets, uint8 batch
     theirs             JPEG file -> DataLoader, InstructBlipProcessor (Pillow) -> float32 batch
 
-Each measurement is a process of its own, without and with a worker process. What is compared is
-the processor time of a sample, of all processes together, so that other programs on the machine do
-not matter much: its inverse is the number of images per second and core. Rounds alternate; medians
-are reported. All files are open by then: a shard is opened once in a run, in a few milliseconds.
-Also measured, of ours: growth of memory over many samples, and the time to the first batch of a
-million records.
+Each measurement runs in its own process, without and with one worker process. Compared is the
+processor time per sample, summed over all processes, so that other programs have little influence;
+its inverse is the number of images per second and core. The sides alternate for several rounds, and
+medians are reported. All files are open before the time is taken. Also measured for ours: growth of
+memory over many samples, and the time to the first batch of a million records.
 """
 
 import argparse
@@ -34,10 +33,10 @@ from collections.abc import Iterator
 from typing import Any
 
 SIDES = ("theirs", "ours_evaluation", "ours_training")
-RECORDS = 2_048  # of the folder that is read
+RECORDS = 2_048  # in the dataset `photos`
 BATCH = 32
-WARM_UP = 12  # batches
-STEPS = 1_000_000  # more than anybody asks for: nothing is measured at the end of the data
+WARM_UP = 12  # batches before the time is taken
+STEPS = 1_000_000  # so many that no measurement reaches the end of the data
 PROMPT = "Use the provided image to answer the question: {question} Short answer:"
 QUESTIONS = (
     "what is the color of the largest object?",
@@ -48,12 +47,12 @@ ANSWERS = ("a red bus", "three", "on the left of the table, next to a cup")
 
 
 def texts(index: int) -> tuple[str, str]:
-    """Prompt and answer of a sample."""
+    """Returns prompt and answer of sample `index`."""
     return PROMPT.format(question=QUESTIONS[index % 3]), ANSWERS[index // 3 % 3]
 
 
 def prepare(work: pathlib.Path, photos: list[pathlib.Path], count: int) -> None:
-    """Writes `count` records, photo after photo, as ArrayRecord."""
+    """Writes `count` records to an ArrayRecord dataset, cycling through the photos."""
     from jax_instructblip.data.prepare import builder
     from jax_instructblip.data.records import Record
 
@@ -67,7 +66,7 @@ def prepare(work: pathlib.Path, photos: list[pathlib.Path], count: int) -> None:
 
 
 def text_processor(flags: argparse.Namespace) -> Any:
-    """The text side of a model that has the tokenizers asked for."""
+    """Returns the text processor with the tokenizers of `flags.tokenizers` or embedded ones."""
     from jax_instructblip.checkpoint import read_config
     from jax_instructblip.data.text import TextProcessor
     from jax_instructblip.data.tokenizer_files import load_tokenizers
@@ -85,7 +84,7 @@ def text_processor(flags: argparse.Namespace) -> Any:
 
 
 def ours(flags: argparse.Namespace, augment: bool) -> Iterator[Any]:
-    """Batches as a training run reads them, on the device."""
+    """Yields this package's batches on the device, as a training run reads them."""
     from jax_instructblip.data import loader
     from jax_instructblip.data.mixture import Mixture, Source
     from jax_instructblip.data.prepare import builder
@@ -109,7 +108,7 @@ def ours(flags: argparse.Namespace, augment: bool) -> Iterator[Any]:
 
 
 def theirs(flags: argparse.Namespace) -> Iterator[Any]:
-    """Batches of a torch DataLoader that hands images and texts to the processor."""
+    """Yields batches of a torch DataLoader with transformers' InstructBlipProcessor."""
     import torch
     import transformers
     from PIL import Image
@@ -144,7 +143,7 @@ def theirs(flags: argparse.Namespace) -> Iterator[Any]:
 
 
 def list_photos(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The JPEGs of the folder."""
+    """Returns the JPEGs in the folder, sorted; exits if there are none."""
     photos = sorted(each for each in folder.iterdir() if each.suffix.lower() in (".jpg", ".jpeg"))
     if not photos:
         raise SystemExit(f"{folder} has no JPEG (*.jpg, *.jpeg)")
@@ -152,12 +151,12 @@ def list_photos(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def batches_of(flags: argparse.Namespace, side: str) -> Iterator[Any]:
-    """The endless batches of one of `SIDES`."""
+    """Returns an endless iterator of the batches of `side`, one of `SIDES`."""
     return theirs(flags) if side == "theirs" else ours(flags, side == "ours_training")
 
 
 def speed(flags: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds of a sample, on the processors and on the clock, when everything is warm."""
+    """Returns processor and wall milliseconds per sample, after a warm-up."""
     made = batches_of(flags, flags.side)
     skip(made, WARM_UP)
     used, began = processor_seconds(), time.monotonic()
@@ -168,7 +167,7 @@ def speed(flags: argparse.Namespace) -> dict[str, float]:
 
 
 def memory(flags: argparse.Namespace) -> dict[str, float]:
-    """Memory of all processes after a tenth of the samples and after all of them."""
+    """Returns megabytes of all processes after a tenth of the samples and after all, and growth."""
     made = batches_of(flags, flags.side)
     tenth = -(-flags.samples // (10 * BATCH))
     found = []
@@ -181,7 +180,7 @@ def memory(flags: argparse.Namespace) -> dict[str, float]:
 
 
 def cold_start(flags: argparse.Namespace) -> dict[str, float]:
-    """Seconds from a fresh process to the first batch, imports apart."""
+    """Returns seconds: of setting the pipeline up (with imports), then to the first batch."""
     began = time.monotonic()
     made = batches_of(flags, flags.side)  # imports what it needs
     imported = time.monotonic()
@@ -190,13 +189,13 @@ def cold_start(flags: argparse.Namespace) -> dict[str, float]:
 
 
 def skip(made: Iterator[Any], count: int) -> None:
-    """Takes that many batches."""
+    """Takes `count` batches from `made`; exits if there are fewer."""
     if sum(1 for _ in itertools.islice(made, count)) < count:
         raise SystemExit("the pipeline ended early")
 
 
 def processes() -> list[pathlib.Path]:
-    """This process and all it started, below /proc."""
+    """Returns the /proc folders of this process and all its descendants."""
     found = [pathlib.Path("/proc/self")]
     for each in found:
         for thread in (each / "task").iterdir():
@@ -207,13 +206,13 @@ def processes() -> list[pathlib.Path]:
 
 
 def processor_seconds() -> float:
-    """Seconds that they spent on processors."""
+    """Returns the processor seconds of this process and its descendants."""
     fields = [(each / "stat").read_text().rpartition(")")[2].split() for each in processes()]
     return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_megabytes() -> float:
-    """The memory of these processes; pages that two of them share count once, by proportion."""
+    """Returns the megabytes of this process and its descendants; shared pages count once (PSS)."""
     lines = [line for each in processes() for line in (each / "smaps_rollup").open()]
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
@@ -222,7 +221,7 @@ MEASURES = {"speed": speed, "memory": memory, "cold_start": cold_start}
 
 
 def repeated(work: pathlib.Path, copies: int) -> None:
-    """Makes the prepared dataset `million` of `copies` times the shards of `photos`, as links."""
+    """Makes the dataset `million`: `copies` times the shards of `photos`, as hard links."""
     source = next((work / "jax_instructblip_records" / "photos").iterdir())
     target = work / "jax_instructblip_records" / "million" / source.name
     target.mkdir(parents=True)
@@ -240,7 +239,10 @@ def repeated(work: pathlib.Path, copies: int) -> None:
 
 
 def child(flags: argparse.Namespace, measure: str, **fields: Any) -> dict[str, float]:
-    """The measurements of a process of its own."""
+    """Calls a function of `MEASURES` in a new process; returns its result.
+
+    `fields` replace values of `flags`.
+    """
     words = [sys.executable, "-m", "benchmarks.input_pipeline", "--measure", measure]
     given = {**vars(flags), **fields}
     for name in (
@@ -261,7 +263,10 @@ def child(flags: argparse.Namespace, measure: str, **fields: Any) -> dict[str, f
 
 
 def compare(flags: argparse.Namespace) -> dict[str, Any]:
-    """Medians of all rounds, and how many times the images of theirs ours makes."""
+    """Returns each side's median time per sample and its speed relative to `theirs`.
+
+    For 0 and for 1 worker process, over `flags.rounds` rounds.
+    """
     rows = {}
     for workers in (0, 1):
         rounds = [
@@ -287,7 +292,7 @@ def compare(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints the figures and writes them as JSON."""
+    """Runs all measurements, prints and writes them; with `--measure`, takes only this one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--photos", type=pathlib.Path, required=True)
     parser.add_argument("--tokenizers", type=pathlib.Path)

@@ -1,7 +1,7 @@
 """Compares one training step of the tiny variants on the default device with CPU float32.
 
 Prints one JSON object as its last line: for each variant and compute dtype the relative error of
-the loss, of the logits and of the gradient's norm. On a CPU it compares the CPU with itself.
+loss, logits and gradient norm. On a machine without accelerator the CPU is compared with itself.
 """
 
 import json
@@ -21,11 +21,11 @@ from jax_instructblip.training.step import compile_step
 
 
 def one_step(name: str, dtype: jnp.dtype, device: jax.Device) -> dict[str, np.ndarray]:
-    """Logits, loss and gradient norm of the first step of `name` on `device`, dropout off."""
+    """Returns logits, loss and gradient norm of a first step on `device`, without dropout."""
     variant = get_variant(name).replace(**{"qformer.dropout": 0.0, "llm.dropout": 0.0})
     schedule = warmup_cosine(start=1e-5, peak=1e-5, end=0.0, warmup_steps=1, total_steps=10)
     with jax.default_device(device):
-        # Drawn on the CPU: the same numbers for every device.
+        # Drawn on the CPU, so that every device has the same weights.
         with jax.default_device(jax.devices("cpu")[0]):
             params = init_params(variant, jax.random.key(0))
         params = jax.device_put(params, device)
@@ -47,7 +47,7 @@ def one_step(name: str, dtype: jnp.dtype, device: jax.Device) -> dict[str, np.nd
 
 
 def main() -> None:
-    """Measures and prints JSON."""
+    """Compares all tiny variants and prints the results as one line of JSON."""
     rows = []
     for name in VARIANTS["tiny"]:
         truth = one_step(name, jnp.dtype(jnp.float32), jax.devices("cpu")[0])

@@ -1,7 +1,7 @@
-"""Times this package: train step and greedy decode of one variant with random weights.
+"""Times this package: train step and greedy decoding of one variant with random weights.
 
-Prints one JSON object as its last line. Started by `gpu.py`, in a process of its own, so that
-neither side's memory pool is in the other's way.
+Prints one JSON object as its last line. `gpu.py` runs it in its own process, so that it does not
+share the GPU memory with PyTorch.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from jax_instructblip.training.step import compile_step
 
 
 def random_params(variant: Variant, dtype: jnp.dtype) -> dict:
-    """Random weights made on the device leaf by leaf: norms near 1, kernels of unit gain."""
+    """Returns random weights, created on the device: norms near 1, kernels of unit gain."""
     made = {}
     for number, (path, leaf) in enumerate(flatten(param_shapes(variant)).items()):
         name, key = path.rsplit("/", 1)[-1], jax.random.key(number)
         if name in ("scale", "bias"):
             value = jnp.full(leaf.shape, float(name == "scale"), dtype)
         else:
-            # Axis 0 of a stack is the layer; what a kernel sums over is all but its outputs.
+            # Only the second-last axis counts as fan-in; other leaves use a fixed number.
             fan_in = leaf.shape[-2] if name == "kernel" and len(leaf.shape) > 1 else 2500
             draw = jax.jit(
                 lambda key, shape=leaf.shape, std=0.7 * fan_in**-0.5: (
@@ -46,7 +46,7 @@ def random_params(variant: Variant, dtype: jnp.dtype) -> dict:
 
 
 def random_batch(variant: Variant, size: int, lengths: Lengths, training: bool) -> dict:
-    """`size` full-length rows (no padding), on the device."""
+    """Returns a batch of `size` rows of full length (no padding) on the device."""
     rng = np.random.default_rng(0)
     side, m = variant.vision.image_size, variant.llm
 
@@ -73,7 +73,10 @@ def random_batch(variant: Variant, size: int, lengths: Lengths, training: bool) 
 
 
 def time_training(name: str, params: dict, batch: int, lengths: Lengths, repeats: int) -> dict:
-    """Seconds a step at the largest batch that fits, starting from `batch` and halving."""
+    """Returns seconds per step and samples per second at the largest batch that fits, as a dict.
+
+    Starts from `batch` and halves it while memory runs out.
+    """
     variant = get_variant(name)
     schedule = warmup_cosine(start=1e-8, peak=1e-5, end=0.0, warmup_steps=1000, total_steps=60_000)
     trainable, frozen = partition(params, ("qformer",))
@@ -114,7 +117,10 @@ def time_training(name: str, params: dict, batch: int, lengths: Lengths, repeats
 
 
 def time_decoding(name: str, params: dict, batch: int, lengths: Lengths, repeats: int) -> dict:
-    """Seconds of image + prompt + `lengths.new` greedy tokens for `batch` rows."""
+    """Returns the seconds for image, prompt and `lengths.new` greedy tokens of `batch` rows.
+
+    Also tokens per second, and time and weight bytes per step, as a dict.
+    """
     variant = get_variant(name)
     model = VisionLanguageModel(variant, jnp.bfloat16)
     data = random_batch(variant, batch, lengths, training=False)
@@ -140,7 +146,7 @@ def time_decoding(name: str, params: dict, batch: int, lengths: Lengths, repeats
 
 
 def main() -> None:
-    """Parses the flags, measures, prints JSON."""
+    """Measures one variant and prints the results as one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variant", required=True)
     parser.add_argument("--batch", type=int, default=None, help="training batch to start from")

@@ -2,9 +2,10 @@
 
 python -m benchmarks.plans [--only TEXT] [--again] [--list | --tables]
 
-Needs libtpu (extra `tpu`), a few gigabytes and a minute or two for each plan, and writes
-`plan_paper.json`, `plan_scaling.json` and `plan_decode.json` below `results`. What stands there
-is kept unless `--again` is given. `--tables` prints the results as `launch/README.md` has them.
+Needs libtpu (extra `tpu`), a few gigabytes of memory, and one or two minutes per plan. Writes
+`plan_paper.json`, `plan_scaling.json` and `plan_decode.json` to `results`. Plans that are there
+already are kept unless `--again` is given. `--tables` prints the results in the format of
+`launch/README.md`.
 """
 
 import argparse
@@ -33,9 +34,9 @@ CONFIGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One plan: which config, on which chips, and the flags beside them."""
+    """One plan to make: a config, the chips, the mesh, and further flags."""
 
-    file: str  # of results
+    file: str  # the results go to plan_FILE.json
     config: str
     topology: str
     mesh: str
@@ -43,13 +44,13 @@ class Case:
 
     @property
     def words(self) -> list[str]:
-        """The words of the command behind `jax-instructblip`."""
+        """The command-line words after `jax-instructblip`."""
         where = ["--topology", self.topology, "--mesh", self.mesh]
         return ["plan", "--config", CONFIGS[self.config], *where, *self.flags]
 
 
 def batch(size: int) -> str:
-    """The flag for another batch than the paper's."""
+    """Returns the flag that sets another batch size than the paper's."""
     return f"--config.data.batch_size={size}"
 
 
@@ -86,7 +87,7 @@ CASES = (
 
 
 def shorten(report: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a report of `plan` that are kept: bytes in GiB, FLOPs, bounds, verdict."""
+    """Returns the parts of a `plan` report that are stored: GiB, FLOPs, time bounds, verdict."""
     gib = {name: round(size / GIB, 2) for name, size in report["memory"].items() if size}
     same = ("model", "step", "topology", "chips", "batch", "lengths", "accumulate", "effort")
     return {name: report[name] for name in same} | {
@@ -110,7 +111,11 @@ def shorten(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(case: Case) -> dict[str, Any]:
-    """The plan, made in a process of its own; `RuntimeError` with its last words if none came."""
+    """Makes a plan in a new process; returns the shortened report and its command.
+
+    Raises:
+        RuntimeError: the process wrote no plan; the message has the end of its stderr.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "plan.json")
         command = [sys.executable, "-m", "jax_instructblip", *case.words, "--json", str(path)]
@@ -134,7 +139,7 @@ NAMES = {
 
 
 def paper_row(row: dict[str, Any]) -> str:
-    """A line of the table of the paper's runs."""
+    """Returns a Markdown table row about one of the paper's training runs."""
     gib, bounds = row["gib"], row["bounds_s"]
     more = "; `model.remat.qformer=dots`" if row["remat_qformer"] == "dots" else ""
     cells = (
@@ -151,7 +156,7 @@ def paper_row(row: dict[str, Any]) -> str:
 
 
 def scaling_row(row: dict[str, Any]) -> str:
-    """A line of the table of numbers of chips."""
+    """Returns a Markdown table row about scaling to a number of chips."""
     sums = ("all-reduce", "reduce-scatter")
     received = {kind: size for kind, (_, size) in row["received_gib"].items()}
     summed = sum(size for kind, size in received.items() if kind in sums)
@@ -167,7 +172,7 @@ def scaling_row(row: dict[str, Any]) -> str:
 
 
 def decode_row(row: dict[str, Any]) -> str:
-    """A line of the table of answering."""
+    """Returns a Markdown table row about decoding."""
     gib, bounds = row["gib"], row["bounds_s"]
     cells = (
         f"{NAMES[row['model']]}, {row['batch']}",
@@ -185,7 +190,7 @@ ROWS = {"paper": paper_row, "scaling": scaling_row, "decode": decode_row}
 
 
 def tables() -> dict[str, list[str]]:
-    """The lines of each file of results."""
+    """Returns the Markdown rows of each results file, by name."""
     found = {}
     for file, line in ROWS.items():
         path = RESULTS / f"plan_{file}.json"
@@ -194,7 +199,7 @@ def tables() -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """Makes the plans that are not there yet."""
+    """Makes the plans that do not exist yet."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default="", help="makes those whose command has this text")
     parser.add_argument("--again", action="store_true", help="makes also what is there already")
@@ -209,7 +214,7 @@ def main() -> None:
         if flags.only not in command:
             continue
         path = RESULTS / f"plan_{case.file}.json"
-        # Read anew each time: another process may be making others.
+        # Read again each time, because another process may be adding plans.
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"plans": []}
         others = [row for row in found["plans"] if row.get("command") != command]
         if flags.list or (len(others) < len(found["plans"]) and not flags.again):

@@ -1,18 +1,18 @@
-"""The distance of bfloat16 from float64: this package beside PyTorch under autocast.
+"""The error of bfloat16 against float64: this package and PyTorch under autocast.
 
 python -m benchmarks.precision [--models NAME ...]     measures, writes benchmarks/results/
-python -m benchmarks.precision --table                 the written results, as a table
+python -m benchmarks.precision --table                 prints the written results as a table
 
-A model with random weights runs on each of `SIDES`, in a process of its own: logits, the gradient
-of the first step, the losses of five steps of the paper's AdamW at its peak rate, and how far these
-moved the trained weights. Frozen weights are numbers that bfloat16 has and dropout is off, so that
-what is compared is the computing.
+A model with random weights runs on each of `SIDES`, each in its own process. Compared are the
+logits, the gradient of the first step, the losses of five steps of the paper's AdamW at its peak
+rate, and the trained weights after these steps. Frozen weights are rounded to bfloat16 before, and
+dropout is off, so that only the computation differs.
 
-    float64    transformers on PyTorch, nothing narrower than float64: what the others are held to
-    float32    ours with `model.dtype=float32`: shows that both sides compute the same thing
-    bfloat16   ours as it trains by default
+    float64    transformers on PyTorch, all in float64: the reference for the others
+    float32    ours with `model.dtype=float32`: shows that both sides compute the same
+    bfloat16   ours with its default training dtypes
     autocast   transformers under `torch.autocast(bfloat16)`, weights in float32 (`autocast.py`)
-    released   the same, weights as narrow as LAVIS loads them
+    released   transformers under autocast, weights in the dtypes that LAVIS loads
 """
 
 import argparse
@@ -45,8 +45,8 @@ STEPS = 5
 SIDES = ("float64", "float32", "bfloat16", "autocast", "released")
 RESULTS = pathlib.Path("benchmarks/results/precision.json")
 _CUT = {"vision.layers": 4, "qformer.layers": 4, "llm.encoder_layers": 4, "llm.decoder_layers": 4}
-# XLA may leave out a rounding that the program asks for where it fuses; here it may not. Programs
-# run a few times only, so they are compiled quickly.
+# Forbids XLA to skip a rounding to bfloat16 when it fuses operations. Optimisation is off, as
+# programs run only a few times.
 _FLAGS = "--xla_allow_excess_precision=false --xla_backend_optimization_level=0"
 
 
@@ -55,10 +55,11 @@ class Case(NamedTuple):
 
     Attributes:
       variant: its sizes.
-      lengths: tokens of a sample.
-      rows: samples of a batch.
-      seeds: of the weights; errors are means over them, largest errors the largest.
-      sharp: factor of the query and head kernels: above 1 the softmaxes are peaked.
+      lengths: tokens per sample.
+      rows: samples per batch.
+      seeds: number of random weights; mean errors are averaged over them, for largest errors the
+        maximum is taken.
+      sharp: factor of query and head kernels; above 1 the softmaxes are more peaked.
     """
 
     variant: Variant
@@ -79,7 +80,7 @@ CASES = {
 
 
 def question_ids(case: Case, step: int) -> dict[str, np.ndarray]:
-    """Random pixels and ids of the batch of that step, without padding."""
+    """Returns random pixels and token ids for the batch of `step`, without padding."""
     rng, lengths = np.random.default_rng(step), case.lengths
     ids = lambda width, vocab: rng.integers(3, vocab, (case.rows, width)).astype(np.int32)
     side, vocab = case.variant.vision.image_size, min(case.variant.llm.vocab, 32000) - 2
@@ -92,7 +93,7 @@ def question_ids(case: Case, step: int) -> dict[str, np.ndarray]:
 
 
 def make_batch(case: Case, step: int) -> dict[str, jax.Array]:
-    """The batch of that step, one sample a row, as `models/vlm.py` draws it."""
+    """Returns our batch of `step`, one sample per row, in the layout of `models/vlm.py`."""
     ids, llm = question_ids(case, step), case.variant.llm
     leaves = {
         "images": ids["images"],
@@ -113,7 +114,7 @@ def make_batch(case: Case, step: int) -> dict[str, jax.Array]:
 
 
 def measure_ours(case: Case, dtype: str, folder: pathlib.Path, steps: int) -> dict[str, np.ndarray]:
-    """Measures this package computing in `dtype`; returns what `measure` does."""
+    """Runs this package in `dtype`; returns arrays by the names listed in `measure`."""
 
     def place(path: str, array: np.ndarray) -> jax.Array:
         return jnp.asarray(array, jnp.float32 if path.startswith("qformer/") else dtype)
@@ -126,7 +127,7 @@ def measure_ours(case: Case, dtype: str, folder: pathlib.Path, steps: int) -> di
     optimizer = adamw(rate)
     chosen = dict(objective=LanguageObjective(model), optimizer=optimizer, schedule=rate)
     step = compile_step(**chosen, narrow_weights=narrow)
-    # As `compile_step`: the stacked weights are not widened ahead of the scan.
+    # As in `compile_step`: stacked weights must not be converted to float32 before the scan.
     options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if narrow else None
     apply = jax.jit(
         lambda params, batch: model.apply({"params": params}, batch), compiler_options=options
@@ -147,11 +148,11 @@ def measure_ours(case: Case, dtype: str, folder: pathlib.Path, steps: int) -> di
 
 
 def measure(case: Case, side: str, folder: pathlib.Path, steps: int) -> dict[str, np.ndarray]:
-    """The results of that side with the weights in `folder`.
+    """Runs `side`, one of `SIDES`, with the weights in `folder`; returns arrays by these names.
 
     logits, logits_after   [B, U, V] of the first batch's answers, before and after the steps
     losses                 [steps]
-    gradient:PATH          of the first step, by the paths of our tree
+    gradient:PATH          gradient of the first step, by our leaf paths
     after:PATH             the trained weights after the steps
     """
     if side in ("float32", "bfloat16"):
@@ -161,10 +162,10 @@ def measure(case: Case, side: str, folder: pathlib.Path, steps: int) -> dict[str
 
 
 def compare(found: dict, truth: dict, before: dict) -> dict[str, float]:
-    """Errors of a side's measurements, as parts of the size of what is measured.
+    """Returns relative errors, by name, of the arrays `found` against the float64 ones, `truth`.
 
-    `truth` are float64's, `before` the trained weights at the start. Key biases do not count: no
-    softmax sees them, their gradients are rounding noise.
+    `before` are the trained weights at the start. Key biases are left out: softmax is invariant to
+    them, so their gradients are rounding noise.
     """
     errors = {}
     for name in ("logits", "logits_after"):
@@ -188,7 +189,10 @@ def compare(found: dict, truth: dict, before: dict) -> dict[str, float]:
 
 
 def run_side(name: str, side: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """The result of `measure` in a process of its own: no two frameworks hold memory at once."""
+    """Returns what `measure` returns, computed in a new process.
+
+    So two frameworks never hold memory at the same time.
+    """
     out = folder / f"{side}.npz"
     words = ["--case", name, "--side", side, "--folder", str(folder)]
     settings = {
@@ -208,7 +212,7 @@ def run_side(name: str, side: str, folder: pathlib.Path) -> dict[str, np.ndarray
 
 
 def run_case(name: str) -> dict[str, dict[str, float]]:
-    """The errors of every side but float64."""
+    """Returns the errors of each of `SIDES` except float64, over all seeds of the case `name`."""
     case, rows = CASES[name], []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(case.seeds):
@@ -243,7 +247,7 @@ NAMES = {
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """Formats the results as a Markdown table."""
     lines = [
         "| model | side | " + " | ".join(COLUMNS) + " |",
         "|---|---|" + "---|" * len(COLUMNS),
@@ -259,7 +263,10 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Parses the flags; measures and writes, or prints the table."""
+    """Measures and writes the results, then prints them as a table.
+
+    With the hidden flag `--side`, as started by `run_side`, only runs this side.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)

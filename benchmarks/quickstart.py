@@ -1,9 +1,9 @@
-"""The quickstart for every language model, with and without instructions, over several seeds.
+"""Accuracy of the quickstart: both language models, with and without instructions, several seeds.
 
 python -m benchmarks.quickstart [--work DIR] [--seeds 0 1 2] [--limit 800] [--out FILE]
 
-Runs that are finished in DIR are taken as they are; the others take about five minutes each.
-Prints a table and writes one JSON file.
+Finished runs in DIR are reused; others take about five minutes each. Prints a table and writes one
+JSON file.
 """
 
 import argparse
@@ -31,9 +31,15 @@ def run(
     limit: int,
     others: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The `results.json` of the run, which is trained and evaluated first where it is not.
+    """Returns the `results.json` of a run, which is trained and evaluated first if missing.
 
-    `others` are further fields of the config and their values.
+    Args:
+        folder: the run's workdir.
+        kind: the language model, "llama" or "t5".
+        aware: whether the Q-Former reads the instruction.
+        seed: the run's seed; baselines are computed for seed 0 only.
+        limit: number of questions per split.
+        others: further config fields, by dotted name.
     """
     if not (folder / "results.json").is_file():
         program = [sys.executable, "-m", "jax_instructblip"]
@@ -55,7 +61,7 @@ def run(
 
 
 def summary(work: pathlib.Path, seeds: list[int], limit: int) -> list[dict[str, Any]]:
-    """One row a language model, with or without instructions, and split."""
+    """Returns accuracies and baselines, one row per language model, instruction use and split."""
     rows = []
     for kind in KINDS:
         for aware in (True, False):
@@ -84,7 +90,7 @@ def summary(work: pathlib.Path, seeds: list[int], limit: int) -> list[dict[str, 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows for people, in percent."""
+    """Formats the rows as a text table, in percent."""
     lines = [f"{'llm':6} {'aware':6} {'split':14} {'tuned':>24} {'mean':>6}  baselines"]
     for row in rows:
         tuned = " / ".join(f"{100 * value:.1f}" for value in row["tuned"])
@@ -99,7 +105,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Runs what is missing, prints the table, writes the file."""
+    """Runs what is missing, prints the table and writes the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/benchmark"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -1,16 +1,19 @@
-"""Ranking of many candidates side by side with transformers, on a CPU in float32.
+"""Ranking of many candidates, compared with transformers, on a CPU in float32.
 
 python -m benchmarks.ranking [--variants NAME ...] [--candidates 1000] [--out FILE]
 
-Both sides have the same random weights, question and candidates. `theirs` scores each candidate in
-batches of the size that is fastest, as the released `predict_class` does: the image, and for T5 the
-encoder, once a question; behind them each candidate in a row of its own, for LLaMA with the prompt,
-but with logits of the candidate's places alone. It has a thread a core or one. `their_forward` is
-the model's own `forward` on image, prompt and candidate, on fewer candidates.
+Both sides have the same random weights, question and candidates.
 
-`our_error` and `their_error` are the largest differences of some scores from those of transformers
-in float64. `growth` has our seconds for other numbers of candidates and other prompts.
-`inner_tokens` are what the model reads behind the prompt: the distinct beginnings of candidates.
+    theirs          scores candidates as the released `predict_class`: the image, and for T5 the
+                    encoder, run once per question; each candidate is a row of its own, for LLaMA
+                    after a copy of the prompt; logits are computed for the candidate's tokens only.
+                    Batch size and number of threads are the fastest of those tried.
+    their_forward   calls the model's own `forward` on image, prompt and candidate, for fewer
+                    candidates.
+
+`our_error` and `their_error` are the largest differences from transformers' scores in float64.
+`growth` has our seconds for other numbers of candidates and prompt lengths. `inner_tokens` is the
+number of tokens that our model reads after the prompt: the distinct prefixes of the candidates.
 """
 
 import argparse
@@ -33,15 +36,15 @@ from benchmarks.workload import MIDDLE, THREADS, VARIANTS, Lengths, Measured, fa
 from jax_instructblip.inference.ranking import make_plan, pair_logprobs, score
 
 Ids = tuple[int, ...]
-BATCHES = (16, 64)  # rows of candidates that transformers is tried with
-PROMPTS = (16, 512)  # tokens
+BATCHES = (16, 64)  # batch sizes tried for transformers
+PROMPTS = (16, 512)  # further prompt lengths, in tokens
 
 
 def draw_candidates(twins: Twins, count: int, words: int, even: bool = False) -> list[Ids]:
-    """`count` distinct candidates of 2 to 4 tokens of the first `words` ids; T5's end with eos.
+    """Returns `count` distinct random candidates of 2 to 4 tokens, with ids below `words`.
 
-    Few ids are frequent and many rare, as words are (the logarithm of an id is drawn evenly), so
-    that some candidates begin alike; with `even` all are as frequent, and hardly any do.
+    T5's end with eos. Few ids are frequent and many rare, as words are (the logarithm of the id is
+    uniform), so that some candidates share a prefix; with `even` all ids are equally frequent.
     """
     rng, found = np.random.default_rng(0), {}
     llm = twins.variant.llm
@@ -54,20 +57,20 @@ def draw_candidates(twins: Twins, count: int, words: int, even: bool = False) ->
 
 
 def our_scores(twins: Twins, batch: dict[str, Any], candidates: Sequence[Ids]) -> np.ndarray:
-    """Scores `[C]` of one question."""
+    """Returns our scores `[C]` of the candidates of one question."""
     plan = make_plan([candidates])
     made = pair_logprobs(twins.ours, twins.params, batch, plan.chunks)
     return score(plan, jax.device_get(made), length_normalise=False)[0]
 
 
 def sums(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Scores of rows: log-probabilities `[C]` summed over targets `[C, U]` that are not -100."""
+    """Returns scores `[C]`: log-probabilities summed over targets `[C, U]` that are not -100."""
     chances = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     return chances.masked_fill(targets == -100, 0.0).sum(-1)
 
 
 def targets_of(candidates: Sequence[Ids]) -> torch.Tensor:
-    """`[C, U]`, -100 behind the end of a candidate."""
+    """Returns the candidates as ids `[C, U]`, padded with -100."""
     longest = max(map(len, candidates))
     return torch.tensor([[*ids, *[-100] * (longest - len(ids))] for ids in candidates])
 
@@ -80,7 +83,7 @@ def their_scores(
     batch: int,
     threads: int,
 ) -> np.ndarray:
-    """Scores `[C]` of one question, whose image is looked at once; T5 encodes its prompt once."""
+    """Returns transformers' scores `[C]` for one question; image and T5 prompt are encoded once."""
     torch.set_num_threads(threads)
     model, targets = twins.theirs, targets_of(candidates)
     features = model.get_image_features(
@@ -125,7 +128,7 @@ def their_forward(
     batch: int,
     threads: int,
 ) -> np.ndarray:
-    """Scores `[C]` of one question, image and prompt beside each candidate."""
+    """Returns transformers' scores `[C]` for one question by `forward`, without any sharing."""
     torch.set_num_threads(threads)
     parts = []
     for part in targets_of(candidates).split(batch):
@@ -143,7 +146,7 @@ def their_forward(
 def exact_scores(
     twins: Twins, given: dict[str, torch.Tensor], candidates: Sequence[Ids]
 ) -> np.ndarray:
-    """Scores `[C]` of transformers in float64."""
+    """Returns transformers' scores `[C]` in float64."""
     wide = {
         name: leaf.double() if leaf.is_floating_point() else leaf for name, leaf in given.items()
     }
@@ -152,7 +155,10 @@ def exact_scores(
 
 
 def ours_of(twins: Twins, batch: dict[str, Any], candidates: Sequence[Ids], repeats: int) -> dict:
-    """Our seconds a question and what grows with them."""
+    """Returns our median seconds per question, with the number of candidates and inner tokens.
+
+    Inner tokens are the distinct proper prefixes of the candidates.
+    """
     run = lambda: our_scores(twins, batch, candidates)
     run()
     found = sorted((measure(run) for _ in range(repeats)), key=lambda each: each.wall)
@@ -162,7 +168,7 @@ def ours_of(twins: Twins, batch: dict[str, Any], candidates: Sequence[Ids], repe
 
 
 def described(measured: Measured) -> dict[str, float]:
-    """The fields of one measurement."""
+    """Returns the fields of one measurement for the JSON file."""
     return {
         "seconds": round(measured.wall, 4),
         "processor_seconds": round(measured.own, 4),
@@ -171,7 +177,10 @@ def described(measured: Measured) -> dict[str, float]:
 
 
 def compare(name: str, count: int, repeats: int) -> dict[str, Any]:
-    """Seconds a question of both sides, how far their scores are apart, and our growth."""
+    """Returns seconds per question of this package and transformers, and score differences.
+
+    Also our seconds for other numbers of candidates and prompt lengths, as `growth`.
+    """
     twins, lengths = make_twins(name), Lengths()
     given, batch = questions(twins.variant, 1, lengths)
     words = twins.variant.llm.vocab - 2
@@ -223,7 +232,7 @@ COUNTS = (1, 250, 500, 1000, 2000)
 
 
 def main() -> None:
-    """Prints the figures and writes them as JSON."""
+    """Measures all variants, prints the results and writes them as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--variants", nargs="*", default=[*VARIANTS["tiny"], *MIDDLE])
     parser.add_argument("--candidates", type=int, default=1000)

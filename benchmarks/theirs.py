@@ -1,7 +1,7 @@
-"""Times transformers on PyTorch: the same step and decode, sizes and dtypes as `ours.py`.
+"""Times transformers on PyTorch: the same step, decoding, sizes and dtypes as `ours.py`.
 
-Its fastest plain setting: SDPA attention, frozen weights in bfloat16, trained ones in float32 under
-autocast, fused AdamW on a GPU. Prints one JSON object as its last line.
+Uses its fastest standard setting: SDPA attention, frozen weights in bfloat16, trained ones in
+float32 under autocast, fused AdamW on a GPU. Prints one JSON object as its last line.
 """
 
 import argparse
@@ -18,7 +18,7 @@ TRAINED = ("qformer.", "query_tokens", "language_projection.", "vision_model.pos
 
 
 def config_of(variant: Variant) -> transformers.InstructBlipConfig:
-    """The sizes of `variant`, as transformers writes them."""
+    """Returns transformers' config with the sizes of `variant`."""
     v, q, m = variant.vision, variant.qformer, variant.llm
     if m.kind == "t5":
         text = dict(
@@ -72,7 +72,7 @@ def config_of(variant: Variant) -> transformers.InstructBlipConfig:
 
 
 def build_model(variant: Variant, device: torch.device) -> torch.nn.Module:
-    """Stock InstructBLIP of that size with random weights, made on `device` in bfloat16."""
+    """Returns stock InstructBLIP with random bfloat16 weights, created on `device`."""
     config = config_of(variant)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
@@ -84,7 +84,7 @@ def build_model(variant: Variant, device: torch.device) -> torch.nn.Module:
 
 
 def random_inputs(variant: Variant, size: int, lengths: Lengths, training: bool, device) -> dict:
-    """The tensors of `ours.random_batch`, in the layout that transformers wants."""
+    """Returns inputs of the same shapes as `ours.random_batch`, in transformers' layout."""
     generator = torch.Generator().manual_seed(0)
     v, q, m = variant.vision, variant.qformer, variant.llm
     ids = lambda width, vocab: torch.randint(3, vocab, (size, width), generator=generator)
@@ -108,13 +108,16 @@ def random_inputs(variant: Variant, size: int, lengths: Lengths, training: bool,
 
 
 def wait(device: torch.device) -> None:
-    """Returns when the device has nothing left to do."""
+    """Waits until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def time_training(variant: Variant, model, batch: int, lengths: Lengths, repeats: int) -> dict:
-    """Seconds a step at the largest batch that fits, starting from `batch` and halving."""
+    """Returns seconds per step and samples per second at the largest batch that fits, as a dict.
+
+    Starts from `batch` and halves it while memory runs out.
+    """
     device = next(model.parameters()).device
     model.train()
     model.vision_model.eval()
@@ -157,7 +160,10 @@ def time_training(variant: Variant, model, batch: int, lengths: Lengths, repeats
 
 @torch.no_grad()
 def time_decoding(variant: Variant, model, batch: int, lengths: Lengths, repeats: int) -> dict:
-    """Seconds of image + prompt + `lengths.new` greedy tokens for `batch` rows."""
+    """Returns the seconds for image, prompt and `lengths.new` greedy tokens of `batch` rows.
+
+    Also tokens per second, as a dict.
+    """
     device = next(model.parameters()).device
     model.eval()
     inputs = random_inputs(variant, batch, lengths, False, device)
@@ -179,7 +185,7 @@ def time_decoding(variant: Variant, model, batch: int, lengths: Lengths, repeats
 
 
 def main() -> None:
-    """Parses the flags, measures, prints JSON."""
+    """Measures one variant and prints the results as one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variant", required=True)
     parser.add_argument("--batch", type=int, default=None, help="training batch to start from")

@@ -1,6 +1,6 @@
-"""One model with random weights, in transformers and here, for comparisons in one process on a CPU.
+"""One model with random weights, both in transformers and in this package, on a CPU.
 
-The weights are equal and so are the questions, so that both sides must give the same answers.
+Weights and questions are equal, so both sides must give the same answers.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from jax_instructblip.models.vlm import VisionLanguageModel, unstack_decoder
 
 
 class Twins(NamedTuple):
-    """Both sides, in float32."""
+    """The same model twice, in float32: transformers' module, and ours with its parameters."""
 
     theirs: transformers.InstructBlipForConditionalGeneration
     ours: VisionLanguageModel
@@ -37,7 +37,7 @@ class Twins(NamedTuple):
 
 
 def make_twins(name: str, seed: int = 0) -> Twins:
-    """The variant `name` with random weights that keep activations in range."""
+    """Returns the variant `name` with random weights, scaled to keep activations in range."""
     torch.manual_seed(seed)
     torch.set_num_threads(os.cpu_count() or 1)
     with quiet():
@@ -59,7 +59,7 @@ def make_twins(name: str, seed: int = 0) -> Twins:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Neither warnings nor progress bars of transformers."""
+    """Suppresses warnings and progress bars of transformers."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with warnings.catch_warnings():
@@ -68,7 +68,7 @@ def quiet() -> Iterator[None]:
 
 
 def questions(variant: Variant, size: int, lengths: Lengths) -> tuple[dict, dict]:
-    """`size` questions without padding: what transformers is given, and our batch."""
+    """Returns `size` questions without padding: transformers' inputs, and our batch."""
     rng = np.random.default_rng(0)
     side, m = variant.vision.image_size, variant.llm
     ids = lambda width, vocab: rng.integers(3, vocab, (size, width)).astype(np.int32)

@@ -1,4 +1,4 @@
-"""The work of the benchmarks: sizes of a sample, batches, the FLOPs that a step cannot avoid."""
+"""Workloads shared by the benchmarks: model sizes, text lengths, timers, FLOPs of a step."""
 
 import dataclasses
 import datetime
@@ -39,13 +39,13 @@ MIDDLE = {
     ),
 }
 CORES = os.cpu_count() or 1
-THREADS = (CORES, 1) if CORES > 1 else (1,)  # one is faster where other processes are in the way
+THREADS = (CORES, 1) if CORES > 1 else (1,)  # one is faster if other processes use the cores
 TRAIN_BATCH = {"instructblip-flan-t5-xl": 192, "instructblip-vicuna-7b": 128}  # the paper's
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Tokens of one sample; the image brings its own 257 and the Q-Former its 32 queries."""
+    """Numbers of tokens of one sample, without the image's 257 patches and 32 queries."""
 
     instruction: int = 32  # Q-Former text
     prompt: int = 48  # instruction in the language model's tokens
@@ -54,17 +54,17 @@ class Lengths:
 
     @classmethod
     def of(cls, variant: str) -> "Lengths":
-        """Short ones for the tiny variants, which only show that the benchmark runs."""
+        """Returns the lengths for a variant; short ones for tiny variants, which test the code."""
         return cls(8, 8, 4, 8) if variant.startswith("tiny") else cls()
 
 
 def variant_of(name: str) -> Variant:
-    """The variant of that name, one of `MIDDLE` or of the package."""
+    """Returns the variant `name`, from `MIDDLE` or the package's released variants."""
     return MIDDLE[name] if name in MIDDLE else get_variant(name)
 
 
 def facts(module: str, words: list[str]) -> dict[str, Any]:
-    """The first entries of a file of results: the command, the date, the machine, the versions."""
+    """Returns the head of a results file: command (`module`, `words`), date, machine, versions."""
     models = [
         line.partition(":")[2].strip()
         for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -81,7 +81,13 @@ def facts(module: str, words: list[str]) -> dict[str, Any]:
 
 
 class Measured(NamedTuple):
-    """One call: how many cores others kept busy meanwhile, wall seconds, own processor seconds."""
+    """The times of one call.
+
+    Attributes:
+      others: mean number of cores that other processes kept busy.
+      wall: wall seconds.
+      own: processor seconds of this process.
+    """
 
     others: float
     wall: float
@@ -89,7 +95,7 @@ class Measured(NamedTuple):
 
 
 def measure(call: Callable[[], object]) -> Measured:
-    """The time that `call` takes, and how busy the machine is besides."""
+    """Calls `call` and returns its times."""
     busy, own, start = _busy_seconds(), sum(os.times()[:2]), time.perf_counter()
     call()
     wall, own = time.perf_counter() - start, sum(os.times()[:2]) - own
@@ -97,17 +103,18 @@ def measure(call: Callable[[], object]) -> Measured:
 
 
 def _busy_seconds() -> float:
-    """Seconds that all processes of this machine spent on its processors."""
+    """Returns the processor seconds that all processes of this machine have used."""
     fields = pathlib.Path("/proc/stat").read_text().split(None, 9)[1:9]
     user, nice, system, _, _, irq, soft, _ = map(int, fields)
     return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
 
 
 def train_flops(variant: Variant, lengths: Lengths) -> float:
-    """FLOPs that one training sample needs: ViT forward, Q-Former both ways, LLM forward and dX.
+    """Returns the FLOPs that one training sample needs at least.
 
-    Multiply-add = 2; matrix products and attention only; causal attention at half; the head only
-    where a target stands; no rematerialisation.
+    Counted are the ViT's forward pass, the Q-Former's forward and backward passes, and the language
+    model's forward pass and gradient of its inputs. A multiply-add counts 2. Only matrix products
+    and attention count, causal attention half, the head only at target positions; no recomputation.
     """
     v, q, m = variant.vision, variant.qformer, variant.llm
     patches = v.tokens
@@ -121,7 +128,7 @@ def train_flops(variant: Variant, lengths: Lengths) -> float:
     qformer += 2 * cross * 2 * q.width**2 * q.queries + keys
     qformer += 4 * t * t * q.width * q.layers + 4 * q.queries * patches * q.width * cross
     qformer += 2 * q.queries * q.width * q.llm_width
-    trained = 3 * qformer - keys  # the image's features want no gradient
+    trained = 3 * qformer - keys  # no gradient with respect to the image features
 
     seen, d = q.queries + lengths.prompt, m.width
     if isinstance(m, T5Config):
@@ -140,7 +147,7 @@ def train_flops(variant: Variant, lengths: Lengths) -> float:
 
 
 def decode_bytes(name: str) -> float:
-    """Bytes of bfloat16 weights that one decode step reads, whatever the batch."""
+    """Returns the bytes of bfloat16 weights that one decoding step reads, for any batch size."""
     m = get_variant(name).llm
     if isinstance(m, T5Config):
         layer = 6 * m.width * m.heads * m.head_width + 3 * m.width * m.mlp
@@ -149,7 +156,7 @@ def decode_bytes(name: str) -> float:
 
 
 def seconds(call: Callable[[], object], repeats: int, warm_up: int = 2) -> dict[str, float]:
-    """Median, minimum and maximum wall seconds of `call`, which must wait for the device itself."""
+    """Returns median, minimum and maximum wall seconds of `call`, which must block until done."""
     for _ in range(warm_up):
         call()
     took = []

@@ -5,14 +5,14 @@
     blip = jax_instructblip.load("shapes_t5")
     answers = blip.generate(["photo.jpg"], ["What is in the picture?"])
 
-    load(path)                              a model, ready to answer: its answers are of `Answer`
+    load(path)                              a model whose `generate` returns `Answer` objects
     convert(folder, out)                    a Hugging Face folder -> a checkpoint folder
-    train("configs/quickstart.py", {...})   tunes as a config says; returns the run directory
-    evaluate(run, datasets="gqa", ...)      measures; returns what is in results.json
+    train("configs/quickstart.py", {...})   trains as a config says; returns the run directory
+    evaluate(run, datasets="gqa", ...)      scores a model; returns the content of results.json
     export(run, out)                        a run or a checkpoint folder -> a Hugging Face folder
-    merge(run, out)                         a run and its base -> one checkpoint folder
+    merge(run, out)                         a run and its frozen base -> one checkpoint folder
 
-The names load on first use, so that importing the package costs nothing.
+Each name is imported on first use, so that `import jax_instructblip` is fast.
 """
 
 import importlib
@@ -43,11 +43,11 @@ __all__ = ["Answer", "convert", "evaluate", "export", "load", "merge", "train"]
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib import metadata  # takes as long as all else of this import
+        from importlib import metadata  # slow: would double the time of this import
 
         try:
             return metadata.version(__name__)
-        except metadata.PackageNotFoundError:  # a checkout on the path, which nobody installed
+        except metadata.PackageNotFoundError:  # a checkout on sys.path that is not installed
             return "unknown"
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

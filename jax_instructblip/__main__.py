@@ -1,6 +1,6 @@
-"""`jax-instructblip VERB ...`, the same as `python -m jax_instructblip VERB ...`.
+"""The command line `jax-instructblip VERB ...`, or `python -m jax_instructblip VERB ...`.
 
-VERB is a module of `jax_instructblip.commands`; only that one is imported.
+VERB is a module of `jax_instructblip.commands`; only this module is imported.
 """
 
 import ast
@@ -24,7 +24,7 @@ _PACKAGE = Path(__file__).parent
 
 
 def find_verbs() -> dict[str, Path]:
-    """Every verb and its file: the modules that have a `main`."""
+    """Returns verb -> file for all modules of `commands` that define `main`."""
     files = {
         module.name: Path(folder, f"{module.name}.py")
         for folder in commands.__path__
@@ -35,7 +35,10 @@ def find_verbs() -> dict[str, Path]:
 
 
 def usage() -> str:
-    """The text of `--help`: each verb with the first line of its docstring, read, not imported."""
+    """Returns the text of `--help`: each verb with the first line of its module's docstring.
+
+    The docstrings are parsed from the files; no verb is imported.
+    """
     verbs = find_verbs()
     width = max(map(len, verbs), default=0)
     lines = ["usage: jax-instructblip VERB ...", ""]
@@ -49,13 +52,13 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; returns 0, 1 for an error the user can mend, 2 for wrong usage, 130 on ^C.
+    """Runs one verb; returns 0, 1 for an error the user can fix, 2 for wrong usage, 130 on Ctrl-C.
 
-    Such an error is printed as one line. Anything else is a defect and keeps its traceback;
-    `JAX_INSTRUCTBLIP_TRACEBACK=1` shows the traceback always.
+    An error that the user can fix is printed as one message. Any other is a bug and keeps its
+    traceback. With `JAX_INSTRUCTBLIP_TRACEBACK=1` every error has its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal without a character shows its number: what was computed is printed.
+        # A character that the terminal's encoding lacks is escaped: results are always printed.
         with contextlib.suppress(OSError):
             sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -63,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             return _run(sys.argv[1:] if argv is None else argv)
         finally:
             if sys.stdout is not None:
-                sys.stdout.flush()  # a reader that left is noticed here, not while Python ends
+                sys.stdout.flush()  # a closed pipe raises here, not while Python exits
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -76,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {_printable(sentence)}", file=sys.stderr)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            _drop_output()  # it may be what is full
+            _drop_output()  # stdout may be on the full disk
         return 1
 
 
@@ -96,16 +99,16 @@ def _run(words: list[str]) -> int:
         known = ", ".join(verbs)
         print(f"error: unknown verb {verb!r}; {hint}known: {known}", file=sys.stderr)
         return 2
-    tpu_compiler.set_flags()  # both before JAX, which a verb imports
+    tpu_compiler.set_flags()  # this and the next line must run before a verb imports JAX
     program_cache.set_default()
     return importlib.import_module(f"{commands.__name__}.{verb}").main(rest)
 
 
 def _sentence(error: Exception) -> str:
-    """The sentence for an error that reports the world or what was given; "" for others.
+    """Returns the message to print for an error that the user can fix; "" for a bug.
 
-    Those are errors of the system, errors that this package raised (not a library below), and
-    whatever takes more memory or nesting than there is.
+    The user can fix errors of the system, errors raised by this package itself (not by a library
+    that it calls), and lack of memory or too deep nesting of the input.
     """
     if isinstance(error, MemoryError) or _is_exhausted(error):
         first = (str(error).splitlines() or [""])[0]
@@ -133,13 +136,13 @@ def _sentence(error: Exception) -> str:
 
 
 def _printable(sentence: str) -> str:
-    """The sentence with characters that would steer a terminal written out, as in file names."""
+    """Escapes characters that would control a terminal, which file names may contain."""
     shown = lambda letter: letter.isprintable() or letter == "\n"
     return "".join(each if shown(each) else repr(each)[1:-1] for each in sentence)
 
 
 def _is_exhausted(error: Exception) -> bool:
-    """Tells whether a device or the compiler had no memory for what was asked."""
+    """Returns True if JAX reports that a device or the compiler ran out of memory."""
     words = str(error)
     return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and any(
         each in words for each in ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
@@ -147,7 +150,7 @@ def _is_exhausted(error: Exception) -> bool:
 
 
 def _drop_output() -> None:
-    """Discards buffered output: Python would try to write it once more as it ends."""
+    """Redirects stdout to /dev/null, so that Python does not fail to flush it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

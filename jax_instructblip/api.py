@@ -1,4 +1,4 @@
-"""The entry points that need both training and evaluation: `train` and `evaluate`."""
+"""The entry points that combine training and evaluation: `train` and `evaluate`."""
 
 import contextlib
 import dataclasses
@@ -33,32 +33,32 @@ def train(
     fresh: bool = False,
     joined: Joined | None = None,
 ) -> str:
-    """Tunes the Q-Former, or other parts, as a config says; takes up a run that is there.
+    """Trains the Q-Former, or other parts, as a config says; resumes an existing run.
 
-    Ctrl-C or SIGTERM saves and ends. What is going on is told on stderr.
+    Ctrl-C or SIGTERM saves a checkpoint and ends. Progress is printed to stderr.
 
     Args:
-      config: the fields of `configs/common.py`, or the path of a file whose `get_config()` returns
-        them.
-      overrides: other values of some fields, by dotted names: `{"train.steps": 100}`.
-      fresh: whether it starts over where an earlier run has left metrics and its checkpoints are
-        gone.
-      joined: makes this process one of several while the run goes on (`parallel.cluster.joined`);
-        entered when the config is known to be right.
+      config: a config with the fields of `configs/common.py`, or the path of a Python file whose
+        `get_config()` returns one.
+      overrides: new values of some fields, by dotted names: `{"train.steps": 100}`.
+      fresh: start over if an earlier run has left metrics in the workdir but its checkpoints are
+        missing.
+      joined: a context in which this process is part of a multi-process run
+        (`parallel.cluster.joined`); entered after the config has been checked.
 
     Returns:
-      The run directory, `config.workdir`, which `load`, `evaluate`, `export` and `merge` take.
+      The run directory, `config.workdir`, which `load`, `evaluate`, `export` and `merge` accept.
 
     Raises:
-      ValueError: a field is unknown or cannot be so, data cannot be used, a checkpoint is of
-        another run, or the loss is no longer finite.
-      OSError: a file cannot be read, or a checkpoint not be written.
+      ValueError: an unknown field or invalid value, unusable data, a checkpoint of another run, or
+        a loss that is no longer finite.
+      OSError: a file cannot be read, or a checkpoint cannot be written.
     """
     if not isinstance(config, ConfigDict):
         config = load_config(config)
     if overrides:
         config = change_fields(config, overrides)
-    check_config(config, run=True)  # before the records to validate on are read, or drawn
+    check_config(config, run=True)  # before validation records are read, which may be slow
     if (records := setup.read_validation_records(config)) is not None:
         validation.check(records, config.validation.path, config.validation.split)
     with joined or contextlib.nullcontext():
@@ -75,31 +75,33 @@ def evaluate(
     command: str = "",
     **settings: Any,
 ) -> dict[str, Any]:
-    """Measures a model on benchmarks beside the paper's numbers, or by family of questions.
+    """Scores a model on benchmarks, next to the paper's numbers, or by family of questions.
 
-    Prints the results. Answers that are in `out` already are not given again.
+    A family is the set of records with the same `task`. Prints the results. Answers that are
+    already in `out` are reused.
 
     Args:
-      checkpoint: a Hugging Face folder, a converted one, a run, or an embedded name. It, `data`,
-        `out` and the files of other settings may be addresses (`gs://bucket/run`).
-      datasets: benchmarks, as a list or a text with commas; "held_out" is all of the paper's table
-        1. Without any, exact match is counted by family of questions.
-      data: what `jax-instructblip prepare` wrote, or the files as they were downloaded; of families
-        a file of JSON lines or `shapes`, by default what the run was validated on.
-      out: folder to write to; of families by default the run.
-      joined: makes this process one of several that share the questions of datasets
-        (`parallel.cluster.joined`); entered when the settings are known to be right.
-      command: the command that is noted in the results.
-      **settings: the others of `evaluation.settings.Settings`, by name: `limit=100`,
+      checkpoint: a Hugging Face folder, a converted folder, a run, or the name of an embedded
+        checkpoint. It, `data`, `out` and the files of other settings may be object-store addresses
+        (`gs://bucket/run`).
+      datasets: benchmarks, as a list or one text with commas; "held_out" means all of the paper's
+        table 1. Without any, exact match is computed by family.
+      data: output of `jax-instructblip prepare`, or the datasets' original files; for families a
+        JSON-lines file or `shapes`, by default what the run was validated on.
+      out: the folder to write to; for families by default the run.
+      joined: a context in which this process is one of several that share the questions of
+        datasets (`parallel.cluster.joined`); entered after the settings have been checked.
+      command: the command line to record in the results.
+      **settings: other fields of `evaluation.settings.Settings`, such as `limit=100`,
         `predictions="answers.jsonl"`, `num_beams=1`.
 
     Returns:
-      The content of `out/results.json`: `datasets` has the result of each; {} in all processes but
-      the first.
+      The content of `out/results.json`, whose `datasets` has the result of each; {} in all
+      processes except process 0.
 
     Raises:
-      ValueError: a setting is unknown, cannot be so, or has no effect beside the others; records
-        cannot be asked, or predictions not be scored.
+      ValueError: an unknown or invalid setting, one that has no effect with the others, records
+        that cannot be asked, or predictions that cannot be scored.
       OSError: a file cannot be read or written.
     """
     chosen = Settings.of(checkpoint=checkpoint, datasets=datasets, data=data, out=out, **settings)
@@ -119,7 +121,10 @@ def evaluate(
 
 @contextlib.contextmanager
 def _on_disk(settings: Settings) -> Iterator[Settings]:
-    """The settings with files and `out` on the disk; `out` goes to its address as it grows."""
+    """Yields the settings with local copies of files at object-store addresses.
+
+    A local copy of `out` is uploaded to its address regularly and when the block ends.
+    """
     files = {
         name: stores.input_path(path)
         for name in ("predictions", "candidates", "relevance")
@@ -133,7 +138,7 @@ def _on_disk(settings: Settings) -> Iterator[Settings]:
 
 
 def _tuned_run(folder: str) -> TunedRun | None:
-    """The run of that directory; None for anything else."""
+    """Returns facts about the run directory `folder`; None if it is no run."""
     if is_remote(folder):
         folder = str(stores.input_checkpoint(folder))
     run = read_run(folder)

@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all, and never replace another."""
+"""Writes files and folders that appear only when complete, and never replace an existing folder."""
 
 import contextlib
 import os
@@ -13,10 +13,10 @@ from jax_instructblip.files import local_path, path_problem
 
 @contextlib.contextmanager
 def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """Yields a hidden sibling to write into, which becomes `folder` when the block ends well.
+    """Yields a hidden sibling folder to write to; renames it to `folder` if the block succeeds.
 
-    After an error nothing is left; after `kill -9` only the hidden sibling is, which the next
-    writer of the same folder removes. An existing folder is never overwritten (FileExistsError).
+    After an error nothing remains. After `kill -9` the hidden folder remains, and the next writer
+    of the same folder deletes it. An existing folder is never overwritten (FileExistsError).
     """
     folder = local_path(folder).absolute()
     refuse_existing(folder)
@@ -34,7 +34,7 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Writes a file that appears whole: after `kill -9` or on a full disk the old one stands."""
+    """Writes a text file atomically: after a kill or on a full disk the old file is unchanged."""
     path = local_path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(encode_utf8(text))
@@ -42,17 +42,17 @@ def write_file(path: Path, text: str) -> None:
 
 
 def encode_utf8(text: str) -> bytes:
-    r"""The text in UTF-8, with \udc00 for half of a surrogate pair, which in JSON stands for it.
+    r"""Encodes `text` as UTF-8; lone surrogates, which UTF-8 cannot encode, become \udXXX.
 
-    What was computed is written, whatever the texts are that it was computed from.
+    In JSON this is the right escape. So results can always be written, whatever texts they contain.
     """
     return text.encode("utf-8", "backslashreplace")
 
 
 def set_aside(path: Path, word: str = "aside") -> Path:
-    """Renames a file or folder, `4` to `4.aside` and `a.jsonl` to `a.aside.jsonl`; the new path.
+    """Renames `4` to `4.aside`, or `a.jsonl` to `a.aside.jsonl`; returns the new path.
 
-    Where that stands already, it is `4.aside-2`, and so on: nothing is replaced.
+    If this name exists, the next free one of `4.aside-2`, `4.aside-3`, ... is used.
     """
     stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
     number = 1
@@ -65,9 +65,10 @@ def set_aside(path: Path, word: str = "aside") -> Path:
 
 
 def refuse_existing(folder: str | os.PathLike) -> None:
-    """Raises FileExistsError where a writer would have to overwrite; an empty folder may stand.
+    """Raises FileExistsError if `folder` exists and is not empty.
 
-    The present folder may not: it would be another one under the feet of who is there.
+    Also raises a ValueError for the current working directory, which must not be replaced by a
+    renamed folder, and for names that cannot be encoded.
     """
     folder = local_path(folder)
     if folder.absolute() == Path.cwd():
@@ -81,7 +82,7 @@ def refuse_existing(folder: str | os.PathLike) -> None:
 
 
 def unwritable(folder: str | os.PathLike) -> str:
-    """The reason why this folder, which may not exist yet, cannot be written to; "" if it can."""
+    """Returns the reason why `folder`, which need not exist, cannot be written; "" if it can."""
     if problem := path_problem(folder) or text_problem(os.fspath(folder)):
         return f"it {problem}"
     place = Path(folder).absolute()
@@ -94,7 +95,7 @@ def unwritable(folder: str | os.PathLike) -> str:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes what killed writers of the same folder on this machine have left."""
+    """Deletes temporary folders that killed writers of `folder` left on this machine."""
     prefix = f".{folder.name}.partial-{socket.gethostname()}-"
     for left in folder.parent.glob(".*"):
         process = left.name.removeprefix(prefix)
@@ -109,13 +110,13 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def free_bytes(folder: str | os.PathLike) -> int:
-    """Bytes that are free where this folder is or would be made."""
+    """Returns the free bytes on the disk of `folder`, which need not exist."""
     place = Path(folder).absolute()
     return shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
 
 
 def check_room(path: str | os.PathLike, needed: int) -> None:
-    """Raises an OSError where the disk of `path` has less room than that many bytes."""
+    """Raises an OSError if the disk of `path` has fewer than `needed` free bytes."""
     free = free_bytes(path)
     if free < needed:
         raise OSError(f"{path} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there")

@@ -1,4 +1,4 @@
-"""Values that a person sets: what a text may be; tables of type, range and unit, checked at once.
+"""Validation of values that users set: tables of type, range and unit per field.
 
     TABLE = {
         "steps": whole(1, unit="steps"),
@@ -7,7 +7,7 @@
     }
     check(settings, TABLE)     # settings: a dataclass or a mapping
 
-Numbers go into int32 and float32 on the device: what those cannot hold is out of every range.
+Values that int32 or float32 cannot represent are always refused, because the device uses these.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from jax_instructblip.remote import address_of
 
 INT32 = 2**31 - 1
 FLOAT32 = float(np.finfo(np.float32).max)
-SMALLEST = float(np.finfo(np.float32).tiny)  # what is nearer to 0 is 0 on the device
+SMALLEST = float(np.finfo(np.float32).tiny)  # smaller magnitudes become 0 on the device
 
-MOST_SECONDS = 1e9  # 30 years; the system's own clocks take no more than ten times as much
+MOST_SECONDS = 1e9  # 30 years; the operating system's timers overflow at about ten times as much
 
-TEXT_LIMIT = 100_000  # characters: ten times what the longest context of the models holds
+TEXT_LIMIT = 100_000  # characters: ten times the longest context of the models
 
 _NAMES = {
     int: "a whole number",
@@ -39,21 +39,21 @@ _NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """The values that one setting may have; made by `whole`, `number`, `flag`, `text` and so on.
+    """The values that one setting may have; built by `whole`, `number`, `flag`, `text` and so on.
 
     Attributes:
-      kind: int, float (whole numbers are taken, too), bool, str, dict, or tuple (a list, too).
+      kind: int, float (accepts whole numbers too), bool, str, dict, or tuple (accepts lists too).
       at_least: smallest value.
       at_most: largest value.
-      above: a bound that the value itself is not.
-      below: likewise.
-      choices: of a text: the values there are.
-      special: values out of the range that mean something, as -1 for "as the checkpoint says".
-      optional: None is a value, too.
-      local: of a text: it is a path of a disk, and no address.
-      stored: of a path: it may be an address of a store all the same.
-      each: of a tuple: what its entries may be.
-      unit: "steps", "tokens".
+      above: exclusive lower bound.
+      below: exclusive upper bound.
+      choices: for a text, the allowed values.
+      special: allowed values outside of the range, such as -1 for "as the checkpoint says".
+      optional: None is allowed too.
+      local: for a text, it must be a local path and no object-store address.
+      stored: for a local path, an object-store address (`gs://...`) is allowed too.
+      each: for a tuple, the field that every entry must satisfy.
+      unit: the unit in messages, such as "steps".
     """
 
     kind: type
@@ -70,7 +70,7 @@ class Field:
     unit: str = ""
 
     def problems(self, name: str, value: Any) -> list[str]:
-        """Reasons why the value cannot be used, with what is expected; [] where it can."""
+        """Returns why `value` is not allowed and what is expected; [] if it is allowed."""
         if self.optional and value is None:
             return []
         if self.kind is tuple and self.each is not None and isinstance(value, tuple | list):
@@ -131,47 +131,50 @@ class Field:
 
 
 def whole(at_least: int = -INT32, at_most: int = INT32, **more: Any) -> Field:
-    """A whole number of at least `at_least`; True, 3.0 and "3" are none."""
+    """Returns a field that accepts integers in a range; True, 3.0 and "3" are refused."""
     return Field(int, at_least=at_least, at_most=at_most, **more)
 
 
 def number(at_least: float | None = None, at_most: float = FLOAT32, **more: Any) -> Field:
-    """A finite number; True and "3" are none."""
+    """Returns a field that accepts finite numbers in a range; True and "3" are refused."""
     return Field(float, at_least=at_least, at_most=at_most, **more)
 
 
 def flag(**more: Any) -> Field:
-    """True or False; 0 and 1 are neither."""
+    """Returns a field that accepts True and False; 0 and 1 are refused."""
     return Field(bool, **more)
 
 
 def text(**more: Any) -> Field:
-    """Any text."""
+    """Returns a field that accepts any text."""
     return Field(str, **more)
 
 
 def path(*, stored: bool = False, **more: Any) -> Field:
-    """A path of a disk, or ""; where `stored`, or an address of a store."""
+    """Returns a field that accepts a local path or ""; with `stored`, also a store address."""
     return Field(str, local=True, stored=stored, **more)
 
 
 def one_of(*choices: str, **more: Any) -> Field:
-    """One of these texts."""
+    """Returns a field that accepts the texts in `choices`."""
     return Field(str, choices=choices, **more)
 
 
 def several(each: Field, **more: Any) -> Field:
-    """A tuple or list, perhaps empty, of values that are each such a one."""
+    """Returns a field that accepts tuples and lists, also empty, of values that `each` accepts."""
     return Field(tuple, each=each, **more)
 
 
 def mapping(**more: Any) -> Field:
-    """An object, whatever is in it."""
+    """Returns a field that accepts any dict."""
     return Field(dict, **more)
 
 
 def find_problems(values: Any, table: Mapping[str, Field], prefix: str = "") -> list[str]:
-    """Every value of a dataclass or a mapping that its row of the table does not allow."""
+    """Returns messages for all values of a dataclass or mapping that `table` does not allow.
+
+    Names without a row in `table` are ignored; `prefix` precedes names in the messages.
+    """
     if not isinstance(values, Mapping):
         values = {field.name: getattr(values, field.name) for field in dataclasses.fields(values)}
     return [
@@ -183,17 +186,17 @@ def find_problems(values: Any, table: Mapping[str, Field], prefix: str = "") -> 
 
 
 def check(values: Any, table: Mapping[str, Field], *, prefix: str = "", title: str = "") -> None:
-    """Raises a ValueError that lists every value that its row of the table does not allow."""
+    """Raises a ValueError that lists every value that its row of `table` does not allow."""
     problems = find_problems(values, table, prefix)
     if problems:
         raise ValueError("\n  ".join([title, *problems]) if title else "; ".join(problems))
 
 
 def text_problem(text: str) -> str:
-    """The reason why a text cannot be read by a model or written to a file; "" where it can.
+    """Returns the reason why a text cannot be tokenised or written to a file; "" if it can.
 
-    JSON can hold half of a surrogate pair, and the words of a command line that is not UTF-8 come
-    with one for each byte: no file and no tokenizer takes them.
+    A text may contain lone surrogates: JSON can express them, and Python makes them of command-line
+    bytes that are not UTF-8. Neither files nor tokenizers accept them.
     """
     if len(text) > TEXT_LIMIT:
         return f"has {len(text):,} characters, at most {TEXT_LIMIT:,} are read"
@@ -219,7 +222,7 @@ def _is_a(kind: type, value: Any) -> bool:
 
 
 def _is_finite(value: float) -> bool:
-    return abs(value) <= FLOAT32  # not so of NaN
+    return abs(value) <= FLOAT32  # False for NaN
 
 
 def _show(value: Any) -> str:
@@ -228,7 +231,7 @@ def _show(value: Any) -> str:
 
 
 def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested mappings under dotted names: `{"text.prompt_limit": 128, ...}`."""
+    """Flattens nested mappings to dotted names: `{"text.prompt_limit": 128, ...}`."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         nested = isinstance(value, Mapping)

@@ -1,8 +1,8 @@
-"""Files that come from outside: regular ones, of bounded size, UTF-8 text, JSON without surprises.
+"""Reads user-supplied files safely: regular files of bounded size, UTF-8 text, strict JSON.
 
-`read_json` and `read_jsonl` are the only ways that JSON is read. They refuse what Python's parser
-lets pass or dies of: a key that an object has twice (the last would win), nesting without end, NaN
-and Infinity, numbers that overflow, files of another size than their kind can have.
+All JSON is read by `read_json` and `read_jsonl`. They refuse what Python's parser accepts silently
+or crashes on: duplicate keys (the last would win), very deep nesting, NaN and Infinity, numbers
+that overflow, and files that are too large for their kind.
 """
 
 import io
@@ -20,11 +20,11 @@ from jax_instructblip.remote import address_of
 
 MIB = 2**20
 
-# Most bytes of a file, by its kind; what is larger is not what it is taken for.
-DOCUMENT_LIMIT = 64 * MIB  # configs, manifests, indexes of shards: those of 10^5 tensors take 10
-TOKENIZER_LIMIT = 512 * MIB  # a vocabulary of 262,144 pieces with its merges takes 33
-ANNOTATION_LIMIT = 8192 * MIB  # the largest of a released dataset takes 1,200
-LINE_LIMIT = 16 * MIB  # of JSON lines; a row that ranks 10,000 candidates takes 1
+# Largest size in bytes of each kind of file; a larger one must be a mistake.
+DOCUMENT_LIMIT = 64 * MIB  # configs, manifests, shard indexes: one of 10^5 tensors has 10 MiB
+TOKENIZER_LIMIT = 512 * MIB  # a vocabulary of 262,144 pieces with its merges has 33 MiB
+ANNOTATION_LIMIT = 8192 * MIB  # the largest file of a released dataset has 1,200 MiB
+LINE_LIMIT = 16 * MIB  # one line of JSON lines; a row that ranks 10,000 candidates has 1 MiB
 
 DEPTH_LIMIT = 100  # levels of nesting; annotations and configs have fewer than 12
 
@@ -56,10 +56,10 @@ _TYPES = (
 
 
 def address_problem(path: str | os.PathLike) -> str:
-    """A sentence about an address that is no path of a disk, and what to do; "" for a path.
+    """Returns an error text if `path` is a URL or address instead of a local path; else "".
 
-    `pathlib` makes `s3:/bucket` of `s3://bucket`, and a shell may put `./` before it: these are
-    addresses, too, and no folder named `s3:`.
+    `s3:/bucket` and `./s3:/bucket` count as addresses too, since `pathlib` and shells make these of
+    `s3://bucket`.
     """
     match = _ADDRESS.match(os.fspath(path))
     if match is None or not (match["scheme"].lower() in _SCHEMES or match["slashes"] == "//"):
@@ -77,7 +77,7 @@ def address_problem(path: str | os.PathLike) -> str:
 
 
 def path_problem(path: str | os.PathLike) -> str:
-    """The reason why this is no path of a disk (an address is none), and the cure; "" for one."""
+    """Returns an error text if `path` is no possible local path, or is an address; else ""."""
     text = os.fspath(path)
     if "\0" in text:
         return f"is {text!r:.80}, which cannot be the name of a file: embedded null character"
@@ -85,9 +85,9 @@ def path_problem(path: str | os.PathLike) -> str:
 
 
 def local_path(path: str | os.PathLike, name: str = "the path") -> Path:
-    """The path, which is one of a disk; ValueError for what is none, which `name` is then said of.
+    """Returns `path` as a `Path`; a ValueError if it is empty, an address, or of another type.
 
-    A path is text or a `Path`; bytes, numbers and None are none.
+    `name` is the subject of the error message.
     """
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"{name} is {path!r:.60}, expected text or a Path")
@@ -97,10 +97,10 @@ def local_path(path: str | os.PathLike, name: str = "the path") -> Path:
 
 
 def find_addresses(flags: Mapping[str, Any], stores: Sequence[str] = ()) -> list[str]:
-    """Sentences about the flags of a verb whose paths are addresses, empty, or no paths.
+    """Returns messages about a command's flags whose paths are addresses, empty or invalid.
 
-    Paths are the values that are `Path`s already, and those of flags of `_PATH_FLAGS`; those of
-    `stores` may be addresses of a store.
+    A flag has paths if its value is a `Path` or its name is in `_PATH_FLAGS`. The flags in `stores`
+    may have object-store addresses.
     """
     problems = []
     for flag, value in flags.items():
@@ -109,7 +109,7 @@ def find_addresses(flags: Mapping[str, Any], stores: Sequence[str] = ()) -> list
                 text = os.fspath(each).removeprefix("@")
                 if flag == "image" and _NAMED.match(text):  # NAME=FILE
                     text = text.partition("=")[2]
-                if not text and flag != "profile":  # whose default it is
+                if not text and flag != "profile":  # "" is the default of --profile
                     problems.append(f"{flag} is empty: give a path")
                 if flag in stores and address_of(text):
                     continue
@@ -119,11 +119,11 @@ def find_addresses(flags: Mapping[str, Any], stores: Sequence[str] = ()) -> list
 
 
 def require_file(path: str | os.PathLike) -> os.stat_result:
-    """The status of a regular file; anything else is refused before it is opened.
+    """Returns the status of a regular file, without opening it.
 
     Raises:
-        OSError: it is not there, or is a folder, a pipe or a device: opening one could block.
-        ValueError: no file can have that name.
+        OSError: it does not exist, or is a folder, pipe or device, which could block when opened.
+        ValueError: `path` is no possible file name.
     """
     local_path(path)
     try:
@@ -138,7 +138,7 @@ def require_file(path: str | os.PathLike) -> os.stat_result:
 
 
 def read_bytes(path: str | os.PathLike, limit: int = DOCUMENT_LIMIT) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
+    """Returns the content of a regular file of at most `limit` bytes.
 
     Raises:
         OSError: it is no regular file, or cannot be read.
@@ -154,7 +154,7 @@ def read_bytes(path: str | os.PathLike, limit: int = DOCUMENT_LIMIT) -> bytes:
 
 
 def decode_utf8(raw: bytes) -> str:
-    """UTF-8 text without byte order mark; ValueError with the place of what is none."""
+    """Decodes UTF-8, dropping a byte order mark; a ValueError says which byte is invalid."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -164,7 +164,7 @@ def decode_utf8(raw: bytes) -> str:
 
 
 def read_text(path: str | os.PathLike, limit: int = DOCUMENT_LIMIT) -> str:
-    """The text of a UTF-8 file without byte order mark, its lines ended by newlines alone.
+    """Reads a UTF-8 file; drops a byte order mark and turns CRLF into newlines.
 
     Raises:
         OSError: it is no regular file, or cannot be read.
@@ -178,22 +178,22 @@ def read_text(path: str | os.PathLike, limit: int = DOCUMENT_LIMIT) -> str:
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
-    """The lines of a UTF-8 text, blank ones too, without line ends; raises as `read_text`."""
+    """Returns the lines of a UTF-8 file, without line ends; raises like `read_text`."""
     return read_text(path).split("\n")
 
 
 def read_entries(path: str | os.PathLike) -> list[str]:
-    """The lines of a UTF-8 text that are not blank, stripped; raises as `read_text`."""
+    """Returns the stripped non-blank lines of a UTF-8 file; raises like `read_text`."""
     return [line.strip() for line in read_lines(path) if line.strip()]
 
 
 def parse_json(raw: bytes | str, *, allow_nan: bool = False) -> Any:
-    """The value of one JSON document.
+    """Parses one JSON document strictly (see the module docstring).
 
-    `allow_nan` takes NaN and Infinity, which are no JSON, but Python writes them.
+    `allow_nan` accepts NaN and Infinity, which are not JSON but are written by Python.
 
     Raises:
-        ValueError: the reason why it is none, as in "not valid JSON: nested too deeply".
+        ValueError: the reason why it is invalid, as in "not valid JSON: nested too deeply".
     """
     text = raw if isinstance(raw, str) else decode_utf8(raw)
     numbers: dict[str, Any] = {}
@@ -203,7 +203,7 @@ def parse_json(raw: bytes | str, *, allow_nan: bool = False) -> Any:
         value = json.loads(text, object_pairs_hook=_unique, **numbers)
     except RecursionError as error:
         raise _too_deep() from error
-    except ValueError as error:  # Python's own on a number of 4,300 digits goes on with advice
+    except ValueError as error:  # cut off Python's advice about numbers of over 4,300 digits
         raise ValueError(f"not valid JSON: {str(error).partition('; use sys.')[0]}") from error
     level = [value]
     for _ in range(DEPTH_LIMIT):
@@ -226,11 +226,11 @@ def read_json(
     limit: int = DOCUMENT_LIMIT,
     allow_nan: bool = False,
 ) -> Any:
-    """The document of a JSON file; `kind` (list or dict) is what its top level must be.
+    """Reads a JSON file; `kind` (list or dict) is the required type of its top level.
 
     Raises:
         OSError: it is no regular file, or cannot be read.
-        ValueError: it is larger than `limit`, no JSON, or of another kind; the message names it.
+        ValueError: larger than `limit`, invalid JSON, or another type; the message names the file.
     """
     raw = read_bytes(path, limit)
     try:
@@ -247,7 +247,7 @@ def read_json(
 def scan_jsonl(
     path: str | os.PathLike, *, limit: int = LINE_LIMIT, allow_nan: bool = False
 ) -> Iterator[tuple[int, Any, str]]:
-    """(line number, value, "") of each line that is not blank; a bad one has None and its reason.
+    """Yields (line number, value, "") of each non-blank line, or (line number, None, error).
 
     Raises:
         OSError: it is no regular file, or cannot be read.
@@ -270,11 +270,11 @@ def scan_jsonl(
 def read_jsonl(
     path: str | os.PathLike, *, limit: int = LINE_LIMIT, allow_nan: bool = False
 ) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of each line that is not blank.
+    """Yields (line number, value) of each non-blank line.
 
     Raises:
         OSError: it is no regular file, or cannot be read.
-        ValueError: the first bad line, as `FILE:LINE: reason`.
+        ValueError: the first invalid line, as `FILE:LINE: reason`.
     """
     for number, value, reason in scan_jsonl(path, limit=limit, allow_nan=allow_nan):
         if reason:
@@ -283,7 +283,7 @@ def read_jsonl(
 
 
 def json_line(value: Any) -> str:
-    """JSON for a line of standard output; in ASCII where its encoding lacks a character."""
+    """Formats JSON for stdout; non-ASCII characters are escaped if its encoding lacks one."""
     line = json.dumps(value, ensure_ascii=False)
     try:
         line.encode(sys.stdout.encoding or "utf-8")
@@ -293,14 +293,14 @@ def json_line(value: Any) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """The kind of a JSON value in words: "a list", "null"; a number as it is: "int 3"."""
+    """Describes a JSON value for messages: "a list", "null"; a number with its value: "int 3"."""
     if type(value) in KINDS.keys() - {int, float}:
         return KINDS[type(value)]
     return f"{type(value).__name__} {value!r}"[:80]
 
 
 def _lines(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
-    """The lines; None stands for one that is longer than `limit` bytes."""
+    """Yields the lines; None in place of a line longer than `limit` bytes."""
     while raw := file.readline(limit + 1):
         if len(raw) <= limit or raw.endswith(b"\n"):
             yield raw

@@ -1,4 +1,4 @@
-"""Looking up a row of a table by a name that a person typed."""
+"""Looks up a row of a table by a name that a user typed."""
 
 import difflib
 from collections.abc import Mapping
@@ -8,10 +8,10 @@ Row = TypeVar("Row")
 
 
 def find(table: Mapping[str, Row], name: str, kind: str) -> Row:
-    """The row of that name; `kind` is what the table holds one of ("dataset").
+    """Returns `table[name]`; `kind` says in the message what the table holds, as "dataset".
 
     Raises:
-      ValueError: there is none; the message names those that are spelled most alike, or all.
+      ValueError: the name is unknown; the message has the nearest names, or all.
     """
     if name not in table:
         near = difflib.get_close_matches(name, table, n=3)

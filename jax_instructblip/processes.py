@@ -1,4 +1,4 @@
-"""Processes that work for this one: fresh ones, which end when it does."""
+"""Pools of worker processes that end together with this process."""
 
 import concurrent.futures
 import multiprocessing
@@ -11,10 +11,11 @@ from collections.abc import Callable
 def pool(
     workers: int, prepare: Callable[[], None] | None = None
 ) -> concurrent.futures.ProcessPoolExecutor:
-    """An executor of `workers` processes, each of which calls `prepare` first.
+    """Returns an executor with `workers` processes, each of which first calls `prepare`.
 
-    They are fresh (a forked one would inherit locks of whatever threads run here), leave SIGTERM
-    and SIGINT to this process, which may still need them, and end when it is killed.
+    The processes are spawned, because forked ones would inherit locks held by other threads. They
+    ignore SIGTERM and SIGINT, since this process may still need them while it shuts down, and they
+    exit when this process dies.
     """
     return concurrent.futures.ProcessPoolExecutor(
         workers,

@@ -1,20 +1,20 @@
-"""A folder for compiled programs, so that the same command in a new process compiles nothing."""
+"""Turns on JAX's persistent compilation cache, so that a repeated command need not recompile."""
 
 import hashlib
 import os
 import platform
 from pathlib import Path
 
-# Hundreds of small programs take a while, too. There is no limit of size: JAX would take a lock on
-# the folder at each access, for which the processes of a pod with one home would wait.
+# Programs are cached however quickly they compile: hundreds of small ones add up. No size limit is
+# set, because JAX would then lock the folder at each access, and all who share it would wait.
 _MIN_SECONDS = ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def set_default() -> None:
-    """Names JAX's compilation cache in the environment, before JAX is loaded.
+    """Sets JAX's compilation cache folder in the environment; must run before JAX is imported.
 
-    A user's own `JAX_COMPILATION_CACHE_DIR` stays, and an empty one turns the cache off. Without a
-    home, or with one that cannot be written to, there is no cache.
+    A `JAX_COMPILATION_CACHE_DIR` of the user is kept; an empty one turns the cache off. Without a
+    writable home folder there is no cache.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -22,7 +22,7 @@ def set_default() -> None:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(base) / "jax_instructblip" / f"programs-{_processor()}"
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: of a user without a home, as in containers
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home, as in some containers
         return
     if os.access(folder, os.W_OK):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
@@ -30,9 +30,9 @@ def set_default() -> None:
 
 
 def _processor() -> str:
-    """A name for this kind of processor: programs of a CPU run on others that have its features.
+    """Returns a short hash of this CPU's features, since compiled CPU programs depend on them.
 
-    Machines of several kinds may share a home.
+    Machines with different CPUs may share a home folder.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

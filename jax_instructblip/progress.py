@@ -1,4 +1,4 @@
-"""A progress line with rate and time left, for anything longer than two seconds."""
+"""A progress line on stderr with rate and remaining time, for work of more than two seconds."""
 
 import collections
 import contextlib
@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 QUIET_SECONDS = 2.0  # nothing is printed before this
 TTY_SECONDS = 0.2  # between redraws of the line on a terminal
 LOG_SECONDS = 10.0  # between lines in a log file
-RATE_SECONDS = 30.0  # of which the rate is: work of another pace before them says nothing
+RATE_SECONDS = 30.0  # the rate is measured over so long: earlier work may have another pace
 
 
 class Progress:
-    """Prints `label: done/total unit, rate, time left` to stderr while work goes on.
+    """Prints `label: done/total unit, rate, time left` to stderr during work.
 
-    On a terminal the line is redrawn in place; elsewhere a new line appears every ten seconds.
-    Work that ends within two seconds prints nothing. Rate and time left are of the last half
-    minute; the last line has the mean of all.
+    On a terminal the line is redrawn in place; elsewhere a new line is printed every ten seconds.
+    Work of less than two seconds prints nothing. Rate and time left are based on the last 30
+    seconds; the final line has the mean rate.
 
         with Progress(len(paths), "opening images", "images") as progress:
             for path in paths:
@@ -36,16 +36,15 @@ class Progress:
         compiles: bool = False,
         silent: bool = False,
     ):
-        """Starts the clock; `total` None means that the amount of work is not known.
+        """Starts the clock.
 
         Args:
-          total: units of work in all, those of `done` among them.
-          label: what is done, at the head of the line.
-          unit: what is counted.
-          done: units that were done before.
-          compiles: the first update comes when a program has been compiled as well, so the rate is
-            of the updates after it.
-          silent: prints nothing: of several processes that do the same, one speaks.
+          total: all units of work, including `done`; None if unknown.
+          label: a name of the work, at the start of the line.
+          unit: the unit of work, such as "images".
+          done: units that were finished earlier, for example before a restart.
+          compiles: the first update includes compilation, so it is excluded from the rate.
+          silent: print nothing; for all but one of several processes with the same work.
         """
         self._total, self._label, self._unit = total, label, unit
         self._first, self._done, self._note = done, done, ""
@@ -57,7 +56,7 @@ class Progress:
         self._printed = False
 
     def update(self, done: int = 1, note: str = "") -> None:
-        """Counts `done` more units; `note` (for example the current loss) ends the line."""
+        """Adds `done` finished units; `note`, such as the current loss, ends the line."""
         self._done += done
         self._note = note
         now = time.monotonic()
@@ -68,7 +67,7 @@ class Progress:
             self._due = now + (TTY_SECONDS if tty else LOG_SECONDS)
 
     def close(self) -> None:
-        """Prints the line a last time, with the time taken, if it was printed before."""
+        """Prints the final line with the time taken, if any line has been printed before."""
         if self._printed:
             tty = sys.stderr.isatty()
             self._print(time.monotonic(), tty, last=True)
@@ -83,9 +82,9 @@ class Progress:
         self.close()
 
     def _mark(self, now: float) -> None:
-        """Notes what is done; of the marks that are older than the rate's time it keeps one."""
+        """Records the time and the units done; drops records that are too old for the rate."""
         if len(self._marks) > 1 and now - self._marks[-2][0] < TTY_SECONDS:
-            self._marks.pop()  # units of microseconds: a mark for many
+            self._marks.pop()  # many quick updates share one record
         self._marks.append((now, self._done))
         while len(self._marks) > 2 and now - self._marks[1][0] >= RATE_SECONDS:
             self._marks.popleft()
@@ -97,7 +96,7 @@ class Progress:
             seconds = now - self._start
             rate = (self._done - self._first) / max(seconds, 1e-9)
             line += f", {_rate(rate)}, took {duration(seconds)}"
-        elif len(self._marks) > 1:  # else a program was compiled as well: no measure of the rest
+        elif len(self._marks) > 1:  # else the only time known includes compilation
             before, done = self._marks[0]
             rate = (self._marks[-1][1] - done) / max(self._marks[-1][0] - before, 1e-9)
             line += f", {_rate(rate)}"
@@ -114,7 +113,7 @@ class Progress:
 
 @contextlib.contextmanager
 def count_bytes(total: int, label: str) -> Iterator[Callable[..., None]]:
-    """A progress line in MB; yields what is called with the bytes of each piece, and a note."""
+    """Shows progress in MB; yields a function to call with the bytes of each piece, and a note."""
     with Progress(round(total / 1e6), label, "MB") as progress:
         done = 0
 
@@ -127,7 +126,7 @@ def count_bytes(total: int, label: str) -> Iterator[Callable[..., None]]:
 
 
 def duration(seconds: float) -> str:
-    """A length of time for people: `8s`, `3m20s`, `2h05m`."""
+    """Formats seconds for people: `8s`, `3m20s`, `2h05m`."""
     whole = round(seconds)
     hours, minutes = whole // 3600, whole % 3600 // 60
     if hours:

@@ -1,7 +1,7 @@
-"""Files of an object store (`gs://`, `s3://`, `az://`), by its official client through fsspec.
+"""Files in an object store (`gs://`, `s3://`, `az://`), accessed by its client through fsspec.
 
-A store puts a file whole or not at all, but knows no renaming of folders and no appending. So a
-folder is complete when one file of it is there, which is put last and removed first.
+An upload is atomic for one file, but a store can neither rename folders nor append to files. So a
+folder counts as complete if it has one agreed file, which is uploaded last and deleted first.
 """
 
 import errno
@@ -15,19 +15,19 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-# Stores by scheme, each with the package of its client; memory:// lives as long as the process.
+# URL scheme -> package of the client; memory:// exists for tests and lasts as long as the process.
 LIBRARIES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "memory": "fsspec"}
-TRIES = 3  # of each file: stores fail now and then
-AT_ONCE = 16  # files on their way: a store takes a tenth of a second for the smallest
-PAUSE_SECONDS = 1.0  # after the first failure; twice as long after the next one
+TRIES = 3  # attempts per file: stores fail now and then
+AT_ONCE = 16  # parallel transfers: even the smallest file takes a tenth of a second
+PAUSE_SECONDS = 1.0  # after the first failure, then twice as long each time
 
-# What `pathlib` and shells make of an address is one, too: `s3:/bucket`, `./s3:/bucket`.
+# Matches `s3:/bucket` and `./s3:/bucket` too, which `pathlib` and shells make of an address.
 _ADDRESS = re.compile(r"(?:\./)*(?P<scheme>gs|gcs|s3|az|memory):/{1,2}(?P<rest>[^/].*)", re.I)
 _STAMPS = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "created")
 
 
 def address_of(path: object) -> str:
-    """The address (`gs://bucket/run`) that this is, without a slash at its end; "" for a path."""
+    """Returns the normalised object-store address (`gs://bucket/run`); "" for anything else."""
     match = _ADDRESS.fullmatch(os.fspath(path)) if isinstance(path, str | os.PathLike) else None
     if match is None:
         return ""
@@ -36,19 +36,19 @@ def address_of(path: object) -> str:
 
 
 def is_remote(path: object) -> bool:
-    """Tells whether it is an address of a store and no path of a disk."""
+    """Returns True if `path` is an object-store address and not a local path."""
     return bool(address_of(path))
 
 
 def check(folder: str) -> None:
-    """Raises a ValueError, with what to do, where the folder cannot be written to and read."""
+    """Raises a ValueError if a test file in `folder` cannot be written, read and deleted."""
     system, place = _system(folder)
     probe = f"{place}/.probe-{uuid.uuid4().hex}"
     try:
         system.pipe_file(probe, b"probe")
         content = system.cat_file(probe)
         system.rm_file(probe)
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # each client has its own exception types
         raise ValueError(
             f"{folder} cannot be written to: {_words(error)}; is the bucket's name right, and may "
             "this machine write there?"
@@ -58,7 +58,7 @@ def check(folder: str) -> None:
 
 
 def names(folder: str) -> list[str]:
-    """The names of what is in the folder; none where it is not there."""
+    """Returns the names of files and folders directly in `folder`; [] if it does not exist."""
     system, place = _system(folder)
     try:
         listed = _try(system.ls, place, detail=False)
@@ -68,9 +68,10 @@ def names(folder: str) -> list[str]:
 
 
 def stamps(address: str) -> dict[str, tuple[int, str]]:
-    """Size and a text that changes with the content of each file below the address, by its name.
+    """Returns name -> (size, version stamp) of all files below `address`.
 
-    Names are relative; the file that the address itself is has the name "". {}: nothing is there.
+    The stamp is a text that changes with the content. Names are relative to `address`; if it is
+    itself a file, its name is "". {} if nothing is there.
     """
     system, place = _system(address)
     try:
@@ -86,13 +87,13 @@ def stamps(address: str) -> dict[str, tuple[int, str]]:
 
 
 def holds(folder: str, name: str) -> bool:
-    """Tells whether there is that file in the folder."""
+    """Returns True if `folder` has the file `name`."""
     system, place = _system(folder)
     return bool(_try(system.exists, f"{place}/{name}"))
 
 
 def read(folder: str, name: str) -> bytes | None:
-    """The bytes of that file; None where it is not there."""
+    """Returns the bytes of the file `name` in `folder`; None if it does not exist."""
     system, place = _system(folder)
     try:
         return _try(system.cat_file, f"{place}/{name}")
@@ -101,10 +102,10 @@ def read(folder: str, name: str) -> bytes | None:
 
 
 def put(local: Path, folder: str, *, last: str = "") -> None:
-    """Copies all files below `local` into the folder, the one named `last` after all others.
+    """Uploads all files below `local` to `folder`; the file `last` after all others.
 
     Raises:
-        OSError: a file could not be copied; `last` is not there then.
+        OSError: a file could not be uploaded; then `last` is not uploaded either.
     """
     files = {
         path: f"{folder}/{path.relative_to(local).as_posix()}"
@@ -118,13 +119,13 @@ def put(local: Path, folder: str, *, last: str = "") -> None:
 
 
 def put_file(path: Path, folder: str) -> None:
-    """Copies that file, which may grow meanwhile, into the folder; raises OSError."""
+    """Uploads a file, which may be growing, to `folder`; raises an OSError if it fails."""
     system, place = _system(folder)
     _try(system.pipe_file, f"{place}/{path.name}", path.read_bytes())
 
 
 def get(folder: str, local: Path) -> None:
-    """Copies all files of the folder below `local`; raises OSError, also where there are none."""
+    """Downloads all files of `folder` to `local`; an OSError if that fails or there are none."""
     files = stamps(folder)
     if not files:
         raise FileNotFoundError(errno.ENOENT, f"{folder} has no files")
@@ -134,10 +135,12 @@ def get(folder: str, local: Path) -> None:
 def get_files(
     folder: str, targets: Mapping[str, Path], done: Callable[[str], None] = lambda name: None
 ) -> None:
-    """Copies files by their names in the folder; each appears whole, and `done(name)` follows.
+    """Downloads files, given as name in `folder` -> local path; calls `done(name)` after each.
+
+    Each local file appears only when it is complete.
 
     Raises:
-        OSError: a file could not be copied; of the others some may be there.
+        OSError: a file could not be downloaded; some of the others may have been.
     """
     work = [(_get, f"{folder}/{name}".rstrip("/"), path) for name, path in targets.items()]
     names_of = {os.fspath(path): name for name, path in targets.items()}
@@ -145,37 +148,37 @@ def get_files(
 
 
 def remove(folder: str, *, first: str = "") -> None:
-    """Removes the folder, that file before all others; raises OSError."""
+    """Deletes the folder, the file `first` before all others; raises an OSError if it fails."""
     system, place = _system(folder)
     if first and holds(folder, first):
         _try(system.rm_file, f"{place}/{first}")
     if files := stamps(folder):
         _at_once([(system.rm_file, f"{place}/{name}".rstrip("/")) for name in files])
-    if _try(system.exists, place):  # where folders are more than parts of names
+    if _try(system.exists, place):  # some stores have real folders, which remain
         _try(functools.partial(system.rm, recursive=True), place)
 
 
 def remove_file(folder: str, name: str) -> None:
-    """Removes that file; raises OSError, also where it is not there."""
+    """Deletes the file `name` in `folder`; raises an OSError if it fails or does not exist."""
     system, place = _system(folder)
     _try(system.rm_file, f"{place}/{name}")
 
 
 def _system(address: str) -> tuple[Any, str]:
-    """The client of the store, and the place in its own words; ValueError where there is none."""
+    """Returns the fsspec file system and the path in it; a ValueError if unusable."""
     scheme = address.partition("://")[0]
     if scheme not in LIBRARIES:
         known = ", ".join(f"{name}://" for name in LIBRARIES if name != "memory")
         raise ValueError(f"{address} cannot be used: known are {known}")
-    import fsspec  # late: most commands meet no store
+    import fsspec  # imported late: most commands use no store
 
     try:
-        # Listings are not kept: other processes write there, too.
+        # Listings are not cached, because other processes write to the store too.
         system, place = fsspec.url_to_fs(address, use_listings_cache=False)
     except ImportError as error:
         how = f"pip install {LIBRARIES[scheme]}"
         raise ValueError(f"{address} cannot be used: {_words(error)} ({how})") from error
-    except Exception as error:  # of credentials that cannot be read, for one
+    except Exception as error:  # for example unreadable credentials
         raise ValueError(f"{address} cannot be used: {_words(error)}") from error
     return system, place.rstrip("/")
 
@@ -183,9 +186,9 @@ def _system(address: str) -> tuple[Any, str]:
 def _at_once(
     work: list[tuple[Any, ...]], done: Callable[[Any], None] = lambda target: None
 ) -> None:
-    """Calls (function, *arguments) some at a time; `done(last argument)` after each that ended.
+    """Runs (function, *arguments) tuples in parallel; calls `done(last argument)` after each.
 
-    Raises the first OSError; what has not begun by then is left out.
+    Raises the first error; calls that have not started by then are cancelled.
     """
     with ThreadPoolExecutor(AT_ONCE) as pool:
         calls = {pool.submit(_try, *each): each[-1] for each in work}
@@ -222,11 +225,11 @@ def _compare(name: str, found: int, wanted: int) -> None:
 
 
 def _try(work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """The result of `work`, tried `TRIES` times; an OSError where all fail."""
+    """Calls `work` up to `TRIES` times; returns its result, or raises an OSError."""
     for number in range(1, TRIES + 1):
         try:
             return work(*arguments, **options)
-        except Exception as error:  # each store has errors of its own
+        except Exception as error:  # each client has its own exception types
             if isinstance(error, FileNotFoundError):
                 raise
             if number == TRIES or isinstance(error, PermissionError):
@@ -243,6 +246,6 @@ def _stamp(facts: Mapping[str, Any]) -> str:
 
 
 def _words(error: Exception) -> str:
-    """The first line of an error, with the error's name where that is an address or nothing."""
+    """Returns the first line of an error, preceded by its type if the line is a single word."""
     line = next(iter(str(error).strip().splitlines()), "")
     return line if " " in line else f"{type(error).__name__} {line}".strip()

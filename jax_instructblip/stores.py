@@ -1,12 +1,12 @@
-"""One door for paths: those of a disk as they are, addresses of a store by a copy on the disk.
+"""Paths that may be store addresses: local paths are used as they are, others via local copies.
 
-    input_path("gs://bucket/rows.jsonl")      the copy of a file or a folder, brought up to date
-    input_checkpoint("s3://bucket/run")       of a run: its small files; a step by `complete`
-    output_folder("s3://bucket/tuned")        a new folder, copied to the store when it is whole
-    growing_folder("gs://bucket/results")     one that is copied back, and to the store as it grows
+    input_path("gs://bucket/rows.jsonl")      an up-to-date copy of a file or folder
+    input_checkpoint("s3://bucket/run")       a copy of a run without weights; `complete` adds them
+    output_folder("s3://bucket/tuned")        a new folder, uploaded when it is complete
+    growing_folder("gs://bucket/results")     a copy that is also uploaded while it grows
 
-Copies lie below `folder_of_copies()` and stay there: what has not changed in the store is not
-copied again. Only `training/workdir.py`, whose runs are written by several machines, goes around.
+Copies are kept below `folder_of_copies()`; files that have not changed in the store are not copied
+again. `training/workdir.py` does not use this module, because several machines write its runs.
 """
 
 import contextlib
@@ -29,15 +29,15 @@ from jax_instructblip.progress import count_bytes
 
 VARIABLE = "JAX_INSTRUCTBLIP_STORES"  # names another folder of copies
 INDEX, LOCK = "index.json", "lock"
-LAST = "config.json"  # makes a folder of weights whole
-PUSH_SECONDS = 60.0  # between two copies of a folder that grows
+LAST = "config.json"  # uploaded last: a folder of weights that has it is complete
+PUSH_SECONDS = 60.0  # between two uploads of a growing folder
 
 _CHECKPOINTS, _META = "checkpoints/", "meta.json"
 _Stamps = dict[str, tuple[int, str]]
 
 
 def folder_of_copies() -> Path:
-    """The folder of all copies: of the environment, else in the user's cache."""
+    """Returns the folder of all local copies: from the environment, else in the user's cache."""
     if chosen := os.environ.get(VARIABLE):
         return Path(chosen).absolute()
     try:
@@ -48,10 +48,12 @@ def folder_of_copies() -> Path:
 
 
 def input_path(path: str | os.PathLike, name: str = "the path") -> Path:
-    """The path itself, or the copy of the file or folder at an address, which `name` is said of.
+    """Returns the local path, or a current copy of the file or folder at an object-store address.
+
+    `name` is the subject of error messages.
 
     Raises:
-        ValueError: it is no path, or of no store that is known.
+        ValueError: it is no path, or the store is unknown.
         FileNotFoundError: there is nothing at the address.
         OSError: the store does not answer, or the disk has too little room.
     """
@@ -60,9 +62,9 @@ def input_path(path: str | os.PathLike, name: str = "the path") -> Path:
 
 
 def input_checkpoint(path: str | os.PathLike) -> Path:
-    """The folder itself, or a copy: whole, but of a run without its checkpoints' weights.
+    """Returns the local folder, or a copy of a checkpoint; of a run, without its weights.
 
-    Raises as `input_path`. Whoever reads a checkpoint of the run calls `complete` before.
+    Call `complete` before reading a checkpoint of the run. Raises like `input_path`.
     """
     address = remote.address_of(path)
     if not address:
@@ -72,9 +74,10 @@ def input_checkpoint(path: str | os.PathLike) -> Path:
 
 
 def input_rows(path: str | os.PathLike, name: str = "the data") -> Path:
-    """The path of a file of JSON lines; of an address with the images that its lines name.
+    """Returns the path of a JSON-lines file; for an address, a copy together with its images.
 
-    Raises as `input_path`. What is wrong with a line is left to whoever reads the file.
+    The images are those that the lines name. Invalid lines are ignored here and reported by the
+    reader. Raises like `input_path`.
     """
     address = remote.address_of(path)
     if not address.endswith((".jsonl", ".json")):
@@ -89,7 +92,7 @@ def input_rows(path: str | os.PathLike, name: str = "the data") -> Path:
 
 
 def complete(folder: Path) -> None:
-    """Copies what is lacking of a folder inside a copy; nothing is done for any other folder."""
+    """Downloads the missing files of a folder within a copy; does nothing for other folders."""
     root = folder_of_copies()
     if not folder.absolute().is_relative_to(root):
         return
@@ -100,7 +103,7 @@ def complete(folder: Path) -> None:
 
 
 def working_folder(address: str) -> Path:
-    """A folder of the disk for what is made for that address; it stays between runs."""
+    """Returns a local folder for data to be uploaded to `address`; it stays between runs."""
     home = _home(address) / "made"
     home.mkdir(parents=True, exist_ok=True)
     return home
@@ -110,15 +113,15 @@ def working_folder(address: str) -> Path:
 def output_folder(
     out: str | os.PathLike, name: str = "out", last: str = LAST
 ) -> Iterator[tuple[Path, str]]:
-    """Yields a folder to make, and what to call it; at an address it appears when it is whole.
+    """Yields a new local folder and its name for messages; uploads it if `out` is an address.
 
-    `last` is the file that makes it whole. Where copying fails or is interrupted, the folder stays
-    on the disk, and its place is said.
+    `last` is the file that is uploaded last and marks the upload as complete. If the upload fails
+    or is interrupted, the folder stays on the disk and its path is printed.
 
     Raises:
-        FileExistsError: there is something already.
+        FileExistsError: `out` exists already.
         ValueError: it is no path, or the store cannot be written to.
-        OSError: it could not be copied; the message names the folder that is whole.
+        OSError: the upload failed; the message names the complete local folder.
     """
     address = remote.address_of(out)
     if not address:
@@ -126,7 +129,7 @@ def output_folder(
         refuse_existing(path)
         yield path, str(path)
         return
-    remote.check(address)  # before hours of work
+    remote.check(address)  # fails now, not after hours of work
     if remote.names(address):
         raise FileExistsError(
             f"{address} exists and is not overwritten: remove it, or choose another address"
@@ -159,13 +162,13 @@ def output_folder(
 
 @contextlib.contextmanager
 def growing_folder(out: str | os.PathLike, name: str = "out") -> Iterator[Path]:
-    """Yields the folder, or a copy of what is at the address, which goes there as it grows.
+    """Yields the local folder, or for an address a local copy, whose changes are uploaded.
 
-    Every minute, and when the block ends, with an error too.
+    Uploads happen every minute and at the end of the block, even after an error.
 
     Raises:
         ValueError: it is no path, or the store cannot be written to.
-        OSError: it could not be copied at the end; the message names the folder on the disk.
+        OSError: the last upload failed; the message names the local folder.
     """
     address = remote.address_of(out)
     if not address:
@@ -174,7 +177,7 @@ def growing_folder(out: str | os.PathLike, name: str = "out") -> Iterator[Path]:
     remote.check(address)
     copy = _fetch(address, absent=True)
     copy.mkdir(parents=True, exist_ok=True)
-    # What a run before could not copy goes there, too.
+    # Files that an earlier run could not upload are uploaded too.
     there, state = remote.stamps(address), _state(copy)
     sent = {name: state[name] for name in state if there.get(name, (-1,))[0] == state[name][0]}
     ended = threading.Event()
@@ -182,7 +185,7 @@ def growing_folder(out: str | os.PathLike, name: str = "out") -> Iterator[Path]:
     def push_now_and_then() -> None:
         nonlocal sent
         while not ended.wait(PUSH_SECONDS):
-            with contextlib.suppress(OSError):  # the last one is reported
+            with contextlib.suppress(OSError):  # only the last upload's error is raised
                 sent = _push(copy, address, sent)
 
     pusher = threading.Thread(target=push_now_and_then, name="stores", daemon=True)
@@ -204,9 +207,9 @@ def growing_folder(out: str | os.PathLike, name: str = "out") -> Iterator[Path]:
 def _fetch(
     address: str, wanted: Callable[[str], bool] = lambda name: True, absent: bool = False
 ) -> Path:
-    """The copy of what is at the address: files whose names are wanted, as they are there now.
+    """Returns the local copy of an address; downloads new and changed files that are `wanted`.
 
-    `absent` allows that there is nothing.
+    `wanted` gets a file's name. With `absent`, an empty address is no error.
     """
     home = _home(address)
     copy = home / address.rpartition("/")[2]
@@ -247,7 +250,7 @@ def _fetch(
 
 
 def _named_files(rows: Path) -> set[str]:
-    """The names of images in a file of JSON lines, as they are below its folder."""
+    """Returns the image paths in a JSON-lines file, relative to its folder."""
     names = set()
     for _, fields, _ in scan_jsonl(rows):
         if isinstance(fields, dict):
@@ -268,14 +271,14 @@ def _write_index(home: Path, address: str, cached: _Stamps) -> None:
 
 
 def send(folder: Path, address: str, last: str) -> None:
-    """Copies a folder to the address, the file named `last` after all others; raises OSError."""
+    """Uploads a folder to the address, the file `last` at the end; an OSError if it fails."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"copying {size / 1e6:,.1f} MB to {address}", file=sys.stderr, flush=True)
     remote.put(folder, address, last=last)
 
 
 def _state(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of each file, by its name below the folder."""
+    """Returns name -> (size, modification time) of every file below the folder."""
     return {
         path.relative_to(folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns)
         for path in folder.rglob("*")
@@ -286,7 +289,7 @@ def _state(folder: Path) -> dict[str, tuple[int, int]]:
 def _push(
     folder: Path, address: str, sent: dict[str, tuple[int, int]]
 ) -> dict[str, tuple[int, int]]:
-    """Copies what has changed since `sent`, removes what has gone; the state that is there now."""
+    """Uploads files changed since the state `sent`, deletes removed ones; returns the new state."""
     now = _state(folder)
     for name in now:
         if now[name] != sent.get(name):

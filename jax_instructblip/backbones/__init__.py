@@ -1,1 +1,1 @@
-"""The embedded checkpoints: how their tokenizers and frozen towers are trained and put together."""
+"""Training and assembly of the embedded checkpoints: tokenizers, vision tower, language models."""

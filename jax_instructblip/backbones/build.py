@@ -1,12 +1,12 @@
-"""The embedded checkpoints: their files, and the way from three trainings to one folder.
+"""Assembles the embedded checkpoints `shapes_llama` and `shapes_t5` from their trained parts.
 
-    tokenizers, vision tower, language model --write_checkpoint--> BASE     Q-Former random
-    BASE --caption phase: an ordinary run on `shapes-captions`--> RUN       queries alone
-    BASE, RUN --merge_captioned--> embedded/shapes_llama, shapes_t5         text branch added
+    tokenizers, vision tower, language model --write_checkpoint--> BASE     random Q-Former
+    BASE --an ordinary training run on `shapes-captions`--> RUN             trained queries
+    BASE, RUN --merge_captioned--> embedded/shapes_llama, shapes_t5         with text branch
 
-The caption phase knows no instruction, as in BLIP-2's second stage. What reads the instruction
-starts so: the text feed-forwards and norms are copies of the query ones (the rule of the first
-stage, the other way round), words and positions are random.
+The caption run uses no instructions, as in BLIP-2's second stage. So the text branch, which reads
+the instruction, is initialised: its feed-forwards and norms are copies of the trained query ones
+(BLIP-2's first stage copies in the other direction), word and position embeddings are random.
 """
 
 import os
@@ -31,12 +31,12 @@ from jax_instructblip.models.variants import (
 )
 from jax_instructblip.models.vlm import init_params
 
-# Embeddings are normed before use, so their size only says how fast Adam may turn them.
+# A norm follows the embeddings, so their scale only sets how fast Adam can change their direction.
 WORD_STD, POSITION_STD = 0.5, 0.1
 
 
 def text_processor(kind: str) -> TextProcessor:
-    """Tokenizers and sizes of the embedded model whose LLM is of `kind` 'llama' or 't5'."""
+    """Returns tokenizers and variant of the embedded model with LLM `kind` 'llama' or 't5'."""
     llm, qformer = make_tokenizers(kind)
     sizes: dict[str, Any] = {**LANGUAGE[kind], "vocab": len(llm)}
     if kind == "llama":
@@ -56,10 +56,10 @@ def write_checkpoint(
     kind: str,
     seed: int = 0,
 ) -> None:
-    """Writes the checkpoint folder of an embedded model, bfloat16, with its tokenizers.
+    """Writes the checkpoint folder of an embedded model in bfloat16, with its tokenizers.
 
-    `params` are the towers that are trained; a tower that is missing stays random. `history` says
-    in `config.json` where they come from.
+    `params` are the trained towers; a tower that is missing gets random weights. `history` is
+    stored in `config.json` and says where each tower comes from.
     """
     processor = text_processor(kind)
     variant = processor.variant
@@ -85,7 +85,7 @@ def _keep(path: str, array: np.ndarray) -> np.ndarray:
 def merge_captioned(
     base: str | os.PathLike[str], run: str | os.PathLike[str], out: str | os.PathLike[str]
 ) -> None:
-    """Writes `out`: the towers of `base` with the Q-Former that `run` captioned."""
+    """Writes a checkpoint `out`: the towers of `base`, and the Q-Former trained by `run`."""
     source = read_source(base)
     params = read_params(source, _keep)
     learned = checkpoint.flatten(read_params(read_source(run), _keep)["qformer"])
@@ -99,10 +99,12 @@ def merge_captioned(
 
 
 def replace_captioned(base: Path, run: Path, out: Path) -> None:
-    """Writes the folder of `merge_captioned` in the place of `out`, when it is whole.
+    """Writes the folder of `merge_captioned`, replacing an existing checkpoint folder `out`.
+
+    The old folder stays until the new one is complete.
 
     Raises:
-      ValueError: there is something else than a checkpoint folder, which would be lost.
+      ValueError: `out` exists and is no checkpoint folder.
     """
     if out.exists() and not (out / checkpoint.MANIFEST).is_file():
         raise ValueError(

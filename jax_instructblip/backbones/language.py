@@ -1,8 +1,9 @@
-"""Trains the language models of the embedded default: scene in words and question -> answer.
+"""Trains the embedded language models on text: a scene described in words, a question, an answer.
 
-Text only: where the visual prompt will stand, a description stands. The curriculum is what matters.
-Looking something up by its key among several things ("Which shape is red?") is learned only if it
-begins with one thing; the later stages add things, word orders and every family of questions.
+There are no images: the description is in the place of the visual prompt. The curriculum matters.
+To look something up by its key among several things ("Which shape is red?") is learned only if
+training begins with one thing per scene. Later stages add things, word orders and all families of
+questions.
 """
 
 import dataclasses
@@ -23,17 +24,17 @@ from jax_instructblip.models.vlm import LANGUAGE_MODELS
 from jax_instructblip.progress import Progress
 
 ROUND = 8  # rows are padded to a multiple of this many tokens
-BUCKETS = 4  # groups of like lengths, so that little of a batch is padding
+BUCKETS = 4  # groups of examples of similar length, to reduce padding
 TERSE = ("color", "shape", "position", "count", "multiple_choice")
 FAMILIES = {**tasks.FAMILIES, "detail": tasks.CAPTION_FAMILIES["detail"]}
-NAMES = (*FAMILIES, "relist")  # of the kinds of examples
+NAMES = (*FAMILIES, "relist")  # kinds of examples
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A part of the curriculum: scenes of up to `things` things, for `steps` steps.
+    """A stage of the curriculum: `steps` steps on scenes of up to `things` things.
 
-    `relisted` is the part of examples that `relist` makes.
+    `relisted` is the share of examples that are made by `relist`.
     """
 
     things: int
@@ -47,10 +48,11 @@ CURRICULUM = (Stage(3, 1000, 0.8), Stage(3, 1500, 0.3), Stage(5, 3000, 0.1))
 def text_example(
     seed: int, split: str, index: int, things: int, relisted: float = 0.0
 ) -> tuple[str, str, str, str] | None:
-    """(family, description, prompt, answer) of a part of a scene; None where the family cannot ask.
+    """Returns (family, description, prompt, answer) about a random part of a scene.
 
-    The description lists up to `things` things in random order, sometimes with the words of a thing
-    in another order; sometimes it is only what was asked for, or a number of alike things.
+    None if the drawn family of questions cannot ask about it. The description lists up to `things`
+    things in random order. Sometimes a thing's words are shuffled, and sometimes the description is
+    only the answer, or a count of equal things.
     """
     scene = world.sample_scene(seed, split, index)
     rng = world.scene_rng(seed, split, index, use=2)
@@ -83,10 +85,10 @@ def text_example(
 
 
 def relist(scene: world.Scene, rng: np.random.Generator) -> tuple[str, str, str, str]:
-    """A scene and the same scene once more, its things and their words in another order.
+    """Returns an example whose answer repeats the description, with things and words shuffled.
 
-    After the first word of each thing the others are looked up: the exercise that questions need,
-    several times in one row.
+    After a thing's first word the others must be looked up in the description. Questions need this
+    skill, and here a row trains it several times.
     """
     things, word = scene.things, scene.word
     description = tasks.describe(scene) if rng.integers(2) else _loosely(things, word, rng)
@@ -96,7 +98,7 @@ def relist(scene: world.Scene, rng: np.random.Generator) -> tuple[str, str, str,
         words = [things[index].color, things[index].shape, things[index].place]
         keys = [key for key in words if values.count(key) == 1]
         words = [words[index] for index in rng.permutation(len(words))]
-        if keys:  # what names the thing comes first
+        if keys:  # the first word must identify the thing
             key = keys[int(rng.integers(len(keys)))]
             words = [key, *(word for word in words if word != key)]
             answer.append(" ".join(words))
@@ -105,7 +107,7 @@ def relist(scene: world.Scene, rng: np.random.Generator) -> tuple[str, str, str,
 
 
 def _loosely(things, word: str, rng: np.random.Generator) -> str:
-    """A description whose things have their words in any order, as the word and the things do."""
+    """Returns a description with the things, and the words of each thing, in random order."""
     parts = []
     for thing in things:
         words = [thing.color, thing.shape, thing.place] + ["large"] * thing.large
@@ -117,9 +119,9 @@ def _loosely(things, word: str, rng: np.random.Generator) -> str:
 def text_rows(
     text: TextProcessor, examples: list[tuple[str, str, str, str]]
 ) -> dict[str, np.ndarray]:
-    """All examples in one padded batch; `family` is each one's index in `NAMES`.
+    """Returns the examples as one padded batch, with `family` [G], the index of each in `NAMES`.
 
-    A row is that of a training example (`data/batch.py`) behind its description.
+    A row is a training example (`data/batch.py`) preceded by the tokens of its description.
     """
     rows = []
     for _, description, prompt, answer in examples:
@@ -139,16 +141,16 @@ def text_rows(
 
 
 class Reader(Network):
-    """The language model alone, reading tokens where the visual prompt will stand."""
+    """A language model alone; it reads the description in the place of the visual prompt."""
 
     config: LanguageConfig
 
     def setup(self):
-        """Names the model `llm`, as `VisionLanguageModel` does."""
+        """Creates the model under the name `llm`, as in `VisionLanguageModel`."""
         self.llm = LANGUAGE_MODELS[self.config.kind](self.config, jnp.float32)
 
     def __call__(self, batch: dict[str, jax.Array], train: bool = False) -> jax.Array:
-        """Logits aligned with the batch's targets."""
+        """Returns logits [G, A, V], aligned with the batch's targets."""
         decoder = {name: batch[name] for name in batch if name.startswith("decoder_")}
         rows = (batch[name] for name in ("segments", "positions", "asked"))
         return self.llm(self.llm.embed(batch["tokens"]), *rows, **decoder, train=train)
@@ -157,7 +159,10 @@ class Reader(Network):
 def pool(
     text: TextProcessor, seed: int, split: str, start: int, count: int, stage: Stage
 ) -> list[dict[str, np.ndarray]]:
-    """About `count` examples of scenes from `start` on, in `BUCKETS` groups of like lengths."""
+    """Returns about `count` examples as `BUCKETS` batches of examples of similar length.
+
+    Scenes are drawn from number `start` on.
+    """
     drawn = (
         text_example(seed, split, start + index, stage.things, stage.relisted)
         for index in range(count)
@@ -171,11 +176,11 @@ def pool(
 
 
 def start_t5(params: dict[str, Any], config: T5Config) -> dict[str, Any]:
-    """Random parameters changed so that a small T5 learns to look things up at all.
+    """Returns random parameters changed so that a small T5 can learn to look things up.
 
-    Scores are not scaled in T5, so the queries start smaller; and position biases that begin near
-    zero leave a bag of words for a thousand steps, so some heads begin with a liking for neighbours
-    (bucket d is d tokens back, 16 + d is d tokens ahead), which training may change.
+    T5 does not scale attention scores, so query kernels are made smaller. And with position biases
+    near zero, T5 ignores word order for a thousand steps. So some heads start with a bias for
+    neighbouring tokens (bucket d is d tokens back, 16 + d is d tokens ahead), which is trained on.
     """
     small = config.head_width**-0.5
     params = jax.tree_util.tree_map_with_path(
@@ -203,7 +208,10 @@ def train_language(
     seed: int = 0,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Float32 parameters of `text.variant.llm`, trained; prints each family's accuracy."""
+    """Trains the language model `text.variant.llm`; returns its parameters in float32.
+
+    After each stage, `log` is called with the accuracy of each family of questions.
+    """
     config = text.variant.llm
     model: Any = Reader(config)
     steps = sum(stage.steps for stage in curriculum)

@@ -1,4 +1,4 @@
-"""The sizes of the embedded models, but for their vocabularies, which the tokenizers have."""
+"""Sizes of the embedded models, except for the vocabularies, which come from the tokenizers."""
 
 from typing import Any
 

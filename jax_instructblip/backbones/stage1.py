@@ -1,9 +1,10 @@
-"""A checkpoint to begin BLIP-2's first stage with: a vision tower, a fresh Q-Former, fresh heads.
+"""Writes an initial checkpoint for BLIP-2's first stage: a vision tower and an untrained Q-Former.
 
-    BASE --vision tower, BERT tokenizer--> OUT     Q-Former and heads random, or from BERT
+    BASE --vision tower, BERT tokenizer--> OUT     Q-Former random or from BERT, heads random
 
-From BERT comes all that it has: words, positions, self-attention and feed-forwards of the text; the
-feed-forwards of the queries are copies of these, and cross-attention stays random (as released).
+With BERT, the Q-Former gets its word and position embeddings, self-attention and feed-forwards. The
+feed-forwards of the queries are copies of those of the text, and cross-attention is random (as in
+the released code).
 """
 
 import os
@@ -15,17 +16,17 @@ import jax
 import numpy as np
 
 from jax_instructblip import checkpoint, stores
+from jax_instructblip.backbones.joining import part_of, part_of_arrays, write_joined
 from jax_instructblip.conversion.engine import Drop, Rule
 from jax_instructblip.conversion.safetensors import ConversionError, Tensor, open_folder
-from jax_instructblip.conversion.stored_model import copy_tokenizers, write_sides
+from jax_instructblip.conversion.stored_model import copy_tokenizers
 from jax_instructblip.conversion.tables import qformer
-from jax_instructblip.inference.loading import read_params, read_source
+from jax_instructblip.inference.loading import read_source
 from jax_instructblip.models.blip2 import init_params
 from jax_instructblip.models.variants import QFormerConfig, Variant
-from jax_instructblip.remote import is_remote
 
-FEATURES = 256  # of the space that images and texts are compared in, as released
-BERT_PREFIXES = ("", "bert.")  # of tensor names in folders of BertModel and BertForPreTraining
+FEATURES = 256  # width of the space in which images and texts are compared, as released
+BERT_PREFIXES = ("", "bert.")  # tensor name prefixes of BertModel and BertForPreTraining
 
 
 def write_stage1(
@@ -36,56 +37,55 @@ def write_stage1(
     features: int = FEATURES,
     seed: int = 0,
 ) -> Path | str:
-    """Writes `out`, a checkpoint of the first stage that has learned nothing yet.
+    """Writes an untrained checkpoint of BLIP-2's first stage.
 
     Args:
-      base: whose vision tower, Q-Former sizes and BERT tokenizer are taken; any checkpoint.
-      out: the folder to make, or its address in a store; it must not exist.
-      bert: a Hugging Face folder of BERT, of the Q-Former's sizes, that the Q-Former starts from.
-      features: width of the space that images and texts are compared in.
-      seed: of what is random.
+      base: any checkpoint; supplies vision tower, Q-Former sizes and BERT tokenizer.
+      out: the new folder, or its address in an object store (`gs://...`); it must not exist.
+      bert: a Hugging Face folder of BERT with the Q-Former's sizes, to initialise the Q-Former.
+      features: width of the space in which images and texts are compared.
+      seed: of the random weights.
 
     Returns:
       The folder `out`, or its address.
 
     Raises:
-      ValueError: `base` has no Q-Former, or `bert` is of other sizes.
-      OSError: `out` exists, or there is no room.
+      ValueError: `base` has no Q-Former, or `bert` has other sizes.
+      OSError: `out` exists, or the disk has too little room.
     """
     source = read_source(base)
     changes = dict(llm_width=0, instruction_aware=True, feature_width=features)
     sizes = {**vars(source.variant.qformer), **changes, "caption_head": True}
     none: Any = None
     variant = Variant("blip2_stage1", source.variant.vision, QFormerConfig(**sizes), none)
-    keep = lambda path, array: array if path.startswith("vision/") else None
-    kept = checkpoint.flatten(read_params(source, keep))
-    fresh = checkpoint.flatten(init_params(variant, jax.random.key(seed)))
-    leaves = {**fresh, **{path: leaf for path, leaf in kept.items() if leaf is not None}}
-    origin = "random"
+    fresh = {
+        path: np.asarray(leaf)
+        for path, leaf in checkpoint.flatten(init_params(variant, jax.random.key(seed))).items()
+        if not path.startswith("vision/")
+    }
+    parts = {"vision tower": part_of(source, lambda path: path.startswith("vision/"))}
     if bert is not None:
         folder = stores.input_path(bert, "bert")
-        leaves |= bert_leaves(open_folder(folder), variant.qformer, str(folder))
-        origin = f"BERT: {folder.name}"
-    facts = {"vision": str(source.folder), "qformer": origin}
-
-    def add(partial: Path) -> None:
-        write_sides(partial, variant, facts, {})
-        copy_tokenizers(source.folder, partial, variant)
-
-    with stores.output_folder(out) as (place, title):
-        arrays = ((path, np.asarray(leaf)) for path, leaf in leaves.items())
-        checkpoint.write_tree(place, arrays, extra=add)
-    print(f"{title}: vision tower of {source.folder}, Q-Former {origin}, heads random")
-    return title if is_remote(out) else place
+        of_bert = bert_leaves(open_folder(folder), variant.qformer, str(folder))
+        fresh = {path: leaf for path, leaf in fresh.items() if path not in of_bert}
+        parts["Q-Former"] = part_of_arrays(f"BERT: {folder.name}", of_bert)
+        parts["cross-attention, queries and heads"] = part_of_arrays("random", fresh)
+    else:
+        parts["Q-Former and heads"] = part_of_arrays("random", fresh)
+    copy = lambda out: copy_tokenizers(source.folder, out, variant)
+    return write_joined(out, variant, parts, copy)
 
 
 def bert_leaves(
     tensors: Mapping[str, Tensor], config: QFormerConfig, title: str
 ) -> dict[str, np.ndarray]:
-    """The leaves of the Q-Former that BERT's tensors fill; the word `[DEC]` is left as it is.
+    """Returns the Q-Former leaves that BERT's tensors fill, by path.
+
+    The word `[DEC]`, which BERT lacks, gets the mean of all word embeddings.
 
     Raises:
-      ConversionError: tensors are missing or of other shapes, all of them; `title` is their folder.
+      ConversionError: lists all tensors that are missing or of other shapes; `title`, the name of
+        their folder, is in the message.
     """
     prefix = next((p for p in BERT_PREFIXES if f"{p}{_WORDS}" in tensors), "")
     made: dict[str, np.ndarray] = {}
@@ -125,7 +125,7 @@ _WORDS = "embeddings.word_embeddings.weight"
 
 
 def _bert_name(key: str) -> str | None:
-    """BERT's name for a tensor of the Q-Former's table; None for what it does not have."""
+    """Returns BERT's name of a tensor of the Q-Former; None if BERT has no such tensor."""
     if not key.startswith("qformer.") or "crossattention" in key:
         return None
     name = key.removeprefix("qformer.").replace("embeddings.layernorm.", "embeddings.LayerNorm.")

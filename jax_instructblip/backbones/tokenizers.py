@@ -1,8 +1,8 @@
-"""Makes the small tokenizers of the embedded default from the text of its world.
+"""Trains the small tokenizers of the embedded models on the texts of the `shapes` world.
 
-Three of them, in the classes and with the special ids of the released models: BERT's WordPiece for
-the Q-Former, T5's Unigram, LLaMA's BPE. Every word of the world is one piece; other text falls back
-to letters.
+There are three, with the classes and special ids of the released models: BERT's WordPiece for the
+Q-Former, T5's Unigram, LLaMA's BPE. Every word of the world is one token; other text is split into
+letters.
 """
 
 import json
@@ -19,7 +19,7 @@ from transformers import BertTokenizer, LlamaTokenizer, T5Tokenizer
 from jax_instructblip.data import templates
 from jax_instructblip.data.shapes import tasks, world
 
-# Words that a reader may try, beyond those of the world itself.
+# Common words that users may type, besides those of the world.
 GENERIC = (
     "I you it he she we they this that these those a an the and or not no yes of in on at to "
     "from by with for as is are was be has have do does can could there here one two three four "
@@ -34,7 +34,7 @@ SCENES = 400  # enough to meet every word of the world
 
 
 def world_text() -> list[str]:
-    """Sentences that hold every template and every word of the world."""
+    """Returns sentences that contain every template and every word of the `shapes` world."""
     text = [line for group in templates.TEMPLATES.values() for line in group]
     text += [" ".join(names) for names in (world.COLORS, world.SHAPES, world.WORDS)]
     families = {**tasks.FAMILIES, **tasks.CAPTION_FAMILIES}
@@ -47,7 +47,7 @@ def world_text() -> list[str]:
 
 
 def count_words(text: Iterable[str]) -> Counter:
-    """Counts of each word (`top-left` is one), mark and option label such as `(a)`."""
+    """Counts the words (`top-left` is one), punctuation marks and option labels such as `(a)`."""
     pattern = re.compile(r"\([a-z]\)|\w+(?:-\w+)*|[^\w\s]")
     words = Counter()
     for line in text:
@@ -57,7 +57,7 @@ def count_words(text: Iterable[str]) -> Counter:
 
 
 def make_t5(text: list[str]) -> T5Tokenizer:
-    """A Unigram tokenizer whose scores are the words' log-frequencies: pad 0, eos 1, unk 2."""
+    """Returns a T5 Unigram tokenizer scored by log word frequency; pad 0, eos 1, unk 2."""
     words = count_words(text)
     total = sum(words.values())
     score = {
@@ -73,7 +73,7 @@ def make_t5(text: list[str]) -> T5Tokenizer:
 
 
 def make_llama(text: list[str]) -> LlamaTokenizer:
-    """A trained BPE tokenizer: bos = eos = unk = `</s>` 2, `[PAD]` last, as released."""
+    """Trains a LLaMA BPE tokenizer; bos = eos = unk = `</s>` (2), `[PAD]` last, as released."""
     specials = ["<unk>", "<s>", "</s>"]
     draft = Tokenizer(models.BPE(unk_token="<unk>"))
     draft.pre_tokenizer = pre_tokenizers.Sequence(
@@ -100,7 +100,7 @@ def make_llama(text: list[str]) -> LlamaTokenizer:
 
 
 def make_bert(text: list[str]) -> BertTokenizer:
-    """A lower-casing WordPiece tokenizer: `[PAD]` 0, `[CLS]` 2, `[SEP]` 3, `[DEC]` last."""
+    """Returns a lower-case WordPiece tokenizer; `[PAD]` 0, `[CLS]` 2, `[SEP]` 3, `[DEC]` last."""
     # BERT splits at every mark, so an option label is three pieces.
     words = {
         part for word in count_words(text) for part in re.findall(r"\w+|[^\w\s]", word.lower())
@@ -116,7 +116,7 @@ def make_bert(text: list[str]) -> BertTokenizer:
 
 
 def make_tokenizers(kind: str) -> tuple[LlamaTokenizer | T5Tokenizer, BertTokenizer]:
-    """The tokenizers of the language model (of `kind` 'llama' or 't5') and of the Q-Former."""
+    """Returns the tokenizers of the language model (`kind` 'llama' or 't5') and the Q-Former."""
     text = world_text()
     return {"t5": make_t5, "llama": make_llama}[kind](text), make_bert(text)
 
@@ -124,7 +124,7 @@ def make_tokenizers(kind: str) -> tuple[LlamaTokenizer | T5Tokenizer, BertTokeni
 def _prune(
     draft: Tokenizer, lines: list[str], specials: list[str]
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges without the pieces that no word of `lines` needs, built up or whole."""
+    """Returns the vocabulary and merges of `draft` that are needed to tokenise `lines`."""
     model = json.loads(draft.to_str())["model"]
     parts_of = {}
     for merge in model["merges"]:

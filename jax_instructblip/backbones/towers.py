@@ -1,8 +1,8 @@
-"""The trainings of the frozen towers, one after the other, in a folder that takes them up again.
+"""Trains the frozen towers of the embedded models into a work folder, which can be resumed.
 
-WORK/recipe.json     how the parts are made
+WORK/recipe.json     the settings that the towers are trained with
 WORK/vision          the vision tower
-WORK/base_KIND       it and a language model, a checkpoint folder with a random Q-Former
+WORK/base_KIND       a checkpoint: vision tower, language model KIND, random Q-Former
 """
 
 import json
@@ -20,19 +20,19 @@ from jax_instructblip.backbones.sizes import LANGUAGE, VISION
 from jax_instructblip.backbones.vision import train_vision
 
 VISION_STEPS, VISION_SCENES = 1500, 16_000
-TEXT_EXAMPLES = 24_000  # a stage of the curriculum
-RECIPE = "recipe.json"  # of the parts in a folder
+TEXT_EXAMPLES = 24_000  # per stage of the curriculum
+RECIPE = "recipe.json"
 
 
 def train_towers(
     work: Path, kinds: Sequence[str] = tuple(LANGUAGE), *, seed: int = 0, scale: float = 1.0
 ) -> None:
-    """Trains the vision tower and the language models; writes a base of each kind.
+    """Trains the vision tower and the language models; writes `base_KIND` for each of `kinds`.
 
-    Parts that are finished in `work` are kept. `scale` is of all step counts.
+    Finished parts in `work` are reused. `scale` multiplies all step counts.
 
     Raises:
-        ValueError: the parts in `work` were made otherwise.
+        ValueError: the parts in `work` were trained with other settings.
     """
     counts = {"vision_steps": VISION_STEPS, "vision_scenes": VISION_SCENES}
     counts |= {"text_steps": sum(stage.steps for stage in CURRICULUM), "examples": TEXT_EXAMPLES}
@@ -61,7 +61,7 @@ def train_towers(
 
 
 def _claim(work: Path, recipe: dict[str, float]) -> None:
-    """Notes how the parts in `work` are made; a ValueError where they were made otherwise."""
+    """Writes the recipe to a new work folder; a ValueError if an existing recipe differs."""
     path = work / RECIPE
     if not path.is_file() and not any(each.is_dir() for each in work.glob("*")):
         work.mkdir(parents=True, exist_ok=True)

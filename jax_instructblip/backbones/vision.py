@@ -1,8 +1,8 @@
-"""Trains the vision tower of the embedded default: what lies in each cell of a drawn scene.
+"""Trains the vision tower of the embedded models to recognise what is in each cell of a scene.
 
-The tower is supervised patch by patch (color, shape, size, word, row, column) and, on CLS, by what
-the whole picture holds (counts, the word, the large thing). The linear heads are thrown away, as
-the last block and head of the released tower were.
+Supervision is per patch (color, shape, size, word, row, column) and, on the CLS vector, about the
+whole picture (counts, the word, the large thing). The linear heads are discarded afterwards, as the
+last block and head of the released tower are.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from jax_instructblip.models.variants import VisionConfig
 from jax_instructblip.models.vision import VisionTransformer, normalise
 from jax_instructblip.progress import Progress
 
-GREY = 0.3  # part of the training pictures without color
+GREY = 0.3  # share of the training pictures without color
 COUNTS = world.MOST + 1  # 0 .. MOST
 # Classes of each label of a cell; the last one of the first four means "nothing of the kind".
 CELL_HEADS = {
@@ -43,7 +43,7 @@ PICTURE_HEADS = {
 
 
 def scene_labels(scene: world.Scene) -> dict[str, np.ndarray]:
-    """The labels of one scene: those of cells int32 `[16]`, those of the picture int32 `[n]`."""
+    """Returns the labels of one scene by name, int32: `[16]` for cells, `[n]` for the picture."""
     cells = world.GRID**2
     index = np.arange(cells, dtype=np.int32)
     label = {name: np.full(cells, CELL_HEADS[name] - 1, np.int32) for name in CELL_HEADS}
@@ -73,7 +73,7 @@ def scene_labels(scene: world.Scene) -> dict[str, np.ndarray]:
 
 
 def labelled_scenes(seed: int, split: str, count: int) -> dict[str, np.ndarray]:
-    """Pictures uint8 `[count, H, W, 3]` under `images`, and their stacked labels."""
+    """Draws scenes; returns uint8 `images` `[count, H, W, 3]` and the stacked labels."""
     rows = []
     with Progress(count, "drawing scenes", "scenes") as progress:
         for index in range(count):
@@ -84,13 +84,13 @@ def labelled_scenes(seed: int, split: str, count: int) -> dict[str, np.ndarray]:
 
 
 class Probed(Network):
-    """The tower with a norm and one linear head a label on top."""
+    """The vision tower followed by a norm and one linear head per label."""
 
     config: VisionConfig
 
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-        """Logits of every label: of cells `[B, 16, classes]`, of pictures `[B, n, classes]`."""
+        """Returns logits by label: `[B, 16, classes]` of cells, `[B, n, classes]` of pictures."""
         x = VisionTransformer(self.config, jnp.float32, name="vision")(images)
         x = nn.LayerNorm(name="probe_norm")(x)
         logits = {
@@ -104,10 +104,10 @@ class Probed(Network):
 
 
 def some_grey(images: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Normalised pixels, a part of the pictures in grey, and float `[B]`: 1 where colors are left.
+    """Returns normalised pixels with some pictures in grey, and float `[B]`, 1 if in color.
 
-    A shape must be known without its color: otherwise the tower tells pairs of color and shape,
-    and nobody can learn from some pairs how to read another.
+    The tower must know a shape without its color. Otherwise it represents pairs of color and shape,
+    and a model that is trained on some pairs does not generalise to others.
     """
     pixels = normalise(images)
     which, mix = jax.random.split(key)
@@ -128,7 +128,10 @@ def train_vision(
     seed: int = 0,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Float32 parameters of the trained tower; prints each label's accuracy on unseen scenes."""
+    """Trains the vision tower; returns its parameters in float32.
+
+    At the end `log` is called with the accuracy of each label on unseen scenes.
+    """
     data = labelled_scenes(seed, "vision", scenes)
     unseen = labelled_scenes(seed, "validation", 512)
     pairs = labelled_scenes(seed, "test_pairs", 512)

@@ -1,9 +1,10 @@
-"""Checkpoint folders on disk: leaf by leaf, every file hashed, whole or not at all.
+"""Checkpoint folders on disk: leaf by leaf, every file hashed, complete or absent.
 
-`folder` writes and reads them, `manifest` lists their leaves, `orbax_leaves` is the way through
-Orbax, `leaf_parts` and `stored_leaf` are for processes that each hold a part, `file_hashes` covers
-the small files and `step_meta` the `meta.json` of one checkpoint of a run; `trees` goes between
-nested dicts and paths.
+A leaf is one array of the parameters or of the optimizer's state. `folder` writes and reads these
+folders, `manifest` lists their leaves, and `orbax_leaves` calls Orbax. `leaf_parts` and
+`stored_leaf` serve runs in which each process holds parts of leaves. `file_hashes` covers the small
+files, `step_meta` the `meta.json` of one checkpoint of a run, and `trees` converts between nested
+dicts and paths.
 """
 
 from jax_instructblip.checkpoint.folder import (

@@ -2,9 +2,9 @@
 
     {"format": 1, "sha256": {"config.json": "...", "tokenizer/tokenizer.json": "...", ...}}
 
-The leaves have theirs in `manifest.json`, which they vouch for in turn. One flipped bit in a
-tokenizer or a config gives other answers without a word; so both are compared before they are used.
-Folders that were written before there was such a file are read without it.
+The hashes of the leaves (arrays) are in `manifest.json`; a damaged manifest no longer fits them.
+One flipped bit in a tokenizer or a config would change answers silently, so these files are
+compared before they are used. Folders older than `files.json` are read without this check.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ _FORMAT = 1
 
 
 def write_hashes(folder: str | os.PathLike) -> None:
-    """Writes `files.json` for what is in the folder now."""
+    """Writes `files.json` for the files that are in the folder now."""
     folder = Path(folder)
     hashes = {
         name: hash_file(folder / name)
@@ -32,10 +32,10 @@ def write_hashes(folder: str | os.PathLike) -> None:
 
 
 def verify_hashes(folder: str | os.PathLike) -> None:
-    """Compares every file that `files.json` lists, if the folder has one.
+    """Compares every file listed in `files.json` with its hash; does nothing without `files.json`.
 
     Raises:
-        CheckpointError: files are missing or have other bytes; all of them are named.
+        CheckpointError: names all files that are missing or have other bytes.
     """
     folder = Path(folder)
     if not (folder / FILES).exists():
@@ -70,7 +70,7 @@ def hash_file(path: Path) -> str:
 
 
 def _is_covered(name: str) -> bool:
-    """Tells a file that `files.json` lists from the lists themselves and the bytes of leaves."""
+    """True for files that `files.json` lists: not itself, `manifest.json` or bytes of leaves."""
     words = name.split("/")
     is_leaf = words[:2] == ["params", "state"] and len(words) == 4 and words[3][:1] != "."
     return not is_leaf and name not in (MANIFEST, FILES)

@@ -1,17 +1,17 @@
-"""A checkpoint folder: written and read leaf by leaf, whole or not at all, never silently changed.
+"""A checkpoint folder: written and read leaf by leaf, complete or absent, every byte hashed.
 
     folder/
       manifest.json   {"llm/embed/embedding": {"shape": [32128, 2048], "dtype": "bfloat16",
                                                "sha256": "..."}, ...}
       params/         Orbax; `orbax.checkpoint.experimental.v1.load(folder / "params")` reads it too
         state/llm.embed.embedding/0.0   the raw bytes of that leaf, uncompressed
-      ...             what the writer adds: config.json, tokenizers
+      ...             files of the writer: config.json, tokenizers
       files.json      the sha256 of every file but the leaves (`file_hashes.py`)
 
-Orbax notices neither a flipped bit nor a dtype that it casts, and wants a whole tree in memory when
-it is handed one. So every leaf has its sha256 in the manifest, metadata are compared before data
-are read, and leaves pass one at a time: peak memory is about twice the largest. Nothing here knows
-a model.
+A leaf is one array. Orbax notices neither a flipped bit nor a cast of dtype, and needs a whole tree
+in memory. Therefore the manifest has the sha256 of every leaf, metadata are compared before data
+are read, and leaves pass one at a time: peak memory is about twice the largest leaf. This module
+knows nothing of models.
 """
 
 import json
@@ -45,9 +45,9 @@ from jax_instructblip.files import read_json
 FORMAT = 1
 CONFIG = "config.json"
 PARAMS = "params"
-GROUP_BYTES = 64 * 2**20  # small leaves travel together: each Orbax call costs about 50 ms
+GROUP_BYTES = 64 * 2**20  # small leaves are written in groups: each Orbax call costs about 50 ms
 
-Place = Callable[[str, np.ndarray], Any]
+Place = Callable[[str, np.ndarray], Any]  # (path, array) -> what is kept instead of the array
 
 
 def write_tree(
@@ -56,11 +56,15 @@ def write_tree(
     *,
     extra: Callable[[Path], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The manifest of the checkpoint folder that it writes from (path, array) pairs.
+    """Writes a checkpoint folder from (path, array) pairs and returns its manifest.
 
-    `leaves` may be a generator: one leaf is held at a time, and small ones in groups. `extra` is
-    called with the still hidden folder at the end, to add config.json and the like before it
-    appears under its name. Dtypes are kept (bfloat16 too). Raises OSError when writing fails.
+    `leaves` may be a generator: one large leaf, or a group of small ones, is in memory at a time.
+    `extra` is called at the end with the folder, still under a hidden name, to add config.json and
+    other files. The folder appears under its own name when it is complete. Dtypes are kept
+    (bfloat16 too).
+
+    Raises:
+        OSError: writing failed.
     """
     manifest: dict[str, dict[str, Any]] = {}
     with atomic_folder(folder) as temporary:
@@ -69,7 +73,7 @@ def write_tree(
             if path in manifest:
                 raise ValueError(f"leaf {path!r} is given twice")
             array = np.asarray(leaf, order="C")
-            del leaf  # here and below: the next leaf is made while no name holds the last one
+            del leaf  # here and below: so that the last leaf is freed before the next one is made
             manifest[path] = entry_of(path, array)
             unflatten(dict.fromkeys(manifest))  # refuses a leaf below a leaf
             group[path] = array
@@ -100,11 +104,13 @@ def read_tree(
 ) -> Tree:
     """The parameters of a checkpoint folder as a nested dict of numpy arrays.
 
-    `place(path, array)` returns what is kept instead of the array (cast, put on a device), leaf by
-    leaf, so a tree larger than the host memory can pass. `expected`, a nested dict of anything with
-    `shape` and `dtype`, is compared before data are read: keys, shapes and, with `strict_dtype`,
-    dtypes. `verify` compares the sha256 of each leaf. Raises CheckpointError, which lists every
-    mismatch or every damaged leaf.
+    `place(path, array)` is called for each leaf as it is read, and its result is kept instead of
+    the array (cast, put on a device), so a tree larger than the host's memory can pass. `expected`,
+    a nested dict of leaves with `shape` and `dtype`, is compared before data are read: paths,
+    shapes and, with `strict_dtype`, dtypes. `verify` compares the sha256 of each leaf.
+
+    Raises:
+        CheckpointError: lists every mismatch, or every damaged leaf.
     """
     folder = Path(folder).absolute()
     manifest, stored = _open(folder)
@@ -134,10 +140,11 @@ def read_parts(
     strict_dtype: bool = False,
     place: Callable[[str, StoredParts], Any],
 ) -> Tree:
-    """The tree of `read_tree` for one of several processes, each of which holds parts of leaves.
+    """The nested dict of `read_tree`, for one of several processes that each hold parts of leaves.
 
-    `place(path, leaf)` slices the leaf where its devices need it, and only that is read. Of the
-    hashes, which are of whole leaves, each process compares its share: all are, by all together.
+    `place(path, leaf)` slices the leaf where this process's devices need it, and only these slices
+    are read. Hashes cover whole files, so each process verifies a share of the files; together they
+    verify all of them.
     """
     folder = Path(folder).absolute()
     manifest, _ = _open(folder)
@@ -157,7 +164,11 @@ def read_parts(
 def read_leaves(
     folder: str | os.PathLike, paths: Iterable[str] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The leaves (path, array) in the order of `paths`, default all, verified, one at a time."""
+    """Yields (path, array) for each of `paths`, by default all leaves, one at a time, verified.
+
+    Raises:
+        CheckpointError: the folder lacks such a leaf, or is damaged.
+    """
     folder = Path(folder).absolute()
     manifest, stored = _open(folder)
     paths = list(stored if paths is None else paths)
@@ -173,13 +184,17 @@ def read_leaves(
 
 
 def write_config(folder: str | os.PathLike, config: Mapping[str, Any]) -> None:
-    """Writes config.json: {"format": 1} and what the caller has to say of the parameters."""
+    """Writes config.json: {"format": 1} and the fields of `config`."""
     document = {"format": FORMAT, **config}
     Path(folder, CONFIG).write_text(json.dumps(document, indent=1) + "\n")
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
-    """The config.json that `write_config` wrote; CheckpointError where it is none of ours."""
+    """The fields of a folder's config.json; also compares the hashes of `files.json`.
+
+    Raises:
+        CheckpointError: config.json is missing or not from `write_config`, or a file is damaged.
+    """
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder} is no checkpoint folder: it has no {CONFIG}")
@@ -198,7 +213,10 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def _open(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The manifest and, by Orbax where it wrote the leaves, a description of each; they agree."""
+    """The manifest, and a description (`shape`, `dtype`) of each leaf by path, which agree.
+
+    Orbax describes whole leaves; leaves in parts are described from the manifest itself.
+    """
     manifest = read_manifest(folder)
     if leaf_parts.is_in_parts(manifest):
         leaf_parts.check_parts(manifest, folder)
@@ -219,7 +237,10 @@ def _read(
     damaged: list[str],
     verify: bool = True,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The leaves in that order; those that differ from the manifest are named in `damaged`."""
+    """Yields (path, array) for each leaf in `stored`, in order.
+
+    Leaves whose bytes differ from the manifest are not yielded but named in `damaged`.
+    """
     if leaf_parts.is_in_parts(manifest):
         for path in stored:
             before, entry = len(damaged), {path: manifest[path]}
@@ -239,7 +260,7 @@ def _read(
 
 
 def _verify(file: Path, path: str, expected: str, damaged: list[str]) -> None:
-    """Names the leaf in `damaged` where a file of it has not the bytes that the manifest says."""
+    """Adds the leaf at `path` to `damaged` if its file does not have the sha256 `expected`."""
     try:
         if hash_file(file) != expected:
             damaged.append(f"{path}: its bytes have another sha256 than {MANIFEST} says")

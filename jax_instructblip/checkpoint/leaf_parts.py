@@ -1,11 +1,11 @@
-"""Leaves in parts: each process of a run writes those that its devices hold, and no others.
+"""Leaves (arrays) in parts: each process of a run writes only the parts that its devices hold.
 
-    params/state/llm.head.kernel/0.0, 0.512     the raw bytes of a part, named by where it begins
+    params/state/llm.head.kernel/0.0, 0.512     the raw bytes of a part, named by its start index
     manifest.json   {"llm/head/kernel": {"shape": [64, 1024], "dtype": "float32", "parts":
                        {"0.0": {"shape": [64, 512], "sha256": "..."}, "0.512": {...}}}, ...}
 
-Of a part that several devices hold, one is the first (`replica_id` 0): its process writes it.
-Nothing else than these files is needed to read the leaves, on whatever number of processes.
+If several devices hold the same part, the process of the first one (`replica_id` 0) writes it.
+These files are all that is needed to read the leaves, on any number of processes.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ Manifest = dict[str, dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class OwnPart:
-    """A part of a leaf that this process writes: where in the leaf it begins, and its bytes."""
+    """A part of a leaf that this process writes: the leaf's path, start index, and numbers."""
 
     path: str
     start: tuple[int, ...]
@@ -35,19 +35,19 @@ class OwnPart:
 
     @property
     def name(self) -> str:
-        """The name of its file."""
+        """The name of the part's file."""
         return name_of(self.start)
 
 
 def name_of(start: Iterable[int]) -> str:
-    """The name of the part that begins there, as `0.512`; that of a number is `0`."""
+    """The name of the part that starts at an index, such as `0.512`; `0` for a scalar leaf."""
     return ".".join(map(str, start)) or "0"
 
 
 def own_parts(leaves: Mapping[str, jax.Array]) -> Iterator[OwnPart]:
-    """The parts that this process writes, as they lie on its devices.
+    """Yields the parts that this process writes, as they are on its devices.
 
-    An array that each process has by itself, as a random key, is written by the first one.
+    A leaf that every process has whole, such as a random key, is written by process 0.
     """
     for path, leaf in leaves.items():
         if leaf.is_fully_addressable and jax.process_index() > 0:
@@ -59,7 +59,7 @@ def own_parts(leaves: Mapping[str, jax.Array]) -> Iterator[OwnPart]:
 
 
 def write_parts(params: Path, parts: Iterable[OwnPart]) -> Manifest:
-    """Writes them below `params`; entries of a manifest that know of these parts alone."""
+    """Writes these parts below `params`; returns a manifest that lists these parts only."""
     manifest: Manifest = {}
     for part in parts:
         array = np.ascontiguousarray(part.data).reshape(np.shape(part.data))
@@ -77,10 +77,10 @@ def write_parts(params: Path, parts: Iterable[OwnPart]) -> Manifest:
 
 
 def merge(manifests: Iterable[Manifest], shapes: Mapping[str, tuple[int, ...]]) -> Manifest:
-    """The manifest of leaves of these shapes, whose parts several processes have written.
+    """The manifest of leaves with these full shapes, from the manifests of several processes.
 
     Raises:
-        CheckpointError: parts are missing; all such leaves are named.
+        CheckpointError: parts are missing; names all such leaves.
     """
     merged: Manifest = {path: {"shape": list(shape)} for path, shape in shapes.items()}
     for manifest in manifests:
@@ -92,12 +92,15 @@ def merge(manifests: Iterable[Manifest], shapes: Mapping[str, tuple[int, ...]]) 
 
 
 def is_in_parts(manifest: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Tells a manifest of leaves in parts from one of whole leaves."""
+    """True if a manifest lists leaves in parts, False if it lists whole leaves."""
     return any("parts" in entry for entry in manifest.values())
 
 
 def check_parts(manifest: Mapping[str, Mapping[str, Any]], where: Any) -> None:
-    """Raises a CheckpointError where the parts of leaves do not make up the leaves; all of them."""
+    """Raises a CheckpointError that names all leaves which their parts do not cover exactly once.
+
+    `where` is the start of the message: the place or origin of the parts.
+    """
     wrong = []
     for path, entry in manifest.items():
         problem = _problem(entry.get("shape"), entry.get("parts", {}))
@@ -108,7 +111,7 @@ def check_parts(manifest: Mapping[str, Mapping[str, Any]], where: Any) -> None:
 
 
 def _problem(shape: Any, parts: Any) -> str:
-    """The reason why these parts do not cover a leaf of that shape once; "" where they do."""
+    """The reason why these parts do not cover a leaf of that shape exactly once; "" if they do."""
     try:
         boxes = []
         for name, part in parts.items():
@@ -134,7 +137,12 @@ def _problem(shape: Any, parts: Any) -> str:
 
 
 def stored(params: Path, path: str, entry: Mapping[str, Any]) -> StoredParts:
-    """The leaf, to be read part by part; raises OSError or ValueError where a file is not whole."""
+    """The leaf at `path`, stored in parts; its bytes are read when it is sliced.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file has the wrong length.
+    """
     folder = params / "state" / path.replace("/", ".")
     parts = [
         StoredPart(folder / name, tuple(map(int, name.split("."))), tuple(part["shape"]))
@@ -144,7 +152,7 @@ def stored(params: Path, path: str, entry: Mapping[str, Any]) -> StoredParts:
 
 
 def files(params: Path, manifest: Mapping[str, Mapping[str, Any]]) -> dict[Path, tuple[str, str]]:
-    """Every file of leaves with its leaf's path and the sha256 of its bytes."""
+    """Maps every file that holds bytes of leaves to (leaf path, sha256 of the file)."""
     hashes = {}
     for path, entry in manifest.items():
         folder = params / "state" / path.replace("/", ".")
@@ -152,13 +160,13 @@ def files(params: Path, manifest: Mapping[str, Mapping[str, Any]]) -> dict[Path,
             for name, part in entry["parts"].items():
                 hashes[folder / name] = path, part["sha256"]
         else:
-            chunk = ".".join("0" * max(len(entry["shape"]), 1))  # Zarr's only one
+            chunk = ".".join("0" * max(len(entry["shape"]), 1))  # a whole leaf is one Zarr chunk
             hashes[folder / chunk] = path, entry["sha256"]
     return hashes
 
 
 def stored_leaf(params: Path, path: str, entry: Mapping[str, Any]) -> StoredParts:
-    """The leaf, whole or in parts, to be read where it is needed; raises as `stored`."""
+    """The leaf at `path`, stored whole or in parts, read when it is sliced; raises as `stored`."""
     if "parts" in entry:
         return stored(params, path, entry)
     return StoredLeaf(next(iter(files(params, {path: entry}))), entry["shape"], dtype_of(entry))

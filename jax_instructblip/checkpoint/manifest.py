@@ -1,4 +1,7 @@
-"""The list of a checkpoint folder's leaves, `manifest.json`, and the differences of two lists."""
+"""`manifest.json`, the list of a checkpoint folder's leaves, and comparison of such lists.
+
+A leaf is one array.
+"""
 
 import hashlib
 import json
@@ -14,15 +17,19 @@ import numpy as np
 from jax_instructblip.files import read_json
 
 MANIFEST = "manifest.json"
-_FIELDS = ({"shape", "dtype", "sha256"}, {"shape", "dtype", "parts"})  # `leaf_parts.py` has parts
+_FIELDS = ({"shape", "dtype", "sha256"}, {"shape", "dtype", "parts"})  # parts: `leaf_parts.py`
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, or is not the one expected; the message lists every reason."""
+    """Raised for a damaged or unexpected checkpoint; the message lists all reasons."""
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
-    """The manifest of a checkpoint folder: leaf path -> shape, dtype, sha256."""
+    """The manifest of a checkpoint folder: leaf path -> shape, dtype, and sha256 or parts.
+
+    Raises:
+        CheckpointError: there is no manifest, or it is damaged.
+    """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder} is no checkpoint folder: it has no {MANIFEST}")
@@ -37,24 +44,24 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
 
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> int:
-    """Bytes of all leaves of a manifest."""
+    """The total size, in bytes, of all leaves in a manifest."""
     return sum(math.prod(entry["shape"]) * dtype_of(entry).itemsize for entry in manifest.values())
 
 
 def dtype_of(entry: Mapping[str, Any]) -> np.dtype:
-    """The dtype of a leaf, numpy's own or one that it lacks (bfloat16)."""
+    """The dtype in a leaf's manifest entry, which may be one that numpy lacks (bfloat16)."""
     name = entry["dtype"]
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def manifest_digest(folder: str | os.PathLike) -> str:
-    """The sha256 (hex) of the manifest, which stands for every byte of the parameters."""
+    """The sha256 (hex) of a folder's manifest, which covers all leaves through their hashes."""
     canonical = json.dumps(read_manifest(folder), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def entry_of(path: str, array: np.ndarray) -> dict[str, Any]:
-    """The entry of this leaf in a manifest; ValueError where it does not hold numbers."""
+    """The manifest entry of a leaf; a ValueError if the array does not hold numbers."""
     if array.dtype.hasobject or array.dtype.kind in "USM":
         raise ValueError(f"leaf {path!r} has dtype {array.dtype}: only numbers can be stored")
     raw = array.reshape(-1).view(np.uint8).data
@@ -66,7 +73,7 @@ def entry_of(path: str, array: np.ndarray) -> dict[str, Any]:
 
 
 def describe(leaves: Mapping[str, Any], dtypes: bool) -> dict[str, tuple]:
-    """Shape and (with `dtypes`) dtype of each leaf, for `compare`."""
+    """Shape and (with `dtypes`) dtype of each leaf by path, in the form that `compare` takes."""
     return {
         path: (tuple(leaf.shape), np.dtype(leaf.dtype).name if dtypes else None)
         for path, leaf in leaves.items()
@@ -74,7 +81,7 @@ def describe(leaves: Mapping[str, Any], dtypes: bool) -> dict[str, tuple]:
 
 
 def described(manifest: Mapping[str, Any], dtypes: bool) -> dict[str, tuple]:
-    """Shape and dtype of each leaf that a manifest lists, for `compare`."""
+    """Shape and (with `dtypes`) dtype of each leaf in a manifest, for `compare`."""
     return {
         path: (tuple(entry["shape"]), entry["dtype"] if dtypes else None)
         for path, entry in manifest.items()
@@ -84,7 +91,10 @@ def described(manifest: Mapping[str, Any], dtypes: bool) -> dict[str, tuple]:
 def compare(
     folder: Path, claim: str, found: Mapping[str, tuple], wanted: Mapping[str, tuple]
 ) -> None:
-    """Raises when keys, shapes or (where described) dtypes differ, with all differences."""
+    """Raises a CheckpointError that lists all differences in paths, shapes and dtypes.
+
+    `claim` says in the message what the differences mean. Dtypes are None if they do not count.
+    """
     reasons = []
     for path in sorted(found.keys() | wanted.keys()):
         if path not in found:
@@ -103,5 +113,5 @@ def _words(description: tuple) -> str:
 
 
 def listed(title: str, reasons: list[str]) -> str:
-    """A message of one line a reason."""
+    """A message: the title with the number of reasons, then one line per reason."""
     return "\n  ".join([f"{title} ({len(reasons)}):", *reasons])

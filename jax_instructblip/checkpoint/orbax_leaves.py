@@ -1,4 +1,4 @@
-"""Leaves of a checkpoint folder as Orbax writes and reads them, with its errors as sentences."""
+"""Writing and reading the leaves (arrays) of a checkpoint folder by Orbax, with readable errors."""
 
 import contextlib
 import errno
@@ -17,16 +17,20 @@ from jax_instructblip.atomic import free_bytes
 from jax_instructblip.checkpoint.manifest import CheckpointError, dtype_of, listed
 from jax_instructblip.checkpoint.trees import flatten, unflatten
 
-SETTLE_SECONDS = 0.3  # after a failure, for the leaves of the same group to end
+SETTLE_SECONDS = 0.3  # wait after a failure, until the other leaves of the group have ended
 
 
 def save(params: Path, group: dict[str, np.ndarray], folder: Path) -> None:
-    """Writes these leaves; an OSError names `folder`, as which it will appear."""
+    """Writes the leaves of `group` below `params`.
+
+    Raises:
+        OSError: writing failed; names `folder`, the checkpoint's path once it is complete.
+    """
     options = _alone()
-    # One plain file a leaf: damage can be named, and 90 leaves take 0.1 s where OCDBT takes 2.
+    # One plain file per leaf: an error can name it, and 90 leaves take 0.1 s (OCDBT: 2 s).
     options.array.saving.use_ocdbt = False
     options.array.saving.use_zarr3 = False
-    options.array.saving.use_compression = False  # float weights shrink by a tenth, in minutes
+    options.array.saving.use_compression = False  # takes minutes, saves a tenth of float weights
     tree = unflatten(group)
     first, *others = group
     doing = f"writing {first}" + (f" and {len(others)} other leaves" if others else "")
@@ -35,15 +39,15 @@ def save(params: Path, group: dict[str, np.ndarray], folder: Path) -> None:
 
 
 def finalize(params: Path) -> None:
-    """Ends the writing of leaves."""
+    """Completes the Orbax checkpoint in `params` after the last leaf is written."""
     with _alone():
         ocp.partial.finalize(str(params))
-    # Orbax notes there where it wrote: a path of this machine, which nobody reads again.
+    # Orbax puts a path of this machine into this file, which nobody reads again.
     (params / "commit_success.txt").write_text("committed\n")
 
 
 def _alone() -> ocp.Context:
-    """Options of a process that reads or writes by itself, whatever the others of its run do."""
+    """An Orbax context for a process that reads or writes without waiting for other processes."""
     options, me = ocp.Context(), jax.process_index()
     if jax.process_count() > 1:
         options.multiprocessing.primary_host = me
@@ -54,10 +58,10 @@ def _alone() -> ocp.Context:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Mutes what Orbax prints of an error that is raised, too, and reported in one sentence.
+    """Mutes Orbax's log messages about an error that is also raised.
 
-    It handles the leaves of a group at the same time and, when one fails, neither stops the others
-    nor waits for them; what they then tell its closed event loop reaches `sys.unraisablehook`.
+    Orbax handles the leaves of a group concurrently. When one fails, Orbax neither stops the others
+    nor waits for them; their errors come after its event loop has closed, at `sys.unraisablehook`.
     """
     logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [log.level for log in logs]
@@ -77,14 +81,17 @@ def _quiet() -> Iterator[None]:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Tells news from what asyncio logs of a failed save when its other futures are collected."""
+    """A log filter: False for asyncio's reports on a failed save, which was raised already."""
     error = record.exc_info[1] if record.exc_info else None
     return error is None or ".partial-" not in str(error)
 
 
 @contextlib.contextmanager
 def writing(folder: Path, doing: str) -> Iterator[None]:
-    """Turns what Orbax raises while writing into one OSError with the place and the room left."""
+    """Turns an error of Orbax while writing into an OSError that tells path, reason and free space.
+
+    `folder` is the path of the checkpoint, `doing` the action that the message names.
+    """
     try:
         with _quiet():
             yield
@@ -104,7 +111,11 @@ def _reason(error: Exception) -> str:
 
 
 def metadata(params: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Orbax's own description of each leaf, which also asks for it as a numpy array."""
+    """Orbax's description of each leaf by path, which `load` takes to return numpy arrays.
+
+    Raises:
+        CheckpointError: the folder is damaged; names the leaves that cannot be read.
+    """
     try:
         with _quiet(), _alone():
             tree = ocp.metadata(str(params)).metadata
@@ -126,7 +137,10 @@ def metadata(params: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 def load(
     params: Path, group: Mapping[str, Any], damaged: list[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of a group; a leaf that cannot be read is added to `damaged` by name."""
+    """Yields path and array of each leaf in `group`; paths that cannot be read go to `damaged`.
+
+    `group` maps paths to descriptions of leaves, from `metadata`.
+    """
     options = _alone()
     options.pytree.loading.partial_load = True
     try:

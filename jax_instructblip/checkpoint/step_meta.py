@@ -1,10 +1,10 @@
-"""`meta.json` of one checkpoint of a run: the model it is of, and the manifests it has.
+"""`meta.json` of one checkpoint of a run: its model, and hashes that tie its parts together.
 
     {"format": 1, "step": 3000, "variant": {...}, "trainable": ["qformer"], "base": {...}, ...,
-     "manifests": {"trainable": "...", "optimizer": "..."},      sha256 of each
+     "manifests": {"trainable": "...", "optimizer": "..."},      sha256 of each part's manifest
      "sha256": "..."}                                            of all the other fields
 
-Those that were written before there were the last two are read without them.
+Older files lack the last two fields and are read without these checks.
 """
 
 import hashlib
@@ -33,15 +33,15 @@ _BASE = {"path": text(), "sha256": text(), "name": text()}
 
 
 def seal(meta: Mapping[str, Any]) -> str:
-    """The text of `meta.json` with these fields."""
+    """The text of a `meta.json` with these fields and their sha256."""
     return json.dumps({**meta, _SEAL: _digest(meta)}, indent=1) + "\n"
 
 
 def parse_meta(raw: bytes, where: str | os.PathLike) -> dict[str, Any]:
-    """The fields of a `meta.json`.
+    """The fields of the `meta.json` with the bytes `raw`; `where` is its folder, for messages.
 
     Raises:
-        CheckpointError: it is none, or is damaged; the error lists every field that cannot be.
+        CheckpointError: the bytes are no `meta.json`, or damaged; lists every field that is wrong.
     """
     path = f"{os.fspath(where)}/{META}"
     try:
@@ -65,15 +65,15 @@ def parse_meta(raw: bytes, where: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The fields of the `meta.json` of that checkpoint; raises as `parse_meta`, and OSError."""
+    """The fields of the `meta.json` in `folder`; raises as `parse_meta`, and OSError."""
     return parse_meta((folder / META).read_bytes(), folder)
 
 
 def check_manifest(meta: Mapping[str, Any], folder: Path, part: str) -> None:
-    """Compares the manifest of a part, `trainable` or `optimizer`, with the one that was saved.
+    """Checks that the manifest of a part, `trainable` or `optimizer`, is the one saved with `meta`.
 
     Raises:
-        CheckpointError: it is another, as of another step.
+        CheckpointError: the manifest is another one, for example that of another step.
     """
     wanted = meta.get(_MANIFESTS)
     if wanted is None:
@@ -86,12 +86,12 @@ def check_manifest(meta: Mapping[str, Any], folder: Path, part: str) -> None:
 
 
 def bind(meta: Mapping[str, Any], folder: Path, parts: tuple[str, ...]) -> dict[str, Any]:
-    """`meta` with the sha256 of the manifests of these parts of the folder."""
+    """Returns `meta` with the sha256 of the manifest of each of these parts of the folder."""
     return {**meta, _MANIFESTS: {part: manifest_digest(folder / part) for part in parts}}
 
 
 def _wrong_fields(meta: Mapping[str, Any]) -> list[str]:
-    """Sentences about fields that are missing, or of another kind than they must be."""
+    """Sentences about fields that are missing or have the wrong type."""
     filled = {**dict.fromkeys(_NEEDED), **meta}
     wrong = find_problems(filled, _FIELDS)
     if isinstance(base := filled["base"], dict):

@@ -1,4 +1,7 @@
-"""A leaf on disk of which a host reads the places that its devices hold, and no others."""
+"""An array (leaf) on disk that is sliced like a numpy array; only the slices are read.
+
+With it, a host reads only the parts of a leaf that its devices hold.
+"""
 
 import dataclasses
 import math
@@ -13,34 +16,34 @@ _BLOCK = 16 * 2**20  # bytes of a file that are mapped at a time
 
 
 def bytes_read() -> int:
-    """The number of bytes of leaves that this process has read part by part so far."""
+    """The number of bytes that this process has so far read from leaves part by part."""
     return _read["bytes"]
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredPart:
-    """A file of raw bytes that holds a part of a leaf: where it begins in the leaf, its shape."""
+    """A file with the raw bytes of a part of a leaf; `start` is the part's index in the leaf."""
 
     file: Path
     start: tuple[int, ...]
     shape: tuple[int, ...]
 
     def map(self, dtype: np.dtype) -> np.ndarray:
-        """The bytes as an array, of which the pages that are used are read."""
+        """Maps the file into memory as an array of the part's shape; only pages in use are read."""
         return np.memmap(self.file, dtype, "r", shape=self.shape or (1,)).reshape(self.shape)
 
 
 class StoredParts:
-    """An array in files, each with a part of it; like an array, it has shape, dtype and slices."""
+    """An array stored as one file per part; has shape, dtype and slicing like a numpy array."""
 
     def __init__(
         self, parts: Sequence[StoredPart], shape: tuple[int, ...], dtype: Any, cast: Any = None
     ):
-        """`dtype` is the files', `cast` that of what is read (default: the same).
+        """Takes the files' `dtype`, and as `cast` the dtype of what is read (default: the same).
 
         Raises:
-            OSError: a file is not there.
-            ValueError: a file is not as long as its part.
+            OSError: a file does not exist.
+            ValueError: the length of a file does not fit its part.
         """
         self.shape, self._parts, self._stored = tuple(shape), parts, np.dtype(dtype)
         self.dtype = np.dtype(cast or dtype)
@@ -51,12 +54,12 @@ class StoredParts:
                 raise ValueError(f"{part.file} has {size} bytes, expected {wanted}")
 
     def astype(self, dtype: Any, copy: bool = False) -> "StoredParts":
-        """This leaf with another dtype, cast when parts are read; `copy` is ignored."""
+        """Returns this leaf with another dtype, cast when parts are read; `copy` is ignored."""
         del copy
         return StoredParts(self._parts, self.shape, self._stored, dtype)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """The numbers there, read now; `index` is `...`, slices of step 1, whole numbers."""
+        """Reads the numbers at `index`: `...`, whole numbers and slices of step 1."""
         index = () if index is Ellipsis else index if isinstance(index, tuple) else (index,)
         index = (*index, *[slice(None)] * (len(self.shape) - len(index)))
         single = tuple(axis for axis, each in enumerate(index) if not isinstance(each, slice))
@@ -74,7 +77,7 @@ class StoredParts:
         )
 
     def _copy(self, part: StoredPart, bounds: list[tuple[int, int]], out: np.ndarray) -> None:
-        """Copies what the part has of the wanted place, some rows at a time."""
+        """Copies into `out` what `part` has of the region `bounds`, some rows at a time."""
         source, target = [], []
         for (begin, end), first, size in zip(bounds, part.start, part.shape, strict=False):
             low, high = max(begin, first), min(end, first + size)
@@ -98,8 +101,8 @@ class StoredParts:
 
 
 class StoredLeaf(StoredParts):
-    """The array in one file of raw bytes."""
+    """An array stored whole in one file of raw bytes."""
 
     def __init__(self, file: Path, shape: tuple[int, ...], dtype: Any):
-        """Raises as `StoredParts`."""
+        """Raises OSError and ValueError as `StoredParts` does."""
         super().__init__([StoredPart(file, (0,) * len(shape), tuple(shape))], shape, dtype)

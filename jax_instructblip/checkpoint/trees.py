@@ -1,4 +1,4 @@
-"""Nested dicts of leaves, and the same leaves by path."""
+"""Conversion between nested dicts of leaves and flat dicts by path; a leaf is one array."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,10 @@ Tree = dict[str, Any]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of a nested dict by path: `{"llm/embed/embedding": leaf}`."""
+    """The leaves of a nested dict by path: `{"llm": {"embed": leaf}}` -> `{"llm/embed": leaf}`.
+
+    `prefix` is put before every path. A ValueError for keys that are not words without "/".
+    """
     flat = {}
     for key, value in tree.items():
         if not isinstance(key, str) or not key or "/" in key:
@@ -23,7 +26,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(leaves: Mapping[str, Any]) -> Tree:
-    """The nested dict whose leaves `flatten` listed."""
+    """The inverse of `flatten`: a nested dict; a ValueError if one leaf lies below another."""
     tree: Tree = {}
     for path, leaf in leaves.items():
         *parents, name = path.split("/")

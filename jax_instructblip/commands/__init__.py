@@ -1,9 +1,10 @@
-"""The verbs of `jax-instructblip`: flags in, one call of the library out.
+"""The verbs (subcommands) of `jax-instructblip`: each parses flags and makes one library call.
 
-A verb is a module here with a docstring, whose first line is its line in `jax-instructblip --help`,
-and `def main(argv: list[str]) -> int`, which gets the words after the verb and returns the exit
-code. It raises ValueError or OSError for what the user can mend. Nothing else registers it.
+A verb is a module here with `def main(argv: list[str]) -> int`, which gets the words after the verb
+and returns the exit code. The first line of the module's docstring is its line in `jax-instructblip
+--help`. No other registration is needed. `main` raises ValueError or OSError for errors that the
+user can fix.
 
-`main` imports what it calls when the flags have been read: JAX, tokenizers and data libraries take
-seconds, which neither `--help` nor a misspelt flag should wait for.
+`main` parses the flags before it imports JAX, tokenizers or data libraries: these imports take
+seconds, which `--help` and misspelt flags should not cost.
 """

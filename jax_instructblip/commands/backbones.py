@@ -1,7 +1,9 @@
-"""Makes checkpoints to begin with: of BLIP-2's first stage, and the parts of the embedded ones.
+"""Makes initial checkpoints for the stages of training, and the parts of the embedded ones.
 
-`stage1` gives a vision tower a fresh Q-Former. `launch/backbones.sh` calls the others: first
-`towers`, then (after the caption runs) `merge`.
+`stage1` combines a vision tower with an untrained Q-Former, `stage2` a trained Q-Former with a
+language model; `instruct` makes a second stage's Q-Former read the instruction.
+`launch/backbones.sh` calls the other parts: first `towers`, then (after the caption training runs)
+`merge`.
 """
 
 import argparse
@@ -10,9 +12,15 @@ from pathlib import Path
 from jax_instructblip.backbones.sizes import LANGUAGE
 from jax_instructblip.commands.flags import check_flags
 
+STORES = {  # the flags of each part that may be addresses of a store
+    "stage1": ("base", "out", "bert"),
+    "stage2": ("stage1", "out", "llm"),
+    "instruct": ("stage2", "out", "text_from"),
+}
+
 
 def main(argv: list[str]) -> int:
-    """Runs one of the parts; returns 0."""
+    """Runs the part that the first argument names; returns 0."""
     parser = argparse.ArgumentParser(prog="jax-instructblip backbones", description=__doc__)
     parts = parser.add_subparsers(dest="part", required=True)
     towers = parts.add_parser("towers", help="train vision tower and language models: WORK/base_*")
@@ -31,9 +39,36 @@ def main(argv: list[str]) -> int:
     stage1.add_argument("out", type=Path, help="folder to make; must not exist")
     stage1.add_argument("--bert", type=Path, help="a Hugging Face folder of BERT to start from")
     stage1.add_argument("--seed", type=int, default=0)
+    stage2 = parts.add_parser("stage2", help="Q-Former of STAGE1 before a language model: OUT")
+    stage2.add_argument("stage1", type=Path, help="checkpoint or run of the first stage")
+    stage2.add_argument("out", type=Path, help="folder to make; must not exist")
+    stage2.add_argument(
+        "--llm",
+        type=Path,
+        required=True,
+        help="a Hugging Face folder of FlanT5, OPT, LLaMA or Vicuna, or a checkpoint with one",
+    )
+    stage2.add_argument("--seed", type=int, default=0, help="of the projection (default: 0)")
+    instruct = parts.add_parser("instruct", help="STAGE2 with a Q-Former that reads text: OUT")
+    instruct.add_argument("stage2", type=Path, help="checkpoint or run of the second stage")
+    instruct.add_argument("out", type=Path, help="folder to make; must not exist")
+    instruct.add_argument(
+        "--text_from",
+        type=Path,
+        required=True,
+        help="the first stage whose text half of the Q-Former is taken",
+    )
     flags = parser.parse_args(argv)
-    check_flags(flags, stores=("base", "out", "bert") if flags.part == "stage1" else ())
-    if flags.part == "stage1":
+    check_flags(flags, stores=STORES.get(flags.part, ()))
+    if flags.part == "stage2":
+        from jax_instructblip.backbones.stage2 import write_stage2
+
+        write_stage2(flags.stage1, flags.out, llm=flags.llm, seed=flags.seed)
+    elif flags.part == "instruct":
+        from jax_instructblip.backbones.stage2 import write_instruct
+
+        write_instruct(flags.stage2, flags.out, text_from=flags.text_from)
+    elif flags.part == "stage1":
         from jax_instructblip.backbones.stage1 import write_stage1
 
         write_stage1(flags.base, flags.out, bert=flags.bert, seed=flags.seed)

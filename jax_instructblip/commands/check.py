@@ -1,7 +1,7 @@
 """Reads a file of your own data as training would, and reports every bad line.
 
-Opens every image, counts tokens, and shows a few samples with the tokens that the loss asks for
-in [brackets]. Exit code 1 if any line is bad.
+Opens every image, counts tokens, and shows a few samples with the loss's target tokens in
+[brackets]. The exit code is 1 if any line is bad.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from jax_instructblip.commands.flags import check_flags
 
 
 def main(argv: list[str]) -> int:
-    """Prints the report; 1 if a line is bad, else 0."""
+    """Prints the report; returns 1 if a line is bad, else 0."""
     parser = argparse.ArgumentParser(prog="jax-instructblip check", description=__doc__)
     parser.add_argument("file", type=pathlib.Path, help="JSON lines: image(s), prompt, answer(s)")
     parser.add_argument(

@@ -1,15 +1,15 @@
-"""Measures a model on benchmarks beside the paper's numbers, or by task family on `shapes`.
+"""Evaluates a model on benchmarks, next to the paper's numbers, or by task family on `shapes`.
 
 evaluate --checkpoint DIR --datasets gqa,vsr --data DIR --out DIR   benchmarks, by their protocols
-evaluate --datasets gqa --predictions FILE --data DIR --out DIR     scores of answers made before
-evaluate --compare A B                                              where two runs differ
+evaluate --datasets gqa --predictions FILE --data DIR --out DIR     scores of existing answers
+evaluate --compare A B                                              samples that differ
 evaluate --list                                                     datasets, prompts, settings
 evaluate --checkpoint RUN                                           exact match by task family
 
-`--datasets held_out` is all 13 of table 1; a first stage of BLIP-2 is measured on coco_retrieval
-and flickr30k_retrieval. DIR of --data is what `jax-instructblip prepare` wrote, or the files as
-they were downloaded. A run that was ended goes on where it stopped; datasets that are finished are
-not answered again. Several processes share the work.
+`--datasets held_out` is all 13 of the paper's table 1; a first stage of BLIP-2 is measured on
+coco_retrieval and flickr30k_retrieval. DIR of --data is what `jax-instructblip prepare` wrote, or
+the original files. An interrupted evaluation is resumed; finished datasets are not answered again.
+Several processes share the questions.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from jax_instructblip.parallel import membership
 
 
 def main(argv: list[str]) -> int:
-    """Prints results and writes them; returns 1 where a dataset could not be scored."""
+    """Evaluates as the flags say; returns 1 if a dataset could not be scored, else 0."""
     parser = _parser()
     args = parser.parse_args(argv)
     check_flags(args, stores=(*PLACES, "compare"))
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 
 def _refuse_others(parser: argparse.ArgumentParser, args: argparse.Namespace, kind: str) -> None:
-    """Raises a ValueError where other flags are given beside `--list` or `--compare`."""
+    """Raises a ValueError if other flags are combined with `--list` or `--compare`."""
     changed = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     if wrong := sorted(set(changed) - {kind}):
         names = ", ".join(f"--{name}" for name in wrong)

@@ -8,7 +8,7 @@ from jax_instructblip.conversion.safetensors import SHARD_BYTES
 
 
 def main(argv: list[str]) -> int:
-    """Writes the folder; returns 0."""
+    """Exports as the flags say; returns 0."""
     parser = argparse.ArgumentParser(prog="jax-instructblip export", description=__doc__)
     parser.add_argument("folder", type=Path, help="a checkpoint folder of this package, or a run")
     parser.add_argument("--format", choices=("hf",), default="hf", help="hf: Hugging Face")

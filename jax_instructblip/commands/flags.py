@@ -1,6 +1,6 @@
-"""Flags that several verbs have, and the check of all: numbers in their ranges, paths of a disk.
+"""Flags that several verbs (subcommands) share, and the check of all flag values.
 
-No verb: it has no `main`.
+This module is no verb: it has no `main`.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from jax_instructblip.fields import MOST_SECONDS, Field, find_problems, number, 
 from jax_instructblip.files import find_addresses
 from jax_instructblip.models.variants import DTYPES
 
-# By name: a flag means the same in every verb that has it.
+# Allowed values by flag name: a flag means the same in every verb.
 NUMBERS: dict[str, Field] = {
     **settings.NUMBERS,
     "frames": whole(1, 1_024, unit="of a video"),
@@ -21,7 +21,7 @@ NUMBERS: dict[str, Field] = {
     "processes": whole(0, 1_000_000),
     "samples": whole(0, 10_000),
     "scale": number(above=0, at_most=1_000),
-    "seed": whole(0, 2**32 - 1),  # a key has 32 bits: larger ones would be others again
+    "seed": whole(0, 2**32 - 1),  # JAX uses 32 bits of it: a larger one would wrap around
     "shard_bytes": SHARD_SIZE,
     "shard_size": whole(1, unit="records"),
     "silence_limit": number(above=0, at_most=MOST_SECONDS, unit="seconds"),
@@ -34,7 +34,7 @@ TEXTS = ("prompt",)
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """Adds `--dtype`."""
+    """Adds `--dtype` to the parser."""
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -43,7 +43,7 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 def add_step(parser: argparse.ArgumentParser) -> None:
-    """Adds `--step N` and `--best`, which exclude each other."""
+    """Adds `--step N` and `--best`, which exclude each other, to the parser."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--step", type=int, help="of a run: this checkpoint (default: the newest)")
     group.add_argument(
@@ -54,16 +54,16 @@ def add_step(parser: argparse.ArgumentParser) -> None:
 
 
 def without_accelerator() -> None:
-    """Keeps JAX on the CPU: a verb that reads and writes files holds no accelerator meanwhile."""
+    """Restricts JAX to the CPU, so that verbs that only convert files occupy no accelerator."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
 
 
 def check_flags(flags: argparse.Namespace, stores: Sequence[str] = ()) -> None:
-    """Raises a ValueError that names every flag whose value cannot be used.
+    """Raises a ValueError that names every flag with an unusable value.
 
-    `stores` are the flags that may be addresses of a store (`gs://bucket/run`).
+    `stores` are the flags whose values may be object-store addresses (`gs://bucket/run`).
     """
     values = vars(flags)
     problems = [*find_problems(values, NUMBERS, "--"), *find_addresses(values, stores)]

@@ -1,8 +1,8 @@
 """Answers questions about images.
 
-One prompt for many images, or one image for many prompts, or as many of the one as of the other.
-Decoding is greedy. --num_beams above 1 searches with as many beams; --do_sample, or any of
---temperature, --top_k and --top_p, draws by --seed.
+Give one prompt for many images, one image for many prompts, or equally many of both. Decoding is
+greedy by default. --num_beams above 1 uses beam search; --do_sample, or any of --temperature,
+--top_k and --top_p, samples with --seed.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
 
 
 def _stream(flags: argparse.Namespace, config: GenerationConfig) -> int:
-    """Prints the answers while they are made, one question after the other; returns 0."""
+    """Prints each answer token by token, one question after the other; returns 0."""
     from jax_instructblip.inference.asking import stream_files
 
     asked = (flags.checkpoint, flags.image, flags.prompt, config)

@@ -1,4 +1,4 @@
-"""Merges a run with the base it tuned into one checkpoint folder that needs no other."""
+"""Merges a run with the frozen base it was trained on into one self-contained checkpoint folder."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ from jax_instructblip.commands.flags import add_step, check_flags, without_accel
 
 
 def main(argv: list[str]) -> int:
-    """Writes the checkpoint folder; returns 0."""
+    """Merges as the flags say; returns 0."""
     parser = argparse.ArgumentParser(prog="jax-instructblip merge", description=__doc__)
     parser.add_argument("run", type=Path, help="a run directory, or one of its checkpoints/STEP")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")

@@ -1,9 +1,9 @@
-"""Says what a step would need on chips that need not be there: memory, FLOPs, what moves.
+"""Predicts memory, FLOPs and communication of a step on TPU chips that need not be present.
 
     jax-instructblip plan --config configs/paper_vicuna_7b.py --topology v5e:4x4 --mesh 1,16,1
 
-The step is compiled by the compiler of those chips (extra `tpu`); no weights are read. Exit code 0:
-it fits; 1: it does not.
+The step is compiled by the compiler for those chips (extra `tpu`); no weights are read. The exit
+code is 0 if it fits into their memory, else 1.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from jax_instructblip.planning.chips import EFFORTS, known
 
 
 def main(argv: list[str]) -> int:
-    """Prints the plan, or of several the best; 0 where it fits."""
+    """Prints the plan, or the best of several with --sweep; returns 0 if it fits, else 1."""
     flags, rest = _parser().parse_known_args(argv)
     check_flags(flags, stores=("config",))
     config = read_config(rest)

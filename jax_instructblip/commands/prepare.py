@@ -1,8 +1,8 @@
-"""Turns the original files of a dataset into shards that training and evaluation read.
+"""Converts the original files of a dataset to the shards that training and evaluation read.
 
-prepare DATASET --raw DIR --out DIR    reads DIR as it was downloaded, writes OUT/DATASET/VERSION
+prepare DATASET --raw DIR --out OUT    reads the original files in DIR, writes OUT/DATASET/VERSION
 prepare --list                         every dataset: family, splits, files, counts, licence, source
-prepare DATASET --raw DIR --preview --out PAGE.html    20 samples in pictures, and the lengths
+prepare DATASET --raw DIR --preview --out PAGE.html    20 samples as pictures, and text lengths
 """
 
 import argparse
@@ -17,7 +17,7 @@ from jax_instructblip.remote import address_of
 
 
 def main(argv: list[str]) -> int:
-    """Prepares one dataset and prints what was found; returns 0."""
+    """Prepares one dataset and prints a summary; returns 0."""
     parser = _parser()
     flags, options = parser.parse_known_args(argv)
     check_flags(flags, stores=("out", "checkpoint"))
@@ -53,7 +53,10 @@ def main(argv: list[str]) -> int:
 def _prepare(
     dataset: Dataset, splits: list[str], flags: argparse.Namespace, options: list[str]
 ) -> tuple[pathlib.Path, str]:
-    """The folder of the prepared dataset, made here or where Beam runs, and what to call it."""
+    """Prepares the dataset; returns a local folder with its report, and its store address.
+
+    The address is that of the dataset in an object store, "" if it is on the local disk.
+    """
     common: dict[str, Any] = dict(splits=splits, max_missing=flags.max_missing, frames=flags.frames)
     if flags.beam_runner:
         from jax_instructblip.data.prepare.beam import prepare_with_beam

@@ -1,7 +1,7 @@
 """Ranks candidate answers to questions about images.
 
-Candidates stand between commas, or one a line in a file: --candidates red,green or @answers.txt.
-One prompt for many images, or one image for many prompts, or as many of the one as of the other.
+Candidates are separated by commas, or one per line in a file: --candidates red,green or
+@answers.txt. Give one prompt for many images, one image for many prompts, or equally many of both.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from jax_instructblip.inference.generation_config import BATCH_SIZE
 
 
 def main(argv: list[str]) -> int:
-    """Prints the best candidates of each question, their scores and probabilities; returns 0."""
+    """Prints the best candidates of each question with scores and probabilities; returns 0."""
     flags = _parser().parse_args(argv)
     check_flags(flags, stores=("checkpoint", "image", "candidates"))
     candidates = _read(flags.candidates)
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 
 
 def _read(words: str) -> list[str]:
-    """The candidates of the flag; blank lines of a file are passed over."""
+    """Returns the candidates of the flag's value; blank lines of a file are skipped."""
     if words.startswith("@"):
         return read_entries(stores.input_path(words[1:]))
     return [each.strip() for each in words.split(",")]

@@ -1,4 +1,4 @@
-"""Tunes the Q-Former (or other parts) as a config file says."""
+"""Trains the Q-Former (or other parts) as a config file says."""
 
 import argparse
 import os
@@ -24,7 +24,7 @@ of configs/common.py can be changed:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the training; returns 0, also when it was told to stop and has saved."""
+    """Runs the training; returns 0, also after an early stop that has saved a checkpoint."""
     flags, _ = _parser().parse_known_args(argv)
     config = read_config(argv)
     fresh = os.environ.get("FRESH") == "1"
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
 
 
 def read_config(argv: list[str]) -> "ConfigDict":
-    """The config that `--config FILE --config.FIELD=VALUE ...` describes.
+    """Returns the config that `--config FILE --config.FIELD=VALUE ...` describes.
 
     Raises:
         ValueError: an unknown flag or field, with the nearest name, or a value of the wrong type.

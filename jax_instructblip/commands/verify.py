@@ -1,9 +1,9 @@
-"""Asks a released model what was published of it, and compares the answers.
+"""Asks a released model questions with published answers, and compares its answers with them.
 
     jax-instructblip verify --checkpoint FOLDER --image confusing-pictures=Confusing-Pictures.jpg
 
-Without --image it says which images are needed and where to get them. The exit code is 0 where all
-questions that could be asked were answered as published, and at least one could.
+Without --image it lists the images that are needed and where to get them. The exit code is 0 if at
+least one question was asked and all were answered as published.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from jax_instructblip.evaluation.published import FACTS
 
 
 def main(argv: list[str]) -> int:
-    """Prints a line for each question and a summary; 0 if all that were asked match, else 1."""
+    """Prints one line per question and a summary; returns 0 if all asked ones match, else 1."""
     flags = _parser().parse_args(argv)
     check_flags(flags, stores=("checkpoint", "image"))
     from jax_instructblip.evaluation.verification import verify

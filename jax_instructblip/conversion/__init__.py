@@ -1,14 +1,22 @@
-"""Weights from elsewhere to ours and back: one table a tower, one engine, a closed ledger.
+"""Converts weights of Hugging Face and LAVIS to checkpoints of this package, and back.
 
-families.py       a row each architecture: sections of config.json, tables of its towers
-config_keys.py    keys of config.json, read and written by the same rows
-hf_config.py      a config.json -> variant, checked
-hf_folder.py      a Hugging Face folder -> variant, facts of the source, leaves one at a time
-convert.py        that -> a checkpoint folder of ours
-stored_model.py   a checkpoint or a run over its base, as writers take it
-export.py         that -> a Hugging Face folder
-engine.py         Rule, Zeros, Drop; the ledger over them
-transforms.py     the permutations, each with its inverse
-safetensors.py    files read and written by seek
-tables/           one a tower: vision qformer t5 llama opt
+A tower is one network of a model: vision, Q-Former or language model. Each tower has one table of
+rules (source tensor -> our parameter); one engine applies them and reports all that is left over.
+
+    families.py         a row for each Hugging Face architecture: sections of config.json, tables
+    config_keys.py      rows for keys of config.json, used for reading and writing
+    sections.py         the rows of each tower's section of config.json
+    hf_config.py        config.json -> the sizes of the model (`Variant`), checked
+    hf_folder.py        a Hugging Face folder -> our parameters, one at a time
+    language_folder.py  a Hugging Face folder of a language model alone -> our parameters
+    lavis.py            LAVIS's names for the tensors of the tables
+    original.py         `.pth` files of LAVIS -> our parameters, one at a time
+    convert.py          weights of either origin -> a checkpoint folder of this package
+    stored_model.py     a checkpoint, or a base with tuned weights, ready to be written
+    export.py           a checkpoint of this package -> a Hugging Face folder
+    engine.py           the kinds of rules, and the plan made from them
+    transforms.py       transposes and reshapes of weights, each with its inverse
+    safetensors.py      reads and writes safetensors files, one tensor at a time
+    torch_files.py      reads the tensors of `.pth` and `.bin` files, and runs no code in them
+    tables/             one table a tower: vision qformer t5 llama opt heads
 """

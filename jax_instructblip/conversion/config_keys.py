@@ -1,13 +1,13 @@
-"""Keys of Hugging Face's config.json as rows of a table that is read in both directions.
+"""Rows that describe keys of Hugging Face's config.json, used for reading and for writing.
 
     Section("vision_config", (
-        Key("hidden_size", "width", SIZE, 1408),          # fills our field `width`, and back
-        Fixed("hidden_act", "gelu"),                      # this network has this value alone
+        Key("hidden_size", "width", AXIS, 1408),          # fills our field `width`, and back
+        Fixed("hidden_act", "gelu"),                      # the only value that is supported
         Pair(read_activation, write_activation),          # keys and fields that are not one to one
     ))
 
-A default is what transformers means where a key is left out. Types and ranges are checked before a
-value is used, and all complaints of a config are collected.
+A default is the value that transformers uses if a key is missing. Types and ranges are checked
+before a value is used, and all complaints about a config are collected.
 """
 
 import dataclasses
@@ -48,14 +48,14 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A key that fills one field of a tower's dataclass.
+    """A key that fills one field of a tower's dataclass of sizes.
 
     Attributes:
-      name: what config.json calls it.
-      field: what the tower's dataclass calls it.
+      name: its name in config.json.
+      field: the field's name in the dataclass.
       kind: type and range; `AXIS` and `COUNT` are also compared with the tensors.
-      default: its value where it is absent.
-      else_as: the key above it whose value it has where it is absent or null.
+      default: its value if it is missing.
+      else_as: name of an earlier key whose value it has if it is missing or null.
     """
 
     name: str
@@ -67,30 +67,30 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """A key whose value this network cannot change; absent, it has it."""
+    """A key with only one supported value, which a missing key has, too."""
 
     name: str
     value: Any
-    written: bool = True  # a key of old, which is only read, is not
+    written: bool = True  # False for an obsolete key, which is only read
 
 
 @dataclasses.dataclass(frozen=True)
 class Same:
-    """A key that must equal another one, which a `Key` reads."""
+    """A key that must equal the key `as_`, which a `Key` reads."""
 
     name: str
     as_: str
-    default: Any = None  # None: the other key's value
+    default: Any = None  # None: the value of the key `as_`
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Keys and fields that are not one to one.
+    """Keys of config.json and fields of our dataclass that are not one to one.
 
     Attributes:
-      read: the fields, from the section's `Values`.
-      write: the keys, from the tower.
-      defaults: of the keys that `read` looks at.
+      read: function of the section's `Values` that returns the fields.
+      write: function of the tower's sizes that returns the keys.
+      defaults: values of missing keys that `read` uses.
     """
 
     read: Callable[["Values"], Mapping[str, Any]]
@@ -99,20 +99,23 @@ class Pair:
 
 
 class Values(dict[str, Any]):
-    """The keys of a section, defaults filled in; `fail` collects complaints about them."""
+    """The keys of a section with defaults filled in; `failures` collects complaints about them."""
 
     def __init__(self, section: str, values: Mapping[str, Any]):
-        """`section` is its name in messages, "" for the top of the document."""
+        """Takes the section's name for messages ("" for the top of the document) and its keys."""
         super().__init__(values)
         self.prefix = f"{section}." if section else ""
         self.failures: list[str] = []
 
     def fail(self, key: str, expected: str) -> None:
-        """Notes that a key's value is not one of those expected."""
+        """Adds a complaint about the value of `key`; `expected` says which values are allowed."""
         self.failures.append(f"{self.prefix}{key} is {self[key]!r:.60}; {expected}")
 
     def checked(self, key: str, kind: Field, default: Any = None) -> Any:
-        """The value of a key where its type and range are right; otherwise `default`, noted."""
+        """Returns the value of a key, or `default` if its type or range is wrong.
+
+        In the latter case a complaint is added to `failures`.
+        """
         problems = kind.problems(self.prefix + key, self[key])
         self.failures += problems
         return default if problems else self[key]
@@ -120,14 +123,14 @@ class Values(dict[str, Any]):
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One part of config.json, and how it maps to a tower's fields."""
+    """One section of config.json and its rows; `name` is "" for the top of the document."""
 
     name: str
     rows: tuple[Key | Fixed | Same | Pair, ...]
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The values that transformers takes for keys that are left out."""
+        """The values that transformers uses for missing keys."""
         defaults: dict[str, Any] = {}
         for row in self.rows:
             if isinstance(row, Pair):
@@ -139,7 +142,7 @@ class Section:
         return defaults
 
     def read(self, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """The fields that the section of a config.json fills, and all that is wrong with it."""
+        """Returns (fields that the section of a config.json fills, complaints about it)."""
         section = (config.get(self.name) if self.name else config) or {}
         if not isinstance(section, Mapping):
             return {}, [f"{self.name} is {kind_of(section)}, expected an object"]
@@ -149,7 +152,7 @@ class Section:
         for row in self.rows:
             if isinstance(row, Key):
                 if row.else_as and values.get(row.name) is None:
-                    checked[row.name] = checked[row.else_as]  # checked, and told of, there
+                    checked[row.name] = checked[row.else_as]  # checked above, under that key
                 else:
                     checked[row.name] = values.checked(row.name, row.kind)
                 fields[row.field] = checked[row.name]
@@ -170,7 +173,7 @@ class Section:
         return fields, values.failures
 
     def write(self, tower: Any) -> dict[str, Any]:
-        """The keys that say what the tower is: `read` makes the same fields of them."""
+        """Returns the keys that describe `tower`, the sizes of a tower; `read` is the inverse."""
         keys: dict[str, Any] = {}
         for row in self.rows:
             if isinstance(row, Key):
@@ -184,7 +187,11 @@ class Section:
         return keys
 
     def sizes(self, tower: Any) -> list[tuple[str, int, bool]]:
-        """(key, value, whether it counts layers) of each size that the tensors show."""
+        """Returns (key, value, is_layers) of each size that the tensors' shapes or names show.
+
+        `is_layers` is True for a number of layers, False for the length of an axis. `tower` is the
+        tower's dataclass of sizes.
+        """
         prefix = f"{self.name}." if self.name else ""
         return [
             (prefix + row.name, getattr(tower, row.field), row.kind is COUNT)
@@ -194,5 +201,5 @@ class Section:
 
 
 def equal(found: Any, wanted: Any) -> bool:
-    """Tells whether two values are equal, and of the same type: 1 is not true."""
+    """Tells whether two values are equal, where 1 and True are not."""
     return isinstance(found, bool) == isinstance(wanted, bool) and found == wanted

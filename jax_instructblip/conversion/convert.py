@@ -1,8 +1,8 @@
-"""A Hugging Face folder -> a checkpoint folder of this package, on disk."""
+"""Converts a Hugging Face folder, or LAVIS's `.pth` files, to a checkpoint folder."""
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,9 @@ from jax_instructblip import checkpoint, stores
 from jax_instructblip.atomic import check_room
 from jax_instructblip.conversion import hf_folder
 from jax_instructblip.conversion.engine import is_finite
+from jax_instructblip.conversion.hf_folder import Conversion
+from jax_instructblip.conversion.original import Original, original_files, read_original
+from jax_instructblip.conversion.safetensors import ConversionError
 from jax_instructblip.conversion.stored_model import copy_tokenizers
 from jax_instructblip.data.captions import CaptionTokenizer
 from jax_instructblip.data.text import TextProcessor
@@ -21,41 +24,78 @@ from jax_instructblip.remote import is_remote
 
 
 def convert(
-    folder: str | os.PathLike, out: str | os.PathLike, *, variant: str | None = None
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    variant: str | Variant | None = None,
+    llm: str | os.PathLike[str] | None = None,
+    bert: str | os.PathLike[str] | None = None,
 ) -> Path | str:
-    """Converts a Hugging Face InstructBLIP folder to a checkpoint folder of this package.
+    """Converts a Hugging Face folder, or `.pth` files of LAVIS, to a checkpoint folder.
 
-    Prints what was converted, and on stderr what the checkpoint lacks.
+    Prints what was converted; what the checkpoint lacks is printed to stderr.
 
     Args:
-      folder: config.json, *.safetensors and tokenizers, as downloaded or saved by transformers.
-      out: the folder to make, or its address in a store; it must not exist, and appears when all
-        is written.
-      variant: the released model whose sizes are demanded, a name of `models/released.py`.
+      source: a folder of InstructBLIP or BLIP-2 with config.json, *.safetensors and tokenizers, as
+        downloaded or saved by transformers; or `.pth` files of LAVIS: a model's file and those of
+        the towers that were saved apart.
+      out: the folder to make, or its address in an object store (`gs://...`). It must not exist,
+        and appears when it is complete.
+      variant: name of a released model (`models/released.py`) whose sizes the weights must have;
+        required with `.pth` files, which do not tell their sizes.
+      llm: with `.pth` files, the Hugging Face folder of the language model.
+      bert: with `.pth` files, a folder with the tokenizer of bert-base-uncased, for a Q-Former that
+        reads text.
 
     Returns:
       The folder `out`, or its address.
 
     Raises:
-      ValueError: the folder cannot be converted, with every reason, or a tokenizer is damaged or of
-        another model.
+      ValueError: the weights cannot be converted (all reasons are listed), or a tokenizer is
+        damaged or of another model.
       OSError: `out` exists, or the disk has too little room.
     """
     with stores.output_folder(out) as (target, title):
-        _convert(stores.input_path(folder, "folder"), target, title, variant)
+        if files := original_files(source):
+            original = read_original(files, variant, llm=llm, bert=bert)
+            name = " + ".join(map(str, files))
+            _write(original, original.copy_tokenizers, name, target, title)
+        else:
+            (given,) = [source] if isinstance(source, str | os.PathLike) else source
+            if apart := [name for name, path in {"llm": llm, "bert": bert}.items() if path]:
+                raise ConversionError(
+                    f"{given} is converted whole",
+                    [f"{' and '.join(apart)} go with original files (.pth): leave them out"],
+                )
+            if not (variant is None or isinstance(variant, str)):
+                variant = released_name(variant)
+            folder = stores.input_path(given, "folder")
+            found = hf_folder.convert_hf(folder, variant)
+            copy = lambda partial: copy_tokenizers(folder, partial, found.variant)
+            _tokenizer_problem(folder, found.variant)  # a foreign one: before anything is written
+            _write(found, copy, str(folder), target, title)
     return title if is_remote(out) else target
 
 
-def _convert(folder: Path, out: Path, title: str, variant: str | None) -> None:
-    described, source, leaves = hf_folder.convert_hf(folder, variant)
-    unread = _tokenizer_problem(folder, described)
+def _write(
+    conversion: Conversion | Original,
+    copy: Callable[[Path], list[str]],
+    name: str,
+    out: Path,
+    title: str,
+) -> None:
+    """Writes the checkpoint folder, and prints what is in it and what it lacks."""
+    described, source, leaves = conversion[:3]
     check_room(out, leaves.nbytes)
     absent: list[str] = []
+    unread: list[str] = []
     not_finite: list[str] = []
 
     def add(partial: Path) -> None:
         checkpoint.write_config(partial, {"variant": described.to_dict(), "source": source})
-        absent.extend(copy_tokenizers(folder, partial, described))
+        absent.extend(copy(partial))
+        if not absent:
+            unread.append(_tokenizer_problem(partial, described))
 
     with count_bytes(leaves.nbytes, "converting") as count:
 
@@ -65,7 +105,7 @@ def _convert(folder: Path, out: Path, title: str, variant: str | None) -> None:
                 if not is_finite(array):
                     not_finite.append(path)
                 yield path, array
-                del array  # the next leaf is made while no name holds this one
+                del array  # free it before the next one is made
                 count(size, path)
 
         manifest = checkpoint.write_tree(out, counted(), extra=add)
@@ -78,20 +118,24 @@ def _convert(folder: Path, out: Path, title: str, variant: str | None) -> None:
         print(f"left out {key}: {reason}")
     if source["tied_head"]:
         print("the folder has no lm_head: filled from the tied embedding")
-    for name in absent:
-        print(f"warning: no {name} in {folder}: the checkpoint cannot answer", file=sys.stderr)
+    for tokenizer in absent:
+        print(f"warning: no {tokenizer} in {name}: the checkpoint cannot answer", file=sys.stderr)
     if not_finite:
         print(
-            f"warning: NaN or infinity in {', '.join(not_finite)}: is a file of {folder} damaged, "
+            f"warning: NaN or infinity in {', '.join(not_finite)}: is a file of {name} damaged, "
             "or were its weights rounded to float16? Answers may end in an error",
             file=sys.stderr,
         )
-    if unread and not absent:
-        print(f"warning: {unread}: the checkpoint cannot answer", file=sys.stderr)
+    for problem in filter(None, unread):
+        print(f"warning: {problem}: the checkpoint cannot answer", file=sys.stderr)
 
 
 def _tokenizer_problem(folder: Path, variant: Variant) -> str:
-    """A sentence about tokenizers that are not there; ValueError for damaged or foreign ones."""
+    """Returns a sentence about missing tokenizers, "" if there are none missing.
+
+    Raises:
+        ValueError: a tokenizer is damaged or of another model.
+    """
     reader = TextProcessor if variant.llm is not None else CaptionTokenizer
     try:
         reader.load(folder, variant)

@@ -1,11 +1,11 @@
-"""The conversion engine: rules, a closed ledger over them, and leaves one at a time.
+"""The conversion engine: applies rules to source tensors, and makes our parameters one at a time.
 
     Rule("vision_model.encoder.layers.{i}.mlp.fc1.weight", "vision/layers/mlp/in/kernel", linear,
          layers=range(39))
 
-Every source tensor is used, or dropped for a written reason; every leaf of the network is filled.
-The ledger is closed before a leaf is made: whatever is wrong is reported together, and nothing is
-written.
+A leaf is one parameter of our network, named by its path. `make_plan` checks that every source
+tensor is used, or dropped for a stated reason, and that every leaf is filled. All failures are
+reported together, before anything is read or written.
 """
 
 import dataclasses
@@ -23,16 +23,21 @@ from jax_instructblip.conversion.safetensors import DEQUANTISE, ConversionError,
 from jax_instructblip.conversion.transforms import Transform
 
 EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80_0000}
-CHUNK = 2**22  # numbers looked at together
+CHUNK = 2**22  # numbers that are checked at a time
 FLOATS = {np.dtype(name) for name in ("float16", "float32", ml_dtypes.bfloat16)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One source tensor (or `part` of it, one a layer) fills one leaf (or its slice of that layer).
+    """Fills one leaf, or one slice of it a layer, from one source tensor or an equal part of it.
 
-    `part = (k, n)` is the k-th of n equal pieces along the first axis; the other pieces have rules
-    of their own. With `layers` the source has `{i}` and the leaf is stacked in that order.
+    Attributes:
+      source: name of the source tensor; with `layers` it has `{i}` in place of the layer's number.
+      target: path of the leaf; with `layers` the leaf is stacked on axis 0 in their order.
+      transform: transposes or reshapes the tensor into the leaf.
+      layers: numbers of the layers.
+      part: (k, n): the k-th of n equal pieces along the tensor's axis 0; other rules take the
+        others.
     """
 
     source: str
@@ -43,13 +48,16 @@ class Rule:
 
     @property
     def keys(self) -> list[str]:
-        """The source keys, in the order of the stack."""
+        """The names of the source tensors, in the order in which the leaf stacks them."""
         return _keys(self.source, self.layers)
 
 
 @dataclasses.dataclass(frozen=True)
 class Zeros:
-    """A part of a source tensor that fills nothing and must be zero; the export writes zeros."""
+    """A part of a source tensor that fills no leaf and must be zero; the export writes zeros.
+
+    `part` and `layers` are as in `Rule`; the error message says the `reason`.
+    """
 
     source: str
     reason: str
@@ -58,15 +66,16 @@ class Zeros:
 
     @property
     def keys(self) -> list[str]:
-        """The source keys."""
+        """The names of the source tensors, one a layer."""
         return _keys(self.source, self.layers)
 
 
 @dataclasses.dataclass(frozen=True)
 class Drop:
-    """A source tensor that need not be there and is left out, for this reason.
+    """A source tensor that is left out, if it is there, for the stated reason.
 
-    `{i}` stands for any number. With `same_as` it must equal that tensor bit by bit.
+    `{i}` stands for any number. With `same_as`, the name of another tensor, both must be equal bit
+    by bit.
     """
 
     source: str
@@ -83,7 +92,7 @@ def _keys(source: str, layers: range | None) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One leaf that will be made: its rule, shape and dtype."""
+    """One leaf (parameter) that will be made: its rule, shape and dtype."""
 
     rule: Rule
     shape: tuple[int, ...]
@@ -91,13 +100,19 @@ class Leaf:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the leaf."""
+        """Size of the leaf in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A closed ledger. Iterating makes the leaves, (path, array), one at a time."""
+    """A checked conversion; iterating yields (path, array) of each leaf, made one at a time.
+
+    Attributes:
+      leaves: the leaves by path, sorted.
+      dropped: the reason for each source tensor that is left out.
+      tensors: the source tensors by name.
+    """
 
     leaves: dict[str, Leaf]
     dropped: dict[str, str]
@@ -105,16 +120,16 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all leaves."""
+        """Size of all leaves in bytes."""
         return sum(leaf.nbytes for leaf in self.leaves.values())
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Gathers each leaf from its layers; no name here holds a leaf once it is handed out."""
+        """Yields (path, array) of each leaf; keeps no reference, so that the caller can free it."""
         for path in self.leaves:
             yield path, self.make(path)
 
     def make(self, path: str) -> np.ndarray:
-        """One leaf, read from its source tensors: peak memory is the leaf and one layer."""
+        """Returns one leaf, read from its source tensors; peak memory is the leaf and one layer."""
         leaf = self.leaves[path]
         rule = leaf.rule
         leaf_array = np.empty(leaf.shape, leaf.dtype)
@@ -127,11 +142,13 @@ class Plan:
 def make_plan(
     entries: Sequence[Entry], tensors: Mapping[str, Tensor], expected: Mapping[str, Any], title: str
 ) -> Plan:
-    """The plan that fills `expected` (leaf path -> anything with a shape) from the tensors.
+    """Returns the plan that fills the leaves in `expected` from `tensors` by the rules `entries`.
 
-    Raises ConversionError with everything that stands against it: tensors missing, left over, of
-    another shape or dtype, leaves unfilled or unknown, parts that should be zero or equal but are
-    not.
+    `expected` maps the path of each leaf to anything with a shape; `title` heads the error message.
+
+    Raises:
+        ConversionError: tensors are missing, left over, or of another shape or dtype; leaves are
+            unfilled or unknown; or parts that should be zero or equal are not. All are listed.
     """
     failures: list[tuple[str, str]] = []  # (source key or target path, what is wrong)
     leaves: dict[str, Leaf] = {}
@@ -211,7 +228,10 @@ def _leaf(
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Tells by the bits of the exponent, all set in NaN and infinity, without a copy of floats."""
+    """Tells whether no number is NaN or infinite, without a copy of the array.
+
+    Only the bits of the exponent are compared, in chunks; they are all set in NaN and infinity.
+    """
     mask = EXPONENTS[array.dtype.name]
     bits = array.reshape(-1).view(f"u{array.itemsize}")
     parts = (bits[at : at + CHUNK] for at in range(0, bits.size, CHUNK))
@@ -219,7 +239,7 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def _why(dtype: np.dtype) -> str:
-    """Advice on weights of a dtype that is not taken: what they may be, and what to do."""
+    """Returns advice about a dtype that cannot be converted."""
     return ": save it in float32" if dtype.kind == "f" else f" (quantised weights? {DEQUANTISE})"
 
 
@@ -228,7 +248,7 @@ def _check_zero(
 ) -> None:
     part, parts = entry.part
     if key not in tensors or tensors[key].shape[0] % parts:
-        return  # a rule of another part reports it
+        return  # the rule for another part reports the failure
     size = tensors[key].shape[0] // parts
     values = tensors[key].read(part, parts).astype(np.float32)
     if np.any(values != 0) or np.any(np.isnan(values)):
@@ -247,7 +267,7 @@ def _dropped(
     used: Iterable[str],
     failures: list[tuple[str, str]],
 ) -> dict[str, str]:
-    """The tensors left out with their reasons; one that nothing explains is a failure."""
+    """Returns the reason for each tensor left out; a tensor with no reason becomes a failure."""
     drops = [
         (re.compile(re.escape(entry.source).replace(r"\{i\}", r"\d+")), entry)
         for entry in entries
@@ -275,10 +295,10 @@ def _equal(a: Tensor, b: Tensor | None) -> bool:
 
 
 def _collapsed(failures: list[tuple[str, str]]) -> list[str]:
-    """One line for the same failure of many layers: `layers.{0,1,2}.mlp.fc1.weight: missing`."""
+    """Returns failures as lines, one for all layers: `layers.{0,1,2}.mlp.fc1.weight: missing`."""
     groups: dict[tuple[str, ...], list[list[str]]] = defaultdict(list)
     for name, text in failures:
-        words = re.split(r"(?<=\.)(\d+)(?=\.)", name)  # the numbers stand at the odd places
+        words = re.split(r"(?<=\.)(\d+)(?=\.)", name)  # odd items are the numbers
         groups[text, *words[::2]].append(words[1::2])
     lines = []
     for (text, *words), numbers in sorted(groups.items()):

@@ -1,7 +1,7 @@
-"""A checkpoint of ours -> a Hugging Face folder that stock transformers loads, bit-equal.
+"""Exports a checkpoint of this package as a Hugging Face folder that transformers loads, bit-equal.
 
-The tables of the conversion run backward: each source tensor is put together from the parts that
-its rules took, and a part that fills nothing (the ViT's key bias) is written as zeros.
+The conversion rules run backward: each tensor of the format is put together from the parameters
+that its parts filled. A part that filled none (the ViT's key bias) is written as zeros.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """The tensors of one source name (all its layers) and the entries that describe their parts."""
+    """The tensors of one source name (one a layer) and the rules about their parts, in order."""
 
     keys: list[str]
     entries: list[Rule | Zeros]  # in the order of the parts
@@ -53,7 +53,7 @@ class _Group:
         return [entry for entry in self.entries if isinstance(entry, Rule)]
 
     def make(self, layer: int, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The tensor of one layer: a permuted copy of the leaf, or its parts one after another."""
+        """Returns the tensor of one layer, assembled from the leaves (parameters) of its parts."""
         tensor = np.zeros(self.shape, self.dtype)
         rows = self.shape[0] // len(self.entries) if self.shape else 0
         for part, entry in enumerate(self.entries):
@@ -74,11 +74,19 @@ def export_hf(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int], Any] | None = None,
 ) -> list[str]:
-    """Writes `out`, a Hugging Face InstructBLIP folder; returns what is worth knowing of it.
+    """Writes `out`, a Hugging Face folder of InstructBLIP or BLIP-2; returns notes for the user.
 
-    `model` is a checkpoint folder of ours or what `stored_model.py` makes of a run; its dtypes are
-    kept. `progress` is called with the bytes of each tensor written. `out` appears when all is
-    written, and must not exist.
+    The notes are sentences about what the format cannot hold. Dtypes are kept.
+
+    Args:
+      model: a checkpoint folder of this package, or a `StoredModel`.
+      out: the folder to make; it must not exist, and appears when it is complete.
+      shard_bytes: largest size of a weight file.
+      progress: is called with the size in bytes of each tensor written.
+
+    Raises:
+      ValueError: the format cannot hold this model.
+      OSError: `out` exists, or the disk has too little room.
     """
     if not isinstance(model, StoredModel):
         model = read_stored_model(Path(model))
@@ -140,18 +148,18 @@ def _groups(
 
 
 def _tensors(model: StoredModel, groups: list[_Group]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the source, in the order of the groups; peak memory is one group's leaves."""
+    """Yields (name, tensor) in the order of the groups; memory holds the leaves of one group."""
     wanted = [rule.target for group in groups for rule in group.rules]
     leaves = model.read(wanted)
     for group in groups:
         group_leaves = dict(itertools.islice(leaves, len(group.rules)))
         for layer, key in enumerate(group.keys):
             yield key, group.make(layer, group_leaves)
-        del group_leaves  # before the next group is read
+        del group_leaves  # free them before the next group is read
 
 
 def _head_is_tied(model: StoredModel) -> bool:
-    """Tells whether head and embedding still hold the same numbers; OPT's are one leaf."""
+    """Tells whether head and token embedding have the same numbers; OPT has one array for both."""
     if "llm/head/kernel" not in model.manifest:
         return True
     both = dict(model.read(["llm/embed/embedding", "llm/head/kernel"]))
@@ -162,7 +170,7 @@ def _head_is_tied(model: StoredModel) -> bool:
 
 
 def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> list[str]:
-    """Writes config, tokenizers and side files; returns notes on what the format cannot say."""
+    """Writes config, tokenizers and other small files; returns notes on what the format lacks."""
     variant, facts = model.variant, model.facts
     notes = []
     for name in tokenizers(variant):
@@ -191,7 +199,7 @@ def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> l
     notes += _losses(model, family, config)
     sides = {"preprocessor_config": preprocessor(variant)}
     sides |= {name: facts[name] for name in hf_folder.SIDE_FILES if name in facts}
-    if variant.kind in PROCESSORS:  # which put so many places before a prompt
+    if variant.kind in PROCESSORS:  # transformers puts that many image tokens before a prompt
         usual: dict[str, Any] = {"processor_class": PROCESSORS[variant.kind]}
         usual["num_query_tokens"] = variant.qformer.queries
         sides["processor_config"] = usual | sides.get("processor_config", {})
@@ -201,7 +209,10 @@ def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> l
 
 
 def _updated(config: Mapping[str, Any], model: StoredModel, family: Family) -> dict[str, Any]:
-    """The `config` that was converted, with the sizes and rates that the model has by now."""
+    """Returns the config.json from which the model was converted, with the sizes it has now.
+
+    Sizes and rates can change between conversion and export, by tuning for example.
+    """
     before = family.config(variant_of(model.folder / "tokenizer", config))
     result = json.loads(json.dumps(config))
     for name, now in family.config(model.variant).items():
@@ -214,7 +225,7 @@ def _updated(config: Mapping[str, Any], model: StoredModel, family: Family) -> d
 
 
 def _losses(model: StoredModel, family: Family, config: Mapping[str, Any]) -> list[str]:
-    """Sentences about what the format cannot say of the model, or transformers does otherwise."""
+    """Returns sentences about what the format cannot hold, or transformers does in another way."""
     vision, bridge, notes = model.variant.vision, model.variant.bridge, []
     if isinstance(bridge, QFormerConfig) and bridge.image_norm_eps != vision.norm_eps:
         notes.append(

@@ -1,7 +1,7 @@
-"""The architectures of Hugging Face that are read and written: a row each.
+"""The Hugging Face architectures that can be read and written: a row of a table for each.
 
-A row says which sections of config.json describe which tower, and which table converts the tower's
-tensors. Another architecture is another row, with sections and tables of its own or these.
+A row says which section of config.json describes which tower (vision, bridge, language model) and
+which table of rules converts the tower's tensors. A new architecture is a new row.
 """
 
 import dataclasses
@@ -33,38 +33,47 @@ from jax_instructblip.models.variants import (
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """A tower of an architecture: its section, what `model_type` is there, its tensors' table."""
+    """One tower of an architecture.
+
+    Attributes:
+      section: its section of config.json.
+      model_type: the value of `model_type` in that section.
+      rules: function of the tower's sizes that returns the conversion rules for its tensors.
+      config: the dataclass of its sizes in this package.
+    """
 
     section: Section
     model_type: str
     rules: Callable[..., list[Entry]]
-    config: type  # of our sizes
+    config: type  # dataclass of the sizes
 
 
 @dataclasses.dataclass(frozen=True)
 class Language(Tower):
-    """A language model; `head` is the source name of its head, which may be tied."""
+    """A language model; `head` is the source name of its output head, which may be tied."""
 
     head: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One architecture.
+    """One Hugging Face architecture.
 
     Attributes:
-      kind: of the variants that it is.
-      architecture: its name in `architectures`.
-      model_type: its name in `model_type`.
-      top: keys at the top of config.json, which fill fields of the bridge.
+      kind: `kind` of the variants (models of this package) that it holds.
+      architecture: its name in `architectures` of config.json.
+      model_type: its name in `model_type` of config.json.
+      top: the keys at the top of config.json that fill fields of the bridge.
       vision: the image encoder.
-      bridge: the tower between it and the language model.
-      languages: the language models that it may have, by `model_type` of text_config; empty where
-        it has none.
-      link: fields of the bridge that follow from vision and language model.
-      constant: keys at the top that are only written, from the variant.
-      reads_instruction: whether the bridge is given the instruction beside the image.
-      heads: the table of what reads the bridge's outputs, where there is no language model.
+      bridge: the tower between image encoder and language model.
+      languages: the possible language models, by `model_type` in text_config; empty where the
+        architecture has none.
+      link: function of (vision sizes, language model sizes) that returns fields of the bridge.
+      constant: function of a variant that returns keys at the top of config.json, which are
+        written, and only checked when read.
+      reads_instruction: True if the bridge reads the instruction beside the image.
+      heads: function that returns the rules for heads on the bridge, where there is no language
+        model.
     """
 
     kind: str
@@ -80,31 +89,39 @@ class Family:
     heads: Callable[[Any], list[Entry]] = lambda bridge: []
 
     def towers(self, variant: Variant) -> list[tuple[Tower, Any]]:
-        """The towers and the sizes of each."""
+        """Returns (tower, its sizes) for each tower of a variant."""
         towers = [(self.vision, variant.vision), (self.bridge, variant.bridge)]
         if variant.llm is not None:
             towers.append((self.languages[variant.llm.kind], variant.llm))
         return towers
 
     def language(self, variant: Variant) -> Language | None:
-        """The language model's row; None where it has none."""
+        """Returns the row of the variant's language model; None if the variant has none."""
         return None if variant.llm is None else self.languages[variant.llm.kind]
 
     def rules(self, variant: Variant, tied_head: bool = False) -> list[Entry]:
-        """The tables of all towers; with `tied_head` the embedding fills the head as well."""
+        """Returns the rules for all tensors of a variant.
+
+        With `tied_head`, for a source without a head of its own, the language model's output head
+        is filled from its token embedding.
+        """
         entries = [*self.vision.rules(variant.vision), *self.bridge.rules(variant.bridge)]
         if (language := self.language(variant)) is None:
             return [*entries, *self.heads(variant.bridge)]
         return [*entries, *language.rules(variant.llm, tied_head)]
 
     def sizes(self, variant: Variant) -> list[tuple[str, int, bool]]:
-        """(key, value, whether it counts layers) of each size that tensors show by their shapes."""
+        """Returns (key, value, is_layers) of each size that the tensors' shapes or names show.
+
+        `key` is that of config.json; `is_layers` is True for a number of layers, False for the
+        length of an axis.
+        """
         parts = [(self.top, variant.bridge)]
         parts += [(tower.section, sizes) for tower, sizes in self.towers(variant)]
         return [size for section, sizes in parts for size in section.sizes(sizes)]
 
     def config(self, variant: Variant) -> dict[str, Any]:
-        """The config.json that describes a variant."""
+        """Returns the content of the config.json that describes a variant."""
         document = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -196,7 +213,7 @@ FAMILIES = (
 
 
 def family_of(variant: Variant) -> Family:
-    """The architecture that holds such variants; a ValueError where none is known."""
+    """Returns the architecture that holds such variants; a ValueError if none is known."""
     for family in FAMILIES:
         if family.kind == variant.kind:
             return family

@@ -1,7 +1,8 @@
-"""The config.json of a Hugging Face folder -> a variant.
+"""Turns the config.json of a Hugging Face folder into our model sizes (`Variant`), and checks it.
 
-Sizes are as the file has them. What the sources disagree on is taken from it too: the image norm's
-eps, T5's activation, the scaling of decoder outputs. Only LLaMA's special ids are the tokenizer's.
+Sizes are taken as the file has them, and so are values on which releases differ: the eps of the
+image norm, T5's activation, the scaling of decoder outputs. Only LLaMA's special ids are taken from
+the tokenizer's files instead.
 """
 
 import math
@@ -26,7 +27,7 @@ SENTENCEPIECE_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2}  # LLaMA's, where no file 
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder; ConversionError where its architecture is none of the known."""
+    """Returns the config.json of a folder; a ConversionError for an unsupported architecture."""
     wanted = "a Hugging Face folder: config.json, *.safetensors and tokenizers"
     if not folder.is_dir():
         there = "is a file" if folder.exists() else "does not exist"
@@ -47,18 +48,23 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def find_family(config: Mapping[str, Any]) -> Family | None:
-    """The row of the architecture that a config.json names; None where there is none."""
+    """Returns the supported architecture that a config.json names; None if there is none."""
     named = config.get("architectures") or [config.get("model_type")]
     fitting = [f for f in FAMILIES if named in ([f.architecture], [f.model_type])]
     bridge = config.get("qformer_config")
     reads = isinstance(bridge, Mapping) and bridge.get("use_qformer_text_input") is True
-    # Two have the model_type "blip-2": without a language model texts are read by the Q-Former.
+    # Two architectures have the model_type "blip-2": the Q-Former reads texts only in the one
+    # without a language model.
     told = [f for f in fitting if len(fitting) == 1 or bool(f.languages) != reads]
     return told[0] if told else None
 
 
 def variant_of(folder: Path, config: Mapping[str, Any]) -> Variant:
-    """The variant that a config.json describes; ConversionError with all that cannot be held."""
+    """Returns the variant (model sizes) that a config.json describes.
+
+    Raises:
+        ConversionError: the config has values that this package does not support; all are listed.
+    """
     failures: list[str] = []
     variant = _variant(folder, config, failures)
     if failures or variant is None:
@@ -110,7 +116,7 @@ def _variant(folder: Path, config: Mapping[str, Any], failures: list[str]) -> Va
 
 
 def _language(family: Family, config: Mapping[str, Any], failures: list[str]) -> str | None:
-    """The language model's `model_type`; None, and a complaint, where it is not supported."""
+    """Returns the language model's `model_type`; None, and a failure, if it is not supported."""
     section = config.get("text_config") or {}
     if not isinstance(section, Mapping):
         failures.append(f"text_config is {kind_of(section)}, expected an object")
@@ -126,15 +132,15 @@ def _language(family: Family, config: Mapping[str, Any], failures: list[str]) ->
 
 
 def has_tied_embeddings(config: Mapping[str, Any]) -> bool:
-    """Tells whether the config lets the language model's head share the embedding."""
+    """Tells whether the config lets the language model's head share the token embedding."""
     family, section = find_family(config), config["text_config"]
-    assert family is not None  # the config was read
+    assert family is not None  # read_config has checked it
     defaults = family.languages[section["model_type"]].section.defaults
     return {**defaults, **section}["tie_word_embeddings"] is not False
 
 
 def preprocessor(variant: Variant) -> dict[str, Any]:
-    """The preprocessor_config.json that says how images are prepared here."""
+    """Returns the content of a preprocessor_config.json that describes our image preparation."""
     size = variant.vision.image_size
     return {
         "image_processor_type": "BlipImageProcessor",
@@ -151,12 +157,13 @@ def preprocessor(variant: Variant) -> dict[str, Any]:
 
 
 def check_preprocessor(folder: Path, variant: Variant) -> None:
-    """Raises ConversionError where a folder's images are prepared otherwise than here.
+    """Raises a ConversionError if a folder prepares images in another way than this package.
 
-    transformers 5 has the same keys in an object of processor_config.json.
+    The keys are in preprocessor_config.json, or (transformers 5) in an object of
+    processor_config.json.
     """
     wanted = preprocessor(variant) | {"do_center_crop": False}
-    del wanted["image_processor_type"]  # there are several that do the same
+    del wanted["image_processor_type"]  # several image processors do the same
     failures = []
     for name in ("preprocessor_config.json", "processor_config.json"):
         document = read_json(folder / name) if (folder / name).is_file() else {}
@@ -175,7 +182,7 @@ def check_preprocessor(folder: Path, variant: Variant) -> None:
 
 
 def _is_near(found: Any, wanted: Any) -> bool:
-    """Tells whether values are equal but for rounding; one number as a size means both sides."""
+    """Tells whether values are equal but for rounding; a number counts as height and width."""
     if isinstance(wanted, Mapping):
         sides = found if isinstance(found, Mapping) else dict.fromkeys(wanted, found)
         return sides.keys() == wanted.keys() and all(_is_near(sides[k], wanted[k]) for k in wanted)
@@ -188,7 +195,7 @@ def _is_near(found: Any, wanted: Any) -> bool:
 
 
 def check_variant(folder: Path, variant: Variant, name: str) -> None:
-    """Raises ConversionError where the sizes found are not those of the variant of that name."""
+    """Raises a ConversionError if `variant` has not the sizes of the released model `name`."""
     differences = size_differences(variant, get_variant(name))
     if differences:
         fits = released_name(variant)
@@ -197,7 +204,7 @@ def check_variant(folder: Path, variant: Variant, name: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The object in a JSON file; ConversionError where it is missing or no JSON."""
+    """Returns the object in a JSON file; a ConversionError if the file is missing or no JSON."""
     try:
         return files.read_json(path, dict, limit=files.TOKENIZER_LIMIT)
     except (OSError, ValueError) as error:
@@ -205,10 +212,11 @@ def read_json(path: Path) -> Any:
 
 
 def tokenizer_ids(folder: Path, failures: list[str]) -> dict[str, int]:
-    """Ids of bos, eos and pad as the tokenizer of a folder has them.
+    """Returns `bos_id`, `eos_id` and `pad_id` from the tokenizer's files in a folder.
 
-    The text_config of the released folders says 0, 1 and -1, which is LLaMA's first port and wrong
-    here. Where the tokenizer's files tell nothing, LlamaConfig's defaults stand: the released ids.
+    The text_config of released folders has 0, 1 and -1, from LLaMA's first port, which are wrong
+    here. An id that the files do not tell is left out, so that the default of `LlamaConfig` (the
+    released id) applies. Complaints are appended to `failures`.
     """
     documents = {
         name: read_json(folder / name) if (folder / name).is_file() else {}
@@ -220,7 +228,7 @@ def tokenizer_ids(folder: Path, failures: list[str]) -> dict[str, int]:
     wrong: list[str] = []
 
     def add(file: str, token: Any, id_: Any) -> None:
-        """Takes a token and its id, which is a number, or its digits as the key of an object."""
+        """Notes a token and its id, which is a number or (as a key of an object) its digits."""
         content = token.get("content") if isinstance(token, Mapping) else token
         number = int(id_) if isinstance(id_, str) and id_.isdecimal() else id_
         if isinstance(content, str) and type(number) is int and number >= 0:

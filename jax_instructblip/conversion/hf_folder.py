@@ -1,4 +1,4 @@
-"""A Hugging Face folder -> our leaves, checked against its config, one at a time."""
+"""Reads a Hugging Face folder: its config.json is checked, its tensors become our parameters."""
 
 import os
 from collections import Counter
@@ -26,11 +26,14 @@ from jax_instructblip.conversion.safetensors import (
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import param_shapes
 
-SIDE_FILES = ("generation_config", "preprocessor_config", "processor_config")  # for the export
+SIDE_FILES = ("generation_config", "preprocessor_config", "processor_config")  # kept for an export
 
 
 class Conversion(NamedTuple):
-    """A folder ready to be converted; iterating `leaves` makes (path, array), one at a time."""
+    """A folder ready to be converted: model sizes, facts about the folder, and the leaves.
+
+    A leaf is one parameter of our network; iterating `leaves` makes (path, array), one at a time.
+    """
 
     variant: Variant
     source: dict[str, Any]  # facts of the folder, for our config.json
@@ -38,10 +41,12 @@ class Conversion(NamedTuple):
 
 
 def convert_hf(folder: str | Path, variant: str | None = None) -> Conversion:
-    """The conversion of a Hugging Face folder, checked but with no weight read yet.
+    """Returns the conversion of a Hugging Face folder: all is checked, but no weight is read yet.
 
-    `variant` demands the sizes of that released variant. Raises ConversionError with every reason
-    why the folder cannot be converted.
+    `variant` is the name of a released model whose sizes the folder must have.
+
+    Raises:
+        ConversionError: the folder cannot be converted; all reasons are listed.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -71,7 +76,10 @@ def convert_hf(folder: str | Path, variant: str | None = None) -> Conversion:
 def _check_sizes(
     folder: Path, variant: Variant, family: Family, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Raises where a size is beyond what any tensor has: nothing is built of it."""
+    """Raises a ConversionError if a size in config.json exceeds every axis of the tensors.
+
+    It does so before arrays of such a size are built.
+    """
     longest = max((axis for tensor in tensors.values() for axis in tensor.shape), default=0)
     most = f"but the longest axis of all tensors is {longest}"
     wrong = []
@@ -88,7 +96,10 @@ def _check_sizes(
 
 
 def _check_prefix(folder: Path, entries: Iterable[Entry], tensors: Mapping[str, Tensor]) -> None:
-    """Raises, once and with the cure, where all names begin with a word that none should have."""
+    """Raises a ConversionError, with a remedy, if all tensor names have the same extra prefix.
+
+    A wrapped PyTorch model adds one, such as `module.`.
+    """
     expected = {key for e in entries if not isinstance(e, Drop) for key in e.keys}
     if not tensors or expected & tensors.keys():
         return
@@ -110,16 +121,16 @@ def _check_prefix(folder: Path, entries: Iterable[Entry], tensors: Mapping[str, 
 def read_hf(
     folder: str | Path, *, place: checkpoint.Place | None = None
 ) -> tuple[Variant, checkpoint.Tree]:
-    """The variant and parameters of a Hugging Face folder, without a checkpoint of ours on disk.
+    """Returns sizes (`Variant`) and parameters (a nested dict) of a Hugging Face folder.
 
-    `place(path, array)` returns what is kept of each leaf, as in `checkpoint.read_tree`. Raises as
-    `convert_hf`.
+    No checkpoint is written. `place(path, array)` returns what is kept of each parameter (on a
+    device, in another dtype), as in `checkpoint.read_tree`. Raises as `convert_hf`.
     """
     variant, _, leaves = convert_hf(folder)
     kept = {}
     for path, array in leaves:
         kept[path] = array if place is None else place(path, array)
-        del array  # before the next leaf is made
+        del array  # free it before the next one is made
     return variant, checkpoint.unflatten(kept)
 
 

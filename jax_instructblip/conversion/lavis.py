@@ -1,11 +1,11 @@
-"""Original checkpoints of LAVIS (`.pth`) -> our leaves, by the tables of Hugging Face's names.
+"""Converts original checkpoints of LAVIS (`.pth`) with the same tables as Hugging Face folders.
 
-    visual_encoder.blocks.3.attn.proj.weight        the original
-    vision_model.encoder.layers.3.self_attn.projection.weight     the name in our tables
+    visual_encoder.blocks.3.attn.proj.weight                      LAVIS's name
+    vision_model.encoder.layers.3.self_attn.projection.weight     Hugging Face's, as in our tables
 
-The original's names follow from those of the tables; where it stores a tensor otherwise (two
-biases instead of one of three parts) the entry is changed. A file never holds code: it is read
-with `weights_only=True`.
+LAVIS's names are derived from those in the tables. Where LAVIS stores a tensor in another way (the
+biases of query and value alone instead of one tensor of three parts), the rule is changed. Files
+are read with `weights_only=True`, so code in a file is never run.
 """
 
 import dataclasses
@@ -14,19 +14,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
 from jax_instructblip import checkpoint
 from jax_instructblip.conversion.engine import Drop, Entry, Plan, Rule, Zeros, make_plan
 from jax_instructblip.conversion.families import LANGUAGES
 from jax_instructblip.conversion.safetensors import ConversionError
 from jax_instructblip.conversion.tables import heads, qformer, vision
-from jax_instructblip.files import require_file
+from jax_instructblip.conversion.torch_files import TorchTensor, open_pth
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import param_shapes
 
-# Where a name of the tables begins so, the original's begins otherwise; the first match counts.
+# Start of a name in our tables -> start of LAVIS's name. The first match counts.
 _NAMES = (
     (r"vision_model\.post_layernorm\.", "ln_vision."),
     (r"vision_model\.embeddings\.class_embedding", "visual_encoder.cls_token"),
@@ -48,93 +45,31 @@ _NAMES = (
     (r"cls\.", "Qformer.cls."),
     (r"(vision|text)_projection\.", r"\1_proj."),
 )
-_LANGUAGE_MODELS = {"t5": "t5", "llama": "llm", "opt": "opt"}  # `t5_model.`, `t5_proj.`
-# Where the layers of a language model begin. A file without them may still hold other names of its
-# embedding: the original leaves out the parameters that are frozen, not their second names.
+_LANGUAGE_MODELS = {"t5": "t5", "llama": "llm", "opt": "opt"}  # prefix of `_model.`, `_proj.`
+# Start of the names of a language model's layers, by which a file with the model is recognised.
+# Other names do not show it: LAVIS leaves frozen parameters out, but not aliases of the embedding.
 _LANGUAGE_LAYERS = {
     "t5": "encoder.block.",
     "llama": "model.layers.",
     "opt": "model.decoder.layers.",
 }
-_QKV_BIASES = {0: "q_bias", 2: "v_bias"}  # by the part of the tables' one tensor
+_QKV_BIASES = {0: "q_bias", 2: "v_bias"}  # part of the tables' qkv tensor -> LAVIS's name
 
-# Of `eva_vit_g.pth`, which is the tower alone, with bare names: what no model here has.
+# `eva_vit_g.pth` has the whole EVA-CLIP vision tower, under names without a prefix. `_EVA` is a
+# name that shows such a file; `_EVA_DROPPED` is why its last block and its head are left out.
 _EVA = "blocks.0.attn.qkv.weight"
 _EVA_DROPPED = "of the whole EVA-CLIP tower: the features are taken before it"
 
 
-@dataclasses.dataclass(frozen=True)
-class TorchTensor:
-    """One tensor of a `.pth` file, mapped into memory."""
+def lavis_entries(variant: Variant, *, apart: bool = False) -> list[Entry]:
+    """Returns the conversion rules of all tensors of a variant, under LAVIS's names.
 
-    file: Path
-    tensor: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its axes."""
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype in numpy's words."""
-        name = str(self.tensor.dtype).removeprefix("torch.")
-        return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return self.tensor.numel() * self.dtype.itemsize
-
-    def read(self, part: int = 0, parts: int = 1) -> np.ndarray:
-        """The tensor, or one of `parts` equal pieces along its first axis."""
-        import torch
-
-        rows = self.tensor
-        if parts > 1:
-            size = self.shape[0] // parts
-            rows = rows[part * size : (part + 1) * size]
-        if rows.dtype == torch.bfloat16:
-            return rows.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return rows.contiguous().numpy()
-
-
-def open_pth(path: Path) -> dict[str, TorchTensor]:
-    """The tensors of a `.pth` file by name; those below `model`, as LAVIS saves them.
-
-    Raises:
-        ConversionError: it is no such file, holds more than tensors, or torch is not installed.
+    With `apart`, the rules of the language model are left out.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise ConversionError(
-            f"{path} is a PyTorch file", ["reading it takes torch: pip install -e '.[torch]'"]
-        ) from error
-    require_file(path)
-    try:
-        stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # pickle, zip and torch have errors of their own
-        first = str(error).strip().splitlines()[0]
-        raise ConversionError(
-            f"{path} cannot be read as tensors alone (nothing in it was run)", [first[:300]]
-        ) from error
-    stored = stored.get("model", stored) if isinstance(stored, Mapping) else stored
-    wrong = not isinstance(stored, Mapping) or not stored
-    if wrong or not all(isinstance(each, torch.Tensor) for each in stored.values()):
-        raise ConversionError(f"{path} holds no tensors by name", ["expected a state_dict"])
-    tensors = {str(name): TorchTensor(path, tensor) for name, tensor in stored.items()}
-    if _EVA in tensors:
-        return {f"visual_encoder.{name}": tensor for name, tensor in tensors.items()}
-    return tensors
-
-
-def lavis_entries(variant: Variant) -> list[Entry]:
-    """The entries of all tensors of a variant, under the original's names."""
     entries = [*vision.rules(variant.vision), *qformer.rules(variant.qformer)]
     if variant.llm is None:
         entries += heads.rules(variant.qformer)
-    else:
+    elif not apart:
         entries += LANGUAGES[variant.llm.kind].rules(variant.llm, False)
     kind = "" if variant.llm is None else _LANGUAGE_MODELS[variant.llm.kind]
     named = [each for entry in entries for each in _renamed(entry, kind)]
@@ -157,36 +92,75 @@ _BLOCK = (
 )
 
 
-def convert_lavis(tensors: Mapping[str, Any], variant: Variant, title: str) -> Plan:
-    """The leaves of a variant from tensors under the original's names, one at a time.
+def convert_lavis(
+    tensors: Mapping[str, Any], variant: Variant, title: str, *, apart: bool = False
+) -> Plan:
+    """Returns a plan that makes a variant's parameters from tensors under LAVIS's names.
 
-    `title` names where they are from. Raises ConversionError with all that is missing, left over
-    or of another shape; where a whole tower is missing, it says which file has it.
+    Args:
+        tensors: by LAVIS's names.
+        variant: the sizes of the model.
+        title: names the files in errors.
+        apart: whether the language model comes from elsewhere. The plan then makes no parameters of
+            it, and drops its tensors.
+
+    Raises:
+        ConversionError: tensors are missing, left over or of another shape. If a whole tower is
+            missing, the message says which file has it.
     """
-    _refuse_trimmed(tensors, variant, title)
+    _refuse_trimmed(tensors, variant, title, apart)
     expected = checkpoint.flatten(param_shapes(variant))
+    begin = f"{_LANGUAGE_MODELS[variant.llm.kind]}_model." if apart else None
+    surplus = [] if begin is None else [name for name in tensors if name.startswith(begin)]
+    if apart:
+        expected = {path: leaf for path, leaf in expected.items() if not path.startswith("llm/")}
+        tensors = {name: tensors[name] for name in tensors.keys() - set(surplus)}
     wrong = f"the tensors of {title} do not fit this model"
-    return make_plan(lavis_entries(variant), tensors, expected, wrong)
+    plan = make_plan(lavis_entries(variant, apart=apart), tensors, expected, wrong)
+    dropped = plan.dropped | dict.fromkeys(surplus, "the language model has a folder of its own")
+    return dataclasses.replace(plan, dropped=dropped)
 
 
-def read_files(paths: Sequence[Path]) -> dict[str, TorchTensor]:
-    """The tensors of several files, such as a trimmed one and its towers; a later one wins."""
-    tensors: dict[str, TorchTensor] = {}
-    for path in paths:
-        tensors |= open_pth(path)
+def open_lavis(path: Path) -> dict[str, TorchTensor]:
+    """Returns the tensors of a LAVIS file by name.
+
+    The names in `eva_vit_g.pth`, which is the vision tower alone, get the prefix `visual_encoder.`
+    that they have in a whole model.
+
+    Raises:
+        ConversionError: the file cannot be read, holds more than tensors, or torch is not
+            installed.
+    """
+    tensors = open_pth(path)
+    if _EVA in tensors:
+        return {f"visual_encoder.{name}": tensor for name, tensor in tensors.items()}
     return tensors
 
 
-def _refuse_trimmed(tensors: Iterable[str], variant: Variant, title: str) -> None:
-    """Raises where a tower is not in a file at all: those are stored apart."""
+def read_files(paths: Sequence[Path]) -> dict[str, TorchTensor]:
+    """Returns the tensors of several files by name; where two have the same name, the later file's.
+
+    Together they can make a model of a checkpoint that was saved without its frozen towers.
+    """
+    tensors: dict[str, TorchTensor] = {}
+    for path in paths:
+        tensors |= open_lavis(path)
+    return tensors
+
+
+def _refuse_trimmed(tensors: Iterable[str], variant: Variant, title: str, apart: bool) -> None:
+    """Raises a ConversionError if a whole tower is missing, since LAVIS saves frozen ones apart.
+
+    With `apart`, the language model may be missing.
+    """
     begins = lambda word: any(name.startswith(word) for name in tensors)
     lacking = []
     if not begins("visual_encoder.blocks."):
         lacking.append("visual_encoder.*, the image tower: give eva_vit_g.pth, too")
-    if variant.llm is not None:
+    if variant.llm is not None and not apart:
         name = f"{_LANGUAGE_MODELS[variant.llm.kind]}_model."
         if not begins(name + _LANGUAGE_LAYERS[variant.llm.kind]):
-            lacking.append(f"{name}*, the language model, which is stored apart: give it, too")
+            lacking.append(f"{name}*, the language model: give its Hugging Face folder (--llm)")
     if lacking:
         raise ConversionError(f"{title} was saved without its frozen towers", lacking)
 
@@ -204,7 +178,7 @@ def _renamed(entry: Entry, kind: str) -> list[Entry]:
 
 
 def _original(name: str, kind: str) -> str:
-    """The original's name for one of the tables."""
+    """Returns LAVIS's name of a tensor for its name in the tables."""
     name = name.replace("language_model.", f"{kind}_model.", 1)
     name = name.replace("language_projection.", f"{kind}_proj.", 1)
     for pattern, other in _NAMES:

@@ -1,11 +1,11 @@
-"""Safetensors files, read by seek and written by seek: one tensor in memory at a time.
+"""Reads and writes safetensors files by seek, with one tensor in memory at a time.
 
     8 bytes  length of the header, little-endian
     header   JSON: {"name": {"dtype": "BF16", "shape": [...], "data_offsets": [begin, end]}, ...}
-    data     the tensors; offsets count from here, without holes
+    data     the tensors without gaps; offsets count from the start of this part
 
-The usual library maps whole files, and mapped pages count as resident memory; this one never does.
-Everything a header or an index claims is checked before a tensor is read.
+The usual library maps whole files into memory, and mapped pages count as resident memory. All that
+a header or an index states is checked before a tensor is read.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from jax_instructblip.files import kind_of, parse_json, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_AXES = 8
-LONGEST_NAME = 255  # bytes, of a file in its folder
+LONGEST_NAME = 255  # bytes of a file's name
 LARGEST = 2**63  # bytes or elements
 HEADER_LIMIT = 100 * 2**20  # bytes; the format's own limit
-SHARD_BYTES = 5_000_000_000  # of the largest shard, unless told otherwise
+SHARD_BYTES = 5_000_000_000  # default size of the largest shard
 SHARD_SIZE = whole(1, 2**50, unit="bytes")  # what `shard_bytes` may be
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("float64"),
@@ -45,7 +45,7 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype("bool"),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# What the format knows and this package does not read, in bits: quantised weights, and others.
+# Dtypes of the format that this package does not read, with their bits.
 QUANTISED = {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 QUANTISED |= {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 OTHERS = {"U16": 16, "U32": 32, "U64": 64, "C64": 64}
@@ -57,7 +57,7 @@ DEQUANTISE = (
 
 
 class ConversionError(ValueError):
-    """A folder that cannot be converted; `failures` holds every reason, the message lists them."""
+    """A folder cannot be converted; `failures` holds every reason, and the message lists them."""
 
     def __init__(self, title: str, failures: list[str]):
         """Joins the failures below the title, one a line."""
@@ -67,7 +67,7 @@ class ConversionError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """The place of one tensor in its file; nothing is read before `read`."""
+    """The place of one tensor in its file; only `read` reads its data."""
 
     file: Path
     dtype: np.dtype
@@ -76,11 +76,11 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, part: int = 0, parts: int = 1) -> np.ndarray:
-        """The tensor, or one of `parts` equal pieces along its first axis, in memory of its own."""
+        """Returns a new array: the tensor, or piece `part` of `parts` equal ones along axis 0."""
         shape = self.shape if parts == 1 else (self.shape[0] // parts, *self.shape[1:])
         array = np.empty(shape, self.dtype)
         with self.file.open("rb", buffering=0) as file:
@@ -95,10 +95,13 @@ class Tensor:
 
 
 def open_folder(folder: Path) -> dict[str, Tensor]:
-    """The tensors of `model.safetensors`, or of the shards that its index names, by key.
+    """Returns the tensors of `model.safetensors`, or of the shards in its index, by name.
 
-    Raises ConversionError with everything that is wrong with the files: missing or truncated
-    shards, offsets that overlap or leave holes, keys that index and shards do not agree on.
+    Only headers are read.
+
+    Raises:
+        ConversionError: shards are missing or truncated, offsets overlap or leave gaps, or index
+            and shards do not agree; all failures are listed.
     """
     if (folder / INDEX).is_file():
         return _open_shards(folder)
@@ -160,7 +163,7 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor."""
+    """Returns the file name of each tensor, from the index."""
     title = f"{path} is damaged"
     try:
         index = read_json(path, dict).get("weight_map")
@@ -184,7 +187,10 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _refuse_unread(folder: Path, unread: Mapping[str, str]) -> None:
-    """Raises where there are tensors (key -> dtype) that this package does not read."""
+    """Raises a ConversionError if there are tensors of dtypes that are not supported.
+
+    `unread` has the dtype of each, by name.
+    """
     lines = []
     for dtype in sorted(set(unread.values())):
         keys = [key for key, name in unread.items() if name == dtype]
@@ -195,7 +201,7 @@ def _refuse_unread(folder: Path, unread: Mapping[str, str]) -> None:
 
 
 def _open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """The tensors of one file, those of a dtype that is not read, and what is wrong with it."""
+    """Returns the tensors of a file, those of unsupported dtypes (name -> dtype), and failures."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -243,7 +249,7 @@ def _open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[str]
 
 
 def _wrong_entry(entry: Any) -> str:
-    """The reason why an entry of a header cannot be read; "" where it can."""
+    """Returns the reason why an entry of a header cannot be read; "" if it can be."""
     if not isinstance(entry, dict):
         return f"entry is {kind_of(entry)}, expected an object"
     dtype, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
@@ -257,7 +263,7 @@ def _wrong_entry(entry: Any) -> str:
 
 
 def _are_whole(values: Any, most: int) -> bool:
-    """Tells a list of at most so many numbers of bytes or elements; True and 3.0 are none."""
+    """Tells whether `values` is a list of at most `most` integers >= 0 (no bool, no float)."""
     return (
         isinstance(values, list)
         and len(values) <= most
@@ -266,7 +272,10 @@ def _are_whole(values: Any, most: int) -> bool:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Size and header sha256 of each file: where the weights came from, without reading them."""
+    """Returns, for each file, its size and the sha256 of its header, as a record of the source.
+
+    The weights themselves are not read.
+    """
     prints = {}
     for path in sorted({tensor.file for tensor in tensors.values()}):
         with path.open("rb") as file:
@@ -280,15 +289,16 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
 
 
 class Writer:
-    """Writes tensors in any order to shards whose layout is fixed beforehand.
+    """Writes tensors in any order into shards whose layout is fixed at the start.
 
-    Shards are filled in the order of `specs`; a tensor above `shard_bytes` gets one of its own.
+    `specs` gives dtype and shape of each tensor; shards are filled in its order, up to
+    `shard_bytes` each. A larger tensor gets a shard of its own.
     """
 
     def __init__(
         self, folder: Path, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]], shard_bytes: int
     ):
-        """Writes the headers and, where there is more than one shard, the index."""
+        """Writes the headers of all shards and, if there are several, the index."""
         self._left = set(specs)
         self._places: dict[str, Tensor] = {}
         check({"shard_bytes": shard_bytes}, {"shard_bytes": SHARD_SIZE})
@@ -324,7 +334,11 @@ class Writer:
             self._places[key] = Tensor(path, dtype, shape, 8 + len(raw) + begin)
 
     def write(self, key: str, array: np.ndarray) -> None:
-        """Puts a tensor into its place; a second one of that key or another shape is an error."""
+        """Writes one tensor into its place in the file.
+
+        Raises:
+            ValueError: the tensor was written before, or has another shape or dtype than announced.
+        """
         slot = self._places[key]
         if key not in self._left or array.shape != slot.shape or array.dtype != slot.dtype:
             raise ValueError(
@@ -337,14 +351,14 @@ class Writer:
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def close(self) -> None:
-        """Raises when a tensor was never written: its place would hold zeros."""
+        """Raises a ValueError if a tensor was never written; its place in the file holds zeros."""
         if self._left:
             raise ValueError(f"never written: {', '.join(sorted(self._left))}")
 
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turns an OSError into one that names the file, the room left and what helps."""
+    """Turns an OSError into one that names the file, the free space and what to do."""
     try:
         yield
     except OSError as error:

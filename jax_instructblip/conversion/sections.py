@@ -1,6 +1,7 @@
-"""The sections of Hugging Face's config.json: a table of keys for each tower.
+"""The sections of Hugging Face's config.json, one table of keys for each tower.
 
-A section says which key fills which of our fields, within which range, and what else must be so.
+A row says which key fills which field of our dataclass of sizes, which values are allowed, and its
+default. Keys for features that this package does not have must have one fixed value.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ EVA_VIT = Section(
         Fixed("qkv_bias", True),
     ),
 )
-_TABLES = (  # of a Q-Former that reads texts
+_TABLES = (  # the embeddings of a Q-Former that reads texts
     Key("vocab_size", "vocab", AXIS, 30522),
     Key("max_position_embeddings", "max_positions", AXIS, 512),
 )
@@ -61,7 +62,7 @@ _BERT = (
 )
 QFORMER = Section("qformer_config", (*_TABLES, *_BERT))
 BLIP2_QFORMER = Section("qformer_config", (*_BERT, Fixed("use_qformer_text_input", False)))
-# Its default is False, so a folder that leaves it out has no text branch.
+# use_qformer_text_input is False by default, so a folder without the key has no text branch.
 BLIP2_ITM_QFORMER = Section(
     "qformer_config",
     (*_TABLES, *_BERT, Fixed("use_qformer_text_input", True)),
@@ -83,7 +84,7 @@ def _read_activation(values: Values) -> dict[str, Any]:
 
 def _read_scale(values: Values) -> dict[str, Any]:
     tied = values.checked("tie_word_embeddings", FLAG_OR_NULL, True) is not False
-    # transformers 5 states it; before, tied embeddings meant it.
+    # transformers 5 has a key for it; before, tied embeddings implied it.
     scale = values.setdefault("scale_decoder_outputs", tied)
     if scale is None:
         return {"scale_decoder_outputs": tied}
@@ -91,10 +92,13 @@ def _read_scale(values: Values) -> dict[str, Any]:
 
 
 def _read_buckets(values: Values) -> dict[str, Any]:
-    """Fills no field; checks that the logarithm of distances beyond exact buckets is positive."""
+    """Fills no field; checks that T5's buckets of distances can be computed.
+
+    The maximum distance must exceed the distances that have a bucket of their own.
+    """
     buckets, furthest = "relative_attention_num_buckets", "relative_attention_max_distance"
     if SIZE.problems("", values[buckets]) or SIZE.problems("", values[furthest]):
-        return {}  # noted where they are read
+        return {}  # the rows of these keys complain
     if values[buckets] < 4:
         values.fail(buckets, "expected at least 4")
     elif values[furthest] <= values[buckets] // 2:
@@ -133,7 +137,7 @@ T5 = Section(
             _read_scale,
             lambda llm: {
                 "scale_decoder_outputs": llm.scale_decoder_outputs,
-                "tie_word_embeddings": llm.scale_decoder_outputs,  # what older versions scale by
+                "tie_word_embeddings": llm.scale_decoder_outputs,  # older versions scale if true
             },
             {"tie_word_embeddings": True},
         ),
@@ -143,7 +147,10 @@ T5 = Section(
 
 
 def _read_rope(values: Values) -> dict[str, Any]:
-    """The rotary base, which transformers 5 has in an object of its own; none that is scaled."""
+    """Returns the rotary base `rope_theta`, also from transformers 5's `rope_parameters`.
+
+    Scaled rotary positions are refused.
+    """
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(values.get(name) or {}, Mapping):
             values.fail(name, "expected an object or null")
@@ -159,10 +166,10 @@ def _read_rope(values: Values) -> dict[str, Any]:
 
 
 def _read_heads(values: Values) -> dict[str, Any]:
-    """Fills no field; checks that keys have as many heads as queries, which share the width."""
+    """Fills no field; checks that there are as many key as query heads, of equal width."""
     heads, width = values["num_attention_heads"], values["hidden_size"]
     if SIZE.problems("", heads) or SIZE.problems("", width):
-        return {}  # noted where they are read
+        return {}  # the rows of these keys complain
     for name, wanted in (("num_key_value_heads", heads), ("head_dim", width // heads)):
         if values.get(name) is not None and not equal(values[name], wanted):
             values.fail(name, f"supported: {wanted!r}")
@@ -213,7 +220,7 @@ OPT_NORM_EPS = 1e-5  # of PyTorch's LayerNorm: the format has no key for it
 
 
 def _read_embedding(values: Values) -> dict[str, Any]:
-    """Fills no field; checks that tokens are embedded in the model's own width."""
+    """Fills no field; checks that the token embedding has the width of the model."""
     width = values["hidden_size"]
     if values.get("word_embed_proj_dim") is not None:
         if not equal(values["word_embed_proj_dim"], width):
@@ -222,7 +229,7 @@ def _read_embedding(values: Values) -> dict[str, Any]:
 
 
 def _write_norm(llm: OptConfig) -> dict[str, Any]:
-    """Keys of nothing; refuses an eps that the format cannot say."""
+    """Returns no keys, for the norm's eps has none; raises a ValueError unless it is 1e-5."""
     if llm.norm_eps != OPT_NORM_EPS:
         raise ValueError(
             f"llm.norm_eps is {llm.norm_eps}: an OPT folder of Hugging Face means 1e-5"
@@ -238,7 +245,7 @@ OPT = Section(
         Key("num_hidden_layers", "layers", COUNT, 12),
         Key("num_attention_heads", "heads", SIZE, 12),
         Key("vocab_size", "vocab", AXIS, 50272),
-        Key("max_position_embeddings", "max_positions", AXIS, 2048),  # two rows less than the table
+        Key("max_position_embeddings", "max_positions", AXIS, 2048),  # the table has two rows more
         Key("dropout", "dropout", RATE, 0.1),
         Key("pad_token_id", "pad_id", ID, 1),
         Key("bos_token_id", "bos_id", ID, 2),

@@ -1,6 +1,6 @@
-"""A whole model on disk, ready to be written in another form: a checkpoint, or a run over its base.
+"""A model on disk, ready to be written in another form: a checkpoint, or a base with tuned weights.
 
-Nothing of its weights is read before `read`, and then one leaf at a time.
+No weights are read before `StoredModel.read` is called, and then one leaf (parameter) at a time.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ Leaves = Iterator[tuple[str, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class StoredModel:
-    """The parts of a model that a writer needs.
+    """The parts of a model that are needed to write it as a checkpoint or a Hugging Face folder.
 
     Attributes:
-      title: what it is called in messages.
+      title: its name in messages.
       variant: its sizes.
-      facts: where its weights came from, as `source` of config.json.
-      folder: has its tokenizers, each in a folder of its own.
-      manifest: of each leaf its shape and dtype.
-      read: the leaves of these paths, in this order, their hashes compared.
-      limits: how many tokens of each text it was tuned with (fields of TextProcessor).
+      facts: where its weights came from, `source` of config.json.
+      folder: the folder that holds its tokenizers, each in a subfolder.
+      manifest: shape and dtype of each leaf (parameter), by path.
+      read: function of leaf paths that yields (path, array) in that order, and compares hashes.
+      limits: the limits of tokens with which it was tuned (fields of `TextProcessor`).
     """
 
     title: str
@@ -46,12 +46,12 @@ class StoredModel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all leaves."""
+        """Size of all leaves in bytes."""
         return checkpoint.manifest_bytes(self.manifest)
 
 
 def read_stored_model(folder: Path) -> StoredModel:
-    """The model of a checkpoint folder; CheckpointError where it is none."""
+    """Returns the model in a checkpoint folder; a CheckpointError if the folder is none."""
     config = checkpoint.read_config(folder)
     try:
         variant = Variant.from_dict(config.get("variant", {}))
@@ -69,9 +69,10 @@ def read_stored_model(folder: Path) -> StoredModel:
 
 
 def tuned(base: StoredModel, trainable: Path, **changes: Any) -> StoredModel:
-    """`base` with the top-level trees of the checkpoint folder `trainable` instead of its own.
+    """Returns `base` with the parameters of the checkpoint folder `trainable` in place of its own.
 
-    `changes` are the fields that a run states itself: title, variant, facts, limits.
+    Each top-level tree that `trainable` has (such as `qformer`) is replaced as a whole. `changes`
+    are other fields of `StoredModel` to replace: title, variant, facts, limits.
     """
     changed = checkpoint.read_manifest(trainable)
     trees = {path.partition("/")[0] for path in changed}
@@ -88,10 +89,10 @@ def tuned(base: StoredModel, trainable: Path, **changes: Any) -> StoredModel:
 def write_checkpoint(
     model: StoredModel, out: Path, *, progress: Callable[[int], Any] = lambda size: None
 ) -> None:
-    """Writes `out`, a checkpoint folder with tokenizers that needs no other folder.
+    """Writes the model as a checkpoint folder `out` that needs no other folder.
 
-    Dtypes are kept; `progress` is called with the bytes of each leaf. `out` appears when all is
-    written, and must not exist.
+    Dtypes are kept, tokenizers are copied. `progress` is called with the size in bytes of each
+    leaf. `out` must not exist, and appears when it is complete.
     """
     check_room(out, model.nbytes)
 
@@ -99,7 +100,7 @@ def write_checkpoint(
         for path, array in model.read(sorted(model.manifest)):
             size = array.nbytes
             yield path, array
-            del array  # the next leaf is made while no name holds this one
+            del array  # free it before the next one is made
             progress(size)
 
     def add(partial: Path) -> None:
@@ -118,19 +119,20 @@ def write_sides(
 
 
 def tokenizers(variant: Variant) -> tuple[str, ...]:
-    """The names of the tokenizers of a variant, the one at a Hugging Face folder's root first.
+    """Returns the names of a variant's tokenizer folders, "tokenizer" and "qformer_tokenizer".
 
-    A Q-Former that reads no text has none.
+    In a Hugging Face folder the first of them is at the root. A Q-Former that reads no text has
+    none.
     """
     reads = getattr(variant.bridge, "instruction_aware", False)
     return TOKENIZERS[0 if variant.llm is not None else 1 : 2 if reads else 1]
 
 
 def copy_tokenizers(folder: Path, out: Path, variant: Variant) -> list[str]:
-    """Copies all tokenizers to folders in `out`; returns the names of those that are absent.
+    """Copies all tokenizers to subfolders of `out`; returns the names of missing ones.
 
-    A checkpoint folder of ours has them in folders, too; a Hugging Face folder has the first one,
-    the language model's where there is one, at its root.
+    In `folder` the tokenizers are in subfolders (a checkpoint of this package), or the first is at
+    the root (a Hugging Face folder).
     """
     files = {name: sorted((folder / name).glob("*")) for name in tokenizers(variant)}
     first = tokenizers(variant)[0]

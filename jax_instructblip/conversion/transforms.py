@@ -1,11 +1,13 @@
-"""The way from a PyTorch tensor to a leaf of ours, and back: permutations, so no bit changes.
+"""Transforms of a PyTorch tensor to a leaf (parameter) of ours and back.
 
-linear           [out, in]          <-> [in, out]
-patches          [D, C, h, w]       <-> [h, w, C, D]
-attention_in     [N*K, D]           <-> [D, N, K]      query, key, value kernels
-attention_bias   [N*K]              <-> [N, K]
-attention_out    [D, N*K]           <-> [N, K, D]
-identity
+They only transpose and reshape, so no bit changes. N heads of width K, model width D, C channels:
+
+    linear           [out, in]          <-> [in, out]
+    patches          [D, C, h, w]       <-> [h, w, C, D]
+    attention_in     [N*K, D]           <-> [D, N, K]      query, key, value kernels
+    attention_bias   [N*K]              <-> [N, K]
+    attention_out    [D, N*K]           <-> [N, K, D]
+    identity         no change
 """
 
 import dataclasses
@@ -18,18 +20,21 @@ Move = Callable[[np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """A pair of views that undo each other; neither copies."""
+    """Two functions that undo each other: `forward` to our leaf, `backward` to the PyTorch tensor.
+
+    Both return views where numpy can, without a copy.
+    """
 
     name: str
     forward: Move
     backward: Move
 
     def shape(self, source: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of our leaf for a source tensor of this shape; ValueError where none fits."""
+        """Returns the shape of our leaf for a source tensor's shape; a ValueError if none fits."""
         return self.forward(_empty(source)).shape
 
     def source_shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the source tensor for a leaf of ours."""
+        """Returns the shape of the source tensor for the shape of our leaf."""
         return self.backward(_empty(ours)).shape
 
 
@@ -53,7 +58,7 @@ patches = Transform("patches", lambda x: x.transpose(2, 3, 1, 0), lambda x: x.tr
 
 
 def attention_in(heads: int) -> Transform:
-    """The transform of a weight whose rows are heads one after another: it opens the head axis."""
+    """Returns the transform of query, key and value weights, [heads * K, D] <-> [D, heads, K]."""
     return Transform(
         "attention_in",
         lambda x: _flip(x).reshape(x.shape[1], heads, -1),
@@ -62,12 +67,12 @@ def attention_in(heads: int) -> Transform:
 
 
 def attention_bias(heads: int) -> Transform:
-    """The transform of the bias of those rows."""
+    """Returns the transform of query, key and value biases, [heads * K] <-> [heads, K]."""
     return Transform("attention_bias", lambda x: x.reshape(heads, -1), lambda x: x.reshape(-1))
 
 
 def attention_out(heads: int) -> Transform:
-    """The transform of a weight whose columns are heads one after another."""
+    """Returns the transform of an attention's output weights, [D, heads * K] <-> [heads, K, D]."""
     return Transform(
         "attention_out",
         lambda x: _flip(x).reshape(heads, -1, x.shape[0]),
@@ -79,7 +84,10 @@ BAND_BYTES = 2**19  # of the source: a band that stays in cache; 3-6 times faste
 
 
 def copy(target: np.ndarray, source: np.ndarray) -> None:
-    """Copies a permuted view bit by bit into an array of the same shape and width, in bands."""
+    """Copies `source`, often a transposed view, bit by bit into `target` of the same shape.
+
+    Both have dtypes of the same width. Large arrays are copied in bands of `BAND_BYTES`.
+    """
     unsigned = np.dtype(f"u{target.dtype.itemsize}")
     target, source = target.view(unsigned), source.view(unsigned)
     if source.ndim == 0 or source.nbytes <= BAND_BYTES or source.flags.c_contiguous:

@@ -1,1 +1,1 @@
-"""From annotation files to batches on devices."""
+"""Training data: annotation files are read, turned into batches and put on the devices."""

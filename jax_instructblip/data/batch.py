@@ -1,21 +1,22 @@
-"""From examples to rows: samples dealt out to rows, texts and visual vectors laid into slots.
+"""Makes batches of examples: packs samples into rows, and mixes text tokens and visual vectors.
 
-An example is one sample, in numpy, without a batch axis and without padding:
+An example is one sample, a dict of numpy arrays without a batch axis and without padding:
 
-    images          [F, H, W, 3] uint8   its images in order; the frames of a video; may be none
-    image_at        [F] int32            before which of its tokens each image stands; by default 0
-    qformer_tokens  [L] int32            the instruction, where the Q-Former reads it
-    tokens          [T] int32            what the language model reads besides the images
+    images          [F, H, W, 3] uint8   its images in order, or the frames of a video; may be none
+    image_at        [F] int32            index of the token before which each image goes; default 0
+    qformer_tokens  [L] int32            the instruction, for a Q-Former that reads it
+    tokens          [T] int32            the text that the language model reads
     truncated       [3] int32            optional: 1 where instruction, prompt, answer were cut
 
 and for training
 
-    targets         [T] int32            LLaMA: the token itself where it is learned, else IGNORE
-                    [U] int32            T5: the answer
-    decoder_tokens  [U] int32            T5 only: `targets` shifted right by one
+    targets         [T] int32            decoder-only: the token where it is learned, else IGNORE
+                    [U] int32            encoder-decoder (T5): the answer
+    decoder_tokens  [U] int32            encoder-decoder only: `targets` shifted right by one
 
-A batch is drawn in `models/vlm.py` and listed in `spec.py`. Padding stands at the end of a row, and
-no result depends on it, nor, dropout off, on who shares a row.
+In a row each image takes as many slots as it has visual vectors. The keys of a batch are listed in
+`spec.py` and drawn in `models/vlm.py`. Padding stands at the end of a row. Neither padding nor the
+other samples of a row change a sample's result (without dropout).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,8 +30,8 @@ from jax_instructblip.data.spec import IGNORE as IGNORE
 Example = Mapping[str, np.ndarray]
 Lengths = Mapping[str, int | Sequence[int]]
 
-# What `lengths` may name: the widths of rows.
-ROUND = 64  # slots, of whose multiples rows of several samples are
+# ROW_LENGTHS are the keys that the argument `lengths` of `collate` may have.
+ROUND = 64  # rows of several samples have a multiple of this many slots
 ROW_LENGTHS = ("images", "qformer_tokens", "slots", "targets")
 
 
@@ -43,13 +44,24 @@ def collate(
     pad_id: int = 0,
     qformer_pad_id: int = 0,
 ) -> Batch:
-    """Rows of `samples_per_row` examples each, in their order, padded on the right.
+    """Returns a batch: `samples_per_row` consecutive examples a row, padded on the right.
 
-    `visual_tokens` are the vectors that an image becomes. `lengths` gives the width of rows: of
-    `slots`, `qformer_tokens`, `targets` (and of T5's decoder) and how many `images`; one number, or
-    several of which the smallest that fits is taken. What has no entry is as wide as the widest row
-    needs. `pad_id` is the language model's padding id. Counts about examples (`truncated`) come
-    back as `[examples, ...]`.
+    Args:
+      examples: dicts of arrays as listed at the top of this file.
+      visual_tokens: number of vectors that an image becomes.
+      samples_per_row: number of examples that share a row; it must divide the number of examples.
+      lengths: width of the rows by name: `slots`, `qformer_tokens`, `targets` (also the width of
+        the decoder's tokens) and `images` (their number). A value is one number, or several of
+        which the smallest sufficient one is taken. A name without a value gets the width of the
+        longest row.
+      pad_id: the language model's padding id.
+      qformer_pad_id: the Q-Former's padding id.
+
+    Returns:
+      The arrays of the batch [rows, ...], and `truncated` [examples, 3] where the examples have it.
+
+    Raises:
+      ValueError: examples do not fit together, or one is longer than `lengths` allows.
     """
     lengths = dict(lengths or {})
     _check_examples(examples, samples_per_row, lengths)
@@ -87,7 +99,7 @@ def collate(
     if "targets" in examples[0]:
         targets = width("targets", (len(row.targets) for row in rows))
         pad("targets", [row.targets for row in rows], targets)
-        decodes = "decoder_tokens" in examples[0]  # each slot of a decoder is asked for one target
+        decodes = "decoder_tokens" in examples[0]  # each decoder slot predicts one target
         pad("asked", [row.asked for row in rows], targets, into=targets if decodes else slots)
         if decodes:
             pad("decoder_tokens", [row.decoder for row in rows], targets)
@@ -98,7 +110,10 @@ def collate(
 
 
 class _Row:
-    """The samples of one row, laid into its slots one after the other; nothing is padded yet."""
+    """The samples of one row, one after another in its slots, without padding.
+
+    Its attributes are the row's arrays by their keys in a batch: `tokens`, `slots`, `segments` ...
+    """
 
     def __init__(self, examples: Sequence[Example], visual_tokens: int):
         parts: dict[str, list[np.ndarray]] = {}
@@ -136,16 +151,19 @@ class _Row:
 
 
 def lay_slots(example: Example, visual_tokens: int) -> dict[str, np.ndarray]:
-    """`tokens` and `slots` [X] of one sample, each image before the token that `image_at` names.
+    """Returns `tokens` and `slots` [X] of one sample: each image stands before token `image_at`.
 
-    Of a decoder-only model, too, its `targets` and the slots `asked`: those right before them. For
-    two images of two vectors at 1 and 3, and a target on the last of four tokens:
+    `slots` is -1 for a text token, else the number of a visual vector. For a decoder-only model
+    with `targets` in the example, the result also has `targets` [A] without those ignored, and
+    `asked` [A]: the slot before each target, whose logits predict it. Two images of two vectors at
+    tokens 1 and 3 (v is a visual vector), where the last of four tokens is a target:
 
-        tokens  a . . b c . . d         slots  -1 0 1 -1 -1 2 3 -1         asked  6
+        tokens   a  v  v  b  c  v  v  d
+        slots   -1  0  1 -1 -1  2  3 -1        asked  6
 
     Raises:
-        ValueError: images that do not stand in order inside of the text, or a first slot that is a
-            target: nothing stands before it.
+        ValueError: `image_at` is not rising or points outside of the text, or the first slot is a
+            target, before which there is no slot to predict it.
     """
     text = np.asarray(example["tokens"])
     count = len(example["images"]) if "images" in example else 0
@@ -175,14 +193,15 @@ def lay_slots(example: Example, visual_tokens: int) -> dict[str, np.ndarray]:
 
 
 def deal(sizes: Sequence[Sequence[int]], rows: int) -> np.ndarray:
-    """The samples that share a row, `[rows, samples / rows]`, for rows of nearly one size.
+    """Returns the samples of each row, [rows, samples / rows], so that rows have similar lengths.
 
-    `sizes` has for each sample how much of every size of a row it takes (its slots, its targets).
-    Longest first, each to the emptiest row with room; with one sample a row each stays in its
-    place. A function of the sizes alone, so that hosts agree on it.
+    `sizes` has for each sample how much room it takes, in one or more measures (slots, targets).
+    The largest sample comes first; each goes to the emptiest row that has not its number of samples
+    yet. With one sample a row the order is kept. The result depends on `sizes` alone, so that all
+    hosts compute the same.
 
     Raises:
-        ValueError: the samples cannot be divided by the rows.
+        ValueError: the number of samples is not divisible by `rows`.
     """
     if len(sizes) % rows:
         raise ValueError(f"{len(sizes)} samples cannot be dealt out evenly to {rows} rows")
@@ -203,12 +222,17 @@ def deal(sizes: Sequence[Sequence[int]], rows: int) -> np.ndarray:
 
 
 def round_up(length: int) -> int:
-    """The width of rows of several samples whose longest takes `length` slots or targets."""
+    """Returns `length` rounded up to a multiple of `ROUND`, the width of rows of many samples."""
     return -(-length // ROUND) * ROUND
 
 
 def bucket(length: int, buckets: int | Sequence[int] | None, name: str) -> int:
-    """The smallest of `buckets` that holds `length`; `length` itself without buckets."""
+    """Returns the smallest of `buckets` that is at least `length`, or `length` without buckets.
+
+    Raises:
+        ValueError: `length` is above the largest bucket; the message names `name`, the key of
+            `lengths` that is too small.
+    """
     if buckets is None:
         return max(length, 1)
     buckets = [buckets] if isinstance(buckets, int) else sorted(buckets)
@@ -222,7 +246,11 @@ def bucket(length: int, buckets: int | Sequence[int] | None, name: str) -> int:
 
 
 def pad_to(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:
-    """The rows [B, length] int32, each filled up on the right with `value`."""
+    """Returns the rows as one array [B, length] int32, each filled up on the right with `value`.
+
+    Raises:
+        ValueError: a row is longer than `length`.
+    """
     out = np.full((len(rows), length), value, np.int32)
     for index, row in enumerate(rows):
         if row.ndim != 1 or len(row) > length:
@@ -234,9 +262,9 @@ def pad_to(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:
 
 
 def compact(tokens: np.ndarray, mask: np.ndarray, pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """`tokens` [B, T] and `mask` [B, T] bool with all padding moved to the end, order kept.
+    """Returns `tokens` [B, T] and `mask` [B, T] bool with all padding moved to the end, order kept.
 
-    For input that comes from elsewhere, padded on the left or with holes:
+    It is for input from elsewhere, padded on the left or with gaps (a dot is padding):
 
         . . a b        a b . .
         a . . b   ->   a b . .
@@ -253,10 +281,10 @@ def compact(tokens: np.ndarray, mask: np.ndarray, pad_id: int = 0) -> tuple[np.n
 
 
 def slot_counts(batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """[2] int64, the positions of the batch's texts: those in use, and all.
+    """Returns [2] int64: the number of token positions in use, and of all with padding.
 
-    Counted is what a tower works on: the instructions or captions, the rows and, for T5, the
-    decoder's rows.
+    All positions that a network computes are counted: the Q-Former's texts, the slots of rows and,
+    for an encoder-decoder, the decoder's tokens.
     """
     used = [batch[name] for name in ("qformer_mask", "caption_mask") if name in batch]
     used += [batch[name] > 0 for name in ("segments", "decoder_segments") if name in batch]
@@ -284,7 +312,7 @@ def _check_examples(examples: Sequence[Example], per_row: int, lengths: Mapping[
 
 
 def _stack_images(rows: Sequence[Sequence[np.ndarray]], count: int) -> np.ndarray:
-    """[G, count, H, W, 3]: the images of each row's samples, then black ones."""
+    """Returns [G, count, H, W, 3]: the images of each row's samples, filled up with black ones."""
     shapes = sorted({each.shape[1:] for images in rows for each in images if len(each)})
     if len(shapes) > 1:
         sizes = ", ".join(map(str, shapes))

@@ -1,4 +1,4 @@
-"""Captions as the first stage of BLIP-2 reads them: BERT ids, `[CLS] ... [SEP]`, of one length."""
+"""Tokenizes captions for the first stage of BLIP-2: BERT ids, `[CLS] ... [SEP]`, of one length."""
 
 import dataclasses
 import os
@@ -13,25 +13,25 @@ from jax_instructblip.fields import text_problem
 from jax_instructblip.models.variants import Variant
 
 LIMIT = 32  # ids of a caption in training, [CLS] and [SEP] included
-RETRIEVAL_LIMIT = 35  # and in retrieval, as released
+RETRIEVAL_LIMIT = 35  # ids of a caption in retrieval, as in LAVIS
 
 
 class Captions(NamedTuple):
-    """Captions in ids, `[N, L]` each: the ids, and True where they are no padding."""
+    """N captions of L ids each; `valid` is True on tokens, `cut` on captions that were too long."""
 
-    ids: np.ndarray  # int32
-    valid: np.ndarray  # bool
-    cut: np.ndarray  # [N] bool: those that were longer
+    ids: np.ndarray  # [N, L] int32
+    valid: np.ndarray  # [N, L] bool
+    cut: np.ndarray  # [N] bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CaptionTokenizer:
-    """Turns captions into the ids of one variant, and ids back into text.
+    """Turns captions into token ids for one model variant, and ids back into text.
 
     Attributes:
-      variant: whose vocabulary the ids are of.
-      tokenizer: BERT's, with `[DEC]` as its beginning of a text that is written.
-      limit: ids of each caption; longer ones are cut on the right, shorter ones padded.
+      variant: the model whose vocabulary is used; the tokenizer is checked against it.
+      tokenizer: BERT's tokenizer, with `[DEC]` as its start token for generated captions.
+      limit: number of ids of each caption; longer ones are cut on the right, shorter ones padded.
     """
 
     variant: Variant
@@ -54,21 +54,23 @@ class CaptionTokenizer:
     def load(
         cls, folder: str | os.PathLike[str], variant: Variant, limit: int = LIMIT
     ) -> "CaptionTokenizer":
-        """The tokenizer of a checkpoint folder, ours or Hugging Face's, which has it at its root.
+        """Returns the tokenizer of a checkpoint folder, either of this package or of Hugging Face.
+
+        It is in the subfolder `qformer_tokenizer`, or else at the root of the folder.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is damaged, or of another model.
+            FileNotFoundError: the folder has no tokenizer.
+            ValueError: the tokenizer is damaged, or belongs to another model.
         """
         own = pathlib.Path(folder, "qformer_tokenizer")
         tokenizer = load_qformer_tokenizer(own if own.is_dir() else folder)
         return cls(variant, tokenizer, limit)
 
     def encode(self, captions: Sequence[str]) -> Captions:
-        """The captions in ids, all padded to `limit`.
+        """Returns the captions as ids, all padded or cut to `limit`.
 
         Raises:
-            ValueError: there is none, or one is no text.
+            ValueError: there is no caption, or one of them is no text.
         """
         if not isinstance(captions, list | tuple) or not captions:
             raise ValueError(f"captions is {captions!r:.60}, expected a list of at least one text")
@@ -88,5 +90,5 @@ class CaptionTokenizer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special ones left out."""
+        """Returns the text of token ids, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()

@@ -1,4 +1,4 @@
-"""The datasets of InstructBLIP: one table, joined from the modules of `data/readers`."""
+"""The table `DATASETS` of all known datasets, joined from the modules of `data/readers`."""
 
 from jax_instructblip import lookup
 from jax_instructblip.data.readers import (
@@ -15,7 +15,7 @@ from jax_instructblip.data.readers.dataset import FAMILIES, Dataset
 
 _MODULES = (captioning, reasoning, vqa, choices, reading, video_qa, dialogue, memes)
 
-# In the order of the families, then as the modules have them.
+# Sorted by family, in the order of FAMILIES; within a family in the order of the modules.
 DATASETS: dict[str, Dataset] = {
     dataset.name: dataset
     for dataset in sorted(
@@ -26,15 +26,22 @@ DATASETS: dict[str, Dataset] = {
 
 
 def get_dataset(name: str) -> Dataset:
-    """The dataset of that name; a ValueError with those spelled alike where there is none."""
+    """Returns the dataset of that name.
+
+    Raises:
+        ValueError: there is no such dataset; the message lists similar names.
+    """
     return lookup.find(DATASETS, name, "dataset")
 
 
 def table(name: str | None = None) -> str:
-    """All datasets for people, or one: its use, what files it needs, where they come from.
+    """Returns a text for people about one dataset, or about all where `name` is None.
+
+    It says whether InstructBLIP was trained on the dataset (held in) or only scored on it (held
+    out), and lists the annotation files of each split, the licence and where to get the files.
 
     Raises:
-      ValueError: there is none of that name.
+      ValueError: there is no dataset of that name.
     """
     lines = []
     for dataset in DATASETS.values() if name is None else [get_dataset(name)]:

@@ -1,7 +1,8 @@
-"""From an image file to uint8 pixels: decode, then squash (evaluation) or crop and flip (training).
+"""Turns an image file into uint8 pixels: decode, then resize, or crop and flip at random.
 
-Everything is done with Pillow on one image, so that pixels are bit-equal to the released code's;
-the normalisation with the CLIP mean and standard deviation happens on the device.
+Pillow resizes and crops one image at a time, so that pixels are bit-equal to those of LAVIS, the
+code that was released with the paper. Pixels are normalised with CLIP's mean and deviation later,
+on the device.
 """
 
 import contextlib
@@ -19,17 +20,17 @@ from PIL import ExifTags, Image
 from jax_instructblip import remote
 from jax_instructblip.files import address_problem
 
-# As Pillow's own warning limit: above it decoding takes more than 250 MB.
+# Pillow warns above this size, too; decoding would take more than 250 MB.
 MAX_PIXELS = 89_478_485
 
-# None that runs other programs (EPS), is a container of anything, or holds no photographs.
+# Formats that run other programs (EPS), are containers, or hold no photographs are left out.
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 Image.init()
 _KNOWN_FORMATS = tuple(name for name in _FORMATS if name in Image.OPEN)
 
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations of pictures whose width and height are exchanged
 
-# EXIF orientation -> what makes the picture upright; 1 is upright already.
+# EXIF orientation -> transpose that makes the picture upright (1 is upright already).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,31 +50,37 @@ class ImageError(ValueError):
 
 
 def decode(source: Source, *, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Image.Image:
-    """An RGB image of 8 bits a channel, or an `ImageError` with file name and reason.
+    """Returns an RGB image of 8 bits a channel.
 
-    `source` is a path, an address of a store, the bytes of an image file, a PIL image or a uint8
-    array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. The EXIF orientation is applied where `upright`
-    (the released code leaves photographs as they lie in the file); of an animation the first frame
-    is taken; transparency is dropped, not blended (Pillow's `convert("RGB")`, as in the released
-    code); 16-bit gray keeps its high byte, as Pillow does for 16-bit colour. The number of pixels
-    is compared with `max_pixels` before any pixel is decoded.
+    `source` is a path, an address of an object store (`gs://...`), the bytes of an image file, a
+    PIL image or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+
+    - `upright` applies the EXIF orientation (LAVIS does not apply it).
+    - Of an animation the first frame is taken.
+    - Transparency is dropped, not blended (Pillow's `convert("RGB")`, as in LAVIS).
+    - 16-bit gray keeps its high byte, as Pillow does for 16-bit colour.
+    - An image of more than `max_pixels` pixels is refused before any pixel is decoded.
+
+    Raises:
+        ImageError: the image cannot be used; the message has its name and the reason.
     """
     with _opened(source, max_pixels) as image:
         return _rgb(image, upright)
 
 
 def resize_squash(image: Image.Image, size: int) -> np.ndarray:
-    """Pixels [size, size, 3] uint8 of the whole image, its aspect ratio not kept (evaluation).
+    """Returns pixels [size, size, 3] uint8 of the whole image, its aspect ratio not kept.
 
-    Bicubic with antialiasing, the released `blip_image_eval`.
+    Bicubic with antialiasing, bit-equal to `blip_image_eval` of LAVIS.
     """
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def resize_center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Pixels [size, size, 3] uint8 of the middle, the shorter side scaled to `size` (evaluation).
+    """Returns pixels [size, size, 3] uint8 of the middle square of the image.
 
-    Bicubic with antialiasing, the released `clip_image_eval`.
+    The shorter side is scaled to `size` first. Bicubic with antialiasing, as `clip_image_eval` of
+    LAVIS.
     """
     short = min(image.size)
     width, height = (size * each // short for each in image.size)
@@ -82,7 +89,7 @@ def resize_center_crop(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-# What an evaluation sees of an image.
+# The two ways to prepare an image for evaluation, by the name that settings use.
 CROPS = {"squash": resize_squash, "center": resize_center_crop}
 
 
@@ -97,18 +104,20 @@ def random_resized_crop_flip(
     max_pixels: int = MAX_PIXELS,
     upright: bool = True,
 ) -> np.ndarray:
-    """Pixels [size, size, 3] uint8 of a random part of the image, mirrored half of the time.
+    """Returns pixels [size, size, 3] uint8 of a random part of the image, mirrored at random.
 
-    `scale` bounds the part's share of the area, `ratio` its width / height; the released
-    `blip2_image_train` (torchvision's RandomResizedCrop, bicubic, and RandomHorizontalFlip).
+    This is `blip2_image_train` of LAVIS: torchvision's RandomResizedCrop, bicubic, and
+    RandomHorizontalFlip with probability 0.5. `scale` bounds the part's share of the area, `ratio`
+    its width / height.
 
-    A JPEG is decoded at a half, a quarter or an eighth of its sides where the part then still has
-    `min_ratio` times size x size pixels; 0 or inf: never. The part is the same one, its pixels
-    differ a little (the decoder averages blocks, and with `min_ratio` below 1 a part may be
-    enlarged again). Sources, `upright` and errors are as in `decode`.
+    `min_ratio` makes large JPEGs faster: a file is decoded at a half, a quarter or an eighth of its
+    sides as long as the part still has `min_ratio` times size x size pixels; 0 or inf turns this
+    off. The part is the same, but its pixels differ a little, because the decoder averages blocks
+    (and with `min_ratio` below 1 the part may be enlarged again). `source`, `max_pixels`, `upright`
+    and errors are as in `decode`.
     """
     with _opened(source, max_pixels) as image:
-        # The header of a JPEG tells its size; a TIFF turns itself while it is decoded.
+        # A JPEG's header has the size that the crop needs. (A TIFF may turn while it is decoded.)
         reducible = image.format == "JPEG" and image is not source and 0 < min_ratio < math.inf
         if not reducible:
             image = _rgb(image, upright)
@@ -119,10 +128,10 @@ def random_resized_crop_flip(
         if reducible:
             factor = _reduction(box[2] * box[3], min_ratio * size * size)
             image = _reduced(image, factor, upright)
-    across, down = image.width / width, image.height / height  # 1, or less where it is reduced
+    across, down = image.width / width, image.height / height  # below 1 if reduced
     left, top = round(box[0] * across), round(box[1] * down)
     right, bottom = round((box[0] + box[2]) * across), round((box[1] + box[3]) * down)
-    # Cropping first matters: resize(box=...) would look at pixels outside of the box.
+    # Crop first: resize(box=...) would blend in pixels outside of the box.
     part = image.crop((left, top, right, bottom))
     part = part.resize((size, size), Image.Resampling.BICUBIC)
     if rng.random() < 0.5:
@@ -131,14 +140,14 @@ def random_resized_crop_flip(
 
 
 class _UnusableError(Exception):
-    """The reason why an image cannot be used, before its name is known."""
+    """The reason why an image cannot be used; `_opened` turns it into an `ImageError`."""
 
 
 @contextlib.contextmanager
 def _opened(source: Source, max_pixels: int) -> Iterator[Image.Image]:
-    """The image behind `source`, its size checked, its pixels not decoded yet.
+    """Opens `source` and checks its size; its pixels are not decoded yet.
 
-    Whatever goes wrong in the body becomes an `ImageError` that names the source.
+    Any error in the body of the `with` statement becomes an `ImageError` that names the source.
     """
     name = _name(source)
     try:
@@ -153,7 +162,7 @@ def _opened(source: Source, max_pixels: int) -> Iterator[Image.Image]:
         reason = f"too large even for Pillow: {error}"
     except Image.UnidentifiedImageError:
         reason = f"not an image that can be read (known: {', '.join(_KNOWN_FORMATS)})"
-    except Exception as error:  # of damaged files: anything from OSError to IndexError
+    except Exception as error:  # damaged files raise anything from OSError to IndexError
         reason = f"damaged or unreadable: {error or type(error).__name__}"
     raise ImageError(f"{name}: {reason}")
 
@@ -182,10 +191,11 @@ def _open(source: Source, files: contextlib.ExitStack) -> Image.Image:
 
 
 def _reduced(image: Image.Image, factor: int, upright: bool = True) -> Image.Image:
-    """The JPEG behind `image`, RGB, turned or not, decoded at one `factor`-th of its sides.
+    """Returns the opened JPEG as RGB, decoded at 1 / `factor` of its sides.
 
-    The pixels are those of Pillow, whose own decoding takes a tenth more time; it is left what is
-    not plain: gray and CMYK, and whatever is damaged, so that it decides what can be used.
+    simplejpeg decodes plain RGB files to the same pixels as Pillow, in a tenth less time. Gray,
+    CMYK and damaged files go to Pillow, so that the same files are refused everywhere. `upright`
+    applies the EXIF orientation.
     """
     if image.mode == "RGB":
         file: Any = image.fp  # pyright: ignore (only opened files have one)
@@ -201,7 +211,10 @@ def _reduced(image: Image.Image, factor: int, upright: bool = True) -> Image.Ima
 
 
 def _reduction(pixels: int, min_pixels: float) -> int:
-    """The divisor of a JPEG's sides that leaves at least `min_pixels` of the `pixels`."""
+    """Returns 8, 4, 2 or 1: the largest divisor of an image's sides that keeps enough pixels.
+
+    `pixels` is the number before the division, `min_pixels` the number that must remain.
+    """
     return next(by for by in (8, 4, 2, 1) if by == 1 or pixels >= min_pixels * by * by)
 
 
@@ -212,10 +225,10 @@ def _random_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a random part, by torchvision's rule.
+    """Returns left, top, width and height of a random part of the image, by torchvision's rule.
 
-    Ten times a random area and shape are tried; if none fits into the image (it is long and
-    thin), the middle is taken, as large as `ratio` allows.
+    Ten random areas and shapes are tried. If none fits into the image (it is long and thin), the
+    part is the middle of the image, as large as `ratio` allows.
     """
     for _ in range(10):
         area = image_width * image_height * rng.uniform(*scale)
@@ -264,7 +277,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Gray of 8 bits from 16: Pillow's own conversion clips, everything above 255 becomes white."""
+    """Returns 8-bit gray of a 16-bit image.
+
+    Pillow's own conversion clips instead: everything above 255 becomes white.
+    """
     gray = np.asarray(image)
     low, high = int(gray.min()), int(gray.max())
     if low < 0 or high > 65535:
@@ -289,7 +305,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def check_images(paths: Iterable[str | os.PathLike]) -> None:
-    """Raises an ImageError that names every image file that cannot be used."""
+    """Raises one ImageError that names every image file that cannot be used."""
     wrong = []
     for path in paths:
         try:

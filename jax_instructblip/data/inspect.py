@@ -1,4 +1,4 @@
-"""Training examples in view: their tokens, those that the loss asks for, and their numbers."""
+"""Training examples for people to look at: their tokens, which of them are targets, and counts."""
 
 import collections
 import itertools
@@ -16,7 +16,7 @@ Pieces = list[tuple[str, bool]]
 
 
 def token_counts(example: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """The numbers of tokens that Q-Former and language model read and that the loss asks for."""
+    """Returns the numbers of tokens of an example, by a title: those read, and the targets."""
     instruction = {}
     if "qformer_tokens" in example:
         instruction["instruction for the Q-Former"] = len(example["qformer_tokens"])
@@ -28,7 +28,10 @@ def token_counts(example: Mapping[str, np.ndarray]) -> dict[str, int]:
 
 
 def histogram(name: str, counts: Sequence[int]) -> list[str]:
-    """Lines of text: how many samples have up to 8, 16, 32 ... tokens."""
+    """Returns lines of text: a bar chart of how many samples have up to 8, 16, 32 ... tokens.
+
+    `counts` has the number of tokens of each sample, `name` is the title.
+    """
     lines = [f"{name}: {min(counts)} to {max(counts)} tokens, median {statistics.median(counts):g}"]
     # 1..8 -> 8, 9..16 -> 16: the padded lengths that a bucket would have.
     bins = collections.Counter(max(8, 1 << (count - 1).bit_length()) for count in counts)
@@ -42,7 +45,10 @@ def histogram(name: str, counts: Sequence[int]) -> list[str]:
 
 
 def token_rows(example: Mapping[str, np.ndarray], text: TextProcessor) -> dict[str, Pieces]:
-    """The token rows of an example: pieces, each with whether the loss asks for it."""
+    """Returns the token sequences of an example, by a title that says who reads them.
+
+    A sequence is a list of (token text, True if the token is a target of the loss).
+    """
     pieces = text.llm.convert_ids_to_tokens(example["tokens"].tolist())
     rows = {}
     if "qformer_tokens" in example:
@@ -59,7 +65,7 @@ def token_rows(example: Mapping[str, np.ndarray], text: TextProcessor) -> dict[s
 
 
 def render(pieces: Pieces) -> str:
-    """The pieces on one line, brackets around every run of them that the loss asks for."""
+    """Returns the tokens on one line, with brackets around every run of targets."""
     runs = []
     for asked, run in itertools.groupby(pieces, key=lambda pair: pair[1]):
         words = " ".join(piece for piece, _ in run)

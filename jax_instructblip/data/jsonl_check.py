@@ -1,4 +1,4 @@
-"""A file of JSON lines, read as training would: what is wrong with bad lines, tokens of others."""
+"""Checks a JSON-lines file as training would read it: bad lines, and token counts of good ones."""
 
 import collections
 import concurrent.futures
@@ -17,29 +17,42 @@ from jax_instructblip.data.records import Record, scan_jsonl
 from jax_instructblip.data.text import TRUNCATED, TextProcessor
 from jax_instructblip.progress import Progress
 
-_SHOWN = 3  # samples with unknown characters
+_SHOWN = 3  # examples listed of each problem
 _WORKERS = min(8, os.cpu_count() or 1)  # Pillow decodes outside of Python's lock
 
 
 @dataclasses.dataclass
 class Findings:
-    """Findings about a file: reasons by line number, tokens of good lines, the first of them."""
+    """The result of a check: bad lines with reasons, and token counts of the good lines.
+
+    Attributes:
+      bad: the reasons why a line cannot be used, by line number.
+      good: number of good lines.
+      lengths: token counts of all samples (each answer is one), by the title of the text.
+      cut: [3], the number of samples that lost tokens of each text in `TRUNCATED`.
+      unknown: (line number, text) of texts with characters that the tokenizer does not know, by
+        text.
+      samples: the first good lines: line number, record and example.
+    """
 
     bad: dict[int, list[str]]
     good: int
     lengths: dict[str, list[int]]
-    cut: np.ndarray  # [3], how many samples lost tokens of each of TRUNCATED
-    unknown: dict[str, list[tuple[int, str]]]  # lines and texts with unknown pieces, likewise
+    cut: np.ndarray  # [3]
+    unknown: dict[str, list[tuple[int, str]]]
     samples: list[tuple[int, Record, Mapping[str, np.ndarray]]]
 
     @property
     def usable(self) -> bool:
-        """Tells whether training would take the file: no line is bad, and there is one."""
+        """Tells whether the file can be trained on: at least one line is good and none is bad."""
         return self.good > 0 and not self.bad
 
 
 def examine(file: str | os.PathLike, text: TextProcessor, samples: int) -> Findings:
-    """Reads every line, opens every image and counts the tokens of every answer."""
+    """Returns the findings about a file: reads all lines, opens all images, tokenizes all answers.
+
+    `samples` is the number of good lines that are kept as examples.
+    """
     cut, unknown = np.zeros(len(TRUNCATED), np.int64), {name: [] for name in TRUNCATED}
     findings = Findings({}, 0, collections.defaultdict(list), cut, unknown, [])
     records: dict[int, Record] = {}
@@ -83,7 +96,7 @@ def examine(file: str | os.PathLike, text: TextProcessor, samples: int) -> Findi
 
 
 def describe(file: pathlib.Path, findings: Findings, text: TextProcessor) -> Iterator[str]:
-    """The lines of the report."""
+    """Yields the lines of the report about `findings`."""
     answers = "; each answer is a sample" if findings.good else ""
     yield f"{file}: {findings.good} good lines, {len(findings.bad)} bad{answers}"
     yield from _bad_lines(file, findings.bad)
@@ -114,7 +127,10 @@ def describe(file: pathlib.Path, findings: Findings, text: TextProcessor) -> Ite
 
 
 def _bad_lines(file: pathlib.Path, bad: Mapping[int, list[str]]) -> Iterator[str]:
-    """Each bad line with its reasons; of many lines with one cause the first, and their number."""
+    """Yields each bad line with its reasons; of many with one reason, only the first few.
+
+    For the others of that reason one line tells their number.
+    """
     causes = collections.defaultdict(list)
     for line in sorted(bad):
         for reason in bad[line]:
@@ -129,7 +145,7 @@ def _bad_lines(file: pathlib.Path, bad: Mapping[int, list[str]]) -> Iterator[str
 
 
 def open_images(paths: Iterable[str]) -> dict[str, str]:
-    """The reason for each of the image files that cannot be used; each is decoded once."""
+    """Decodes each image file once; returns the reason, by path, for each that cannot be used."""
     unique = list(dict.fromkeys(paths))
 
     def reason(path: str) -> str | None:

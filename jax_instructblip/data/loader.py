@@ -1,4 +1,4 @@
-"""From random-access batches to global arrays on devices, read ahead in the background."""
+"""Loads batches in the background and puts them on the devices as global arrays."""
 
 import collections
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from jax_instructblip.data.batch import slot_counts
 
-# Keys of a batch that only the host looks at.
+# Keys of a batch that stay on the host.
 HOST_KEYS = ("truncated", "replaced")
 
 DeviceBatch = dict[str, jax.Array]
@@ -20,7 +20,10 @@ Counts = dict[str, np.ndarray]
 
 
 class Batches(Protocol):
-    """Random access to the batches of a run, of which this host makes `rows` of `row_count`."""
+    """Random access to the batches of a run: `batches[step]` is this host's part of a global batch.
+
+    `row_count` is the number of rows of the global batch, `rows` the numbers of this host's rows.
+    """
 
     rows: np.ndarray
     row_count: int
@@ -39,14 +42,15 @@ def load(
     ahead: int = 4,
     workers: int = 0,
 ) -> Iterator[tuple[DeviceBatch, Counts]]:
-    """The batches from number `start` on, each with the host's own counts.
+    """Yields (batch on the devices, counts of this host) from batch number `start` on.
 
-    Those are `HOST_KEYS`, and of `text` how many positions hold a token and how many there are.
+    The counts are numpy arrays: `truncated` and `replaced` (`HOST_KEYS`) as the batch had them, and
+    `text`, the number of token positions in use and of all positions (`batch.slot_counts`).
 
-    The place in the data is nothing but the number of the next batch. `threads` threads make
-    batches, `ahead` of them before they are asked for; with `workers` > 0 as many processes do
-    (a program that asks for them must have an `if __name__ == "__main__"`). Neither changes what
-    a batch holds: each is made whole, from its number alone.
+    To resume, give the number of the next batch as `start`: a batch is a function of its number
+    alone. `threads` threads of this process make batches, at most `ahead` of them in advance; with
+    `workers` > 0 that many processes make them instead (the main program then needs an `if __name__
+    == "__main__"`). Neither number changes the content of a batch.
     """
     numbered = grain.MapDataset.source(cast(Any, batches))[start:]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
@@ -59,7 +63,7 @@ def load(
     for batch in batches_ahead:
         counts = {name: batch.pop(name) for name in HOST_KEYS} | {"text": slot_counts(batch)}
         waiting.append((put(batch, sharding, batches.rows, batches.row_count), counts))
-        if len(waiting) > 1:  # one is on its way to the device while another is worked on
+        if len(waiting) > 1:  # keep one batch in transfer while another is used
             yield waiting.popleft()
     yield from waiting
 
@@ -67,7 +71,11 @@ def load(
 def put(
     batch: Mapping[str, np.ndarray], sharding: NamedSharding, rows: np.ndarray, count: int
 ) -> DeviceBatch:
-    """Global arrays `[count, ...]` of which this process holds `rows`, given as `batch`."""
+    """Returns global arrays `[count, ...]`, made from this process's rows of them.
+
+    `batch` holds local arrays `[len(rows), ...]`; `rows` are their row numbers in the global batch,
+    in rising order.
+    """
 
     def to_devices(local: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""The order of training samples: sources shuffled, mixed by weight, turned into prompt and answer.
+"""The order of training samples: sources are shuffled, repeated and mixed by weight.
 
-    sources --shuffled, repeated, mixed by weight--> sample k --template--> prompt, answer
+    sources --shuffled, repeated, mixed by weight--> record k --template--> prompt, answer
 
-Sample k of a run, k = 0, 1, 2, ..., is a function of (seed, k) alone: nothing is remembered.
+Sample k of a run (k = 0, 1, 2, ...) is a function of (seed, k) alone, so there is no state to save.
 """
 
 import dataclasses
@@ -18,13 +18,14 @@ import numpy as np
 from jax_instructblip.data import templates
 from jax_instructblip.data.records import Record
 
-# Weight of a source of n records: the paper's, and the two it was compared with.
+# Weight of a source of n records: "sqrt" is the paper's rule, which it compares with the others.
 SAMPLING: dict[str, Callable[[int], float]] = {
     "sqrt": math.sqrt,
     "uniform": lambda n: 1.0,
     "proportional": float,
 }
-# What stands before the input: a template, or as in the paper's ablation nothing, or task and name.
+# Text before the input of a prompt. None: a template is used. The others are the paper's ablation:
+# no text, or a tag of task family and dataset.
 INSTRUCTIONS: dict[str, Callable[["Source"], str | None]] = {
     "templates": lambda source: None,
     "plain": lambda source: "",
@@ -34,15 +35,18 @@ INSTRUCTIONS: dict[str, Callable[["Source"], str | None]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Records with random access, and how often the mixture draws from them.
+    """The records of one dataset, and how often the mixture draws from them.
 
     Attributes:
-      name: what tables and metrics call it.
-      records: anything with `len` and `[i]`.
-      digest: stands for the content; a run refuses to resume on another one.
-      weight: its share, relative to the other weights; 0 means what `SAMPLING` makes of its size.
-      templates: the name of a list in `templates.TEMPLATES`; without, prompts are used as they are.
-      family: the kind of task, for `INSTRUCTIONS` that name it.
+      name: its name in tables and metrics.
+      records: the records, anything with `len` and `[i]`.
+      digest: a hash of the content; a run refuses to resume with another one.
+      weight: its share, relative to the weights of the others; 0 means that a rule of `SAMPLING`
+        computes it from the number of records.
+      templates: the name of a list in `templates.TEMPLATES`; "" means that prompts are used as they
+        are.
+      family: the kind of task ("image QA"), which the rule `tag` of `INSTRUCTIONS` writes in
+        prompts.
     """
 
     name: str
@@ -68,7 +72,7 @@ class Source:
 
 
 class Mixture:
-    """The endless order of samples: `mixture.record(k)` is what stands at place k."""
+    """The endless order of training samples; `mixture.record(k)` is (source, record) k."""
 
     def __init__(
         self,
@@ -79,7 +83,18 @@ class Mixture:
         instructions: str = "templates",
         style: templates.TextStyle = templates.PAPER,
     ):
-        """Raises `ValueError` without sources, with two of one name, or for an unknown rule."""
+        """Mixes `sources` by weight in an order that `seed` determines.
+
+        Args:
+          sources: at least one, with different names.
+          seed: of all random choices.
+          sampling: key of `SAMPLING`, which gives the weight of a source that has none of its own.
+          instructions: key of `INSTRUCTIONS`, which says what stands before the input of a prompt.
+          style: how questions, captions and dialogues are written.
+
+        Raises:
+          ValueError: an argument is none of those allowed.
+        """
         for name, value, known in (
             ("sampling", sampling, SAMPLING),
             ("instructions", instructions, INSTRUCTIONS),
@@ -96,7 +111,7 @@ class Mixture:
         weights = [source.weight or size(len(source.records)) for source in sources]
         self.shares = [weight / sum(weights) for weight in weights]
         parts = [
-            # Seeded by name, so that another source beside it does not change a source's order.
+            # Seeded by name, so that the order of a source does not depend on the other sources.
             grain.MapDataset.range(len(source.records))
             .shuffle(seed=int(digest_of([seed, source.name])[:8], 16))
             .repeat()
@@ -106,12 +121,18 @@ class Mixture:
         self._order = grain.MapDataset.mix(parts, weights)
 
     def record(self, position: int, attempt: int = 0) -> tuple[Source, Record]:
-        """The record at that place; `attempt` > 0 gives others of the same source instead."""
+        """Returns (source, record) of sample `position`.
+
+        `attempt` > 0 gives a random record of the same source instead, as a replacement.
+        """
         source, index = self.find(position, attempt)
         return source, source.records[index]
 
     def find(self, position: int, attempt: int = 0) -> tuple[Source, int]:
-        """The source of that record, and its number there; the record itself is not read."""
+        """Returns (source, index of the record in it) of sample `position`; the record is not read.
+
+        `attempt` > 0 gives a random record of the same source instead.
+        """
         number, index = cast(tuple[int, int], self._order[position])
         source = self.sources[number]
         if attempt:
@@ -119,11 +140,17 @@ class Mixture:
         return source, index
 
     def rng(self, position: int, attempt: int, use: str) -> np.random.Generator:
-        """Random numbers of one sample, independent for each `use` of them."""
+        """Returns a random generator that depends on the seed and on the arguments alone.
+
+        Different names in `use` ("text", "image") give independent numbers for one sample.
+        """
         return np.random.default_rng([self.seed, position, attempt, *use.encode()])
 
     def fingerprint(self) -> str:
-        """A sha256 that changes with the seed, a source, its content or its share."""
+        """Returns a sha256 that changes with the seed and with any source, its content or share.
+
+        A run refuses to resume with another one.
+        """
         rows = [
             [s.name, s.digest, len(s.records), s.templates, f"{share:.9f}"]
             for s, share in zip(self.sources, self.shares, strict=True)
@@ -132,12 +159,12 @@ class Mixture:
         return digest_of([self.seed, self.instructions, *style, *rows])
 
     def instruct(self, source: Source, record: Record, rng: np.random.Generator) -> tuple[str, str]:
-        """Prompt and answer of a record of that source, by the mixture's kind of instructions."""
+        """Returns (prompt, answer) of a record of `source`, with this mixture's instructions."""
         tag = INSTRUCTIONS[self.instructions](source)
         return instruct(record, source.templates, rng, tag, self.style)
 
     def table(self) -> str:
-        """The sources, their sizes and their shares, for people."""
+        """Returns the sources with their sizes and shares as a table for people."""
         width = max(6, *(len(source.name) for source in self.sources))
         lines = [f"{'source':{width}}  {'records':>10}  share"]
         for source, share in zip(self.sources, self.shares, strict=True):
@@ -153,13 +180,21 @@ def instruct(
     tag: str | None = None,
     style: templates.TextStyle = templates.PAPER,
 ) -> tuple[str, str]:
-    """Prompt and answer of a training sample.
+    """Returns (prompt, answer) of a training sample.
 
-    The answer is drawn evenly from the distinct ones (as the released code does), the template
-    evenly from the list `kind`; without `kind` the record's prompt is an instruction already. For
-    `question_generation` question and answer change places. With a `tag` no template is used: the
-    prompt is the tag and the bare input, as in the paper's ablation of instructions. `style` says
-    how questions, captions and dialogues are written; what brings its own instruction is left.
+    Args:
+      record: the record.
+      kind: the list of `templates.TEMPLATES` from which a template is drawn evenly; "" uses the
+        record's prompt as it is. For `question_generation` question and answer change places.
+      rng: draws the template and one of the distinct answers, evenly as LAVIS (the released code)
+        does.
+      tag: if not None, no template is used: the prompt is the tag, then the question. "" gives the
+        bare question. Both are rules of the paper's ablation of instructions.
+      style: how questions, captions and dialogues are written. Its `processor` is not applied
+        without `kind`.
+
+    Raises:
+      ValueError: the record has no answer.
     """
     if not record.answers:
         raise ValueError("it has no answer")
@@ -185,5 +220,5 @@ def _pair(number: int, index: int) -> tuple[int, int]:
 
 
 def digest_of(value: Any) -> str:
-    """The sha256 of how Python writes the value."""
+    """Returns the sha256 of `repr(value)`."""
     return hashlib.sha256(repr(value).encode()).hexdigest()

@@ -1,10 +1,15 @@
-"""Batches of images and captions, for the first stage of BLIP-2.
+"""Batches of image and caption pairs, for the first stage of BLIP-2.
 
-sample k --mixture--> record --one of its captions--> ids [L] --its image--> pixels
-batch s: samples s x B ... (s + 1) x B - 1, of which a host makes its own rows alone
+    sample k --mixture--> record --one of its captions--> ids [L]
+                          record --its image--> pixels
 
-images         [B, 1, H, W, 3] uint8     captions       [B, L] int32, `[CLS] ... [SEP]`, padded
-caption_mask   [B, L] bool               image_id       [B] int32, the same for the same image
+With B pairs a batch, batch s holds the samples s x B ... (s + 1) x B - 1 of the mixture; a host
+makes only its own rows. The keys:
+
+    images        [B, 1, H, W, 3] uint8
+    captions      [B, L] int32           `[CLS] ... [SEP]`, padded
+    caption_mask  [B, L] bool            True where there is a token
+    image_id      [B] int32              equal for equal images
 """
 
 import hashlib
@@ -25,7 +30,10 @@ PairBatch = dict[str, np.ndarray]
 class PairBatches:
     """Random access to batches of pairs: `batches[s]` holds this host's rows of the global batch s.
 
-    Besides the keys above it has, as `TrainBatches` does, `truncated` [b, 3] and `replaced` [b].
+    Besides the keys listed at the top of this file a batch has, for each of its b pairs,
+    `truncated` [b, 3] (column 0 is 1 where the caption was cut, the others are 0) and `replaced`
+    [b] (the number of unusable records that were skipped before a usable one was found); both
+    int32.
     """
 
     def __init__(
@@ -41,10 +49,11 @@ class PairBatches:
         upright: bool = True,
         rows: np.ndarray | None = None,
     ):
-        """The arguments are those of `TrainBatches`.
+        """Takes arguments of the same names and meanings as `TrainBatches`.
 
         Raises:
-            ValueError: the batch has one pair alone, which has nothing to be told apart from.
+            ValueError: the batch has a single pair; the contrastive loss needs others to compare it
+                with.
         """
         if batch_size < 2:
             raise ValueError(
@@ -75,16 +84,23 @@ class PairBatches:
         }
 
     def ids(self, step: int) -> list[str]:
-        """The ids of the records of the global batch `step`."""
+        """Returns the record ids of the global batch `step`; replacements are not among them."""
         first = step * self.batch_size
         return [self.mixture.record(first + row)[1].id for row in range(self.batch_size)]
 
     def fingerprint(self) -> str:
-        """A sha256 of mixture and batch size: with another one a step would hold other samples."""
+        """Returns a sha256 of mixture and batch size, which determine the pairs of every step.
+
+        A run refuses to resume with another one.
+        """
         return digest_of([self.mixture.fingerprint(), self.batch_size])
 
     def _pair(self, place: int) -> tuple[Record, str, np.ndarray, int]:
-        """The first attempt at that place that can be used: record, caption, pixels, its number."""
+        """Returns (record, caption, pixels, attempt) of the first usable record for that place.
+
+        Attempt 0 is the record at that place of the mixture; the following ones are random records
+        of the same source.
+        """
         attempt = 0
         while True:
             source, index = self.mixture.find(place, attempt)
@@ -101,7 +117,11 @@ class PairBatches:
                 attempt = self.replacements.next(source, name, attempt, error)
 
     def _caption(self, record: Record, rng: np.random.Generator) -> str:
-        """One of the distinct captions, each as likely, written in the mixture's style."""
+        """Returns one of the record's distinct captions, drawn evenly, in the mixture's text style.
+
+        Raises:
+            ValueError: the record has no caption, or one with characters that cannot be encoded.
+        """
         if problems := record.text_problems():
             raise ValueError("; ".join(problems))
         distinct = tuple(dict.fromkeys(record.answers))
@@ -111,7 +131,10 @@ class PairBatches:
 
 
 def image_id(record: Record) -> int:
-    """The number that the captions of one image share: of its bytes, or of its path."""
+    """Returns an int32 hash of the record's image (of its bytes, or of its path).
+
+    Captions of one image share it, so that the contrastive loss does not take them for negatives.
+    """
     image = record.images[0]
     if isinstance(image, Image.Image):
         content = image.tobytes()

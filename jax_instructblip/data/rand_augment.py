@@ -1,8 +1,9 @@
-"""RandAugment, as the released training of the FlanT5 models adds it after crop and mirroring.
+"""RandAugment as in LAVIS's training of the FlanT5 models, applied after crop and mirroring.
 
-N = 2 operations of the ten, each drawn anew and left out half of the time, of strength M = 5 of 10.
-At that strength the factors of brightness and sharpness are 1.0: both leave an image as it is.
-Geometry is Pillow's bilinear; the released code's is OpenCV's, some grey levels apart.
+Two (N) operations are drawn from the ten in `TABLE`; each is applied with probability 0.5, at
+strength 5 (M) of 10. At that strength brightness and sharpness have the factor 1.0, so both leave
+the image as it is. Shear, shift and rotation use Pillow's bilinear filter; LAVIS uses OpenCV's,
+whose pixels differ by a few gray levels.
 """
 
 from collections.abc import Callable
@@ -11,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 OPERATIONS = 2  # N
-PROBABILITY = 0.5  # of each that is drawn
-FACTOR = 1.0  # of an enhancement: 5 / 10 x 1.8 + 0.1
+PROBABILITY = 0.5  # that a drawn operation is applied
+FACTOR = 1.0  # of brightness and sharpness: 5 / 10 x 1.8 + 0.1
 SHEAR = 0.15  # 5 / 10 x 0.3
 TRANSLATION = 5.0  # pixels: 5 / 10 x 10
 ROTATION = 15.0  # degrees: 5 / 10 x 30
@@ -27,7 +28,7 @@ def _affine(image: Image.Image, *matrix: float) -> Image.Image:
     )
 
 
-# Each takes the image and the sign of its strength, where it has a direction.
+# Functions of (image, sign); the sign is the direction of a shear, shift or rotation.
 TABLE: dict[str, Operation] = {
     "Identity": lambda image, sign: image,
     "AutoContrast": lambda image, sign: ImageOps.autocontrast(image),
@@ -45,7 +46,7 @@ TABLE: dict[str, Operation] = {
 
 
 def rand_augment(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Pixels [H, W, 3] uint8 after N = 2 operations that `rng` chooses, signs too."""
+    """Returns pixels [H, W, 3] uint8 after `OPERATIONS` random operations with random signs."""
     image = Image.fromarray(pixels)
     names = list(TABLE)
     for _ in range(OPERATIONS):

@@ -1,4 +1,4 @@
-"""The one record schema, and your own data as JSON lines.
+"""`Record`, the form that samples of every dataset take, and the reader of JSON-lines files.
 
 A JSON-lines file has one object a line:
 
@@ -6,8 +6,8 @@ A JSON-lines file has one object a line:
 
 Fields: `image`, or `images` for the frames of one video (absolute paths, or relative to the file's
 folder); `prompt`; `answer`, or `answers` where several are right; optionally `id`, `task`,
-`choices`, `correct`, `context`, `ocr`, `split`. Blank lines are skipped; anything else that is not
-such an object is an error.
+`choices`, `correct`, `context`, `ocr`, `split`. Blank lines are skipped; any other line that is no
+such object is an error.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _FIELDS = (
     *("context", "ocr", "split"),
 )
 
-# Fields of other programs' files -> ours.
+# Field names that other programs use -> ours, for hints in errors.
 _OTHERS = {
     **dict.fromkeys(("file_name", "filename", "image_path", "img", "picture"), ["image"]),
     **dict.fromkeys(("question", "instruction", "text_input", "input", "query"), ["prompt"]),
@@ -48,7 +48,7 @@ LIST = (
 
 
 class RecordError(ValueError):
-    """One or more records are not usable; `problems` lists every reason, one string each."""
+    """One or more records cannot be used; `problems` lists every reason, one string each."""
 
     def __init__(self, summary: str, problems: list[str]):
         """Joins `summary` and all `problems` into the message, one a line."""
@@ -62,19 +62,19 @@ class Record:
 
     Attributes:
       id: names the record within its dataset.
-      images: paths, encoded bytes or PIL images, in the order of time if there are several.
-      prompt: what is asked, before a template dresses it.
-      answers: one for each annotator, alike ones repeated; empty where nothing is known (then the
-        record cannot train).
+      images: paths, encoded bytes or PIL images; frames of a video in the order of time.
+      prompt: the bare question, before an instruction template is put around it.
+      answers: the right answers; where several annotators answered, one entry for each of them,
+        equal ones repeated. Empty where no answer is known: such a record cannot be trained on.
       task: the dataset, or the kind of question.
       choices: the candidates of a multiple-choice question.
-      split: where the record belongs.
+      split: the split of the dataset ("train", "val"); "" where the file names none.
       correct: index of the right one of `choices`; -1 where it is not known.
       context: a text that belongs to the question: a hint, a caption, the text of a meme.
-      ocr: words read in the image by a machine, in its order.
+      ocr: words that an OCR program read in the image, in its order.
       history: earlier rounds of a dialogue, each a question and its answer.
       times: seconds of each image from the start of its video; empty for still images.
-      blank: how many annotators were asked and left the answer blank, beside those of `answers`.
+      blank: number of annotators who left the answer blank; they have no entry in `answers`.
     """
 
     id: str
@@ -135,9 +135,10 @@ class Record:
             yield f"times has {len(self.times)} numbers for {len(self.images)} images"
 
     def text_problems(self) -> list[str]:
-        """Every text and path of it that cannot be read or written, each with its reason.
+        """Returns a complaint for each text that is too long or no UTF-8, and each impossible path.
 
-        Such a record is none to train on or to ask; it may exist, so that it can be counted.
+        Such a record can be made, so that it can be counted, but it can neither be trained on nor
+        answered.
         """
         named = [(name, getattr(self, name)) for name in _SINGLE]
         for name in ("answers", "choices", "ocr"):
@@ -147,7 +148,7 @@ class Record:
         problems = [(name, text_problem(text)) for name, text in named]
         for index, image in enumerate(self.images):
             try:
-                # Names of files that are of another encoding are given with halves of pairs.
+                # os.fsencode takes the lone surrogates in names of other encodings.
                 os.fsencode(image if isinstance(image, str) else "")
             except UnicodeEncodeError:
                 problems.append((f"images[{index}]", f"cannot be the name of a file: {image!r}"))
@@ -157,13 +158,16 @@ class Record:
 def read_jsonl(
     path: str | os.PathLike[str], *, need_answers: bool = True, allow_empty_prompt: bool = False
 ) -> list[Record]:
-    """The records of a JSON-lines file, in its order, with image paths made complete.
+    """Returns the records of a JSON-lines file, in its order; image paths include its folder.
 
-    A record without `id` gets `NAME:LINE`. An empty prompt is an error unless
-    `allow_empty_prompt` says that it is meant (a model trained on it would answer unasked).
-    A `RecordError` lists every bad line as `FILE:LINE: reason`; images are looked for, not opened.
-    Lines whose texts cannot be written (`Record.text_problems`) are read like those whose images
-    cannot be opened: training replaces them, an evaluation counts them as wrong.
+    A line without `id` gets the id `NAME:LINE`, NAME being the file's name without its ending. An
+    empty prompt is an error unless `allow_empty_prompt` (a model trained with empty prompts would
+    answer unasked); so is a line without an answer unless `need_answers` is False. Images must
+    exist, but are not opened. A line whose text cannot be used (`Record.text_problems`) is no error
+    here: like a damaged image, training replaces it and an evaluation counts it as wrong.
+
+    Raises:
+        RecordError: the file has no records, or bad lines, all listed as `FILE:LINE: reason`.
     """
     records, problems = [], []
     for line, record, reasons in scan_jsonl(
@@ -190,7 +194,11 @@ def read_jsonl(
 def scan_jsonl(
     path: str | os.PathLike[str], *, need_answers: bool = True, allow_empty_prompt: bool = False
 ) -> Iterator[tuple[int, Record | None, list[str]]]:
-    """Yields `(line number, record, reasons)`: a good line has no reasons, a bad one no record."""
+    """Yields `(line number, record, reasons)` of each line; arguments are those of `read_jsonl`.
+
+    A good line has a record and no reasons; a bad line has None as its record, and the reasons why
+    it cannot be used.
+    """
     path = pathlib.Path(path)
     first_use: dict[str, int] = {}
     for number, fields, reason in files.scan_jsonl(path):
@@ -270,7 +278,10 @@ def _text(fields: dict[str, Any], name: str, reasons: list[str], needed: bool = 
 def _texts(
     fields: dict[str, Any], one: str | None, many: str, reasons: list[str], needed: bool = False
 ) -> tuple[str, ...]:
-    """The texts of field `one` (a single text) or of field `many` (a list of them)."""
+    """Returns the texts of field `one` (a single text) or of field `many` (a list of them).
+
+    Blank texts and values that are no text are left out; each adds a complaint to `reasons`.
+    """
     if one in fields and many in fields:
         reasons.append(f"{one!r} and {many!r} are both given, expected one of them")
         return ()

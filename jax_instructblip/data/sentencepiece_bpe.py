@@ -1,9 +1,13 @@
-"""A LLaMA tokenizer that splits text as the SentencePiece model of the released code does.
+"""Makes a LLaMA tokenizer split text exactly as the original SentencePiece model does.
 
-transformers 5 differs: a leading space replaces the added one instead of following it, and merges
-made from `tokenizer.model` are ordered by id instead of by score, so that two spaces become one
-piece before a word is looked for. It keeps no scores, so a `tokenizer.json` that it wrote alone is
-mended where the vocabulary is LLaMA's, whose scores are known, and refused where it may matter.
+LAVIS, the code released with the paper, uses that model. transformers 5 differs in two ways: a
+space at the start of a text replaces the space that is always put in front, instead of following
+it; and merges made from `tokenizer.model` are ordered by id instead of by score, so that two spaces
+become one piece before a space joins its word.
+
+A `tokenizer.json` has no scores. One that is alone, without `tokenizer.model`, is therefore
+repaired only if it has LLaMA's vocabulary, whose scores are known, and refused where the order of
+merges matters.
 """
 
 import itertools
@@ -17,8 +21,8 @@ from tokenizers import models, normalizers
 from jax_instructblip.files import parse_json
 
 SPACE = "▁"
-# Enough of LLaMA's 32,000 pieces to know them. Their scores fall with their ids; those of spaces
-# alone are below all others.
+# Some of LLaMA's 32,000 pieces, by which its vocabulary is recognised. In it, scores fall as ids
+# rise; pieces of spaces alone have the lowest scores.
 LLAMA_PIECES = {"▁▁": 259, "▁t": 260, "er": 261, "▁▁▁▁": 268, "▁": 29871, "e": 29872, "给": 31999}
 LLAMA_SIZE = 32_000
 
@@ -26,11 +30,11 @@ LLAMA_SIZE = 32_000
 def split_as_sentencepiece(
     tokenizer: transformers.PreTrainedTokenizerFast, folder: pathlib.Path
 ) -> None:
-    """Changes the tokenizer that was read from `folder`.
+    """Replaces the normalizer and the merges of the tokenizer that was read from `folder`.
 
     Raises:
-        ValueError: `tokenizer.model` is damaged; or there is none, and `tokenizer.json` does not
-            tell how spaces are split.
+        ValueError: `tokenizer.model` is damaged; or it is missing, and the order of the merges
+            cannot be known from `tokenizer.json`.
     """
     backend = tokenizer.backend_tokenizer
     backend.normalizer = normalizers.Sequence(
@@ -62,10 +66,11 @@ def split_as_sentencepiece(
 
 
 def _lost_scores(written: Mapping[str, Any]) -> bool:
-    """True where merges are ordered by id, and another order would split spaces in another way.
+    """Tells whether merges are ordered by id, though another order would split spaces otherwise.
 
-    A file made of a SentencePiece model has every way to put a piece together, so it has more
-    merges than pieces; one of a vocabulary that was trained with its merges has not.
+    `written` is the model in a tokenizer.json. One made from a SentencePiece model lists every way
+    to join two pieces to a third, so it has more merges than pieces; one that was trained with its
+    merges has one merge a piece, and their order is right.
     """
     vocab, merges = written["vocab"], [tuple(pair) for pair in written["merges"]]
     merged_ids = [vocab.get("".join(pair), -1) for pair in merges]
@@ -84,7 +89,7 @@ def _model(
     vocab: dict[str, int],
     score: Callable[[int], float],
 ) -> models.BPE:
-    """Every way to put a piece together, the piece of the highest score first."""
+    """Returns a BPE model with every way to join two pieces to a third, highest `score` first."""
     ranked = []
     for piece, i in vocab.items():
         for k in range(1, len(piece)):

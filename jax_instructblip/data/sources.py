@@ -1,4 +1,4 @@
-"""The records behind a path: your own JSON lines, a prepared folder, or a dataset drawn here."""
+"""Records from a path: a JSON-lines file, a prepared folder, or the built-in `shapes` dataset."""
 
 import hashlib
 import os
@@ -13,21 +13,26 @@ from jax_instructblip.data.shapes import dataset
 
 
 def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record], str]:
-    """The records of one split with random access, and a digest that stands for their content.
+    """Returns the records of one split, with random access, and a digest of their content.
 
-    `path` is a file of JSON lines, a folder that `jax-instructblip prepare` wrote, or the name of a
-    drawn dataset (`shapes`), which is drawn first where it is absent. Of a file whose lines name no
-    split, every line is of any split. What is at an address of a store is copied to the disk.
+    `path` is one of:
+
+    - a file of JSON lines; if no line has a `split`, all lines belong to every split;
+    - a folder that `jax-instructblip prepare` wrote;
+    - the name of a built-in dataset (`shapes`), which is drawn and written first where it is
+      absent.
+
+    A file or folder of an object store (`gs://...`) is copied to the disk first.
 
     Raises:
-        ValueError: there is no such dataset or split; what there is is listed.
-        RecordError: a file with bad lines, all of them.
+        ValueError: there is no such dataset or split; the message lists those that exist.
+        RecordError: the file has bad lines; the message lists all of them.
     """
     if path in dataset.DATASETS:
         name = os.fspath(path)
         records = dataset.shapes_source(None, split, name)
         facts = [name, dataset.VERSION, split, len(records), records[0]]
-        # It has what is asked of a sequence here, length and index, but is none by name.
+        # It has length and index, all that is used here, but does not subclass Sequence.
         records = cast(Sequence[Record], records)
         return records, hashlib.sha256(repr(facts).encode()).hexdigest()
     name = os.fspath(stores.input_rows(path))
@@ -52,13 +57,13 @@ def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record],
 
 
 def prepared_folder(path: str | os.PathLike) -> Path | None:
-    """The folder of a prepared dataset: `path`, or its subfolder VERSION; None for no such."""
+    """Returns the folder of a prepared dataset: `path` or its subfolder VERSION, else None."""
     path = stores.input_rows(path)
     places = (path, path / shards.VERSION)
     return next((each for each in places if (each / shards.REPORT).is_file()), None)
 
 
 def dataset_name(path: str | os.PathLike) -> str:
-    """The name of the dataset that a prepared folder holds; "" for anything else."""
+    """Returns the name of the dataset in a prepared folder; "" where `path` is no such folder."""
     folder = prepared_folder(path)
     return "" if folder is None else shards.read_report(folder)["name"]

@@ -1,13 +1,18 @@
-"""The one list of what a batch holds: every key with its type, its axes and its padding.
+"""The one list of the keys of a batch: dtype, axes and padding of each.
 
-A batch is a dict of rows, drawn in `models/vlm.py`. All arrays lead with G, so that devices, parts
-of a step and hosts split rows and nothing else:
+A batch is a dict of numpy arrays (drawn in `models/vlm.py`). A row is one token sequence of the
+language model; it holds one sample, or several packed one after another. The positions of a row are
+called slots: each holds a text token or one of the vectors that an image becomes (a visual vector).
+Axis 0 of every array counts rows, so hosts, devices and accumulation steps all split axis 0 alone:
 
     G  rows          H W 3  an image         X  slots of a row           A  targets of a row
-    J  samples       L      an instruction   S  visual vectors, I x Q    U  slots of a decoder's row
-    I  images of a row, of all its samples
+    J  samples       L      an instruction   S  visual vectors, I x Q    U  decoder tokens of a row
+    I  images of a row, of all its samples   Q  visual vectors of one image
 
-`example_batch` makes arrays of given sizes, `check` says everything in which a batch is not one.
+The first stage of BLIP-2 has a batch of its own, one image and one caption a row (`PAIR_FIELDS`).
+
+`example_batch` makes a valid batch of given sizes; `check` raises with a list of all that is wrong
+with a batch.
 """
 
 import dataclasses
@@ -18,22 +23,23 @@ import numpy as np
 
 from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, Variant
 
-IGNORE = -100  # a target that the loss passes over
+IGNORE = -100  # target id that the loss ignores
 
 Batch = dict[str, np.ndarray]
-NOWHERE = "nowhere"  # padding of an index: the length of what it points into
-PAD_ID = "pad_id"  # padding of ids: the tokenizer's own
+NOWHERE = "nowhere"  # padding of an index: the length of the axis it points into
+PAD_ID = "pad_id"  # padding of token ids: the tokenizer's pad id
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One key of a batch.
+    """Dtype, axes and padding of one key of a batch.
 
     Attributes:
-      dtype: of its array.
-      axes: the letters of its axes.
-      pad: what stands on padding; `NOWHERE` of an index, `PAD_ID` of ids.
-      train_only: whether a batch to be answered does without it.
+      dtype: dtype of the array.
+      axes: one letter for each axis, as listed at the top of this file.
+      pad: the value on padding. For an index into an axis it is `NOWHERE`, which stands for the
+        length of that axis; for token ids it is `PAD_ID`, which stands for the tokenizer's own.
+      train_only: True for a key that a batch for inference may lack.
     """
 
     dtype: Any
@@ -42,33 +48,36 @@ class Field:
     train_only: bool = False
 
 
-FIELDS = {  # in the order in which they are made
+FIELDS = {  # the keys of a batch; all indices count within one row
     "images": Field(np.uint8, "G I H W 3", 0),
-    "image_sample": Field(np.int32, "G I", 0),  # whose it is, 1 ... J; 0: unused, never seen
+    "image_sample": Field(np.int32, "G I", 0),  # its sample, 1 ... J; 0: unused
     "qformer_tokens": Field(np.int32, "G J L", PAD_ID),
     "qformer_mask": Field(np.bool_, "G J L", False),
     "tokens": Field(np.int32, "G X", PAD_ID),
-    "slots": Field(np.int32, "G X", -1),  # into S
+    "slots": Field(np.int32, "G X", -1),  # index of a visual vector in S; -1: a text token
     "segments": Field(np.int32, "G X", 0),
     "positions": Field(np.int32, "G X", 0),
-    "places": Field(np.int32, "G S", NOWHERE),  # into X
+    "places": Field(np.int32, "G S", NOWHERE),  # index in X of each visual vector
     "targets": Field(np.int32, "G A", IGNORE, train_only=True),
-    "asked": Field(np.int32, "G A", NOWHERE, train_only=True),  # into U, without a decoder into X
+    "asked": Field(np.int32, "G A", NOWHERE, train_only=True),  # its slot in X or U
     "decoder_tokens": Field(np.int32, "G U", PAD_ID, train_only=True),
     "decoder_segments": Field(np.int32, "G U", 0, train_only=True),
 }
 
 
-PAIR_FIELDS = {  # of the first stage of BLIP-2: one image and one caption a row
+PAIR_FIELDS = {  # BLIP-2's first stage: one image and caption a row
     "images": Field(np.uint8, "G I H W 3", 0),
     "captions": Field(np.int32, "G L", PAD_ID),
     "caption_mask": Field(np.bool_, "G L", False),
-    "image_id": Field(np.int32, "G", 0),  # the same for the same image
+    "image_id": Field(np.int32, "G", 0),  # equal for equal images
 }
 
 
 def fields(variant: Variant) -> dict[str, Field]:
-    """The keys that this variant's batches may have: without a decoder's row if it has none."""
+    """Returns the keys that a batch for this model may have, each with its `Field`.
+
+    The `decoder_` keys are only for an encoder-decoder language model.
+    """
     if variant.llm is None:
         return dict(PAIR_FIELDS)
     keep = lambda name: variant.llm.encoder_decoder or not name.startswith("decoder_")
@@ -76,20 +85,26 @@ def fields(variant: Variant) -> dict[str, Field]:
 
 
 def unread(variant: Variant) -> tuple[str, ...]:
-    """The keys that this variant passes over: instructions, where the bridge reads none."""
+    """Returns the keys of a batch that this model ignores.
+
+    Those are `qformer_tokens` and `qformer_mask`, where the bridge (the part between the vision
+    tower and the language model) does not read the instruction.
+    """
     return () if variant.reads_instruction else ("qformer_tokens", "qformer_mask")
 
 
 def shapes(
     variant: Variant, sizes: Mapping[str, int], *, training: bool = True
 ) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and dtype of every key that is read, for sizes by letter.
+    """Returns (shape, dtype) of every key that a batch for this model must have.
 
-    S, H and W follow from the variant.
+    `sizes` gives the length of each axis by its letter; J and I are 1 where they are not given. S,
+    H and W follow from the variant. Without `training` the keys that only training reads are left
+    out.
     """
     size = variant.vision.image_size
     known = {"J": 1, "I": 1, **sizes, "H": size, "W": size, "3": 3}
-    known["S"] = known["I"] * variant.visual_tokens  # of the first stage no key has it
+    known["S"] = known["I"] * variant.visual_tokens  # not used by PAIR_FIELDS
     return {
         name: (tuple(known[letter] for letter in field.axes.split()), field.dtype)
         for name, field in fields(variant).items()
@@ -98,9 +113,11 @@ def shapes(
 
 
 def example_batch(variant: Variant, batch: int = 1, text: int = 4, answer: int = 4) -> Batch:
-    """A batch of one sample a row: an image, `text` equal ids behind it, `answer` targets.
+    """Returns a valid batch of `batch` rows with one sample each, for tests and compilation.
 
-    Of the first stage of BLIP-2 a row is an image and a caption of `text` ids.
+    A row is one black image, `text` tokens of id 0 behind it, and `answer` targets. For the first
+    stage of BLIP-2 (a variant without a language model) a row is an image and a caption of `text`
+    tokens.
     """
     if variant.llm is None:
         sizes = {"G": batch, "L": text}
@@ -127,7 +144,7 @@ def example_batch(variant: Variant, batch: int = 1, text: int = 4, answer: int =
 
 
 def check(batch: Mapping[str, Any], variant: Variant) -> None:
-    """Raises a `ValueError` that lists everything in which `batch` is no batch of that variant."""
+    """Raises a `ValueError` that lists all that is wrong with a batch for the model `variant`."""
     check_arrays(batch, variant)
     rows = {name: np.asarray(leaf) for name, leaf in batch.items() if name != "images"}
     wrong = _wrong_segments(rows, variant) + _wrong_slots(rows, variant)
@@ -138,7 +155,11 @@ def check(batch: Mapping[str, Any], variant: Variant) -> None:
 
 
 def to_arrays(batch: Any) -> Batch:
-    """The batch with numpy arrays, also of lists; a `ValueError` where it or a part cannot be."""
+    """Returns the batch with every value (a list, say) turned into a numpy array.
+
+    Raises:
+        ValueError: the batch is no dict, or one of its values cannot be an array.
+    """
     if not isinstance(batch, Mapping):
         raise ValueError(f"the batch is a {type(batch).__name__}, expected a dict of arrays")
     arrays = {}
@@ -151,14 +172,14 @@ def to_arrays(batch: Any) -> Batch:
 
 
 def check_arrays(batch: Mapping[str, Any], variant: Variant) -> None:
-    """Raises a `ValueError` that lists missing keys, and those of another type or shape."""
+    """Raises a `ValueError` that lists missing and unknown keys, and wrong dtypes and shapes."""
     if wrong := _wrong_arrays(batch, variant):
         raise ValueError("this is not a batch:\n  " + "\n  ".join(wrong))
 
 
 def _wrong_arrays(batch: Mapping[str, Any], variant: Variant) -> list[str]:
     known, wrong = fields(variant), []
-    # Where a decoder-only model is asked for nothing, it can be asked for everything.
+    # A decoder-only model without targets is valid, too: all its logits can be computed.
     training = variant.llm.encoder_decoder or "targets" in batch or "asked" in batch
     for name, field in known.items():
         needed = name not in unread(variant) and (training or not field.train_only)
@@ -178,7 +199,7 @@ def _wrong_arrays(batch: Mapping[str, Any], variant: Variant) -> list[str]:
             continue
         for letter, length in zip(letters, leaf.shape, strict=True):
             expected, origin = sizes.setdefault(letter, (length, name))
-            shared = name == "images" and letter == "G" and length == 1  # images of all rows
+            shared = name == "images" and letter == "G" and length == 1  # shared by all rows
             if length != expected and not shared:
                 wrong.append(f"{name} has {letter} = {length}, but {origin} has {expected}")
     visual = variant.visual_tokens
@@ -188,12 +209,15 @@ def _wrong_arrays(batch: Mapping[str, Any], variant: Variant) -> list[str]:
 
 
 def _wrong_images(batch: Mapping[str, Any]) -> list[str]:
-    """Floats that were not normalised: from 0 to 1, or farther out than black and white."""
+    """Returns a complaint if float images are not normalised by CLIP's mean and deviation, else [].
+
+    Their range shows it: values are from 0 to 1, or beyond those that black and white have.
+    """
     images = batch["images"]
     if not np.issubdtype(images.dtype, np.floating) or not images.size:
         return []
     if images.shape[0] == batch["image_sample"].shape[0]:
-        images = images[batch["image_sample"] > 0]  # not those that fill up a row
+        images = images[batch["image_sample"] > 0]  # skip unused images
     mean, std = np.array(IMAGE_MEAN), np.array(IMAGE_STD)
     black, white = ((value - mean) / std for value in (0, 1))
     least, most = float(images.min(initial=np.inf)), float(images.max(initial=-np.inf))

@@ -1,8 +1,8 @@
 """Instruction templates, as data: the sentences that turn a question into a prompt.
 
-Those of captioning, question answering and question generation are InstructBLIP's (arXiv
-2305.06500, appendix C), in the paper's order and spelling; a placeholder is filled by `render`.
-Which template a sample gets is a function of the caller's random number, never of a global state.
+The templates of captioning, question answering and question generation are InstructBLIP's (arXiv
+2305.06500, appendix C), in the paper's order and spelling. `format_prompt` fills their placeholders
+from a record; `mixture.py` draws the template of each sample.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import string
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.text_processors import PROCESSORS, process_caption, process_question
 
-OCR_TOKENS = 30  # of those read in the image, how many stand in a prompt (as the released code)
+OCR_TOKENS = 30  # most OCR words in a prompt, as in LAVIS
 
 CAPTION = (
     "A short image caption:",
@@ -57,7 +57,7 @@ CHOICE = (
     "{question} Options: {options}.",
     "Q: {question} Options: {options}. A:",
 )
-# Ours: what the frozen towers of the embedded default were captioned with.
+# Not of the paper: the prompts of long captions of the built-in dataset `shapes`.
 DETAIL = (
     "Describe the image in detail:",
     "A detailed image description:",
@@ -79,11 +79,11 @@ DIALOGUES = ("plain", "q_a")
 
 @dataclasses.dataclass(frozen=True)
 class TextStyle:
-    """The way in which the texts of records are written, where paper and released code differ.
+    """How the texts of records are written, where the paper and its released code differ.
 
     Attributes:
-      processor: "paper" leaves questions and captions as they are; "lavis" puts them in lower case
-        without marks (`text_processors.py`).
+      processor: "paper" leaves questions and captions as they are; "lavis" writes them in lower
+        case without punctuation (`text_processors.py`).
       dialogue: "plain" writes earlier rounds one after the other; "q_a" as `q: ... a: ...`.
     """
 
@@ -98,15 +98,15 @@ class TextStyle:
                 )
 
     def question(self, text: str) -> str:
-        """The question of a prompt, or one that is to be generated."""
+        """Returns a question as the style writes it, asked in a prompt or to be generated."""
         return process_question(text) if self.processor == "lavis" else text
 
     def caption(self, text: str) -> str:
-        """The caption that is to be generated."""
+        """Returns a caption that is to be generated, as the style writes it."""
         return process_caption(text) if self.processor == "lavis" else text
 
     def history(self, rounds: tuple[tuple[str, str], ...]) -> str:
-        """The earlier rounds of a dialogue on one line."""
+        """Returns the earlier rounds of a dialogue (question, answer) on one line."""
         marks = ("q: ", "a: ") if self.dialogue == "q_a" else ("", "")
         return " ".join(
             mark + text for each in rounds for mark, text in zip(marks, each, strict=True)
@@ -117,10 +117,10 @@ PAPER = TextStyle()
 
 
 def render_options(choices: tuple[str, ...]) -> str:
-    """The choices on one line: `(a) blue (b) yellow (c) pink`.
+    """Returns the choices on one line: `(a) blue (b) yellow (c) pink`.
 
     Raises:
-        ValueError: there are none, or more than the letters a to z.
+        ValueError: there are no choices, or more than the letters a to z.
     """
     if not 1 <= len(choices) <= len(string.ascii_lowercase):
         raise ValueError(f"{len(choices)} choices, expected 1 to {len(string.ascii_lowercase)}")
@@ -131,10 +131,10 @@ def render_options(choices: tuple[str, ...]) -> str:
 
 
 def render(template: str, **fields: str) -> str:
-    """The template with its placeholders filled.
+    """Returns the template with its placeholders filled by the fields of the same names.
 
     Raises:
-        ValueError: a placeholder has no field, or a field no placeholder; both are named.
+        ValueError: a placeholder has no field, or a field no placeholder; the message names all.
     """
     wanted = placeholders(template)
     if wanted != set(fields):
@@ -146,19 +146,20 @@ def render(template: str, **fields: str) -> str:
 
 
 def placeholders(template: str) -> set[str]:
-    """The names in braces."""
+    """Returns the names in braces, such as `question` of "Q: {question} A:"."""
     return {name for _, name, _, _ in string.Formatter().parse(template) if name}
 
 
 def format_prompt(template: str, record: Record, answer: str = "", style: TextStyle = PAPER) -> str:
-    """The prompt of a record: the template, filled with what the record holds.
+    """Returns the prompt of a record: the template, filled with the record's texts.
 
-    Placeholders: `{question}` the record's prompt, `{answer}`, `{options}`, `{context}`, `{ocr}`,
-    `{history}`. Words read in the image and earlier rounds of a dialogue stand in front of a
-    template that does not place them.
+    Placeholders: `{question}` is the record's prompt, `{answer}` the argument `answer`, `{options}`
+    the choices, `{context}`, `{ocr}` and `{history}` the fields of those names. If the record has
+    OCR words or a history but the template has no placeholder for them, they are put in front.
 
     Raises:
-        ValueError: the template has another placeholder, or wants options of a record without.
+        ValueError: the template has an unknown placeholder, or `{options}` for a record without
+            choices.
     """
     named = placeholders(template)
     fields = {

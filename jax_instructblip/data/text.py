@@ -1,20 +1,21 @@
-r"""From prompt and answer to token ids, targets and masks; plain numpy, one example.
+r"""Turns prompt and answer into token ids and targets of one example; plain numpy.
 
-    T5      tokens          prompt ... </s>                  the encoder reads it
+    T5      tokens          prompt ... </s>                  the encoder's input
             decoder_tokens  <pad> answer ...                 targets shifted right by one
             targets         answer ... </s>
 
     LLaMA   tokens          </s> prompt ... answer ... </s>
-            targets          .   .      ... answer ... </s>  what is learned; '.' is IGNORE
+            targets          .   .      ... answer ... </s>  a dot is IGNORE: not learned
 
     OPT     tokens          </s> prompt ... answer ... \n
-            targets          .   .      ... answer ... \n    "\n" is its end
+            targets          .   .      ... answer ... \n    "\n" is its end token
 
-    all     qformer_tokens  [CLS] prompt ... [SEP]           what the Q-Former reads, where it does
+    all     qformer_tokens  [CLS] prompt ... [SEP]           only if the Q-Former reads text
 
-Limits are those of the released training: a prompt loses tokens on its left (BLIP-2's on its
-right), an answer on its right. For answering, the language model's prompt is not cut. Nothing is
-padded here, and images have no token: `batch.py` lays out rows.
+In training a prompt that is too long loses tokens on its left (BLIP-2's on its right) and an answer
+loses them on its right, at the limits of LAVIS (the code released with the paper). In inference the
+language model's prompt is not cut. Nothing is padded here, and images have no tokens: `batch.py`
+adds both when it makes a batch.
 """
 
 import dataclasses
@@ -36,17 +37,17 @@ from jax_instructblip.data.tokenizer_files import (
 from jax_instructblip.fields import text_problem
 from jax_instructblip.models.variants import LlamaConfig, OptConfig, T5Config, Variant
 
-# What the counts in an example's `truncated` are about, in order.
+# The texts that an example's `truncated` [3] is about, in order.
 TRUNCATED = ("instruction", "prompt", "answer")
 
-# Tokens that other programs put where the image goes; here the image has no token.
+# Placeholders of images in the prompts of other programs; here an image has no token in the text.
 _PLACEHOLDERS = ("<image>", "<video>")
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Limits(NamedTuple):
-    """Most tokens of each text, counted as the attributes of `TextProcessor` are."""
+    """The largest numbers of tokens of an instruction (for the Q-Former), prompt and answer."""
 
     instruction: int
     prompt: int
@@ -55,7 +56,7 @@ class Limits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextProcessor:
-    """Turns text into the token ids of one variant, and ids back into text.
+    """Turns text into the token ids of one model variant, and ids back into text.
 
     Attributes:
       variant: sizes and special ids; the tokenizers are checked against them.
@@ -63,9 +64,9 @@ class TextProcessor:
       qformer: the Q-Former's tokenizer (BERT); None where it does not read the instruction.
       qformer_limit: most ids of an instruction for the Q-Former, [CLS] and [SEP] included.
       prompt_limit: most ids of a training prompt for the language model, `</s>` included.
-      answer_limit: most ids of a training answer. As released, for LLaMA the limit counts a first
-        `</s>` that is then dropped, and a longer answer loses its end; T5 keeps it. OPT as LLaMA:
-        the released code counts the `</s>` before a caption.
+      answer_limit: most ids of a training answer, end token included. As in LAVIS, for LLaMA and
+        OPT this limit also counts a `</s>` before the answer that is then dropped, so that one id
+        less is kept; an answer that is cut has no end token there, while T5's keeps it.
     """
 
     variant: Variant
@@ -84,7 +85,10 @@ class TextProcessor:
     def load(
         cls, folder: str | os.PathLike[str], variant: Variant, **limits: int
     ) -> "TextProcessor":
-        """The processor of a checkpoint folder, ours or Hugging Face's."""
+        """Returns the processor of a checkpoint folder, either of this package or of Hugging Face.
+
+        `limits` are `qformer_limit`, `prompt_limit` and `answer_limit`.
+        """
         llm, qformer = tokenizer_folders(folder)
         qformer = qformer if variant.reads_instruction else None
         return cls(variant, *load_tokenizers(llm, qformer, variant.llm.kind), **limits)
@@ -97,15 +101,18 @@ class TextProcessor:
         *,
         learn_start: bool = True,
     ) -> dict[str, np.ndarray]:
-        """Token ids and targets for training, as drawn at the top; all int32.
+        """Returns a training example without images, with the int32 arrays drawn at the top.
 
-        `truncated` [3] is 1 where instruction, prompt or answer lost tokens to its limit; with
-        `room`, another example, the limits are its lengths. An answer without any token is an
-        error.
+        Its `truncated` [3] is 1 where the prompt for the Q-Former, the prompt for the language
+        model or the answer lost tokens to its limit. With `room`, another example, the lengths of
+        its texts are the limits instead.
 
-        OPT reads prompt and answer as one text, a space between them. Without a prompt its first
-        `</s>` is a target, too, which follows the last visual vector: so the released code
-        pre-trains its second stage. Without `learn_start` it never is.
+        OPT reads prompt and answer as one text with a space between them. Without a prompt, its
+        first `</s>` is a target as well, predicted at the last visual vector (so LAVIS trains
+        BLIP-2's second stage); `learn_start=False` turns this off.
+
+        Raises:
+            ValueError: the answer has no tokens, or a text cannot be read.
         """
         limits = self._limits(room)
         if isinstance(self.variant.llm, T5Config):
@@ -113,9 +120,11 @@ class TextProcessor:
         return self._decoder_example(self.variant.llm, prompt, answer, limits, learn_start)
 
     def prompt(self, prompt: str) -> dict[str, np.ndarray]:
-        """Token ids for answering: `tokens`, not cut, and `qformer_tokens` if read; all int32.
+        """Returns an example for inference, without images and targets; all arrays are int32.
 
-        `truncated` [3] is as in `example`; only its first number can be 1.
+        Its keys are `tokens`, which are not cut, `qformer_tokens` if the Q-Former reads text, and
+        `truncated` [3] as in `example`. Only the first of these three, that of the instruction for
+        the Q-Former, can be 1.
         """
         llm = self.variant.llm
         ids = self._llm_ids(prompt)
@@ -124,56 +133,60 @@ class TextProcessor:
         return {"tokens": _int32(ids), **instruction, "truncated": _int32([cut, False, False])}
 
     def candidate(self, answer: str) -> np.ndarray:
-        """Ids [T] int32 of an answer to be ranked: T5's ends with eos, others do not.
+        """Returns the ids [T] int32 of a candidate answer whose likelihood is to be ranked.
 
-        As released: nothing is cut, and no white space taken away as it is in training. OPT's
-        begins with the space behind a prompt.
+        Only T5's ids end with an end token. As in LAVIS, nothing is cut, and white space at the end
+        is kept (in training it is removed). OPT's ids start with the space that stands between
+        prompt and answer.
         """
         llm = self.variant.llm
         ids = self._llm_ids(f" {answer}" if isinstance(llm, OptConfig) and answer else answer)
         return _int32([*ids, llm.eos_id] if isinstance(llm, T5Config) else ids)
 
     def instruction(self, prompt: str) -> np.ndarray:
-        """Ids [L] int32 that the Q-Former reads: [CLS] prompt [SEP], cut on the left."""
+        """Returns the ids [L] int32 of a Q-Former's text: [CLS] prompt [SEP], cut on the left."""
         _require_readable(prompt)
         return self._instruction(prompt, self.qformer_limit)[0]
 
     def has_unknown(self, name: str, text: str) -> bool:
-        """Looks for pieces of a text that its tokenizer has no id for; `name` is of `TRUNCATED`.
+        """Tells whether a text has characters that the tokenizer maps to `<unk>`.
 
-        All of those get one id, `<unk>`: the model cannot tell them apart, nor learn to write them.
-        A tokenizer that falls back to bytes knows everything.
+        `name` says which text it is, one of `TRUNCATED`: an instruction is read by the Q-Former's
+        tokenizer, the others by the language model's. All unknown characters get the same id, so
+        the model can neither tell them apart nor write them. A tokenizer that falls back to bytes
+        has none.
         """
         tokenizer = self.qformer if name == "instruction" else self.llm
         backend = tokenizer.backend_tokenizer
-        # That of the backend's model: on a tokenizer of LLaMA the released code sets another one,
-        # which it uses for nothing.
+        # Ask the backend's model: LAVIS sets another unknown token on LLaMA's tokenizer, without
+        # any effect on the ids.
         token = getattr(backend.model, "unk_token", None) or tokenizer.unk_token
         unknown = backend.token_to_id(str(token)) if token else None
         return unknown in backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of generated ids, without special tokens and outer white space."""
+        """Returns the text of generated ids, without special tokens and outer white space."""
         ids = [int(i) for i in ids]
         if isinstance(self.variant.llm, T5Config):
             return str(self.llm.decode(ids, skip_special_tokens=True)).strip()
         if isinstance(self.variant.llm, OptConfig):
-            # As released: " ." becomes ".", for which transformers 5 has a function but no setting.
+            # As in LAVIS " ." becomes "."; transformers 5 has a function for it, but no setting.
             text = self.llm.backend_tokenizer.decode(ids, skip_special_tokens=True)
             return self.llm.clean_up_tokenization(text).strip()
-        # As released: finished beams are padded with 0, which must not be read as <unk>.
+        # As in LAVIS, a finished beam is padded with 0, which must not be decoded as <unk>.
         ids = [self.variant.llm.eos_id if i == 0 else i for i in ids]
         pieces = self.llm.convert_ids_to_tokens(ids, skip_special_tokens=True)
-        # A model may have more embeddings than its tokenizer has ids: those have no piece.
+        # A model may have more embeddings than its tokenizer has ids; such an id has no piece.
         return _join_pieces([piece for piece in pieces if piece is not None]).strip()
 
     @property
     def rewrites(self) -> bool:
-        """Tells whether `decode` may change the end of a text when more ids follow.
+        """Tells whether the end of a decoded text may change when more ids follow.
 
-        A folder may ask for it (`clean_up_tokenization_spaces`), or bring a decoder of its own.
+        Streaming then has to hold the end back. For OPT it is always so, for LLaMA never; a T5
+        folder may ask for it (`clean_up_tokenization_spaces`) or bring a decoder of its own.
         """
-        if not isinstance(self.variant.llm, T5Config):  # `_join_pieces` never does
+        if not isinstance(self.variant.llm, T5Config):  # `_join_pieces` never changes earlier text
             return isinstance(self.variant.llm, OptConfig)
         plain = isinstance(self.llm.backend_tokenizer.decoder, decoders.Metaspace)
         return not plain or bool(getattr(self.llm, "clean_up_tokenization_spaces", False))
@@ -185,7 +198,7 @@ class TextProcessor:
         answer = int((room["targets"] != IGNORE).sum())
         if isinstance(self.variant.llm, T5Config):
             return Limits(instruction, tokens, answer)
-        prompt = max(tokens - answer, 1)  # its `</s>`, also where that is a target
+        prompt = max(tokens - answer, 1)  # counts the first `</s>`, even if it is a target
         return Limits(instruction, prompt, tokens - prompt + 1)
 
     def _t5_example(
@@ -214,7 +227,7 @@ class TextProcessor:
         instruction, instruction_cut = self._instruction_part(prompt, limits.instruction)
         starts = [IGNORE]
         if isinstance(llm, OptConfig):
-            # Of one text the space between two words belongs to the second.
+            # In one text, the tokenizer counts a space to the word behind it.
             prompt, answer = prompt.rstrip(" "), answer.strip()
             answer = f" {answer}" if prompt and not prompt[-1].isspace() and answer else answer
         prompt_ids, prompt_cut = self._prompt_ids(prompt, limits.prompt - 1)
@@ -230,7 +243,10 @@ class TextProcessor:
         }
 
     def _instruction_part(self, prompt: str, limit: int) -> tuple[dict[str, np.ndarray], bool]:
-        """The part of an example that the Q-Former reads, if it does, and whether it was cut."""
+        """Returns ({"qformer_tokens": ids} of a prompt, True if it was cut).
+
+        Where the Q-Former reads no text it returns ({}, False).
+        """
         if not self.variant.reads_instruction:
             return {}, False
         ids, cut = self._instruction(prompt, limit)
@@ -242,13 +258,13 @@ class TextProcessor:
         return _int32([self.qformer.cls_token_id, *ids, self.qformer.sep_token_id]), cut
 
     def _prompt_ids(self, prompt: str, limit: int) -> tuple[list[int], bool]:
-        """At most `limit` ids of a training prompt, and whether it was cut."""
+        """Returns (at most `limit` ids of a training prompt, True if it was cut)."""
         keep = _keep_left if self.variant.kind == "blip2" else _keep_right
         return keep(self._llm_ids(prompt), limit)
 
     def _answer_ids(self, answer: str) -> list[int]:
-        # Right-stripped, because the released code appends "</s>" to the text of a LLaMA answer
-        # and its tokenizer takes away the white space in front of it; T5 drops white space anyway.
+        # Right-stripped: LAVIS appends "</s>" to the text of a LLaMA answer, whose tokenizer
+        # removes the white space in front of "</s>"; T5 drops white space anyway.
         ids = self._llm_ids(answer.rstrip())
         if not ids:
             raise ValueError(f"the answer {answer!r} has no token: there is nothing to learn from")
@@ -316,10 +332,10 @@ class TextProcessor:
 
 
 def _join_pieces(pieces: Sequence[str]) -> str:
-    """The text of SentencePiece pieces; the byte pieces `<0x0A>` in a row are read as UTF-8.
+    """Returns the text of SentencePiece pieces; byte pieces in a row, such as `<0x0A>`, are UTF-8.
 
-    Each byte that is no UTF-8 becomes U+FFFD, as SentencePiece does; the decoder of transformers
-    gives up a whole row of byte pieces for one bad byte.
+    A byte that is not valid UTF-8 becomes U+FFFD, as in SentencePiece; the decoder of transformers
+    would replace all byte pieces of the row for one bad byte.
     """
     data = bytearray()
     for piece in pieces:

@@ -1,20 +1,21 @@
-"""The text processors of the released code: captions and questions in lower case, without marks.
+"""LAVIS's text processors, which write captions and questions in lower case without punctuation.
 
-The paper does not mention them, and its prompts and results are written with capitals and marks:
-`data.text_processor = "paper"` leaves every text as it is, "lavis" applies these.
+LAVIS is the code that was released with the paper. The paper does not mention them, and its prompts
+and results have capitals and punctuation: `data.text_processor = "paper"` leaves texts as they are,
+"lavis" applies the functions of this file, which also cut a text after `WORDS` words.
 """
 
 import re
 
 PROCESSORS = ("paper", "lavis")
-WORDS = 50  # of a text, at most
+WORDS = 50  # most words that are kept of a text
 
 _MARKS = re.compile(r'[.!"()*#:;~]')
 _SPACES = re.compile(r"\s{2,}")
 
 
 def process_caption(text: str) -> str:
-    """The caption as LAVIS's `blip_caption` makes it: each mark becomes a space, then one of many.
+    """Returns the caption as LAVIS's `blip_caption` writes it: punctuation becomes single spaces.
 
     >>> process_caption('A dog (brown): "Rex".')
     'a dog brown rex'
@@ -24,7 +25,7 @@ def process_caption(text: str) -> str:
 
 
 def process_question(text: str) -> str:
-    """The question as LAVIS's `blip_question` makes it: marks are deleted; "?" and "," stay.
+    """Returns the question as LAVIS's `blip_question` writes it: without marks but "?" and ",".
 
     >>> process_question('What is on the "STOP" sign, here?')
     'what is on the stop sign, here?'

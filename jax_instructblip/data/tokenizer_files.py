@@ -1,4 +1,4 @@
-"""The tokenizers of a model, from a checkpoint folder or from bare vocabulary files."""
+"""Loads the tokenizers of a model from a checkpoint folder or from bare vocabulary files."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ import transformers
 from jax_instructblip.data.sentencepiece_bpe import split_as_sentencepiece
 from jax_instructblip.files import require_file
 
-# The concrete classes: AutoTokenizer imports torch where it is installed, and guesses the class.
+# Concrete classes, because AutoTokenizer imports torch if it is installed, and guesses the class.
 _CLASSES = {
     "t5": transformers.T5Tokenizer,
     "llama": transformers.LlamaTokenizer,
@@ -19,7 +19,7 @@ _CLASSES = {
 _SENTENCEPIECE = ("tokenizer.json", "tokenizer.model", "spiece.model")
 _FILES = {"t5": _SENTENCEPIECE, "llama": _SENTENCEPIECE, "opt": ("tokenizer.json", "vocab.json")}
 
-# What the released code sets on a tokenizer; for a folder that holds only its vocabulary.
+# The special tokens that LAVIS sets, for a folder that has only a vocabulary.
 RELEASED_SPECIAL = {
     "t5": {},
     "llama": {
@@ -36,20 +36,22 @@ RELEASED_SPECIAL = {
     },
 }
 
-# Files beside the vocabulary that transformers reads where they are there.
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# Optional files beside the vocabulary that transformers reads.
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 Tokenizer = transformers.PreTrainedTokenizerFast
-if TYPE_CHECKING:  # a Q-Former that reads instructions has one, and does not ask
+if TYPE_CHECKING:  # so that callers need not check for None
     MaybeTokenizer = Tokenizer
 else:
     MaybeTokenizer = Tokenizer | None
 
 
 def tokenizer_folders(folder: str | os.PathLike[str]) -> tuple[pathlib.Path, pathlib.Path]:
-    """The folders of the language model's and the Q-Former's tokenizer in a checkpoint folder.
+    """Returns the folders of the language model's and of the Q-Former's tokenizer.
 
-    Our checkpoints have `tokenizer/`; Hugging Face folders have these files at their root.
+    `folder` is a checkpoint folder. Those of this package have the language model's tokenizer in
+    `tokenizer/`, those of Hugging Face at their root; both have the Q-Former's in
+    `qformer_tokenizer/`.
     """
     folder = pathlib.Path(folder)
     llm = folder / "tokenizer"
@@ -63,13 +65,20 @@ def load_tokenizers(
     *,
     special: Mapping[str, str] | None = None,
 ) -> tuple[Tokenizer, MaybeTokenizer]:
-    """The tokenizers of the language model (of `kind` 't5', 'llama' or 'opt') and of the Q-Former.
+    """Returns the tokenizers of the language model and of the Q-Former.
 
-    A folder holds what transformers saves (`tokenizer.json`, `tokenizer_config.json`) or only a
-    vocabulary (`spiece.model`, `tokenizer.model`, `vocab.json` with `merges.txt`, `vocab.txt`).
-    `special` overrides special tokens (`{'bos_token': '</s>'}`); by default they are as the
-    folder's configuration says, and as released where it has none. Without a `qformer_folder`
-    there is no tokenizer of the Q-Former: one that does not read instructions needs none.
+    Args:
+      llm_folder: files that transformers saves (`tokenizer.json`, `tokenizer_config.json`), or only
+        a vocabulary (`spiece.model`, `tokenizer.model`, or `vocab.json` with `merges.txt`).
+      qformer_folder: likewise, or `vocab.txt`; None for a Q-Former that reads no text, whose
+        tokenizer is returned as None.
+      kind: the language model, 't5', 'llama' or 'opt'.
+      special: special tokens by name (`{'bos_token': '</s>'}`). By default they are those of the
+        folder's tokenizer_config.json, or without such a file those of the released model.
+
+    Raises:
+      FileNotFoundError: a tokenizer has no files.
+      ValueError: its files are damaged, or `kind` is unknown.
     """
     if kind not in _CLASSES:
         raise ValueError(
@@ -89,10 +98,12 @@ def load_tokenizers(
 
 
 def load_qformer_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """BERT's tokenizer, with `[DEC]` as the beginning of a caption that is written (30,523 ids).
+    """Returns BERT's tokenizer with `[DEC]` added as the start token of generated captions.
+
+    It has 30,523 ids.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: the folder has no tokenizer.
         ValueError: its files are damaged.
     """
     folder = pathlib.Path(folder)
@@ -103,7 +114,7 @@ def load_qformer_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _without_limits(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer without a length limit or padding, which its tokenizer.json may carry."""
+    """Returns the tokenizer with truncation and padding off; a tokenizer.json may turn them on."""
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
@@ -116,7 +127,7 @@ def _require(folder: pathlib.Path, names: Sequence[str], whose: str) -> None:
             f"the {whose} tokenizer is missing: expected one of {', '.join(names)} in {folder}, "
             f"found {present}"
         )
-    for name in (*names, *_SETTINGS):
+    for name in (*names, *SETTINGS):
         if (folder / name).exists():  # a pipe would be waited for
             require_file(folder / name)
 
@@ -124,7 +135,7 @@ def _require(folder: pathlib.Path, names: Sequence[str], whose: str) -> None:
 def _read(kind: type[Tokenizer], folder: pathlib.Path, whose: str, **special: Any) -> Tokenizer:
     try:
         return kind.from_pretrained(folder, **special)
-    except Exception as error:  # of damaged files: whatever the libraries below raise
+    except Exception as error:  # damaged files raise any error of the libraries
         raise ValueError(
             f"the {whose} tokenizer in {folder} cannot be read ({type(error).__name__}: {error}): "
             "copy its files again"

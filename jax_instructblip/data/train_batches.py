@@ -1,10 +1,11 @@
-"""Batches of training samples: the text of a sample, its tokens and pixels, rows of one shape.
-
-Batch s holds the samples s x B ... (s + 1) x B - 1 of the mixture, whatever was read before. So a
-run resumes at any step, on any number of hosts, with the same samples; a host reads only its own
-rows of each *global* batch. (Slicing the mixture by host would alias with its periodic pattern.)
+"""Batches of training samples, made on the host: text, tokens, pixels, then rows of one shape.
 
     sample k --mixture--> record --template--> prompt, answer --tokens, pixels--> example --> batch
+
+With B samples a batch, batch s always holds the samples s x B ... (s + 1) x B - 1 of the mixture.
+So a run can resume at any step and on any number of hosts with the same samples. A host makes only
+its own rows of each global batch. (Were the mixture itself sliced by host, a host could get samples
+of some sources only, for the order of the sources is periodic.)
 """
 
 import dataclasses
@@ -23,8 +24,8 @@ from jax_instructblip.data.spec import IGNORE, Batch
 from jax_instructblip.data.text import TextProcessor
 
 ATTEMPTS = 100  # replacements tried for one sample before the run stops
-FITTING = 20  # replacements passed over for their length before one is cut
-WARNINGS = 10  # replaced samples that are named one by one
+FITTING = 20  # replacements that may be too long before one is cut
+WARNINGS = 10  # replaced records that are named in the log
 
 Example = dict[str, np.ndarray]
 
@@ -32,8 +33,9 @@ Example = dict[str, np.ndarray]
 class TrainBatches:
     """Random access to batches: `batches[s]` holds this host's rows of the global batch s.
 
-    Besides the keys of a training batch it has, for each sample of these rows in turn, `truncated`
-    [b, 3], and `replaced` [b], int32: how many unusable records were passed over before it.
+    Besides the keys in `spec.py` a batch has, for each of the b samples in these rows, `truncated`
+    [b, 3] int32 (1 where instruction, prompt or answer was cut) and `replaced` [b] int32 (the
+    number of unusable records that were skipped before a usable one was found).
     """
 
     def __init__(
@@ -51,18 +53,27 @@ class TrainBatches:
         upright: bool = True,
         rows: np.ndarray | None = None,
     ):
-        """`batch_size` samples make a global batch; `rows` are the numbers of this host's rows.
+        """Takes the samples of `mixture`, tokenized by `text`, `batch_size` to a global batch.
 
-        With one sample a row, texts are padded to the smallest of `buckets` that holds the longest
-        one of the *global* batch, or else to the text's limit. Rows of several are as wide as the
-        widest of the batch, rounded up (`round_up`). Rows with fewer images than others get black
-        ones that nothing sees. `augment` crops and mirrors; without, the whole image is squashed to
-        the model's size (mirrored images would spoil reading, left and right). `min_decode_ratio`
-        is the `min_ratio` of `images.random_resized_crop_flip`, whose pixels `rand_augment`
-        changes further; `upright` is as in `images.decode`.
+        Args:
+          mixture: the order of samples.
+          text: the tokenizers of the model.
+          batch_size: samples of a global batch.
+          steps: number of batches.
+          samples_per_row: samples that are packed into one row.
+          buckets: allowed lengths of texts. With one sample a row, texts are padded to the smallest
+            bucket that holds the longest text of the global batch, or to the text's limit if none
+            does. Rows of several samples are as wide as the widest row of the batch, rounded up
+            (`round_up`).
+          augment: crop and mirror at random; if False, the whole image is squashed to the model's
+            size (mirroring would spoil tasks about left and right, or about written words).
+          min_decode_ratio: `min_ratio` of `images.random_resized_crop_flip`.
+          rand_augment: also apply RandAugment (`rand_augment.py`) after the crop.
+          upright: apply the EXIF orientation, as in `images.decode`.
+          rows: numbers of this host's rows in the global batch; None means all.
 
         Raises:
-            ValueError: `samples_per_row` does not divide the batch.
+          ValueError: `samples_per_row` does not divide the batch.
         """
         if samples_per_row < 1 or batch_size % samples_per_row:
             raise ValueError(
@@ -82,7 +93,7 @@ class TrainBatches:
 
     def __getitem__(self, step: int) -> Batch:
         first = step * self.batch_size
-        # Looked at by all hosts, the texts of all samples tell each who shares a row, and its size.
+        # Every host reads all texts, so all agree on which samples share a row, and its length.
         texts = {sample: self._text(first + sample) for sample in range(self.batch_size)}
         sizes = [self._size(*each[1:]) for each in texts.values()]
         shared = deal([(size["slots"], size["targets"]) for size in sizes], self.row_count)
@@ -108,7 +119,7 @@ class TrainBatches:
             )
 
     def _size(self, record: Record, example: Example) -> dict[str, int]:
-        """The room that a sample takes in a row, by kind."""
+        """Returns the numbers of images, tokens, slots ... of a sample, by name."""
         tokens, count = len(example["tokens"]), len(record.images)
         return {
             "images": count,
@@ -119,7 +130,11 @@ class TrainBatches:
         }
 
     def _lengths(self, sizes: Sequence[Mapping[str, int]], shared: np.ndarray) -> dict[str, int]:
-        """The width of all rows of the global batch; a few widths, so that programs are few."""
+        """Returns the width of the rows of the global batch, the `lengths` of `collate`.
+
+        `sizes` has the `_size` of each sample, `shared` the samples of each row. Widths are rounded
+        to few different values, so that few programs are compiled.
+        """
         sums = {
             name: max(sum(sizes[sample][name] for sample in row) for row in shared)
             for name in ("images", "slots", "targets")
@@ -132,21 +147,30 @@ class TrainBatches:
         return lengths | {"slots": visual + longest("tokens"), "targets": longest("targets")}
 
     def ids(self, step: int) -> list[str]:
-        """The ids of the records of the global batch `step`."""
+        """Returns the record ids of the global batch `step`, in the mixture's order.
+
+        Replacements of unusable records are not among them.
+        """
         first = step * self.batch_size
         return [self.mixture.record(first + row)[1].id for row in range(self.batch_size)]
 
     def fingerprint(self) -> str:
-        """A sha256 of mixture and batch size: with another one a step would hold other samples.
+        """Returns a sha256 of mixture and batch size, which determine the samples of every step.
 
-        Who shares a row is no part of it: that changes no sample.
+        A run refuses to resume with another one. Packing is not part of it, since it changes the
+        rows of a batch, but not the samples in it.
         """
         return digest_of([self.mixture.fingerprint(), self.batch_size])
 
     def _text(
         self, position: int, attempt: int = 0, room: Example | None = None
     ) -> tuple[int, Record, Example]:
-        """The first attempt whose text can be used, its record, its tokens cut to `room`."""
+        """Returns (attempt, record, example) of the first usable record for a place of the mixture.
+
+        Attempt 0 is the record at that place; the following attempts are random records of the same
+        source. The example has no pixels yet. With `room`, another example, its texts are cut to
+        the lengths there.
+        """
         while True:
             source, index = self.mixture.find(position, attempt)
             name = f"record {index} of {source.name}"
@@ -166,10 +190,11 @@ class TrainBatches:
     def _whole(
         self, position: int, attempt: int, record: Record, example: Example
     ) -> tuple[int, Example]:
-        """The example with its pixels; where they cannot be read, another one in its room.
+        """Returns (attempt, example) with pixels; an unreadable image makes another record step in.
 
-        Rows are laid out before pixels are read, so nothing of the other may be longer. Where none
-        of `FITTING` others is as short, the next one is cut.
+        The rows are laid out before any pixels are read, so a replacement must not be longer than
+        the `example` it replaces. If `FITTING` replacements are too long, the next one is cut to
+        fit.
         """
         room, source = self._size(record, example), self.mixture.find(position)[0]
         limits, passed = example, 0
@@ -190,23 +215,23 @@ class TrainBatches:
                 attempt, record, example = self._text(position, attempt)
 
     def _pixels(self, record: Record, position: int, attempt: int) -> np.ndarray:
-        """Pixels [n, H, W, 3]; a video is cropped alike throughout: the same numbers every time."""
+        """Returns pixels [n, H, W, 3] uint8; all frames of a video get the same random crop."""
         rng = lambda: self.mixture.rng(position, attempt, use="image")
         return np.stack([self.prepare(source, rng()) for source in record.images])
 
 
 class ImagePreparation:
-    """The way from an image of a record to the pixels of a training sample."""
+    """Turns an image of a record into the pixels of a training sample."""
 
     def __init__(
         self, size: int, augment: bool, min_decode_ratio: float, rand_augment: bool, upright: bool
     ):
-        """`size` is that of the sides; the others are the arguments of `TrainBatches`."""
+        """Sets the side of the pixels, `size`; the other arguments are those of `TrainBatches`."""
         self.size, self.augment, self.upright = size, augment, upright
         self.min_decode_ratio, self.rand_augment = min_decode_ratio, rand_augment
 
     def __call__(self, source: images.Source, rng: np.random.Generator) -> np.ndarray:
-        """Pixels [size, size, 3], uint8; raises ImageError."""
+        """Returns pixels [size, size, 3] uint8; raises ImageError if the image cannot be used."""
         if not self.augment:
             return images.resize_squash(images.decode(source, upright=self.upright), self.size)
         pixels = images.random_resized_crop_flip(
@@ -216,13 +241,17 @@ class ImagePreparation:
 
 
 class Replacements:
-    """A count of unusable records, of which the first few are named in the log."""
+    """Logs the first few records that are replaced; stops the run after too many in a row."""
 
     def __init__(self):
         self._named = 0
 
     def next(self, source: Source, name: str, attempt: int, error: Exception) -> int:
-        """The number of the attempt after the one that failed; ValueError after too many."""
+        """Logs why record `name` cannot be used; returns `attempt` + 1, the number of the next one.
+
+        Raises:
+            ValueError: `attempt` has reached `ATTEMPTS`.
+        """
         if error is not _TOO_LONG and self._named < WARNINGS:
             self._named += 1
             text = f"{name}: replaced: {error}".encode("utf-8", "backslashreplace").decode()
@@ -235,7 +264,7 @@ class Replacements:
         return attempt + 1
 
 
-# Records that are passed over so are usable, and are not named one by one.
+# A record that is skipped for this reason is usable, so it is not named in the log.
 _TOO_LONG = ValueError("it has more images, or a longer text, than the one that it would replace")
 
 
@@ -244,11 +273,11 @@ def _fits(size: Mapping[str, int], room: Mapping[str, int]) -> bool:
 
 
 def _limits(text: TextProcessor) -> dict[str, int]:
-    """The most tokens of the texts of a sample."""
+    """Returns the largest number of tokens of each text of a sample, by its key in an example."""
     limits = {"qformer_tokens": text.qformer_limit, "tokens": text.prompt_limit}
     if text.variant.llm.encoder_decoder:
         return limits | {"targets": text.answer_limit}
-    answer = text.answer_limit - 1  # of which the first, which is dropped, is counted
+    answer = text.answer_limit - 1  # the limit counts one `</s>` that is then dropped
     return limits | {"tokens": text.prompt_limit + answer, "targets": answer}
 
 

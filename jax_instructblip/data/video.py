@@ -1,6 +1,6 @@
-"""A few frames of a video: which ones, and their pixels and times.
+"""Reads a few frames of a video, with the time of each.
 
-PyAV decodes them; it is installed with `pip install -e .[video]`.
+PyAV (FFmpeg) decodes them; `pip install -e .[video]` installs it.
 """
 
 import functools
@@ -17,14 +17,14 @@ from jax_instructblip.files import require_file
 if TYPE_CHECKING:
     import av
 
-# Files that hold a video themselves: none that is a list of other files or addresses.
+# Only formats that hold a video themselves; playlists could name other files or addresses.
 _OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,asf,flv,mpeg,mpegts,ogg",
     "protocol_whitelist": "file",
 }
 
 
-VIDEOS_KEPT = 256  # whose few frames stay in memory: a fifth of a megabyte each
+VIDEOS_KEPT = 256  # videos whose frames are cached, a fifth of a megabyte each
 
 
 class VideoError(ValueError):
@@ -35,9 +35,10 @@ class VideoError(ValueError):
 def _kept_frames(
     path: str, wanted: int, quality: int, state: tuple[int, ...]
 ) -> tuple[tuple[bytes, ...], tuple[float, ...]] | str:
-    """JPEGs of the frames and their seconds, or the reason why there are none.
+    """Returns (JPEGs of the frames, their seconds), or a text: the reason why there are none.
 
-    `state` is of the file: another one is decoded again.
+    `state` (size and time of the file) is part of the cache's key, so that a changed file is
+    decoded again.
     """
     try:
         images, times = read_frames(path, wanted)
@@ -54,9 +55,13 @@ def _kept_frames(
 def encode_frames(
     path: str | os.PathLike[str], wanted: int, *, quality: int
 ) -> tuple[tuple[bytes, ...], tuple[float, ...]]:
-    """JPEGs of `read_frames` and their seconds; a video of many questions is decoded once.
+    """Returns JPEGs of `wanted` frames, evenly spread over a video, and the seconds of each.
 
-    Those of the last `VIDEOS_KEPT` videos are kept. Raises as `read_frames`.
+    Seconds count from the first frame. The frames of the last `VIDEOS_KEPT` videos are cached, so
+    that a video with many questions is decoded once. `quality` is that of the JPEGs, up to 100.
+
+    Raises:
+        VideoError: as `read_frames`.
     """
     frames_or_error = _kept_frames(os.fspath(path), wanted, quality, _state(path))
     if isinstance(frames_or_error, str):
@@ -65,10 +70,10 @@ def encode_frames(
 
 
 def _state(path: str | os.PathLike[str]) -> tuple[int, ...]:
-    """The identity and state of a file; () where FFmpeg will say why it cannot be opened.
+    """Returns numbers that change with the file (inode, size, time); () where it cannot be opened.
 
     Raises:
-        VideoError: opening it could block: a pipe, a device.
+        VideoError: the file is a pipe or a device, so that opening it could block.
     """
     try:
         status = require_file(path)
@@ -80,11 +85,11 @@ def _state(path: str | os.PathLike[str]) -> tuple[int, ...]:
 
 
 def sample_indices(count: int, wanted: int, how: str = "uniform") -> tuple[int, ...]:
-    """The numbers of `wanted` frames out of `count`, rising; the same in every call.
+    """Returns the indices of `wanted` frames out of `count`, rising, by one of three fixed rules.
 
-    `uniform` takes the first frame of equal segments (as LAVIS does when it trains and the paper
-    evaluates), `middle` their middle ones, `headtail` the first frame, the last and equal steps
-    between (as LAVIS does since). Three of nine:
+    `uniform` takes the first frame of equal segments (as LAVIS does in training, and the paper in
+    evaluation), `middle` takes the middle of each segment, `headtail` the first frame, the last one
+    and equal steps between them (newer versions of LAVIS). Three of nine frames:
 
         frame      0  1  2  3  4  5  6  7  8
         uniform    x        x        x
@@ -92,7 +97,7 @@ def sample_indices(count: int, wanted: int, how: str = "uniform") -> tuple[int, 
         headtail   x           x           x
 
     Raises:
-        ValueError: there are fewer frames than wanted, or no such way.
+        ValueError: there are fewer frames than wanted, or no rule of that name.
     """
     if not 1 <= wanted <= count:
         raise ValueError(f"{count} frames, but {wanted} are wanted: ask for 1 to {count}")
@@ -110,15 +115,15 @@ def sample_indices(count: int, wanted: int, how: str = "uniform") -> tuple[int, 
 def read_frames(
     path: str | os.PathLike[str], wanted: int, how: str = "uniform"
 ) -> tuple[list[Image.Image], tuple[float, ...]]:
-    """RGB images of `sample_indices` of an mp4, mkv, webm, avi or gif, and their seconds.
+    """Returns RGB images of `wanted` frames, chosen by `sample_indices`, and their seconds.
 
-    Seconds count from the first frame. Of several video streams the one that FFmpeg finds best is
-    taken (decord, which LAVIS reads with, does the same). The video is decoded twice, for what the
-    container says of the number of its frames is not always true.
+    Seconds count from the first frame of the video (mp4, mkv, webm, avi or gif). Of several video
+    streams FFmpeg chooses the best (as decord does, which LAVIS uses). The video is decoded twice,
+    once to count its frames, because the number that a container states is not always true.
 
     Raises:
-        VideoError: no such file, none with a video, damaged, larger than `images.MAX_PIXELS`, of
-            fewer frames than wanted; or PyAV is not installed.
+        VideoError: there is no such file, or it has no video, is damaged, has frames of more than
+            `images.MAX_PIXELS` pixels or fewer frames than wanted; or PyAV is not installed.
     """
     _state(path)
     times = [_seconds(path, frame) for frame in _decode(path)]
@@ -136,7 +141,7 @@ def read_frames(
 
 
 def _decode(path: str | os.PathLike[str]) -> Iterator["av.VideoFrame"]:
-    """All frames in the order in which they are shown."""
+    """Yields all frames in the order in which they are shown."""
     try:
         import av
         import av.error

@@ -1,6 +1,7 @@
-"""From a benchmark to `results.json`: one protocol, one way to an answer, one row a prediction.
+"""Evaluation: from benchmark questions to predictions, scores, `results.json` and a report.
 
-`protocol` (what is asked) -> `task` (records and prompts) -> `answering` (rows of `predictions`) ->
-`scoring` (by `metrics`) -> `suite` (several tasks, `results.json`, `reports`). `benchmarks` and
-`family_accuracies` go this way for the `settings` of one evaluation.
+`protocol` (how each benchmark is asked and scored) -> `task` (a protocol with its records) ->
+`answering` (the model's answers, rows of `predictions`) -> `scoring` (by `metrics`) -> `suite`
+(runs several tasks, writes `results.json` and `reports`). `benchmarks` and `family_accuracies` are
+the two entry points; both take one evaluation's `settings`.
 """

@@ -1,4 +1,4 @@
-"""From the questions of a task to rows of predictions."""
+"""Runs the model on the questions of a task and returns its answers as rows of predictions."""
 
 import concurrent.futures
 import contextlib
@@ -18,12 +18,12 @@ from jax_instructblip.inference import batching
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 
-KEPT = 100  # candidates that a row names
-THREADS = min(16, os.cpu_count() or 1)  # that decode images, while the devices answer
+KEPT = 100  # most candidates that a row of a ranking keeps
+THREADS = min(16, os.cpu_count() or 1)  # threads that decode images while the devices work
 
 
 class Share(NamedTuple):
-    """The part of the questions that this process answers: that of worker `index` of `count`."""
+    """The part of the questions that this process answers: worker `index` of `count` workers."""
 
     index: int = 0
     count: int = 1
@@ -42,10 +42,17 @@ def answer(
     share: Share = ALL,
     take: Callable[[list[Prediction]], None],
 ) -> None:
-    """Gives `take` the rows of this share of the questions that are not `done`, some at a time.
+    """Answers this process's share of the questions that are not done; hands rows to `take`.
 
-    Every device of `blip` answers `size` questions at once; `questions` were planned with that
-    size. Worker 0 also gives the rows of questions that cannot be asked.
+    Args:
+      blip: the model.
+      task: how the questions are asked.
+      questions: all questions, planned by `grouping.plan` with the same `size`.
+      size: questions that each device of `blip` answers at once.
+      done: ids of records that are already answered.
+      share: the part of this process. Worker 0 also returns a row with the problem for each
+        question that cannot be asked.
+      take: called with lists of finished rows, in any order.
     """
     records = questions.records
     if share.index == 0:
@@ -55,7 +62,7 @@ def answer(
     left = [u for u in questions.units if any(records[n].id not in done for n in u.rows)]
     devices = blip.batch_shards
     mine = loads(left, devices, share.count)[share.index :: share.count]
-    # The questions of a load whose images are next are decoded while the one before is answered.
+    # Images of the next load are decoded while this one is answered.
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, _hushed():
         ahead = _start(pool, blip, task, mine[0]) if mine else {}
         for index, load in enumerate(mine):
@@ -65,7 +72,7 @@ def answer(
 
 
 def count_left(questions: Questions, done: Collection[str]) -> int:
-    """The number of questions still to be answered."""
+    """Returns the number of questions whose ids are not in `done`."""
     return sum(record.id not in done for record in questions.records)
 
 
@@ -78,7 +85,7 @@ def _start(
 
 
 def _open(task: Task, number: int, side: int) -> tuple[np.ndarray | None, str]:
-    """The pixels `[F, S, S, 3]` of a record; None, and why, where they cannot be used."""
+    """Returns the pixels `[F, S, S, 3]` of a record's F images, or None and the reason."""
     if task.black:
         return _black(len(task.without_images(number).images), side), ""
     try:
@@ -183,15 +190,15 @@ def _prediction(
 
 
 def _number(value: float) -> float:
-    """A float32 in as few digits as tell it from others."""
+    """Returns the float with the fewest digits that still identify its float32 value."""
     return float(f"{value:.9g}")
 
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """Mutes the warning of each batch about prompts that the Q-Former reads in part.
+    """Silences the per-batch warning about prompts that are cut for the Q-Former.
 
-    Their number, `cut`, stands in the results.
+    Their total number is in the results instead.
     """
     log = logging.getLogger(batching.__name__)
     level = log.level

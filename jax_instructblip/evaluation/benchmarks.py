@@ -1,4 +1,4 @@
-"""Benchmarks by their protocols: answered by a checkpoint, or answers made before, scored."""
+"""Evaluates benchmarks by name: with a checkpoint, or from a file of existing answers."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -26,17 +26,18 @@ from jax_instructblip.inference.pipeline import load as load_any
 from jax_instructblip.inference.pipeline import load_pipeline as load
 from jax_instructblip.inference.retrieval import PAIRS
 
-BATCH_SIZE = 8  # questions that a device answers at once
+BATCH_SIZE = 8  # questions that each device answers at once
 
 
 def answer_benchmarks(settings: Settings, command: str = "") -> dict[str, Any]:
-    """Answers and scores the datasets; returns what is in `results.json`, where `command` is noted.
+    """Answers and scores the datasets of `settings`; returns the content of `results.json`.
 
-    Several processes each call it, and all but the first get {}.
+    `command` is recorded there. In a multi-process run every process calls it; all except process 0
+    return {}.
 
     Raises:
-      ValueError: datasets cannot be evaluated, or the model not be placed on the devices.
-      OSError: there is no checkpoint, or no place for the results.
+      ValueError: a dataset cannot be evaluated, or the model does not fit the devices.
+      OSError: there is no checkpoint, or the output folder cannot be written.
     """
     assert settings.checkpoint is not None and settings.out is not None
     with suite.agreed():
@@ -50,10 +51,10 @@ def answer_benchmarks(settings: Settings, command: str = "") -> dict[str, Any]:
         tasks = open_tasks(settings, variant.llm.kind if answers else "", variant.kind)
         dtype = read_dtype(settings.dtype).name
         mesh = choose_mesh(variant, dtype, fsdp=settings.fsdp, tensor=settings.tensor)
-        settings.out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written: now
+        settings.out.mkdir(parents=True, exist_ok=True)  # fails now if it cannot be written
     with suite.agreed():
         blip = (load if answers else load_any)(settings.checkpoint, mesh=mesh, dtype=dtype)
-        blip.silent = True  # the suite says how far it is
+        blip.silent = True  # the suite shows the progress
     weights = weights_digest(source)
     model = {"checkpoint": settings.checkpoint, "weights": weights, "dtype": dtype}
     run: Any = suite.run if answers else retrieval_run.run
@@ -62,10 +63,12 @@ def answer_benchmarks(settings: Settings, command: str = "") -> dict[str, Any]:
 
 
 def score_predictions(settings: Settings, command: str = "") -> dict[str, Any]:
-    """Scores answers that were made before, by whatever program; returns as `answer_benchmarks`.
+    """Scores existing answers of any program (`settings.predictions`) on one dataset.
+
+    Returns the content of `results.json`, in which `command` is recorded.
 
     Raises:
-      MetricError: they are no answers, or not those of the dataset's records.
+      MetricError: the file has no answers, or not those of the dataset's records.
       ValueError: more than one dataset is named.
     """
     assert settings.predictions is not None and settings.out is not None
@@ -85,13 +88,13 @@ def score_predictions(settings: Settings, command: str = "") -> dict[str, Any]:
 
 
 def open_tasks(settings: Settings, llm: str, kind: str = "instructblip") -> list[Task]:
-    """The tasks of the datasets, for a model of that kind and its language model's.
+    """Opens the datasets of `settings` as tasks, for a model `kind` with a language model `llm`.
 
-    `held_out` is all of table 1.
+    `llm` is a `variant.llm.kind` such as "t5", "" for a first stage of BLIP-2. The name `held_out`
+    stands for all held-out datasets of the paper's table 1.
 
     Raises:
-      ValueError: unknown datasets, those that cannot be evaluated, all of them, or a setting that
-        changes nothing of any.
+      ValueError: lists unknown and unusable datasets, or settings that no dataset uses.
     """
     assert settings.data is not None
     names = [n for name in settings.datasets for n in (HELD_OUT if name == "held_out" else (name,))]
@@ -135,7 +138,10 @@ def open_tasks(settings: Settings, llm: str, kind: str = "instructblip") -> list
 
 
 def _folder(data: str, name: str) -> Path:
-    """The folder of the datasets; of an address a copy that has at least the one of that name."""
+    """Returns the local folder that contains the dataset's folder `name`.
+
+    If `data` is an object-store address, this dataset (or all) is downloaded first.
+    """
     address = remote.address_of(data)
     if address and name in remote.names(address):
         return stores.input_path(f"{address}/{name}").parent
@@ -148,7 +154,7 @@ def _refuse_unused(
     candidates: tuple[str, ...],
     relevance: Mapping[str, Any],
 ) -> None:
-    """Raises a ValueError where a setting changes nothing of any dataset."""
+    """Raises a ValueError if a setting has no effect on any of the tasks."""
     used = {name for task in tasks for name in task.settings}
     wrong = [name for name in changed if name not in used]
     if candidates and not any(task.candidates for task in tasks):

@@ -1,4 +1,4 @@
-"""Two runs beside each other: the samples whose answers or scores differ."""
+"""Compares two evaluations: the samples whose answers or scores differ."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,13 @@ from jax_instructblip.files import read_json
 
 
 class Comparison(NamedTuple):
-    """Two files of predictions of one dataset: what they have in common, and what not."""
+    """Two prediction files of one dataset.
+
+    Attributes:
+      name: the dataset.
+      same: number of records with equal answer, score and problem in both.
+      differing: the other records, as (row of the first, row of the second).
+    """
 
     name: str
     same: int
@@ -20,11 +26,11 @@ class Comparison(NamedTuple):
 
 
 def compare(first: Path, second: Path) -> list[Comparison]:
-    """The comparison of two files of predictions, or of all datasets that two runs both have.
+    """Compares two prediction files, or two output folders on every dataset they share.
 
     Raises:
-      MetricError: there is nothing to compare, or the files are not of the same records; the ids
-        are listed.
+      MetricError: they share no dataset, measure different things, or have different records (the
+        ids are listed).
     """
     first, second = stores.input_path(first), stores.input_path(second)
     if first.is_file() and second.is_file():
@@ -51,14 +57,17 @@ def compare(first: Path, second: Path) -> list[Comparison]:
 
 
 def describe(first: Path, second: Path) -> Iterator[str]:
-    """The comparisons of two runs for people; raises as `compare`."""
+    """Yields printable lines that compare two evaluations; raises as `compare`."""
     labels = (f"A {first}", f"B {second}")
     for comparison in compare(first, second):
         yield from lines(comparison, labels)
 
 
 def lines(comparison: Comparison, labels: tuple[str, str]) -> Iterator[str]:
-    """The comparison for people: the number of samples that differ, then each of them."""
+    """Yields printable lines: counts, then each differing sample with both answers.
+
+    `labels` name the first and the second evaluation.
+    """
     better = [_better(*pair) for pair in comparison.differing]
     differing, count = len(better), comparison.same + len(better)
     yield (
@@ -76,6 +85,7 @@ def lines(comparison: Comparison, labels: tuple[str, str]) -> Iterator[str]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
+    """Returns the prediction files of an output folder, by dataset name."""
     places = [folder / suite.PREDICTIONS, folder]
     files = next((list(each.glob("*.jsonl")) for each in places if each.is_dir()), [])
     if not files:
@@ -87,7 +97,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _kind(folder: Path) -> str | None:
-    """The kind of the folder's run, one of `suite.KINDS`; None where nothing says it."""
+    """Returns the kind of evaluation in the folder, a key of `suite.KINDS`; None if unknown."""
     out = folder if (folder / suite.RESULTS).is_file() else folder.parent
     if not (out / suite.RESULTS).is_file():
         return None
@@ -118,6 +128,6 @@ def _compare(name: str, first: Path, second: Path) -> Comparison:
 
 
 def _better(first: Prediction, second: Prediction) -> int:
-    """The better of two predictions: -1 for the first, 1 for the second, 0 for neither."""
+    """Returns -1 if the first row has the higher score, 1 if the second has, 0 if equal."""
     one, two = first.score or 0.0, second.score or 0.0
     return (two > one) - (one > two)

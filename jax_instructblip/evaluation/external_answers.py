@@ -1,9 +1,9 @@
-"""Answers that another program made: JSON lines of ours, or the lists that benchmarks' tools read.
+"""Reads answers of other programs: our JSON lines, or the formats of benchmarks' own tools.
 
-{"id": "7", "text": "a cup"}                   JSON lines, with `scores` for a ranking
+{"id": "7", "text": "a cup"}                   our JSON lines; `scores` if choices were ranked
 {"question_id": 7, "text": "a cup", ...}       LLaVA's JSON lines
-[{"question_id": 7, "answer": "a cup"}, ...]   results of the VQA tools
-[{"image_id": 7, "caption": "a cup"}, ...]     results of COCO's caption tools
+[{"question_id": 7, "answer": "a cup"}, ...]   a JSON list, as the VQA tools read
+[{"image_id": 7, "caption": "a cup"}, ...]     a JSON list, as COCO's caption tools read
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jax_instructblip.evaluation.metrics.table import normalise_as
 from jax_instructblip.evaluation.predictions import Prediction, parse_row, unique_rows
 from jax_instructblip.evaluation.task import Task
 
-# The fields of other layouts, by the one that tells the layout: what each is here, "" for nothing.
+# Other formats, each by the field that identifies it: their field -> ours, "" if it is ignored.
 _LAYOUTS: dict[str, dict[str, str]] = {
     "question_id": {
         **{"question_id": "id", "answer": "text", "text": "text", "prompt": "prompt"},
@@ -28,15 +28,15 @@ _LAYOUTS: dict[str, dict[str, str]] = {
     },
     "image_id": {"image_id": "id", "caption": "text"},
 }
-_SAYING = ("text", "scores", "problem")  # a row without any of these says nothing
+_SAYING = ("text", "scores", "problem")  # a row without any of these has nothing to score
 
 
 def read_given(path: Path) -> list[Prediction]:
-    """The rows of a file of answers, whose ids are all different.
+    """Reads a file of answers into rows with distinct ids.
 
     Raises:
-      MetricError: rows that are none or say nothing, ids used twice, no row or no answer at all;
-        all are listed.
+      MetricError: lists all rows that are invalid or empty, or ids that are used twice; or the file
+        has no answer at all.
     """
     rows, wrong = [], []
     for where, fields, reason in _items(path):
@@ -57,12 +57,13 @@ def read_given(path: Path) -> list[Prediction]:
 def complete(
     task: Task, path: Path, rows: Sequence[Prediction], records: Sequence[Record]
 ) -> tuple[list[Prediction], list[str]]:
-    """The rows in the order of the records, with what they leave out, and notes for the reader.
+    """Returns the rows in the order of `records`, with missing fields filled in, and notes.
 
-    `check_ids` has said that they are those of the records.
+    Prompt, text, normalised text and right answers are filled in from the record. A note says how
+    many answers are empty. `check_ids` must have passed: each record has exactly one row.
 
     Raises:
-      MetricError: scores without text stand where texts are compared.
+      MetricError: rows have only scores, but the task's metric compares texts.
     """
     by_id = {row.id: row for row in rows}
     texts = not task.protocol.ranking or bool(task.candidates)
@@ -74,7 +75,7 @@ def complete(
             mute.append(row.id)
         try:
             prompt = row.prompt or task.prompt(record)
-        except ValueError:  # a text that the prompt needs is not there
+        except ValueError:  # the record lacks a text that the prompt needs
             prompt = record.prompt
         normalised = normalise_as(task.protocol.metric, text)
         answers = record.answers or row.answers
@@ -93,7 +94,7 @@ def complete(
 
 
 def _items(path: Path) -> Iterator[tuple[str, Any, str]]:
-    """The place (`:LINE`, or `[NUMBER]` of a list) and fields of each row, or why it is none."""
+    """Yields (place, fields, problem) of each row; place is `:LINE`, or `[NUMBER]` in a list."""
     if _begins_as_list(path):
         rows = files.read_json(path, list, limit=files.ANNOTATION_LIMIT)
         yield from ((f"[{number}]", row, "") for number, row in enumerate(rows))
@@ -125,6 +126,6 @@ def _row(fields: Any) -> Prediction:
 
 
 def _best(row: Prediction, choices: Sequence[str]) -> str:
-    """The candidate with the highest score; "" where the row's scores belong to no candidates."""
+    """Returns the candidate with the highest score; "" if scores and candidates do not match."""
     names = row.candidates or choices
     return names[int(np.argmax(row.scores))] if row.scores and len(names) == len(row.scores) else ""

@@ -1,4 +1,7 @@
-"""Accuracies by family of questions, beside what guessing reaches: a task without a benchmark."""
+"""Accuracy per family of questions, with baselines, for records that belong to no benchmark.
+
+A family is the set of records with the same `Record.task`.
+"""
 
 import hashlib
 import os
@@ -24,7 +27,14 @@ MEANING = {
 
 
 class Baseline(NamedTuple):
-    """Another way to answer the same questions: by another model, or without the images."""
+    """Another way to answer the same questions, for comparison.
+
+    Attributes:
+      name: a key of `MEANING`.
+      blip: the model that answers.
+      weights: a digest of its weights.
+      black: show it black images instead of the real ones.
+    """
 
     name: str
     blip: InstructBlipPipeline
@@ -40,9 +50,10 @@ def family_task(
     digest: str = "",
     limit: int = 0,
 ) -> Task:
-    """The task of records whose prompts are asked as they are; `name` is usually their split.
+    """Returns a task that asks the records' prompts as they are, scored by family.
 
-    `digest` stands for the records' content; `limit` of them are taken, always the same ones.
+    `name` is usually the split. `digest` identifies the content of the records. `limit` > 0 takes
+    that many records, always the same ones.
     """
     if limit:
         records = Chosen(records, pick_numbers(len(records), limit))
@@ -51,7 +62,7 @@ def family_task(
 
 
 def content_digest(records: Sequence[Record], digest: str) -> str:
-    """`digest` with what it does not stand for: the files that image paths name."""
+    """Returns a digest of `digest` and of size and time of every image file in the records."""
     hasher = hashlib.sha256(digest.encode())
     for number in range(len(records)):
         for image in records[number].images:
@@ -67,7 +78,7 @@ def content_digest(records: Sequence[Record], digest: str) -> str:
 
 
 def majority(records: Sequence[Record]) -> dict[str, float]:
-    """The accuracy of each family's best constant answer, named as by `score_families`."""
+    """Returns the accuracy of each family's best constant answer, keyed as by `score_families`."""
     truths: dict[str, list[Sequence[str]]] = {}
     for record in records:
         if record.answers:
@@ -81,7 +92,7 @@ def majority(records: Sequence[Record]) -> dict[str, float]:
 
 
 def counts(records: Sequence[Record]) -> dict[str, int]:
-    """The number of records of each family, in alphabetical order."""
+    """Returns the number of records of each family, in alphabetical order."""
     numbers: dict[str, int] = {}
     for record in records:
         numbers[record.task or NO_FAMILY] = numbers.get(record.task or NO_FAMILY, 0) + 1
@@ -89,7 +100,11 @@ def counts(records: Sequence[Record]) -> dict[str, int]:
 
 
 def by_family(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """The columns and rows of a result's table: family, questions, a share of 1 for each column."""
+    """Returns head and rows of a result's table: family, questions, a share (0 to 1) per column.
+
+    `result` is an entry of `results.json`. The columns are the model's accuracy and its baselines;
+    the last row is the mean over families.
+    """
     columns = {"accuracy": result["values"], **result["baselines"]}
     columns = {name: columns[name] for name in MEANING if name in columns}
     rows = [
@@ -102,7 +117,7 @@ def by_family(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def table(name: str, result: Mapping[str, Any]) -> str:
-    """A result as lines to print, and what could not be asked."""
+    """Formats an entry of `results.json` as text: a table, and questions that were not asked."""
     lines = [f"\n{name}: not scored, {result['unscored']}"]
     if not result["unscored"]:
         (_, _, *columns), rows = by_family(result)

@@ -1,4 +1,7 @@
-"""A checkpoint measured by family of questions: on `shapes` and on JSON lines, beside baselines."""
+"""Evaluates a checkpoint by family of questions, on `shapes` or JSON lines, with baselines.
+
+A family is the set of records with the same `Record.task`.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,18 +20,18 @@ from jax_instructblip.inference.pipeline import load_pipeline as load
 from jax_instructblip.remote import is_remote
 
 BATCH_SIZE = 64  # questions answered at once
-_LINES = (".jsonl", ".json")  # whose images are files of their own
+_LINES = (".jsonl", ".json")  # formats whose images are separate files
 
 
 @dataclasses.dataclass(frozen=True)
 class TunedRun:
-    """A run whose checkpoint is measured.
+    """The training run whose checkpoint is evaluated.
 
     Attributes:
-      data: what it was validated on; "" for nothing.
-      start: a text that stands for the weights that it started from.
-      before: the model that it started from, beside the one that is measured.
-      recorded: what the report shows of its training, as `suite.write` takes it.
+      data: the path that the run was validated on; "" for none.
+      start: a digest that identifies the weights from which the run started.
+      before: returns the model as it was before training, given the tuned one.
+      recorded: the `metrics` and `answers` of the training, keyword arguments of `suite.write`.
     """
 
     data: str
@@ -40,12 +43,14 @@ class TunedRun:
 def measure_families(
     settings: Settings, run: TunedRun | None = None, command: str = ""
 ) -> dict[str, Any]:
-    """Counts exact matches by family of questions, beside baselines; returns what is written.
+    """Scores exact matches by family of questions; returns the content of `results.json`.
 
-    `run` is the run that `settings.checkpoint` is, if it is one; `command` is noted in the results.
+    `run` describes `settings.checkpoint` if that is a training run; `command` is recorded in the
+    results. Baselines are the best constant answer, black images ("blind") and, for a run, the
+    model before training.
 
     Raises:
-      ValueError: there are no such records, or it is not known what to measure, or where to write.
+      ValueError: there are no such records, or the data or the output folder is not given.
     """
     assert settings.checkpoint is not None
     data = settings.data or (run.data if run else "")
@@ -68,12 +73,12 @@ def measure_families(
         digest = families.content_digest(records, digest) if data.endswith(_LINES) else digest
         task = families.family_task(split, records, config, digest=digest, limit=settings.limit)
         tasks.append(dataclasses.replace(task, **settings.showing()))
-    out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written: now, not afterwards
+    out.mkdir(parents=True, exist_ok=True)  # fails now if it cannot be written
     blip = load(settings.checkpoint, dtype=settings.dtype)
     weights = weights_digest(blip.source or read_source(settings.checkpoint))
     model = {"checkpoint": settings.checkpoint, "weights": weights, "data": data}
     model["dtype"] = str(blip.model.dtype)
-    blip.silent = True  # the suite says how far it is
+    blip.silent = True  # the suite shows the progress
     baselines = []
     if not settings.no_baselines:
         baselines.append(families.Baseline("blind", blip, weights, black=True))

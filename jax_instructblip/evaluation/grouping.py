@@ -1,10 +1,10 @@
-"""The division of questions into those answered together, which depends on them alone.
+"""Divides a task's questions into batches whose content depends on the questions alone.
 
-    records --plan--> groups of one shape --> units of `size` questions --> loads for the workers
+    records --plan--> groups of equal shapes --> units of `size` questions --> loads for workers
 
-A device answers one unit at a time. All units of a group are padded alike, and each question has
-its place in its unit, so an answer is the same to the last bit on however many devices and
-processes, and a group is worked on by one compiled program.
+A device answers one unit at a time. All units of a group are padded to the same shapes, so one
+compiled program answers them. Each question has a fixed position in its unit, so answers are
+bit-identical for any number of devices and processes.
 """
 
 import collections
@@ -19,20 +19,20 @@ from jax_instructblip.evaluation.task import Task
 from jax_instructblip.inference.batching import LENGTHS, Example, prompt_limit
 from jax_instructblip.inference.ranking import Ids, Sizes, make_plan, same_tokens, tokenise
 
-LOAD_UNITS = 8  # units a device is given at once, at most
-LOADS = 4  # a worker has at least, where there are units enough, so that all end together
+LOAD_UNITS = 8  # most units per device in a load
+LOADS = 4  # least number of loads per worker, if there are enough units, to balance the workers
 
 
 class Group(NamedTuple):
-    """Questions that one compiled program answers: its shapes."""
+    """The padded shapes of a set of questions that one compiled program answers."""
 
     frames: int
-    length: int  # tokens that both texts are padded to
-    sizes: Sizes  # of a ranking's candidates, where each question has its own
+    length: int  # tokens to which prompt and Q-Former instruction are padded
+    sizes: Sizes  # padded sizes of the candidates, in a ranking with candidates per question
 
 
 class Unit(NamedTuple):
-    """Questions that a device answers at once: numbers of records, at most `size` of them."""
+    """Questions that one device answers at once: at most `size` record numbers of one group."""
 
     group: Group
     rows: tuple[int, ...]
@@ -43,15 +43,15 @@ class Questions:
     """All questions of a task, without their images.
 
     Attributes:
-      records: with "-" for each image.
-      prompts: of each record.
-      examples: the tokens of the prompts of those that can be asked, by number of the record.
-      ids: the tokens of every candidate of a ranking.
-      alike: how many records have different candidates of the same tokens.
-      units: that can be asked.
-      problems: number of a record that cannot be asked -> why.
-      cut: how many prompts the Q-Former reads the end of alone.
-      digest: stands for the records, images aside.
+      records: all records, with "-" in place of each image.
+      prompts: the prompt of each record.
+      examples: record number -> prompt tokens, for records that can be asked.
+      ids: candidate -> its tokens, for a ranking.
+      alike: number of records with two different candidates of equal tokens.
+      units: the questions that can be asked, in batches.
+      problems: record number -> reason, for records that cannot be asked.
+      cut: number of prompts too long for the Q-Former, which reads only their end.
+      digest: identifies the content of the records, without images.
     """
 
     records: list[Record]
@@ -68,10 +68,10 @@ class Questions:
 def plan(
     task: Task, text: TextProcessor, size: int, tick: Callable[[], None] = lambda: None
 ) -> Questions:
-    """The questions of a task in units of `size`.
+    """Divides the questions of a task into units of `size`.
 
-    `tick` is called for each record that was read. What is too long for the model, or must not be
-    asked, is a problem of the record, not an error.
+    `tick` is called after each record is read. A record whose prompt is too long or cannot be built
+    is listed in `Questions.problems`; it is no error.
     """
     if size < 1:
         raise ValueError(f"batch_size is {size}, expected at least 1")
@@ -82,7 +82,7 @@ def plan(
     known: dict[tuple[str, ...], Sizes] = {}
     examples: dict[int, Example] = {}
     ids: dict[str, Ids] = {}
-    alike = longest = 0  # `longest`: tokens of a candidate, where all questions have the same ones
+    alike = longest = 0  # `longest`: most tokens of a candidate, if all questions share one list
     if _has_one_list(task):
         choices = list(task.choices(task.without_images(0)))
         longest = _longest(lists := tokenise(text, choices, 1, ids))
@@ -128,7 +128,10 @@ def plan(
 
 
 def loads(units: Sequence[Unit], devices: int, workers: int) -> list[list[Unit]]:
-    """The units in parts of one group each, of a few units for each of the devices of a worker."""
+    """Joins consecutive units of one group into loads for `workers` of `devices` devices each.
+
+    A load has at most `LOAD_UNITS` units per device, and fewer if there are few units.
+    """
     share = max(1, len(units) // (workers * devices * LOADS))
     most = devices * min(share, LOAD_UNITS)
     parts: list[list[Unit]] = []
@@ -140,10 +143,10 @@ def loads(units: Sequence[Unit], devices: int, workers: int) -> list[list[Unit]]
 
 
 def places(load: Sequence[Unit], size: int, devices: int) -> Iterator[tuple[int, bool]]:
-    """The record of each place of a load, and whether its answer counts.
+    """Yields (record number, is real) for each position of a load's batches.
 
-    Units are filled up with their last record, the load with its last unit, to whole batches of
-    `size` on each device.
+    The batches have `size` questions on each of the `devices`. They are filled up by repeating the
+    last record of a short unit and the last unit of a short load; these copies are not real.
     """
     filled = [*load, *[load[-1]] * (-len(load) % devices)]
     for index, unit in enumerate(filled):
@@ -161,7 +164,10 @@ def _longest(lists: Sequence[Sequence[Ids]]) -> int:
 
 
 def _shape(text: TextProcessor, example: Example, frames: int, reserve: int) -> tuple[int, int]:
-    """Frames and padded length of a question."""
+    """Returns the number of frames and the padded length of a question.
+
+    `reserve` tokens are kept free for the answer; a ValueError if the prompt is too long.
+    """
     count, limit = len(example["tokens"]), prompt_limit(text.variant, frames, reserve)
     if count > limit:
         raise ValueError(f"the prompt has {count} tokens, the model holds {limit}: shorten it")
@@ -170,7 +176,7 @@ def _shape(text: TextProcessor, example: Example, frames: int, reserve: int) -> 
 
 
 def _floors(sizes: dict[int, Sizes]) -> dict[int, Sizes]:
-    """The sizes that each question's candidates are padded to: the largest of their class."""
+    """Returns the padded candidate sizes of each question: the largest of its size class."""
     classes: dict[int, Sizes] = {}
     kind = {number: _class(each) for number, each in sizes.items()}
     for number, each in sizes.items():
@@ -180,7 +186,7 @@ def _floors(sizes: dict[int, Sizes]) -> dict[int, Sizes]:
 
 
 def _class(sizes: Sizes) -> int:
-    """The class of a size: 0 for up to 16 inner tokens, 1 for up to 64, 2 for up to 256 ..."""
+    """Returns the size class: 0 for up to 16 tokens in all chunks, 1 up to 64, 2 up to 256, ..."""
     total, top, kind = sizes.chunks * sizes.inner, 16, 0
     while total > top:
         top, kind = 4 * top, kind + 1

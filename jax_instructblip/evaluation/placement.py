@@ -1,4 +1,4 @@
-"""The devices on which a model answers: those of this process, or those of all together."""
+"""Chooses the devices that answer: those of each process alone, or of all processes together."""
 
 import math
 import os
@@ -15,13 +15,13 @@ from jax_instructblip.parallel.mesh import make_mesh
 
 
 def choose_mesh(variant: Variant, dtype: Any, *, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
-    """The mesh on which a model is to answer; None for the only device there is.
+    """Returns the mesh on which the model answers; None if there is only one device.
 
-    Weights are split over `fsdp` x `tensor` devices. Where the devices of a process are a multiple
-    of that, each process has a model of its own; otherwise there is one model over all processes.
+    Weights are split over `fsdp` x `tensor` devices. If this divides the number of devices of a
+    process, each process has its own copy of the model; otherwise one model spans all processes.
 
     Raises:
-      ValueError: the devices cannot be divided so, or the weights do not fit into their memory.
+      ValueError: the devices cannot be divided like this, or the weights exceed their memory.
     """
     split, local = fsdp * tensor, jax.local_device_count()
     if min(fsdp, tensor) < 1:
@@ -36,7 +36,7 @@ def choose_mesh(variant: Variant, dtype: Any, *, fsdp: int = 1, tensor: int = 1)
 
 
 def check_memory(variant: Variant, dtype: Any, mesh: Mesh | None) -> None:
-    """Raises a ValueError where the weights alone are larger than a device's memory."""
+    """Raises a ValueError if a device's share of the weights exceeds its memory."""
     shapes = param_shapes(variant)
     placed = None if mesh is None else jax.tree.leaves(rules.shardings(shapes, mesh))
     leaves = jax.tree.leaves(shapes)
@@ -55,9 +55,9 @@ def check_memory(variant: Variant, dtype: Any, mesh: Mesh | None) -> None:
 
 
 def device_memory() -> int:
-    """Bytes of memory of a device of this process; 0 where that is not known."""
+    """Returns the bytes of memory of one local device; 0 if unknown. CPU devices share the RAM."""
     device = jax.local_devices()[0]
-    if device.platform == "cpu":  # all of them share the machine's
+    if device.platform == "cpu":  # all CPU devices share the machine's memory
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return pages // jax.local_device_count()
     stats = device.memory_stats() or {}

@@ -1,9 +1,9 @@
-"""Predictions on disk: JSON lines of finished datasets, and what a run that was ended has left.
+"""Predictions on disk: JSON lines of finished datasets, and partial ones of interrupted runs.
 
-OUT/predictions/NAME.jsonl      a row for each record, in the order of the records
-OUT/predictions/NAME.json       what was asked, of which model, how
-OUT/predictions/NAME.partial/   while it goes on: rows in the order they were made, one file for
-                                each process; what a killed process has half written is dropped
+OUT/predictions/NAME.jsonl      one row per record, in the order of the records
+OUT/predictions/NAME.json       facts: dataset, prompt, settings, model weights
+OUT/predictions/NAME.partial/   while answering: one file per process, rows in the order in which
+                                they are answered; a line that a kill cut short is dropped
 """
 
 import collections
@@ -25,19 +25,20 @@ from jax_instructblip.files import parse_json, read_json
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """The answer to one record: a line of `predictions/*.jsonl`, of whatever was asked.
+    """The answer to one record: a line of `predictions/*.jsonl`.
 
     Attributes:
-      id: of the record.
-      prompt: as it was asked.
-      text: as generated; of a ranking the best candidate.
-      normalised: as the metric compares it.
-      score: of the metric, of this record; None where there is none.
-      answers: what is right.
-      logprob: natural logarithm, of `text`.
-      candidates: of a ranking: all in their order, or of very many the best, best first.
-      scores: of those candidates.
-      problem: why it could not be asked; it then counts as wrong.
+      id: the record's id.
+      prompt: the prompt as it was asked.
+      text: the generated answer; in a ranking, the best candidate.
+      normalised: `text` as the metric compares it.
+      score: the metric's value for this record; None if there is none.
+      answers: the right answers.
+      logprob: natural log-probability of `text`.
+      candidates: in a ranking, the candidates in their order; of very many, only the best, best
+        first.
+      scores: the score of each of these candidates.
+      problem: why the question could not be asked ("" if it could); it then counts as wrong.
       task: the record's dataset or family.
     """
 
@@ -54,15 +55,15 @@ class Prediction:
     task: str = ""
 
     def line(self) -> str:
-        """The row as JSON, with a new line."""
+        """Returns the row as one line of JSON, with its newline."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False) + "\n"
 
 
 def read_rows(path: Path) -> list[Prediction]:
-    """The rows of a file that `Store` wrote.
+    """Reads the rows of a predictions file that `Store` wrote.
 
     Raises:
-      MetricError: lines that are none, or ids used twice; all are listed.
+      MetricError: lists all invalid lines, or ids that are used twice; or the file is empty.
     """
     rows, wrong = [], []
     for number, fields, reason in files.scan_jsonl(path):
@@ -78,7 +79,7 @@ def read_rows(path: Path) -> list[Prediction]:
 
 
 def unique_rows(path: Path, rows: list[Prediction]) -> list[Prediction]:
-    """The rows of a file; a MetricError where there are none, or ids that are used twice."""
+    """Returns `rows`; raises a MetricError if there are none or an id is used twice."""
     again = [name for name, n in collections.Counter(row.id for row in rows).items() if n > 1]
     if again:
         raise MetricError(f"{path}: {listed('ids are there more than once', again)}")
@@ -88,10 +89,10 @@ def unique_rows(path: Path, rows: list[Prediction]) -> list[Prediction]:
 
 
 def parse_row(fields: Any) -> Prediction:
-    """The row of a JSON object; `id` alone is needed.
+    """Builds a row from a JSON object, in which only `id` is required.
 
     Raises:
-      ValueError: it is no object of these fields; everything wrong is named.
+      ValueError: lists all unknown fields and all values of a wrong type.
     """
     if not isinstance(fields, dict) or "id" not in fields:
         raise ValueError("expected an object with `id`, and `text` or `scores`")
@@ -142,7 +143,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_ids(path: Path, rows: Iterable[Prediction], ids: Sequence[str], name: str) -> None:
-    """Raises a MetricError where the rows are not those of these records; all ids are listed."""
+    """Raises a MetricError that lists missing and surplus ids unless rows and records match.
+
+    `ids` are those of the records of the dataset `name`; `path` is the file of the rows.
+    """
     answered, known = {row.id for row in rows}, set(ids)
     lacking = [each for each in ids if each not in answered]
     strange = sorted(answered - known)
@@ -160,10 +164,14 @@ def check_ids(path: Path, rows: Iterable[Prediction], ids: Sequence[str], name: 
 
 
 class Store:
-    """The predictions of one dataset, which several processes may make together."""
+    """The predictions of one dataset on disk; several processes may write to it together."""
 
     def __init__(self, folder: Path, name: str, facts: Mapping[str, Any], process: int = 0):
-        """`facts` say what is asked, of which model, how: rows of others are refused."""
+        """Names the files of the dataset `name` in `folder`; writes nothing.
+
+        `facts` say what is asked, of which model and how: existing rows with other facts are
+        refused. `process` is the index of this process.
+        """
         self.path = folder / f"{name}.jsonl"
         self.partial = folder / f"{name}.partial"
         self._facts_path = folder / f"{name}.json"
@@ -171,13 +179,13 @@ class Store:
         self._own = self.partial / f"{process}.jsonl"
 
     def begin(self, *, replace: bool = False) -> None:
-        """Prepares the folder for answers; what was answered before is kept.
+        """Prepares the folder; rows of an interrupted run with the same facts are kept.
 
-        One process calls it, before the others look. With `replace` answers to something else are
-        removed.
+        Only one process calls it, before the others call `rows`. With `replace`, rows with other
+        facts are deleted.
 
         Raises:
-          ValueError: answers to other questions, of another model or with other settings are there.
+          ValueError: there are rows with other facts, and `replace` is False.
         """
         if replace and not self._is_ours():
             self.path.unlink(missing_ok=True)
@@ -201,10 +209,10 @@ class Store:
                 path.unlink()
 
     def rows(self) -> dict[str, Prediction]:
-        """The predictions so far, by id.
+        """Returns the rows so far, by id.
 
         Raises:
-          ValueError: another process has made it ready, but it is not seen here.
+          ValueError: process 0 has called `begin`, but its files are not visible to this process.
         """
         if not self._facts_path.is_file() or read_json(self._facts_path) != self._facts:
             raise ValueError(
@@ -216,7 +224,7 @@ class Store:
         return self._unfinished()
 
     def append(self, rows: Sequence[Prediction]) -> None:
-        """Adds rows; they are on the disk when it returns."""
+        """Appends rows to this process's file and syncs it to disk."""
         data = "".join(row.line() for row in rows)
         with self._own.open("ab") as file:
             file.write(encode_utf8(data))
@@ -224,20 +232,20 @@ class Store:
             os.fsync(file.fileno())
 
     def finish(self, rows: Sequence[Prediction]) -> None:
-        """Writes the file of all rows, and removes what it was made of."""
+        """Writes the final file with all rows, and deletes the partial ones."""
         write_file(self.path, "".join(row.line() for row in rows))
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _unfinished(self) -> dict[str, Prediction]:
         rows = {}
         for path in sorted(self.partial.glob("*.jsonl")):
-            for line in path.read_bytes().split(b"\n")[:-1]:  # the last one was cut off, or is none
+            for line in path.read_bytes().split(b"\n")[:-1]:  # the last is empty or cut short
                 row = parse_row(parse_json(line))
                 rows[row.id] = row
         return rows
 
     def _is_ours(self) -> bool:
-        """Tells whether the answers there were asked for as now, and of the same model."""
+        """Returns True if the facts on disk equal those of this store."""
         try:
             return read_json(self._facts_path) == self._facts
         except (ValueError, OSError):

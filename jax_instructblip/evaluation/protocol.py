@@ -1,13 +1,13 @@
-"""Protocols: the question put to a dataset, answering and scoring, and the paper's numbers.
+"""Protocols: how each benchmark is asked, answered and scored, with the paper's numbers.
 
     protocol = get_protocol("nocaps")
     blip.generate(images, [protocol.prompt], **protocol.settings(blip.variant.llm.kind))
     protocol.metric, protocol.paper     -> "cider", {"instructblip-flan-t5-xl": 119.9, ...}
 
-One row a benchmark; beside them four ways to ask for every day. What the published figures were
-decoded with is partly code, not paper: the released tasks do not hand on every value of their
-configurations. A row says what reached the model. Lengths are new tokens; the released code counts
-one id more, which stands before them.
+There is one row per benchmark, and four general protocols for everyday use. Decoding settings come
+partly from the released code, not the paper: its tasks do not pass every value of their config on
+to `generate`. A row has the values that reach the model. Lengths are numbers of new tokens; the
+released code counts one more, the token that decoding starts from.
 """
 
 import dataclasses
@@ -50,28 +50,28 @@ MODELS = tuple(name for name in SHORT if name.startswith("instructblip"))
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """One way to ask, and to measure: data, not code.
+    """One way to ask and score; plain data.
 
     Attributes:
-      name: what flags, files and results call it.
-      dataset: the row of the table of datasets that its records come from; "" for none.
-      split: what is evaluated unless another is named; "" where there is no usual one.
-      prompt: the prompt, with placeholders where a record's texts go (`templates.format_prompt`).
-      metric: a name of `metrics.table.METRICS`, which follows the rule of the published numbers; ""
-        where nothing is scored.
-      ranking: whether an answer is chosen among candidates (`blip.rank`) or generated.
-      words: of a ranking, for each of the record's choices the words that stand for it; () where
-        the choices themselves are ranked.
-      decoding: how answers are generated; of a ranking, if it is told to generate.
-      llama: settings of `decoding` that differ with a LLaMA, or another decoder alone (OPT).
-      prompts: prompts of language models that are asked in other words, by their kinds.
-      retrieval: whether images and captions find each other (`Retriever.rank`).
-      k: of a retrieval, the nearest by similarity that are re-ranked by the match.
-      itm_only: of a retrieval, whether a score is the logit of the match without the similarity.
-      length_normalise: of a ranking, as in `blip.rank`.
-      paper: what papers report, in percent, by the names of models.
-      paper_values: of some models the numbers beside the headline, by the names of values.
-      notes: what is not known, or not as it seems.
+      name: the name in flags, files and results.
+      dataset: name of the dataset with the records; "" for none.
+      split: the split to evaluate by default; "" if there is no usual one.
+      prompt: the prompt, with placeholders for a record's texts (`templates.format_prompt`).
+      metric: a name of `metrics.table.METRICS` that follows the published numbers; "" if there is
+        no score.
+      ranking: True if candidates are ranked (`blip.rank`), False if answers are generated.
+      words: in a ranking, the words that stand for each of the record's choices; () if the
+        choices themselves are ranked.
+      decoding: settings of generation; in a ranking, used only if it is overridden to generate.
+      llama: settings that replace those of `decoding` for decoder-only models (LLaMA, OPT).
+      prompts: prompts that replace `prompt`, by kind of language model ("opt").
+      retrieval: True if images and captions are matched with each other (`Retriever.rank`).
+      k: in a retrieval, the number of nearest candidates that are re-ranked by the match.
+      itm_only: in a retrieval, score by the logit of the match without the similarity.
+      length_normalise: in a ranking, divide each score by its number of tokens.
+      paper: published results in percent, by model name.
+      paper_values: published results of values besides the headline, by model name and value.
+      notes: remarks on what is unknown or deviates.
     """
 
     name: str
@@ -94,29 +94,29 @@ class Protocol:
 
     @property
     def mode(self) -> str:
-        """The way of answering, in a word."""
+        """The way of answering, "ranked", "generated" or "retrieved"."""
         if self.retrieval:
             return "retrieved"
         return "ranked" if self.ranking else "generated"
 
     def config(self, llm: str = "t5") -> GenerationConfig:
-        """Settings of generation for a language model of this kind (`variant.llm.kind`)."""
+        """Returns the generation settings for a language model kind (`variant.llm.kind`)."""
         return self.decoding if llm == "t5" else self.decoding.replace(**self.llama)
 
     def settings(self, llm: str = "t5") -> dict[str, Any]:
-        """Keyword arguments of `blip.generate`, or of `blip.rank` if `ranking` or `retrieval`."""
+        """Returns keyword arguments of `blip.rank` if `ranking` or `retrieval`, else `generate`."""
         if self.ranking or self.retrieval:
             return {name: getattr(self, name) for name in (RANK if self.ranking else RETRIEVE)}
         config = self.config(llm)
         return {name: getattr(config, name) for name in GENERATE} | config.changed()
 
     def override(self, fields: Mapping[str, Any], llm: str = "t5") -> "Protocol":
-        """The protocol with other values: `prompt`, `ranking`, settings by name.
+        """Returns a copy with other values of `prompt`, `ranking` or settings, by name.
 
-        Settings of the other way of answering are left out.
+        Settings that the resulting way of answering does not use are ignored.
 
         Raises:
-          ValueError: a setting cannot be so.
+          ValueError: a setting has an invalid value.
         """
         names = RETRIEVE if self.retrieval else ("prompt", "ranking", *RANK)
         own = {"prompt": self.prompts.get(llm, self.prompt), "prompts": {}}
@@ -127,9 +127,9 @@ class Protocol:
         return dataclasses.replace(self, decoding=config, llama={}, **own)
 
 
-# The configurations of the released code, as they reach `generate`: of captioning all of it; of
-# questions no length penalty, for which `predict_answers` has a default of its own, -1 with T5 and
-# 0 with LLaMA, and no repetition penalty, whose default is `generate`'s.
+# The released code's configs, as far as they reach `generate`. For captions all values do. For
+# questions the length penalty does not: `predict_answers` uses its own default, -1 with T5 and 0
+# with LLaMA. Nor does the repetition penalty: the default of `generate` applies.
 _CAPTION: dict[str, Any] = {
     "decoding": GenerationConfig(
         num_beams=5, repetition_penalty=1.15, max_new_tokens=80, min_new_tokens=9
@@ -149,7 +149,7 @@ _LONG: dict[str, Any] = {  # the defaults of `generate`
 _RANKED: dict[str, Any] = {"ranking": True, **_SHORT}
 
 _CAPTION_PROMPT = "A short image description."
-# Appendix E names it for GQA, VizWiz and the video sets; VQAv2 and OK-VQA are asked the same way.
+# From the paper's appendix E (GQA, VizWiz, video sets); also used here for VQAv2 and OK-VQA.
 _QUESTION = "Question: {question} Short answer:"
 _OPTIONS = "Question: {question} Options: {options}. Short answer:"
 _GENERATED_QUESTION = "Given the image, generate a question whose answer is: {answer}. Question:"
@@ -206,7 +206,7 @@ _BENCHMARKS = (
         *("iconqa", "test", "accuracy", _OPTIONS, _RANKED),
         paper=_paper(50.0, 51.2, 43.1, 44.8),
     ),
-    # Numbers of VQAv2 are those of its test servers.
+    # VQAv2's published numbers are from its test servers, which use EvalAI's metric.
     _row("vqav2", "val", "vqa_accuracy_evalai", _QUESTION, _SHORT),
     _row(
         *("vizwiz", "val", "vqa_accuracy_evalai", _QUESTION, _SHORT),
@@ -286,17 +286,12 @@ HELD_OUT = (
 
 
 def get_protocol(name: str) -> Protocol:
-    """The row of that name; a ValueError with those spelled alike where there is none."""
+    """Returns the protocol `name`; raises a ValueError that suggests similar names if unknown."""
     return lookup.find(PROTOCOLS, name, "protocol")
 
 
-def get_benchmark(name: str) -> Protocol:
-    """The row of a dataset; a ValueError with those spelled alike where there is none."""
-    return lookup.find(BENCHMARKS, name, "dataset")
-
-
 def table(rows: Mapping[str, Protocol] = PROTOCOLS) -> str:
-    """All rows for people: what is asked of which split, how it is answered and scored."""
+    """Formats protocols for printing: prompt, split, way of answering, metric."""
     return "\n".join(line for name, row in rows.items() for line in _described(name, row))
 
 
@@ -323,6 +318,6 @@ def _described(name: str, row: Protocol) -> Iterator[str]:
 
 
 def paper_model(variant: Variant) -> str:
-    """The name of the published model that has these sizes; "" for none."""
+    """Returns the name of the published model with these sizes; "" if there is none."""
     name = released_name(variant)
     return name if name in SHORT else ""

@@ -1,14 +1,14 @@
-"""Published answers of released weights, with the questions and the images.
+"""Published answers of released models, with their questions and images.
 
-The facts stand in a JSON file (`FACTS`; any other of its form will do):
+They are in a JSON file, `FACTS` by default:
 
-    {"images": {NAME: {"description", "url", "sha256": of the file, where it is known}},
-     "entries": [{"name", "model": a variant, or "" for any model, "image": NAME, "prompt",
+    {"images": {NAME: {"description", "url", "sha256": of the file, if known}},
+     "entries": [{"name", "model": a released model's name, or "" for any, "image": NAME, "prompt",
                   "settings": of `generate`, "source",
-                  "published": [{"by", "text", "tokens": new ids, eos included, if known}],
+                  "published": [{"by", "text", "tokens": new ids with eos, if known}],
                   "note": optional}]}
 
-Several published answers of one entry are all right: code or precision differed.
+An entry can have several published answers, made by different code or precision; any is right.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ FACTS = Path(__file__).with_name("published.json")
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """An image: its description, its address, the sha256 of its file ("" where unknown)."""
+    """An image: description, URL, and the sha256 of its file ("" if unknown)."""
 
     description: str
     url: str
@@ -35,7 +35,7 @@ class Image:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """An answer, who published it, and its new ids, () where they are not known."""
+    """A published answer: who published it, its text, its new token ids (() if unknown)."""
 
     by: str
     text: str
@@ -44,7 +44,7 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One question whose answer was published."""
+    """One question with its published answers; the fields are those of the JSON file."""
 
     name: str
     model: str
@@ -57,10 +57,10 @@ class Entry:
 
 
 def read_facts(path: str | os.PathLike) -> tuple[dict[str, Image], list[Entry]]:
-    """Images by name, and entries.
+    """Reads a file of published answers; returns the images by name, and the entries.
 
     Raises:
-      ValueError: the file is no such JSON; every wrong entry is named, with what was expected.
+      ValueError: the file is no such JSON; lists every wrong entry, with what was expected.
     """
     path = Path(path)
     try:
@@ -82,7 +82,7 @@ def read_facts(path: str | os.PathLike) -> tuple[dict[str, Image], list[Entry]]:
 
 
 def is_published_file(image: Image, path: str | os.PathLike) -> bool:
-    """Tells whether the file is the published one, to the byte; True where it is not known."""
+    """Returns True if the file's sha256 is the published one, or none is known."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return not image.sha256 or digest == image.sha256
@@ -111,7 +111,10 @@ def _entry(row: Any, number: int, images: Mapping[str, Any], problems: list[str]
 
 
 def _build(cls: type, row: Any, where: str, problems: list[str]) -> Any:
-    """The dataclass made of the row; None, and a problem, where its fields are others."""
+    """Returns `cls` built from the fields of `row`; None if they do not fit.
+
+    Then a message that begins with `where` is appended to `problems`.
+    """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     needed = {n for n, field in fields.items() if field.default is dataclasses.MISSING}
     if not isinstance(row, dict) or not needed <= set(row) <= set(fields):

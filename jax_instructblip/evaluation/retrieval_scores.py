@@ -1,4 +1,4 @@
-"""Recalls of BLIP-2's first stage on images and captions, by similarity and re-ranked."""
+"""Retrieval recalls of BLIP-2's first stage: by feature similarity, and re-ranked by matching."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,13 +17,14 @@ from jax_instructblip.models.blip2 import Blip2
 def retrieval_scores(
     model: Blip2, params: dict[str, Any], text: CaptionTokenizer, records: Sequence[Record]
 ) -> dict[str, float]:
-    """Recalls of all images and all captions of the records, the headline first, `score` last.
+    """Returns recalls at 1, 5 and 10 between all images and captions of the records, by name.
 
-    `recall` is the mean of both ways' R@1 after re-ranking; `itc/...` are those of similarities
-    alone. Captions that several images share are right for each of them.
+    `recall`, the first, and `score`, the last, are the mean R@1 of both directions after re-ranking
+    with the match head. Names with `itc/` are recalls of feature similarity alone. A caption that
+    several images share is right for each of them.
 
     Raises:
-      ValueError: there are no captions, or the model is spread over several processes.
+      ValueError: there are no captions, or several processes run.
     """
     if jax.process_count() > 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""From rows of predictions to the results of a dataset."""
+"""Scores the prediction rows of a dataset, and summarises them for `results.json`."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,9 @@ HIDDEN = "the right answers of this split are not public: hand in the prediction
 
 
 def metric_of(task: Task, *, full: bool = False) -> tuple[str, Metric] | None:
-    """The metric of a task and its name; None where nothing is scored.
+    """Returns name and function of the task's metric; None if the task is not scored.
 
-    `full` adds to captions what only Java computes, which takes a while.
+    `full` adds METEOR and SPICE to the caption metrics; they need Java and some minutes.
     """
     name = task.protocol.metric
     if not name:
@@ -31,9 +31,10 @@ def metric_of(task: Task, *, full: bool = False) -> tuple[str, Metric] | None:
 def score(
     task: Task, rows: Sequence[Prediction], records: Sequence[Record], *, full: bool = False
 ) -> tuple[list[Prediction], Scores | None, str]:
-    """The rows with their scores, the scores of all, and, without any, why there are none.
+    """Returns the rows with their scores, the overall scores, and a reason.
 
-    Records whose right answer is not public are left out, with a note.
+    If the task cannot be scored, the scores are None and the reason says why; else it is "".
+    Records without a public answer are excluded, with a note in the scores.
     """
     metric = metric_of(task, full=full)
     if metric is None:
@@ -61,7 +62,7 @@ def score(
 
 
 def percent(name: str, value: float) -> float:
-    """A value as papers print it."""
+    """Converts a metric's fraction to percent, except for the counts and ranks in `COUNTS`."""
     return value if name in COUNTS else 100 * value
 
 
@@ -75,10 +76,11 @@ def summarise(
     cut: int,
     model: str,
 ) -> dict[str, Any]:
-    """The entry of the task in `results.json`: plain JSON.
+    """Returns the task's entry in `results.json`, as plain JSON values in percent.
 
-    `cut` is how many prompts the Q-Former read the end of alone, `model` the model of the paper
-    that has these sizes ("" for none).
+    `scores` and `reason` are those of `score`; `facts` are copied into the entry. `cut` is the
+    number of prompts that are truncated for the Q-Former; `model` is the paper's model of the same
+    sizes, "" for none.
     """
     values = {} if scores is None else {k: percent(k, v) for k, v in scores.values.items()}
     errors = {} if scores is None else scores.standard_errors()
@@ -106,12 +108,12 @@ def summarise(
 
 
 def is_known(record: Record, metric: str) -> bool:
-    """Tells whether the right answer of a record is public."""
+    """Returns True if the record has a right answer of the kind that `metric` needs."""
     return record.correct >= 0 if metric in ("accuracy", "auroc", "mrr") else bool(record.answers)
 
 
 def _response(task: Task, row: Prediction) -> Response:
-    """The part of a row that the metric takes."""
+    """Returns the part of a row that the metric reads."""
     if not task.protocol.ranking or task.candidates or row.problem:
         return Response(row.id, row.text)
     if task.protocol.words and len(row.scores) == sum(map(len, task.protocol.words)):

@@ -1,4 +1,4 @@
-"""The settings of an evaluation, named as the flags of `jax-instructblip evaluate` are."""
+"""The settings of an evaluation, with the same names as flags of `jax-instructblip evaluate`."""
 
 import dataclasses
 import difflib
@@ -27,9 +27,9 @@ NUMBERS = {
     "tensor": _DEVICES,
 }
 
-PLACES = ("checkpoint", "data", "out", "predictions", "candidates", "relevance")  # or addresses
+PLACES = ("checkpoint", "data", "out", "predictions", "candidates", "relevance")  # may be addresses
 _PATHS = ("out", "predictions", "candidates", "relevance")
-# How records are shown, where paper and released code differ.
+# Ways to show records in which the paper and the released code differ.
 SHOWING = {
     "text_processor": text_processors.PROCESSORS,
     "dialogue": templates.DIALOGUES,
@@ -51,37 +51,40 @@ _OF_DATASETS = ("prompt", "mode", "candidates", "relevance", "length_normalise",
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of one evaluation; of how it is asked, None is as the protocols of datasets say.
+    """The settings of one evaluation; None means the default of the dataset's protocol.
+
+    Without `datasets`, accuracy is measured by family of questions: records with the same `task`.
 
     Attributes:
-      checkpoint: a Hugging Face folder, a converted one, a run, or an embedded name. It, `data` and
-        the files and folders below may be at an address of a store.
-      datasets: benchmarks by name; () for accuracies by family of questions.
-      data: prepared datasets, or the files as they were downloaded; of families a file of JSON
-        lines or `shapes`, by default what the run was validated on.
-      out: folder to write to; of families by default the run.
-      split: another than the paper's; of families one or more with commas, by default test splits.
-      limit: so many questions of each, always the same; 0: all.
-      batch_size: questions (of a retrieval pairs) at once, of datasets on each device.
-      predictions: a file of answers that were made before, which are scored.
-      relevance: a file of dense annotations, for visual_dialog's NDCG.
-      no_baselines: of families, whether `blind` and `before` are left out.
-      text_processor, dialogue: "lavis" and "q_a" write questions and dialogues as the released code
-        does (`templates.TextStyle`).
-      image_crop: "center" shows the middle of an image, as the released evaluation of COCO and
-        OK-VQA; by default all of it, squashed.
-      ignore_exif: whether photographs are left as they lie in the file.
+      checkpoint: a Hugging Face folder, a converted folder, a run, or the name of an embedded
+        checkpoint. It, `data` and all files and folders may be object-store addresses (`gs://...`).
+      datasets: names of benchmarks; () for families.
+      data: folder of prepared or original datasets; for families a JSON-lines file or `shapes`, by
+        default what the run was validated on.
+      out: the folder to write to; for families by default the run.
+      split: a split other than the paper's; for families one or more, separated by commas, by
+        default the test splits.
+      limit: number of questions per dataset, always the same ones; 0: all.
+      batch_size: questions, in a retrieval pairs, at once; for datasets, on each device.
+      predictions: a file of existing answers to be scored.
+      relevance: a file of Visual Dialog's dense annotations, for NDCG.
+      no_baselines: for families, skip the baselines `blind` (black images) and `before` (training).
+      text_processor, dialogue: "lavis" and "q_a" format questions and dialogues as the released
+        code does (`templates.TextStyle`).
+      image_crop: "center" crops the middle of an image, as the released evaluation of COCO and
+        OK-VQA does; by default the whole image is squashed to a square.
+      ignore_exif: do not rotate photographs as their EXIF data say.
       prompt: with placeholders `{question} {options} {context} {ocr} {history} {answer}`.
-      mode: "rank" to rank candidates, "generate" to generate.
-      candidates: a file of candidates, one a line, of msvd_qa and msrvtt_qa.
+      mode: "rank" to rank candidates, "generate" to generate answers.
+      candidates: a file of candidates, one per line, for msvd_qa and msrvtt_qa.
       num_beams, length_penalty, repetition_penalty, max_new_tokens, min_new_tokens, length_rule: as
         in `GenerationConfig`.
-      length_normalise: of a ranking, whether scores are means over tokens instead of sums.
-      k: of a retrieval, the nearest that are re-ranked.
-      itm_only: of a retrieval, whether a score is the logit of the match alone.
-      dtype: of weights and computing; by default bfloat16, on a CPU float32.
-      fsdp: devices that weights are split over.
-      tensor: devices that share every question.
+      length_normalise: in a ranking, score by the mean log-probability per token, not the sum.
+      k: in a retrieval, the number of nearest candidates that are re-ranked.
+      itm_only: in a retrieval, score by the logit of the match alone.
+      dtype: of weights and computation; by default bfloat16, on a CPU float32.
+      fsdp: number of devices that split the weights, each with its own questions.
+      tensor: number of devices that split the weights and share every question.
     """
 
     checkpoint: str | None = None
@@ -116,10 +119,10 @@ class Settings:
 
     @classmethod
     def of(cls, *, datasets: str | Sequence[str] | None = None, **values: Any) -> "Settings":
-        """The settings of these values by name; datasets may stand in a text with commas.
+        """Returns checked settings from keyword arguments; `datasets` may be one text with commas.
 
         Raises:
-          ValueError: there is no such setting, a value cannot be, or one has no effect beside the
+          ValueError: an unknown setting, an invalid value, or a setting that has no effect with the
             others.
         """
         if isinstance(datasets, str):
@@ -139,7 +142,7 @@ class Settings:
         return settings
 
     def check(self) -> None:
-        """Raises a ValueError where a setting cannot be, or the others leave it without effect."""
+        """Raises a ValueError for invalid values, and for settings that have no effect."""
         problems = [*find_addresses(vars(self), PLACES), *find_problems(self, NUMBERS)]
         if wrong := [name for name in self.datasets if not isinstance(name, str)]:
             problems.append(f"datasets has {wrong!r:.60}, expected names")
@@ -168,7 +171,7 @@ class Settings:
         self._check_needed()
 
     def _check_needed(self) -> None:
-        """Raises a ValueError where a setting is lacking."""
+        """Raises a ValueError if a required setting is missing."""
         lacking = [name for name in ("data", "out") if getattr(self, name) is None]
         if self.datasets and lacking:
             names = " and ".join(f"--{name}" for name in lacking)
@@ -178,13 +181,13 @@ class Settings:
             raise ValueError(f"--checkpoint: needed{or_else}")
 
     def showing(self) -> dict[str, Any]:
-        """The fields of a `Task` that say how its records are shown."""
+        """Returns the `Task` fields about showing records: `style`, `crop` and `upright`."""
         style = templates.TextStyle(self.text_processor or "paper", self.dialogue or "plain")
         crop = self.image_crop or "squash"
         return {"style": style, "crop": crop, "upright": not self.ignore_exif}
 
     def overrides(self) -> dict[str, Any]:
-        """The settings of decoding and ranking that are given, by name."""
+        """Returns the decoding and ranking settings that are not None, by name."""
         overrides = {name: getattr(self, name) for name in OVERRIDES}
         return {name: value for name, value in overrides.items() if value is not None}
 

@@ -1,8 +1,8 @@
-"""Tasks with one model: answers, scores, `results.json` and the report.
+"""Evaluates tasks with one model: answers, scores, `results.json` and the report.
 
-Several processes answer together: each its share of the questions, on devices of its own, and
-process 0 puts the rows together. Where the weights are split over the processes, all of them answer
-all questions in step, and process 0 alone writes.
+Several processes share the questions: each answers its part on its own devices, and process 0 joins
+the rows. If the weights are split over the processes, all of them answer all questions in step, and
+only process 0 writes.
 """
 
 import contextlib
@@ -34,14 +34,14 @@ from jax_instructblip.progress import Progress
 PREDICTIONS, BASELINES, RESULTS = "predictions", "baselines", "results.json"
 FORMAT = 2  # of RESULTS
 BENCHMARKS, FAMILIES = "benchmarks", "families"
-KINDS = {BENCHMARKS: "benchmarks", FAMILIES: "accuracies by family"}  # what a run has measured
+KINDS = {BENCHMARKS: "benchmarks", FAMILIES: "accuracies by family"}  # kinds of evaluations
 REPORTS = ("report.html", "report.md")
 
 Say = Callable[[str], None]
 
 
 class Finished(NamedTuple):
-    """A task that was answered, and its result."""
+    """A finished task: its prediction rows, and its entry in `results.json`."""
 
     task: Task
     rows: list[Prediction]
@@ -49,14 +49,23 @@ class Finished(NamedTuple):
 
 
 class Destination(NamedTuple):
-    """The place of answers, and what they are of: weights, dtype, questions at once, limit."""
+    """Where answers are written, and the facts that identify them.
+
+    Attributes:
+      folder: the folder of the prediction files.
+      weights: a digest of the model's weights.
+      dtype: the dtype that the model computes in.
+      size: questions per device answered at once.
+      limit: number of records per dataset; 0: all.
+      replace: delete answers with other facts instead of refusing them.
+    """
 
     folder: Path
     weights: str
     dtype: str
     size: int
     limit: int
-    replace: bool  # answers to something else that are there
+    replace: bool
 
 
 def run(
@@ -72,22 +81,24 @@ def run(
     baselines: Sequence[Baseline] = (),
     replace: bool = False,
 ) -> list[Finished]:
-    """The result of every task; empty in all processes but the first.
+    """Answers and scores every task; returns the results ([] on processes other than 0).
 
     Args:
-      blip: the model, on this process's devices or on a mesh of all.
-      tasks: what to ask, in this order.
-      out: folder of predictions, on a disk that all processes share; finished ones are taken up.
-      model: what stands for it: `checkpoint`, `weights` (a digest), `dtype`.
-      size: questions that a device answers at once.
-      limit: of records a dataset, as the tasks were opened with.
-      full: whether captions are scored by what only Java computes, too.
-      say: where lines about what is going on go, of process 0.
-      baselines: what tasks of families are measured beside.
-      replace: remove predictions in `out` of something else, instead of refusing them.
+      blip: the model, on this process's devices or on a mesh of all processes.
+      tasks: the tasks, in this order.
+      out: the output folder, on a disk that all processes share; finished or partial answers
+        there are reused.
+      model: facts that identify the model: `checkpoint`, `weights` (a digest), `dtype`.
+      size: questions that each device answers at once.
+      limit: the limit with which the tasks were opened, to be recorded.
+      full: add METEOR and SPICE, which need Java, to caption scores.
+      say: prints lines about the progress, on process 0.
+      baselines: other ways to answer tasks that are scored by family of questions.
+      replace: delete predictions in `out` that were asked differently, instead of refusing them.
 
     Raises:
-      ValueError: records that cannot be asked at all, or predictions in `out` of something else.
+      ValueError: records without candidates to rank, or `out` has predictions that were asked
+        differently.
     """
     first = jax.process_index() == 0
     say = say if first else lambda line: None
@@ -120,17 +131,17 @@ def run(
 
 
 def describe_result(finished: Finished) -> str:
-    """The result of a task, for people."""
+    """Formats the result of a task for printing."""
     if finished.task.protocol.metric == families.METRIC:
         return families.table(finished.task.name, finished.result)
     return report.line(finished.task.name, finished.result)
 
 
 def score_given(task: Task, path: Path, *, full: bool = True) -> Finished:
-    """The scores of predictions that somebody has made already.
+    """Scores the predictions in the file `path`, which any program may have written.
 
     Raises:
-      MetricError: they are no answers, or not those of the task's records; all are listed.
+      MetricError: the file has no answers, or not those of the task's records; all are listed.
     """
     rows = external_answers.read_given(path)
     records = [task.without_images(number) for number in range(len(task.records))]
@@ -144,13 +155,16 @@ def score_given(task: Task, path: Path, *, full: bool = True) -> Finished:
 
 
 def keep(out: Path, finished: Finished, predictions: Path) -> None:
-    """Writes the rows of answers that somebody has made, so that runs can be compared by them."""
+    """Copies scored external answers to `out`, so that `compare` can read them.
+
+    `predictions` is the file that they come from; if it is the copy itself, nothing is done.
+    """
     path = out / PREDICTIONS / f"{finished.task.name}.jsonl"
     if path.exists() and path.samefile(predictions):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, "".join(row.line() for row in finished.rows))
-    path.with_suffix(".json").unlink(missing_ok=True)  # these rows were asked elsewhere
+    path.with_suffix(".json").unlink(missing_ok=True)  # facts of earlier rows: not those of these
 
 
 def write(
@@ -162,10 +176,15 @@ def write(
     metrics: Sequence[Mapping[str, float]] = (),
     answers: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Writes `results.json`, `report.html` and `report.md`.
+    """Writes `results.json`, `report.html` and `report.md` to `out`.
 
-    `command` is what made them, `metrics` and `answers` are the lines of the run's `metrics.jsonl`
-    and `answers.jsonl`, if there are.
+    Args:
+      out: the output folder.
+      finished: the finished tasks.
+      model: facts that identify the model.
+      command: the command line, to be recorded.
+      metrics: lines of the training run's `metrics.jsonl`, for the curves.
+      answers: lines of the training run's `answers.jsonl`.
     """
     out.mkdir(parents=True, exist_ok=True)
     results = {each.task.name: each.result for each in finished}
@@ -193,10 +212,10 @@ def finish(
     command: str = "",
     recorded: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes the results, says where the report is, and returns what is in `results.json`.
+    """Writes the results and prints the report's path; returns the content of `results.json`.
 
-    `recorded` is what `write` takes besides. In all processes but the first nothing is done, and
-    {} returned.
+    `recorded` has the arguments `metrics` and `answers` of `write`. Processes other than 0 do
+    nothing and return {}.
     """
     if jax.process_index():
         return {}
@@ -206,7 +225,7 @@ def finish(
 
 
 def versions() -> dict[str, str]:
-    """The versions of the programs that compute and score."""
+    """Returns the versions of Python and of the packages that compute and score, by name."""
     names = ("jax-instructblip", "jax", "jaxlib", "flax", "numpy", "transformers", "pycocoevalcap")
     installed = {"python": platform.python_version()}
     for name in names:
@@ -216,7 +235,7 @@ def versions() -> dict[str, str]:
 
 
 def describe(task: Task, name: str, count: int, done: int = 0) -> str:
-    """The task for people: what will be asked, and how."""
+    """Formats for printing what a task asks, and how; `done` records are already answered."""
     facts = task.facts()
     settings = ", ".join(f"{name} {value}" for name, value in facts["settings"].items())
     lines = [
@@ -231,7 +250,7 @@ def describe(task: Task, name: str, count: int, done: int = 0) -> str:
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """A block that ends with an error in every process where it does so in one."""
+    """Context manager: if the block fails in one process, an error is raised in all processes."""
     problem: Exception | None = None
     try:
         yield
@@ -248,7 +267,10 @@ def _ask(
     name: str,
     say: Say,
 ) -> Store:
-    """Answers this process's share of the questions; returns the store of all answers."""
+    """Answers this process's share of the questions; returns the store of all answers.
+
+    `name` is the name of the store's files.
+    """
     process = jax.process_index()
     first, together = process == 0, blip.mesh is not None and blip.mesh.is_multi_process
     share = Share() if together else Share(process, jax.process_count())
@@ -284,7 +306,10 @@ def _finish(
     full: bool,
     paper: str,
 ) -> Finished:
-    """Puts the rows of all processes together, and scores them."""
+    """Joins the rows of all processes, scores them, and returns the task with its result.
+
+    `facts` are copied into the result; `paper` is the paper's model of the same sizes, "" for none.
+    """
     rows, scores, reason = _scored(task, questions, store, full)
     result = scoring.summarise(task, rows, scores, reason, facts, cut=questions.cut, model=paper)
     if questions.alike:
@@ -315,7 +340,7 @@ def _scored(
 
 
 def begin_store(store: Store, first: bool, replace: bool = False) -> dict[str, Prediction]:
-    """The answers already there; every process has seen them when one goes on."""
+    """Returns the rows already in the store, by id, after all processes have seen them."""
     problem: Exception | None = None
     if first:
         try:

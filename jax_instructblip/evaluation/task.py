@@ -1,4 +1,4 @@
-"""A protocol made ready: its records, what is asked of each, and how it is answered."""
+"""A task: a protocol with its records and settings, ready to be asked."""
 
 import dataclasses
 import difflib
@@ -20,26 +20,26 @@ from jax_instructblip.evaluation.metrics.metric import MetricError, listed
 from jax_instructblip.evaluation.metrics.table import RANKED
 from jax_instructblip.evaluation.protocol import Protocol
 
-VIDEO_FRAMES = 4  # of a video that is read as it was downloaded
+VIDEO_FRAMES = 4  # frames taken from an original video file
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One protocol, ready to be asked.
+    """A protocol with its records, ready to be asked.
 
     Attributes:
-      protocol: its row of the table, with what was overridden.
-      split: of its dataset.
-      records: with random access, as they are stored; `with_images` and `without_images` give them.
-      digest: stands for the content of the records' files.
-      settings: keyword arguments of `blip.generate`, or of `blip.rank`.
-      candidates: that every record is ranked over; () where records have their own choices.
-      videos: whether images are paths of video files.
-      relevance: of Visual Dialog the judgements of candidates, by id (`read_relevance`).
-      black: whether black images are shown: what is right then was guessed from the question.
-      style: how questions and dialogues are written.
-      crop: what is seen of an image, a name of `images.CROPS`.
-      upright: whether photographs are turned as their EXIF says.
+      protocol: the protocol, with overrides applied.
+      split: the dataset's split.
+      records: the stored records, by number; read them by `with_images` or `without_images`.
+      digest: identifies the content of the records' files.
+      settings: keyword arguments of `blip.generate` or `blip.rank`.
+      candidates: candidates that every record is ranked over; () if each has its own choices.
+      videos: True if images are paths of video files.
+      relevance: Visual Dialog's relevance of candidates, by record id (`read_relevance`).
+      black: show black images, to measure what can be guessed from the question alone.
+      style: how questions and dialogues are worded.
+      crop: how images are cropped, a name of `images.CROPS`.
+      upright: rotate photographs as their EXIF data say.
     """
 
     protocol: Protocol
@@ -57,34 +57,34 @@ class Task:
 
     @property
     def name(self) -> str:
-        """The name in files and results."""
+        """The protocol's name, used in files and results."""
         return self.protocol.name
 
     def with_images(self, number: int) -> Record:
-        """The record with its images, of a video with some of its frames."""
+        """Returns record `number` with its images; for a video, with some of its frames."""
         record = self.records[number]
         return shards.with_frames(record, VIDEO_FRAMES) if self.videos else record
 
     def without_images(self, number: int) -> Record:
-        """The record with "-" for each image."""
+        """Returns record `number` with "-" in place of each image."""
         record = self.records[number]
         count = VIDEO_FRAMES if self.videos else len(record.images)
         return dataclasses.replace(record, images=("-",) * count, times=())
 
     def prompt(self, record: Record) -> str:
-        """The prompt about the record; where it asks for a question, it has the first answer."""
+        """Returns the prompt for a record; `{answer}` is replaced by its first right answer."""
         return format_prompt(
             self.protocol.prompt, record, record.answers[0] if record.answers else "", self.style
         )
 
     def choices(self, record: Record) -> tuple[str, ...]:
-        """The candidates of a ranking."""
+        """Returns the texts to rank for a record: protocol words, shared candidates or choices."""
         if self.protocol.words:
             return tuple(word for words in self.protocol.words for word in words)
         return self.candidates or record.choices
 
     def facts(self) -> dict[str, Any]:
-        """The facts of the questions: what is asked and how, for people and to compare two runs."""
+        """Returns what is asked and how, as JSON values; equal facts mean the same task."""
         facts: dict[str, Any] = {
             "dataset": self.protocol.dataset,
             "split": self.split,
@@ -112,7 +112,7 @@ class Task:
 
 
 class Chosen(Sequence[Record]):
-    """Some of the records, read when they are asked for."""
+    """The records with the given numbers, read lazily."""
 
     def __init__(self, records: Sequence[Record], numbers: Sequence[int]):
         self._records, self._numbers = records, numbers
@@ -135,22 +135,21 @@ def open_task(
     overrides: Mapping[str, Any] | None = None,
     scoring: bool = False,
 ) -> Task:
-    """The task of a protocol whose records lie in `data`.
+    """Opens the records in `data` for a protocol; returns the task.
 
     Args:
-      protocol: what to evaluate, a row with a dataset.
-      data: what `jax-instructblip prepare` wrote (the folder of all datasets or of this one), or
-        the files as they were downloaded (in a folder of the dataset's name, or alone).
-      llm: the kind of the language model, which some settings depend on.
-      split: another than the protocol's.
-      limit: so many of the records, always the same ones; 0: all.
-      candidates: that a ranking over one list for all records takes, instead of those that
-        `prepare` found.
-      overrides: what `Protocol.override` takes.
-      scoring: only right answers are needed, so that files which a prompt takes may be missing.
+      protocol: a protocol with a dataset.
+      data: output of `jax-instructblip prepare` (the folder of all datasets or of this one), or
+        the original files (directly, or in a folder with the dataset's name).
+      llm: the kind of the language model, on which some settings depend.
+      split: the split; by default the protocol's.
+      limit: number of records, always the same ones; 0: all.
+      candidates: for a ranking over one list, candidates that replace those in `data`.
+      overrides: fields as in `Protocol.override`.
+      scoring: only right answers are needed, so files with other texts may be missing.
 
     Raises:
-      ValueError: there are no such records, there is no such split, or candidates are missing.
+      ValueError: records, the split or the list of candidates are missing.
     """
     dataset = DATASETS[protocol.dataset]
     split = split or protocol.split or next(iter(dataset.files))
@@ -175,10 +174,10 @@ def open_task(
 
 
 def pick_numbers(count: int, limit: int) -> list[int]:
-    """`limit` of `count` numbers, always the same ones, in their order; all of them for 0.
+    """Returns `limit` of the numbers below `count`, always the same ones, sorted; 0: all.
 
-    They are drawn at random: every n-th would meet only some of the families where records of one
-    image follow each other.
+    They are random: if every n-th were taken, families could be missed when records of one image
+    are adjacent.
     """
     if limit < 0:
         raise ValueError(f"limit is {limit}, expected 0 (all) or more")
@@ -187,7 +186,7 @@ def pick_numbers(count: int, limit: int) -> list[int]:
 
 
 def check_choices(task: Task, records: Sequence[Record]) -> None:
-    """Raises a ValueError that lists the records of a ranking that have nothing to choose among."""
+    """Raises a MetricError that lists records of a ranking that have no candidates."""
     if not task.protocol.ranking or task.protocol.words or task.candidates:
         return
     if lacking := [record.id for record in records if not record.choices]:
@@ -202,7 +201,7 @@ def check_choices(task: Task, records: Sequence[Record]) -> None:
 def _open(
     dataset: Dataset, data: Path, split: str, scoring: bool
 ) -> tuple[Sequence[Record], str, tuple[str, ...], bool]:
-    """Records, the digest of their files, the candidates beside them, whether they are videos."""
+    """Returns records, digest of their files, shared candidates, and whether they are videos."""
     for directory in (data / dataset.name, data):
         folder = prepared_folder(directory)
         if folder is None:

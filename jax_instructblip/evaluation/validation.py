@@ -1,4 +1,4 @@
-"""The measurements of a run while it trains, by which it chooses its best checkpoint."""
+"""Validation during training: the scores by which a run chooses its best checkpoint."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -27,15 +27,17 @@ from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.models.blip2 import Blip2
 from jax_instructblip.models.vlm import VisionLanguageModel
 
-SAMPLES = 8  # answers to show
-_LOOKED_AT = 64  # records, of which one must have a right answer
+SAMPLES = 8  # answers handed to `take_samples`
+_LOOKED_AT = 64  # records that `check` reads; at least one must have a right answer
 
 
 def check(records: Sequence[Record], path: str, split: str) -> None:
-    """Looks before anything is trained whether the records of that path can be scored.
+    """Checks, before training starts, that the validation records can be scored.
+
+    `path` and `split` are where the records are from.
 
     Raises:
-      MetricError: they cannot be.
+      MetricError: the dataset has no metric, no public answers, or its tools are missing.
     """
     name = dataset_name(path)
     metric = BENCHMARKS[name].metric if name else families.METRIC
@@ -67,22 +69,24 @@ def evaluate(
     upright: bool = True,
     take_samples: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> dict[str, float]:
-    """Scores of the model on the validation records: the headline metric first, `score` last.
+    """Returns validation scores by name: the headline metric first, `score` last.
 
-    `score` is the headline again, under a name that every run has: its best checkpoint is the one
-    of the highest. Of a folder `path` that `jax-instructblip prepare` wrote, the headline is the
-    dataset's own metric (of captions CIDEr), with the prompt and the settings of its protocol. Of
-    other records it is `accuracy`: exact match of whole answers, the mean over the families, with
-    `accuracy/FAMILY`. `limit` questions are taken; 0 takes all. `take_samples` is called with a few
-    rows of the predictions, always of the same questions. `style` and `upright` are those of
-    training: how texts are written, and whether photographs are turned.
+    `score` repeats the headline under a name that every run has; the best checkpoint is the one
+    with the highest `score`. The headline is
 
-    Of BLIP-2's first stage it is `recall`, the mean R@1 of both ways (`retrieval_scores`).
+    - for a folder `path` written by `jax-instructblip prepare`: the dataset's own metric, asked by
+      its protocol (CIDEr for captions);
+    - for other records: `accuracy`, exact match averaged over the families of questions, and then
+      `accuracy/FAMILY` for each;
+    - for BLIP-2's first stage: `recall`, the mean R@1 of both directions (`retrieval_scores`).
 
-    On a mesh of several processes each calls it with the same records and gets the same numbers.
+    `limit` questions are asked; 0 means all. `take_samples` is called with a few prediction rows,
+    always of the same questions. `style` and `upright` should be those of training: how texts are
+    worded, and whether photographs are rotated by EXIF. In a multi-process run each process calls
+    this with the same records and gets the same numbers.
 
     Raises:
-      MetricError: the dataset cannot be scored here.
+      MetricError: the records cannot be scored.
     """
     if isinstance(model, Blip2):
         assert isinstance(text, CaptionTokenizer)

@@ -1,4 +1,4 @@
-"""The comparison of a model's answers with those that were published of it."""
+"""Compares a model's answers with published answers of the same released model."""
 
 import dataclasses
 import difflib
@@ -22,14 +22,20 @@ from jax_instructblip.inference.pipeline import Answer, InstructBlipPipeline
 from jax_instructblip.inference.pipeline import load_pipeline as load
 from jax_instructblip.models.released import released_name
 
-AROUND = 20  # characters shown of each side of a difference
+AROUND = 20  # characters of context on each side of a difference
 
 Say = Callable[[str], None]
 SAY: Say = functools.partial(print, flush=True)
 
 
 class Outcome(NamedTuple):
-    """The numbers of published answers that were given, that were asked for, and that were not."""
+    """Counts of published questions.
+
+    Attributes:
+      matching: asked, and answered as published.
+      asked: all that were asked.
+      missing: not asked, because their image was not given.
+    """
 
     matching: int
     asked: int
@@ -37,19 +43,19 @@ class Outcome(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Tells whether all that were asked match, and at least one was asked."""
+        """True if at least one question was asked and all answers match."""
         return 0 < self.asked == self.matching
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The first place where an answer is not the published one.
+    """The first position at which an answer differs from the published one.
 
     Attributes:
-      place: "token 3" or "character 17", from 0.
-      expected: what stands there in the published answer, with its surroundings.
-      found: what stands there instead.
-      by: whose answer it was compared with: of several the one that agrees longest.
+      place: "token 3" or "character 17", counted from 0.
+      expected: the published answer at this position, with some context.
+      found: the model's answer at this position.
+      by: who published the answer; of several, the one that agrees longest.
     """
 
     place: str
@@ -67,18 +73,18 @@ def verify(
     dtype: Any = None,
     say: Say = SAY,
 ) -> Outcome:
-    """Asks a checkpoint all published questions about the `images` that are given.
+    """Asks a checkpoint all published questions about the given images; returns the counts.
 
     Args:
-      checkpoint: what `load` takes.
-      images: `NAME=FILE`, the names those of the facts.
-      facts: a file as `published.py` draws it.
-      model: which of the models in the facts it is; by default that of its sizes.
-      dtype: of weights and computing, as `load` takes it.
-      say: takes each line about what is going on, as soon as it is known.
+      checkpoint: a checkpoint as `load` accepts it.
+      images: `NAME=FILE` for each image; NAME is an image of `facts`.
+      facts: a JSON file of published answers, in the format of `published.py`.
+      model: the released model's name; by default determined by the checkpoint's sizes.
+      dtype: of weights and computation, as `load` accepts it.
+      say: prints each line of the result as soon as it is known.
 
     Raises:
-      ValueError: facts or images cannot be used, or there are no facts about such a model.
+      ValueError: unusable facts or images, or no facts about this model.
     """
     pictures, entries = read_facts(facts)
     paths = read_images(images, pictures)
@@ -107,7 +113,7 @@ def verify(
 
 
 def read_images(words: Sequence[str], images: Mapping[str, Image]) -> dict[str, Path]:
-    """The files of `NAME=FILE`, each opened once: a bad one should not wait for the weights."""
+    """Parses `NAME=FILE` words into files by name; opens each to fail before weights are read."""
     paths = {}
     for word in words:
         name, _, path = word.partition("=")
@@ -125,7 +131,7 @@ def read_images(words: Sequence[str], images: Mapping[str, Image]) -> dict[str, 
 def _ask(
     blip: InstructBlipPipeline, entries: Sequence[Entry], paths: Mapping[str, Path], say: Say
 ) -> int:
-    """The number of entries that match; each is told as soon as it is known."""
+    """Asks the entries and prints the result of each; returns the number that match."""
     matching = 0
     width = max(len(entry.name) for entry in entries)
     for entry in entries:
@@ -151,7 +157,11 @@ def _not_run(entries: Sequence[Entry], images: Mapping[str, Image]) -> Iterator[
 def compare(
     blip: InstructBlipPipeline, entry: Entry, image: str | os.PathLike
 ) -> tuple[Answer, Difference | None]:
-    """The model's answer, and where it first differs from all published ones."""
+    """Returns the model's answer, and its first difference from the published ones, or None.
+
+    None means that it equals one of them. Otherwise the difference is from the published answer
+    that agrees longest.
+    """
     (answer,) = blip.generate([image], [entry.prompt], **entry.settings)
     compared = [first_difference(blip, answer, each) for each in entry.published]
     if None in compared:
@@ -163,9 +173,9 @@ def compare(
 def first_difference(
     blip: InstructBlipPipeline, answer: Answer, published: Published
 ) -> tuple[float, Difference] | None:
-    """The share of the published answer that was given, and what then differs.
+    """Returns the share of the published answer before the first difference, and the difference.
 
-    Tokens are compared where they were published, otherwise texts.
+    None if there is no difference. Compares tokens if they were published, else texts.
     """
     if published.tokens:
         unit, length = "token", len(published.tokens)
@@ -184,7 +194,7 @@ def first_difference(
 
 
 def _first_unequal(expected: Sequence, found: Sequence) -> int:
-    """The first place where the two differ, or where the shorter one ends; -1 if nowhere."""
+    """Returns the first index at which the sequences differ or one ends; -1 if equal."""
     pairs = zip(expected, found, strict=False)
     for position, (one, other) in enumerate(pairs):
         if one != other:

@@ -1,7 +1,8 @@
-"""From a checkpoint and images to answers.
+"""Inference: from a checkpoint and images to answers, rankings and retrieval.
 
-`loading` finds a model and its weights, `pipeline` is what `load()` returns, `batching` pads images
-and prompts; `decode` (greedy and sampled, `sampling` its scores), `beam_search` and `ranking` are
-the ways to an answer; `generation_config` names their settings. `asking` puts questions about files
-to a checkpoint, `text_loading` reads its tokenizers alone.
+`loading` resolves a model and reads its weights, `pipeline` is what `load()` returns, `batching`
+pads images and prompts. Answers come from `decode` (greedy and sampled; `sampling` changes scores),
+`beam_search` or `ranking`; `generation_config` holds their settings. `retrieval` is for BLIP-2's
+first stage. `asking` answers questions about image files for the commands, `text_loading` loads
+only the tokenizers of a checkpoint.
 """

@@ -1,4 +1,4 @@
-"""An answer, made of what decoding returns."""
+"""Answers: text, tokens and log-probabilities, made of what decoding returns."""
 
 import dataclasses
 from typing import Any
@@ -10,15 +10,15 @@ from jax_instructblip.data.text import TextProcessor
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One answer.
+    """The answer to one question.
 
     Attributes:
       text: the words, without special tokens and outer white space.
       tokens: the new ids alone; the last one is eos unless `max_new_tokens` cut the answer off.
-      logprob: the sum over `tokens` (eos included) of their natural log-probabilities under the
-        model itself, before temperature, truncation and penalties.
-      logprobs: of each token.
-      alternatives: of a beam search with `num_return_sequences` > 1, the next best answers.
+      logprob: the sum of `logprobs`.
+      logprobs: the natural log-probability of each of `tokens` (eos included) under the model
+        itself, before temperature, top-k, top-p and penalties.
+      alternatives: the next best answers, of a beam search with `num_return_sequences` > 1.
     """
 
     text: str
@@ -31,9 +31,9 @@ class Answer:
 def best_answer(
     text: TextProcessor, generated: dict[str, np.ndarray], row: int, count: int
 ) -> Answer:
-    """The first of the row's answers, with the next `count - 1` as its alternatives.
+    """The best answer in row `row` of `generated`, with the next `count - 1` ones as alternatives.
 
-    `generated` is what `generate_tokens` or `beam_tokens` returned.
+    `generated` is the result of `generate_tokens` or `beam_tokens`, as numpy arrays.
     """
     first, *others = [_answer(text, generated, row, index) for index in range(count)]
     return dataclasses.replace(first, alternatives=tuple(others))
@@ -48,7 +48,7 @@ def _answer(text: TextProcessor, generated: dict[str, np.ndarray], row: int, ind
 
 
 def check_finite(wrong: list[int], dtype: Any) -> None:
-    """Raises a ValueError where `wrong` names questions whose scores are not finite."""
+    """Raises a ValueError if `wrong` names any questions whose scores are not finite."""
     if wrong:
         raise ValueError(
             f"the model's scores of questions {wrong} are not finite, so what it says means "

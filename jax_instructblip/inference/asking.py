@@ -1,4 +1,4 @@
-"""Questions about image files, put to a checkpoint: all is checked before weights are read."""
+"""Questions about image files, put to a checkpoint; inputs are checked before weights are read."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -25,9 +25,10 @@ def answer_files(
     dtype: Any = None,
     batch_size: int = BATCH_SIZE,
 ) -> list[Row]:
-    """The answers to questions about files, in order: what was asked, text, tokens, alternatives.
+    """Answers questions about image files; returns one dict per question, in order.
 
-    Arguments are those of `load` and of `generate`, which say what they raise.
+    The keys are image, prompt, answer, logprob, tokens, logprobs and alternatives. Arguments and
+    errors are those of `load_pipeline` and `InstructBlipPipeline.generate`.
     """
     questions = _check(checkpoint, images, prompts)
     blip = load(checkpoint, dtype=dtype)
@@ -54,7 +55,7 @@ def stream_files(
     *,
     dtype: Any = None,
 ) -> Iterator[tuple[Any, str, Iterator[str]]]:
-    """Image, prompt and the pieces of the answer of each question, one after the other."""
+    """Yields (image, prompt, pieces of the answer) for each question, one after the other."""
     questions = _check(checkpoint, images, prompts)
     blip = load(checkpoint, dtype=dtype)
     for question in questions:
@@ -73,9 +74,10 @@ def rank_files(
     dtype: Any = None,
     batch_size: int = BATCH_SIZE,
 ) -> list[Row]:
-    """The `top` candidates of each question about files, best first, with score and probability.
+    """Ranks candidate answers to questions about image files; returns one dict per question.
 
-    Arguments are those of `load` and of `rank`, which say what they raise.
+    The keys are image, prompt and candidates: the `top` best, each with candidate, score and
+    probability. Arguments and errors are those of `load_pipeline` and `InstructBlipPipeline.rank`.
     """
     questions = _check(checkpoint, images, prompts, candidates)
     blip = load(checkpoint, dtype=dtype)
@@ -93,7 +95,10 @@ def rank_files(
 
 
 def best_candidates(candidates: Sequence[str], scores: np.ndarray, count: int) -> list[Row]:
-    """The best `count` candidates, best first; probabilities are a softmax over all of them."""
+    """The `count` best candidates, best first, as dicts with candidate, score and probability.
+
+    The probabilities are a softmax over the scores of all candidates.
+    """
     chances = np.exp(scores.astype(np.float64) - scores.max())
     chances /= chances.sum()
     order = np.argsort(-scores, kind="stable")[:count]
@@ -113,7 +118,7 @@ def _check(
     prompts: Sequence[str],
     candidates: Sequence[str] | None = None,
 ) -> list[Question]:
-    """The questions; mistakes do not wait for weights, nor bad images for answers to good ones."""
+    """Checks all inputs, before weights are read, and returns the questions."""
     questions = pair_inputs(images, prompts)
     if candidates is not None:
         check_candidates(candidates, len(questions))

@@ -1,7 +1,7 @@
-"""The questions of a call, checked and cut into batches: images and prompts to padded arrays.
+"""Batches of questions: checks images and prompts, and pads them to arrays of few shapes.
 
-Sizes are few, so that the compiled programs are: both texts of a batch are padded to one of
-`LENGTHS`, a batch to a power of two, or to `batch_size` where there are more questions than that.
+Few shapes mean few compiled programs: the texts of a batch are padded to one of `LENGTHS`, a batch
+to a power of two, or to `batch_size` if there are more questions than that.
 """
 
 import itertools
@@ -20,9 +20,9 @@ from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.fields import check, text_problem, whole
 from jax_instructblip.models.variants import Variant
 
-LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens
+LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens of a padded text
 
-MOST_FRAMES = 1_024  # of a video; attention needs memory by the square of them
+MOST_FRAMES = 1_024  # of a video; the memory of attention grows with their square
 
 Frame = str | os.PathLike | bytes | Image.Image | np.ndarray
 Picture = Frame | Sequence[Frame]  # several frames, in order of time, are a video
@@ -30,10 +30,10 @@ Example = dict[str, np.ndarray]
 
 
 class Question(NamedTuple):
-    """A prompt and the frames that it is about (a still image: one).
+    """A prompt and the frames that it is about; a still image has one frame.
 
-    What was prepared before is not made again: frames may be the pixels that the model sees
-    (`pixels`), and `example` may hold the prompt's tokens (`TextProcessor.prompt`).
+    Prepared inputs are used as they are: `frames` may be the array that `pixels` returns, `example`
+    the tokens that `TextProcessor.prompt` returns.
     """
 
     frames: tuple[Frame, ...] | np.ndarray
@@ -42,21 +42,21 @@ class Question(NamedTuple):
 
 
 class QuestionBatch(NamedTuple):
-    """One batch of a call, filled up with copies of its last row, number included.
+    """One batch of a call, filled up with copies of its last row (also in `rows`).
 
-    A copy ends when its original does, so it never keeps the decoding going.
+    A copy ends with its original, so padding never prolongs decoding.
     """
 
-    rows: np.ndarray  # [B] their places in the call
-    count: int  # the real ones, which come first
+    rows: np.ndarray  # [B] index of each question in the call
+    count: int  # number of real rows, which come first
     batch: Batch
 
 
 def pair_inputs(images: Sequence[Picture] | Frame, prompts: Sequence[str] | str) -> list[Question]:
-    """One question for each prompt or image: one of either serves all of the other.
+    """Pairs images with prompts; a single image or prompt is used with all of the other kind.
 
-    A single picture or prompt need not stand in a list. Raises ValueError for none at all, for
-    counts that do not match, for prompts that are no text, and for videos of different lengths.
+    A single image or prompt need not be in a list. A ValueError for empty lists, counts that do not
+    match, prompts that are no text, and videos of different lengths.
     """
     images = [images] if isinstance(images, Frame) else images
     prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -94,7 +94,7 @@ def pair_inputs(images: Sequence[Picture] | Frame, prompts: Sequence[str] | str)
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raises a ValueError where so many questions cannot be answered at once."""
+    """Raises a ValueError if `batch_size` is not a whole number from 1 to 65,536."""
     check({"batch_size": batch_size}, {"batch_size": whole(1, 65_536, unit="questions")})
 
 
@@ -105,11 +105,11 @@ def make_batches(
     multiple: int = 1,
     reserve: int = 0,
 ) -> Iterator[QuestionBatch]:
-    """The questions in batches of at most `batch_size`, each a multiple of `multiple` rows.
+    """Yields the questions in batches of at most `batch_size`, each a multiple of `multiple` rows.
 
-    `reserve` is how many new tokens must fit behind a prompt. Where all questions are about one
-    picture, `images` has one row alone, unless batches are to be split. Everything is checked
-    before the first batch is handed out, except the images, which are opened batch by batch.
+    `reserve` is the number of new tokens that must fit after a prompt. If all questions are about
+    one picture and `multiple` is 1, `images` has a single row. Everything but the images is checked
+    before the first batch; images are opened batch by batch.
     """
     check_batch_size(batch_size)
     examples = [question.example or text.prompt(question.prompt) for question in questions]
@@ -136,20 +136,20 @@ def make_batches(
         )
         del batch["truncated"]
         if one_picture:
-            batch["images"] = batch["images"][:1]  # which the model then looks at once
+            batch["images"] = batch["images"][:1]  # the model then encodes the picture once
         numbers = np.pad(np.array(rows, np.int32), (0, size - len(rows)), mode="edge")
         yield QuestionBatch(numbers, len(rows), batch)
 
 
 def prompt_limit(variant: Variant, frames: int, reserve: int) -> int:
-    """Most tokens of a prompt about `frames` frames, `reserve` new tokens behind it."""
+    """Most tokens of a prompt about `frames` frames, if `reserve` new tokens must fit after it."""
     if variant.llm.max_positions is None:
         return LENGTHS[-1]
     return min(LENGTHS[-1], variant.llm.max_positions - frames * variant.visual_tokens - reserve)
 
 
 def check_reserve(variant: Variant, frames: int, reserve: int) -> None:
-    """Refuses more new tokens than the cache may hold behind a prompt of one token."""
+    """Raises a ValueError if the frames, one token and `reserve` new tokens do not fit."""
     visual_tokens = frames * variant.visual_tokens
     if (positions := variant.llm.max_positions) is not None:
         most, why = (
@@ -166,9 +166,9 @@ def check_reserve(variant: Variant, frames: int, reserve: int) -> None:
 
 
 def compacted(batch: Batch) -> Batch:
-    """A copy of `batch` with the padding of all texts at the end, order kept.
+    """A copy of `batch` with the padding of each text moved to its end; the order is kept.
 
-    For batches that come from elsewhere, padded on the left or with holes.
+    Batches from elsewhere may be padded on the left or between tokens.
     """
     batch = dict(batch)
     decoding = "decoder_segments" in batch
@@ -187,7 +187,10 @@ def compacted(batch: Batch) -> Batch:
 
 
 def ask_every_slot(variant: Variant, batch: Batch) -> Batch:
-    """The batch; one without targets asks a decoder-only model for every slot."""
+    """Asks a decoder-only model for the logits of every slot, if the batch has no targets.
+
+    Returns `batch` with added keys `asked` and `targets`, or unchanged.
+    """
     if {"asked", "targets"} & batch.keys() or variant.llm.encoder_decoder:
         return batch
     slots = np.zeros_like(batch["slots"]) + np.arange(batch["slots"].shape[1], dtype=np.int32)
@@ -198,7 +201,10 @@ _INSTRUCTION = ("qformer_tokens", "qformer_mask")
 
 
 def _move_padding(batch: Batch, segments: str, names: Sequence[str]) -> np.ndarray:
-    """Moves padding to the end of rows in place; returns where slots went (the last: nowhere)."""
+    """Moves the padding of `segments` and `names` to the end of each row, in place.
+
+    Returns the new index of each slot, and one more column for indices that point to no slot.
+    """
     order = np.argsort(batch[segments] == 0, axis=1, kind="stable")
     for name in (segments, *names):
         batch[name] = np.take_along_axis(np.asarray(batch[name]), order, axis=1)
@@ -215,9 +221,9 @@ def _follow(index: np.ndarray, moved: np.ndarray) -> np.ndarray:
 def pixels(
     frames: Sequence[Frame] | np.ndarray, size: int, crop: str = "squash", upright: bool = True
 ) -> np.ndarray:
-    """The pixels that the model sees: `[F, size, size, 3]` uint8, an array as it is.
+    """The pixels [F, size, size, 3] uint8 that the model sees; an array is returned unchanged.
 
-    `crop` is a name of `images.CROPS`; `upright` is as in `images.decode`.
+    `crop` is a name in `images.CROPS`; `upright` applies EXIF orientation, as in `images.decode`.
     """
     if isinstance(frames, np.ndarray):
         return frames
@@ -225,9 +231,10 @@ def pixels(
 
 
 def _common_length(text: TextProcessor, examples: Sequence[Example]) -> dict[str, tuple[int, ...]]:
-    """One length for both texts: if each had its own, every pair of lengths would be a program.
+    """The padded lengths of both texts in a batch, from one length in `LENGTHS` for both.
 
-    A row has the slots of the images besides.
+    With a length of its own for each text, every pair of lengths would be compiled. `slots` also
+    counts the visual vectors.
     """
     both = ("tokens", "qformer_tokens")
     longest = max(len(each[name]) for each in examples for name in both if name in each)
@@ -239,7 +246,7 @@ def _common_length(text: TextProcessor, examples: Sequence[Example]) -> dict[str
 def _check_lengths(
     text: TextProcessor, examples: Sequence[Example], frames: int, reserve: int
 ) -> None:
-    """Refuses prompts that are too long; reports those of which the Q-Former reads only the end."""
+    """Raises a ValueError for prompts that are too long; warns if the Q-Former truncates any."""
     check_reserve(text.variant, frames, reserve)
     limit = prompt_limit(text.variant, frames, reserve)
     visual_tokens = frames * text.variant.visual_tokens

@@ -1,26 +1,30 @@
-"""Beam search for every language model, the whole search one compiled program of fixed shapes.
+"""Beam search for every language model: the whole search is one compiled program.
 
     K running rows of a sample --decode_step--> scores [K, V] --the 2K best--> candidates
         candidates with eos, among the first K  -->  answers, of which the K best are kept
         the K best others                       -->  the running rows of the next step
 
-The prompt is read once, by one row; its part of the cache is never repeated. Only the tail has K
-rows, and they stay where they are: a row that continues another takes over its lineage
-(`models/cache.py`). A sample is done when no running row can better its K answers, or at
-`max_new_tokens`, where running rows end as they are. The search goes on until all samples are done.
+The prompt is read once, by one row, and its part of the cache is never repeated. Only the tail of
+the cache has K rows, and its contents do not move: a row that continues another takes over its
+lineage (`models/cache.py`). A sample is done when no running row can beat its K answers, or at
+`max_new_tokens`, where running rows become answers as they are. The search ends when all samples
+are done.
 
-An answer is ranked by the sum of its scores / length^length_penalty. With n new tokens, eos among
-them, the two rules (`sampling.py`) differ in
+An answer is ranked by the sum of its scores / length^length_penalty. With n new tokens, eos
+included, the two values of `GenerationConfig.length_rule` differ in
 
                                        released               transformers5
     length of an answer with eos       n                      n
-    length of one that was cut off     n + 1                  n
-    cut off, which rows are answers    all K                  those among the first K candidates
-    "can better": a running row        n + 1, and the best    n, and the best
-      is taken to end at length        candidate, also eos    running row
+    length of an answer cut off        n + 1                  n
+    rows that become answers at the    all K                  those among the first K candidates
+      cut-off
+    "can beat" compares the score of   the best candidate,    the best running row
+                                       with or without eos
+    at the length                      n + 1                  n
 
-because transformers 4.33 counts an id before the first new one (T5's start, or one that is never
-read) and leaves eos out. Settings are arguments of the program: none of them compiles anew.
+because transformers 4.33 counts an id before the first new one (T5's start id, or an id that is
+never read) and leaves eos out. Settings are arguments of the program: new values do not recompile
+it.
 """
 
 import functools
@@ -43,39 +47,39 @@ from jax_instructblip.models.vlm import VisionLanguageModel
 
 
 class Search(NamedTuple):
-    """The values that rank and end answers, as traced arrays."""
+    """The settings that rank answers and end the search, as traced arrays."""
 
     weights: jax.Array  # [max_new_tokens + 1] length^length_penalty of lengths 1, 2, ...
-    stop: jax.Array  # [] place in EARLY_STOPPING
-    farthest: jax.Array  # [] whether "can better" means at the last length, not at this one
-    released: jax.Array  # [] by that rule
+    stop: jax.Array  # [] index of `early_stopping` in EARLY_STOPPING
+    farthest: jax.Array  # [] True: "can beat" compares at the last length, not at the current one
+    released: jax.Array  # [] True for the length rule "released"
 
 
 class Answers(NamedTuple):
     """The best answers of each sample so far, the best one first."""
 
-    scores: jax.Array  # [B, K] -inf: none yet
+    scores: jax.Array  # [B, K]; -inf for no answer yet
     tokens: jax.Array  # [B, K, T]
     logprobs: jax.Array  # [B, K, T]
 
 
 class _Candidates(NamedTuple):
-    """Rows that may be continued by a token, the best one first; each `[B, C]`."""
+    """Continuations of running rows by one token, the best one first; each field is `[B, C]`."""
 
-    total: jax.Array  # the sum of their scores
-    parent: jax.Array
+    total: jax.Array  # the sum of the row's scores, the new token's included
+    parent: jax.Array  # the row that is continued
     token: jax.Array
-    logprob: jax.Array
+    logprob: jax.Array  # of the token
 
 
 class _State(NamedTuple):
-    """The state of the loop."""
+    """The state of the search loop, with K running rows per sample."""
 
-    step: jax.Array  # [] new tokens so far
+    step: jax.Array  # [] number of new tokens so far
     tokens: jax.Array  # [B, K, T] of the running rows, the best one first
     logprobs: jax.Array  # [B, K, T]
-    sums: jax.Array  # [B, K] of their scores
-    first: jax.Array  # [B, K] was among the first K candidates
+    sums: jax.Array  # [B, K] sums of the rows' scores
+    first: jax.Array  # [B, K] True for a row that was among the first K candidates
     parents: jax.Array  # [B, K] the row of the cache that each continues
     seen: jax.Array  # [B, K, V] ids that the repetition penalty counts
     done: jax.Array  # [B]
@@ -89,26 +93,26 @@ def beam_tokens(
     batch: dict[str, Any],
     config: GenerationConfig,
 ) -> dict[str, jax.Array]:
-    """The `config.num_beams` = K best answers to every row of `batch`, the best one first.
+    """The K = `config.num_beams` best answers to every row of `batch`, the best one first.
 
         tokens    [B, K, max_new_tokens]  int32    padding (the variant's pad_id) after eos
-        lengths   [B, K]                  int32    how many are real, eos included
+        lengths   [B, K]                  int32    number of tokens before padding, eos included
         logprobs  [B, K, max_new_tokens]  float32  of the model itself; 0 after eos
-        scores    [B, K]                  float32  what they are ranked by
-        steps     []                      int32    how many the longest search needed
+        scores    [B, K]                  float32  the values by which answers are ranked
+        steps     []                      int32    number of steps that the longest search needed
 
-    `early_stopping`: True ends a sample at K answers; False (a guess, as length_penalty > 0 favours
-    longer answers) and "never" (safe) when no running row can better them, at its length or, for
-    "never", at the length that favours it most. `min_new_tokens` and `repetition_penalty` act on
-    log-probabilities.
+    `early_stopping`: True ends a sample at K answers. The other values end it when no running row
+    can beat them: False assumes its current length (a guess, as length_penalty > 0 favours longer
+    answers), "never" the most favourable length (safe). `min_new_tokens` and `repetition_penalty`
+    act on log-probabilities.
     """
     max_new_tokens, num_beams = config.max_new_tokens, config.num_beams
     length_penalty, early_stopping = config.length_penalty, config.early_stopping
     if num_beams < 2:
         raise ValueError(f"num_beams is {num_beams}, expected at least 2 (1 is greedy)")
     search = Search(
-        # Computed in double precision, rounded once, as in transformers: no rounding of ours may
-        # turn a ranking over.
+        # Computed in double precision and rounded once, as in transformers, so that rounding does
+        # not change a ranking.
         jnp.asarray(np.arange(1.0, max_new_tokens + 2) ** length_penalty, jnp.float32),
         jnp.asarray(EARLY_STOPPING.index(early_stopping), jnp.int32),
         jnp.asarray(early_stopping == "never" and length_penalty > 0),
@@ -159,7 +163,7 @@ def _search(
 def _initial(
     llm: Any, beams: int, length: int, batch: dict[str, Any], settings: TracedSettings, cache: Any
 ) -> _State:
-    """K running rows without any token, of which only the first one counts."""
+    """The state before the first token: K equal running rows, of which only the first counts."""
     size = len(batch["tokens"])
     tokens = jnp.full((size, beams, length), llm.pad_id, jnp.int32)
     logprobs = jnp.zeros((size, beams, length), jnp.float32)
@@ -168,7 +172,7 @@ def _initial(
         step=jnp.zeros((), jnp.int32),
         tokens=tokens,
         logprobs=logprobs,
-        # They are all alike: the candidates of the first step must come from one of them.
+        # All rows are equal: the candidates of the first step must come from the first row.
         sums=jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, -1e9), (size, 1)),
         first=jnp.ones((size, beams), bool),
         parents=jnp.zeros((size, beams), jnp.int32),
@@ -182,7 +186,7 @@ def _initial(
 def _choose(
     eos_id: int, settings: TracedSettings, search: Search, state: _State, logits: jax.Array
 ) -> _State:
-    """The state one token longer; `logits` [B, K, V] are those of that token."""
+    """The state one token longer; `logits` [B, K, V] are those of the next token."""
     beams, vocab = logits.shape[1:]
     logprobs = jax.nn.log_softmax(logits)
     scores = process_logits(logprobs, state.seen, state.step, eos_id, settings)
@@ -215,7 +219,7 @@ def _choose(
 
 
 def _longer(state: _State, candidates: _Candidates) -> tuple[jax.Array, jax.Array]:
-    """Tokens and log-probabilities `[B, K, T]` of rows that were continued."""
+    """Tokens and log-probabilities `[B, K, T]` of the candidates' rows, the new token included."""
     rows = (_take(leaf, candidates.parent) for leaf in (state.tokens, state.logprobs))
     new = (candidates.token, candidates.logprob)
     tokens, logprobs = (
@@ -225,18 +229,21 @@ def _longer(state: _State, candidates: _Candidates) -> tuple[jax.Array, jax.Arra
 
 
 def _cannot_better(search: Search, state: _State, best: jax.Array) -> jax.Array:
-    """Samples `[B]` whose K answers stand, `best` `[B]` being the score of what could beat them."""
+    """Mask `[B]` of the samples whose K answers no running row can beat any more.
+
+    `best` `[B]` is the highest sum of scores among the continuations that could.
+    """
     last = state.tokens.shape[-1]
     length = jnp.where(search.farthest, last, state.step) + search.released
     worst = state.answers.scores[:, -1]
     better = best / search.weights[length - 1] > worst
     stands = (worst > -jnp.inf) & (~better | (search.stop == 1))
-    # At the last step transformers 5 lets rows end as they are before it asks.
+    # At the last step transformers 5 first turns running rows into answers.
     return stands & (search.released | (state.step < last))
 
 
 def _with_the_cut_off(search: Search, state: _State) -> Answers:
-    """The answers, with the running rows of unfinished samples among them."""
+    """The answers, to which the running rows of unfinished samples are added as they are."""
     length = state.step + search.released
     scores = state.sums / search.weights[length - 1]
     ends = (search.released | state.first) & ~state.done[:, None]
@@ -245,12 +252,12 @@ def _with_the_cut_off(search: Search, state: _State) -> Answers:
 
 
 def _best(answers: Answers, others: Answers) -> Answers:
-    """The K best of K answers and others; of equal ones the earlier."""
+    """The K best of the K answers and the others; of equal scores the earlier."""
     pool = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), answers, others)
     scores, rows = jax.lax.top_k(pool.scores, answers.scores.shape[1])
     return Answers(scores, _take(pool.tokens, rows), _take(pool.logprobs, rows))
 
 
 def _take(values: jax.Array, rows: jax.Array) -> jax.Array:
-    """`values` `[B, R, ...]` at `rows` `[B, K]`: `[B, K, ...]`."""
+    """Gathers along axis 1: `values` `[B, R, ...]` at `rows` `[B, K]` becomes `[B, K, ...]`."""
     return jax.vmap(lambda value, row: value[row])(values, rows)

@@ -1,14 +1,14 @@
-"""Greedy decoding and sampling: prompt in, tokens out, the whole loop one compiled program.
+"""Greedy decoding and sampling: the whole loop from prompt to tokens is one compiled program.
 
     prefill --logits--> choose --token--> [ decode_step --logits--> choose --token--> ] ... eos
                                             `lax.while_loop`, until every row has its eos
 
-Parameters are arguments of the program, never constants in it; so are the sampling settings, which
-therefore change without a new compilation. What compiles anew: another shape of the batch, another
-`max_new_tokens` (the length of the cache's tail) and the change from greedy to sampling.
+Parameters and sampling settings are arguments of the program, so new values do not recompile it. It
+is compiled again for another shape of the batch, for another `max_new_tokens` (the length of the
+cache's tail), and separately for greedy decoding and for sampling.
 
-`stream_tokens` runs the same two pieces (`_start`, `_advance`) as programs of their own, so that
-each token can be had as soon as it is chosen.
+`stream_tokens` compiles the two parts of the loop, `_start` and `_advance`, as separate programs,
+so that each token is available as soon as it is chosen.
 """
 
 import functools
@@ -32,11 +32,11 @@ from jax_instructblip.models.vlm import VisionLanguageModel
 
 
 class _State(NamedTuple):
-    """The state of the loop; R = 1 row a sample."""
+    """The state of the decoding loop; R = 1 row per sample."""
 
-    step: jax.Array  # [] new tokens so far
-    token: jax.Array  # [B, R] the newest
-    done: jax.Array  # [B, R] has its eos
+    step: jax.Array  # [] number of new tokens so far
+    token: jax.Array  # [B, R] the newest token
+    done: jax.Array  # [B, R] True for rows with eos
     seen: jax.Array  # [B, R, V] ids that the repetition penalty counts
     tokens: jax.Array  # [B, R, T]
     logprobs: jax.Array  # [B, R, T]
@@ -50,21 +50,21 @@ def generate_tokens(
     keys: jax.Array,
     config: GenerationConfig,
 ) -> dict[str, jax.Array]:
-    """New tokens for every row of `batch`, with the log-probability of each.
+    """Generates tokens for every row of `batch`, with the log-probability of each.
 
         tokens    [B, 1, max_new_tokens]  int32    padding (the variant's pad_id) after eos
-        lengths   [B, 1]                  int32    how many are real, eos included
+        lengths   [B, 1]                  int32    number of tokens before padding, eos included
         logprobs  [B, 1, max_new_tokens]  float32  0 after eos
-        steps     []                      int32    how many the longest row needed
+        steps     []                      int32    number of steps that the longest row needed
 
-    Unless `config` samples, each token is the best one; otherwise it is drawn after `temperature`,
+    Unless `config` samples, each token is the best one. Otherwise it is drawn after `temperature`,
     `top_k` (ties with the k-th stay) and `top_p` (the smallest set of best tokens whose
-    probabilities reach it), in this order, as Hugging Face does. `keys` [B] are random keys, one a
-    row, read only when sampling: what a row draws depends on its own key and on the step, not on
-    its neighbours. What belongs to a beam search is not read, nor is the seed.
+    probabilities reach it), in this order, as in Hugging Face. `keys` [B] are random keys, one per
+    row, read only when sampling: the draws of a row depend on its own key and on the step, not on
+    other rows. The config's seed and settings of beam search are not read.
 
-    `logprobs` come from the float32 log-softmax of the unmodified logits: under sampling, too, they
-    say how likely the model holds the token, not how likely the truncated distribution drew it.
+    `logprobs` come from the float32 log-softmax of the unmodified logits, also under sampling: they
+    are the model's own probabilities, not those of the truncated distribution.
     """
     chosen = TracedSettings.of(config)
     return _decode(model, config.max_new_tokens, config.sample, params, batch, keys, chosen)
@@ -77,9 +77,9 @@ def stream_tokens(
     keys: jax.Array,
     config: GenerationConfig,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens and log-probabilities `[B]` of each step, as in `generate_tokens`, until all have eos.
+    """Yields tokens and log-probabilities, each `[B]`, of every step until all rows have their eos.
 
-    The device is one step ahead of what is handed out. Arguments as of `generate_tokens`.
+    Arguments and values are those of `generate_tokens`. The device computes one step ahead.
     """
     chosen = TracedSettings.of(config)
     max_new_tokens, do_sample = config.max_new_tokens, config.sample
@@ -128,7 +128,7 @@ def _next(*arguments: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array, _Sta
 
 
 def _newest(state: _State) -> tuple[tuple[jax.Array, jax.Array], jax.Array, _State]:
-    """The newest token of each row and its log-probability, which rows are done, the state."""
+    """Each row's (newest token, its log-probability), the mask of rows with eos, the state."""
     logprob = jax.lax.dynamic_index_in_dim(state.logprobs[:, 0], state.step - 1, 1, keepdims=False)
     return (state.token[:, 0], logprob), state.done, state
 
@@ -142,7 +142,7 @@ def _start(
     keys: jax.Array,
     settings: TracedSettings,
 ) -> _State:
-    """The state with the first token."""
+    """The state after the prompt is read and the first token is chosen."""
     llm = model.variant.llm
     # The last token is never fed back, so the tail needs one slot less.
     tail = max(max_new_tokens - 1, 1)
@@ -168,7 +168,7 @@ def _advance(
     settings: TracedSettings,
     state: _State,
 ) -> _State:
-    """The state one token longer."""
+    """The state after one more decoding step."""
     variables = {"params": params}
     logits, cache = model.apply(variables, state.token, state.cache, method="decode_step")
     return _choose(model, do_sample, keys, settings, state._replace(cache=cache), logits)
@@ -182,7 +182,7 @@ def _choose(
     state: _State,
     logits: jax.Array,
 ) -> _State:
-    """The state with the token that `logits` `[B, R, V]` tell."""
+    """The state after the next token is chosen from `logits` `[B, R, V]`."""
     llm = model.variant.llm
     scores = process_logits(logits, state.seen, state.step, llm.eos_id, settings)
     if do_sample:

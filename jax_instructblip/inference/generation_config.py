@@ -1,10 +1,10 @@
-"""The settings of decoding: one set of them, named as transformers names them.
+"""Decoding settings: the dataclass `GenerationConfig`, with the names that transformers uses.
 
     blip.generate(images, prompts, num_beams=5, length_penalty=-1.0)
     blip.generate(images, prompts, GenerationConfig(num_beams=5, length_penalty=-1.0))
 
-Protocols, the pipeline, verbs, benchmarks and validation all take this one. It cannot hold a value
-that means nothing: types, ranges and what excludes each other are checked when it is made.
+The pipeline, commands, evaluation protocols, benchmarks and validation all use this class. Types,
+ranges and contradictions are checked when a config is made.
 """
 
 import argparse
@@ -24,8 +24,8 @@ DRAWING = ("temperature", "top_k", "top_p")
 
 BATCH_SIZE = 8  # questions that are answered at once, unless told otherwise
 
-# Every beam has a row of the cache, and what is kept of each step is sorted: above this a search
-# needs the memory of many prompts, and no published setting is near.
+# Every beam has a row of the cache, and every step sorts the candidates of all beams: with more
+# beams a search needs the memory of many prompts. No published setting comes near.
 MOST_BEAMS = 1024
 
 FIELDS: dict[str, Field] = {
@@ -33,7 +33,7 @@ FIELDS: dict[str, Field] = {
     "min_new_tokens": whole(0, unit="tokens"),
     "num_beams": whole(1, MOST_BEAMS, unit="1 is greedy"),
     "num_return_sequences": whole(1),
-    # Lengths of thousands to the power of more than 10 leave float32.
+    # Lengths of thousands to a power above 10 overflow float32.
     "length_penalty": number(-10.0, 10.0),
     "repetition_penalty": number(1e-6, 1e6, unit="1 changes nothing"),
     "temperature": number(1e-6, 1e6, optional=True, unit="leave it out for greedy decoding"),
@@ -43,7 +43,7 @@ FIELDS: dict[str, Field] = {
     "length_rule": one_of(*LENGTH_RULES),
 }
 
-# What the names of other programs, and of transformers what counts otherwise, are here.
+# Names of settings in other programs, or that transformers counts otherwise -> names here.
 _OTHER_NAMES = {
     "max_length": "max_new_tokens, which does not count the prompt",
     "min_length": "min_new_tokens, which does not count the prompt",
@@ -77,31 +77,31 @@ HELP = {
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """Settings of `generate`; the defaults are greedy.
+    """Settings of `generate`; the defaults decode greedily.
 
-    With any of `temperature`, `top_k` and `top_p`, or `do_sample`, tokens are drawn from the
-    distribution that these leave, in the order temperature, top-k, top-p.
+    With any of `temperature`, `top_k` and `top_p`, or with `do_sample`, tokens are drawn from the
+    distribution that is left after temperature, top-k and top-p, in this order.
 
     Attributes:
-      max_new_tokens: most tokens of an answer, eos included; the prompt does not count. Another
-        value compiles another program.
-      min_new_tokens: no answer ends before this many tokens.
-      do_sample: draw tokens instead of taking the best; None says so where one of the three that
-        shape the distribution is given.
-      num_beams: rows of the beam search; 1 is greedy. Not together with drawing.
-      num_return_sequences: answers to keep of a beam search.
-      early_stopping: of a beam search, when it ends: True, as soon as there are `num_beams`
-        answers; False, when a better one is unlikely; "never", when there can be none.
-      length_penalty: of a beam search: answers are ranked by the sum of their scores over
-        length^length_penalty. Above 0 it favours long answers, below 0 short ones.
-      repetition_penalty: divides the positive scores of tokens that the answer has already, and
-        multiplies the negative ones.
+      max_new_tokens: most tokens of an answer, eos included and prompt excluded. Another value
+        compiles another program.
+      min_new_tokens: eos is impossible before this many tokens.
+      do_sample: draw tokens instead of taking the best; None means True if temperature, top_k or
+        top_p is given.
+      num_beams: running answers of a beam search; 1 is greedy. Not together with drawing.
+      num_return_sequences: answers of a beam search to keep.
+      early_stopping: when a beam search ends: True, as soon as there are `num_beams` answers;
+        False, when a better one is unlikely; "never", when a better one is impossible.
+      length_penalty: a beam search ranks answers by the sum of their scores /
+        length^length_penalty. Above 0 favours long answers, below 0 short ones.
+      repetition_penalty: divides positive scores of tokens that the answer already has, and
+        multiplies negative ones.
       temperature: divides the scores. Close to 0 is close to greedy.
-      top_k: only that many of the best tokens are drawn.
-      top_p: only the best tokens that together reach this probability are drawn.
-      seed: of the random draws.
-      length_rule: how lengths and repetitions are counted: "released" as the original code does,
-        "transformers5" as `generate` of transformers 5 (`sampling.py`, `beam_search.py`).
+      top_k: draw only among this many of the best tokens.
+      top_p: draw only among the best tokens that together reach this probability.
+      seed: seed of the random draws.
+      length_rule: how lengths and repetitions are counted: "released" as in the original code,
+        "transformers5" as in `generate` of transformers 5 (`sampling.py`, `beam_search.py`).
     """
 
     max_new_tokens: int = 30
@@ -130,15 +130,15 @@ class GenerationConfig:
 
     @classmethod
     def of(cls, **settings: Any) -> "GenerationConfig":
-        """The config of some settings by name.
+        """The config with these settings, by name.
 
         Raises:
-          ValueError: names that there are not, with hints, and values that cannot be; all at once.
+          ValueError: unknown names, with hints, and invalid values; all in one message.
         """
         return cls().replace(**settings)
 
     def replace(self, **settings: Any) -> "GenerationConfig":
-        """The config with other values; raises as `of`."""
+        """A copy with these settings changed; raises as `of`."""
         unknown = [name for name in settings if name not in NAMES]
         known = {name: value for name, value in settings.items() if name in NAMES}
         try:
@@ -151,7 +151,7 @@ class GenerationConfig:
 
     @property
     def sample(self) -> bool:
-        """Tells whether tokens are drawn."""
+        """True if tokens are drawn at random."""
         return self._drawing if self.do_sample is None else self.do_sample
 
     @property
@@ -159,7 +159,7 @@ class GenerationConfig:
         return any(getattr(self, name) is not None for name in DRAWING)
 
     def changed(self) -> dict[str, Any]:
-        """The settings that are not the default."""
+        """The settings that differ from their defaults, by name."""
         return {
             field.name: value
             for field in dataclasses.fields(self)
@@ -167,7 +167,7 @@ class GenerationConfig:
         }
 
     def _contradictions(self, wrong: set[str]) -> Iterator[str]:
-        """Contradictions among the settings that are not `wrong` by themselves."""
+        """Yields a sentence for each contradiction among settings that are not in `wrong`."""
         if not (self.do_sample is None or isinstance(self.do_sample, bool)):
             yield f"do_sample is {self.do_sample!r}, expected True, False or None"
             return
@@ -208,9 +208,9 @@ NAMES = tuple(field.name for field in dataclasses.fields(GenerationConfig))
 
 
 def add_flags(parser: Any, *names: str, unset: bool = False) -> None:
-    """Adds a flag for each of these settings, all but `early_stopping` by default.
+    """Adds a command-line flag for each setting in `names`; by default all but `early_stopping`.
 
-    With `unset` the value of a flag that is not given is None instead of the setting's default.
+    With `unset`, a flag that is not given is None instead of the setting's default.
     """
     defaults = GenerationConfig()
     for name in names or HELP:
@@ -241,7 +241,7 @@ def _hint(name: str) -> str:
 
 
 def configured(config: Any, settings: dict[str, Any]) -> GenerationConfig:
-    """The config with other settings; the default one for None; ValueError for anything else."""
+    """`config`, or the default for None, with `settings` changed; a ValueError for other types."""
     if config is None:
         return GenerationConfig.of(**settings)
     if not isinstance(config, GenerationConfig):

@@ -1,9 +1,12 @@
-"""The source of a model: the folder behind a path or a name, its variant, its parameters.
+"""The model behind a path or a name: its folder, its variant, its parameters.
 
-Hugging Face folder   config.json with `architectures`, model*.safetensors, tokenizers
-checkpoint folder     config.json with `format`, manifest.json, params/, tokenizers
-run directory         checkpoints/<step>/: what was trained, over one of the two above
-embedded name         a checkpoint folder inside the package
+A path or name is one of these:
+
+    Hugging Face folder   config.json with `architectures`, model*.safetensors, tokenizers
+    checkpoint folder     config.json with `format`, manifest.json, params/, tokenizers
+    run directory         checkpoints/<step>/: the trained weights; others come from its base, a
+                          checkpoint folder
+    embedded name         the name of a checkpoint folder inside the package
 """
 
 import dataclasses
@@ -32,7 +35,7 @@ from jax_instructblip.parallel.mesh import is_split, replicated
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 
-SAMPLES, SAMPLE_BYTES = 256, 16_384  # of a file of gigabytes, for a digest within a second
+SAMPLES, SAMPLE_BYTES = 256, 16_384  # read of each weight file for a digest within a second
 
 Reader = TypeVar("Reader")
 
@@ -47,15 +50,15 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The model behind a path or a name; nothing of its weights is read yet.
+    """The model behind a path or a name, before its weights are read.
 
     Attributes:
-      folder: a Hugging Face folder or a checkpoint folder, which has the tokenizers too.
+      folder: a Hugging Face folder or a checkpoint folder, with the tokenizers; of a run, its base.
       variant: the sizes of the model; of a run, the run's own.
-      leaves: of a Hugging Face folder, what makes its leaves one by one; None for a checkpoint.
+      leaves: of a Hugging Face folder, an iterable that converts its leaves one by one; else None.
       step: of a run, its folder `checkpoints/<step>`, whose weights replace those of `folder`.
-      limits: of a run, how many tokens of each text it was tuned with (fields of TextProcessor).
-      facts: where the weights came from, as `source` of config.json.
+      limits: the recorded limits of tokens of each text (fields of TextProcessor), or {}.
+      facts: the origin of the weights, which config.json has as `source`.
     """
 
     folder: Path
@@ -67,10 +70,10 @@ class Source:
 
 
 def read_dtype(dtype: Any) -> np.dtype:
-    """The dtype to compute in; by default bfloat16, on a CPU float32.
+    """The dtype to compute in; for None bfloat16, on a CPU float32.
 
     Raises:
-        ValueError: it is none of the three that models compute in.
+        ValueError: the dtype is not one of `DTYPES`.
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -84,9 +87,12 @@ def read_dtype(dtype: Any) -> np.dtype:
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> Path:
-    """The folder that `path` is, or that is embedded in the package under this name.
+    """The local folder of `path`, which is a folder, a store's address or an embedded name.
 
-    Of an address of a store it is a copy, a run's without the weights of its checkpoints.
+    An address is copied to this machine; of a run without the weights of its checkpoints.
+
+    Raises:
+        FileNotFoundError: there is no such folder or name.
     """
     folder = stores.input_checkpoint(path)
     if folder.is_dir():
@@ -105,12 +111,12 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
 
 
 def read_source(path: str | os.PathLike) -> Source:
-    """The source behind `path`, a folder of any kind or an embedded name, but for its weights.
+    """The source behind `path`, a folder of any kind or an embedded name; reads no weights.
 
     Raises:
         FileNotFoundError: there is no such folder or name, or the run has saved nothing yet.
         ValueError: the folder is of no known kind, or of a newer format.
-        CheckpointError: a run's base is no longer the one that was tuned.
+        CheckpointError: the base of a run has changed since the run.
     """
     folder = resolve_checkpoint(path)
     if (folder / META).is_file():  # one step of a run, chosen by its folder
@@ -135,11 +141,12 @@ def read_source(path: str | os.PathLike) -> Source:
 def read_params(
     source: Source, place: checkpoint.Place, *, process: int = 0, processes: int = 1
 ) -> checkpoint.Tree:
-    """The parameters of `source`; of each leaf what `place(path, array)` makes of it is kept.
+    """The parameters of `source` as a nested dict of the results of `place(path, array)`.
 
-    Every leaf is compared with the variant's shapes, and with its hash in checkpoints of ours. Of a
-    run, the trained trees come from its step and the others from the base. As one of several
-    `processes` it reads of a checkpoint what `place` slices, and compares a share of the hashes.
+    Leaves of a checkpoint folder are compared with the variant's shapes and with their hashes. In a
+    run, the trained trees come from its step and the others from its base. As one of several
+    `processes`, this one reads only the slices that `place` takes and verifies a share of the
+    hashes.
     """
     trained = {} if source.step is None else _read_trained(source.step, source.variant, place)
 
@@ -147,7 +154,7 @@ def read_params(
         return None if path.partition("/")[0] in trained else place(path, array)
 
     if source.leaves is None:
-        # A run may tune a tower of another shape than its base's, whose hash was compared already.
+        # Shapes of a run's towers may differ from its base, whose hash was compared already.
         expected = param_shapes(source.variant) if source.step is None else None
         if processes > 1:
             share: Any = {"process": process, "processes": processes}
@@ -187,7 +194,7 @@ def _run_source(step: Path) -> Source:
 
 
 def _check_limits(folder: Path, limits: Any) -> Mapping[str, int]:
-    """The limits that a checkpoint states; CheckpointError where they are none."""
+    """Returns the limits that a checkpoint states; a CheckpointError if they are invalid."""
     whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
     if not isinstance(limits, Mapping) or not all(
         name in LIMITS and whole(value) for name, value in limits.items()
@@ -200,7 +207,7 @@ def _check_limits(folder: Path, limits: Any) -> Mapping[str, int]:
 
 
 def _base_folder(step: Path, base: Mapping[str, str]) -> str:
-    """The folder of a run's base: its path, or its name where the path was another machine's."""
+    """The folder of a run's base: its recorded path, else that of its recorded name."""
     places = list(dict.fromkeys([base["path"], base.get("name", base["path"])]))
     for place in places:
         try:
@@ -214,7 +221,7 @@ def _base_folder(step: Path, base: Mapping[str, str]) -> str:
 
 
 def require_kind(source: Source, readers: Mapping[str, type[Reader]]) -> type[Reader]:
-    """The reader in `readers` for the kind of `source`; a ValueError where there is none."""
+    """The class in `readers` for the kind of `source`; a ValueError if there is none."""
     kind = source.variant.kind
     if source.variant.llm is None:
         raise ValueError(
@@ -230,7 +237,7 @@ def require_kind(source: Source, readers: Mapping[str, type[Reader]]) -> type[Re
 
 
 def stored_model(source: Source) -> StoredModel:
-    """The whole model of a checkpoint folder or a run, for a writer.
+    """The whole model of a checkpoint folder or a run, as commands that write models take it.
 
     Raises:
         ValueError: `source` is a Hugging Face folder.
@@ -248,7 +255,10 @@ def stored_model(source: Source) -> StoredModel:
 
 
 def base_digest(source: Source) -> str:
-    """The sha256 that stands for every byte of a checkpoint folder's parameters."""
+    """The sha256 of a checkpoint folder's manifest, which covers all its parameters.
+
+    A ValueError for a Hugging Face folder or a run, which cannot be the base of a run.
+    """
     if source.leaves is not None or source.step is not None:
         raise ValueError(
             f"{source.step or source.folder} cannot be the base of a run, because nothing there "
@@ -258,7 +268,7 @@ def base_digest(source: Source) -> str:
 
 
 def _latest_step(folder: Path) -> Path:
-    """The newest complete checkpoint of a run."""
+    """The folder of a run's newest complete checkpoint; a FileNotFoundError if there is none."""
     steps = [each for each in folder.iterdir() if each.name.isdecimal()]
     steps = [each for each in steps if (each / META).is_file()]
     if not steps:
@@ -273,7 +283,7 @@ def _read_trained(step: Path, variant: Variant, place: checkpoint.Place) -> chec
 
 
 def weights_digest(source: Source) -> str:
-    """A sha256 that stands for all weights; of a Hugging Face folder for samples of its files."""
+    """A sha256 of all weights; of a Hugging Face folder, of samples from its weight files."""
     if source.leaves is not None:
         digest = hashlib.sha256()
         for path in sorted([*source.folder.glob("*.safetensors"), *source.folder.glob("*.bin")]):
@@ -292,16 +302,17 @@ def weights_digest(source: Source) -> str:
 
 
 def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> checkpoint.Tree:
-    """The parameters of `source` on the first device, or laid over `mesh` by `parallel/rules.py`.
+    """The parameters of `source` on the first device, or sharded by the rules over `mesh`.
 
-    Of a mesh of several processes each reads what it holds. On a CPU that holds them whole the
-    layers that decode are unstacked, which is faster (`models.vlm.unstack_decoder`).
+    `parallel/rules.py` has the rules. With a mesh of several processes, each reads only its own
+    parts. On a CPU that holds whole weights the layers that decode are unstacked, which is faster
+    (`models.vlm.unstack_decoder`).
     """
     if not (mesh is None or isinstance(mesh, Mesh)):
         raise ValueError(f"mesh is a {type(mesh).__name__}, expected a jax.sharding.Mesh or None")
     place = functools.partial(_place, dtype=dtype, mesh=mesh)
     if mesh is not None:
-        rules.shardings(param_shapes(source.variant), mesh)  # what it cannot divide: now
+        rules.shardings(param_shapes(source.variant), mesh)  # raises now if the mesh does not fit
         if mesh.is_multi_process:
             share = {"process": jax.process_index(), "processes": jax.process_count()}
             return read_params(source, place, **share)
@@ -313,7 +324,7 @@ def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> checkpo
 
 
 def _place(path: str, array: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.Array:
-    """The leaf on its devices; floats are cast first, so that the wider copy is never there."""
+    """Puts a leaf on its devices; floats are cast to `dtype` on the host, before the transfer."""
     dtype = dtype if jnp.issubdtype(array.dtype, jnp.floating) else array.dtype
     if mesh is None or is_split(mesh):
         return rules.place(path, array, mesh, dtype)
@@ -321,7 +332,7 @@ def _place(path: str, array: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.A
 
 
 def _place_apart(variant: Variant, place: checkpoint.Place, path: str, array: np.ndarray) -> Any:
-    """The leaf on its devices, as a tuple of its layers where it is of a layer that decodes."""
+    """Puts a leaf on its devices; a stack of layers that decode becomes a tuple of layers."""
     if path.startswith(DECODERS[variant.llm.kind] + "/"):
         return tuple(place(path, layer) for layer in array)
     return place(path, array)

@@ -1,4 +1,4 @@
-"""Images and prompts in, answers out: what `load()` returns.
+"""The pipeline that `load()` returns: images and prompts in, answers out.
 
 blip = jax_instructblip.load("runs/quickstart")
 for answer in blip.generate(["a.jpg", "b.jpg"], ["What is in the picture?"]):
@@ -71,18 +71,16 @@ from jax_instructblip.progress import Progress
 def load(
     path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None
 ) -> "InstructBlipPipeline":
-    """The model of `path`, ready to answer: what `READERS` has for its kind.
+    """Loads the model at `path`; for BLIP-2's first stage, the result is a `Retriever`.
 
     Args:
-      path: a Hugging Face folder, a checkpoint folder of ours, a run directory (the base it tuned,
-        with its latest weights over it), or the name of an embedded checkpoint ("shapes_t5").
+      path: a Hugging Face folder, a checkpoint folder of this package, a run directory (its latest
+        weights over the base it tuned), or the name of an embedded checkpoint ("shapes_t5").
       mesh: devices over which each batch is split, and weights as `parallel/rules.py` says (over
-        `fsdp` and `tensor`); by default the first device works alone. Of a mesh of several
-        processes each calls the same with the same questions, and gets all answers.
-      dtype: what weights are held and computed in; by default bfloat16, on a CPU float32. Norms,
-        softmax and logits are float32 anyway. float16 is refused for T5, where it overflows.
-
-    Of BLIP-2's first stage it is a `Retriever`.
+        `fsdp` and `tensor`); by default the first device works alone. With a mesh of several
+        processes, each makes the same calls with the same questions, and gets all answers.
+      dtype: the dtype of weights and computation; by default bfloat16, on a CPU float32. Norms,
+        softmax and logits are always float32. float16 is refused for T5, where it overflows.
     """
     dtype, source = read_dtype(dtype), read_source(path)
     if source.variant.llm is None:
@@ -93,10 +91,10 @@ def load(
 def load_pipeline(
     path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None
 ) -> "InstructBlipPipeline":
-    """The model of `path` as `load` gives it; a ValueError for a model that answers nothing."""
+    """Loads the model at `path` as `load` does; a ValueError for BLIP-2's first stage."""
     dtype, source = read_dtype(dtype), read_source(path)
     reader = require_kind(source, READERS)
-    # The model refuses a dtype when it is bound: now, before gigabytes are read.
+    # Binding makes the model refuse a dtype now, before gigabytes are read.
     _ = VisionLanguageModel(source.variant, dtype).bind({}).vision
     text = TextProcessor.load(source.folder, source.variant, **source.limits)
     params = load_params(source, dtype, mesh)
@@ -104,9 +102,9 @@ def load_pipeline(
 
 
 class InstructBlipPipeline:
-    """A model with its parameters and tokenizers: answers, features, logits.
+    """A model with its parameters and tokenizers: answers, rankings, features, logits.
 
-    Texts and batches are padded to few sizes (`batching.py`), so compiled programs serve again.
+    Texts and batches are padded to few sizes (`batching.py`), so that compiled programs are reused.
     """
 
     def __init__(
@@ -120,7 +118,7 @@ class InstructBlipPipeline:
         silent: bool = False,
         source: Source | None = None,
     ):
-        """The pipeline of parameters that are on their devices already; `load` reads a folder.
+        """Takes parameters that are on their devices already; `load` reads them from a folder.
 
         Decoding layers may be stacked or not (`models.vlm.unstack_decoder`).
         """
@@ -143,23 +141,23 @@ class InstructBlipPipeline:
         batch_size: int = BATCH_SIZE,
         **settings: Any,
     ) -> list[Answer]:
-        """An answer to each prompt about the image beside it, in order.
+        """The answers to prompts about images, one per pair of image and prompt, in order.
 
-        One image serves many prompts, and one prompt many images; otherwise there are as many of
-        the one as of the other. Each image is a path, the bytes of an image file, a PIL image or a
-        uint8 array [H, W, 3]; a list of these is a video, all of one call equally long.
+        One image serves many prompts, and one prompt many images; otherwise their counts are equal.
+        Each image is a path, the bytes of an image file, a PIL image or a uint8 array [H, W, 3]; a
+        list of these is a video. All videos of a call have the same length.
 
         Decoding is greedy, or with `num_beams` > 1 a beam search. With any of `temperature`,
-        `top_p` and `top_k` it draws; an answer then depends on `seed` and on its place in the call,
-        not on the other questions or on `batch_size`.
+        `top_p` and `top_k` tokens are drawn; an answer then depends on `seed` and on its index in
+        the call, not on the other questions or on `batch_size`.
 
         Args:
-          images: what the questions are about; a list, or a single picture.
-          prompts: the questions, or a single one. The language model reads them whole, the
-            Q-Former their last tokens, 128 unless the run says otherwise.
-          config: how to decode (`GenerationConfig` tells all settings).
+          images: what the questions are about; a list, or a single image.
+          prompts: the questions, or a single one. The language model reads them whole, the Q-Former
+            only their last tokens (128, unless the run has another limit).
+          config: how to decode (`GenerationConfig` explains all settings).
           batch_size: questions that are answered at once.
-          **settings: of the config, by name: `max_new_tokens=30`, `num_beams=5`.
+          **settings: changes of the config, by name: `max_new_tokens=30`, `num_beams=5`.
 
         Raises:
           ValueError: no images or no prompts, counts that do not match, a setting out of its range,
@@ -173,7 +171,7 @@ class InstructBlipPipeline:
     def answer(
         self, questions: Sequence[Question], config: GenerationConfig, batch_size: int = BATCH_SIZE
     ) -> list[Answer]:
-        """`generate` of questions that were put together before, all of equally many frames."""
+        """Answers paired questions as `generate` does; all have the same number of frames."""
         key = seed_key(config.seed)
 
         def decode(batch: Batch, rows: np.ndarray) -> dict[str, jax.Array]:
@@ -199,11 +197,11 @@ class InstructBlipPipeline:
         config: GenerationConfig | None = None,
         **settings: Any,
     ) -> Iterator[str]:
-        """The answer of `generate` to one prompt, piece by piece, each as soon as it is there.
+        """Yields the answer of `generate` to one prompt piece by piece, as it is generated.
 
-        Joined, the pieces are `Answer.text`. Arguments are those of `generate`; there are no beams,
-        of which no token is certain before the end. What `generate` refuses is refused at once,
-        scores that are not finite where they come up.
+        Joined, the pieces are `Answer.text`. Arguments and errors are those of `generate`, except
+        that a beam search is refused, because none of its tokens is certain before the end.
+        Non-finite scores raise when they occur, all other errors at once.
         """
         config = configured(config, settings)
         if config.num_beams > 1:
@@ -219,7 +217,7 @@ class InstructBlipPipeline:
 
     def _first_row(self, steps: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[int]:
         while True:
-            with self._mesh():  # not while the caller has the token
+            with self._mesh():  # not around the `yield`: the caller's code must not see this mesh
                 newest = next(steps, None)
             if newest is None:
                 return
@@ -239,16 +237,16 @@ class InstructBlipPipeline:
         """Scores `[B, C]` float32 of every candidate answer to each question; the best is largest.
 
         A score is the natural log-probability of the candidate after the image and the prompt: the
-        sum over its tokens, for T5 with the closing eos, for LLaMA without one (as released).
-        Softmax over the candidates makes probabilities. What candidates begin with in common is
+        sum over its tokens, for T5 with the closing eos, for LLaMA without one (as released). A
+        softmax over the candidates gives probabilities. Common beginnings of candidates are
         computed once: long lists of short answers cost little more than their distinct beginnings.
 
         Args:
           images: what the questions are about, as in `generate`.
           prompts: the questions, as in `generate`.
-          candidates: one list for all questions, or a list for each; a shorter one's row ends with
-            -inf. One that is given twice has the same score twice.
-          length_normalise: divide each score by its number of tokens; without, short candidates
+          candidates: one list for all questions, or a list for each; the scores of a shorter list
+            end with -inf. A candidate that is given twice has the same score twice.
+          length_normalise: divide each score by its number of tokens; without it, short candidates
             are favoured.
           batch_size: questions that are ranked at once.
           pad_to: sizes that every batch's candidates are padded to, so that calls with different
@@ -280,7 +278,7 @@ class InstructBlipPipeline:
         batch_size: int = BATCH_SIZE,
         pad_to: Sizes | None = None,
     ) -> np.ndarray:
-        """`rank` of questions and candidates that were prepared before (`ranking.tokenise`)."""
+        """Scores as `rank`, for paired questions and candidates from `ranking.tokenise`."""
         plan_of_all, plans = (make_plan(lists, pad_to=pad_to) if len(lists) == 1 else None), []
 
         def compute(batch: Batch, rows: np.ndarray) -> list[jax.Array]:
@@ -302,10 +300,10 @@ class InstructBlipPipeline:
     def features(
         self, images: Sequence[Picture], prompts: Sequence[str], batch_size: int = BATCH_SIZE
     ) -> np.ndarray:
-        """Features of each image under its prompt, as the LLM sees it: `[B, F*Q, Dl]` float32.
+        """The visual vectors that the language model reads, `[B, F*Q, Dl]` float32.
 
-        These are the Q-Former's query outputs, projected to the width of the language model; the Q
-        vectors of frame 0 come first. `images` and `prompts` are as in `generate`.
+        They are the Q-Former's query outputs for each image under its prompt, projected to the
+        width of the language model, frame after frame. `images` and `prompts` are as in `generate`.
         """
         check_batch_size(batch_size)
 
@@ -317,17 +315,18 @@ class InstructBlipPipeline:
         return np.concatenate([vectors[:count].astype(np.float32) for vectors, count in results])
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes a new checkpoint folder for `load`: the weights in the dtype they are held in."""
+        """Writes a new checkpoint folder for `load`; weights keep their dtype in memory."""
         save_checkpoint(folder, self.variant, self.params, self.text, self.source)
 
     def logits(self, batch: Batch) -> np.ndarray:
-        """Float32 logits `[G, A, V]` of what a training batch asks, aligned with its targets.
+        """Float32 logits `[G, A, V]` of a training batch, aligned with its targets.
 
-        The batch is as `models/vlm.py` draws it. Padding before or between tokens is moved to the
-        end first. One without targets asks a decoder-only model for every slot: `[G, X, V]`.
+        `models/vlm.py` draws such a batch. Padding before or between tokens is first moved to the
+        end. For a batch without targets, a decoder-only model gives the logits of every slot: `[G,
+        X, V]`.
 
         Raises:
-          ValueError: it is no such batch; the error lists everything that is wrong.
+          ValueError: the batch is invalid; the message lists everything that is wrong.
         """
         batch = spec.to_arrays(batch)
         spec.check_arrays(batch, self.variant)
@@ -344,7 +343,7 @@ class InstructBlipPipeline:
         batch_size: int,
         reserve: int = 0,
     ) -> list[tuple[Any, int]]:
-        """The result of `compute` on each batch and its row numbers, and the count of real rows."""
+        """Returns (`compute(batch, row numbers)`, number of real rows) for each batch."""
         batches = make_batches(self.text, questions, batch_size, self.batch_shards, reserve)
         pending = ((compute(self._on_devices(b.batch), b.rows), b.count) for b in batches)
         results = []
@@ -358,14 +357,14 @@ class InstructBlipPipeline:
         return results
 
     def _fetch(self, result: Any) -> Any:
-        """The whole of a result on this host, also where other processes hold parts of it."""
+        """The whole result on this host, even if other processes hold parts of it."""
         if not self._spans:
             return jax.device_get(result)
         return multihost_utils.process_allgather(result, tiled=True)
 
     @property
     def _spans(self) -> bool:
-        """Tells whether other processes work on the same batches."""
+        """True if other processes work on the same batches."""
         return self.mesh is not None and self.mesh.is_multi_process
 
     @property
@@ -377,7 +376,7 @@ class InstructBlipPipeline:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _on_devices(self, batch: Any) -> Any:
-        """The leaves split by rows; each process of a run has all of them, and gives its own."""
+        """Splits the leaves by rows over the mesh; each process has all rows and places its own."""
         if self.mesh is None:
             return batch
         sharding = batch_sharding(self.mesh)
@@ -386,7 +385,7 @@ class InstructBlipPipeline:
         )
 
 
-# What `load` returns, by the kind of model.
+# The class that `load` returns, by the kind of model.
 READERS = {"instructblip": InstructBlipPipeline, "blip2": InstructBlipPipeline}
 
 

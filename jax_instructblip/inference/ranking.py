@@ -1,18 +1,20 @@
-"""Ranking: how likely the model holds each of many candidate answers.
+"""Ranking: the log-probability of each of many candidate answers.
 
-Candidates are a tree behind the prompt. What many of them begin with is computed once, and a token
-that nothing follows is never read, only looked up in the logits of what stands before it:
+The candidates form a tree after the prompt. Tokens that several of them begin with are computed
+once; the last token of a candidate is never fed to the model, only looked up in the logits of the
+token before it:
 
     red car, red dog, a red dog        [prompt] -- red -- car
                                           |         '---- dog
                                           '-- a --- red -- dog
 
-Here the model reads the prompt once (`prefill`), then red, a and `a red` in one forward pass in
-which each sees its own ancestors alone (`decode_tree`). Work grows with these inner tokens, not
-with candidates x prompt. A list whose tree is large is cut into chunks of about equal size.
+Here the model reads the prompt once (`prefill`), then the inner tokens, those that others follow
+(red, a, and red after a), in one forward pass in which each sees only its own ancestors
+(`decode_tree`). The work grows with the inner tokens, not with candidates x prompt. A list whose
+tree is large is cut into chunks of about equal size.
 
-A candidate's score is the sum of its tokens' natural log-probabilities, with the closing eos for
-T5 and without one for LLaMA, as the released `predict_class` computes it in one segment.
+The score of a candidate is the sum of the natural log-probabilities of its tokens, with the closing
+eos for T5 and without one for LLaMA, as in the released `predict_class` with one segment.
 """
 
 import functools
@@ -36,48 +38,50 @@ Ids = tuple[int, ...]
 
 
 class Tree(NamedTuple):
-    """One chunk: T inner tokens in depth-first order, and E (place, token) pairs to look up.
+    """One chunk: T inner tokens in depth-first order, and E (place, target) pairs to look up.
 
-    X is 1 where all questions have the same candidates, else the size of the batch. All int32.
+    X is 1 if all questions have the same candidates, else the size of the batch. All arrays are
+    int32.
     """
 
     tokens: np.ndarray  # [X, T]
-    depths: np.ndarray  # [X, T] 1 behind the prompt
-    ends: np.ndarray  # [X, T] where what hangs below a token stops
-    places: np.ndarray  # [X, E] 0: behind the prompt; t + 1: behind inner token t
-    targets: np.ndarray  # [X, E] the token whose log-probability is wanted there
+    depths: np.ndarray  # [X, T] 1 for a token that follows the prompt
+    ends: np.ndarray  # [X, T] index just after a token's last descendant
+    places: np.ndarray  # [X, E] logits to use: 0 after the prompt, t + 1 after inner token t
+    targets: np.ndarray  # [X, E] token whose log-probability is looked up in these logits
 
 
 class Sizes(NamedTuple):
-    """The sizes of a plan: two of equal sizes are worked on by one compiled program."""
+    """The sizes of a plan's arrays; plans of equal sizes use the same compiled program."""
 
-    chunks: int = 0
-    inner: int = 0
-    pairs: int = 0
+    chunks: int = 0  # the number of chunks
+    inner: int = 0  # inner tokens of each, padding included
+    pairs: int = 0  # pairs of each, padding included
 
 
 class Plan(NamedTuple):
-    """The chunks of X lists of candidates, and where each candidate finds its tokens.
+    """The chunks of X lists of candidates, and which pairs belong to each candidate.
 
-    `paths` numbers the pairs of all chunks in a row; what a candidate lacks is -1.
+    `paths` has the indices of each candidate's pairs, counted through all chunks, and -1 as
+    padding.
     """
 
     chunks: list[Tree]
     paths: np.ndarray  # [X, C, longest] int32
-    counts: np.ndarray  # [X, C] int32 tokens; 0 where a list has fewer candidates
+    counts: np.ndarray  # [X, C] int32 tokens of each candidate; 0 where a list has fewer
 
     @property
     def sizes(self) -> Sizes:
-        """Chunks, and what each is padded to."""
+        """The number of chunks, and the inner tokens and pairs that each chunk is padded to."""
         tree = self.chunks[0]
         return Sizes(len(self.chunks), tree.tokens.shape[1], tree.targets.shape[1])
 
 
 def check_candidates(candidates: Any, questions: int) -> list[list[str]]:
-    """The lists of candidates: one a question, or one alone for all of them.
+    """The candidates as lists of strings: one list per question, or a single one for all questions.
 
-    Raises a ValueError that names everything that is wrong: no candidates, empty ones, some that
-    are no text, another number of lists than of questions.
+    A ValueError lists everything that is wrong: no candidates, empty ones, some that are no text,
+    another number of lists than of questions.
     """
     if not isinstance(candidates, list | tuple):
         kind = type(candidates).__name__
@@ -108,9 +112,10 @@ def check_candidates(candidates: Any, questions: int) -> list[list[str]]:
 def tokenise(
     text: TextProcessor, candidates: Any, questions: int, known: dict[str, Ids] | None = None
 ) -> list[list[Ids]]:
-    """The ids of the candidates, which are checked, too, for being too long or without a token.
+    """The token ids of the candidates, one list per question, or a single one for all questions.
 
-    What is `known` is not made again; what is made is added to it.
+    Ids in `known` are reused; new ones are added to it. A ValueError for candidates that are too
+    long or have no token.
     """
     lists = check_candidates(candidates, questions)
     ids = {} if known is None else known
@@ -132,7 +137,7 @@ def tokenise(
 def same_tokens(
     lists: Sequence[Sequence[str]], ids: Sequence[Sequence[Ids]]
 ) -> list[tuple[str, ...]]:
-    """The different candidates of one question that have the same ids, together; each set once."""
+    """Groups of different candidates of one question that have the same ids; each group once."""
     groups: dict[tuple[str, ...], None] = {}
     for texts, tokens in zip(lists, ids, strict=True):
         by_ids: dict[Ids, dict[str, None]] = {}
@@ -143,7 +148,7 @@ def same_tokens(
 
 
 def describe_same(same: Sequence[tuple[str, ...]]) -> str:
-    """A warning about candidates that the tokenizer cannot tell apart."""
+    """A warning that these groups of candidates have the same tokens, and so equal scores."""
     shown = "; ".join(", ".join(repr(each[:40]) for each in group[:5]) for group in same[:3])
     more = f" and {len(same) - 3} more sets" if len(same) > 3 else ""
     return (
@@ -153,7 +158,7 @@ def describe_same(same: Sequence[tuple[str, ...]]) -> str:
 
 
 def _named(lists: Sequence[Sequence[Any]]) -> Iterator[tuple[str, Any]]:
-    """Each candidate with what an error calls it."""
+    """Yields (name for error messages, candidate) for each candidate."""
     for row, candidates in enumerate(lists):
         of = f" of question {row}" if len(lists) > 1 else ""
         for index, each in enumerate(candidates):
@@ -161,17 +166,17 @@ def _named(lists: Sequence[Sequence[Any]]) -> Iterator[tuple[str, Any]]:
 
 
 class _Chunk:
-    """A tree of one question while it grows, from candidates in sorted order."""
+    """A chunk of one question while it is built, from candidates in sorted order."""
 
     def __init__(self):
         self.tokens, self.depths, self.ends = [], [], []
         self.places, self.targets = [], []
         self.ids: Ids = ()  # the newest candidate
-        self.path: list[int] = []  # its pairs
-        self.nodes: list[int] = []  # its inner tokens
+        self.path: list[int] = []  # indices of its pairs
+        self.nodes: list[int] = []  # indices of its inner tokens
 
     def shared(self, ids: Ids) -> int:
-        """The number of first tokens that `ids` has in common with the newest candidate."""
+        """The number of first tokens that `ids` has in common with the candidate added last."""
         pairs = zip(ids, self.ids, strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -195,7 +200,7 @@ class _Chunk:
         self.ids = ids
 
     def close(self, kept: int = 0) -> None:
-        """Closes the inner tokens after the first `kept` ones: nothing more is hung below them."""
+        """Ends the open inner tokens after the first `kept`: they get no more descendants."""
         for node in self.nodes[kept:]:
             self.ends[node] = len(self.tokens)
         del self.nodes[kept:]
@@ -204,11 +209,11 @@ class _Chunk:
 def make_plan(
     lists: Sequence[Sequence[Ids]], nodes: int = NODES, pad_to: Sizes | None = None
 ) -> Plan:
-    """The plan of the candidates of X questions, or of one list for all, in token ids.
+    """The plan for the candidates, as token ids, of X questions, or of one list for all questions.
 
-    A chunk has at most `nodes` inner tokens, more only for a single candidate that has more. Sizes
-    are rounded up to few, so that one compiled program serves many lists; `pad_to` has the sizes of
-    another plan, and this one gets at least those.
+    A chunk has at most `nodes` inner tokens, unless a single candidate has more. Sizes are rounded
+    up to few values, so that one compiled program serves many lists; they are at least `pad_to`,
+    the sizes of another plan.
     """
     if not isinstance(pad_to := pad_to or Sizes(), Sizes):
         raise ValueError(f"pad_to is a {type(pad_to).__name__}, expected Sizes or None")
@@ -231,7 +236,7 @@ def make_plan(
 
 
 def _grow(candidates: Sequence[Ids], limit: int) -> tuple[list[_Chunk], dict[Ids, Any]]:
-    """The chunks of one list, about equally large, and each candidate's chunk and pairs."""
+    """The chunks of one list, of about equal size, and for each candidate its chunk and pairs."""
     ordered = sorted(set(candidates))
     chunks, chunk_paths = _cut(ordered, limit)
     if len(chunks) > 1:
@@ -253,14 +258,14 @@ def _cut(ordered: Sequence[Ids], limit: int) -> tuple[list[_Chunk], dict[Ids, An
 
 
 def round_up(count: int) -> int:
-    """The padded size: 0, a power of two from 8 to 64, then a multiple of 64."""
+    """The padded size for `count`: 0, a power of two from 8 to 64, or a multiple of 64."""
     if count <= 64:
         return count and max(8, 1 << (count - 1).bit_length())
     return -(-count // 64) * 64
 
 
 def _stack(chunks: Sequence[_Chunk], inner: int, pairs: int) -> Tree:
-    """The tree of one chunk a question, padded at the end; padding sees nothing but itself."""
+    """The `Tree` of one chunk per question, padded at the end with tokens that none sees."""
     shape = (len(chunks), inner)
     tokens, depths = np.zeros(shape, np.int32), np.ones(shape, np.int32)
     ends = np.tile(np.arange(1, inner + 1, dtype=np.int32), (len(chunks), 1))
@@ -283,7 +288,7 @@ def pair_logprobs(
     batch: dict[str, Any],
     chunks: Sequence[Tree],
 ) -> list[jax.Array]:
-    """Log-probabilities `[B, E]` of every chunk's pairs, float32; the prompt is read once."""
+    """Log-probabilities `[B, E]` float32 of each chunk's pairs; the prompt is read once."""
     first, cache = _prefill(model, params, batch)
     return [tree_logprobs(model, params, first, cache, tree) for tree in chunks]
 
@@ -297,10 +302,10 @@ def _prefill(model: VisionLanguageModel, params: dict[str, Any], batch: dict[str
 def tree_logprobs(
     model: Any, params: dict[str, Any], first: jax.Array, cache: dict[str, Any], tree: Tree
 ) -> jax.Array:
-    """Log-probabilities `[B, E]` of a chunk's pairs, from what `prefill` returned.
+    """Log-probabilities `[B, E]` of a chunk's pairs; `first` and `cache` come from `prefill`.
 
-    `model` is a whole model or a language model alone. Logits of all inner tokens are never there
-    at once where the vocabulary is large: `LOGITS` of them are made, looked up and dropped.
+    `model` is a whole model or a language model alone. Logits are computed in blocks of about
+    `LOGITS` numbers, so that those of all inner tokens need not be in memory at once.
     """
     variables, size, inner = {"params": params}, len(first), tree.tokens.shape[1]
     spread = lambda leaf: jnp.broadcast_to(leaf, (size, leaf.shape[1]))
@@ -330,17 +335,18 @@ def tree_logprobs(
 
 @jax.vmap
 def _look_up(logits: jax.Array, rows: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Log-probabilities `[E]` of `tokens` under the `rows` of `logits` `[T, V]`."""
+    """Log-probabilities `[E]` of `tokens` in the `rows` of one sample's `logits` `[T, V]`."""
     return logits[rows, tokens] - jax.nn.logsumexp(logits, axis=-1)[rows]
 
 
 def score(plan: Plan, logprobs: Sequence[np.ndarray], length_normalise: bool) -> np.ndarray:
-    """Scores `[B, C]` float32 of the plan's candidates: sums, or means a token, over their paths.
+    """Scores `[B, C]` float32 of a plan's candidates: sums of their tokens' log-probabilities.
 
-    -inf where a list has fewer candidates, NaN where the model's numbers are not finite.
+    With `length_normalise` means instead of sums. -inf where a list has fewer candidates; NaN where
+    the model's numbers are not finite.
     """
     size = len(logprobs[0])
-    # The last column is what a path's -1 finds.
+    # The last column, zeros, is where a path's padding (-1) points.
     table = np.concatenate([*logprobs, np.zeros((size, 1), np.float32)], axis=1, dtype=np.float64)
     paths = np.broadcast_to(plan.paths, (size, *plan.paths.shape[1:]))
     scores = table[np.arange(size)[:, None, None], paths].sum(axis=-1)
@@ -352,7 +358,7 @@ def score(plan: Plan, logprobs: Sequence[np.ndarray], length_normalise: bool) ->
 
 
 def stack_scores(batches: Sequence[np.ndarray]) -> np.ndarray:
-    """All rows of the batches' scores in one array, the narrower ones filled up with -inf."""
+    """All batches' scores in one array; narrower batches get columns of -inf."""
     width = max(each.shape[1] for each in batches)
     pad = lambda scores: np.pad(
         scores, ((0, 0), (0, width - scores.shape[1])), constant_values=-np.inf

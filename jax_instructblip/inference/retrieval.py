@@ -1,4 +1,4 @@
-"""Retrieval with BLIP-2's first stage: features, similarities, and re-ranking by the match.
+"""Retrieval with BLIP-2's first stage: features, similarities (ITC), and matching (ITM).
 
     blip = jax_instructblip.load("blip2-itm-vit-g")
     blip.itc(images, texts)                 similarities [N, M], cheap: one pass an image and a text
@@ -49,14 +49,14 @@ FORMS = ("raw", "projected", "normalised")  # of features
 
 
 class Ranking(NamedTuple):
-    """Scores of a re-ranking; `ABSENT` where a pair was not among the k nearest."""
+    """Scores of a re-ranking; `ABSENT` for pairs that were not among the k nearest."""
 
     image_to_text: np.ndarray  # [N, M] float32
     text_to_image: np.ndarray  # [M, N] float32
 
 
 class Retriever:
-    """A model of the first stage with its tokenizer: features, similarities, matches, rankings."""
+    """A first-stage model with its tokenizer: features, similarities, match logits, rankings."""
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class Retriever:
           near: similarities [N, M], where `itc` was called before.
 
         Raises:
-            ValueError: there are no images or texts, or `k` is no whole number from 1 on.
+            ValueError: there are no images or texts, or `k` is not a whole number of at least 1.
         """
         check({"k": k, "itm_only": itm_only}, {"k": whole(1), "itm_only": flag()})
         check_batch_size(batch_size)

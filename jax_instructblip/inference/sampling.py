@@ -1,14 +1,15 @@
-"""From logits to the scores that choose a token: what greedy, sampling and beam search share.
+"""The choice of a token from logits: what greedy decoding, sampling and beam search share.
 
-Two rules of the repetition penalty and of lengths are followed, named by who computes so:
+`GenerationConfig.length_rule` selects one of two ways to count for the repetition penalty, and for
+the lengths of beams (`beam_search.py`):
 
-    released        the original code with its transformers 4.33, which the published figures are of
-    transformers5   `generate` of transformers 5
+    released        as the original code with transformers 4.33, which the published figures are of
+    transformers5   as `generate` of transformers 5
 
-Both count the ids generated so far, and T5's start id. Of a decoder-only model, `released` counts
-an `<s>` besides, which stands before the answer there though the model never reads it;
-`transformers5` counts the ids of the prompt (`generate` even `<image>`, which is no id here).
-`beam_search.py` tells how they differ in lengths.
+The penalty of both counts the ids generated so far, and T5's start id. In a decoder-only model,
+`released` also counts `<s>`, which the original code puts before the answer although the model
+never reads it; `transformers5` also counts the ids of the prompt (`generate` even `<image>`, which
+is no id here).
 """
 
 from typing import Any, NamedTuple
@@ -20,24 +21,24 @@ import numpy as np
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.models.variants import LanguageConfig, T5Config
 
-# What the released code puts before the new ids of a decoder-only model: `bos_token_id` of the
-# language model's generation config, which for Vicuna is not the bos of its tokenizer (`</s>`).
+# The id that the released code puts before the new ids of a decoder-only model: `bos_token_id` of
+# its generation config, which for Vicuna is not the bos of its tokenizer (`</s>`).
 _UNREAD_ID = {"llama": 1}
 
 
 class TracedSettings(NamedTuple):
-    """Settings of the choice of a token, as traced scalars; the defaults change nothing."""
+    """The settings for choosing a token, as traced scalars; the defaults change nothing."""
 
-    min_new_tokens: Any = 0  # eos is masked before
+    min_new_tokens: Any = 0  # eos is impossible before
     repetition_penalty: Any = 1.0
-    prompt_counts: Any = False  # the penalty is by the rule `transformers5`
+    prompt_counts: Any = False  # the penalty counts ids of the prompt: rule `transformers5`
     temperature: Any = 1.0
     top_k: Any = 0  # 0: off
     top_p: Any = 1.0  # 1: off
 
     @classmethod
     def of(cls, config: GenerationConfig) -> "TracedSettings":
-        """Device scalars of one dtype each, so that no value compiles anew."""
+        """The settings of a config as device scalars; new values do not recompile a program."""
         defaults = cls()
         return cls(
             jnp.asarray(config.min_new_tokens, jnp.int32),
@@ -50,7 +51,7 @@ class TracedSettings(NamedTuple):
 
 
 def seen_ids(llm: LanguageConfig, batch: dict[str, Any], prompt_counts: jax.Array) -> jax.Array:
-    """Ids `[B, V]` that the repetition penalty counts before the first new token."""
+    """Mask `[B, V]` of the ids that the repetition penalty counts before the first new token."""
     nothing = jnp.zeros((len(batch["tokens"]), llm.vocab), bool)
     if isinstance(llm, T5Config):
         return nothing.at[:, llm.decoder_start_id].set(True)
@@ -63,38 +64,43 @@ def seen_ids(llm: LanguageConfig, batch: dict[str, Any], prompt_counts: jax.Arra
 
 
 def penalise(scores: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
-    """`scores`, those of `seen` ids divided by `penalty`, or multiplied where below zero."""
+    """Divides positive scores of `seen` ids by `penalty`, and multiplies negative ones by it."""
     return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def process_logits(
     scores: jax.Array, seen: jax.Array, step: jax.Array, eos_id: int, settings: TracedSettings
 ) -> jax.Array:
-    """`scores` `[B, R, V]` after the penalty of `seen` ids, without eos before its time."""
+    """Scores `[B, R, V]` after the repetition penalty, with eos at -inf before `min_new_tokens`.
+
+    `seen` is a mask of the penalised ids, `step` the number of new tokens so far.
+    """
     scores = penalise(scores, seen, settings.repetition_penalty)
     early = step < settings.min_new_tokens
     return jnp.where(early & (_places(scores) == eos_id), -jnp.inf, scores)
 
 
 def argmax(scores: jax.Array) -> jax.Array:
-    """The first place of the largest of `scores` `[..., V]`, as `jnp.argmax`.
+    """The index of the largest of `scores` `[..., V]`, the first if several are equal.
 
-    Two plain reductions, which XLA vectorises on a CPU; its argmax takes ten times as long there.
+    Computed by two plain reductions, which XLA vectorises on a CPU; `jnp.argmax` takes ten times as
+    long there.
     """
     last = scores.shape[-1] - 1
     largest = scores == scores.max(axis=-1, keepdims=True)
     return jnp.where(largest, _places(scores), last).min(axis=-1)
 
 
-BLOCK = 128  # scores, of which only the best one is looked at first
+BLOCK = 128  # scores per block in `best_of_rows`
 
 
 def best_of_rows(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The `count` best of `scores` `[B, R, V]` of each sample: values and places in R * V.
+    """The `count` best of each sample's `scores` `[B, R, V]`: their values, and indices into R * V.
 
-    As `top_k` of the flat rows, of equal ones the earlier. `top_k` on a CPU looks at every score
-    for long; here it sees the best score of each block, then the `count` blocks that these are of,
-    in which the `count` best must be.
+    Equal to `top_k` over a sample's flattened rows: of equal scores the earlier comes first. On a
+    CPU `top_k` over all scores is slow, so it runs twice on fewer: over the best score of each
+    block of `BLOCK` scores, then over the `count` best blocks, which must contain the `count` best
+    scores.
     """
     batch, rows, vocab = scores.shape
     width = -(-vocab // BLOCK)
@@ -110,20 +116,20 @@ def best_of_rows(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     values, picked = jax.lax.top_k(
         jnp.where(inside.reshape(batch, -1), candidates, -jnp.inf), count
     )
-    # Or XLA joins slices of these with those above, and sorts where it need only select.
+    # Without the barrier XLA joins slices of these results with those above, and sorts all.
     values, picked = jax.lax.optimization_barrier((values, picked))
     return values, jnp.take_along_axis(indices, picked, axis=1)
 
 
 def first_eos(tokens: jax.Array, eos_id: int) -> jax.Array:
-    """Length of each row of `tokens` `[..., T]` up to and with its first eos; T without one."""
+    """The length of each row of `tokens` `[..., T]`, its first eos included; T without eos."""
     is_eos = tokens == eos_id
     length = jnp.argmax(is_eos, axis=-1) + 1
     return jnp.where(is_eos.any(axis=-1), length, tokens.shape[-1]).astype(jnp.int32)
 
 
 def sample(key: jax.Array, scores: jax.Array, settings: TracedSettings) -> jax.Array:
-    """One token `[R]` for each row of `scores` `[R, V]`, by temperature, then top-k, then top-p."""
+    """Draws one token `[R]` per row of `scores` `[R, V]`, by temperature, top-k, then top-p."""
     order = jnp.argsort(scores, axis=-1, descending=True)
     ranked = truncate(jnp.take_along_axis(scores, order, axis=-1), settings)
     pick = jnp.argmax(ranked + jax.random.gumbel(key, ranked.shape), axis=-1)
@@ -131,7 +137,10 @@ def sample(key: jax.Array, scores: jax.Array, settings: TracedSettings) -> jax.A
 
 
 def truncate(ranked: jax.Array, settings: TracedSettings) -> jax.Array:
-    """Scores `[R, V]`, best first, after temperature, with those that must not be drawn at -inf."""
+    """Applies temperature, top-k and top-p to scores `[R, V]` in descending order.
+
+    Scores of tokens that must not be drawn become -inf.
+    """
     ranked = ranked / settings.temperature
     width = ranked.shape[-1]
     last = jnp.clip(settings.top_k, 1, width) - 1
@@ -146,16 +155,16 @@ def truncate(ranked: jax.Array, settings: TracedSettings) -> jax.Array:
 
 
 def _places(scores: jax.Array) -> jax.Array:
-    """The id that each of `scores` `[..., V]` is of."""
+    """The vocabulary id of each entry of `scores` `[..., V]`, in an array of the same shape."""
     return jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
 
 
 def seed_key(seed: int) -> np.ndarray:
-    """The seed's key as an array, which processes of one mesh can share."""
+    """The random key of a seed as raw numpy data, which processes of one mesh can share."""
     return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
 @jax.jit
 def row_keys(key: Any, rows: np.ndarray) -> jax.Array:
-    """A random key for each row, from the seed's key and the row's place in the call."""
+    """One random key per row, from the seed's key and the numbers of the rows in the call."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.wrap_key_data(key), rows)

@@ -1,4 +1,4 @@
-"""Parameters in memory -> a checkpoint folder that `load` reads."""
+"""Saving a model in memory as a checkpoint folder that `load` reads."""
 
 import os
 from collections.abc import Iterator
@@ -24,16 +24,16 @@ def save_checkpoint(
     text: TextProcessor,
     source: Source | None = None,
 ) -> None:
-    """Writes `out`: the parameters in the dtypes they have, the tokenizers, config and manifest.
+    """Writes the checkpoint folder `out`: parameters in their present dtypes, tokenizers, config.
 
-    With the `source` that the model was loaded from, the tokenizers are copied from there and the
-    facts about its weights are kept. `out`, a folder or its address in a store, appears when all is
-    written.
+    `source` is what the model was loaded from, if anything: its tokenizers and the facts about
+    where its weights came from are then copied. `out`, a folder or an address in an object store,
+    appears when it is complete.
 
     Raises:
         FileExistsError: `out` exists.
         ValueError: other processes hold parts of the parameters.
-        OSError: there is no room, or writing failed.
+        OSError: there is too little space, or writing failed.
     """
     leaves = jax.tree.leaves(params)
     if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
@@ -58,7 +58,7 @@ def save_checkpoint(
 
 
 def _stacked(variant: Variant, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """The leaves as a checkpoint has them: what `unstack_decoder` took apart is put together."""
+    """Yields (path, leaf) as a checkpoint has them: unstacked layers are stacked again."""
     flat = checkpoint.flatten(params)
     if not is_unstacked(variant, params):
         yield from flat.items()

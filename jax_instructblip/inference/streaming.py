@@ -1,21 +1,21 @@
-"""Answers as they come: pieces of text for a reader, batches one ahead of the device."""
+"""Streaming: pieces of an answer as its tokens come, and a device that works one batch ahead."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-HALF = "\ufffd"  # what a tokenizer makes of a character whose last bytes are still to come
+HALF = "\ufffd"  # the decoded form of a character whose last bytes are still missing
 _LAST_WORD = re.compile(r"\s+\S*\Z")
 
 
 def pieces(
     decode: Callable[[list[int]], str], tokens: Iterable[int], *, rewrites: bool = False
 ) -> Iterator[str]:
-    """The text that each token adds, where it adds any; joined, it is `decode` of all tokens.
+    """Yields the text that each new token adds, if any; joined, they equal `decode` of all tokens.
 
-    A character of several tokens is held back until it is whole. Where the tokenizer `rewrites`
-    what it has decoded ("do n't ." becomes "don't.") the last word is held back, too, with the
-    white space in front of it: no rule reaches farther back.
+    A character of several tokens is held back until it is complete. If the tokenizer `rewrites`
+    what it has decoded ("do n't ." becomes "don't."), the last word and the white space before it
+    are also held back; earlier text no longer changes.
     """
     ids, said, text = [], "", ""
     for token in tokens:
@@ -33,9 +33,9 @@ def pieces(
 
 
 def one_ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """The items, each handed out when the next one has been made.
+    """Yields the items of an iterator, each only when the next one has been made.
 
-    The device answers one batch while the images of the next are decoded.
+    So the device answers one batch while the images of the next batch are decoded.
     """
     waiting = []
     for item in items:

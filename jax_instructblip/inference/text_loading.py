@@ -1,4 +1,4 @@
-"""Tokenizers and limits of a model, loaded without its weights."""
+"""Loading of a model's tokenizers and limits of text length, without its weights."""
 
 import os
 
@@ -7,7 +7,10 @@ from jax_instructblip.inference.loading import read_source, require_kind
 
 
 def load_text(path: str | os.PathLike) -> TextProcessor:
-    """The tokenizers and limits of the model of `path`, anything that `read_source` reads."""
+    """The tokenizers and limits of the model at `path`, which is anything that `read_source` reads.
+
+    A ValueError for BLIP-2's first stage, which answers no questions.
+    """
     source = read_source(path)
     require_kind(source, {source.variant.kind: TextProcessor})
     return TextProcessor.load(source.folder, source.variant, **source.limits)

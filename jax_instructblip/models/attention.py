@@ -1,7 +1,8 @@
-"""Attention: one module for the projections, one function for whole rows, one for cached keys.
+"""Multi-head attention: the projections, attention over whole rows, attention over a cache.
 
-The only place where a kernel is chosen. Both functions are einsums with float32 scores and softmax,
-which XLA fuses on every backend; odd lengths, biases and boolean masks need no special case.
+All attention of the package is computed here, in two functions: `attend` takes all queries of a row
+at once, `attend_cached` the newest tokens against cached keys. Both are einsums with float32 scores
+and softmax, which XLA fuses on every backend; odd lengths, biases and boolean masks work as well.
 """
 
 import functools
@@ -19,9 +20,10 @@ MASKED = -1e30  # finite, so that a row without any visible key stays free of Na
 
 
 class Attention(nn.Module):
-    """The four projections of multi-head attention, heads kept as an axis of their own.
+    """Multi-head attention with its four projections; the kernels keep an axis of heads.
 
-    `biases` names the projections that have one: the ViT has query, value and out but no key bias.
+    `biases` names the projections that have a bias, of "query", "key", "value" and "out": the ViT
+    has no key bias.
     """
 
     width: int
@@ -64,11 +66,11 @@ def attend(
     scale: float | None = None,
     dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T N K"]:
-    """Values averaged by softmax(query . key x scale + bias) over the keys that `mask` shows.
+    """Attention: the average of `value` with weights softmax(query . key * scale + bias).
 
-    `scale` defaults to K^-0.5 (T5: 1.0) and multiplies the float32 scores: it would be one more
-    rounding of a bfloat16 query.
-    `dropout` is applied to the weights, in training.
+    Keys where `mask` is False get no weight. `scale` defaults to K^-0.5 (T5 passes 1.0); the
+    float32 scores are multiplied by it, because scaling a bfloat16 query would round once more.
+    `dropout` is applied to the weights and is passed only in training.
     """
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     scores = jnp.einsum("BTNK,BSNK->BNTS", query, key, preferred_element_type=jnp.float32) * factor
@@ -83,7 +85,10 @@ def attend(
 
 
 class CachedKV(NamedTuple):
-    """Keys and values that all rows of a sample look at, as a cache holds them."""
+    """Cached keys and values of each sample, which all of its R rows share.
+
+    `mask` is True where a row may see a slot; `bias` is added to the scores (T5).
+    """
 
     key: Float[Array, "B N S K"]
     value: Float[Array, "B N S K"]
@@ -92,7 +97,7 @@ class CachedKV(NamedTuple):
 
 
 class CurrentKV(NamedTuple):
-    """The key and value of each row's newest token, which the row sees besides what is cached."""
+    """Key and value of each row's newest token, visible to that row only."""
 
     key: Float[Array, "B N R K"]
     value: Float[Array, "B N R K"]
@@ -105,13 +110,16 @@ def attend_cached(
     current: CurrentKV | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B R N K"]:
-    """Values for R rows over keys that they share, and each over its newest token: one softmax.
+    """Attention of R rows over cached keys that they share, and over each row's newest token.
 
-        [ cached: every row | cached: every row | current: each row its own ]
+    All scores of a row go through one softmax:
 
-    Nothing cached is repeated R times, joined or copied into another order: the rows stand where
-    attention over a whole row has its queries, and heads come before slots as products on a CPU
-    want them. The newest token comes apart, so that the tail is read before it is written.
+        [ cached: shared by the rows | cached: shared by the rows | current: the row's own token ]
+
+    The R rows are the query axis, so nothing cached is repeated R times, concatenated or
+    transposed. Heads come before slots in the cache because products on a CPU are faster in that
+    order. `current` is separate so that a layer reads its cache before the newest token is written
+    to it.
     """
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     query = heads_first(query)
@@ -138,5 +146,5 @@ def attend_cached(
 
 
 def heads_first(x: Float[Array, "B T N K"]) -> Float[Array, "B N T K"]:
-    """Keys or values in the order of a cache, or back."""
+    """Swaps tokens and heads: [B, T, N, K] to [B, N, T, K], the layout of the cache, or back."""
     return x.swapaxes(1, 2)

@@ -1,13 +1,14 @@
-"""BLIP-2's first stage on one page: image and text to features, a match, a caption.
+"""BLIP-2's first stage: features of images and texts, image-text matching, captions.
 
     images  [B, H, W, 3]     captions  [B, L] BERT ids, `[CLS] ... [SEP]`
        --vision-->  patches [B, P, Dv]                  frozen, or trained in fine-tuning
-       --Q-Former, image alone-->  queries --project, normalise-->  image features [B, Q, E]
-       --Q-Former, text alone-->   [CLS]   --project, normalise-->  text features  [B, E]
-       --Q-Former, both-->         queries --mean of a two-way head-->  match [B, 2]
-       --Q-Former, text behind the queries' keys and values-->  caption logits [B, L, V]
+       --Q-Former, image alone-->  query outputs --project, normalise-->  features [B, Q, E]
+       --Q-Former, text alone-->   [CLS] output --project, normalise-->   features [B, E]
+       --Q-Former, image and text-->  query outputs --mean of a two-way head-->  match [B, 2]
+       --Q-Former, text after the keys and values of the queries-->  caption logits [B, L, V]
 
-There is no language model: what is trained are the Q-Former and the four `heads`.
+E is the width of the features by which images and texts are compared. There is no language model;
+the Q-Former and the output heads (`Heads`) are trained.
 """
 
 from typing import Any
@@ -28,19 +29,19 @@ from jax_instructblip.models.qformer import QFormer
 from jax_instructblip.models.variants import QFormerConfig, Variant
 from jax_instructblip.models.vision import VisionTransformer
 
-TEMPERATURE = 0.07  # of the similarities, at the start; learned, and not clamped
-DEC = -1  # the last id of the vocabulary, [DEC], begins a caption that is written
+TEMPERATURE = 0.07  # initial divisor of the similarities; learned, and not clamped
+DEC = -1  # index of the vocabulary's last id, [DEC], which begins a caption to be generated
 
 
 class CaptionHead(nn.Module):
-    """BERT's head: vocabulary logits of text outputs, tied to the word embeddings."""
+    """BERT's output head: caption logits, with the word embeddings as the last kernel."""
 
     config: QFormerConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"], table: Float[Array, "V D"]) -> Float[Array, "*B V"]:
-        """Float32 logits; `table` are the word embeddings."""
+        """Float32 logits of the text outputs `x`; `table` holds the Q-Former's word embeddings."""
         c = self.config
         bias = self.param("bias", nn.initializers.zeros, (c.vocab,))
         x = ACTIVATIONS["gelu"](Dense((c.width,), self.dtype, name="in")(x).astype(jnp.float32))
@@ -55,7 +56,10 @@ class CaptionHead(nn.Module):
 
 
 class Heads(nn.Module):
-    """Heads on the Q-Former's outputs: two projections, the match, the caption, a temperature."""
+    """The heads on the Q-Former's outputs: two feature projections, match, caption, temperature.
+
+    Caption head and temperature exist only with `config.caption_head`.
+    """
 
     config: QFormerConfig
     dtype: Any
@@ -71,7 +75,7 @@ class Heads(nn.Module):
 
 
 class Blip2(Network):
-    """The model of the first stage; `dtype` is what it computes in."""
+    """The whole first-stage model; `variant` holds its sizes, `dtype` is the compute dtype."""
 
     variant: Variant
     dtype: Any = jnp.float32
@@ -84,20 +88,26 @@ class Blip2(Network):
         self.heads = Heads(c, self.dtype)
 
     def encode_image(self, images: Array) -> Float[Array, "B P Dv"]:
-        """Patch features of `images` [B, H, W, 3], uint8 or normalised floats."""
+        """Patch features of `images` [B, H, W, 3]: uint8, or floats that are normalised already."""
         return self.vision(images)
 
     def image_features(
         self, patches: Float[Array, "B P Dv"], train: bool = False, return_kv: bool = False
     ) -> tuple[Float[Array, "B Q E"], Any]:
-        """Normalised features of each query; with `return_kv` what `caption_logits` takes."""
+        """Normalised features of each query, and the keys and values that `caption_logits` takes.
+
+        The second item is None unless `return_kv`.
+        """
         x, kv = self.qformer.read_image(patches, train, return_kv)
         return normalise(self.heads.image_projection(x)), kv
 
     def text_features(
         self, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"], train: bool = False
     ) -> Float[Array, "B E"]:
-        """Normalised features of each text, those of its `[CLS]`."""
+        """Normalised features of each text, from the output of its `[CLS]`.
+
+        `valid` is False on padding.
+        """
         x = self.qformer.read_text(tokens, valid, train)
         return normalise(self.heads.text_projection(x[:, 0]))
 
@@ -136,9 +146,10 @@ class Blip2(Network):
         valid: Bool[Array, "B L"],
         train: bool = False,
     ) -> Float[Array, "B 2"]:
-        """Float32 logits of (no match, match) of each image with the text, or texts, beside it.
+        """Float32 logits of (no match, match) of image-text pairs.
 
-        `patches` [G, P, Dv], or their `image_kv`.
+        With B = G x k texts, image i is paired with texts i * k to i * k + k - 1. Instead of
+        patches [G, P, Dv] the keys and values of `image_kv` can be given.
         """
         x = self.qformer.read_both(patches, tokens, valid, train)
         return self.heads.match(x).astype(jnp.float32).mean(axis=1)
@@ -150,16 +161,19 @@ class Blip2(Network):
         kv: Any,
         train: bool = False,
     ) -> Float[Array, "B L V"]:
-        """Float32 logits of the token after each of `tokens`, which begin with `[DEC]`."""
+        """Float32 logits of the token after each of `tokens`, which begin with `[DEC]`.
+
+        `kv` is the second item that `image_features` returns with `return_kv`.
+        """
         x = self.qformer.write_text(tokens, valid, kv, train)
         return self.heads.caption(x, self.qformer.word_table())
 
     def temperature(self) -> Float[Array, ""]:
-        """The learned divisor of similarities, where there is a caption head as well."""
+        """The learned temperature, which divides similarities; exists only with a caption head."""
         return self.heads.temp.astype(jnp.float32)
 
     def make_params(self) -> None:
-        """Runs every part once on inputs of the smallest shapes, for `init`."""
+        """Runs every part once on the smallest inputs, so that `init` makes all parameters."""
         size, ones = self.variant.vision.image_size, jnp.ones((1, 2), jnp.int32)
         patches = self.encode_image(jnp.zeros((1, size, size, 3), jnp.uint8))
         _, kv = self.image_features(patches, return_kv=True)
@@ -170,28 +184,31 @@ class Blip2(Network):
 
 
 def image_to_text(images: Float[Array, "B Q E"], texts: Float[Array, "C E"]) -> Float[Array, "B C"]:
-    """The similarity of each image and each text, that of the image's nearest query; float32.
+    """Float32 similarity of each image and each text: the maximum over the image's queries.
 
-    Rows stay on the devices of their images; the texts come to all.
+    Row b stays on the device of image b; the text features go to every device.
     """
     products = jnp.einsum("BQE,CE->BQC", images, texts, preferred_element_type=jnp.float32)
     return constrain(products.max(axis=1))
 
 
 def text_to_image(texts: Float[Array, "C E"], images: Float[Array, "B Q E"]) -> Float[Array, "C B"]:
-    """The same similarities, a row a text: rows stay on the devices of their texts."""
+    """The transpose of `image_to_text`: row c stays on the device of text c."""
     products = jnp.einsum("CE,BQE->CQB", texts, images, preferred_element_type=jnp.float32)
     return constrain(products.max(axis=1))
 
 
 def normalise(x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
-    """Float32 vectors of length 1 (of at least 1e-12 before, as in PyTorch)."""
+    """Float32 vectors divided by their L2 norm, or by 1e-12 if that is larger, as in PyTorch."""
     x = x.astype(jnp.float32)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def begin_caption(tokens: Int[Array, "B L"], vocab: int) -> Int[Array, "B L"]:
-    """The ids of a caption that is written: `[DEC]`, the last of the vocabulary, for `[CLS]`."""
+    """Replaces the `[CLS]` at the start of each caption by `[DEC]`, the last vocabulary id.
+
+    `[DEC]` marks a caption that the model generates token by token.
+    """
     return tokens.at[:, 0].set(vocab + DEC)
 
 

@@ -1,19 +1,21 @@
-"""The cache of a language model: what it has read of the prompt, and of the R rows behind it.
+"""The cache of a language model: keys and values of the prompt and of the tokens generated so far.
 
-    prefix       key, value  [B, N, S, K]    of each layer: image and prompt (T5: the encoder's
+    prefix       key, value  [B, N, S, K]    per layer: image and prompt (T5: the encoder's
                                              output), shared by the R rows of a sample
     prefix_mask              [B, S]          False on padding
-    tail         key, value  [B, N, T*R, K]  of each layer: slot t * R + r is row r's at step t
-    lineage              [B, R, T]           whose slot t each row continues
-    step                 []                  steps that the tail holds so far
+    tail         key, value  [B, N, T*R, K]  per layer: generated tokens; slot t * R + r holds
+                                             the token of row r at step t
+    lineage              [B, R, T]           the row whose slot each row continues, per step
+    step                 []                  number of steps that the tail holds so far
 
-A plain pytree, passed in and returned. `prefix` and `tail` hold their layers as the parameters do:
-stacked on axis 0, or a tuple of one tree each (`layers.Scan.unstacked`).
+The cache is a plain pytree, passed in and returned. `prefix` and `tail` hold their layers as the
+parameters do: stacked on axis 0, or as a tuple of one tree per layer (`layers.Scan.unstacked`).
 
-Rows never move. Where a beam search lets row 2 continue row 0, row 2 takes over the lineage of row
-0, and the mask shows it those slots; greedy decoding has one row, and a lineage of zeros:
+Cached keys and values never move. When a beam search lets row 2 continue row 0, row 2 copies the
+lineage of row 0, and the mask shows row 2 those slots. Greedy decoding has one row, whose lineage
+is all zeros:
 
-    lineage of row 2    [0 0 1 . .]     its steps 0 and 1 are row 0's, step 2 is row 1's
+    lineage of row 2    [0 0 1 . .]     its steps 0 and 1 are in row 0's slots, step 2 in row 1's
 """
 
 from typing import Any, NamedTuple
@@ -29,7 +31,10 @@ Cache = dict[str, Any]
 
 
 def start(prefix: Any, valid: Bool[Array, "B S"], length: int) -> Cache:
-    """The cache of a prompt, with room for `length` steps of one row."""
+    """The cache after a prompt: one row per sample, and an empty tail of `length` steps.
+
+    `prefix` holds the prompt's keys and values of all layers; `valid` is False on padding.
+    """
     empty = lambda leaf: jnp.zeros((*leaf.shape[:-2], length, leaf.shape[-1]), leaf.dtype)
     return {
         "prefix": prefix,
@@ -41,7 +46,7 @@ def start(prefix: Any, valid: Bool[Array, "B S"], length: int) -> Cache:
 
 
 def expand_beams(cache: Cache, rows: int) -> Cache:
-    """The cache with `rows` equal rows a sample instead of one."""
+    """Returns the cache with `rows` equal rows per sample, from a cache with one row per sample."""
     batch, _, length = cache["lineage"].shape
     own = jnp.arange(rows, dtype=jnp.int32)[None, :, None]
     return {
@@ -52,28 +57,29 @@ def expand_beams(cache: Cache, rows: int) -> Cache:
 
 
 def reorder_beams(cache: Cache, parents: Int[Array, "B R"]) -> Cache:
-    """The cache whose row r continues row `parents[r]`."""
+    """Returns the cache in which row r of sample b continues row `parents[b, r]`."""
     lineage = jnp.take_along_axis(cache["lineage"], parents[..., None], axis=1)
     return {**cache, "lineage": lineage}
 
 
 class TailView(NamedTuple):
-    """The slots of the tail that the rows of a step see, for all layers alike."""
+    """The slots of the tail that each row may see in one step; the same for all layers."""
 
     mask: Bool[Array, "B 1 R S"]
     slot: (
         Int[Array, ""] | None
-    )  # where a layer writes its tokens before it attends; None: the caller
-    past: Float[Array, "1 N 1 S"] | None = None  # bias of the slots (T5)
-    newest: Float[Array, " N"] | None = None  # bias of the token where it is not written first
+    )  # the first slot to which a layer writes its tokens before it attends; None: `append` writes
+    past: Float[Array, "1 N 1 S"] | None = None  # score bias of the slots (T5)
+    newest: Float[Array, " N"] | None = None  # score bias of a token that is not in the tail yet
 
 
 def tail_view(cache: Cache) -> TailView:
-    """The tail as the next step sees it.
+    """Returns what the next step sees of the tail.
 
-    A stack of layers is written by `append` afterwards, for all layers at once: a scan that
-    returned the tails would copy them. Unstacked layers write their own tails, first: what is read
-    and written in no order is copied, too.
+    Stacked layers do not write their new tokens: `append` does so afterwards for all layers at
+    once, because a scan that returned the tails would copy them. Unstacked layers write their own
+    tails before they attend, because XLA copies an array whose reads and writes have no fixed
+    order.
     """
     if isinstance(cache["tail"], tuple):
         rows, step = cache["lineage"].shape[1], cache["step"]
@@ -82,9 +88,12 @@ def tail_view(cache: Cache) -> TailView:
 
 
 def attend_tail(tail: Any, token: Any, view: TailView) -> tuple[CachedKV, CurrentKV | None, Any]:
-    """The keys and values that a step of one layer attends to, and what it returns for `append`.
+    """Prepares the attention of one layer in one step; returns (cached, current, output).
 
-    `token` has its key and value `[B, N, R, K]`, `tail` is the layer's.
+    `tail` is the layer's tail, `token` the key and value `[B, N, R, K]` of the new tokens. `cached`
+    and `current` are arguments of `attend_cached`; `current` is None if the tokens were written to
+    the tail first (`view.slot`). `output` is what `append` needs: the new tokens, or the written
+    tail.
     """
     if view.slot is None:
         past = CachedKV(**tail, mask=view.mask, bias=view.past)
@@ -94,7 +103,7 @@ def attend_tail(tail: Any, token: Any, view: TailView) -> tuple[CachedKV, Curren
 
 
 def append(cache: Cache, outputs: Any) -> Cache:
-    """The cache one step longer; `outputs` is what the layers returned by `attend_tail`."""
+    """Returns the cache one step longer; `outputs` holds the layers' `output` of `attend_tail`."""
     if not isinstance(outputs, tuple):
         slot = cache["step"] * cache["lineage"].shape[1]
         outputs = {name: _put(leaf, outputs[name], slot) for name, leaf in cache["tail"].items()}
@@ -106,7 +115,7 @@ def _put(tail: Array, token: Array, slot: Array) -> Array:
 
 
 def _advance(cache: Cache) -> Cache:
-    """The cache whose rows continue themselves at the next step."""
+    """Returns the cache at the next step, each row continuing itself; the tail is unchanged."""
     lineage, step = cache["lineage"], cache["step"]
     own = jnp.arange(lineage.shape[1], dtype=jnp.int32)[None, :, None]
     own = jnp.broadcast_to(own, (*lineage.shape[:2], 1))

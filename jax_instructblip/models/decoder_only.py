@@ -1,7 +1,7 @@
-"""A language model of one causal row: what LLaMA and OPT have in common, around their layers.
+"""The part that LLaMA and OPT share: rows, cache and candidate trees of a decoder-only model.
 
-A model of its own has `embed`, `begin`, `shared`, `logits`, a final `norm`, and `layers` with the
-methods `__call__` (whole rows), `step` (one token a row) and `tree` (a ranking's candidates).
+A subclass has `embed`, `begin`, `shared`, `logits`, a final `norm`, and `layers` with the methods
+`__call__` (whole rows), `step` (one token per row) and `tree` (the candidates of a ranking).
 """
 
 from typing import Any
@@ -21,30 +21,34 @@ from jax_instructblip.models.masks import causal_mask, padding_mask, tree_mask
 
 
 class DecoderOnly(Network):
-    """The rows, the cache and the trees of a causal language model."""
+    """Base class of the causal language models; a subclass adds embeddings, layers and a head."""
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
-        """Token embeddings; each model has its own."""
+        """Token embeddings, defined by each subclass."""
         raise NotImplementedError
 
     def begin(
         self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
     ) -> Float[Array, "B T D"]:
-        """The beginning of the residual stream: embedded slots at their positions."""
+        """The first layer's input: embedded slots, plus any position embeddings."""
         raise NotImplementedError
 
     def shared(self, positions: Int[Array, "#B T"]) -> tuple[Any, ...]:
-        """Arguments that follow from the positions and that all layers share."""
+        """Position-dependent arguments that every layer receives, such as LLaMA's rotation."""
         raise NotImplementedError
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Float32 vocabulary logits of normed hidden states."""
+        """Float32 vocabulary logits of hidden states after the final norm."""
         raise NotImplementedError
 
     def hidden(
         self, inputs: Array, segments: Array, positions: Array, return_kv: bool, train: bool
     ) -> tuple[Array, Any]:
-        """Normed hidden states `[B, X, D]`; keys and values of all layers where `return_kv`."""
+        """Hidden states `[B, X, D]` after the final norm, and the keys and values of all layers.
+
+        `segments` holds the number of the sample that owns each slot, 0 on padding. The second item
+        is None unless `return_kv`.
+        """
         shared = self.shared(positions)
         x = self.begin(inputs, positions)
         x, cache = self.layers(x, None, causal_mask(segments), *shared, return_kv, train)
@@ -60,11 +64,11 @@ class DecoderOnly(Network):
         decoder_segments: None = None,
         train: bool = False,
     ) -> Float[Array, "B A V"]:
-        """Logits `[B, A, V]`: those of slot t tell the token after it.
+        """Logits `[B, A, V]` of the slots `asked`; the logits of a slot predict the token after it.
 
-        `inputs` are the embedded slots, `segments` the sample that owns each (0: padding),
-        `positions` its place in the sample. Slots that nobody asked for get no logits.
-        `decoder_tokens` and `decoder_segments` are of the encoder-decoders: none here.
+        `inputs` are the embedded slots, `segments` the number of the sample that owns each slot (0:
+        padding), `positions` the slot's position in that sample. Slots outside `asked` get no
+        logits. `decoder_tokens` and `decoder_segments` are used by encoder-decoder models only.
         """
         del decoder_tokens, decoder_segments
         x, _ = self.hidden(inputs, segments, positions, return_kv=False, train=train)
@@ -73,7 +77,10 @@ class DecoderOnly(Network):
     def prefill(
         self, inputs: Float[Array, "B S D"], valid: Bool[Array, "B S"], tail_length: int
     ) -> tuple[Float[Array, "B 1 V"], dict[str, Any]]:
-        """Logits of the first new token, and the cache with room for `tail_length` new ones."""
+        """Logits of the first new token, and a cache with space for `tail_length` new tokens.
+
+        `inputs` are embedded prompts; `valid` is False on padding, which comes after the prompt.
+        """
         positions = jnp.arange(inputs.shape[1])[None]
         x, prefix = self.hidden(
             inputs, valid.astype(jnp.int32), positions, return_kv=True, train=False
@@ -104,12 +111,13 @@ class DecoderOnly(Network):
         ends: Int[Array, "#B T"],
         cache: dict[str, Any],
     ) -> Float[Array, "B T D"]:
-        """Normed hidden states of a tree of continuations; `logits` makes logits of them.
+        """Normed hidden states of many continuations of a prompt, stored as one tree.
 
-        The tree stands in depth-first order. Each token sees the prompt, the tokens that lead to it
-        (`tree_mask(ends)`) and itself; its depth is 1 where it follows the prompt, and `ends[b, t]`
-        is the index behind all that hangs below token t. `cache` is that of `prefill`, before any
-        step, and is only read.
+        Continuations that begin alike share tokens; the tree's T tokens are in depth-first order.
+        Each token sees the prompt, its ancestors (`tree_mask(ends)`) and itself. `depths` is 1 for
+        a token that follows the prompt; `ends[b, t]` is the index just after the last descendant of
+        token t. `cache` comes from `prefill`, before any step, and is only read. `logits` takes the
+        result.
         """
         valid, inner = cache["prefix_mask"], tokens.shape[1]
         shape = (valid.shape[0], inner, self.config.width)

@@ -1,4 +1,4 @@
-"""Products with weights: projections with or without a bias, and the head of a language model."""
+"""Products with weights: `Dense`, with or without a bias, and the head of a language model."""
 
 import functools
 import math
@@ -10,22 +10,24 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-PRODUCT = "product"  # the name of what a `Dense` with a bias gives, for `remat`
+PRODUCT = "product"  # checkpoint name of the results of a `Dense` with a bias, for remat policies
 
 
 class Dense(nn.Module):
-    """`x @ kernel + bias`, a product of `dtype` over the last `contracted` axes of `x`.
+    """A linear layer: `x @ kernel + bias`, summed over the last `contracted` axes of `x`.
 
     Attributes:
-      features: axes of the result after those of `x` that stay.
-      dtype: of the factors, and of the result.
+      features: sizes of the output axes that replace the contracted ones.
+      dtype: dtype of both factors, and of the result unless `wide`.
       use_bias: whether there is a bias.
-      contracted: how many axes of `x` are summed over.
-      wide: the result is the float32 that the product was summed in, for a residual sum. It needs a
-        bias: without (in T5 and LLaMA) `remat` "dots" would keep twice the bytes.
-      bias_dtype: of the sum with a bias. In float32 a result is rounded once. In `dtype` XLA adds
-        the bias inside of a GPU's product, which rounds once, too, and joins products of the same
-        factor; where it does not, the product is rounded before.
+      contracted: the number of axes of `x` that are summed over.
+      wide: return the float32 accumulator instead of rounding it, for results that are added to a
+        residual stream. Ignored without a bias (T5, LLaMA), where `remat` "dots" would then store
+        twice the bytes.
+      bias_dtype: dtype in which product and bias are added, unless `wide`. With float32 the result
+        is rounded once. With `dtype` XLA can add the bias inside a GPU's product (rounded once,
+        too) and join products of the same factor; where it does not, the product is rounded before
+        the sum.
     """
 
     features: tuple[int, ...]
@@ -47,17 +49,18 @@ class Dense(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, self.features)
         dtype = jnp.dtype(jnp.float32 if self.wide else self.bias_dtype)
         product: Array = affine(x, kernel, bias, dtype)  # pyright: ignore (custom_vjp hides it)
-        # Named, since no policy sees the product inside of a function with its own gradient.
+        # Named, because remat policies cannot see inside a function with a custom gradient.
         return checkpoint_name(product if self.wide else product.astype(self.dtype), PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def affine(x: Array, kernel: Array, bias: Array, dtype: Any) -> Array:
-    """The product of `x` and a kernel of its dtype, plus a bias, in `dtype`.
+    """`x @ kernel + bias` in `dtype`, the kernel cast to the dtype of `x`; with its own gradient.
 
-    In its gradient, too, both factors of a product have the dtype of `x`, while what weights are
-    given is summed in their own: JAX's rule would multiply a float32 gradient as it is, and sum a
-    bias's in `dtype`. A frozen kernel is given none, and `x` is not kept for it.
+    In the gradient, too, the factors of each product have the dtype of `x`, while the kernel's
+    gradient is summed in the kernel's dtype and the bias's in float32. JAX's own rule would use the
+    float32 gradient as a factor and sum the bias's gradient in `dtype`. A frozen kernel gets no
+    gradient, and `x` is then not kept for the backward pass.
     """
     product = functools.partial(jnp.tensordot, precision=_precision(x.dtype))
     contracted = kernel.ndim - bias.ndim
@@ -74,7 +77,7 @@ def _affine_forward(x: Any, kernel: Any, bias: Any, dtype: Any) -> tuple[Array, 
 def _affine_backward(dtype: Any, kept: Any, gradient: Array) -> tuple[Array, Array | None, Array]:
     del dtype
     x, kernel, bias, like = kept
-    narrow = like.dtype  # that of the factors
+    narrow = like.dtype  # the dtype of the factors
     product = functools.partial(jnp.tensordot, precision=_precision(narrow))
     batch_axes, feature_axes = tuple(range(gradient.ndim - bias.ndim)), tuple(range(-bias.ndim, 0))
     factor = gradient.astype(narrow)
@@ -90,15 +93,19 @@ affine.defvjp(_affine_forward, _affine_backward, symbolic_zeros=True)
 
 
 def _precision(dtype: Any) -> str | None:
-    """The precision that `Network` asks for; products may be made after its `apply` returned."""
+    """The matmul precision for factors of `dtype`: "highest" for float32, None for narrower dtypes.
+
+    `Network.apply` sets the same, but a product of the gradient may be traced after `apply`
+    returned.
+    """
     return "highest" if dtype.itemsize >= 4 else None
 
 
 class Head(nn.Module):
-    """Vocabulary logits in float32: the product accumulates in float32 whatever `dtype` is.
+    """The output head of a language model: float32 vocabulary logits, accumulated in float32.
 
-    The kernel is `[D, V]`, or `[V, D]` with `by_word`, which few rows at a time are read faster
-    through on a CPU.
+    The kernel is `[D, V]`, or `[V, D]` with `by_word`: on a CPU a product of few rows reads that
+    layout faster.
     """
 
     vocab: int
@@ -117,11 +124,11 @@ class Head(nn.Module):
 def word_logits(
     x: Float[Array, "*B D"], kernel: Float[Array, "_ _"], axes: str, dtype: Any
 ) -> Float[Array, "*B V"]:
-    """Vocabulary logits in float32 of a product of `dtype` with a kernel of axes "DV" or "VD"."""
+    """Float32 vocabulary logits: `x` times a kernel of axes "DV" or "VD", both in `dtype`."""
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     return jnp.einsum(f"...D,{axes}->...V", x, kernel, preferred_element_type=jnp.float32)
 
 
 def rank_of(leaf: Array, x: Array) -> Array:
-    """`leaf` with axes of size 1 before its own, as many as `x` has."""
+    """`leaf` with axes of size 1 put before its own, so that it has as many axes as `x`."""
     return leaf.reshape((1,) * (x.ndim - leaf.ndim) + leaf.shape)

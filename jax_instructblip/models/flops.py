@@ -1,7 +1,7 @@
-"""Products of a train step in FLOPs: counted on its jaxpr, and by hand from the sizes of a variant.
+"""FLOPs of matrix products: counted on a jaxpr, or computed from the sizes of a variant.
 
-One multiply-add is 2 FLOPs; matrix products and the patch convolution only. XLA's own count sees
-the body of a scan once, so the jaxpr is walked instead: body times length.
+One multiply-add is 2 FLOPs. Only matrix products and the patch convolution count. XLA's own count
+includes the body of a scan once, so the jaxpr is walked instead: body times length.
 """
 
 import math
@@ -23,10 +23,11 @@ PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 def products(jaxpr: Jaxpr, times: int = 1, loops: int = 1) -> Iterator[tuple[Any, int]]:
-    """Every equation of `jaxpr` that is a product, and how often it runs.
+    """Yields the matrix products and convolutions of `jaxpr`, and how often each runs.
 
-    The body of a loop whose length depends on the data (`while`) is taken to run `loops` times; of
-    branches the first counts. A train step has neither.
+    `times` is how often `jaxpr` itself runs, `loops` how often the body of a `while` is assumed to
+    run. Of the branches of a `cond` only the first counts. A train step has neither `while` nor
+    `cond`.
     """
     for equation in jaxpr.eqns:
         name = equation.primitive.name
@@ -44,7 +45,7 @@ def products(jaxpr: Jaxpr, times: int = 1, loops: int = 1) -> Iterator[tuple[Any
 
 
 def flops_of(equation: Any) -> int:
-    """FLOPs of one run of a product."""
+    """FLOPs of one run of a product, an equation that `products` yields."""
     left, right = (each.aval.shape for each in equation.invars[:2])
     out = equation.outvars[0].aval.shape
     if equation.primitive.name == "dot_general":
@@ -55,12 +56,12 @@ def flops_of(equation: Any) -> int:
 
 
 def count(jaxpr: Jaxpr, loops: int = 1) -> int:
-    """FLOPs of all products of `jaxpr`; `loops` as of `products`."""
+    """FLOPs of all products of `jaxpr`; each `while` body is assumed to run `loops` times."""
     return sum(flops_of(equation) * times for equation, times in products(jaxpr, loops=loops))
 
 
 def counted(function: Callable[..., Any], *arguments: Any) -> tuple[int, list[tuple[int, ...]]]:
-    """FLOPs of all products of `function`, and the shapes of their results."""
+    """FLOPs of all products of `function`, and the shape of each product's result."""
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     shapes = [equation.outvars[0].aval.shape for equation, _ in products(jaxpr)]
     return count(jaxpr), shapes
@@ -69,30 +70,32 @@ def counted(function: Callable[..., Any], *arguments: Any) -> tuple[int, list[tu
 def analytic(
     variant: Variant, batch: int, text: int, tokens: int, answer: int, *, samples_per_row: int = 1
 ) -> int:
-    """FLOPs of one step as the network is built: head on all targets, attention over whole rows.
+    """FLOPs of one train step: ViT and language model frozen, Q-Former trained.
 
-    The ViT runs forward only; the Q-Former forward and backward, weights included; of the language
-    model backward has the activations' half alone. A sample has `text` tokens for the Q-Former,
-    `tokens` for the language model and `answer` targets. Of the keys and values of the
-    cross-attention only the weights' gradients are counted, as in the ideal; the step as built adds
-    what the trained image norm before them asks for, under 1 % of the whole.
+    A sample has `text` tokens for the Q-Former, `tokens` for the language model and `answer`
+    targets; `samples_per_row` samples share a row. The head runs on all targets, attention on whole
+    rows.
+
+    The ViT runs forward only; the Q-Former forward and backward, with gradients of its weights; the
+    language model forward and backward without them. In the backward pass of the cross-attention's
+    keys and values, only the weights' gradients count. The gradient for the trained image norm
+    before them is left out, under 1 % of the whole.
     """
     keys_values, qformer = _qformer(variant, batch, text)
     width = samples_per_row * (variant.visual_tokens + tokens)
     rows, answers = batch // samples_per_row, samples_per_row * answer
     forward, attention = _language(variant.llm, rows, width, answers)
-    # Backward: each frozen weight once (dX); each product of the attention twice.
+    # Forward and backward: frozen weights have no dW, so x 2; products of the attention x 3.
     llm = 2 * forward + 3 * attention
     return _vision(variant, batch) + 3 * qformer - keys_values + llm
 
 
 def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) -> int:
-    """FLOPs of `new` tokens for each of `rows` images with a prompt each.
+    """FLOPs of generating `new` tokens for each of `rows` prompts with one image each.
 
-    A prompt has `text` tokens for the Q-Former and `tokens` for the language model.
-
-    The first new token comes with the prompt. The attention of the others is counted over all the
-    room there is for new tokens.
+    A prompt has `text` tokens for the Q-Former and `tokens` for the language model. In a
+    decoder-only model the prompt's pass also gives the first new token. Attention in every later
+    step is counted over all slots that are reserved for new tokens.
     """
     config, queries = variant.llm, variant.visual_tokens
     prompt = queries + tokens
@@ -116,13 +119,13 @@ def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) ->
 
 
 def _decoder_weights(config: LlamaConfig | OptConfig) -> int:
-    """Elements of all kernels of a decoder's layers; LLaMA's feed-forward has a gate."""
+    """The number of kernel elements in all layers of a decoder; LLaMA's have a gate, too."""
     mlp = (3 if isinstance(config, LlamaConfig) else 2) * config.width * config.mlp
     return config.layers * (4 * config.width**2 + mlp)
 
 
 def linear(rows: int, *sizes: int) -> int:
-    """FLOPs of a product with a weight of these sizes."""
+    """FLOPs of multiplying `rows` vectors with a weight of shape `sizes`."""
     return 2 * rows * math.prod(sizes)
 
 
@@ -136,7 +139,7 @@ def _vision(variant: Variant, rows: int) -> int:
 
 
 def _qformer(variant: Variant, rows: int, text: int) -> tuple[int, int]:
-    """FLOPs of the forward pass: of keys and values of the image, and of everything."""
+    """FLOPs of the forward pass: (keys and values of the image, everything including them)."""
     q, patches = variant.qformer, variant.vision.tokens
     seen = q.queries + (text if q.instruction_aware else 0)
     pairs = q.layers // 2
@@ -155,7 +158,7 @@ def _qformer(variant: Variant, rows: int, text: int) -> tuple[int, int]:
 
 
 def _language(config: LanguageConfig, rows: int, length: int, answer: int) -> tuple[int, int]:
-    """FLOPs of the forward pass: of products with weights, and of those of the attention."""
+    """FLOPs of the forward pass: (products with weights, products inside the attention)."""
     if not isinstance(config, T5Config):
         weights = _decoder_weights(config)
         attention = config.layers * 2 * linear(rows * length, length, config.width)

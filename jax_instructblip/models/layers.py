@@ -1,4 +1,7 @@
-"""Parts of several towers: norms, feed-forwards, precision, slots, the scan over layers."""
+"""Parts that several towers share: norms, feed-forwards, dropout, precision, the scan over layers.
+
+A tower is the vision encoder, the bridge or the language model.
+"""
 
 import dataclasses
 import functools
@@ -14,24 +17,24 @@ from jaxtyping import Array, Float, Int
 
 from jax_instructblip.models.dense import PRODUCT, Dense, rank_of
 
-# Of the residual streams, whatever the layers between them compute in: in bfloat16 each sum would
-# be rounded to 8 bits, which is farther from float64 than autocast in PyTorch
+# The dtype of residual streams, whatever dtype the layers compute in: in bfloat16 each sum would be
+# rounded to 8 bits, which is farther from float64 than autocast in PyTorch
 # (benchmarks/precision.py). Embeddings begin a stream in this dtype; sums and norms keep it.
 RESIDUAL = jnp.float32
 BATCH_AXES = ("data", "fsdp")  # mesh axes that split the batch
-FLAGS = ("queries", "return_kv", "train")  # arguments of a layer that are no arrays
+FLAGS = ("queries", "return_kv", "train")  # layer arguments that are static: Python values
 
-# What a backward pass computes again instead of keeping it since the forward pass.
+# Remat policies: which results a backward pass keeps from the forward pass, by name.
 REMAT: dict[str, Callable[..., bool] | None] = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(  # scores, softmax, norms ...
+    "dots": jax.checkpoint_policies.save_from_both_policies(  # repeats scores, softmax, norms ...
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(PRODUCT),
     ),
-    "full": None,  # the whole layer, from its input
+    "full": None,  # repeats the whole layer, from its input
 }
 
-# To be called with float32: in bfloat16 1 + erf(x) has no digits left where x is below -2.
+# Inputs must be float32: in bfloat16 1 + erf(x) has no digits left where x is below -2.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),  # erf, as PyTorch's default
     "gelu_new": lambda x: nn.gelu(x, approximate=True),
@@ -42,17 +45,18 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """The way in which the layers of a tower are run; no value depends on it.
+    """Settings for running the layers of one tower; no setting changes a result.
 
     Attributes:
-      remat: a name of `REMAT`. "full" keeps the input of each layer alone and computes the forward
-        pass twice; "dots" keeps the products with weights, too, and repeats little.
-      weights: what is done to the weights of each layer where they are taken out of their stack
-        (`parallel.rules.constrain_layer`); None for nothing.
-      unstacked: the parameters are one tree a layer (`unstack_layers`) instead of a stack, and so
-        is what layers are given and return; the kernel of a head is `[V, D]`. For decoding on a
-        CPU, where a product with a slice of a stack copies the slice first. Neither of the two
-        fields above applies.
+      remat: a key of `REMAT`. "none" keeps everything for the backward pass; "dots" keeps the
+        products with weights and repeats little; "full" keeps only the input of each layer and
+        computes the forward pass twice.
+      weights: function applied to the weights of each layer when they are sliced from their stack
+        (`parallel.rules.constrain_layer`); None for no function.
+      unstacked: parameters, and the trees that layers take and return, are one tree per layer
+        (`unstack_layers`) instead of a stack; the kernel of a head is `[V, D]`. For decoding on a
+        CPU, where a product with a slice of a stack copies the slice first. `remat` and `weights`
+        are then ignored.
     """
 
     remat: str = "none"
@@ -62,22 +66,22 @@ class Scan:
 
 @dataclasses.dataclass(frozen=True)
 class Scans:
-    """The way in which the layers of each tower are run."""
+    """The `Scan` settings of each tower."""
 
     vision: Scan = Scan()
-    qformer: Scan = Scan()  # of the bridge, where it has layers
+    qformer: Scan = Scan()  # the bridge, if it has layers to scan
     llm: Scan = Scan()
 
 
 def constrain(x: Array) -> Array:
-    """`x` with its first axis split over the batch axes of the ambient mesh, and no other axis.
+    """Splits the first axis of `x` over the batch axes of the current mesh, and no other axis.
 
-    Every residual sum goes through it, embeddings too. Where XLA is left to choose, it may split
-    the width of a sum over the devices that share the heads, and then hand rows to wrong devices
-    (seen in jaxlib 0.10.2, with all three axes above 1 and one or two rows a device).
+    Every residual sum passes through this function, embeddings too. Otherwise XLA may split the
+    width of a sum over the devices that share the heads and then give rows to the wrong devices
+    (seen in jaxlib 0.10.2, with all three mesh axes above 1 and one or two rows per device).
 
-    The identity for a row that all samples share, and where no mesh is set or its axes are not
-    `Auto` (inside pmap and shard_map), so that a layer runs alone as well.
+    Returns `x` unchanged if its first axis has size 1, if no mesh is set, or if the mesh's axes are
+    not `Auto` (inside pmap and shard_map), so that a layer also runs alone.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names) or x.shape[0] == 1:
@@ -88,11 +92,11 @@ def constrain(x: Array) -> Array:
 
 
 class Network(nn.Module):
-    """A module that computes in its `dtype` (float32 where it has none), on every machine.
+    """A Flax module whose float32 products are computed in full float32 on every machine.
 
-    TPUs multiply float32 matrices in bfloat16 and newer GPUs in TF32 unless each product asks for
-    more. All products of `apply`, and those of its gradient, ask where the dtype is float32; the
-    ambient `jax.default_matmul_precision` counts for narrower ones alone.
+    By default TPUs multiply float32 matrices in bfloat16, and newer GPUs in TF32. If the module's
+    `dtype` is float32 (or it has none), all products of `apply` and of its gradient use the highest
+    precision. For narrower dtypes the ambient `jax.default_matmul_precision` applies.
     """
 
     @nn.nowrap
@@ -106,10 +110,10 @@ class Network(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout as `nn.Dropout`, but the mask is made before it is used, not where.
+    """Dropout as `nn.Dropout`, but with a barrier, so that the mask is computed before its use.
 
-    XLA for TPUs would compute the random bits inside of the products around them, and compare the
-    tilings of those until its time or stack runs out (libtpu 0.0.42, FlanT5-XL).
+    Without the barrier XLA for TPUs fuses the random bits into the products around them and
+    compares tilings until its time or stack runs out (libtpu 0.0.42, FlanT5-XL).
     """
 
     rate: float
@@ -141,7 +145,10 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm: float32 statistics, cast back *before* the scale (as T5 and LLaMA)."""
+    """Root-mean-square norm with float32 statistics; casts to the dtype of `x`, then scales.
+
+    T5 and LLaMA in PyTorch have this order of cast and scale.
+    """
 
     eps: float
 
@@ -155,7 +162,7 @@ class RMSNorm(nn.Module):
 
 
 class Mlp(nn.Module):
-    """`out(activation(in(x)))`, with biases; float32."""
+    """The feed-forward `out(activation(in(x)))` with biases; the result is float32."""
 
     width: int
     hidden: int
@@ -173,7 +180,7 @@ class Mlp(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """`out(activation(gate(x)) * in(x))`, no biases; dropout on the product (T5 only)."""
+    """The feed-forward `out(activation(gate(x)) * in(x))` without biases; dropout before `out`."""
 
     width: int
     hidden: int
@@ -195,11 +202,11 @@ class GatedMlp(nn.Module):
 def take_slots(
     x: Float[Array, "B S D"], index: Int[Array, "B T"], inverse: Int[Array, "B S"]
 ) -> Float[Array, "B T D"]:
-    """`x[b, index[b, t]]`, zeros where an index is out of range.
+    """Gathers along axis 1: `x[b, index[b, t]]`, zeros where an index is out of range.
 
-    No slot is taken twice, and `inverse` says where each of the S is taken (T or more where
-    nowhere), so the gradient is a gather, too. The gradient of an ordinary gather is a scatter-add,
-    which took a tenth of a training step.
+    No index may occur twice in a row, and `inverse[b, s]` must be the t that takes slot s (T or
+    more if none does), so that the gradient is a gather, too. The gradient of an ordinary gather is
+    a scatter-add, which took a tenth of a training step.
     """
     del inverse
     picked = jnp.take_along_axis(x, jnp.clip(index, 0, x.shape[1] - 1)[..., None], axis=1)
@@ -220,7 +227,10 @@ take_slots.defvjp(_take_forward, _take_backward)
 
 
 def unique_inverse(index: Int[Array, "B T"], length: int) -> Int[Array, "B S"]:
-    """The position in `index` of each of 0 ... `length` - 1; T for those that it has not."""
+    """The inverse of `index`: entry s is the t with `index[b, t] == s`, or T if there is none.
+
+    S is `length`; indices outside of 0 to `length` - 1 are skipped.
+    """
     rows, count = jnp.arange(index.shape[0])[:, None], index.shape[1]
     nowhere = jnp.full((index.shape[0], length), count, jnp.int32)
     own = jnp.arange(count, dtype=jnp.int32)[None]
@@ -230,12 +240,12 @@ def unique_inverse(index: Int[Array, "B T"], length: int) -> Int[Array, "B S"]:
 def scan_layers(
     block: type[nn.Module], length: int, scan: Scan, **broadcast: int
 ) -> Callable[..., Any]:
-    """`block` repeated `length` times by `nn.scan`, its parameters stacked on axis 0.
+    """A constructor of `length` layers of type `block`, scanned, parameters stacked on axis 0.
 
-    `broadcast` names the methods that are scanned (`call` is `__call__`) and how many arguments of
-    each every layer sees alike. Before those a method takes the carry and one tree with a leading
-    axis of layers (or None); it returns the carry and one tree to stack (or None). With
-    `scan.unstacked` that tree is a tuple of the layers' own ones.
+    `broadcast` names the methods of `block` that are scanned (`call` stands for `__call__`) and the
+    number of last arguments that every layer receives alike. Before those a method takes the carry
+    and one tree with a leading axis of layers (or None); it returns the carry and one tree to stack
+    (or None). With `scan.unstacked` these trees are tuples with one entry per layer.
     """
     if scan.unstacked:
         return lambda *args: LayerList(functools.partial(block, *args), length)
@@ -257,14 +267,18 @@ def scan_layers(
             block, "params", trans_in_fn=change, init=True, methods=list(methods)
         )
     if scan.remat != "none" or scan.weights is not None:
-        # Only `__call__` has a backward pass. Inside a scan nothing need be kept from merging.
+        # Flags are those of `__call__`: only it has a backward pass. A scan's body needs no
+        # protection from common-subexpression elimination (prevent_cse).
         policy = _policy(scan.remat)
         block = nn.remat(block, policy=policy, static_argnums=flags, prevent_cse=False)
     return nn.scan(block, methods=methods)
 
 
 class LayerList(nn.Module):
-    """Layers one after the other, each with parameters of its own: `{"0": ..., "1": ...}`."""
+    """Layers that run one after the other, each with its own parameters: `{"0": ..., "1": ...}`.
+
+    The methods take and return the same as those of the `nn.scan` in `scan_layers`.
+    """
 
     make: Callable[..., nn.Module]
     length: int
@@ -294,7 +308,10 @@ class LayerList(nn.Module):
 
 
 def unstack_layers(stack: Any) -> dict[str, Any]:
-    """Parameters `[Y, ...]` as `LayerList` takes them; leaves may be tuples of layers already."""
+    """Splits stacked parameters `[Y, ...]` into one tree per layer, `{"0": ..., "1": ...}`.
+
+    `LayerList` takes the result. Leaves may also be tuples of layers instead of stacks.
+    """
     is_leaf = lambda leaf: isinstance(leaf, tuple)
     count = len(jax.tree.leaves(stack, is_leaf=is_leaf)[0])
     pick = lambda index: jax.tree.map(lambda leaf: leaf[index], stack, is_leaf=is_leaf)
@@ -302,7 +319,10 @@ def unstack_layers(stack: Any) -> dict[str, Any]:
 
 
 def zip_layers(**trees: Any) -> Any:
-    """Zips trees per layer: a dict of stacks stays one, tuples of layers become one of dicts."""
+    """Groups named trees by layer, as the tree that layers take.
+
+    Stacked trees become a dict of stacks; tuples of layers become one tuple with a dict per layer.
+    """
     if all(isinstance(tree, tuple) for tree in trees.values()):
         return tuple(
             dict(zip(trees, each, strict=True)) for each in zip(*trees.values(), strict=True)
@@ -311,14 +331,14 @@ def zip_layers(**trees: Any) -> Any:
 
 
 def _change(weights: Callable[[Any], Any], variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of one layer, `{"params": tree}`, after `weights`."""
+    """Applies `weights` to the parameters of one layer, given as `{"params": tree}`."""
     return {name: weights(tree) for name, tree in variables.items()}
 
 
 def _policy(remat: str) -> Callable[..., bool] | None:
-    """The policy of `REMAT`, which never keeps what a constraint returns: the same array again.
+    """The policy `REMAT[remat]`, except that results of sharding constraints are never saved.
 
-    Kept, the weights of every layer would be stored a second time until the backward pass.
+    Saved, they would be a second copy of every layer's weights until the backward pass.
     """
     policy = REMAT[remat]
     if policy is None:

@@ -1,4 +1,4 @@
-"""LLaMA (Vicuna v1.1): one causal row of [visual prompt ; instruction ; answer].
+"""LLaMA (Vicuna v1.1): one causal row of [visual vectors ; instruction ; answer].
 
 RMS norms, rotary positions on half-split heads, SwiGLU, no biases, an untied head.
 """
@@ -37,8 +37,8 @@ Rotation = tuple[Array, Array]  # cosine and sine, each [B or 1, T, K]
 def rotary(positions: Int[Array, "B T"], width: int, theta: float, dtype: Any) -> Rotation:
     """Cosine and sine `[B, T, K]` of each position, computed in float32 and cast to `dtype`.
 
-    The angle of pair k is position x theta^(-2k/K); the pairs are (k, k + K/2), as in the
-    Hugging Face layout of the weights.
+    K is `width`, that of a head. The angle of pair k is position x theta^(-2k/K); the pairs are (k,
+    k + K/2), as in the Hugging Face layout of the weights.
     """
     frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angle = positions.astype(jnp.float32)[..., None] * frequency[None, None, :]
@@ -47,7 +47,7 @@ def rotary(positions: Int[Array, "B T"], width: int, theta: float, dtype: Any) -
 
 
 def rotate(x: Float[Array, "B T N K"], rotation: Rotation) -> Float[Array, "B T N K"]:
-    """`x` turned by its position, in the dtype of the rotation; the result has that of `x`."""
+    """Rotates queries or keys `x` by their positions; the result has the dtype of `x`."""
     cosine, sine = (part[:, :, None, :] for part in rotation)
     first, second = jnp.split(x, 2, axis=-1)
     turned = x * cosine + jnp.concatenate([-second, first], axis=-1) * sine
@@ -55,7 +55,7 @@ def rotate(x: Float[Array, "B T N K"], rotation: Rotation) -> Float[Array, "B T 
 
 
 class LlamaLayer(nn.Module):
-    """One layer; each method returns what a scan carries and what it stacks."""
+    """One layer of LLaMA; each method returns (carry, output), as `nn.scan` expects."""
 
     config: LlamaConfig
     dtype: Any
@@ -69,7 +69,7 @@ class LlamaLayer(nn.Module):
         self.drop = Dropout(c.dropout)
 
     def __call__(self, x, _, mask, rotation, return_kv, train):
-        """Runs whole rows; with `return_kv` keys and values come back as a cache has them."""
+        """Runs whole rows; with `return_kv` the output is the keys and values, else None."""
         dropout = functools.partial(self.drop, deterministic=not train)
         y, attention = self.attention_norm(x), self.attention
         key, value = rotate(attention.key(y), rotation), attention.value(y)
@@ -79,7 +79,7 @@ class LlamaLayer(nn.Module):
         return x, ({"key": heads_first(key), "value": heads_first(value)} if return_kv else None)
 
     def step(self, x, cache, prefix_mask, view, rotation):
-        """Runs one token `[B, R, D]`; what `attend_tail` returns comes back, for `append`."""
+        """Runs one token per row, `x` [B, R, D]; the output is what `cache.append` takes."""
         y, attention = self.attention_norm(x), self.attention
         key, value = (
             heads_first(rotate(attention.key(y), rotation)),
@@ -93,7 +93,7 @@ class LlamaLayer(nn.Module):
         return constrain(x + self.mlp(self.mlp_norm(x))), output
 
     def tree(self, x, prefix, prefix_mask, mask, rotation):
-        """Runs a tree of tokens `[B, T, D]` behind the prompt; nothing is stored."""
+        """Runs a tree of candidate tokens `x` [B, T, D] after the prompt; nothing is cached."""
         y, attention = self.attention_norm(x), self.attention
         key, value = (
             heads_first(rotate(attention.key(y), rotation)),
@@ -107,7 +107,7 @@ class LlamaLayer(nn.Module):
 
 
 class Llama(DecoderOnly):
-    """The whole language model; rows, cache and trees are those of `DecoderOnly`."""
+    """The whole LLaMA model; `DecoderOnly` has the methods that run rows, steps and trees."""
 
     config: LlamaConfig
     dtype: Any
@@ -125,25 +125,25 @@ class Llama(DecoderOnly):
         self.head = Head(c.vocab, self.dtype, by_word=self.scan.unstacked)
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
-        """Token embeddings, the beginning of a residual stream."""
+        """Float32 token embeddings, the start of a residual stream."""
         return constrain(self.embedding(tokens))
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Float32 vocabulary logits of normed hidden states."""
+        """Float32 vocabulary logits of hidden states after the final norm."""
         return self.head(x)
 
     def begin(
         self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
     ) -> Float[Array, "B T D"]:
-        """The embedded slots as they are: positions are in the rotation."""
+        """The embedded slots in float32; positions enter later, by rotating queries and keys."""
         del positions
         return x.astype(RESIDUAL)
 
     def shared(self, positions: Int[Array, "#B T"]) -> tuple[Any, ...]:
-        """The rotation, which queries and keys of all layers are given."""
+        """The cosine and sine of the positions, for the queries and keys of every layer."""
         return (self.rotation(positions),)
 
     def rotation(self, positions: Int[Array, "B T"]) -> Rotation:
-        """Cosine and sine of `positions` for the heads of this model."""
+        """Float32 cosine and sine `[B, T, K]` of `positions`, for heads of this model's width."""
         c = self.config
         return rotary(positions, c.head_width, c.rope_theta, jnp.float32)

@@ -1,7 +1,8 @@
-"""Every attention mask, drawn. True (#) means: the query of this row sees the key of this column.
+"""All attention masks, drawn. `#` is True: the query of this line sees the key of this column.
 
-A row holds one sample or several, each in slots of its own without a gap (`segments`), so plain
-indices tell what comes before what. Masks compose with `&`.
+A row holds one sample or several, each in consecutive slots; `segments` holds the number of the
+sample in each slot, 0 on padding. So a comparison of indices tells what comes before what. Masks
+are combined with `&`.
 """
 
 import jax.numpy as jnp
@@ -9,9 +10,9 @@ from jaxtyping import Array, Bool, Int
 
 
 def padding_mask(valid: Bool[Array, "B S"]) -> Bool[Array, "B 1 1 S"]:
-    """The mask of the Q-Former, and of what decodes behind a cached prompt: all valid keys.
+    """Mask of all valid keys, for every query: the Q-Former's mask, and that of a cached prompt.
 
-    For valid = 1 1 1 0:
+    For valid = 1 1 1 0, drawn for four queries:
 
         # # # .
         # # # .
@@ -22,10 +23,10 @@ def padding_mask(valid: Bool[Array, "B S"]) -> Bool[Array, "B 1 1 S"]:
 
 
 def segment_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
-    """The mask of T5's encoder, and of its cross-attention: the slots of the same sample.
+    """Mask of the keys of the query's own sample: for T5's encoder and its cross-attention.
 
-    Padding, segment 0, sees padding alone, or nothing where the keys have none; no sample sees it.
-    For segments 1 1 2 0 of both:
+    `queries` and `keys` hold the sample number of each slot. Padding has number 0: no sample sees
+    it, and it sees padding only, or nothing if there are no padded keys. For 1 1 2 0 as both:
 
         # # . .
         # # . .
@@ -36,7 +37,7 @@ def segment_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Ar
 
 
 def causal_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
-    """The mask of a decoder and of its rows: the slots of the same sample up to itself.
+    """Mask of a causal decoder: each slot sees itself and the earlier slots of its own sample.
 
     For segments 1 1 2 2 0:
 
@@ -52,9 +53,10 @@ def causal_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
 
 
 def prefix_causal_mask(valid: Bool[Array, "B T"], prefix: int) -> Bool[Array, "B 1 T S"]:
-    """The mask of a caption that is written behind the queries: all of these, and what precedes.
+    """Mask of a caption after the queries: a token sees all queries and the tokens up to itself.
 
-    For valid = 1 1 0 and a prefix of 2:
+    `valid` is False on padded tokens, `prefix` is the number of queries. For valid = 1 1 0 and a
+    prefix of 2:
 
         # # # . .
         # # # # .
@@ -67,10 +69,11 @@ def prefix_causal_mask(valid: Bool[Array, "B T"], prefix: int) -> Bool[Array, "B
 
 
 def tree_mask(ends: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
-    """The mask of a ranking's tree of candidates: a token sees itself and what leads to it.
+    """Mask of a tree of candidate tokens: each token sees itself and its ancestors.
 
-    The tree stands in depth-first order, and `ends` says where what hangs below each token stops.
-    For ends = 4 3 3 4 6 6, which is the tree (0 (1 2) 3) (4 5):
+    The tokens are in depth-first order; `ends` is the index just after each token's last
+    descendant. For ends = 4 3 3 4 6 6, where 0 has the children 1 and 3, 1 has the child 2, and 4
+    the child 5:
 
         # . . . . .
         # # . . . .
@@ -85,10 +88,11 @@ def tree_mask(ends: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
 
 
 def lineage_mask(lineage: Int[Array, "B R T"], step: Int[Array, ""]) -> Bool[Array, "B 1 R S"]:
-    """The mask of new tokens: each sees the slots that its row continues, of earlier steps.
+    """Mask of the new tokens of a step over the cache's tail: each row sees the slots it continues.
 
-    It sees itself apart from them. Slot t * R + r has what row r read at step t. For step = 2 of
-    T = 3, lineage = (0 0 .) of row 0 and (0 1 .) of row 1:
+    Slot t * R + r holds the token of row r at step t, and `lineage[b, r, t]` is the row whose slot
+    row r continues at step t. Steps from `step` on are hidden; the new token itself is in no slot
+    yet. For step = 2 of T = 3, lineage = (0 0 .) of row 0 and (0 1 .) of row 1:
 
         # . # . . .
         # . . # . .

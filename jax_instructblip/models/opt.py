@@ -1,7 +1,7 @@
-"""OPT, BLIP-2's decoder: one causal row of [visual prompt ; text].
+"""OPT, the decoder-only language model of BLIP-2: one causal row of [visual vectors ; text].
 
-Layer norms before each part and a last one, learned positions, ReLU, biases everywhere, and a head
-that is the token embedding itself.
+Layer norms before each sub-layer and after the last layer, learned positions, ReLU, biases
+everywhere, and the token embedding as head.
 """
 
 import functools
@@ -36,7 +36,7 @@ OFFSET = 2  # position p is row p + 2 of the table: the first two rows were fair
 
 
 class OptLayer(nn.Module):
-    """One layer; each method returns what a scan carries and what it stacks."""
+    """One layer of OPT; each method returns (carry, output), as `nn.scan` expects."""
 
     config: OptConfig
     dtype: Any
@@ -50,7 +50,7 @@ class OptLayer(nn.Module):
         self.drop = Dropout(c.dropout)
 
     def __call__(self, x, _, mask, return_kv, train):
-        """Runs whole rows; with `return_kv` keys and values come back as a cache has them."""
+        """Runs whole rows; with `return_kv` the output is the keys and values, else None."""
         dropout = functools.partial(self.drop, deterministic=not train)
         y, attention = self.attention_norm(x), self.attention
         key, value = attention.key(y), attention.value(y)
@@ -60,7 +60,7 @@ class OptLayer(nn.Module):
         return x, ({"key": heads_first(key), "value": heads_first(value)} if return_kv else None)
 
     def step(self, x, cache, prefix_mask, view):
-        """Runs one token `[B, R, D]`; what `attend_tail` returns comes back, for `append`."""
+        """Runs one token per row, `x` [B, R, D]; the output is what `cache.append` takes."""
         y, attention = self.attention_norm(x), self.attention
         token = {"key": heads_first(attention.key(y)), "value": heads_first(attention.value(y))}
         past, current, output = attend_tail(cache["tail"], token, view)
@@ -69,7 +69,7 @@ class OptLayer(nn.Module):
         return constrain(x + self.mlp(self.mlp_norm(x))), output
 
     def tree(self, x, prefix, prefix_mask, mask):
-        """Runs a tree of tokens `[B, T, D]` behind the prompt; nothing is stored."""
+        """Runs a tree of candidate tokens `x` [B, T, D] after the prompt; nothing is cached."""
         y, attention = self.attention_norm(x), self.attention
         key, value = heads_first(attention.key(y)), heads_first(attention.value(y))
         cached = [CachedKV(**prefix, mask=prefix_mask), CachedKV(key, value, mask)]
@@ -78,7 +78,7 @@ class OptLayer(nn.Module):
 
 
 class Opt(DecoderOnly):
-    """The whole language model; rows, cache and trees are those of `DecoderOnly`."""
+    """The whole OPT model; `DecoderOnly` has the methods that run rows, steps and trees."""
 
     config: OptConfig
     dtype: Any
@@ -99,7 +99,7 @@ class Opt(DecoderOnly):
         self.norm = LayerNorm(c.norm_eps)
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
-        """Token embeddings without positions, which `begin` adds."""
+        """Float32 token embeddings; `begin` adds those of the positions."""
         return constrain(self.embedding(tokens))
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -107,14 +107,14 @@ class Opt(DecoderOnly):
         return word_logits(x, self.embedding.embedding, "VD", self.dtype)
 
     def shared(self, positions: Int[Array, "#B T"]) -> tuple[Any, ...]:
-        """Nothing: the positions are in the stream."""
+        """An empty tuple: the positions are already added to the inputs of the layers."""
         return ()
 
     def begin(
         self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
     ) -> Float[Array, "B T D"]:
-        """Embedded slots and the embeddings of their positions."""
-        # Padding may stand beyond the table. A row of NaN there would reach every slot: attention
-        # multiplies what it masks by 0.
+        """The sum of the embedded slots and the embeddings of their positions, float32."""
+        # Positions of padding may exceed the table. The lookup would then give NaN, and attention,
+        # which multiplies masked values by 0, would spread it to every slot.
         places = jnp.minimum(positions, self.config.max_positions - 1) + OFFSET
         return constrain(x.astype(RESIDUAL) + self.position_embedding(places))

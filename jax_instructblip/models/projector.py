@@ -1,4 +1,4 @@
-"""LLaVA's projector: each patch becomes one vector of the language model's width.
+"""LLaVA's projector: maps each patch of an image to one vector of the language model's width.
 
 v1 has one linear layer, v1.5 two with an erf-GELU between them (`mlp2x_gelu`). CLS is left out.
 """
@@ -15,11 +15,11 @@ from jax_instructblip.models.variants import ProjectorConfig
 
 
 class Projector(Network):
-    """Patch features to visual vectors; the instruction is not read."""
+    """Maps patch features to visual vectors; does not read the instruction."""
 
     config: ProjectorConfig
     dtype: Any
-    scan: Scan = Scan()  # of the bridges with layers to scan
+    scan: Scan = Scan()  # unused: a projector has no layers to scan, other bridges do
 
     @nn.compact
     def __call__(
@@ -29,7 +29,7 @@ class Projector(Network):
         valid: Bool[Array, "B L"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B Q Dl"]:
-        """Q = P - 1 vectors an image, in the order of its patches."""
+        """Q = P - 1 vectors per image, in the order of its patches; only `patches` is read."""
         del tokens, valid, train
         width = self.config.llm_width
         x = Dense((width,), self.dtype, name="in")(patches[:, 1:])

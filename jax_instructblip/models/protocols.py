@@ -1,18 +1,19 @@
-"""The methods of a language model and of a bridge; `vlm.py` asks for nothing else of them.
+"""The methods of a bridge and of a language model; `vlm.py` calls no others.
 
-Adding one is a file with these methods, its sizes in `variants.py`, a conversion table, and a row
-of `BRIDGES` or `LANGUAGE_MODELS` in `vlm.py`.
+A bridge maps the patch features of an image to vectors of the language model's width. A new bridge
+or language model is one file with these methods, its sizes in `variants.py`, a conversion table,
+and a row of `BRIDGES` or `LANGUAGE_MODELS` in `vlm.py`.
 """
 
 from typing import Any, Protocol
 
 from jaxtyping import Array, Bool, Float, Int
 
-Cache = dict[str, Any]  # drawn in `cache.py`
+Cache = dict[str, Any]  # its keys and shapes: `cache.py`
 
 
 class Bridge(Protocol):
-    """Makes Q vectors of the language model's width of an image's patches."""
+    """Maps the patches of an image to Q vectors of the language model's width."""
 
     def __call__(
         self,
@@ -21,15 +22,15 @@ class Bridge(Protocol):
         valid: Bool[Array, "B L"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B Q Dl"]:
-        """The vectors of each image; `tokens` are its instruction, `valid` is False on padding."""
+        """The vectors of each image; `tokens` is its instruction, `valid` is False on padding."""
         ...
 
 
 class LanguageModel(Protocol):
-    """A decoder, or an encoder and a decoder, over rows of embedded slots."""
+    """A decoder-only or encoder-decoder language model over rows of embedded slots."""
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
-        """Token embeddings in the compute dtype."""
+        """Float32 token embeddings."""
         ...
 
     def __call__(
@@ -42,13 +43,21 @@ class LanguageModel(Protocol):
         decoder_segments: Int[Array, "B U"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B A V"]:
-        """Float32 logits of the slots `asked`; a slot sees those of its own segment alone."""
+        """Float32 logits of the slots `asked`; a slot sees only slots of its own sample.
+
+        `inputs` are embedded slots, `segments` the number of the sample that owns each slot (0:
+        padding), `positions` the slot's position in that sample. Encoder-decoder models also take
+        the decoder's tokens and sample numbers, and `asked` then counts the decoder's slots.
+        """
         ...
 
     def prefill(
         self, inputs: Float[Array, "B S D"], valid: Bool[Array, "B S"], tail_length: int
     ) -> tuple[Float[Array, "B 1 V"], Cache]:
-        """Logits of the first new token behind each prompt, and the cache of the prompts."""
+        """Logits of the first new token after each prompt, and the cache of the prompts.
+
+        The cache has space for `tail_length` new tokens; `valid` is False on padding.
+        """
         ...
 
     def decode_step(
@@ -64,7 +73,11 @@ class LanguageModel(Protocol):
         ends: Int[Array, "#B T"],
         cache: Cache,
     ) -> Float[Array, "B T D"]:
-        """Hidden states of a tree of continuations in depth-first order."""
+        """Hidden states of many continuations of a prompt, stored as one tree in depth-first order.
+
+        `depths` is 1 for a token that follows the prompt; `ends[b, t]` is the index just after the
+        last descendant of token t. Each token sees the prompt, its ancestors and itself.
+        """
         ...
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

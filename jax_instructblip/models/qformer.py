@@ -1,13 +1,16 @@
-"""Q-Former: queries read the instruction, look at the image, and speak to the language model.
+"""Q-Former: learned queries read the instruction and the image for the language model.
 
-BERT-base with three additions: cross-attention in even layers (for the queries alone), a
-feed-forward of their own for the queries, and the queries themselves. Everything that InstructBLIP
-trains is here, the image norm before it and the projection after it included.
+BERT-base with three additions: the queries, cross-attention to the image in even layers (by the
+queries alone), and a feed-forward of their own for the queries. Everything that InstructBLIP trains
+is here, including the image norm before the Q-Former and the projection after it.
 
-    read_image   queries | image          what the image says          unimodal: ITC, stage 2
-    read_text    text                     what the text says           unimodal: ITC
-    read_both    [queries ; text] | image  both, in both directions    ITM, InstructBLIP
-    write_text   text behind the queries  causal                       ITG
+    method       input                                              used for
+    read_image   queries, with cross-attention to the image         ITC, BLIP-2's second stage
+    read_text    text                                               ITC
+    read_both    [queries ; text], with cross-attention             ITM, InstructBLIP
+    write_text   text, causal, after the queries' keys and values   ITG
+
+ITC, ITM and ITG are BLIP-2's losses: image-text contrast, matching, and captioning.
 """
 
 import functools
@@ -38,7 +41,7 @@ KeyValue = dict[str, Array]  # key and value [B, S, N, K] of a layer
 
 
 class QFormerLayer(nn.Module):
-    """One post-norm layer over `[queries ; text]`; with `cross` the queries look at the image."""
+    """One post-norm layer over `[queries ; text]`; with `cross` the queries also see the image."""
 
     config: QFormerConfig
     dtype: Any
@@ -57,8 +60,9 @@ class QFormerLayer(nn.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValue, KeyValue | None]:
         """The layer's output, the keys and values of `x`, and those of the image it looked at.
 
-        `x` are `queries` queries, then text; one of the two may be absent. What `past` holds is
-        seen ahead of `x`. `image_kv` stands for the image where its keys were computed before.
+        The first `queries` positions of `x` are queries, the others text; either may be absent. The
+        keys and values in `past` come before those of `x`. `image_kv` replaces `image` if its keys
+        and values have been computed before.
         """
         c = self.config
         layer = Dropout(c.dropout)
@@ -83,7 +87,7 @@ class QFormerLayer(nn.Module):
                 image_kv = {"key": cross.key(image), "value": cross.value(image)}
             assert image_kv is not None
             key, value = image_kv["key"], image_kv["value"]
-            # Rows that share an image lie beside each other: its keys are made once for all.
+            # Texts about one image are adjacent rows, so its keys and values are computed once.
             rows = first.reshape(key.shape[0], -1, first.shape[-1])
             y = cross.out(attend(cross.query(rows), key, value, dropout=dropout))
             y = y.reshape(first.shape)
@@ -98,17 +102,18 @@ class QFormerLayer(nn.Module):
 
 
 class QFormerPair(nn.Module):
-    """An even layer, with cross-attention, and the odd one after it: what the scan repeats."""
+    """An even layer, with cross-attention, and the odd layer after it: the unit that is scanned."""
 
     config: QFormerConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, x, past, mask, image, queries, return_kv, train):
-        """Runs both layers; returns the keys and values that `return_kv` names.
+        """Returns the output of both layers, and the keys and values that `return_kv` asks for.
 
-        "queries" (or True) are those of `x` in each layer by name, which `past` takes; "image"
-        those of the patches, which `past` takes under that name.
+        With True these are the keys and values of `x` by layer, a dict with the keys "cross" and
+        "plain", as `past` takes them; with "image" those of the patches, which `past` takes under
+        the key "image"; otherwise None.
         """
         past, kept, image_kv = past or {}, {}, None
         for name in ("cross", "plain"):
@@ -125,11 +130,11 @@ class QFormerPair(nn.Module):
 
 
 class QFormer(Network):
-    """Patch features and text to queries that speak of the image.
+    """Maps the patch features of an image, and a text if given, to Q vectors.
 
-    As a bridge (`__call__`) it projects them to the language model's width. The first stage of
-    BLIP-2 reads image and text apart (`read_image`, `read_text`), together (`read_both`), and lets
-    the text be written after the queries (`write_text`).
+    As a bridge (`__call__`) it also projects the vectors to the language model's width. BLIP-2's
+    first stage encodes image and text separately (`read_image`, `read_text`) or together
+    (`read_both`), and generates a text after the queries (`write_text`).
     """
 
     config: QFormerConfig
@@ -162,8 +167,8 @@ class QFormer(Network):
     ) -> Float[Array, "B Q Dl"]:
         """The Q query outputs, projected to the language model's width.
 
-        `tokens` are the instruction in BERT ids, `valid` is False on padding; both are left out
-        (and ignored) where the Q-Former is not instruction-aware.
+        `tokens` is the instruction in BERT ids, `valid` is False on padding. A Q-Former that reads
+        no instruction ignores both; the others raise a ValueError without them.
         """
         if not self.config.instruction_aware:
             return self.projection(self.read_image(patches, train)[0])
@@ -177,9 +182,9 @@ class QFormer(Network):
     def read_image(
         self, patches: Float[Array, "B P Dv"], train: bool = False, return_kv: bool = False
     ) -> tuple[Float[Array, "B Q D"], Any]:
-        """The outputs of the queries that saw the image and no text.
+        """Query outputs that saw the image but no text, and the keys and values for `write_text`.
 
-        With `return_kv` their keys and values in every layer come back, for `write_text`.
+        The second item holds those of the queries in every layer; it is None unless `return_kv`.
         """
         image = self.image_norm(patches)
         return self._run(self._queries(image.shape[0]), None, None, image, return_kv, train)
@@ -195,7 +200,7 @@ class QFormer(Network):
     def read_text(
         self, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"], train: bool = False
     ) -> Float[Array, "B L D"]:
-        """The outputs of the text alone, read in both directions."""
+        """Text outputs without an image; attention is bidirectional and hides padding."""
         return self._run(self.embed_text(tokens), None, padding_mask(valid), None, False, train)[0]
 
     def read_both(
@@ -205,10 +210,11 @@ class QFormer(Network):
         valid: Bool[Array, "B L"],
         train: bool = False,
     ) -> Float[Array, "B Q D"]:
-        """The outputs of the queries that saw the image and the text, which saw them.
+        """Query outputs after bidirectional attention over queries and text, and over the image.
 
-        Each image may serve several texts in a row, B = G x k; its `image_kv` may stand for its
-        patches. Queries carry no position, text positions start at 0, and one norm covers both.
+        With B = G x k, each image serves k texts in a row; its `image_kv` can replace its patches.
+        Queries have no position embedding, text positions start at 0, and one layer norm covers
+        both.
         """
         image, past = None, None
         if isinstance(patches, dict):
@@ -228,15 +234,16 @@ class QFormer(Network):
         kv: Any,
         train: bool = False,
     ) -> Float[Array, "B L D"]:
-        """The outputs of a text that is written: each token sees the queries and what precedes it.
+        """Text outputs, with causal attention to the queries and the tokens up to itself.
 
-        `kv` is what `read_image` gave back; the queries do not see the text.
+        `kv` is the second item that `read_image` returns with `return_kv`; the queries do not see
+        the text.
         """
         mask = prefix_causal_mask(valid, self.config.queries)
         return self._run(self.embed_text(tokens), kv, mask, None, False, train)[0]
 
     def embed_text(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Word plus position embeddings `[B, L, D]`, before the norm."""
+        """Word plus position embeddings, before the norm; a ValueError for too many tokens."""
         c = self.config
         if tokens.shape[1] > c.max_positions:
             raise ValueError(
@@ -247,7 +254,7 @@ class QFormer(Network):
         return constrain(self.text_embed(tokens) + positions[None])
 
     def word_table(self) -> Float[Array, "V D"]:
-        """The word embeddings, which the head of captions shares."""
+        """The matrix of word embeddings, which the caption head shares."""
         return self.text_embed.embedding
 
     def _queries(self, rows: int) -> Float[Array, "B Q D"]:
@@ -257,7 +264,10 @@ class QFormer(Network):
     def _run(
         self, x: Array, past: Any, mask: Array | None, image: Array | None, *flags: bool | str
     ) -> tuple[Array, Any]:
-        """Norm, dropout and all layers; `flags` are `return_kv` and `train`."""
+        """Applies layer norm, dropout and all layers; `flags` are `return_kv` and `train`.
+
+        Returns the outputs and, with `return_kv`, keys and values of every layer, else None.
+        """
         looks = image is not None or "image" in (past or {})
         queries = self.config.queries if looks else 0
         x = self.drop(self.embed_norm(x), deterministic=not flags[-1])

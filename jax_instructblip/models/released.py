@@ -1,4 +1,4 @@
-"""The released models, and tiny ones of the same shape, by name: a row each."""
+"""The sizes of the released models, and of tiny models with the same structure, by name."""
 
 import dataclasses
 import difflib
@@ -33,7 +33,7 @@ _OPT_6_7B = OptConfig(width=4096, heads=32, mlp=16384, layers=32)
 
 
 def _blip2(llm: LanguageConfig, vision: VisionConfig = _VIT_G, **fields: Any) -> Variant:
-    """BLIP-2's second stage: queries alone, before a frozen language model."""
+    """The variant of BLIP-2's second stage: its Q-Former reads no instruction."""
     instructed = _instructblip(llm, vision, **fields)
     qformer = dataclasses.replace(instructed.qformer, instruction_aware=False)
     return Variant("blip2", vision, qformer, llm)
@@ -82,17 +82,19 @@ VARIANTS: dict[str, Variant] = {
 
 
 def released_name(variant: Variant) -> str:
-    """The model of `VARIANTS` of this kind and these sizes; "" for none.
+    """The name in `VARIANTS` of the model with this kind and these sizes; "" for none.
 
-    Vocabularies are apart: releases pad them differently (Vicuna's has 32,001 to 32,003 rows).
+    Vocabulary sizes are not compared: releases pad them differently (Vicuna's has 32,001 to 32,003
+    rows).
     """
     return next((n for n, known in VARIANTS.items() if not size_differences(variant, known)), "")
 
 
 def size_differences(found: Variant, wanted: Variant) -> list[str]:
-    """Differences of kind and sizes, as `vision.layers: expected 39, found 4`; [] for none.
+    """Differences of kind and sizes, such as `vision.layers: expected 39, found 4`; [] for none.
 
-    Vocabularies, eps, ids, dropout and activations are a folder's own.
+    Vocabulary sizes, norm eps, token ids, dropout and activations are not compared, because each
+    checkpoint states its own.
     """
     ours, theirs = _sizes(found), _sizes(wanted)
     return [
@@ -103,7 +105,7 @@ def size_differences(found: Variant, wanted: Variant) -> list[str]:
 
 
 def _sizes(variant: Variant) -> dict[str, Any]:
-    """Kind, sizes and rotary base by dotted names."""
+    """The fields that `size_differences` compares, by dotted name: kind, sizes and rotary base."""
     own = {"norm_eps", "image_norm_eps", "dropout", "vocab", "activation", "scale_decoder_outputs"}
     sizes: dict[str, Any] = {"kind": variant.kind, "bridge": variant.bridge.key}
     for name, tower in variant.towers.items():
@@ -114,7 +116,7 @@ def _sizes(variant: Variant) -> dict[str, Any]:
 
 
 def get_variant(name: str) -> Variant:
-    """The variant of that name; an unknown one is an error that suggests the nearest."""
+    """The variant of that name; for an unknown name, a ValueError that suggests the nearest one."""
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, VARIANTS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -1,7 +1,8 @@
-"""FlanT5: encoder over [visual prompt ; instruction], decoder over the answer.
+"""FlanT5: the encoder reads [visual vectors ; instruction], the decoder writes the answer.
 
-Unscaled attention scores, no biases, RMS norms before each sub-layer, one relative position bias a
-stack (computed once, shared by its layers), a gated feed-forward and an untied head.
+Unscaled attention scores, no biases, RMS norms before each sub-layer, one relative position bias
+per stack (computed once, shared by its layers), a gated feed-forward and an untied head. A stack is
+the encoder or the decoder.
 """
 
 import dataclasses
@@ -42,10 +43,11 @@ from jax_instructblip.models.variants import T5Config
 def relative_bucket(
     distance: Int[Array, "*S"], buckets: int, max_distance: int, bidirectional: bool
 ) -> Int[Array, "*S"]:
-    """The bias bucket of `distance` = key position - query position.
+    """The index into the table of relative position biases for `distance` = key - query position.
 
-    The nearer half of the buckets is exact, the rest grows with the logarithm up to `max_distance`;
-    the encoder keeps one set for each sign, the decoder looks back only.
+    The nearest distances have a bucket each; farther ones share buckets that grow logarithmically
+    up to `max_distance`. With `bidirectional` (the encoder) each sign of the distance has half the
+    buckets; otherwise (the decoder) only keys before the query are told apart.
     """
     offset = jnp.zeros_like(distance)
     if bidirectional:
@@ -61,7 +63,7 @@ def relative_bucket(
 
 
 class T5Layer(nn.Module):
-    """One encoder or decoder layer; each method returns what a scan carries and what it stacks."""
+    """One encoder or decoder layer; each method returns (carry, output), as `nn.scan` expects."""
 
     config: T5Config
     dtype: Any
@@ -80,7 +82,7 @@ class T5Layer(nn.Module):
         self.drop = Dropout(c.dropout)
 
     def __call__(self, x, _, mask, bias, encoded, encoded_mask, train):
-        """Runs whole rows; a decoder layer looks at `encoded`, whose mask stands beside it."""
+        """Runs whole rows; a decoder layer also attends to `encoded` under `encoded_mask`."""
         dropout = functools.partial(self.drop, deterministic=not train)
         y = self.attention_norm(x)
         x = constrain(x + dropout(self.attention(y, y, mask, bias, scale=1.0, dropout=dropout)))
@@ -91,7 +93,7 @@ class T5Layer(nn.Module):
         return constrain(x + dropout(self.mlp(self.mlp_norm(x), train))), None
 
     def cross_kv(self, carry, _, encoded):
-        """Keys and values of the encoder's output, computed once an answer: the cached prefix."""
+        """Outputs the cross-attention's keys and values of `encoded`, computed once per answer."""
         cross = self.cross_attention
         return carry, {
             "key": heads_first(cross.key(encoded)),
@@ -99,7 +101,7 @@ class T5Layer(nn.Module):
         }
 
     def step(self, x, cache, prefix_mask, view):
-        """Runs one token `[B, R, D]`; what `attend_tail` returns comes back, for `append`."""
+        """Runs one token per row, `x` [B, R, D]; the output is what `cache.append` takes."""
         y, attention = self.attention_norm(x), self.attention
         token = {"key": heads_first(attention.key(y)), "value": heads_first(attention.value(y))}
         past, current, output = attend_tail(cache["tail"], token, view)
@@ -109,7 +111,10 @@ class T5Layer(nn.Module):
         return self._rest(x, cache["prefix"], prefix_mask), output
 
     def tree(self, x, cache, prefix_mask, masks, biases):
-        """Runs a tree of tokens `[B, T, D]` behind the written tail; nothing is stored."""
+        """Runs a tree of candidate tokens `x` [B, T, D] after the cached tokens; nothing is cached.
+
+        `masks` and `biases` are pairs: for the cached tokens, and for the tree itself.
+        """
         y, attention = self.attention_norm(x), self.attention
         key, value = heads_first(attention.key(y)), heads_first(attention.value(y))
         cached = [
@@ -120,7 +125,7 @@ class T5Layer(nn.Module):
         return self._rest(x, cache["prefix"], prefix_mask), None
 
     def _rest(self, x, prefix, prefix_mask):
-        """`x` after cross-attention to the prefix and the feed-forward."""
+        """The rest of a layer after self-attention: cross-attention and feed-forward."""
         y, cross = self.cross_attention_norm(x), self.cross_attention
         mixed = attend_cached(cross.query(y), [CachedKV(**prefix, mask=prefix_mask)], scale=1.0)
         x = constrain(x + cross.out(mixed))
@@ -128,7 +133,7 @@ class T5Layer(nn.Module):
 
 
 class T5Stack(nn.Module):
-    """An encoder or a decoder: its bias table, its scanned layers, its norm."""
+    """The encoder or the decoder: its table of position biases, its scanned layers, its norm."""
 
     config: T5Config
     dtype: Any
@@ -147,7 +152,7 @@ class T5Stack(nn.Module):
         self.drop = Dropout(c.dropout)
 
     def bias(self, distance: Int[Array, "*T S"]) -> Float[Array, "N *T S"]:
-        """The bias of every head for `distance` = key position - query position, float32."""
+        """Float32 position bias of every head; `distance` is key position - query position."""
         c = self.config
         bidirectional = not self.decoder
         buckets = relative_bucket(
@@ -156,7 +161,7 @@ class T5Stack(nn.Module):
         return jnp.moveaxis(self.relative_bias.astype(jnp.float32)[buckets], -1, 0)
 
     def __call__(self, x, mask, encoded=None, encoded_mask=None, train=False):
-        """Runs whole rows `[B, T, D]` through all layers and the norm."""
+        """Runs whole rows `[B, T, D]` through all layers and the final norm."""
         index = jnp.arange(x.shape[1])
         bias = self.bias(index[None, :] - index[:, None])[None]  # [1, N, T, T]
         dropout = functools.partial(self.drop, deterministic=not train)
@@ -166,11 +171,11 @@ class T5Stack(nn.Module):
         return dropout(self.norm(x))
 
     def cross_kv(self, encoded):
-        """The cached prefix of all layers."""
+        """Cross-attention keys and values of `encoded` in all layers: the cache's prefix."""
         return self.layers.cross_kv(jnp.zeros((), self.dtype), None, encoded)[1]
 
     def step(self, x, cache):
-        """Runs one token `[B, R, D]` through all layers, whose results for `append` come back."""
+        """Runs one token per row, `x` [B, R, D]; returns normed states and what `append` takes."""
         (rows, length), step = cache["lineage"].shape[1:], cache["step"]
         bias = self.bias(jnp.append(jnp.arange(length), step) - step)  # the token comes last
         past = jnp.repeat(bias[:, :-1], rows, axis=1)[None, :, None]
@@ -183,7 +188,10 @@ class T5Stack(nn.Module):
         return self.norm(x), outputs
 
     def tree(self, x, depths, ends, cache):
-        """Runs a tree of tokens `[B, T, D]` through layers and norm, behind the written tail."""
+        """Runs a tree of candidate tokens `x` [B, T, D] after the cached tokens.
+
+        Returns hidden states after the final norm; nothing is cached.
+        """
         length, step = cache["lineage"].shape[2], cache["step"]
         positions = step - 1 + depths
         apart = lambda keys: jnp.moveaxis(self.bias(keys[:, None, :] - positions[:, :, None]), 0, 1)
@@ -198,7 +206,7 @@ class T5Stack(nn.Module):
 
 
 class T5(Network):
-    """The whole language model; same methods as `llama.Llama`."""
+    """The whole T5 model, with the methods of `protocols.LanguageModel`."""
 
     config: T5Config
     dtype: Any
@@ -210,18 +218,18 @@ class T5(Network):
         self.embedding = nn.Embed(
             c.vocab, c.width, embedding_init=unit, dtype=RESIDUAL, name="embed"
         )
-        # It runs once an answer, and nothing is gained by taking its stack apart.
+        # The encoder runs once per answer: unstacking its layers would gain nothing.
         stacked = dataclasses.replace(self.scan, unstacked=False)
         self.encoder = T5Stack(c, self.dtype, decoder=False, scan=stacked)
         self.decoder = T5Stack(c, self.dtype, decoder=True, scan=self.scan)
         self.head = Head(c.vocab, self.dtype, by_word=self.scan.unstacked)
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
-        """Token embeddings, the beginning of a residual stream."""
+        """Float32 token embeddings, the start of a residual stream."""
         return constrain(self.embedding(tokens))
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Float32 vocabulary logits of hidden states."""
+        """Float32 vocabulary logits of hidden states after the final norm."""
         if self.config.scale_decoder_outputs:
             x = x * self.config.width**-0.5
         return self.head(x)
@@ -238,9 +246,10 @@ class T5(Network):
     ) -> Float[Array, "B A V"]:
         """Logits `[B, A, V]` of the decoder's slots `asked`.
 
-        `inputs` are the embedded slots of the encoder, `segments` the sample that owns each (0:
-        padding); `decoder_tokens` are targets shifted right, with segments of their own.
-        `positions` are not read: the bias is of distances, and a sample has no gap.
+        `inputs` are the embedded slots of the encoder, `segments` the number of the sample that
+        owns each slot (0: padding). `decoder_tokens` are the targets shifted right, with sample
+        numbers of their own. `positions` is ignored: the position bias depends on distances, and a
+        sample has no gaps.
         """
         del positions
         encoded = self.encoder(inputs, segment_mask(segments, segments), train=train)
@@ -251,9 +260,10 @@ class T5(Network):
     def prefill(
         self, inputs: Float[Array, "B S D"], valid: Bool[Array, "B S"], tail_length: int
     ) -> tuple[Float[Array, "B 1 V"], dict[str, Any]]:
-        """Logits of the first new token, and the cache with room for `tail_length` new ones.
+        """Logits of the first new token, and a cache with space for `tail_length` new tokens.
 
-        The tail has a slot more, for the start id.
+        `inputs` are embedded prompts, `valid` is False on padding. The tail has one slot more, for
+        the decoder's start id.
         """
         encoded = self.encoder(inputs, padding_mask(valid))
         cache = start(self.decoder.cross_kv(encoded), valid, tail_length + 1)
@@ -274,11 +284,13 @@ class T5(Network):
         ends: Int[Array, "#B T"],
         cache: dict[str, Any],
     ) -> Float[Array, "B T D"]:
-        """Normed hidden states of a tree of continuations; `logits` makes logits of them.
+        """Normed hidden states of many continuations of a prompt, stored as one tree.
 
-        The tree stands in depth-first order. Each token sees the prompt, the start id, the tokens
-        that lead to it (`tree_mask(ends)`) and itself; its depth is 1 where it follows the start
-        id. `cache` is that of `prefill`, before any further step, and is only read.
+        Continuations that begin alike share tokens; the tree's T tokens are in depth-first order.
+        Each token sees the prompt, the start id, its ancestors (`tree_mask(ends)`) and itself.
+        `depths` is 1 for a token that follows the start id; `ends[b, t]` is the index just after
+        the last descendant of token t. `cache` comes from `prefill`, before any further step, and
+        is only read. `logits` takes the result.
         """
         shape = (cache["prefix_mask"].shape[0], tokens.shape[1], self.config.width)
         x = constrain(jnp.broadcast_to(self.embed(tokens), shape))

@@ -1,4 +1,4 @@
-"""The sizes of a model, as data: of each tower, and of the whole; `released.py` has those known.
+"""The sizes of a model as data; `released.py` lists the known models.
 
 A `Variant` holds three frozen dataclasses: the vision tower, the bridge from its patches to the
 language model, and the language model. Conversion reads their fields from a checkpoint's own
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in 0..1
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-DTYPES = ("float32", "bfloat16", "float16")  # that models compute in
+DTYPES = ("float32", "bfloat16", "float16")  # compute dtypes of a model
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """EVA ViT-g/14 without its last block; the defaults are the released size."""
+    """Sizes of the vision transformer; the defaults are EVA ViT-g/14 without its last block."""
 
     image_size: int = 224  # pixels a side
     patch_size: int = 14  # pixels a side
@@ -29,13 +29,13 @@ class VisionConfig:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one image: its patches and CLS."""
+        """The number of tokens of one image: its patches and CLS."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class QFormerConfig:
-    """BERT-base with queries, cross-attention on even layers and two feed-forwards a layer."""
+    """BERT-base with queries, cross-attention in even layers and two feed-forwards per layer."""
 
     vision_width: int
     llm_width: int
@@ -50,12 +50,12 @@ class QFormerConfig:
     image_norm_eps: float = 1e-5  # LAVIS 1e-5, the Hugging Face port 1e-6
     dropout: float = 0.1
     instruction_aware: bool = True  # has a text branch; False: BLIP-2's second stage
-    feature_width: int = 0  # of the space in which the first stage compares images and texts
-    caption_head: bool = True  # of the first stage; False: Hugging Face's, which only compares
-    key: ClassVar[str] = "qformer"  # of its tree in the parameters
+    feature_width: int = 0  # width of the features by which the first stage compares image and text
+    caption_head: bool = True  # first stage only; False: as Hugging Face's, which cannot caption
+    key: ClassVar[str] = "qformer"  # the key of its tree in the parameters
 
     def vectors(self, vision: VisionConfig) -> int:
-        """Vectors that one image becomes."""
+        """The number of vectors that one image becomes: the number of queries."""
         del vision
         return self.queries
 
@@ -70,7 +70,7 @@ class ProjectorConfig:
     key: ClassVar[str] = "projector"
 
     def vectors(self, vision: VisionConfig) -> int:
-        """Vectors that one image becomes: its patches, without CLS."""
+        """The number of vectors that one image becomes: its patches, without CLS."""
         return vision.tokens - 1
 
 
@@ -93,7 +93,7 @@ class T5Config:
     norm_eps: float = 1e-6
     # 'gelu' is erf, as the released folders say; stock Flan-T5 has 'gelu_new' (tanh).
     activation: Literal["gelu", "gelu_new", "relu", "silu"] = "gelu"
-    scale_decoder_outputs: bool = False  # by width^-0.5, where head and embedding are tied
+    scale_decoder_outputs: bool = False  # times width^-0.5, for a head tied to the embedding
     # Active in training although T5 is frozen: the released code leaves it in train mode.
     dropout: float = 0.1
     pad_id: int = 0
@@ -131,13 +131,13 @@ class LlamaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptConfig:
-    """OPT: LayerNorm before each part, learned positions, ReLU; its head is its embedding."""
+    """OPT: LayerNorm before each sub-layer, learned positions, ReLU, head tied to embedding."""
 
     width: int
     heads: int
     mlp: int
     layers: int
-    vocab: int = 50272  # 50,265 of the tokenizer, and padding
+    vocab: int = 50272  # 50,265 ids of the tokenizer, and unused ones
     max_positions: int = 2048
     norm_eps: float = 1e-5
     # Active in training although OPT is frozen: the released code leaves it in train mode.
@@ -158,10 +158,10 @@ LanguageConfig = T5Config | LlamaConfig | OptConfig
 
 
 KINDS = ("instructblip", "blip2", "blip2_stage1", "llava")
-WITHOUT_LLM = ("blip2_stage1",)  # their `llm` is None
+WITHOUT_LLM = ("blip2_stage1",)  # kinds whose `llm` is None
 BRIDGE_CONFIGS: dict[str, type] = {each.key: each for each in (QFormerConfig, ProjectorConfig)}
 LANGUAGE_CONFIGS: dict[str, type] = {each.kind: each for each in (T5Config, LlamaConfig, OptConfig)}
-if TYPE_CHECKING:  # every model that generates has one, and does not ask
+if TYPE_CHECKING:  # code of generative models, which have one, need not check for None
     MaybeLanguage = LanguageConfig
 else:
     MaybeLanguage = LanguageConfig | None
@@ -169,13 +169,13 @@ else:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One whole model: what it is, and the sizes of its three towers.
+    """One whole model: its kind, and the sizes of its three towers.
 
     Attributes:
-      kind: which of the models it is.
+      kind: one of `KINDS`.
       vision: the image encoder.
-      bridge: what makes vectors of the language model's width of the image's patches.
-      llm: the language model; None of the kinds `WITHOUT_LLM`.
+      bridge: the network that maps an image's patches to vectors of the language model's width.
+      llm: the language model; None for the kinds in `WITHOUT_LLM`.
     """
 
     kind: str
@@ -190,37 +190,37 @@ class Variant:
 
     @property
     def qformer(self) -> QFormerConfig:
-        """The bridge of a model that has a Q-Former; a ValueError where it has another one."""
+        """The bridge, if it is a Q-Former; otherwise a ValueError."""
         if not isinstance(self.bridge, QFormerConfig):
             raise ValueError(f"a model of kind {self.kind} has no Q-Former but a {self.bridge.key}")
         return self.bridge
 
     @property
     def reads_instruction(self) -> bool:
-        """Tells whether the bridge is given the instruction beside the image."""
+        """True if the bridge reads the instruction as well as the image."""
         return self.llm is not None and getattr(self.bridge, "instruction_aware", False)
 
     @property
     def visual_tokens(self) -> int:
-        """Vectors of the language model's width that one image becomes."""
+        """The number of vectors of the language model's width that one image becomes."""
         return self.bridge.vectors(self.vision)
 
     @property
     def towers(self) -> dict[str, Any]:
-        """The towers' sizes by the keys of the parameters: vision, qformer or projector, llm."""
+        """Each tower's sizes by its key in the parameters: vision, qformer or projector, llm."""
         towers = {"vision": self.vision, self.bridge.key: self.bridge, "llm": self.llm}
         return {name: tower for name, tower in towers.items() if tower is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, for `config.json`."""
+        """A nested dict of plain values, for `config.json`."""
         towers = {name: dataclasses.asdict(tower) for name, tower in self.towers.items()}
         return {"kind": self.kind, **towers}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Variant":
-        """The variant that `to_dict` wrote; unknown and missing fields are named in the error.
+        """The variant of a dict that `to_dict` made; a ValueError names unknown and missing fields.
 
-        A `kind` that is left out is `instructblip`: older checkpoints lack it.
+        A missing `kind` stands for `instructblip`: older checkpoints lack it.
         """
         if not isinstance(fields, dict) or not isinstance(fields.get("kind", ""), str):
             raise ValueError(f"variant is {fields!r:.60}, expected an object of its towers")
@@ -251,7 +251,7 @@ class Variant:
         )
 
     def replace(self, **fields: Any) -> "Variant":
-        """A copy with dotted fields changed: `replace(**{'qformer.dropout': 0.0})`."""
+        """A copy with fields changed by dotted name: `replace(**{'qformer.dropout': 0.0})`."""
         towers = self.towers
         changes: dict[str, dict[str, Any]] = {}
         for path, value in fields.items():
@@ -320,7 +320,7 @@ class Variant:
 
 
 def _build(cls: type, name: str, fields: Any) -> Any:
-    """The dataclass `cls` of these fields; a ValueError lists all that do not belong."""
+    """An instance of dataclass `cls`; a ValueError lists all wrong, unknown or missing fields."""
     if not isinstance(fields, dict):
         raise ValueError(f"{name} is {fields!r}, expected its fields by name")
     known = {f.name: f for f in dataclasses.fields(cls)}
@@ -339,7 +339,7 @@ def _build(cls: type, name: str, fields: Any) -> Any:
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Tells whether a JSON value is of a field's annotated type; a size is at least 0."""
+    """True if a JSON value fits a field's annotated type `kind`; whole numbers are at least 0."""
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     if kind is int:

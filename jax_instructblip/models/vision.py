@@ -1,7 +1,7 @@
-"""EVA ViT-g/14: images to patch features.
+"""EVA ViT-g/14: maps images to patch features.
 
-The released tower has 40 blocks; the last one, the final norm and the head are no part of the model
-(the features are the residual stream after block 39). `image_norm`, which follows, is trained and
+The released tower has 40 blocks. The features are the residual stream after block 39, so the last
+block, the final norm and the head are left out. `image_norm`, which follows, is trained and
 therefore belongs to the Q-Former.
 """
 
@@ -25,7 +25,7 @@ from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, VisionConfig
 
 
 def normalise(images: UInt8[Array, "*B 3"] | Float[Array, "*B 3"]) -> Float[Array, "*B 3"]:
-    """CLIP-normalised float32 pixels of uint8 ones; floats are taken as normalised already."""
+    """CLIP-normalised float32 pixels of uint8 images; float images are returned as they are."""
     if jnp.issubdtype(images.dtype, jnp.floating):
         return images
     shape = (1,) * (images.ndim - 1) + (3,)
@@ -34,7 +34,7 @@ def normalise(images: UInt8[Array, "*B 3"] | Float[Array, "*B 3"]) -> Float[Arra
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm block: attention without key bias, erf-GELU feed-forward."""
+    """A pre-norm block: attention without key bias, erf-GELU feed-forward."""
 
     config: VisionConfig
     dtype: Any
@@ -59,7 +59,7 @@ class VisionBlock(nn.Module):
 
 
 class VisionTransformer(Network):
-    """Images to patch features, CLS first."""
+    """Maps images to patch features, CLS first."""
 
     config: VisionConfig
     dtype: Any
@@ -69,10 +69,10 @@ class VisionTransformer(Network):
     def __call__(self, images: Array) -> Float[Array, "B P D"]:
         """The residual stream `[B, P, D]` after the last block, P = 1 + (H / patch)^2.
 
-        `images` are `[B, H, W, 3]`: uint8, or floats normalised already.
+        `images` are `[B, H, W, 3]`: uint8, or floats that are normalised already.
 
         Raises:
-            ValueError: the images are not of the size that the position table was made for.
+            ValueError: the images do not have the size that the position embeddings are made for.
         """
         c = self.config
         if images.shape[1:] != (c.image_size, c.image_size, 3):

@@ -1,22 +1,22 @@
-"""The generative models on one page: images and text to logits.
+"""The generative models, InstructBLIP, BLIP-2 and LLaVA: images and text to logits.
 
-    images  [G, I, H, W, 3] uint8                  of all samples of the row; one still image: I = 1
-       --vision-->  patches [G*I, P, Dv]           frozen: no gradient is ever asked of it
+    images  [G, I, H, W, 3] uint8                  the I images of each row; one still image: I = 1
+       --vision-->  patches [G*I, P, Dv]           frozen: its gradient is never computed
        --bridge, with the instruction-->  visual vectors [G, I*Q, Dl]
-    row of X slots: the token, or the visual vector that `slots` names
-       --llm-->  logits [G, A, V] of what is asked
+    row of X slots: each is a token, or the visual vector that `slots` names
+       --llm-->  logits [G, A, V] of the slots `asked`
 
-A batch is a dict of rows. `data/spec.py` lists its keys with their types, axes and padding; a row
-holds one sample, or several that do not see each other (`segments`):
+A batch is a dict of arrays with G rows. `data/spec.py` lists its keys with their types, axes and
+padding. A row holds one sample, or several that do not see each other (`segments`):
 
-    tokens     a  b  .  .  c  d  e  .        ids; anything where a visual vector stands
-    slots     -1 -1  0  1 -1 -1 -1 -1        -1: the token; else which of the row's vectors
-    segments   1  1  1  1  1  2  2  0        0 padding, else the sample that owns the slot
-    positions  0  1  2  3  4  0  1  0        from 0 in each sample
-    asked      3  5                          slots that predict the `targets` (of T5, decoder slots)
-    places     2  3                          where each visual vector stands: the inverse of `slots`
+    tokens     a  b  .  .  c  d  e  .        ids; ignored where a slot is a visual vector
+    slots     -1 -1  0  1 -1 -1 -1 -1        -1: a token; else the index of a visual vector
+    segments   1  1  1  1  1  2  2  0        number of the sample that owns the slot; 0: padding
+    positions  0  1  2  3  4  0  1  0        position in the sample
+    asked      3  5                          slots that predict the `targets` (T5: decoder slots)
+    places     2  3                          slot of each visual vector: the inverse of `slots`
 
-InstructBLIP and BLIP-2 put the image first, LLaVA inside a turn: that is a matter of `slots` alone.
+InstructBLIP and BLIP-2 put the image first, LLaVA inside a turn; only `slots` differs.
 """
 
 import functools
@@ -39,16 +39,17 @@ from jax_instructblip.models.vision import VisionTransformer
 
 BRIDGES: dict[str, Any] = {"qformer": QFormer, "projector": Projector}
 LANGUAGE_MODELS: dict[str, Any] = {"t5": T5, "llama": Llama, "opt": Opt}
-# The layers that decode, whose parameters may be taken apart (`layers.Scan.unstacked`).
+# Path of the layers that decode, whose parameters may be unstacked (`layers.Scan.unstacked`).
 DECODERS = {"t5": "llm/decoder/layers", "llama": "llm/layers", "opt": "llm/layers"}
 
 Batch = dict[str, Array]
 
 
 class VisionLanguageModel(Network):
-    """A whole model; `dtype` is what it computes in, whatever its parameters are stored in.
+    """A whole generative model: vision tower, bridge and language model.
 
-    `scans` is how its layers are run, which changes no value: `layers.Scan`.
+    `variant` holds the sizes. `dtype` is the compute dtype, whatever the parameters are stored in.
+    `scans` sets how layers run (rematerialised, unstacked) and changes no result.
     """
 
     variant: Variant
@@ -68,22 +69,22 @@ class VisionLanguageModel(Network):
         self.llm: LanguageModel = LANGUAGE_MODELS[v.llm.kind](v.llm, self.dtype, scans.llm)
 
     def __call__(self, batch: Batch, train: bool = False) -> Float[Array, "G A V"]:
-        """Float32 logits of what is asked, aligned with the batch's targets."""
+        """Float32 logits of the slots `asked`, in the order of the batch's `targets`."""
         inputs = self.embed_row(batch, train)
         decoder = {name: batch[name] for name in batch if name.startswith("decoder_")}
         rows = batch["segments"], batch["positions"], batch["asked"]
         return self.llm(inputs, *rows, **decoder, train=train)
 
     def encode_image(self, images: Array) -> Float[Array, "B P Dv"]:
-        """Patch features `[G*I, P, Dv]` of all images of all rows."""
+        """Patch features `[G*I, P, Dv]` of all images `[G, I, H, W, 3]` of all rows."""
         return self.vision(images.reshape(-1, *images.shape[2:]))
 
     def visual_vectors(self, batch: Batch, train: bool = False) -> Float[Array, "G S Dl"]:
-        """The vectors of a row's images, `[G, I*Q, Dl]`, image after image.
+        """The visual vectors of each row, `[G, I*Q, Dl]`: Q per image, images in order.
 
-        Each image is read with the instruction of the sample that it belongs to; nothing marks the
-        time of a video's frames (as released). Where all rows ask about the same images, `images`
-        may hold them for one row alone.
+        The bridge reads each image with the instruction of the sample that owns it; the frames of a
+        video carry no mark of time (as released). If all rows ask about the same images, `images`
+        may have a first axis of size 1.
         """
         rows = batch["tokens"].shape[0]
         patches = self.encode_image(batch["images"])
@@ -94,15 +95,16 @@ class VisionLanguageModel(Network):
         return constrain(vectors.reshape(rows, -1, vectors.shape[-1]))
 
     def embed_row(self, batch: Batch, train: bool = False) -> Float[Array, "G X Dl"]:
-        """The input of the language model: embedded tokens, visual vectors where `slots` says."""
+        """The language model's input: embedded tokens, and visual vectors where `slots` says so."""
         tokens = self.llm.embed(batch["tokens"])
         visual = take_slots(self.visual_vectors(batch, train), batch["slots"], batch["places"])
         return constrain(jnp.where((batch["slots"] >= 0)[..., None], visual, tokens))
 
     def prefill(self, batch: Batch, tail_length: int) -> tuple[Float[Array, "B 1 V"], Any]:
-        """Logits of the first new token, and the cache that the LLM's `prefill` draws.
+        """Logits of the first new token of each row, and the language model's cache (`cache.py`).
 
-        A row holds one sample (J = 1), its padding at the end.
+        A row holds one sample (J = 1) with padding at its end; the cache has space for
+        `tail_length` new tokens.
         """
         return self.llm.prefill(self.embed_row(batch), batch["segments"] > 0, tail_length)
 
@@ -119,15 +121,18 @@ class VisionLanguageModel(Network):
         ends: Int[Array, "#B T"],
         cache: dict[str, Any],
     ) -> Float[Array, "B T D"]:
-        """Hidden states of a tree of continuations in depth-first order, as the LLM says."""
+        """Hidden states of many continuations of a prompt, stored as one tree in depth-first order.
+
+        The arguments are those of `protocols.LanguageModel.decode_tree`.
+        """
         return self.llm.decode_tree(tokens, depths, ends, cache)
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Float32 vocabulary logits of the LLM's hidden states."""
+        """Float32 vocabulary logits of the language model's hidden states."""
         return self.llm.logits(x)
 
     def make_params(self) -> None:
-        """Runs every tower once on inputs of the smallest shapes, for `init`."""
+        """Runs every tower once on the smallest inputs, so that `init` makes all parameters."""
         size, ones = self.variant.vision.image_size, jnp.ones((1, 2), jnp.int32)
         patches = self.vision(jnp.zeros((1, size, size, 3), jnp.uint8))
         reads = self.variant.reads_instruction
@@ -139,10 +144,14 @@ class VisionLanguageModel(Network):
         self.llm.embed(ones)
 
     def _instructions(self, batch: Batch) -> tuple[Array | None, Array | None]:
-        """Ids and mask `[G*I, L]` of the instruction about each image, for a bridge that reads."""
+        """Ids and mask `[G*I, L]` of each image's instruction, or (None, None).
+
+        Both are None if the bridge does not read the instruction.
+        """
         if not self.variant.reads_instruction:
             return None, None
-        owner = jnp.maximum(batch["image_sample"] - 1, 0)[..., None]  # unused ones: never seen
+        # Unused images (sample 0) get the first instruction; no slot refers to their vectors.
+        owner = jnp.maximum(batch["image_sample"] - 1, 0)[..., None]
         of_image = lambda name: jnp.take_along_axis(batch[name], owner, axis=1)
         flat = lambda leaf: leaf.reshape(-1, leaf.shape[-1])
         return flat(of_image("qformer_tokens")), flat(of_image("qformer_mask"))
@@ -151,7 +160,7 @@ class VisionLanguageModel(Network):
 def model_of(
     variant: Variant, dtype: Any = jnp.float32, scans: Scans | None = None
 ) -> VisionLanguageModel | blip2.Blip2:
-    """The page that a variant is: the generative models', or that of the first stage."""
+    """The Flax model of a variant: `Blip2` without a language model, else `VisionLanguageModel`."""
     page = VisionLanguageModel if variant.llm is not None else blip2.Blip2
     return page(variant, dtype, scans or Scans())
 
@@ -164,21 +173,21 @@ def init_params(variant: Variant, key: Array) -> dict[str, Any]:
 
 
 def param_shapes(variant: Variant) -> dict[str, Any]:
-    """Shapes and (float32) dtypes of all parameters, without making any."""
-    return jax.tree.map(lambda leaf: leaf, _param_shapes(variant))  # a tree of the caller's own
+    """Shapes and (float32) dtypes of all parameters, without allocating them."""
+    return jax.tree.map(lambda leaf: leaf, _param_shapes(variant))  # a copy: callers may change it
 
 
 @functools.lru_cache(maxsize=16)
 def _param_shapes(variant: Variant) -> dict[str, Any]:
-    """The kept result of `param_shapes`: tracing takes a second and a command asks ten times."""
+    """The cached result of `param_shapes`: tracing takes a second, and a command needs it often."""
     return jax.eval_shape(lambda key: init_params(variant, key), jax.random.key(0))
 
 
 def unstack_decoder(variant: Variant, params: dict[str, Any]) -> dict[str, Any]:
-    """`params` for a model whose `scans.llm` is `unstacked`: one tree for each decoding layer.
+    """`params` with one tree per decoding layer, as a model with `scans.llm.unstacked` takes them.
 
-    Leaves of these layers may be tuples instead of stacks. The kernel of a head becomes `[V, D]`;
-    a head that is the embedding (OPT's) has none, and is that already.
+    Leaves of these layers may be stacks or tuples of layers. The kernel of the head becomes `[V,
+    D]`. OPT has no such kernel: its head is the token embedding, which is `[V, D]` already.
     """
 
     def replace(tree: dict[str, Any], path: list[str]) -> dict[str, Any]:
@@ -194,7 +203,7 @@ def unstack_decoder(variant: Variant, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_unstacked(variant: Variant, params: dict[str, Any]) -> bool:
-    """True where `unstack_decoder` made these parameters, which takes a row of `DECODERS`."""
+    """True if `params` come from `unstack_decoder`, which takes the kinds in `DECODERS` only."""
     if variant.llm.kind not in DECODERS:
         return False
     for name in DECODERS[variant.llm.kind].split("/"):

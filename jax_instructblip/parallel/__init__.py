@@ -1,1 +1,1 @@
-"""The placement of arrays on many devices, and the processes that share a run."""
+"""Placement of arrays on devices, and coordination of the processes of a run."""

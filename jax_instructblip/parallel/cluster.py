@@ -1,8 +1,8 @@
-"""Several processes that work on one run: their rendezvous, what they agree on, preemption.
+"""Runs of several processes: how they meet, agree on errors, and stop together on preemption.
 
-The place of a process among them is a `Cluster` (`membership.py`):
+A `Cluster` (`membership.py`) is the place of one process in its run:
 
-    Cluster --> rendezvous (who is absent?) --> jax.distributed --> one mesh of all
+    Cluster --> rendezvous, which names absent processes --> jax.distributed --> one mesh of all
 """
 
 import atexit
@@ -26,27 +26,28 @@ from jax_instructblip.parallel import peers
 from jax_instructblip.parallel.membership import AUTO, Cluster, ClusterError
 
 RETRY_SECONDS = 0.2
-_GREETING = "jax_instructblip"  # strangers may knock at the port, or answer there
+_GREETING = "jax_instructblip"  # first word of a message: other programs may use the port
 
 
 @contextlib.contextmanager
 def joined(
     cluster: Cluster | None, limit: float = 300.0, silence_limit: float = peers.LIMIT
 ) -> Iterator[None]:
-    """The time in which this process is one of its run; `limit` seconds are waited for the others.
+    """A context in which this process is part of its run; does nothing if `cluster` is None.
 
-    Says on stderr which process this is and what devices there are. If another process is lost
-    meanwhile, this one says so and ends (`peers.py`; on a TPU pod JAX notices, and aborts); if this
-    one fails, the others are told.
+    Waits up to `limit` seconds for the other processes, then prints this process's number and
+    devices to stderr. If another process is lost inside the context, this one reports the loss and
+    ends (`peers.py`; on a TPU pod JAX notices, and aborts). If this process fails, the others are
+    told.
 
     Raises:
-        ClusterError: not all came within the limit; the absent ones are named.
+        ClusterError: not all processes came within `limit`; the message names the absent ones.
     """
     if cluster is None:
         yield
         return
     watch = None
-    # Ours is to notice first: JAX aborts.
+    # JAX's limit is longer, so that `peers.py` notices a loss first: JAX would abort.
     kwargs: dict[str, Any] = {
         "initialization_timeout": int(limit),
         "heartbeat_timeout_seconds": math.ceil(2 * silence_limit),
@@ -64,7 +65,7 @@ def joined(
         print(f"{me}: {devices} ({jax.devices()[0].device_kind})", file=sys.stderr, flush=True)
         yield
     except BaseException as error:
-        # JAX would wait for the others while the interpreter ends, and they for this one.
+        # While the interpreter ends, JAX would wait for the others, and they for this process.
         atexit.register(_leave)
         if watch is not None:
             watch.fail(f"{type(error).__name__}: {error}")
@@ -81,13 +82,15 @@ def _leave() -> None:
 
 
 def rendezvous(cluster: Cluster, limit: float) -> peers.Lines:
-    """Open connections, when all processes are here: of process 0 to all others, of these to it.
+    """Connects all processes of a run and returns the open connections.
 
-    JAX ends a process that waited too long without saying for whom; so they meet before.
+    Process 0 gets a connection to each of the others, and each of them one to process 0. They meet
+    here first because JAX, when it has waited too long, ends a process without saying who is
+    absent.
 
     Raises:
-        ClusterError: they are not all here after `limit` seconds, or two say that they are the
-            same. Those that are here all raise it.
+        ClusterError: some are absent after `limit` seconds, or two have the same number. All
+            processes that are present raise the error.
     """
     deadline = time.monotonic() + limit
     if cluster.index:
@@ -96,7 +99,7 @@ def rendezvous(cluster: Cluster, limit: float) -> peers.Lines:
 
 
 def _call(cluster: Cluster, deadline: float, limit: float) -> peers.Lines:
-    """Process 0: hears the others, then tells all of them how it went."""
+    """Process 0's part of `rendezvous`: accepts the others, then tells all of them the outcome."""
     here: dict[int, tuple[socket.socket, str]] = {}
     problem = ""
     with _listen(cluster.rendezvous_address()[1]) as listener, contextlib.ExitStack() as stack:
@@ -119,7 +122,7 @@ def _call(cluster: Cluster, deadline: float, limit: float) -> peers.Lines:
             if connection not in (known for known, _ in here.values()):
                 connection.close()
         for connection, _ in here.values():
-            with contextlib.suppress(OSError):  # it left again: JAX will notice
+            with contextlib.suppress(OSError):  # the process has left again: JAX will notice
                 connection.sendall(
                     f"{_GREETING} {problem}".strip().encode("utf-8", "backslashreplace") + b"\n"
                 )
@@ -132,7 +135,7 @@ def _call(cluster: Cluster, deadline: float, limit: float) -> peers.Lines:
 def _receive(
     cluster: Cluster, connection: socket.socket, here: dict[int, tuple[socket.socket, str]]
 ) -> str:
-    """Takes down who is at the other end; returns what is wrong with it, or ""."""
+    """Adds the process at the other end to `here`; returns what is wrong with it, or ""."""
     connection.settimeout(5.0)
     try:
         words = connection.makefile().readline().split()
@@ -149,12 +152,15 @@ def _receive(
     else:
         here[index] = connection, host
         return ""
-    here[-1] = connection, host  # it is told, too
+    here[-1] = connection, host  # under an unused number, so that it is told of the problem, too
     return problem
 
 
 def _answer(cluster: Cluster, deadline: float, limit: float) -> socket.socket:
-    """The others: report to process 0, as soon as it listens, and wait for its word."""
+    """The other processes' part of `rendezvous`: reports to process 0 and awaits its reply.
+
+    Returns the open connection.
+    """
     address, problem = cluster.rendezvous_address(), "nobody answers"
     while time.monotonic() < deadline:
         try:
@@ -162,7 +168,7 @@ def _answer(cluster: Cluster, deadline: float, limit: float) -> socket.socket:
         except OSError:
             time.sleep(RETRY_SECONDS)
             continue
-        # Process 0 gives up by its own clock, and says so.
+        # 10 seconds more: process 0 gives up by its own clock, and then says so.
         answer = _report(cluster, connection, deadline - time.monotonic() + 10.0)
         if answer == _GREETING:
             return connection
@@ -180,7 +186,7 @@ def _answer(cluster: Cluster, deadline: float, limit: float) -> socket.socket:
 
 
 def _report(cluster: Cluster, connection: socket.socket, limit: float) -> str:
-    """The reply of the other end to this process's name; "" where it leaves."""
+    """Sends this process's number and host; returns the reply, or "" if the other end closes."""
     connection.settimeout(limit)
     word = f"{_GREETING} {cluster.count} {cluster.index} {socket.gethostname()}\n"
     try:
@@ -202,11 +208,11 @@ def _listen(port: int) -> socket.socket:
 
 
 def agree(problem: Exception | None) -> None:
-    """Raises in every process where one has a problem; each calls it at the same place.
+    """Raises in every process if any of them has a `problem`; all call this at the same point.
 
     Raises:
         Exception: the process's own `problem`.
-        ClusterError: another process has one; which, and where to look.
+        ClusterError: only other processes have a problem; the message names them.
     """
     if jax.process_count() > 1:
         failed = multihost_utils.process_allgather(np.array(problem is not None))
@@ -218,38 +224,38 @@ def agree(problem: Exception | None) -> None:
 
 
 class Watchdog:
-    """Prints what every thread is doing when nothing has happened for `limit` seconds.
+    """Prints the stacks of all threads if `alive` is not called for `limit` seconds.
 
-    A process that waits for another one hangs without a word; its stack says in which call. The
-    process is not ended: the other one may come back.
+    A process that waits for another one hangs silently; its stack shows in which call. The process
+    is not ended, because the other one may come back.
     """
 
     def __init__(self, limit: float):
-        """Starts when `alive` is called first."""
+        """Takes the limit in seconds; the watch starts at the first call of `alive`."""
         self._limit = limit
 
     def alive(self) -> None:
-        """Tells the watchdog that something has happened."""
+        """Tells the watchdog that the process makes progress; the time starts again at 0."""
         if sys.__stderr__ is not None:  # sys.stderr may be no file, in a notebook
             faulthandler.dump_traceback_later(self._limit, file=sys.__stderr__)
 
     def close(self) -> None:
-        """Ends the watch."""
+        """Stops the watchdog; no stacks are printed any more."""
         faulthandler.cancel_dump_traceback_later()
 
 
 class Preemption:
-    """Notices a preemption: SIGTERM or Ctrl-C reached this process, or another one of its run.
+    """Notices SIGTERM or Ctrl-C, sent to this process or to any other process of its run.
 
-    A cluster sends SIGTERM before it takes machines back. All processes learn of it at
-    the same step, a little later, so that they save the same state. A second Ctrl-C interrupts.
+    A cluster sends SIGTERM before it takes machines back. All processes learn of the signal at the
+    same step, a little later, so that they save the same state. A second Ctrl-C interrupts at once.
     """
 
     def __init__(self):
-        """Takes over both signals; of several processes JAX has taken SIGTERM already."""
+        """Installs signal handlers; with several processes JAX already has that of SIGTERM."""
         self._ordered, self._before = False, {}
         self._alone = jax.process_count() == 1
-        # Python allows it in the main thread alone; elsewhere a run is stopped by other means.
+        # Python allows handlers in the main thread only; elsewhere the signals keep theirs.
         if threading.current_thread() is threading.main_thread():
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
             if self._alone:
@@ -269,10 +275,10 @@ class Preemption:
             os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which tells the others
 
     def reached(self, step: int) -> bool:
-        """Tells whether `step`, the same in every process, is the last one."""
+        """True if the run must stop after `step`; the answer is the same in every process."""
         return self._ordered if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
     def close(self) -> None:
-        """Gives the signals back."""
+        """Restores the earlier signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)

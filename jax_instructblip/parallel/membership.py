@@ -1,8 +1,9 @@
-"""The place of a process among those of its run: as flags, the environment or Slurm tell it.
+"""The place of this process in its run: from flags, the environment or Slurm.
 
-Every process of a run starts the same command. Where it stands among them is told by flags, by the
-environment (`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`) or by Slurm; on a TPU
-pod JAX finds out (`--coordinator auto`). With none of these a process works alone.
+Every process of a run starts the same command. Its number, the count of processes and the address
+of process 0 come from flags, from the environment (`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`,
+`JAX_PROCESS_ID`) or from Slurm; on a TPU pod JAX detects them (`--coordinator auto`). Without any
+of these the process works alone.
 """
 
 import argparse
@@ -13,23 +14,23 @@ from collections.abc import Mapping
 
 from jax_instructblip.parallel import peers
 
-AUTO = "auto"  # let JAX find out, as it can on a TPU pod
+AUTO = "auto"  # JAX detects coordinator, count and index, as it can on a TPU pod
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-PORT = 12_321  # of the coordinator under Slurm; the rendezvous takes the next one
+PORT = 12_321  # the coordinator's port under Slurm; the rendezvous uses the next port
 
 
 class ClusterError(ValueError):
-    """The processes of a run did not find together; the message names those that are absent."""
+    """Raised when processes cannot work together as one run; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """A process among those of its run.
+    """The place of this process in its run.
 
     Attributes:
       coordinator: HOST:PORT at which process 0 answers, or `AUTO`.
-      count: how many processes there are.
-      index: which of them this one is.
+      count: the number of processes.
+      index: the number of this process, from 0.
     """
 
     coordinator: str
@@ -51,13 +52,13 @@ class Cluster:
             raise ClusterError("; ".join(wrong))
 
     def rendezvous_address(self) -> tuple[str, int]:
-        """The address at which process 0 waits for the others: one port above the coordinator's."""
+        """Host and port where process 0 waits for the others: the port after the coordinator's."""
         host, _, port = self.coordinator.rpartition(":")
         return host, int(port) + 1
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of a verb that runs on several processes."""
+    """Adds the flags of a command that can run on several processes."""
     group = parser.add_argument_group("several processes (the launchers in launch/ set these)")
     group.add_argument("--coordinator", default="", help=f"HOST:PORT of process 0, or {AUTO!r}")
     group.add_argument("--processes", type=int, default=0, help="how many there are")
@@ -74,7 +75,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_flags(flags: argparse.Namespace) -> tuple[Cluster | None, float, float]:
-    """The arguments of `joined`, from the flags of `add_flags` and the environment."""
+    """Place and two limits, the arguments of `cluster.joined`, from flags and environment."""
     cluster = find_cluster(flags.coordinator, flags.processes, flags.process)
     return cluster, flags.wait_limit, flags.silence_limit
 
@@ -85,10 +86,10 @@ def find_cluster(
     process: int = -1,
     environ: Mapping[str, str] | None = None,
 ) -> Cluster | None:
-    """This process among those of its run, as flags, environment or Slurm say; None: it is alone.
+    """The place of this process, from the arguments, `environ` or Slurm; None if it works alone.
 
     Raises:
-        ClusterError: they say a part of it only, or what cannot be.
+        ClusterError: the settings are incomplete or invalid.
     """
     environ = os.environ if environ is None else environ
     if coordinator == AUTO:
@@ -118,7 +119,7 @@ def find_cluster(
 
 
 def first_host(nodes: str) -> str:
-    """The first node of Slurm's list: `gpu[07-09,12],login1` -> `gpu07`."""
+    """The first host of a Slurm node list: `gpu[07-09,12],login1` -> `gpu07`."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
     if match is None:
         raise ClusterError(f"Slurm's list of nodes is {nodes!r}: no host in it")

@@ -1,4 +1,4 @@
-"""The one constructor of a mesh, and the placements that need no rule."""
+"""The device mesh, and the shardings that do not depend on the rules for parameters."""
 
 import math
 from collections.abc import Sequence
@@ -17,10 +17,14 @@ AXES = ("data", "fsdp", "tensor")
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """The mesh of all devices with axes `data`, `fsdp` and `tensor`, always all three.
+    """A mesh of `devices`, by default all, with the three axes `data`, `fsdp` and `tensor`.
 
-    One of the sizes may be -1: what the others leave. The axes are `Auto`: `jax.make_mesh` alone
-    would make them `Explicit`, where a linen Dense over a sharded axis raises.
+    One size may be -1: the devices that the other sizes leave. The axes are `Auto`, because
+    `jax.make_mesh` by default makes them `Explicit`, where a linen Dense over a sharded axis
+    raises.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -35,30 +39,31 @@ def make_mesh(
     shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(AXES)
     try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
-    except NotImplementedError:  # sizes that cut a direction of a torus of TPUs into two axes
+    except NotImplementedError:  # sizes that split one direction of a TPU torus over two axes
         split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(split, AXES, axis_types=types)
 
 
 def is_split(mesh: Mesh) -> bool:
-    """Tells whether a device, or a process, may hold a part of the weights alone."""
+    """True if a device, or a process, may hold only a part of the weights."""
     return mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 or mesh.is_multi_process
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The placement by which every device holds the whole array."""
+    """The sharding by which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The placement that splits the first axis, of samples, over `data` and `fsdp`."""
+    """The sharding that splits an array's first axis, the batch, over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> np.ndarray:
-    """The numbers of the rows that this process's devices hold of `rows` under `sharding`.
+    """The sorted indices of those of `rows` batch rows that this process's devices hold.
 
-    Devices of several processes may hold the same rows: those that differ in `tensor` alone do.
+    Several processes may hold the same rows: devices that differ only in `tensor` do. A ValueError
+    if the rows cannot be split evenly.
     """
     parts = math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES)
     if rows % parts:

@@ -1,14 +1,14 @@
-"""The end of a process when another one of its run has gone, and the watch for that.
+"""Detection of a lost process: the other processes of its run notice, and end.
 
-A collective waits for all processes; one that has died would be waited for in vain, or for minutes.
-So the connections of the rendezvous stay open, and a thread listens to them:
+A collective waits for all processes, so it would wait for a dead one forever, or for minutes.
+Therefore the connections of the rendezvous stay open, and a thread in each process listens:
 
     process 1 --+
-    process 2 --+-- process 0       each line says that both ends live; process 0 passes losses on
-    process 3 --+
+    process 2 --+-- process 0       each line: both ends say regularly that they are alive, and
+    process 3 --+                   process 0 tells the others of a lost process
 
-A killed process is known of at once, as its connection closes; a machine that lost its power or its
-network, when it has been silent for a while.
+A killed process is noticed at once, because its connection closes. A machine that lost its power or
+its network is noticed when it has been silent for a while.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-Lines = Mapping[int, tuple[socket.socket, str]]  # process -> connection, its host
+Lines = Mapping[int, tuple[socket.socket, str]]  # number of a process -> (connection, its host)
 
 LIMIT = 100.0  # seconds of silence after which a process counts as lost
-FINISH_LIMIT = 600.0  # seconds that what is being saved may take to be written out
-SETTLE_SECONDS = 2.0  # in which the loss of another process explains an error of this one
+FINISH_LIMIT = 600.0  # seconds that callbacks of `on_loss` may take to end their writes
+SETTLE_SECONDS = 2.0  # an error is put down to a lost process if its loss shows within this time
 _ALIVE, _BYE, _LOST, _HERE = b"alive", b"bye", b"lost", b"here"
 
 _callbacks: list[Callable[[], None]] = []
@@ -32,28 +32,32 @@ _watching: "list[Peers]" = []
 
 
 def on_loss(callback: Callable[[], None]) -> None:
-    """Registers `callback`, called before this process ends because another has gone.
+    """Registers `callback`, called before this process ends because another one was lost.
 
-    It is to end what is being written.
+    The callback ends writes that are in progress, such as that of a checkpoint.
     """
     _callbacks.append(callback)
 
 
 def barrier() -> None:
-    """Returns when every process of the run has called it; at once in a process that is alone.
+    """Returns when every process of the run has called this function; at once if there is only one.
 
-    Without a time limit, unlike the first meeting of collectives: on CPUs gloo allows 30 seconds,
-    which is less than the compilers of two machines may differ by.
+    There is no time limit. The first collective of a run has one: gloo, on CPUs, waits 30 seconds,
+    and the compile times of two machines may differ by more. So processes meet here before it.
     """
     for watch in _watching:
         watch.barrier()
 
 
 class Peers:
-    """Watches the other processes of a run from when it is made until `close` or `fail`."""
+    """A watch over the other processes of a run, from its construction until `close` or `fail`."""
 
     def __init__(self, lines: Lines, me: str, limit: float = LIMIT):
-        """`lines` are taken over; `me` is how the others shall call this process."""
+        """Starts the watch, which owns the connections `lines` from now on.
+
+        `me` is the name of this process in messages to the others; a process that is silent for
+        `limit` seconds counts as lost.
+        """
         self._lines, self._me, self._limit = dict(lines), me, limit
         self._heard = dict.fromkeys(self._lines, time.monotonic())
         self._partial = dict.fromkeys(self._lines, b"")
@@ -69,7 +73,7 @@ class Peers:
         _watching.append(self)
 
     def barrier(self) -> None:
-        """Returns when all have called it as often as this process has."""
+        """Returns when every process has called this method as often as this process has."""
         self._barriers += 1
         gathers = 0 not in self._lines  # process 0 hears all the others, and then tells them
         if not gathers:
@@ -80,7 +84,7 @@ class Peers:
             self._broadcast(_HERE)
 
     def close(self) -> None:
-        """Ends the watch: this process has done its work, as the others have."""
+        """Ends the watch and closes the connections; for a process that has done its work."""
         self._closed.set()
         self._broadcast(_BYE)
         self._thread.join()
@@ -89,14 +93,14 @@ class Peers:
             connection.close()
 
     def fail(self, reason: str) -> None:
-        """Tells the others that this process ends for that reason.
+        """Tells the other processes that this one ends, and for which reason.
 
-        Does not return if it is the loss of another process that made this one fail: then the
-        watch says so, and ends it.
+        Does not return if this process failed because another one was lost: the watching thread
+        then reports that loss and ends the process.
         """
         if self._lost.wait(SETTLE_SECONDS):
             self._thread.join()
-        self._closed.set()  # what the others do then is no news
+        self._closed.set()  # from now on the end of another process is not reported
         self._broadcast(_LOST + f" {self._me} ended: {reason}".encode("utf-8", "backslashreplace"))
         self._thread.join()
 
@@ -120,7 +124,7 @@ class Peers:
                         self._end(f"{self._name(index)} {silent}")
 
     def _receive(self, index: int) -> bool:
-        """Reads what a process says; tells whether there may be more to come."""
+        """Reads what process `index` has sent; returns False if nothing more will come."""
         try:
             data = self._lines[index][0].recv(65_536)
         except TimeoutError:
@@ -144,7 +148,10 @@ class Peers:
         return bool(data)
 
     def _end(self, loss: str) -> None:
-        """Ends this process, unless it ends already: it cannot go on without the lost one."""
+        """Reports `loss` and ends this process, which cannot go on without the lost one.
+
+        Does nothing if this process has closed its watch.
+        """
         if self._closed.is_set():
             return
         self._lost.set()
@@ -165,7 +172,7 @@ class Peers:
     def _broadcast(self, word: bytes) -> None:
         with self._sending:
             for connection, _ in self._lines.values():
-                with contextlib.suppress(OSError):  # it has gone: the watch will find out
+                with contextlib.suppress(OSError):  # the other end has gone: the watch will notice
                     connection.sendall(b"%s\n" % word.replace(b"\n", b" "))
 
     def _name(self, index: int) -> str:

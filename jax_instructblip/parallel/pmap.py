@@ -1,9 +1,9 @@
-"""The second road: the same step under `jax.pmap`, the way many programs for several GPUs run.
+"""The train step under `jax.pmap`, the alternative to `jax.jit` over a mesh.
 
-Every device holds all weights and moments and runs the program of its own rows; losses, tokens and
-gradients are summed over devices before anything is divided. What lies where between two steps is
-what the other road leaves on a mesh of as many `data` devices: checkpoints, validation and loaders
-see no difference, and a run can go on along either.
+Every device holds all weights and optimizer moments and runs its own rows of the batch; losses,
+token counts and gradients are summed over devices before anything is divided. Between two steps all
+arrays are placed as under `jax.jit` on a mesh with as many `data` devices. So checkpoints,
+validation and loaders see no difference, and a run can resume in either mode.
 """
 
 import functools
@@ -13,20 +13,21 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXIS = "devices"  # of the mapped axis, for collectives
+AXIS = "devices"  # name of the mapped axis, for collectives
 
 Step = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
 def compile_step(step: Step, mesh: Mesh) -> Step:
-    """`step(state, frozen, batch, rng)` under `jax.pmap`; it takes the old state's buffers over.
+    """Compiles `step(state, frozen, batch, rng)` with `jax.pmap`; donates the old state's buffers.
 
-    `step` sees the rows `[B / n, ...]` of one of the mesh's n devices and sums over `AXIS`; the
-    result is handed whole batches `[B, ...]`, as `data/loader.py` places them.
+    `step` is called with the rows `[B / n, ...]` of each of the mesh's n devices and must sum over
+    the axis `AXIS`. The compiled function takes whole batches `[B, ...]`, placed as by
+    `data/loader.py`.
     """
     check(mesh)
     devices = list(mesh.devices.flat)
-    # State and weights are not mapped over: they are equal on all devices, before and after.
+    # State and weights are not mapped over: they are equal on all devices, also after the step.
     axes = (None, None, 0, None)
     mapped = jax.pmap(step, AXIS, in_axes=axes, out_axes=None, devices=devices, donate_argnums=0)
     rows = NamedSharding(Mesh(mesh.devices.flatten(), (AXIS,)), PartitionSpec(AXIS))
@@ -40,7 +41,7 @@ def compile_step(step: Step, mesh: Mesh) -> Step:
 
 
 def check(mesh: Mesh) -> None:
-    """Raises a ValueError where the mesh splits weights, or has devices of other processes."""
+    """Raises a ValueError if the mesh splits weights, or has devices of other processes."""
     sizes = dict(mesh.shape)
     if mesh.size != sizes["data"]:
         raise ValueError(

@@ -1,12 +1,14 @@
-"""The placement of leaves on devices: one table for weights, gradients and moments.
+"""The table of sharding rules for parameters, gradients and optimizer moments.
 
     attention   heads over `tensor`, model width over `fsdp`
     mlp         hidden width over `tensor`, model width over `fsdp`
-    vocabulary  over `tensor` where it divides, else the model width over both
+    head        vocabulary over `tensor`, model width over `fsdp`; where the vocabulary does not
+                divide, model width over both
+    embedding   model width over `tensor`
     the rest    whole on every device: norms, biases, positions, queries, the patch convolution
 
-Over `tensor` a layer then sums twice over devices, behind attention and behind the mlp
-(Megatron-LM, arXiv 1909.08053); over `fsdp` each weight is fetched when its layer is computed.
+With `tensor` above 1 a layer has two all-reduces, after the attention and after the mlp
+(Megatron-LM, arXiv 1909.08053). With `fsdp` above 1 each weight is gathered when its layer runs.
 """
 
 import dataclasses
@@ -20,18 +22,18 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-LAYERS = "layers"  # leaves below it have one axis more, of layers, which is never split
+LAYERS = "layers"  # leaves below this key have a first axis of layers, which is never split
 BOTH = ("fsdp", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The placement of the axes of leaves whose path ends so.
+    """The placement of all leaves whose path ends with a match of `path`.
 
     Attributes:
-      path: a regular expression of whole words of the path, its last ones.
-      spec: the mesh axes over which each axis of the leaf (of one layer) is split.
-      otherwise: the same, where the sizes do not divide as `spec` asks.
+      path: a regular expression for the last words of a leaf's path.
+      spec: the mesh axes over which each axis of the leaf is split, without the axis of layers.
+      otherwise: the second choice, used if `spec` does not divide the sizes; None for no other.
     """
 
     path: str
@@ -39,10 +41,10 @@ class Rule:
     otherwise: P | None = None
 
 
-# The first match counts.
+# The first rule that matches a path applies.
 RULES = (
     # The Q-Former has 12 heads, which 8 devices cannot share; its attention is a hundredth of the
-    # work, so there it is only stored in parts.
+    # work, so its kernels are then split by width: stored in parts, gathered for the product.
     Rule(
         r"(cross|plain)/(cross_)?attention/(query|key|value)/kernel",
         P("fsdp", "tensor", None),
@@ -62,21 +64,21 @@ RULES = (
     Rule(r"match/kernel", P()),  # two columns
     # FlanT5 has 32128 = 2^7 x 251 words, Vicuna 32001 and BERT 30523, both odd.
     Rule(r"head/kernel", P("fsdp", "tensor"), otherwise=P(BOTH, None)),
-    # Not over `fsdp`: that splits the samples whose rows are looked up, and XLA would look up those
-    # of all samples on every device.
+    # Not over `fsdp`, which also splits the batch: XLA would look up the ids of all samples on
+    # every device.
     Rule(r"(text_)?embed/embedding", P(None, "tensor")),
     Rule(r"position_embed/embedding", P()),
     Rule(r"patch_embed/kernel", P()),
     Rule(r"bias|scale|cls|pos_embed|queries|relative_bias|temp", P()),
-    Rule(r"step|count", P()),  # of the state and of the optimizer
+    Rule(r"step|count", P()),  # counters of the state and of the optimizer
 )
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The tree of placements of `tree`, whose leaves have a `shape`: weights, moments, a state.
+    """A `NamedSharding` for each leaf of `tree`: weights, moments, a state, or their shapes.
 
     Raises:
-        ValueError: leaves that no rule names, or whose sizes the mesh does not divide; all of them.
+        ValueError: names all leaves that match no rule, or whose sizes the mesh does not divide.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     specs, wrong = [], []
@@ -93,18 +95,18 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def spec_of(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
-    """The axes of a mesh of these sizes over which each axis of a leaf is split.
+    """The `PartitionSpec` of the leaf at `path`, for a mesh with the axis sizes `sizes`.
 
     Raises:
-        ValueError: no rule names it, or its sizes do not divide.
+        ValueError: no rule matches the path, or the sizes do not divide.
     """
     return _decide(path, shape, sizes)[1]
 
 
 def place(path: str, array: np.ndarray, mesh: Mesh | None, dtype: Any = None) -> jax.Array:
-    """The leaf on its devices, each given its own part alone; cast to `dtype` before that.
+    """Puts a leaf on its devices, each of which receives only its own part; casts to `dtype` first.
 
-    Without a mesh it is on the default device.
+    Without a mesh the leaf goes to the default device.
     """
     if dtype is not None:
         array = array.astype(dtype, copy=False)
@@ -115,11 +117,12 @@ def place(path: str, array: np.ndarray, mesh: Mesh | None, dtype: Any = None) ->
 
 
 def constrain_layer(weights: Any) -> Any:
-    """One layer's weights, held where the rules put them until they are used.
+    """Keeps one layer's weights sharded by the rules until they are used.
 
-    A scan takes them out of the stack of all layers. Without the constraint the compiler may fetch
-    the stack whole, ahead of the scan, and then every device holds the tower; with it gradients are
-    split layer by layer, too. The identity outside a mesh of `Auto` axes, as `layers.constrain`.
+    A scan slices these weights from the stack of all layers. Without the constraint the compiler
+    may gather the whole stack before the scan, and every device then holds the whole tower. With
+    the constraint gradients are split layer by layer, too. Returns `weights` unchanged if no mesh
+    with `Auto` axes is set, as `layers.constrain` does.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
@@ -133,7 +136,10 @@ def constrain_layer(weights: Any) -> Any:
 
 
 def remarks(tree: Any, mesh: Mesh) -> list[str]:
-    """A sentence for each rule whose second choice the mesh takes; none on most meshes."""
+    """A sentence for each rule whose second choice (`Rule.otherwise`) is used on this mesh.
+
+    The sentence says why the first choice does not divide. On most meshes there are none.
+    """
     paths_by_remark: dict[str, list[str]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = path_of(path)
@@ -145,7 +151,7 @@ def remarks(tree: Any, mesh: Mesh) -> list[str]:
 
 
 def path_of(path: tuple[Any, ...]) -> str:
-    """`optimizer/0/mu/qformer/queries`: the names and positions of a path of `jax.tree_util`."""
+    """A key path of `jax.tree_util` as text, such as `optimizer/0/mu/qformer/queries`."""
     words = (
         getattr(key, name) for key in path for name in ("key", "name", "idx") if hasattr(key, name)
     )
@@ -153,7 +159,10 @@ def path_of(path: tuple[Any, ...]) -> str:
 
 
 def _decide(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[Rule, P, str]:
-    """The rule of a leaf, its spec, and why that is the second choice ("" if it is the first)."""
+    """The rule of a leaf, its `PartitionSpec`, and why that is a second choice ("": it is not).
+
+    Raises a ValueError if no rule matches, or no choice divides.
+    """
     words = ", ".join(map(str, shape))
     rule = next((rule for rule in RULES if re.search(f"(^|/)({rule.path})$", path)), None)
     if rule is None:
@@ -176,7 +185,7 @@ def _decide(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tupl
 
 
 def _misfit(spec: P, shape: tuple[int, ...], sizes: Mapping[str, int]) -> str:
-    """The reason why a leaf of that shape cannot be split so; "" where it can."""
+    """The reason why `spec` cannot split a leaf of `shape` on axes of `sizes`; "" if it can."""
     if len(spec) != len(shape):
         return f"has {len(shape)} axes, expected {len(spec)}"
     for number, (axes, size) in enumerate(zip(spec, shape, strict=True)):

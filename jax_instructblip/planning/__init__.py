@@ -1,1 +1,1 @@
-"""Plans of a train step for chips that need not be there: memory, FLOPs, what moves."""
+"""Plans of a step (memory, FLOPs, traffic) for chips that need not be present."""

@@ -17,21 +17,21 @@ from jax_instructblip.planning.plan import Job, Report
 from jax_instructblip.planning.topology import Topology
 from jax_instructblip.training.state import partition
 
-SPARE = 0.02  # share of a chip's memory that a change must leave free to be proposed: an estimate
+SPARE = 0.02  # share of a chip's memory that a proposed change must leave free, by estimate
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A change of the job, and what each chip would then need by estimate."""
+    """A change of the job: the flags for it, and the bytes that each chip would then need."""
 
-    what: str
-    need: float
+    what: str  # flags
+    need: float  # bytes
 
 
 def verdict(job: Job, mesh: Mesh, topology: Topology, report: Report) -> tuple[bool, str]:
-    """The verdict on a step: whether it fits into a chip, and a sentence with what to change.
+    """Whether a step fits into a chip's memory, and a sentence that says what to change.
 
-    Of a CPU nothing is known: everything fits.
+    The memory of CPUs is not known, so there everything fits.
     """
     need = f"needs {report.need / GIB:.2f} GiB"
     if topology.chip is None:
@@ -49,9 +49,10 @@ def verdict(job: Job, mesh: Mesh, topology: Topology, report: Report) -> tuple[b
 
 
 def smallest_change(job: Job, mesh: Mesh, topology: Topology, report: Report) -> Change | None:
-    """The first change that would make the step fit by estimate, from the least invasive on.
+    """The first change, from the least invasive on, after which the step should fit; None for none.
 
-    The estimate: arguments follow from the mesh, residuals from rows and remat; the rest stays.
+    The estimate: the bytes of arguments follow from the mesh, those that wait for the backward pass
+    from rows and remat; all others stay the same.
     """
     assert topology.chip is not None
     room = topology.chip.memory * (1 - SPARE)
@@ -68,7 +69,7 @@ def smallest_change(job: Job, mesh: Mesh, topology: Topology, report: Report) ->
 
 
 def _changes(job: Job, mesh: Mesh, topology: Topology) -> Iterator[tuple[str, Job, Mesh]]:
-    """Changes in the order in which a person would try them."""
+    """Yields (flags, job, mesh) for each change, in the order in which a person would try them."""
     sizes = dict(mesh.shape)
     rows = job.batch // (sizes["data"] * sizes["fsdp"])
     if job.step == "train":
@@ -95,7 +96,10 @@ def _changes(job: Job, mesh: Mesh, topology: Topology) -> Iterator[tuple[str, Jo
 
 
 def _residuals(job: Job, mesh: Mesh) -> int:
-    """Bytes that wait for the backward pass in all; found by tracing alone."""
+    """The bytes, on all devices together, that wait for the backward pass.
+
+    Computed from shapes by tracing the step, without compiling it.
+    """
     arguments = plan.job_arguments(job, mesh)
     with jax.set_mesh(mesh):
         traced = plan.job_function(job, mesh, arguments).trace(*arguments)
@@ -103,10 +107,9 @@ def _residuals(job: Job, mesh: Mesh) -> int:
 
 
 def meshes(job: Job, topology: Topology) -> list[tuple[int, int, int]]:
-    """Sizes of meshes over all devices that weights and batch allow, fewest parts first.
+    """Mesh sizes (data, fsdp, tensor) that the job allows, with the least split weights first.
 
-    Axes are powers of two where the devices are. A mesh is left out whose arguments alone are more
-    than a chip has.
+    Each mesh uses all devices. The batch must divide, and the arguments must fit into a chip.
     """
     count, candidates = len(topology.devices), []
     for tensor in _divisors(count):
@@ -122,7 +125,7 @@ def meshes(job: Job, topology: Topology) -> list[tuple[int, int, int]]:
 
 
 def feasible_meshes(job: Job, topology: Topology) -> list[tuple[int, int, int]]:
-    """Those of `meshes` that also have room for what waits for the backward pass."""
+    """The sizes in `meshes` that also have memory for the values that the backward pass needs."""
     candidates = meshes(job, topology)
     if topology.chip is None or job.step != "train" or not candidates:
         return candidates
@@ -150,9 +153,9 @@ def _divisors(number: int) -> list[int]:
 
 
 def estimate(report: Mapping[str, Any], chip: Chip) -> dict[str, float]:
-    """Seconds of a step at the chip's peak, and of what moves at the full speed of its links.
+    """Lower bounds of a step's time in seconds: products at peak speed, traffic at full link speed.
 
-    Both are bounds from below; a real step takes longer than the larger one.
+    A real step takes longer than the larger of the two.
     """
     return {
         "compute": report["flops"]["per_chip"] / chip.flops,
@@ -161,11 +164,11 @@ def estimate(report: Mapping[str, Any], chip: Chip) -> dict[str, float]:
 
 
 def best(reports: Sequence[Mapping[str, Any]], batch: int) -> Mapping[str, Any] | None:
-    """The report that fits and has the most samples a second.
+    """The plan that fits and processes the most samples per second; None if none fits.
 
-    Of equals one of that `batch`, the config's, since another one trains otherwise; then the one
-    that moves least for a sample. Of CPUs no speed is known: there a sample counts as much on any
-    mesh.
+    Among equals, a plan with the batch size `batch` of the config comes first, because another
+    batch size trains differently; then the plan that moves the fewest bytes per sample. The speed
+    of CPUs is not known, so all their plans count as equally fast.
     """
 
     def rate(each: Mapping[str, Any]) -> tuple[float, bool, float]:
@@ -178,16 +181,18 @@ def best(reports: Sequence[Mapping[str, Any]], batch: int) -> Mapping[str, Any] 
 
 
 def remarks(job: Job, mesh: Mesh) -> list[str]:
-    """A sentence for each rule whose second choice the mesh takes."""
+    """A sentence for each sharding rule whose second choice this mesh needs, with the reason."""
     return rules.remarks(param_shapes(job.variant), mesh)
 
 
 def estimated_traffic(job: Job, batch: int, sizes: tuple[int, int, int]) -> float:
-    """Bytes that each device would receive in a step by rule of thumb, to sort meshes by.
+    """A rough estimate of the bytes that each device receives in a step, for sorting meshes.
 
-    fsdp     every weight of bfloat16 twice, forward and backward
-    tensor   four sums of the width of each token and layer, forward and backward
-    data     the float32 gradients of what is trained, summed over data and fsdp (in training)
+    `sizes` are those of data, fsdp and tensor. The terms:
+
+        fsdp     every weight in bfloat16 twice, forward and backward
+        tensor   four all-reduces of the activations per layer, two of them in the backward pass
+        data     the float32 gradients of trained weights, all-reduced over data and fsdp
     """
     data, fsdp, tensor = sizes
     shapes, variant = param_shapes(job.variant), job.variant

@@ -1,26 +1,26 @@
-"""The chips that steps are planned for: what one has, and the sizes that are offered."""
+"""The TPU chips that steps can be planned for: figures of one chip, and sizes on offer."""
 
 import dataclasses
 
 GIB = 2**30
-EFFORTS = {  # of the compiler, by the names of `plan --effort`
-    "quick": -1.0,  # the least that it knows; a third of the time, a little more memory
+EFFORTS = {  # the compiler's effort, by the names of `plan --effort`
+    "quick": -1.0,  # the least effort: a third of the time, a plan of a little more memory
     "full": 0.0,  # as for a real run
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """The maker's figures of one chip.
+    """The maker's figures for one chip.
 
     Attributes:
       memory: bytes of HBM that a program may use (libtpu 0.0.42 keeps the rest for itself).
-      flops: bfloat16 operations a second at most.
-      bandwidth: bytes a second between HBM and the chip.
-      links: bytes a second between the chip and its neighbours, all links of one direction.
-      clock: cycles a second, in which the compiler states times.
-      sizes: what is known to be offered, as examples.
-      options: what the compiler must be told of this kind.
+      flops: peak bfloat16 operations per second.
+      bandwidth: bytes per second between HBM and the chip.
+      links: bytes per second between the chip and its neighbours, all links of one direction.
+      clock: cycles per second; the compiler states times in cycles.
+      sizes: examples of topologies on offer, as chips in each direction.
+      options: options (name, value) that the compiler needs for this kind of chip.
     """
 
     memory: float
@@ -33,7 +33,7 @@ class Chip:
 
 
 CHIPS = {
-    # The compiler knows half chips, too; `megacore` makes one device of both.
+    # A chip has two cores; `megacore` makes them one device.
     "v4": Chip(
         *(30.75 * GIB, 275e12, 1228e9, 300e9, 1.05e9),
         sizes=("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x8x8", "8x8x16"),
@@ -55,5 +55,5 @@ CHIPS = {
 
 
 def known() -> list[str]:
-    """Names of topologies, as examples; the compiler takes further sizes."""
+    """Names of topologies, such as `v5e:4x4`, as examples; the compiler takes further sizes."""
     return [f"{kind}:{size}" for kind, chip in CHIPS.items() for size in chip.sizes] + ["cpu:8"]

@@ -1,7 +1,8 @@
-"""The bytes that a compiled program moves between devices, and its compiler's estimate of time.
+"""The bytes that a compiled program moves between devices, and its estimated time.
 
-Read from the text of the program, computation by computation. What stands in the body of a loop
-counts as often as the loop runs, which its condition tells: XLA's own totals count it once.
+Both are read from the program's text, computation by computation. An instruction in the body of a
+loop counts as often as the loop runs, which is read from the loop's condition: XLA's own totals
+count it once.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ WIDTHS = {
     **dict.fromkeys(("s64", "u64", "f64", "c64"), 8),
 }
 
-# Of a collective whose result has b bytes, over n devices: what each one receives.
+# The bytes that each of n devices receives in a collective whose result has b bytes.
 RECEIVED = {
     "all-gather": lambda b, n: b * (n - 1) / n,
     "all-reduce": lambda b, n: 2 * b * (n - 1) / n,  # reduced in parts, then gathered
@@ -48,25 +49,25 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """The bytes that one instruction moves in one run of it, and among whom."""
+    """An instruction that moves data between devices, and how much it moves each time it runs."""
 
     kind: str
     shape: str
     received: float  # bytes, by each device
-    group: int  # devices among which it moves
+    group: int  # the number of devices that take part
     times: int  # how often it runs in a step
-    where: str  # name of the operation that it is part of
+    where: str  # name of the JAX operation that it belongs to
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The findings in the text of a program.
+    """The facts read from the text of a program.
 
     Attributes:
-      collectives: each instruction that moves something between devices.
-      cycles: the compiler's estimate of the cycles of a step, None where it states none.
-      unknown: loops of which the text does not tell how often they run; they are taken to run
-        as often as the caller said.
+      collectives: the instructions that move data between devices.
+      cycles: the compiler's estimate of a step's cycles; None if the text has none.
+      unknown: names of loops whose number of runs is not in the text; `read_program` takes it as an
+        argument.
     """
 
     collectives: tuple[Collective, ...]
@@ -74,7 +75,7 @@ class Program:
     unknown: tuple[str, ...]
 
     def moved(self) -> dict[str, dict[str, float]]:
-        """Counts by kind: how many run in a step, and what bytes each device receives in them."""
+        """By kind of collective: how many run in a step, and the bytes each device receives."""
         totals: dict[str, dict[str, float]] = {}
         for each in self.collectives:
             row = totals.setdefault(each.kind, {"count": 0, "bytes": 0.0})
@@ -84,9 +85,9 @@ class Program:
 
 
 def read_program(text: str, devices: int, loops: int = 1) -> Program:
-    """The findings in `compiled.as_text()` of a program for so many devices.
+    """The facts in the text `compiled.as_text()` of a program for `devices` devices.
 
-    `loops` is how often a loop is taken to run of which the text does not tell.
+    `loops` is the assumed number of runs of a loop whose number the text does not tell.
     """
     computations, entry = _computations(text)
     collectives: list[Collective] = []
@@ -98,7 +99,7 @@ def read_program(text: str, devices: int, loops: int = 1) -> Program:
         if collective := _collective(line, times, devices):
             channel = re.search(r"channel_id=(\d+)", line.text)
             if fused and channel:
-                # One that is done piece by piece inside of products; a piece may stand in a loop.
+                # Pieces of one collective, fused with products; a piece may be in a loop.
                 known = pieces.get(channel[1], collective)
                 pieces[channel[1]] = min(known, collective, key=lambda each: each.times)
             else:
@@ -108,7 +109,7 @@ def read_program(text: str, devices: int, loops: int = 1) -> Program:
 
 
 def _computations(text: str) -> tuple[dict[str, dict[str, Line]], str]:
-    """Every computation's instructions by name, and the name of the one that is run."""
+    """Every computation's instructions by name, and the name of the entry computation."""
     computations: dict[str, dict[str, Line]] = {}
     entry, lines = "", {}
     for raw in text.splitlines():
@@ -127,7 +128,7 @@ def _computations(text: str) -> tuple[dict[str, dict[str, Line]], str]:
 
 
 def _closing(text: str) -> int:
-    """The place at which the bracket closes that was open before `text`."""
+    """The index in `text` of the bracket that closes one opened just before `text`."""
     depth = 1
     for index, letter in enumerate(text):
         depth += (letter in "({[") - (letter in ")}]")
@@ -144,7 +145,11 @@ def _walk(
     loops: int,
     fused: bool = False,
 ) -> Iterator[tuple[Line, int, bool]]:
-    """Every instruction that is run, how often, and whether it is part of a fusion."""
+    """Yields every instruction that runs, how often, and whether it is part of a fusion.
+
+    Starts at the computation `name`, which runs `times` times. Loops whose number of runs is not in
+    the text are added to `unknown` and count `loops` times.
+    """
     for line in computations.get(name, {}).values():
         yield line, times, fused
         inner, inside = times, fused or line.kind == "fusion"
@@ -154,7 +159,7 @@ def _walk(
                 unknown.append(line.name)
             inner = times * (loops if trips is None else trips)
         elif line.kind not in ("call", "conditional", "fusion", "async-start"):
-            continue  # what a reduction applies is no instruction of its own
+            continue  # the function that a reduction applies does not count
         called = _CALLS.findall(line.text)
         for branches in _BRANCHES.findall(line.text):
             called += re.findall(r"[\w.\-]+", branches)
@@ -187,7 +192,7 @@ def _trips(
 
 
 def _tuple_index(line: Line) -> int | None:
-    """The number of the part that the instruction takes of what a loop carries."""
+    """The index of the element that the instruction reads from a loop's carried tuple, or None."""
     match = re.search(r"index=(\d+)", line.text) if line.kind == "get-tuple-element" else None
     return int(match[1]) if match else None
 
@@ -200,7 +205,7 @@ def _constant(line: Line, lines: Mapping[str, Line]) -> int | None:
 
 
 def _carried(index: int, outer: Mapping[str, Line], loop: Line) -> int | None:
-    """The constant with which a part of what the loop carries begins."""
+    """The constant initial value of element `index` of what the loop carries, or None."""
     start = outer.get(loop.operands[0])
     if start is None or start.kind != "tuple":
         return None
@@ -209,7 +214,7 @@ def _carried(index: int, outer: Mapping[str, Line], loop: Line) -> int | None:
 
 
 def _step(index: int, body: Mapping[str, Line]) -> int | None:
-    """The amount by which a run of the body raises the counter."""
+    """The amount by which one run of the loop's body raises element `index`, or None."""
     root = next((line for line in body.values() if line.root), None)
     if root is None or root.kind != "tuple":
         return None
@@ -218,7 +223,7 @@ def _step(index: int, body: Mapping[str, Line]) -> int | None:
         line = body.get(line.operands[0])
     if line is None or line.kind not in ("add", "fusion"):
         return None
-    if line.kind == "fusion":  # an addition that was fused; every counter of ours goes up by one
+    if line.kind == "fusion":  # a fused addition: every loop counter of this package steps by 1
         return 1
     steps = [_constant(body[name], body) for name in line.operands if name in body]
     return next((step for step in steps if step is not None), None)
@@ -230,7 +235,7 @@ def _collective(line: Line, times: int, devices: int) -> Collective | None:
         return None
     shapes = [_bytes(*shape) for shape in _SHAPE.findall(line.shape)]
     if line.kind in ("all-gather-start", "collective-permute-start"):
-        # The operands stand before the results, what the hardware needs behind.
+        # The shape lists operands, then results, then buffers of the hardware.
         count = len(line.operands)
         shapes = shapes[count : 2 * count]
     group = _group(line.text, devices)
@@ -244,12 +249,12 @@ def _bytes(dtype: str, sizes: str) -> int:
 
 
 def _group(text: str, devices: int) -> int:
-    """The number of devices among which a collective moves; it is written in three ways.
+    """The number of devices among which a collective moves data, from any of three notations.
 
-    {{0,1},{2,3}}    [2,4]<=[8]    mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}
+        {{0,1},{2,3}}    [2,4]<=[8]    mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}
 
     Raises:
-        ValueError: it is written in yet another way.
+        ValueError: the text has yet another notation.
     """
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
         return len(match[1].split(","))

@@ -1,6 +1,6 @@
-"""The needs of a step, from the program that its compiler makes: no weights, no such chips.
+"""Memory and FLOPs of a step, from its compiled program; needs neither weights nor the chips.
 
-`read_job` takes a config to a `Job`, `compile_job` a job and a mesh of (absent) devices to a
+`read_job` turns a config into a `Job`, `compile_job` a job and a mesh of (absent) devices into a
 `Report`. The program is the one that `train` runs, compiled for the same mesh and the same shapes:
 the longest rows that the config allows.
 """
@@ -41,8 +41,8 @@ from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.state import TrainState, create_state, partition
 from jax_instructblip.training.step import compile_step
 
-# What stands in the compiler's refusals: "Used 17.2G of 15.75G hbm", "... (16.17G) exceeds
-# available HBM (15.75G)".
+# The compiler's messages if a program does not fit: "Used 17.2G of 15.75G hbm", "... (16.17G)
+# exceeds available HBM (15.75G)".
 _REFUSALS = (
     re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
     re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
@@ -52,15 +52,15 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A step to be compiled: everything of a config that the program depends on.
+    """A step to compile: everything in a config that its program depends on.
 
     Attributes:
-      step: "train", or "decode": prompts of a batch read and answered greedily.
+      step: "train", or "decode" (greedy answers to the prompts of a batch).
       batch: samples, on all devices together.
-      samples_per_row: of which so many share a row.
-      lengths: tokens of a sample: `qformer_tokens`, `tokens` and, in training, `targets`.
-      skip_non_finite: steps without a finite loss change nothing, so the old state stays alive.
-      new_tokens: of an answer ("decode").
+      samples_per_row: samples that share a row.
+      lengths: most tokens of a sample: `qformer_tokens`, `tokens` and, in training, `targets`.
+      skip_non_finite: a step with a non-finite loss changes nothing, so the old state is kept.
+      new_tokens: tokens of an answer ("decode").
     """
 
     variant: Variant
@@ -80,7 +80,7 @@ class Job:
     new_tokens: int
 
     def with_remat(self, **towers: str) -> "Job":
-        """This job with other parts of the layers of these towers computed again."""
+        """A copy with other remat policies, by tower: `with_remat(llm="full")`."""
         scans = {
             tower: dataclasses.replace(getattr(self.scans, tower), remat=remat)
             for tower, remat in towers.items()
@@ -88,7 +88,7 @@ class Job:
         return dataclasses.replace(self, scans=dataclasses.replace(self.scans, **scans))
 
     def floor(self) -> int:
-        """FLOPs of the products that the network as built cannot do without."""
+        """FLOPs of the matrix products that a step needs at least, from the model's sizes."""
         text, tokens = self.lengths["qformer_tokens"], self.lengths["tokens"]
         if self.step == "train":
             answer, shared = self.lengths["targets"], self.samples_per_row
@@ -100,20 +100,20 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The compiler's answer; bytes are of each chip.
+    """The result of compiling a job; bytes are per chip.
 
     Attributes:
       arguments: weights, moments and batch.
       outputs: results that do not reuse the memory of an argument.
-      temporaries: what else the step holds at its worst moment.
+      temporaries: everything else that the step holds at its peak.
       code: the program itself.
       residuals: the part of the temporaries that waits for the backward pass, estimated from
         shapes.
-      need: all of it. Where the compiler refused, what it says it would need.
-      refusal: the compiler's words where the program does not fit; the parts are then unknown.
-      program: what moves; None where it refused.
-      flops: of all products in a step, on all chips together.
-      seconds: that tracing, lowering and compiling took.
+      need: the total; if the compiler refused, the total that its message states.
+      refusal: the compiler's message if the program does not fit, else "".
+      program: collectives and cycles; None if the compiler refused.
+      flops: FLOPs of all products in a step, on all chips together.
+      seconds: the time that tracing, lowering and compiling took.
     """
 
     arguments: int
@@ -132,7 +132,7 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
     """The job of a config (configs/common.py) for a model of that variant.
 
     Raises:
-        ValueError: a field is wrong, or its program is another one than what is compiled here.
+        ValueError: a field is wrong, or the config runs a program that cannot be planned.
     """
     check_config(config)
     if variant.llm is None:
@@ -171,13 +171,13 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
 
 
 def read_variant(config: ConfigDict) -> tuple[str, Variant]:
-    """Name and sizes of the model that a config trains; its weights need not be there.
+    """Name and sizes of the model that a config trains; its weights need not exist.
 
-    They are those of `config.model.checkpoint`. Where that is no folder, it names a released model
-    (`flan-t5-xl`), and where it is empty the last word of `config.workdir` does.
+    The model is the folder `config.model.checkpoint`. If that is no folder, it is a released
+    model's name (`flan-t5-xl`); failing that, the last word of `config.workdir` is one.
 
     Raises:
-        ValueError: neither names one.
+        ValueError: neither names a known model.
     """
     name = config.model.checkpoint
     if name and (Path(name).is_dir() or "shapes" in name):
@@ -195,14 +195,14 @@ def read_variant(config: ConfigDict) -> tuple[str, Variant]:
 
 
 def fit_rows(job: Job, mesh: Mesh) -> Job:
-    """The job with no more samples a row than each device and part of the step has, as in a run."""
+    """The job with at most as many samples per row as each device and accumulation step has."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * job.accumulate
     shared = max(1, min(job.samples_per_row, job.batch // parts))
     return dataclasses.replace(job, samples_per_row=shared)
 
 
 def check_rows(job: Job, mesh: Mesh) -> None:
-    """Raises a ValueError where the batch cannot be divided over the mesh."""
+    """Raises a ValueError if the batch cannot be divided over the mesh."""
     job = fit_rows(job, mesh)
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     parts = devices * (job.accumulate if job.step == "train" else 1) * job.samples_per_row
@@ -215,9 +215,9 @@ def check_rows(job: Job, mesh: Mesh) -> None:
 
 
 def compile_job(job: Job, mesh: Mesh, *, effort: float = EFFORTS["quick"]) -> Report:
-    """The compiler's report on the job's program on that mesh.
+    """Compiles the job's program for that mesh and reports its memory, FLOPs and traffic.
 
-    `effort` is of the compiler, one of the values of `EFFORTS`.
+    `effort` is the compiler's, a value of `EFFORTS`.
 
     Raises:
         ValueError: weights or batch cannot be divided over the mesh.
@@ -267,11 +267,11 @@ def compile_job(job: Job, mesh: Mesh, *, effort: float = EFFORTS["quick"]) -> Re
 
 
 def job_arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
-    """The arguments of the job's program, as shapes that know where they lie."""
+    """The arguments of the job's program, as `jax.ShapeDtypeStruct`s with shardings."""
     job = fit_rows(job, mesh)
     shapes = param_shapes(job.variant)
     rows = batch_sharding(mesh)
-    # As a loader makes it; keys are uint32 pairs behind an opaque dtype.
+    # Shapes as the loader's; random keys are uint32 pairs behind an opaque dtype.
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
     batch = _batch(job, rows)
@@ -287,7 +287,7 @@ def job_arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes that each device holds of shapes that know where they lie."""
+    """The bytes that each device holds of a tree of arrays, or of shapes with shardings."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape)
@@ -297,7 +297,7 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def residuals(jaxpr: Jaxpr) -> int:
-    """Bytes of what scans over layers stack up for the backward pass, on all devices together."""
+    """The bytes that scans over layers keep for the backward pass, on all devices together."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
@@ -329,7 +329,7 @@ def _place(tree: Any, mesh: Mesh) -> Any:
 
 
 def _batch(job: Job, rows: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as `data/spec.py` lists it, all samples as long as they can be."""
+    """The shapes of a batch with the keys of `data/spec.py`, all samples of the greatest length."""
     shared = job.samples_per_row
     row_length = round_up if shared > 1 else lambda length: length  # as `TrainBatches` pads rows
     answer = row_length(shared * job.lengths.get("targets", 0))
@@ -350,7 +350,7 @@ def _batch(job: Job, rows: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def job_function(job: Job, mesh: Mesh, arguments: tuple[Any, ...]) -> Any:
-    """The compiled function whose `trace` takes the job's arguments."""
+    """The jitted function of the job; its `trace` takes `arguments`, those of `job_arguments`."""
     if job.step == "decode":
         model = VisionLanguageModel(job.variant, job.dtype)
         return jax.jit(
@@ -382,7 +382,7 @@ def _compile(lowered: Any, effort: float) -> Any:
 
 
 def _refusal(error: Exception) -> tuple[str, int]:
-    """The compiler's sentence about memory and the bytes it would need; other errors are raised."""
+    """The compiler's message about memory, and the bytes needed; raises other errors."""
     text = str(error)
     for pattern in _REFUSALS:
         if match := pattern.search(text):

@@ -1,4 +1,4 @@
-"""The plan of a config: what a step would need, as plain data and in words."""
+"""The plan of a config: what a step needs of each chip, as a dict and as text."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -21,17 +21,17 @@ def make_report(
     step: str = "train",
     effort: str = "quick",
 ) -> dict[str, Any]:
-    """The plan of a config as plain data.
+    """Compiles a step of a config and returns its plan as a dict of plain values.
 
     Args:
         config: the fields of `configs/common.py`.
         topology: chips, as in `v5e:4x4` or `cpu:8`.
-        mesh: sizes of data, fsdp and tensor, as in `1,16,1`; "" for the config's.
+        mesh: sizes of data, fsdp and tensor, as in `1,16,1`; "" for those in the config.
         step: "train" or "decode".
-        effort: of the compiler, one of `EFFORTS`.
+        effort: the compiler's effort, a key of `EFFORTS`.
 
     Raises:
-        ValueError: the config, the topology or the mesh cannot be used.
+        ValueError: the config, the topology or the mesh is invalid.
     """
     check_config(config)
     chips = read_topology(topology)
@@ -89,7 +89,7 @@ def make_report(
 
 
 def lines(report: Mapping[str, Any]) -> Iterator[str]:
-    """The plan for a person."""
+    """Yields the lines of a plan, as printed for a person."""
     mesh, memory, flops = report["mesh"], report["memory"], report["flops"]
     texts = ", ".join(f"{name} {length}" for name, length in report["lengths"].items())
     where = f"{report['topology']}, {report['chips']} chips"
@@ -139,7 +139,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _sizes(mesh: str) -> dict[str, int]:
-    """The sizes of `data,fsdp,tensor`."""
+    """Sizes by axis from the text `data,fsdp,tensor`, as in `1,16,1`; ValueError for others."""
     words = mesh.split(",")
     with contextlib.suppress(ValueError):
         if len(words) == 3:

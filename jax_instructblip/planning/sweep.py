@@ -1,4 +1,4 @@
-"""Plans of several meshes and batches for one config, and the one that is recommended."""
+"""Plans of one config on several meshes and batch sizes, and the recommended one."""
 
 import subprocess
 import sys
@@ -26,24 +26,25 @@ def sweep(
     effort: str = "quick",
     tries: int = 6,
 ) -> dict[str, Any]:
-    """Plans of several meshes and batches, each in a process of its own, and the best of them.
+    """Plans several meshes and batch sizes, each in its own process, and picks the best plan.
 
-    A compiler that crashes or takes all memory then ends one plan alone. Each plan is told as it is
-    made, and a table at the end.
+    A compiler that crashes or runs out of memory then ends one plan only. Prints each plan as it
+    finishes, and a table at the end.
 
     Args:
         config: the fields of `configs/common.py`.
-        words: the flags that say them, for the other processes: `--config FILE --config.F=V`.
+        words: the same config as command-line flags, for the other processes: `--config FILE
+            --config.F=V`.
         topology: chips, as in `v5e:4x4`.
         step: "train" or "decode".
-        effort: of the compiler, one of `EFFORTS`.
-        tries: most plans that are made.
+        effort: the compiler's effort, a key of `EFFORTS`.
+        tries: the largest number of plans to make.
 
     Returns:
-        `recommended`, the best plan or None, and `tried`, all that there are.
+        `recommended`, the best plan or None, and `tried`, all plans that were made.
 
     Raises:
-        ValueError: the config or the topology cannot be used, or no mesh holds the model.
+        ValueError: the config or the topology is invalid, or no mesh holds the model.
     """
     check_config(config)
     chips = read_topology(topology)
@@ -61,7 +62,7 @@ def sweep(
             f"none divides a batch of {first}: take more chips, another batch, "
             "--config.model.remat.llm=full or --config.train.accumulate=2"
         )
-    # The config's batch first, then meshes by how much they would move.
+    # The config's batch size first; then meshes with the least estimated traffic.
     tried.sort(
         key=lambda each: (each[0] != first, advice.estimated_traffic(asked, each[0], each[1]))
     )
@@ -84,7 +85,7 @@ def sweep(
 
 
 def table(reports: list[dict[str, Any]]) -> Iterator[str]:
-    """One row a plan."""
+    """Yields a header line, then a line per plan."""
     yield "mesh          batch  need GiB  fits  moved GiB  products s  links s"
     for each in reports:
         mesh = ",".join(str(size) for size in each["mesh"].values())
@@ -97,7 +98,7 @@ def table(reports: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def elsewhere(words: Sequence[str]) -> dict[str, Any]:
-    """The plan that another process makes, or `error` with its last words."""
+    """The plan that another process makes, or {"error": the last line of that process's output}."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "plan.json")
         command = [sys.executable, "-m", "jax_instructblip", "plan", *words, "--json", str(path)]

@@ -1,7 +1,7 @@
-"""Devices that programs can be compiled for on a machine without them.
+"""Devices to compile for, on a machine that does not have them.
 
-`v5e:4x4` names what the compiler calls a topology: a kind of chip and how many of them stand in
-each direction. Products of clouds count otherwise (a `v5p-16` has 8 chips, a `v4-32` has 16).
+A topology, such as `v5e:4x4`, names a kind of chip and the number of chips in each direction. Cloud
+products are numbered differently (a `v5p-16` has 8 chips, a `v4-32` has 16).
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from jax.experimental import topologies
 from jax_instructblip import tpu_compiler
 from jax_instructblip.planning.chips import CHIPS, Chip, known
 
-MOST_CHIPS = 16_384  # the largest pod has 8,960
+MOST_CHIPS = 16_384  # in a topology; the largest pod has 8,960 chips
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for; `chip` is None for a CPU, of which nothing is known."""
+    """Devices to compile for; `chip` has the figures of each, None for CPUs, which have none."""
 
     name: str
     devices: Sequence[Any]
@@ -32,12 +32,12 @@ class Topology:
 
 
 def read_topology(name: str) -> Topology:
-    """The devices of `v5e:4x4` or `cpu:8`; nothing of a TPU is started.
+    """The devices of a topology such as `v5e:4x4` or `cpu:8`; does not start any TPU.
 
-    To be called before JAX is used for anything else: a CPU is told here how many devices it has.
+    Call this before JAX is used for anything else, because it sets the number of CPU devices.
 
     Raises:
-        ValueError: the name is of no known kind or size, or the compiler of TPUs is not installed.
+        ValueError: an unknown kind or size, or the compiler for TPUs is not installed.
     """
     kind, _, size = name.partition(":")
     if re.fullmatch(r"\d+(x\d+)*", size) and (len(size) > 40 or _count(size) > MOST_CHIPS):
@@ -76,14 +76,17 @@ def _count(size: str) -> int:
 
 
 def _prepare() -> None:
-    """Lets the compiler be loaded where no TPU is, and beside another process that has it."""
+    """Sets the environment so that the TPU compiler loads without a TPU.
+
+    It then also loads while another process uses it.
+    """
     tpu_compiler.set_flags()
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # asks no cloud what machine this is
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     for name, value in (
         ("TPU_MIN_LOG_LEVEL", "3"),
         ("TPU_STDERR_LOG_LEVEL", "3"),
-        # Not of the topology, only of the machine that it believes to run on.
+        # The machine that the compiler assumes to run on; the topology does not depend on it.
         ("TPU_ACCELERATOR_TYPE", "v5litepod-16"),
         ("TPU_WORKER_HOSTNAMES", "localhost"),
     ):
@@ -95,7 +98,7 @@ def _cpu_devices(count: int) -> Sequence[Any]:
     jax.config.update("jax_platforms", "cpu")
     try:
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # JAX has been used in this process: it has what it has
+    except RuntimeError:  # JAX was used before in this process, and keeps the devices it has
         pass
     devices = jax.devices()
     if len(devices) < count:

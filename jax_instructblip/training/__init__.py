@@ -1,4 +1,5 @@
-"""Tuning: the loss, the optimizer, one step, and the loop around it.
+"""Training: the loss, the optimizer, the training step, and the loop that runs it.
 
-`loss`, `optimizer`, `state` and `step` need jax, flax and optax only; `loop` knows about runs.
+`loss`, `optimizer`, `state` and `step` know nothing of files; `loop` brings config, data,
+checkpoints and workdir together.
 """

@@ -1,17 +1,17 @@
-"""A run's checkpoints: saved in the background, whole or not at all, restored only where they fit.
+"""Checkpoints of a training run: saved in the background, each one either complete or absent.
 
 checkpoints/
-  3000/                 appears by renaming: a numbered folder is always complete
-    meta.json           step, variant, frozen base, data cursor, score of the validation
-    trainable/          the trained weights: `qformer/...`     (folders of `checkpoint/folder.py`)
-    optimizer/          `step`, `rng`, `optimizer/...`          not needed for answering
+  3000/                 one folder per saved step, renamed into place only when complete
+    meta.json           step, variant (model sizes), frozen base, data cursor, validation score
+    trainable/          the trained weights: `qformer/...`     (layout: `checkpoint/folder.py`)
+    optimizer/          `step`, `rng`, `optimizer/...`          needed only to resume training
 
-In an object store, which knows no renaming, a folder is complete when `meta.json` is there: each is
-written on the local disk first and then copied, that file last.
+An object store has no renaming. There a folder is complete once it holds `meta.json`: a checkpoint
+is written to the local disk first and then uploaded, `meta.json` last.
 
-A process alone writes whole leaves, with Orbax. Of several, each writes and reads the parts that
-its devices hold, and no other (`checkpoint/leaf_parts.py`, `shared_save.py`); either reads what
-both wrote.
+A single process writes whole leaves with Orbax. In a multi-process run each process writes and
+reads only the shards on its own devices (`checkpoint/leaf_parts.py`, `shared_save.py`). A run of
+any number of processes can read both layouts.
 """
 
 import dataclasses
@@ -54,10 +54,11 @@ THREAD = "checkpoint"
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run; one save at a time goes on in a thread.
+    """The folder `checkpoints/` of a run; one background thread writes at most one save at a time.
 
-    Old ones are removed after a save: the newest `keep` stay, the best by score, and with
-    `keep_every` those whose step is a multiple of it. Several processes must all see the folder.
+    After each save, old checkpoints are deleted except the newest `keep`, the one with the best
+    validation score and, if `keep_every` > 0, steps that are multiples of `keep_every`. In a
+    multi-process run all processes must share the folder or the store.
     """
 
     def __init__(
@@ -68,10 +69,11 @@ class Checkpoints:
         keep_every: int = 0,
         store: str = "",
     ):
-        """`keep` is at least 1, `keep_every` 0 for none; the folder need not exist yet.
+        """Sets up the folder, which need not exist yet.
 
-        With `store`, an address (`gs://bucket/run/checkpoints`), the checkpoints are there, and
-        `folder` has those that are on their way.
+        `keep` is at least 1; `keep_every` 0 turns that rule off. `store` is an object store address
+        (`gs://bucket/run/checkpoints`): if set, checkpoints are kept there, and `folder` only
+        buffers those that are being uploaded.
         """
         if keep < 1 or keep_every < 0:
             raise ValueError(
@@ -85,7 +87,7 @@ class Checkpoints:
         self._token, self._ending = "", threading.Event()
 
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, ascending."""
+        """Returns the steps of all complete checkpoints, ascending."""
         if self._store:
             numbers = [name for name in remote.names(self._store) if is_step(name)]
             committed = [name for name in numbers if remote.holds(self.location(int(name)), META)]
@@ -97,20 +99,20 @@ class Checkpoints:
         return sorted(map(int, committed))
 
     def newest(self) -> int:
-        """The newest step, as process 0 sees it (a shared folder may show up late); 0: none."""
+        """Returns the newest saved step as process 0 sees it, 0 if none; all processes call it."""
         steps = self.steps() if jax.process_index() == 0 else []
         return int(multihost_utils.broadcast_one_to_all(np.int64(steps[-1] if steps else 0)))
 
     def path(self, step: int) -> Path:
-        """The folder of that step on the disk."""
+        """Returns the local folder of the checkpoint of `step`."""
         return self.folder / str(step)
 
     def location(self, step: int) -> str:
-        """The place where that step is kept, on the disk or elsewhere."""
+        """Returns the path or object-store address where the checkpoint of `step` is kept."""
         return f"{self._store or self.folder}/{step}"
 
     def meta(self, step: int) -> Meta:
-        """The fields of that step's `meta.json`."""
+        """Reads `meta.json` of the checkpoint of `step`; raises CheckpointError if damaged."""
         if not self._store:
             raw = (self.path(step) / META).read_bytes()
         else:
@@ -121,13 +123,13 @@ class Checkpoints:
             raise checkpoint.CheckpointError(f"{error}\n  {self._way_past(step)}") from error
 
     def best(self) -> int | None:
-        """The step with the highest score, the later one of equals; None before any validation."""
+        """Returns the step with the best validation score (latest on a tie); None without any."""
         scores = {step: self.meta(step).get("score") for step in self.steps()}
         known = [(score, step) for step, score in scores.items() if score is not None]
         return max(known)[1] if known else None
 
     def check_room(self, state: TrainState) -> None:
-        """Raises an OSError where the disk has no room for one checkpoint of such a state."""
+        """Raises an OSError if the disk has too little free space for one checkpoint of `state`."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = free_bytes(self.folder)
         if jax.process_index() == 0 and free < needed:
@@ -144,16 +146,15 @@ class Checkpoints:
         meta: Meta,
         then: Callable[[], None] = lambda: None,
     ) -> None:
-        """Starts writing the checkpoint of `state.step`; returns when it is copied to the host.
+        """Starts saving the checkpoint of `state.step`; returns once `state` is in host memory.
 
-        `then` is called when it is written, by the thread that writes, in one process.
-
-        Every process calls it, with its part of the state. What an earlier save raised (a full
-        disk) is raised here, in `check` or in `wait`. `meta` must have `variant`, `trainable`,
-        `base` and `data`; `score` is what `best` compares.
+        Every process calls it with its shards of the state. After the files are written, the writer
+        thread of process 0 calls `then`. An error of the background write (a full disk) is raised
+        by the next `save`, `check` or `wait`. `meta` must have the keys `variant`, `trainable`,
+        `base` and `data`; its `score` is optional and read by `best`.
 
         Raises:
-            FileExistsError: the folder holds this step or a later one: of another run.
+            FileExistsError: the folder has this step or a later one, so another run wrote it.
         """
         self.wait()
         step = int(state.step)
@@ -173,7 +174,7 @@ class Checkpoints:
     def _prepare_alone(
         self, step: int, parts: Mapping[str, Mapping[str, Array]], meta: Meta
     ) -> Callable[[], None]:
-        """Copies the leaves of both parts; what is returned writes the copies."""
+        """Copies all leaves to host memory; returns the function that writes these copies."""
         copies = {
             part: copy_to_host(leaves, self._snapshot[part]) for part, leaves in parts.items()
         }
@@ -191,9 +192,9 @@ class Checkpoints:
     def _prepare_shared(
         self, step: int, parts: Mapping[str, Mapping[str, Array]], meta: Meta
     ) -> Callable[[], None]:
-        """Copies this process's parts of the leaves; what is returned writes them.
+        """Copies this process's shards to host memory; returns the function that writes the copies.
 
-        The first process then commits what all have written.
+        On process 0 that function also merges the files of all processes into the checkpoint.
         """
         if not self._token:
             number = np.int64(secrets.randbits(62))
@@ -218,43 +219,47 @@ class Checkpoints:
         return write
 
     def check(self) -> None:
-        """Raises what the save going on has raised, without waiting for it."""
+        """Raises the error of the background save if it has already failed; does not wait."""
         if self._saving is not None and self._saving.done():
             self.wait()
 
     def wait(self) -> None:
-        """Returns when nothing is being written; raises what the save raised."""
+        """Waits until the background save is finished; raises its error if it failed."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
     def record_score(self, step: int, score: float) -> None:
-        """Adds what a validation found to the checkpoint of that step, the newest.
+        """Starts adding a validation score to `meta.json` of the checkpoint of `step`, the newest.
 
-        It may be the best now, and the best before it is then kept no longer. Every process calls
-        it; it raises what the save has raised.
+        Deletes old checkpoints afterwards, because the best one may have changed. Every process
+        calls it. It waits for the save before it, and raises the error of that save.
         """
         self.wait()
         if jax.process_index() == 0:
             self._saving = self._writer.submit(self._write_score, step, score)
 
     def close(self, wait: bool = True) -> None:
-        """Lets the save going on end, and waits for that or not; what it raises is for `wait`."""
+        """Stops accepting saves; with `wait`, waits for the running one. Never raises its error."""
         self._writer.shutdown(wait=wait)
 
     def abandon(self) -> None:
-        """Closes when another process has gone: its parts are waited for no longer."""
+        """Closes after another process has died: the save stops waiting for its files."""
         self._ending.set()
         self.close()
 
     def restore(
         self, step: int, like: TrainState, rng: Array, meta: Meta
     ) -> tuple[TrainState, Array, Meta]:
-        """State, random key and meta of that step, placed as the leaves of `like` are.
+        """Returns state, random key and meta of the checkpoint of `step`, sharded like `like`.
 
-        `meta` is what the present run would save: its variant, trainable parts and base are
-        compared first, then keys, shapes and dtypes, then the hash of every leaf. Of `like` shapes,
-        dtypes and shardings are used. Of several processes each reads what its devices hold.
+        `like` and `rng` give only shapes, dtypes, shardings and the key type. `meta` is what the
+        current run would save: variant, trainable parts and base must equal the stored ones. Each
+        process reads only the shards of its own devices, and checks their hashes.
+
+        Raises:
+            CheckpointError: a file is damaged, or of another model or base.
+            OSError: a file cannot be read.
         """
         stored = self.meta(step)
         compare_meta(self.location(step), stored, meta)
@@ -321,15 +326,15 @@ class Checkpoints:
                 self._remove(old)
 
     def _way_past(self, step: int) -> str:
-        """A hint for where that checkpoint is damaged."""
+        """Returns advice for a damaged checkpoint: remove it, and which step is then resumed."""
         before = [each for each in self.steps() if each < step]
         way = f"go on from step {before[-1]}" if before else "start over"
         return f"remove {self.location(step)} to {way}"
 
     def _upload(self, step: int) -> None:
-        """Moves the checkpoint from the disk to the store."""
+        """Uploads the local checkpoint of `step` to the object store; deletes the local files."""
         try:
-            remote.remove(self.location(step))  # what a killed process has left
+            remote.remove(self.location(step))  # leftovers of a killed process
             remote.put(self.path(step), self.location(step), last=META)
         finally:
             shutil.rmtree(self.path(step), ignore_errors=True)
@@ -338,14 +343,14 @@ class Checkpoints:
         if self._store:
             remote.remove(self.location(step), first=META)
             return
-        # Renamed first: a removal cut short must not leave half a numbered folder.
+        # Renamed first: an interrupted deletion must not leave half a numbered folder.
         expired = self.folder / f".{step}.removed"
         shutil.rmtree(expired, ignore_errors=True)
         self.path(step).rename(expired)
         shutil.rmtree(expired, ignore_errors=True)
 
     def _complete_steps(self) -> str:
-        """The complete steps, for a message; a store that fails may not even tell them."""
+        """Lists the complete steps for an error message; does not fail when the store is down."""
         try:
             return ", ".join(map(str, self.steps())) or "none"
         except Exception:
@@ -353,17 +358,17 @@ class Checkpoints:
 
 
 def is_writing() -> bool:
-    """Tells whether a thread of this process is writing a checkpoint."""
+    """Returns True while a thread of this process is writing a checkpoint."""
     return any(thread.name.startswith(THREAD) for thread in threading.enumerate())
 
 
 def is_step(name: str) -> bool:
-    """Tells that a folder of this name is one of a checkpoint."""
+    """Returns True if `name` is a checkpoint's folder name: a step without leading zeros."""
     return name.isascii() and name.isdecimal() and str(int(name)) == name
 
 
 def _leaves(state: TrainState, rng: Array) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The leaves of each of `PARTS`, by path."""
+    """Returns two dicts from path to leaf, in the order of `PARTS`: trainable and optimizer."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state.optimizer)
     rest = {_optimizer_path(path): leaf for path, leaf in flat}
     rest = {"step": state.step, "rng": jax.random.key_data(rng), **rest}
@@ -371,11 +376,11 @@ def _leaves(state: TrainState, rng: Array) -> tuple[dict[str, Array], dict[str, 
 
 
 def _read_leaves(folder: Path, like: Mapping[str, Array]) -> dict[str, Any]:
-    """The leaves of a part, each on the devices where that of `like` lies."""
+    """Reads the leaves of one part by path, each sharded as `like` is at the same path."""
 
     def place(path: str, leaf: Any) -> Any:
         old = like[path]
-        if path == "rng":  # lies wherever it is used
+        if path == "rng":  # has no fixed sharding: a host array
             return np.asarray(leaf[...])
         part = lambda index: np.asarray(leaf[index])
         return jax.make_array_from_callback(old.shape, old.sharding, part)
@@ -389,5 +394,5 @@ def _read_leaves(folder: Path, like: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def _optimizer_path(path: tuple[Any, ...]) -> str:
-    """`optimizer/0/mu/qformer/queries`: names and positions of the optimizer's tuples and dicts."""
+    """Returns the file path of an optimizer leaf, such as `optimizer/0/mu/qformer/queries`."""
     return f"optimizer/{path_of(path)}"

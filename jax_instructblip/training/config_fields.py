@@ -1,7 +1,7 @@
-"""The fields of a run's config: type, range and unit of each, and what several must have together.
+"""Checks of a run's config: type, range and unit of every field, and rules between fields.
 
-`configs/common.py` says what each is for and its default. A config is checked whole before any
-weight is read, and everything wrong with it is in one report.
+Meaning and default of each field are in `configs/common.py`. The whole config is checked before
+any weight is read, and one error lists everything that is wrong.
 """
 
 import difflib
@@ -32,15 +32,15 @@ SOURCES = "data.sources"  # name -> the fields of SOURCE_FIELDS
 _DTYPE = one_of(*DTYPES)
 _REMAT = one_of(*REMAT)
 _STEPS = whole(1, unit="steps")
-_RATE = number(0, 1)  # AdamW moves a weight by about the rate in each step
-_SAMPLES = whole(1, 65_536, unit="samples")  # whose pixels alone are 10 GB at 224 x 224
+_RATE = number(0, 1)  # 1 is already absurd: AdamW moves a weight by about the rate in a step
+_SAMPLES = whole(1, 65_536, unit="samples")  # the largest has 10 GB of pixels at 224 x 224
 _TOKENS = 32_768  # above the context of every language model
 _DEVICES = whole(1, 1_000_000, special=(-1,), unit="devices")
 _DROPOUT = number(0, below=1, special=(-1.0,), unit="probability; -1: as the checkpoint says")
 
 FIELDS: dict[str, Field] = {
     "workdir": text(),
-    "seed": whole(0, 2**32 - 1),  # a key has 32 bits: larger ones would be others again
+    "seed": whole(0, 2**32 - 1),  # JAX uses 32 bits of it: a larger one would wrap around
     "model.checkpoint": path(stored=True),
     "model.init": path(stored=True),
     "model.trainable": several(text()),
@@ -108,7 +108,7 @@ FIELDS: dict[str, Field] = {
     "parallel.mode": one_of("jit", "pmap"),
 }
 
-NEEDED = {  # to run: what "" or () leaves out
+NEEDED = {  # fields that may not be empty in a run -> what to set them to
     "workdir": "the folder that the run writes to",
     "model.checkpoint": "a converted checkpoint folder, or shapes_t5 or shapes_llama",
     "model.trainable": "the parts to train, as in ('qformer',)",
@@ -124,9 +124,9 @@ SOURCE_FIELDS: dict[str, Field] = {
 
 
 def check_config(config: ConfigDict, *, run: bool = False) -> None:
-    """Raises a ValueError that names every field without a usable value.
+    """Raises a ValueError that lists every unusable field of `config`.
 
-    To `run`, some fields must be set that a plan can do without.
+    With `run`, fields that only a training run needs, such as `workdir`, must also be set.
     """
     tree = config.to_dict()
     if problems := [*(_unset(tree) if run else ()), *_problems(tree)]:
@@ -134,6 +134,7 @@ def check_config(config: ConfigDict, *, run: bool = False) -> None:
 
 
 def _unset(tree: Mapping[str, Any]) -> Iterator[str]:
+    """Yields an error for each field that a run needs (`NEEDED`) and that is empty."""
     values = _single(tree) | {SOURCES: _sources(tree)}
     for name, what in NEEDED.items():
         if values.get(name) in ("", (), [], {}):
@@ -141,12 +142,13 @@ def _unset(tree: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _single(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields under dotted names, without those of the sources."""
+    """Returns the config as {dotted name: value}, without the fields below `data.sources`."""
     fields = dotted(tree).items()
     return {name: value for name, value in fields if not f"{name}.".startswith(f"{SOURCES}.")}
 
 
 def _problems(tree: Mapping[str, Any]) -> Iterator[str]:
+    """Yields an error for each missing, unknown, invalid or inconsistent field."""
     values = _single(tree)
     for name in (name for name in FIELDS if name not in values):
         yield f"config.{name} is missing: start from common.get_config()"
@@ -160,11 +162,13 @@ def _problems(tree: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _sources(tree: Mapping[str, Any]) -> Any:
+    """Returns `data.sources` of the config; {} if there is none."""
     data = tree.get("data", {})
     return data.get("sources", {}) if isinstance(data, Mapping) else {}
 
 
 def _source_problems(sources: Any) -> Iterator[str]:
+    """Yields an error for each training source whose fields are wrong."""
     if not isinstance(sources, Mapping):
         yield f"config.{SOURCES} is {sources!r:.60}, expected names with common.source() for each"
         return
@@ -181,7 +185,7 @@ def _source_problems(sources: Any) -> Iterator[str]:
 
 
 def _together(values: Mapping[str, Any]) -> Iterator[str]:
-    """Complaints about fields that are right one by one but not together."""
+    """Yields an error for each combination of fields that are valid alone but not together."""
     right = {
         name: values[name]
         for name, field in FIELDS.items()

@@ -1,7 +1,7 @@
-"""The config of a run, from a file: a Python program with `get_config()`, whose fields are changed.
+"""Loads the config of a run: a Python file with `get_config()`, plus changes of single fields.
 
-Only what is called imports the libraries of configs: a verb that has just its flags to read does
-without.
+absl and ml_collections are imported inside the functions, because they are slow to import and
+commands that load no config do not need them.
 """
 
 import copy
@@ -20,7 +20,7 @@ from jax_instructblip import stores
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-# `configs/` stands beside the package in a checkout, inside it where a wheel was installed.
+# `configs/` is next to the package in a checkout, and inside the package in a wheel.
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CONFIGS = next(
     (
@@ -33,12 +33,13 @@ _CONFIGS = next(
 
 
 def load_config(path: str | os.PathLike) -> "ConfigDict":
-    """The config that `get_config()` of the file returns.
+    """Runs the Python file `path` and returns the config of its `get_config()`.
 
-    The files of this project are found as `configs/NAME.py` from any folder.
+    `configs/NAME.py` of this project can be named from any working directory.
 
     Raises:
-        ValueError: the file has no such function, or it sets a field that there is not.
+        ValueError: the file is no Python program, fails, has no `get_config()`, or sets a field
+            that does not exist.
         OSError: the file cannot be read.
     """
     path = stores.input_path(path, "the config")
@@ -59,7 +60,7 @@ def load_config(path: str | os.PathLike) -> "ConfigDict":
         spec.loader.exec_module(module)
         make = getattr(module, "get_config", None)
         config = make() if callable(make) else None
-    except Exception as error:  # the file is a program of the user's; fields and types besides
+    except Exception as error:  # the file is a user's program, which may raise anything
         raise ValueError(f"{_place(path, error)}: {type(error).__name__}: {error}") from error
     if make is None:
         raise ValueError(f"{path} has no get_config(): see configs/custom_jsonl.py for one")
@@ -74,7 +75,7 @@ def load_config(path: str | os.PathLike) -> "ConfigDict":
 
 
 def _offer_configs() -> None:
-    """Makes `from configs import common` work, whatever the working directory is."""
+    """Registers the project's `configs/` as a module for `from configs import common`."""
     if _CONFIGS and "configs" not in sys.modules:
         spec = importlib.machinery.ModuleSpec("configs", None, is_package=True)
         module = importlib.util.module_from_spec(spec)
@@ -83,7 +84,7 @@ def _offer_configs() -> None:
 
 
 def _place(path: str | os.PathLike, error: Exception) -> str:
-    """FILE:LINE of the config's own line that an error came from."""
+    """Returns FILE:LINE of the line in the config file `path` where `error` was raised."""
     own = Path(path).absolute()
     if isinstance(error, SyntaxError):
         return f"{error.filename or path}:{error.lineno}"
@@ -93,7 +94,7 @@ def _place(path: str | os.PathLike, error: Exception) -> str:
 
 
 def parse_words(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
-    """The config with the fields that `--config.FIELD=VALUE ...` say.
+    """Returns the config after applying command-line words of the form `--config.FIELD=VALUE`.
 
     Raises:
         ValueError: an unknown flag or field, with the nearest name, or a value of the wrong type.
@@ -118,10 +119,10 @@ def parse_words(config: "ConfigDict", words: Sequence[str]) -> "ConfigDict":
 
 
 def change_fields(config: "ConfigDict", fields: Mapping[str, Any]) -> "ConfigDict":
-    """A copy of the config with other values of `fields`: `{"train.steps": 100}`.
+    """Returns a copy of the config with the values of `fields`, such as `{"train.steps": 100}`.
 
     Raises:
-        ValueError: unknown fields, with the nearest names, or values of the wrong type, all told.
+        ValueError: lists all unknown fields, with the nearest names, or all values of a wrong type.
     """
     changed, wrong = copy.deepcopy(config), []
     _refuse_unknown(changed, fields)
@@ -141,12 +142,12 @@ def change_fields(config: "ConfigDict", fields: Mapping[str, Any]) -> "ConfigDic
 
 
 def _short(message: str) -> str:
-    """The message without the middle of a value of thousands of letters."""
+    """Cuts the middle out of a message of more than 400 characters."""
     return message if len(message) <= 400 else f"{message[:200]} ... {message[-200:]}"
 
 
 def _refuse_unknown(config: "ConfigDict", names: Iterable[str]) -> None:
-    """Raises a ValueError that lists every name of a field that the config has not."""
+    """Raises a ValueError that lists every name in `names` that is no field of the config."""
     known, wrong = list(_fields(config)), []
     for name in map(str, names):
         if name in known:
@@ -160,6 +161,7 @@ def _refuse_unknown(config: "ConfigDict", names: Iterable[str]) -> None:
 
 
 def _fields(config: "ConfigDict", prefix: str = "") -> Iterator[str]:
+    """Yields the dotted name of every section and field of the config."""
     from ml_collections import ConfigDict
 
     for name, value in config.items():

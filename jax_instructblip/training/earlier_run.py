@@ -1,4 +1,4 @@
-"""The remains of an earlier run in a workdir, and the check whether a run may begin there."""
+"""Remains of an earlier run in a workdir: moved aside, or refused before a new run starts."""
 
 import os
 from collections.abc import Mapping
@@ -14,18 +14,19 @@ from jax_instructblip.training.checkpoints import Checkpoints, is_step
 from jax_instructblip.training.shared_save import remove_parts
 
 CONFIG = "config.json"
-SAVED = "saved"  # the field of config.json: whether the run has ever saved a checkpoint
+SAVED = "saved"  # field of config.json: True once the run has saved a checkpoint
 
 
 def set_incomplete_aside(checkpoints: Checkpoints, *, fresh: bool) -> list[str]:
-    """Renames what stands in the place of a checkpoint and is none; a sentence about each.
+    """Renames incomplete checkpoint folders in `checkpoints/`; returns one message per rename.
 
-    An interrupted copy is such a folder. (In a store, the save of the same step replaces it.) With
-    `fresh` the whole folder is renamed where it is a link to what is not there.
+    Such a folder has a step number as its name but no `meta.json`, for example after an interrupted
+    copy. (In an object store nothing is renamed: saving the same step again replaces it.) If
+    `checkpoints/` is a dangling symlink, it is renamed if `fresh`, else it is an error.
 
     Raises:
-        CheckpointError: `meta.json` of a checkpoint is damaged, or of a newer version.
-        ValueError: the folder is a link to what is not there, and not `fresh`, or no folder.
+        CheckpointError: a checkpoint's `meta.json` is damaged or of a newer version.
+        ValueError: `checkpoints/` is a dangling symlink and not `fresh`, or is no folder.
     """
     folder, notes = checkpoints.folder, []
     if folder.is_symlink() and not folder.exists():
@@ -51,13 +52,14 @@ def set_incomplete_aside(checkpoints: Checkpoints, *, fresh: bool) -> list[str]:
 
 
 def set_metrics_aside(workdir: Path, checkpoints: str, *, fresh: bool) -> list[str]:
-    """Renames the metrics of an earlier run whose checkpoints are not there; says so.
+    """Renames metrics of an earlier run whose checkpoints are missing; returns messages about it.
 
-    A run that was killed before its first save starts over by itself. Anything else may be a disk
-    that is not mounted: then only `fresh` lets the run start over.
+    Call it only if there are no checkpoints. A run that was killed before its first save may start
+    over by itself. Otherwise the checkpoints may be on a disk that is not mounted, so `fresh` is
+    required. `checkpoints` is the location that the error message names.
 
     Raises:
-        ValueError: there are metrics, without checkpoints, and not `fresh`.
+        ValueError: there are metrics of a run that had saved checkpoints, and `fresh` is False.
     """
     path = workdir / metrics.FILE
     newest = metrics.newest_step(workdir)
@@ -78,7 +80,7 @@ def set_metrics_aside(workdir: Path, checkpoints: str, *, fresh: bool) -> list[s
 
 
 def changes(workdir: Path, config: Mapping[str, Any]) -> list[str]:
-    """A line about each field that has another value than when the run began."""
+    """Returns one line per config field whose value differs from the workdir's config.json."""
     if not (workdir / CONFIG).is_file():
         return []
     recorded = read_document(workdir).get("config")
@@ -93,7 +95,7 @@ def changes(workdir: Path, config: Mapping[str, Any]) -> list[str]:
 
 
 def read_run(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """The config.json of a run directory; None for anything else."""
+    """Reads the config.json of a run directory; returns None if `folder` is no run directory."""
     path = Path(folder, CONFIG)
     if not Path(folder, "checkpoints").is_dir() or not path.is_file():
         return None
@@ -101,7 +103,7 @@ def read_run(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def read_document(workdir: Path) -> Mapping[str, Any]:
-    """The config.json of the earlier run; empty where there is none, or it is damaged."""
+    """Reads the workdir's config.json; returns {} if it is missing or damaged."""
     try:
         return read_json(workdir / CONFIG, dict, allow_nan=True)
     except (ValueError, OSError):

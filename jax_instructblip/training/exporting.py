@@ -1,4 +1,4 @@
-"""A checkpoint or a run, written for transformers, or merged with the base that the run tuned."""
+"""Writes a checkpoint or run as a transformers folder, or merges a run with its frozen base."""
 
 import os
 import sys
@@ -24,21 +24,21 @@ def export(
 ) -> Path | str:
     """Exports a checkpoint folder or a tuned run to a folder that stock transformers loads.
 
-    Prints what was written, and on stderr what the format cannot say of it.
+    Prints the size to stdout, and to stderr what the transformers format cannot express.
 
     Args:
-      path: a checkpoint folder of this package, a run, or an embedded name.
-      out: the folder to make, or its address in a store; it must not exist, and appears when all
-        is written.
-      step: of a run: the checkpoint of this step; by default the newest.
-      best: of a run: the checkpoint that validated best.
-      shard_bytes: of the largest shard.
+      path: a checkpoint folder of this package, a run, or the name of an embedded checkpoint.
+      out: the new folder, or its address in an object store (`gs://...`); it must not exist yet,
+        and appears only when everything is written.
+      step: for a run, the step to export; by default the newest.
+      best: for a run, export the step with the best validation score.
+      shard_bytes: the largest size of one safetensors file.
 
     Returns:
       The folder `out`, or its address.
 
     Raises:
-      ValueError: the format cannot hold the model, or the run has no such step.
+      ValueError: the format cannot express the model, or the run has no such step.
       OSError: `out` exists, there is nothing at `path`, or the disk has too little room.
     """
     with stores.output_folder(out) as (target, title):
@@ -61,16 +61,16 @@ def merge(
     step: int | None = None,
     best: bool = False,
 ) -> Path | str:
-    """Merges a run with the base it tuned into one checkpoint folder that needs no other.
+    """Merges a run with the frozen base it was trained on into one whole checkpoint folder.
 
-    Prints what was written, and on stderr what the checkpoint lacks.
+    Prints the size to stdout, and to stderr a warning for each tokenizer that is missing.
 
     Args:
       run: a run directory, or one of its `checkpoints/STEP`.
-      out: the folder to make, or its address in a store; it must not exist, and appears when all
-        is written.
-      step: the checkpoint of this step; by default the newest.
-      best: the checkpoint that validated best.
+      out: the new folder, or its address in an object store (`gs://...`); it must not exist yet,
+        and appears only when everything is written.
+      step: the step to merge; by default the newest.
+      best: merge the step with the best validation score.
 
     Returns:
       The folder `out`, or its address.

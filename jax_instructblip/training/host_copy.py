@@ -1,4 +1,4 @@
-"""Copies of arrays in the host's memory, made while the devices work on."""
+"""Copies device arrays to host memory for a checkpoint, so that training can go on meanwhile."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,19 +9,19 @@ from jax import Array
 
 
 def copy_to_host(leaves: Mapping[Any, Array], kept: dict[Any, np.ndarray]) -> dict[Any, np.ndarray]:
-    """The host's copies of arrays that this process holds.
+    """Returns host copies of the arrays `leaves`, all of which must be addressable by this process.
 
-    Copies of a CPU's arrays are `kept` until those of the next save take their place: the pages of
-    fresh memory would have to be fetched, which takes longer than the copying.
+    On CPU, `kept` holds the destination buffers and is updated: the next call with the same keys
+    overwrites them. Reused memory is faster, because the system must zero and map fresh pages.
     """
     on_cpu = jax.default_backend() == "cpu"
     if not on_cpu:
-        for leaf in leaves.values():  # all under way, before the first is waited for
+        for leaf in leaves.values():  # start all transfers before waiting for the first
             leaf.copy_to_host_async()
     copies: dict[Any, np.ndarray] = {}
     for path, leaf in leaves.items():
         copies[path] = np.asarray(leaf)
-        if on_cpu:  # a view of the buffer, which the next step takes over
+        if on_cpu:  # np.asarray is a view of the device buffer, which the next step overwrites
             kept.setdefault(path, np.empty_like(copies[path]))
             np.copyto(kept[path], copies[path])
             copies[path] = kept[path]

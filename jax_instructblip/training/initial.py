@@ -1,4 +1,4 @@
-"""The start of a run: frozen weights, the weights to train, and where they came from."""
+"""The initial weights of a run: which are frozen, which are trained, and where they came from."""
 
 import dataclasses
 import os
@@ -24,15 +24,16 @@ from jax_instructblip.training.state import Params, partition
 
 @dataclasses.dataclass(frozen=True)
 class Initial:
-    """A model ready to be tuned.
+    """A model ready to be trained.
 
     Attributes:
-      variant: its sizes, with the changes asked for.
+      variant: sizes and kind of the model, with the config's changes applied.
       trainable: the top-level trees to train, float32.
-      frozen: the others.
-      base: where they lie: `name` as given, absolute `path`, `sha256` of its manifest.
-      folder: the base's folder, which has the tokenizers.
-      notes: what a person should know about where the weights came from, one sentence each.
+      frozen: the other top-level trees.
+      base: the checkpoint of the frozen weights: `name` as given, absolute `path`, `sha256` of
+        its manifest.
+      folder: the folder of the base, which has the tokenizers.
+      notes: one sentence each about where the weights came from, to be shown to the user.
     """
 
     variant: Variant
@@ -53,36 +54,40 @@ def load_initial(
     frozen_dtype: Any = jnp.bfloat16,
     mesh: Mesh | None = None,
 ) -> Initial:
-    """The weights of the checkpoint `base`, of which `trainable` come from `init` where given.
+    """Loads the checkpoint `base`; if `init` is set, trainable trees are read from `init`.
 
-    `base` is a checkpoint folder or an embedded name; `init` may also be a run or a Hugging Face
-    folder of the same sizes. `fields` are changes of the variant (`{"qformer.dropout": 0.0}`).
-    With `qformer.instruction_aware` False the text branch of the Q-Former is left out. `dtype` is
-    what the model will compute in. With a `mesh` each leaf goes straight to where the rules put
-    it, device by device.
+    Args:
+      base: a checkpoint folder, or the name of an embedded checkpoint.
+      init: a checkpoint, run or Hugging Face folder of the same sizes, or "".
+      trainable: the top-level trees to train.
+      fields: changes of the variant (`{"qformer.dropout": 0.0}`). With
+        `qformer.instruction_aware` False the text branch of the Q-Former is dropped.
+      dtype: the dtype that the model will compute in; only checked here.
+      frozen_dtype: the dtype of the frozen weights.
+      mesh: if given, each leaf is put on the devices with the sharding of `parallel/rules.py`.
 
     Raises:
-        ValueError: a change that the weights do not allow, an `init` of other sizes, or a `dtype`
+        ValueError: a change that does not fit the weights, `init` of other sizes, or a `dtype`
             that the model cannot compute in.
         CheckpointError: a damaged checkpoint.
     """
     source = read_source(base)
     other = (
         read_source(init) if init else None
-    )  # what is not there is told before gigabytes are read
+    )  # a missing `init` must fail before gigabytes are read
     digest = base_digest(source)
     variant = source.variant.replace(**(fields or {}))
-    # The model refuses a dtype when it is bound: now, before gigabytes are read.
+    # Binding the model raises if it cannot compute in this dtype: before gigabytes are read.
     _ = model_of(variant, jnp.dtype(dtype)).bind({}).vision
     notes = [f"frozen weights: {source.folder} (sha256 {digest[:12]}...)"]
-    if mesh is not None:  # what it cannot divide is told now, too
+    if mesh is not None:  # raises now if a leaf cannot be divided over the mesh
         rules.shardings(param_shapes(variant), mesh)
         notes += rules.remarks(param_shapes(variant), mesh)
 
     lacking = _lacking(variant, source.variant if other is None else other.variant, trainable)
 
     def place(path: str, array: np.ndarray) -> jax.Array | None:
-        """The leaf on its devices in its dtype; None where it comes from `init`."""
+        """Casts a leaf of the base and puts it on its devices; None if `init` supplies the leaf."""
         trains = path.partition("/")[0] in trainable
         if trains and init and path not in lacking:
             return None
@@ -99,6 +104,7 @@ def load_initial(
     if other is not None:
 
         def place_init(path: str, array: np.ndarray) -> jax.Array | None:
+            """Puts a trainable leaf of `init` on its devices as float32; None for other leaves."""
             if path.partition("/")[0] not in trainable:
                 return None
             return rules.place(path, array, mesh, jnp.float32)
@@ -123,7 +129,10 @@ def load_initial(
 
 
 def load_untuned(run: Mapping[str, Any], blip: InstructBlipPipeline) -> InstructBlipPipeline:
-    """The model that a run started from; `run` is its config.json, `blip` the model tuned since."""
+    """Loads the pipeline with the weights that a run started from, before any training.
+
+    `run` is the run's config.json; `blip` is the tuned model, whose dtype and variant are reused.
+    """
     initial = load_initial(
         run["base"]["path"],
         init=run["config"]["model"]["init"],
@@ -139,9 +148,10 @@ def load_untuned(run: Mapping[str, Any], blip: InstructBlipPipeline) -> Instruct
 
 
 def _lacking(variant: Variant, other: Variant, trainable: tuple[str, ...]) -> set[str]:
-    """The leaves to train that a model of another stage does not have; empty for one of the same.
+    """Returns the paths of trainable leaves that a model of `other`'s kind does not have.
 
-    The first stage of BLIP-2 has no projection to a language model, the second no text branch.
+    Empty if both variants are of the same kind. Example: BLIP-2's first stage has no projection to
+    a language model, its second stage no text branch.
     """
     if other.kind == variant.kind:
         return set()
@@ -151,11 +161,15 @@ def _lacking(variant: Variant, other: Variant, trainable: tuple[str, ...]) -> se
 
 
 def _fit(chosen: Params, variant: Variant, trainable: tuple[str, ...]) -> tuple[Params, list[str]]:
-    """The leaves that `variant` has, and the paths of those that it does without."""
+    """Returns the leaves of `chosen` that `variant` has, and the sorted paths of the dropped ones.
+
+    Only leaves of the Q-Former's text branch may be dropped. Raises a CheckpointError that lists
+    missing, surplus and wrongly shaped leaves.
+    """
     shapes = param_shapes(variant)
     expected = checkpoint.flatten({name: shapes[name] for name in trainable})
     leaves = checkpoint.flatten(chosen)
-    # What the same variant with instructions has on top: nothing else can be dropped.
+    # Only leaves that the instruction-aware variant has in addition may be dropped.
     kind = "instructblip" if variant.kind == "blip2" else variant.kind
     known = dataclasses.replace(variant, kind=kind)
     aware = param_shapes(known.replace(**{"qformer.instruction_aware": True}))
@@ -174,5 +188,5 @@ def _fit(chosen: Params, variant: Variant, trainable: tuple[str, ...]) -> tuple[
 
 
 def _branch(path: str) -> str:
-    """The part of the Q-Former's text branch that a leaf belongs to; "" if to none."""
+    """Returns the component of the Q-Former's text branch that `path` belongs to; "" if none."""
     return next((word for word in path.split("/") if word.startswith(("text_", "position_"))), "")

@@ -1,20 +1,20 @@
-"""A whole run: read the config, tune, measure, save; take it up again where it stopped.
+"""A whole training run: reads the config, trains, validates and saves; a stopped run is resumed.
 
     workdir/
-      config.json            what was run: variant, frozen base, every field of the config
-      run.lock               who works here, while somebody does
-      metrics.jsonl          numbers of the steps and of the validations (and `tensorboard/`)
-      metrics.damaged.jsonl  lines of it that could not be read
-      answers.jsonl          a few answers of each validation
-      report.html            the numbers as curves, when the run has ended
-      non_finite.jsonl       the steps whose loss was no number, with their samples
-      profile/               a trace of some steps, where one was asked for
-      checkpoints/           `checkpoints.py`
+      config.json            variant (model sizes), frozen base, every field of the config
+      run.lock               the process that is using the workdir, while it runs
+      metrics.jsonl          numbers of steps and validations (also as `tensorboard/`)
+      metrics.damaged.jsonl  lines of metrics.jsonl that could not be read on resuming
+      answers.jsonl          a few sample answers of each validation
+      report.html            the metrics as curves, written at the end of the run
+      non_finite.jsonl       steps with a NaN or infinite loss, with their sample ids
+      profile/               a profiler trace of some steps, if `train.profile_steps` > 0
+      checkpoints/           see `checkpoints.py`
 
-A workdir in an object store (`gs://bucket/run`) is kept on the local disk while the run goes on:
-checkpoints move there as they are made, the small files are copied at each of them.
+For a workdir in an object store (`gs://bucket/run`) a local temporary folder is used during the
+run: each checkpoint is uploaded when it is saved, the small files with it.
 
-The config ends here (`setup.py` reads it): everything below takes keyword arguments.
+Only this module and `setup.py` see the config; all other modules take keyword arguments.
 """
 
 import contextlib
@@ -58,17 +58,22 @@ def run(
     report: setup.Report | None = None,
     fresh: bool = False,
 ) -> str:
-    """The run directory, when the run that `config` (configs/common.py) describes has ended.
+    """Trains as `config` (configs/common.py) says; returns the path or address of the workdir.
 
-    A directory that has checkpoints is taken up where the newest stands. `evaluate` is what
-    validates; without it, or without `config.validation.path`, nothing is validated. `report`
-    draws the numbers when the run has ended. `fresh` lets it start over where an earlier run has
-    left metrics and its checkpoints are gone.
+    Resumes from the newest checkpoint if the workdir has one.
+
+    Args:
+        config: the config of the run; all fields are checked first.
+        evaluate: computes the validation scores; without it, or without `config.validation.path`,
+            nothing is validated.
+        report: writes `report.html` at the end; None writes none.
+        fresh: allows starting over if the workdir has metrics of an earlier run but its
+            checkpoints are missing.
 
     Raises:
-        ValueError: something in the config does not fit, a checkpoint is of another run, or the
-            loss is no longer finite.
-        OSError: a checkpoint could not be written; the ones before it are intact.
+        ValueError: the config has an error, a checkpoint belongs to another run, or the loss is
+            no longer finite.
+        OSError: a checkpoint could not be written; earlier ones are intact.
     """
     workdir = setup.read_workdir(config)
     with Workdir(workdir) as opened:
@@ -122,12 +127,12 @@ def _run(
         skip_non_finite=config.train.non_finite == "skip",
     )
     peak = profiling.peak_flops(config.train.peak_flops)
-    # Its model keeps all that the backward pass takes: recomputation is no work that was asked for.
+    # MFU counts the FLOPs of the model without rematerialisation, so this model has no remat.
     plain = setup.make_objective(config, model_of(initial.variant, dtype))
     utilisation = profiling.Utilisation(plain, peak)
     tuning = _Run(config, workdir, initial, batches, step, validation, utilisation)
     del initial  # its trainable weights have been copied
-    # Under pmap every device runs a program of its own, which knows of no mesh.
+    # Under pmap every device runs its own program, and no mesh may be set.
     with jax.set_mesh(mesh) if config.parallel.mode == "jit" else contextlib.nullcontext():
         tuning.begin(state, fresh)
         del state  # a checkpoint may have taken its place
@@ -144,7 +149,7 @@ def _run(
 
 
 class _Run:
-    """The loop and what it writes; `begin` finds the first step, `tune` makes the others."""
+    """State and output files of one run: `begin` restores or initialises, `tune` runs the steps."""
 
     def __init__(
         self,
@@ -189,7 +194,7 @@ class _Run:
         self.document = {"kind": "run", **self.meta, "config": json.loads(config.to_json())}
 
     def begin(self, state: TrainState, fresh: bool) -> None:
-        """Takes `state`, or what the newest checkpoint holds instead."""
+        """Sets state, random key and first step: from the newest checkpoint, else from `state`."""
         self.state, self.rng = state, jax.random.key(self.seed)
         self.location.fetch()
         self.checkpoints.check_room(state)
@@ -206,7 +211,7 @@ class _Run:
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
                 state,
             )
-            for leaf in jax.tree.leaves(state):  # never both states at once
+            for leaf in jax.tree.leaves(state):  # free the initial state before restoring another
                 leaf.delete()
             self.state, self.rng, stored = self.checkpoints.restore(
                 self.first, like, self.rng, self.meta
@@ -221,22 +226,28 @@ class _Run:
         self.write_document()
 
     def write_document(self) -> None:
-        """Writes config.json, in one process."""
+        """Writes config.json, on process 0 only."""
         if jax.process_index() == 0:
             document = {"format": 1, **self.document, earlier_run.SAVED: self.saved}
             write_file(self.workdir / earlier_run.CONFIG, json.dumps(document, indent=1) + "\n")
 
     def validates(self, number: int) -> bool:
-        """Tells whether there is a validation after that step."""
+        """Returns True if a validation is due after step `number`."""
         due = self.validation and (number == self.steps or number % self.validation.every == 0)
         return bool(due)
 
     def cursor(self, step: int) -> dict[str, Any]:
-        """The place in the data at that step."""
+        """Returns the position in the data at `step`: step, seed and fingerprint of the sources.
+
+        A checkpoint stores it, so that a resumed run can check that it reads the same data.
+        """
         return {"step": step, "seed": self.seed, "fingerprint": self.batches.fingerprint()}
 
     def tune(self, sharding: jax.sharding.NamedSharding, **reading: int) -> None:
-        """Makes the remaining steps; `reading` is how batches are read ahead."""
+        """Runs the remaining steps, with batches put on devices by `sharding`.
+
+        `reading` are keyword arguments of `loader.load`.
+        """
         self.silent = jax.process_index() > 0
         self.writer = MetricsWriter(self.workdir, start=self.first, silent=self.silent)
         if self.writer.damaged:
@@ -251,7 +262,7 @@ class _Run:
         try:
             if self.first == 0 and self.validation and self.validation.first:
                 self.validate(0)
-            elif self.unscored:  # the validation of the step that was saved last was cut short
+            elif self.unscored:  # the earlier run ended before it validated its last checkpoint
                 self.validate(self.first)
             if self.first < self.steps:
                 self._loop(loader.load(self.batches, sharding, start=self.first, **reading))
@@ -263,7 +274,7 @@ class _Run:
             self.checkpoints.close(wait=not isinstance(sys.exc_info()[1], KeyboardInterrupt))
             self.writer.close()
             if sys.exc_info()[0] is not None:
-                with contextlib.suppress(OSError):  # of the store: what ended the run is raised
+                with contextlib.suppress(OSError):  # the error that ended the run matters more
                     self.location.push()
         self.location.push()
 
@@ -278,7 +289,8 @@ class _Run:
                 with self.window.timed("data"):
                     batch, counts = next(loaded)
                 if number == self.first + 1 and jax.process_count() > 1:
-                    # Compiled here, the step is not compiled again; see `barrier` for the reason.
+                    # Compile, then wait for all: the first collective has a time limit (gloo: 30 s)
+                    # that differences in compile time may exceed.
                     self.step.lower(self.state, self.frozen, batch, self.rng).compile()
                     peers.barrier()
                 _print_lines(*filter(None, [self.trace.before(number, self.state)]))
@@ -306,10 +318,12 @@ class _Run:
                     break
 
     def record(self, number: int, metrics: Metrics, counts: loader.Counts, flops: int) -> str:
-        """Writes down the numbers of a step, if it is time to; returns a note for the line.
+        """Adds the numbers of step `number` to `self.window`; writes a metrics line if it is due.
+
+        Returns a note for the progress line, `loss 1.234`. `flops` are those of the step.
 
         Raises:
-            ValueError: the loss is not finite, and such steps are not skipped, or too many.
+            ValueError: the loss or gradient is not finite and the run may not skip (more) steps.
         """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.non_finite_guard.check(number, values)
@@ -319,10 +333,10 @@ class _Run:
         return f"loss {values['loss']:.3f}"
 
     def validate(self, number: int) -> None:
-        """Measures the weights after that step, which are saved; writes the numbers down."""
+        """Validates the saved weights of step `number`; writes scores and sample answers."""
         assert self.validation is not None
         began = time.monotonic()
-        self.checkpoints.wait()  # an error while answering, or a kill, shall not lose the steps
+        self.checkpoints.wait()  # an error or a kill during validation must not lose the steps
         answers: list[dict[str, Any]] = []
         scores = self.validation.measure({**self.frozen, **self.state.params}, answers.extend)
         self.window.skip(time.monotonic() - began)
@@ -335,14 +349,17 @@ class _Run:
             self.checkpoints.record_score(number, scores["score"])
 
     def save(self, number: int) -> None:
-        """Starts saving the state after that step."""
+        """Starts saving the current state as the checkpoint of step `number`."""
         meta = self.meta | {"data": self.cursor(number)}
         with self.window.timed("checkpoint"):
             self.location.check_owner()
             self.checkpoints.save(self.state, self.rng, meta, then=self.note_save)
 
     def note_save(self) -> None:
-        """Takes note, in one process, of a checkpoint that has been written."""
+        """Records in config.json that a checkpoint exists; uploads small files to an object store.
+
+        Called on process 0 after each completed save.
+        """
         if not self.saved:
             self.saved = True
             self.write_document()
@@ -350,7 +367,7 @@ class _Run:
 
 
 def _compare_cursors(folder: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises when the checkpoint's data order is not the run's."""
+    """Raises a ValueError if the checkpoint's data order (seed, sources, step) is not the run's."""
     wrong = [
         f"{name} was {stored.get(name)}, now {wanted[name]}"
         for name in ("step", "seed", "fingerprint")
@@ -366,7 +383,7 @@ def _compare_cursors(folder: str, stored: Mapping[str, Any], wanted: Mapping[str
 
 
 def _in_first_process(work: Callable[[], list[str]]) -> None:
-    """Does `work` in one process, and says what it returns; what it raises ends all."""
+    """Calls `work` on process 0 and prints the lines it returns; its error is raised everywhere."""
     problem = None
     if jax.process_index() == 0:
         try:

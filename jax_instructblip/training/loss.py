@@ -8,13 +8,12 @@ from jax_instructblip.data.spec import IGNORE
 
 
 def cross_entropy(logits: Array, targets: Array, smoothing: float = 0.0) -> Array:
-    """The sum of -log p(target) over the target tokens, float32.
+    """Returns the sum of -log p(target) over all valid targets, a float32 scalar.
 
-    With `smoothing` that part of each target's weight is spread evenly over all ids, as in PyTorch.
-
-    `logits` are `[G, A, V]`, `targets` are ids `[G, A]` with `IGNORE` on padding. The loss of a
-    batch divides it by `count_targets` of the *global* batch, so that it does not depend on how
-    many devices share it.
+    `logits` are `[G, A, V]` (rows, targets of a row, vocabulary); `targets` are ids `[G, A]`, with
+    `IGNORE` on padding. `smoothing` is label smoothing as in PyTorch: this share of each target's
+    weight is spread evenly over all ids. The caller divides the sum by `count_targets` of the
+    *global* batch, so that the loss does not depend on the number of devices.
     """
     asked = targets != IGNORE
     logits = logits.astype(jnp.float32)
@@ -27,5 +26,5 @@ def cross_entropy(logits: Array, targets: Array, smoothing: float = 0.0) -> Arra
 
 
 def count_targets(targets: Array) -> Array:
-    """The number of `targets` that are asked for, float32."""
+    """Returns the number of targets that are not `IGNORE`, a float32 scalar."""
     return (targets != IGNORE).sum(dtype=jnp.float32)

@@ -1,4 +1,4 @@
-"""The numbers of a run: JSON lines for programs, TensorBoard for eyes."""
+"""The metrics of a run: written as JSON lines and TensorBoard events, and read back."""
 
 import contextlib
 import json
@@ -23,23 +23,22 @@ FILE = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"
 FOLDER = "tensorboard"
 ANSWERS = "answers.jsonl"
-_SHOWN = ("prompt", "answers", "text")  # of an answer, in TensorBoard
+_SHOWN = ("prompt", "answers", "text")  # columns of the answers in TensorBoard
 
 
 class MetricsWriter:
     """Appends `{"step": ..., "time": ..., name: number, ...}` to `metrics.jsonl` and TensorBoard.
 
-    A run that is taken up at step `start` forgets what an earlier one wrote after it, so every
-    step stands there once.
+    A run resumed at step `start` first removes lines of later steps, so every step is there once.
 
     Attributes:
-      damaged: how many lines could not be read; they are in `metrics.damaged.jsonl` now.
+      damaged: number of unreadable lines that were moved to `metrics.damaged.jsonl`.
     """
 
     def __init__(self, folder: str | os.PathLike, *, start: int = 0, silent: bool = False):
-        """Opens the files in `folder`; lines of steps after `start` are removed.
+        """Opens the files in `folder`; removes lines of steps after `start`.
 
-        `silent` writes nothing: of several processes that measure the same, one does.
+        With `silent` nothing is ever written: only process 0 writes, as all have the same numbers.
         """
         self._silent, self.damaged = silent, 0
         if silent:
@@ -56,11 +55,11 @@ class MetricsWriter:
         answers = [line for line in read_answers(folder) if start and line["step"] <= start]
         if answers or self._answers.exists():
             write_file(self._answers, "".join(map(_json_line, answers)))
-        self._file = path.open("a", buffering=1)  # a line at a time, so that a kill loses none
+        self._file = path.open("a", buffering=1)  # line-buffered, so that a kill loses no line
         self._board = SummaryWriter(str(Path(folder) / FOLDER), purge_step=start + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds the numbers of one step."""
+        """Appends the numbers of one step."""
         if self._silent:
             return
         self._file.write(
@@ -70,7 +69,7 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
 
     def write_answers(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
-        """Adds answers that the model gave at that step: rows of predictions."""
+        """Appends sample answers at `step`; each is a `Prediction` row as a dict."""
         if self._silent or not answers:
             return
         with self._answers.open("a", encoding="utf-8") as file:
@@ -83,7 +82,7 @@ class MetricsWriter:
         self._board.add_text("validation/answers", "\n".join(table), step)
 
     def close(self) -> None:
-        """Writes out what is buffered."""
+        """Flushes and closes the files."""
         if self._silent:
             return
         self._file.close()
@@ -91,17 +90,17 @@ class MetricsWriter:
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, float]]:
-    """The lines of a run's `metrics.jsonl`, none if there is no such file.
+    """Returns the lines of a run's `metrics.jsonl` as dicts; [] if there is no such file.
 
-    Lines that cannot be read, such as a last one that a kill cut short, are left out.
+    Unreadable lines are skipped, such as a last line that was cut short by a kill.
     """
     return _parse(Path(folder) / FILE)[0]
 
 
 def read_answers(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's `answers.jsonl`: rows of predictions, each with its step.
+    """Returns the lines of a run's `answers.jsonl`: `Prediction` rows as dicts, each with its step.
 
-    Lines that cannot be read, such as a last one that a kill cut short, are left out.
+    Unreadable lines are skipped, such as a last line that was cut short by a kill.
     """
     path = Path(folder) / ANSWERS
     answers = []
@@ -114,7 +113,7 @@ def read_answers(folder: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _is_answer(line: dict[str, Any]) -> bool:
-    """Tells that it has a step, and texts where a page shows texts."""
+    """Returns True if `line` has an integer step and text in every field that a report shows."""
     texts = [line.get(name, "") for name in ("id", "prompt", "text")]
     truth = line.get("answers", [])
     return (
@@ -129,13 +128,13 @@ def _json_line(line: Mapping[str, Any]) -> str:
 
 
 def newest_step(folder: str | os.PathLike) -> int:
-    """The last step that a run's metrics tell of; at least 1 where lines are damaged; 0: none."""
+    """Returns the last step in a run's metrics; 0 if none, at least 1 if lines are damaged."""
     lines, damaged = _parse(Path(folder) / FILE)
     return int(max([line["step"] for line in lines] + [1] * bool(damaged), default=0))
 
 
 def _parse(path: Path) -> tuple[list[dict[str, float]], list[bytes]]:
-    """The lines of a file of metrics, and those that are damaged, as they stand there."""
+    """Returns the readable lines of a metrics file as dicts, and the damaged ones as raw bytes."""
     lines: list[dict[str, float]] = []
     damaged: list[bytes] = []
     for raw in path.read_bytes().split(b"\n") if path.is_file() else ():
@@ -153,29 +152,29 @@ def _parse(path: Path) -> tuple[list[dict[str, float]], list[bytes]]:
 
 
 def _has_numbers(line: dict[str, Any]) -> bool:
-    """Tells that it holds numbers alone, the step among them."""
+    """Returns True if all values of `line` are numbers and it has an integer step."""
     numbers = all(type(value) in (int, float) for value in line.values())
     return numbers and type(line.get("step")) is int
 
 
 class Window:
-    """The numbers of the steps since the last line of metrics."""
+    """Collects the numbers of the steps since the last line of metrics; `close` summarises them."""
 
     def __init__(self, batch_size: int, utilisation: Utilisation | None = None):
-        """An empty window, of steps of `batch_size` samples on all devices together.
+        """Starts an empty window; `batch_size` is the number of samples per step on all devices.
 
-        With `utilisation` the use of the machine's peak is among the numbers.
+        With `utilisation` the summary includes the model FLOPs utilisation.
         """
         self._batch_size, self._utilisation = batch_size, utilisation
         self.restart()
 
     def skip(self, seconds: float) -> None:
-        """Leaves out time that was not spent on steps."""
+        """Excludes `seconds` that were not spent on steps from the rates, such as a validation."""
         self._began += seconds
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Counts the time of the block as spent on `what`; the rest is the device's."""
+        """Counts the block's time under `what`, "data" or "checkpoint"; the rest is device time."""
         began = time.monotonic()
         try:
             yield
@@ -183,7 +182,7 @@ class Window:
             self._spent[what] += time.monotonic() - began
 
     def restart(self) -> None:
-        """Forgets everything."""
+        """Empties the window and restarts its clock."""
         self._spent: dict[str, float] = {"data": 0.0, "checkpoint": 0.0}
         self._began = time.monotonic()
         self._steps: list[dict[str, float]] = []
@@ -193,7 +192,7 @@ class Window:
         self._text = np.zeros(2, np.int64)
 
     def add(self, values: dict[str, float], counts: loader.Counts, flops: int = 0) -> None:
-        """Adds one step, of so many FLOPs."""
+        """Adds the metrics of one step, this host's data counts, and the step's `flops`."""
         self._flops += flops
         self._steps.append(values)
         self._skipped += values.get("skipped", 0.0)
@@ -203,15 +202,17 @@ class Window:
             self._counts[name] += float(count)
 
     def close(self) -> dict[str, float]:
-        """The last step's numbers, but the mean loss of all; rates; counts where not zero.
+        """Returns the summary of the window as {name: number}, and restarts it.
 
-        `skipped` is how many of the steps were, in a run that skips those of no finite loss; the
-        mean is of the others. What is no finite number is left out.
+        It has the last step's metrics, except for `loss` (the mean over steps with a finite loss)
+        and `skipped` (the number of skipped steps); non-finite values are left out. Then the rates
+        per second, of samples and target tokens on all devices, and these:
 
-        `padding_share` is the share of this host's text positions that hold no token;
-        `data_share` and `checkpoint_share` are shares of the time: waiting for a batch, and
-        copying a state to be saved; `device_share` is the rest. Tokens per second are target
-        tokens, on all devices.
+            padding_share     share of this host's token positions that are padding
+            data_share        share of the time spent waiting for batches
+            checkpoint_share  share of the time spent copying state for a checkpoint
+            device_share      share of the time left
+            replaced, truncated_NAME    samples with a replaced image or a truncated text, if any
         """
         seconds = max(time.monotonic() - self._began, 1e-9)
         values = dict(self._steps[-1])

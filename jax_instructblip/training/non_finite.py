@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is no number: who is to blame, and whether the run goes on."""
+"""Handling of steps whose loss or gradient norm is NaN or infinite: logged, skipped or fatal."""
 
 import json
 import math
@@ -13,9 +13,9 @@ FILE = "non_finite.jsonl"
 
 
 class NonFiniteGuard:
-    """Writes such steps down with their samples, and ends the run: at once, or after many in a row.
+    """Logs steps with a NaN or infinite loss or gradient norm; ends the run if they are too many.
 
-    The numbers are of the global batch and so the same in every process: all come to the same end.
+    All processes take the same decision, because the numbers are those of the global batch.
     """
 
     def __init__(
@@ -27,16 +27,22 @@ class NonFiniteGuard:
         ids: Callable[[int], Sequence[str]],
         checkpoints: Checkpoints,
     ):
-        """`skip`: the step left weights and moments alone; `ids(n)`: the samples of batch n."""
+        """Sets up the guard, which appends to `non_finite.jsonl` in `workdir`.
+
+        With `skip`, the train step leaves weights and moments unchanged on a non-finite step, and
+        the run ends after `limit` such steps in a row; without, it ends at the first one. `ids(n)`
+        returns the sample ids of batch n. `checkpoints` is used to name the newest one in the
+        error.
+        """
         self._path, self._skip, self._limit, self._ids = workdir / FILE, skip, limit, ids
         self._checkpoints = checkpoints
-        self._row: list[int] = []  # the last steps, all of them not finite
+        self._row: list[int] = []  # the latest consecutive non-finite steps
 
     def check(self, number: int, values: Mapping[str, float]) -> None:
-        """Takes note of the numbers of a step.
+        """Logs step `number` if `loss` or `gradient_norm` in its metrics `values` is not finite.
 
         Raises:
-            ValueError: the run cannot go on.
+            ValueError: the run must end: steps are not skipped, or the limit is reached.
         """
         if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
             self._row = []

@@ -1,8 +1,8 @@
-"""Objectives of training: terms that add up over devices and parts of a batch.
+"""Training objectives: losses that add up over devices and over parts of a batch.
 
-Each term is a sum over the batch divided by a total that the *whole* batch gives, known before any
-gradient is taken. So the loss and the gradient of a batch are the plain sums of those of its parts,
-however it is divided.
+Each loss term is a sum over samples or tokens, divided by a total of the *whole* batch that is
+known before any gradient is computed. So the loss and gradient of a batch are the plain sums over
+its parts, however the batch is divided.
 """
 
 import dataclasses
@@ -19,44 +19,47 @@ Metrics = dict[str, Array]
 
 
 class Objective(Protocol):
-    """A loss of parameters and a batch.
+    """A loss function of parameters and a batch.
 
     Attributes:
-      whole_batch: why a batch cannot be worked on in parts ("" where it can be): a term that
-        compares samples with each other needs them all at once.
+      whole_batch: the reason why the batch cannot be divided, for example a term that compares
+        all samples with each other; "" if it can be divided.
     """
 
     @property
     def whole_batch(self) -> str:
-        """The reason why a batch cannot be worked on in parts; "" where it can."""
+        """The reason why the batch cannot be divided into parts; "" if it can."""
         ...
 
     def totals(self, batch: Batch) -> Totals:
-        """The denominator of each term, from the batch alone; those of its parts add up."""
+        """Returns the denominator of each loss term by name; those of parts of a batch add up."""
         ...
 
     def __call__(
         self, params: Any, batch: Batch, rng: Array, totals: Totals
     ) -> tuple[Array, Metrics]:
-        """The loss, and metrics that add up over parts as it does; dropout is drawn from `rng`."""
+        """Returns the loss and metrics, which both add up over parts; `rng` draws the dropout.
+
+        `totals` are those of the whole batch, also if `batch` is only a part.
+        """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageObjective:
-    """Mean cross-entropy of the target tokens: instruction tuning, BLIP-2's stage 2, LLaVA."""
+    """Mean cross-entropy of the target tokens: for InstructBLIP, BLIP-2's stage 2 and LLaVA."""
 
     model: VisionLanguageModel
     whole_batch: str = ""
 
     def totals(self, batch: Batch) -> Totals:
-        """`tokens`: how many targets there are."""
+        """Returns {"tokens": the number of target tokens}, a float32 scalar."""
         return {"tokens": count_targets(batch["targets"])}
 
     def __call__(
         self, params: Any, batch: Batch, rng: Array, totals: Totals
     ) -> tuple[Array, Metrics]:
-        """The loss, alone; a batch without any target gives 0, not NaN."""
+        """Returns the loss and no metrics; a batch without any target gives 0, not NaN."""
         variables, rngs = {"params": params}, {"dropout": rng}
         logits = cast(Array, self.model.apply(variables, batch, train=True, rngs=rngs))
         loss = cross_entropy(logits, batch["targets"]) / jnp.maximum(totals["tokens"], 1.0)
@@ -64,7 +67,10 @@ class LanguageObjective:
 
 
 def check_parts(objective: Objective, *, accumulate: int, mapped: bool) -> None:
-    """Raises a ValueError where the batch would be divided but the objective needs all of it."""
+    """Raises a ValueError if a batch would be divided although the objective needs all of it.
+
+    `accumulate` is the number of gradient accumulation parts, `mapped` is True under pmap.
+    """
     if objective.whole_batch and (accumulate > 1 or mapped):
         how = "pmap (config.parallel.mode)" if mapped else "parts (config.train.accumulate)"
         raise ValueError(

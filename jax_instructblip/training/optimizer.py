@@ -1,4 +1,4 @@
-"""AdamW with the papers' schedule; which leaves decay is decided by their names."""
+"""AdamW with the papers' learning rate schedules; a leaf's name decides about its weight decay."""
 
 import math
 from typing import Any
@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Stacked leaves have one dimension more, so "biases and norms are one-dimensional" cannot decide.
-# `temp`, a number alone, decays as in the released code, which spares what has one dimension.
+# Leaf names decide, not dimensions: biases stacked over layers have two. `temp`, a scalar, decays
+# as in the released code, which exempts only one-dimensional parameters.
 DECAYED = ("kernel", "embedding", "queries", "cls", "pos_embed", "relative_bias", "temp")
 NOT_DECAYED = ("bias", "scale")
 
@@ -16,10 +16,13 @@ NOT_DECAYED = ("bias", "scale")
 def warmup_cosine(
     *, start: float, peak: float, end: float, warmup_steps: int, total_steps: int
 ) -> optax.Schedule:
-    """The learning rate of step s: linear from `start` to `peak`, then half a cosine to `end`.
+    """Returns a schedule: linear from `start` to `peak`, then half a cosine down to `end`.
 
-    The first step (s = 0) gets `start`, step `warmup_steps` gets `peak`, `total_steps` would get
-    `end` (InstructBLIP: 1e-8, 1e-5, 0; 1,000 and 60,000 steps).
+    Step 0 gets `start`, step `warmup_steps` gets `peak`; `total_steps` would get `end`.
+    InstructBLIP uses 1e-8, 1e-5, 0; 1,000 and 60,000 steps.
+
+    Raises:
+        ValueError: the warm-up is not shorter than the run.
     """
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
@@ -46,11 +49,14 @@ def staircase_cosine(
     total_steps: int,
     epoch_steps: int,
 ) -> optax.Schedule:
-    """The learning rate as the LAVIS runner sets it: one step of the cosine per inner epoch.
+    """Returns LAVIS's schedule: a cosine whose rate is constant within each inner epoch.
 
-    Warm-up exists in inner epoch 0 only and stays at `peak` once there; what a longer warm-up
-    would have left is lost. From epoch 1 on the rate is constant within an epoch of
-    `epoch_steps` steps (LAVIS `linear_warmup_cosine_lr`, `iters_per_inner_epoch`).
+    An inner epoch has `epoch_steps` steps. The warm-up happens in epoch 0 only: it stays at `peak`
+    once reached, and if it would be longer than epoch 0, the rest of it is dropped (LAVIS
+    `linear_warmup_cosine_lr`, `iters_per_inner_epoch`).
+
+    Raises:
+        ValueError: an epoch is shorter than 1 step or longer than the run.
     """
     if epoch_steps < 1 or total_steps < epoch_steps:
         raise ValueError(f"epochs of {epoch_steps} steps do not fit a run of {total_steps} steps")
@@ -67,10 +73,10 @@ def staircase_cosine(
 
 
 def decays(params: Any) -> Any:
-    """The tree of booleans that says which leaves weight decay pulls at.
+    """Returns a tree of booleans like `params`: True for leaves with weight decay.
 
     Raises:
-        ValueError: leaves whose names are in neither list, all of them.
+        ValueError: lists all leaves whose names are in neither `DECAYED` nor `NOT_DECAYED`.
     """
     names = lambda path: str(getattr(path[-1], "key", path[-1]))
     known = DECAYED + NOT_DECAYED
@@ -92,9 +98,8 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.05,
 ) -> optax.GradientTransformation:
-    """AdamW as `torch.optim.AdamW` computes it, the decay times the learning rate of the step.
+    """Returns AdamW as in `torch.optim.AdamW`: decay is multiplied by the step's learning rate.
 
-    Clipping is not part of it (the papers have none): `step.train_step` has the gradient's norm at
-    hand anyway.
+    It does not clip gradients: `step.train_step` does, because it computes the norm anyway.
     """
     return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)

@@ -1,11 +1,12 @@
-"""The objective of BLIP-2's first stage: contrast (ITC), match (ITM) and caption (ITG) of pairs.
+"""The objective of BLIP-2's first stage: contrast (ITC), match (ITM) and captioning (ITG) of pairs.
 
-    similarities [B, B] of the whole batch --cross-entropy with the own pair--> ITC
-                                           --draw a hard negative a row--> 3 B pairs --match--> ITM
-    captions behind the queries of the ITC pass --cross-entropy--> ITG
+    similarities [B, B] of the whole batch --cross-entropy, own pair is the target--> ITC
+                                           --draw a hard negative for each row--> 3 B pairs
+                                                                 --match or no match--> ITM
+    captions after the ITC pass's queries (cached keys and values) --cross-entropy--> ITG
 
-The three are added with equal weights. Every similarity is of the *global* batch; the features that
-a row is compared with carry no gradient, as those that the released code gathers.
+The loss is the unweighted sum of the three. Similarities are computed over the *global* batch. In
+each similarity the other side's features carry no gradient, as in the released code.
 """
 
 import dataclasses
@@ -21,20 +22,21 @@ from jax_instructblip.models.layers import constrain
 from jax_instructblip.training.loss import count_targets, cross_entropy
 from jax_instructblip.training.objective import Metrics, Totals
 
-SMOOTHING = 0.1  # of the targets of ITC and ITG
-NEVER = -10_000.0  # similarity of what is no negative
+SMOOTHING = 0.1  # label smoothing of ITC and ITG
+NEVER = -10_000.0  # logit of pairs that must not be drawn as negatives
 
 Batch = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class PairObjective:
-    """ITC + ITM + ITG of images and captions: `images`, `captions`, `caption_mask`, `image_id`.
+    """ITC + ITM + ITG loss; a batch has `images`, `captions`, `caption_mask` and `image_id`.
 
     Attributes:
-      model: what is trained.
-      by_image: whether all captions of an image are right for it (`image_id` tells; fine-tuning for
-        retrieval) or its own alone.
+      model: the model that is trained.
+      by_image: if True, all captions with the same `image_id` are positives of that image
+        (fine-tuning for retrieval); if False, only the image's own caption.
+      whole_batch: the reason why the batch cannot be divided (`Objective.whole_batch`).
     """
 
     model: Blip2
@@ -42,14 +44,14 @@ class PairObjective:
     whole_batch: str = "each pair is compared with all others of the batch"
 
     def totals(self, batch: Batch) -> Totals:
-        """`pairs`: how many there are; `tokens`: how many of their captions are to be told."""
+        """Returns `pairs`, the number of pairs, and `tokens`, that of caption targets; float32."""
         pairs = jnp.asarray(batch["captions"].shape[0], jnp.float32)
         return {"pairs": pairs, "tokens": count_targets(_targets(batch))}
 
     def __call__(
         self, params: Any, batch: Batch, rng: Array, totals: Totals
     ) -> tuple[Array, Metrics]:
-        """The loss, and its terms `itc`, `itm` and `itg`."""
+        """Returns the loss, and its three terms `itc`, `itm` and `itg` as metrics."""
         dropout, key = jax.random.split(rng)
         sums = cast(
             Metrics,
@@ -73,9 +75,10 @@ class PairObjective:
 def pair_terms(
     model: Blip2, batch: Batch, key: Array, *, by_image: bool = False, train: bool = True
 ) -> Metrics:
-    """Sums of the three terms over the batch; `key` draws the negatives.
+    """Returns `itc`, `itm` and `itg` as sums over the batch (not yet divided by totals).
 
-    Where the batch has them already (`negative_images`, `negative_texts` [B]) none are drawn.
+    `key` draws the hard negatives. If the batch has `negative_images` and `negative_texts` [B]
+    (indices into the batch), these are used instead.
     """
     tokens, valid = batch["captions"], batch["caption_mask"]
     patches = model.encode_image(batch["images"][:, 0])
@@ -103,15 +106,16 @@ def pair_terms(
 
 
 def same_pairs(ids: Array) -> Array:
-    """Mask [B, B]: pairs of the same image, each with itself at least."""
+    """Returns the mask [B, B] of pairs with equal `ids` [B]; its diagonal is always True."""
     return constrain(ids[:, None] == ids[None, :])
 
 
 def draw_negatives(key: Array, by_row: tuple[Array, Array], same: Array) -> tuple[Array, Array]:
-    """The text [B] that is drawn for each image, and the image [B] for each text.
+    """Returns a text index [B] for each image and an image index [B] for each text.
 
-    The more alike, the likelier; never a pair of `same` unless all are. `by_row` are similarities
-    of images to texts and of texts to images, each [B, B] and divided by the temperature.
+    Each index is drawn from the softmax of its row. `by_row` are the similarities of images to
+    texts and of texts to images, each [B, B] and divided by the temperature. Pairs in the mask
+    `same` [B, B] are drawn only if their row has no others.
     """
     keys = jax.random.split(key)
     weights = (jnp.where(same, NEVER, jax.lax.stop_gradient(each)) for each in by_row)
@@ -129,9 +133,11 @@ def match_triples(
     texts_of: Array,
     train: bool,
 ) -> Array:
-    """Match logits [B, 3, 2] of each pair, of another image with its text, of another text with it.
+    """Returns match logits [B, 3, 2] of three pairs per sample.
 
-    The three of a pair stand beside each other, so that no row moves to another device.
+    In this order: image and caption, negative image and caption, image and negative caption.
+    `images_of` and `texts_of` [B] are the indices of the negatives. The three pairs of a sample are
+    adjacent rows, so that no row moves to another device.
     """
     three = lambda *each: jnp.stack(each, axis=1).reshape(-1, *each[0].shape[1:])
     logits = model.match_logits(
@@ -144,7 +150,7 @@ def match_triples(
 
 
 def _contrast(similarities: Array, same: Array) -> Array:
-    """The sum over rows of the cross-entropy with the right ones, smoothed; float32."""
+    """Returns the label-smoothed cross-entropy with targets `same`, summed over rows; float32."""
     log_probabilities = jax.nn.log_softmax(similarities, axis=-1)
     right = same / same.sum(axis=-1, keepdims=True)
     targets = (1 - SMOOTHING) * right + SMOOTHING / same.shape[-1]
@@ -152,5 +158,5 @@ def _contrast(similarities: Array, same: Array) -> Array:
 
 
 def _targets(batch: Batch) -> Array:
-    """The next token behind each of a caption, up to `[SEP]`; [B, L - 1]."""
+    """Returns the next token after each caption token, up to `[SEP]`; int32 [B, L - 1]."""
     return jnp.where(batch["caption_mask"][:, 1:], batch["captions"][:, 1:], IGNORE)

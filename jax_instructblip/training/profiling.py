@@ -1,4 +1,4 @@
-"""The use of the machine: products per second against its peak, memory, traces."""
+"""Device utilisation of a run: FLOPs per second against the peak (MFU), memory, profiler traces."""
 
 import re
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ import jax
 from jax_instructblip.models import flops
 from jax_instructblip.training.objective import Objective
 
-# What makers state of bfloat16 products (float16 where there is no bfloat16), without sparsity:
-# FLOPs a second of what JAX calls a device. The first pattern that `device_kind` matches counts.
+# Vendors' peak FLOPs per second of one JAX device for dense bfloat16 products (float16 on devices
+# without bfloat16). The first pattern that matches `device_kind` applies.
 PEAKS = (
     (r"TPU v4$", 275e12),
     (r"TPU (v5 lite|v5e)", 197e12),
@@ -28,28 +28,36 @@ PEAKS = (
     (r"\bV100\b", 125e12),
     (r"\bT4\b", 65e12),
 )
-WARM_UP = 3  # steps before a trace begins: compilation is none of it
+WARM_UP = 3  # steps before a trace begins, so that it shows no compilation
 
 
 def peak_flops(stated: float = 0.0, kind: str | None = None) -> float:
-    """FLOPs a second of one device: as `stated`, or as known of its kind; 0: unknown."""
+    """Returns the peak FLOPs per second of one device; 0 if unknown.
+
+    `stated`, if not 0, wins over the table `PEAKS`; `kind` is the `device_kind` to look up there,
+    by default that of the first device.
+    """
     kind = jax.devices()[0].device_kind if kind is None else kind
     return stated or next((peak for pattern, peak in PEAKS if re.search(pattern, kind)), 0.0)
 
 
 class Utilisation:
-    """The share of the peak that the products of the steps come to (MFU).
-
-    Counted are those that the model asks for: not what is computed again to save memory.
-    """
+    """Model FLOPs utilisation (MFU): FLOPs of training steps as a share of the devices' peak."""
 
     def __init__(self, objective: Objective, peak: float):
-        """`peak` of one device, 0 for unknown: then nothing is counted, which takes seconds."""
+        """Sets the objective to count, and the peak FLOPs per second of one device (0: unknown).
+
+        The objective's model should not rematerialise, because recomputation must not be counted.
+        Without a known peak nothing is computed.
+        """
         self._objective, self._peak = objective, peak
         self._known: dict[tuple[Any, ...], int] = {}
 
     def of_step(self, trainable: Any, frozen: Any, batch: Mapping[str, Any]) -> int:
-        """FLOPs of a step on a batch of these shapes, on all devices together."""
+        """Returns the FLOPs of a step on such a batch on all devices together; 0 without a peak.
+
+        Traces the gradient once for each set of batch shapes, which takes seconds.
+        """
         if not self._peak:
             return 0
         key = tuple((name, leaf.shape) for name, leaf in sorted(batch.items()))
@@ -68,7 +76,10 @@ class Utilisation:
         return self._known[key]
 
     def metrics(self, done: int, seconds: float) -> dict[str, float]:
-        """`model_flops_utilisation` (0 to 1) of so many FLOPs in that time."""
+        """Returns `model_flops_utilisation` (0 to 1) and `model_tflops_per_second` as a dict.
+
+        `done` are the FLOPs done in `seconds`. Returns {} if `done` or the peak is 0.
+        """
         if not self._peak or not done:
             return {}
         return {
@@ -78,7 +89,7 @@ class Utilisation:
 
 
 def memory() -> dict[str, float]:
-    """`memory_gb` and `memory_peak_gb` of the fullest local device; {} where none tells."""
+    """Returns `memory_gb` and `memory_peak_gb` of the fullest local device; {} if not reported."""
     statistics = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
     names = {"memory_gb": "bytes_in_use", "memory_peak_gb": "peak_bytes_in_use"}
     return {
@@ -89,16 +100,22 @@ def memory() -> dict[str, float]:
 
 
 class Trace:
-    """Writes a trace of some steps for TensorBoard and Perfetto (`jax.profiler`)."""
+    """Writes a `jax.profiler` trace of some training steps, for TensorBoard and Perfetto."""
 
     def __init__(self, folder: Path, *, first: int, steps: int):
-        """A trace of `steps` steps (0: none), a few after `first`, when nothing is compiled."""
+        """Plans a trace of `steps` steps (0: none) that begins `WARM_UP` steps after step `first`.
+
+        `first` is the step that the run starts from; the first steps after it compile.
+        """
         self._folder, self._begin = folder, first + WARM_UP + 1
         self._end, self._step = self._begin + steps, first
         self._awaited, self._going = steps > 0, False
 
     def before(self, step: int, state: Any) -> str:
-        """Called before each step with the state so far; a sentence when a trace is written."""
+        """Starts or ends the trace if due before `step`; returns a message when it ends, else "".
+
+        `state` is waited for, so that the trace has whole steps.
+        """
         if step == self._begin and self._awaited:
             jax.block_until_ready(state)
             jax.profiler.start_trace(str(self._folder))
@@ -109,7 +126,10 @@ class Trace:
         return ""
 
     def close(self, state: Any = None) -> str:
-        """Ends the trace when the device has done what it was told; a sentence, the first time."""
+        """Stops the trace after the device has finished; returns a message once, later "".
+
+        If the trace has not begun yet, the message says that the run was too short.
+        """
         if not self._awaited:
             return ""
         self._awaited = False

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a lock that says who holds it, and ends with its process."""
+"""A lock file that lets only one run use a folder; released when the process ends."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ FILE = "run.lock"
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """A process that works in a folder: its host, its number there, the time it began."""
+    """The process that uses a folder: host name, process id, start time."""
 
     host: str
     process: int
@@ -24,19 +24,19 @@ class Owner:
 
     @classmethod
     def me(cls) -> "Owner":
-        """This process, beginning now."""
+        """Returns this process, with the current time as its start."""
         return cls(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %Z"))
 
     @classmethod
     def parse(cls, text: str | bytes) -> "Owner | None":
-        """The owner that `str` of `to_json` describes; None where it is no such text."""
+        """Parses the output of `to_json`; returns None if `text` is something else."""
         try:
             return cls(**parse_json(text))
         except (ValueError, TypeError):
             return None
 
     def to_json(self) -> str:
-        """One line of JSON."""
+        """Returns the owner as one line of JSON."""
         return json.dumps(dataclasses.asdict(self)) + "\n"
 
     def __str__(self) -> str:
@@ -44,13 +44,19 @@ class Owner:
 
 
 class RunLock:
-    """The lock of a folder on a disk; the system releases it when its process ends, however."""
+    """An exclusive lock on a local folder.
+
+    The operating system releases it when the process ends, also after a kill.
+
+    Attributes:
+      problem: why the folder could not be locked; "" if it is locked.
+    """
 
     def __init__(self, folder: Path):
-        """Takes the lock of the folder, which exists, or raises.
+        """Locks `folder`, which must exist; sets `problem` if its file system has no locks.
 
         Raises:
-            ValueError: another process holds it; which, where, since when.
+            ValueError: another process holds the lock; the message names it.
         """
         self._path = folder / FILE
         while True:
@@ -64,13 +70,13 @@ class RunLock:
                     f"{folder} is in use by another run ({owner}): wait for it to end, stop it, or "
                     "choose another config.workdir"
                 ) from None
-            except OSError as error:  # a file system that knows no locks
+            except OSError as error:  # the file system has no locks
                 os.close(self._file)
                 with contextlib.suppress(OSError):
                     self._path.unlink()
                 self._file, self.problem = -1, f"{folder} cannot be locked ({error.strerror})"
                 return
-            # The one that held it may have removed the file in between: then this is no longer it.
+            # If the previous holder deleted the file in between, this lock is on a deleted file.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._file), self._path.stat()):
                     break
@@ -80,7 +86,7 @@ class RunLock:
         os.pwrite(self._file, Owner.me().to_json().encode(), 0)
 
     def release(self) -> None:
-        """Removes the file, which ends the lock."""
+        """Deletes the lock file and releases the lock."""
         if self._file < 0:
             return
         with contextlib.suppress(OSError):

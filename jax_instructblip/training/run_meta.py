@@ -1,4 +1,4 @@
-"""`meta.json` of a run's checkpoint against the run: model, parts that are trained, base."""
+"""Compares a checkpoint's `meta.json` with the current run: model, trained parts, frozen base."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ Meta = dict[str, Any]
 
 
 def compare_meta(folder: str, stored: Meta, wanted: Meta) -> None:
-    """Raises a CheckpointError where a checkpoint is of another model, parts or base than wanted.
+    """Raises a CheckpointError if `stored` differs from `wanted` in model, trained parts or base.
 
-    `folder` is what the message calls it.
+    All differences are listed; `folder` is the checkpoint's name in the message.
     """
     wrong = []
     variant, expected = (dotted(meta["variant"]) for meta in (stored, wanted))

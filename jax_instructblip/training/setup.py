@@ -1,6 +1,7 @@
-"""From the fields of a checked config to what the loop needs.
+"""Builds the parts of a run (mesh, data, model settings, optimizer, validation) from its config.
 
-Complaints that need devices or files are here; those about single fields are in `config_fields.py`.
+Errors that depend on devices or files are raised here; those of single fields are found by
+`config_fields.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,16 +38,23 @@ from jax_instructblip.training.optimizer import adamw, staircase_cosine, warmup_
 from jax_instructblip.training.pair_objective import PairObjective
 from jax_instructblip.training.state import partition
 
-# Called, in every process, with model, params, text, records, mesh, limit, batch_size,
-# max_new_tokens, path and split by name; `accuracy` of what it returns chooses the best checkpoint.
+# Called in every process with the keyword arguments that `read_validation` passes; returns scores
+# by name, of which `score` chooses the best checkpoint.
 Evaluate = Callable[..., dict[str, float]]
 
-# Called with the path of a page, its title and the lines of `metrics.jsonl`.
+# Called with the path of an HTML page, its title, the lines of `metrics.jsonl` and `answers.jsonl`.
 Report = Callable[..., None]
 
 
 class Validation(NamedTuple):
-    """Measures the weights in use: `measure(params)` gives `accuracy` and what else there is."""
+    """The validation of a run, as the config describes it.
+
+    Attributes:
+      measure: `measure(params, take_samples)` returns scores by name, the headline score first and
+        `score`, which chooses the best checkpoint, last.
+      every: steps between validations.
+      first: whether to validate before the first step, too.
+    """
 
     measure: Callable[..., dict[str, float]]
     every: int  # steps
@@ -54,7 +62,11 @@ class Validation(NamedTuple):
 
 
 def read_workdir(config: ConfigDict) -> str:
-    """The run directory, a path or an address; ValueError: every field without a usable value."""
+    """Checks the whole config; returns its workdir, a path or an object-store address.
+
+    Raises:
+        ValueError: lists every unusable field, or says why a folder cannot be written.
+    """
     check_config(config, run=True)
     if remote.is_remote(config.workdir):
         remote.check(config.workdir)
@@ -67,7 +79,7 @@ def read_workdir(config: ConfigDict) -> str:
 
 
 def read_mesh(config: ConfigDict) -> Mesh:
-    """The mesh of all devices; raises a ValueError where its sizes do not suit."""
+    """Returns the mesh of all devices; raises a ValueError if its sizes do not fit them."""
     mesh = make_mesh(**config.mesh)
     if config.parallel.mode == "pmap":
         pmap.check(mesh)
@@ -75,11 +87,12 @@ def read_mesh(config: ConfigDict) -> Mesh:
 
 
 def read_samples_per_row(config: ConfigDict, mesh: Mesh) -> int:
-    """The number of samples that share a row: that asked for, or that of a device and part.
+    """Returns the number of samples packed into each row of a batch.
+
+    It is `config.data.samples_per_row`, or less if a device has fewer samples per part of a step.
 
     Raises:
-        ValueError: the batch cannot be divided among the devices, the parts of a step and rows of
-            that many samples.
+        ValueError: the batch cannot be divided evenly among devices, accumulation parts and rows.
     """
     size, parts = config.data.batch_size, config.train.accumulate
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -102,19 +115,19 @@ def read_samples_per_row(config: ConfigDict, mesh: Mesh) -> int:
 
 
 def read_rows(config: ConfigDict, mesh: Mesh) -> np.ndarray:
-    """The indices [b] of the rows of each batch that this host's devices work on."""
+    """Returns the row indices [b] of each global batch that this host's devices work on."""
     count = config.data.batch_size // read_samples_per_row(config, mesh)
     return local_rows(batch_sharding(mesh), count)
 
 
 def read_scans(config: ConfigDict) -> Scans:
-    """The way in which layers are run: what is computed again, and where weights lie."""
+    """Returns for each tower how its layers are scanned: remat policy and weight sharding."""
     scan = lambda tower: Scan(config.model.remat[tower], rules.constrain_layer)
     return Scans(vision=scan("vision"), qformer=scan("qformer"), llm=scan("llm"))
 
 
 def read_mixture(config: ConfigDict) -> Mixture:
-    """The sources of `config.data`, opened; raises a ValueError that lists all that cannot be."""
+    """Opens all sources of `config.data`; raises a ValueError that lists all unusable ones."""
     sources, wrong = [], []
     for name, fields in sorted(config.data.sources.items()):
         try:
@@ -143,7 +156,7 @@ def read_mixture(config: ConfigDict) -> Mixture:
 
 
 def read_style(config: ConfigDict) -> TextStyle:
-    """The way in which questions, captions and dialogues are written."""
+    """Returns how questions, captions and dialogues are worded (`config.data`)."""
     return TextStyle(config.data.text_processor, config.data.dialogue)
 
 
@@ -154,7 +167,7 @@ def read_batches(
     rows: np.ndarray,
     samples_per_row: int = 1,
 ) -> TrainBatches | PairBatches:
-    """The batches of the run, of which this host makes `rows`."""
+    """Returns the training batches by step number; this host builds only `rows` of each."""
     settings: dict[str, Any] = dict(
         batch_size=config.data.batch_size,
         steps=config.train.steps,
@@ -174,7 +187,7 @@ def read_batches(
 def read_text(
     config: ConfigDict, folder: Path, variant: Variant
 ) -> TextProcessor | CaptionTokenizer:
-    """The tokenizers of a checkpoint, with the limits of `config.text`."""
+    """Loads the tokenizers in a checkpoint `folder`, with the token limits of `config.text`."""
     limits = dict(config.text)
     caption_limit = limits.pop("caption_limit")
     if variant.llm is None:
@@ -183,18 +196,18 @@ def read_text(
 
 
 def make_objective(config: ConfigDict, model: VisionLanguageModel | Blip2) -> Objective:
-    """The objective that a model is trained with: language, or pairs in the first stage."""
+    """Returns the training objective: image-text pairs for a `Blip2`, else language modelling."""
     if isinstance(model, Blip2):
         return PairObjective(model, config.train.pairs_by_image)
     return LanguageObjective(model)
 
 
 def check_model(config: ConfigDict) -> None:
-    """Raises where `config.model` and `config.text` do not fit each other; no weight is read.
+    """Raises if `config.model` and `config.text` do not fit the checkpoint; reads no weights.
 
     Raises:
-        FileNotFoundError: a checkpoint is not there, or lacks a tokenizer.
-        ValueError: it cannot be used, has no such parts to train, or not so many positions.
+        FileNotFoundError: a checkpoint or its tokenizer is missing.
+        ValueError: the checkpoint is unusable, has no such parts to train, or too few positions.
     """
     sources = {}
     for name in ("checkpoint", "init"):
@@ -218,7 +231,7 @@ def check_model(config: ConfigDict) -> None:
 
 
 def read_variant_fields(config: ConfigDict) -> dict[str, Any]:
-    """The fields of the variant that `config.model` changes."""
+    """Returns the fields of the variant that `config.model` changes, by dotted name."""
     fields: dict[str, Any] = {}
     if not config.model.instruction_aware:
         fields["qformer.instruction_aware"] = False
@@ -229,7 +242,7 @@ def read_variant_fields(config: ConfigDict) -> dict[str, Any]:
 
 
 def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of `config.optimizer`, and the learning rate of each step."""
+    """Returns the optimizer of `config.optimizer`, and its learning rate schedule."""
     settings = config.optimizer
     rates = dict(
         start=settings.warmup_learning_rate,
@@ -253,10 +266,10 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
 
 
 def read_validation_records(config: ConfigDict) -> Sequence[Record] | None:
-    """The records to validate on, opened before any weight is read; None: there is no validation.
+    """Opens the validation records, before any weight is read; None if there is no validation.
 
     Raises:
-        ValueError: they are not there.
+        ValueError: they cannot be opened.
     """
     settings = config.validation
     if not settings.path:
@@ -277,7 +290,7 @@ def read_validation(
     text: TextProcessor | CaptionTokenizer,
     mesh: Mesh,
 ) -> Validation | None:
-    """The validation that the config asks for; None where nothing is to be validated."""
+    """Returns the validation of `records` by `evaluate`; None if either of them is None."""
     settings = config.validation
     if evaluate is None or records is None:
         return None

@@ -1,11 +1,12 @@
-"""A checkpoint that several processes write together: each its own parts, then the first commits.
+"""A checkpoint written by several processes: each writes its own shards, then process 0 commits.
 
 checkpoints/
-  .3000.part-TOKEN-1/     of process 1: `trainable/`, `optimizer/`; at the end done-TOKEN-1.json
-  3000/                   when all have ended, process 0 moves the files together, and renames
+  .3000.part-TOKEN-1/     by process 1: `trainable/`, `optimizer/`; written last: done-TOKEN-1.json
+  3000/                   when all are done, process 0 joins their files and renames the folder
 
-In a store each puts its parts into `3000/`, and process 0 `meta.json`, at the end. The processes
-meet through these files alone: a thread that saves cannot take part in collectives.
+In an object store each process uploads its files to `3000/`, and process 0 adds `meta.json` last.
+The processes wait for each other by these files only: the writer thread must not run JAX
+collectives while the main thread trains.
 """
 
 import contextlib
@@ -30,27 +31,29 @@ from jax_instructblip.checkpoint.manifest import MANIFEST
 from jax_instructblip.checkpoint.step_meta import META, bind, seal
 from jax_instructblip.files import parse_json, read_json
 
-POLL_SECONDS = 0.05  # on a disk
+POLL_SECONDS = 0.05  # between looks for the other processes' files on a disk
 POLL_STORE_SECONDS = 1.0
-GRACE_SECONDS = 10.0  # in which some part must have grown, when a process has gone
+GRACE_SECONDS = 10.0  # after a process has died: give up if no file grows for so long
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 
 
 class SharedSave:
-    """The save of one step, by this process among all."""
+    """The save of one step's checkpoint, as done by this process."""
 
     def __init__(self, folder: Path, store: str, step: int, token: str, ending: threading.Event):
-        """`token` is the same in all processes, and another one in each run.
+        """Sets up the save of `step`.
 
-        `folder` is seen by all processes, or, with `store`, each has one of its own. `ending` is
-        set when a process has gone: parts that do not come then are waited for no longer.
+        Without `store` all processes see the same `folder`; with `store`, the address of the
+        checkpoints, each has a local one. `token` is equal in all processes and different in each
+        run. `ending` is set after another process has died; its missing files then soon become an
+        error.
         """
         self._folder, self._step, self._token, self._ending = folder, step, token, ending
         self._store = f"{store}/{step}" if store else ""
 
     def write(self, own: Mapping[str, Iterable[OwnPart]]) -> None:
-        """Writes the parts of this process, of `trainable` and `optimizer`; raises OSError."""
+        """Writes this process's shards of `trainable` and `optimizer`; OSError if it cannot."""
         index = jax.process_index()
         mine = self._part_folder(index)
         mine.mkdir(parents=True)
@@ -69,7 +72,11 @@ class SharedSave:
             shutil.rmtree(mine, ignore_errors=True)
 
     def commit(self, shapes: Shapes, meta: Mapping[str, Any]) -> None:
-        """Makes one checkpoint of what all processes write; raises OSError."""
+        """Waits for all processes and merges their files into one checkpoint; process 0 only.
+
+        `shapes` are the full leaf shapes by part and path. Raises an OSError if files do not
+        arrive.
+        """
         count = jax.process_count()
         self._await(count)
         manifests = [self._manifests(index) for index in range(count)]
@@ -97,7 +104,7 @@ class SharedSave:
             remote.put(Path(lists), self._store, last=META)
 
     def _await(self, count: int) -> None:
-        """Returns when all processes have written their parts."""
+        """Waits until all `count` processes have written their files; OSError after a death."""
         size, limit = -1, float("inf")
         while absent := [index for index in range(count) if not self._is_done(index)]:
             before, size = size, sum(map(self._size, absent)) if self._ending.is_set() else -1
@@ -114,10 +121,10 @@ class SharedSave:
         return (self._part_folder(index) / self._done(index)).is_file()
 
     def _size(self, index: int) -> int:
-        """The bytes that a process has written so far, where that can be seen."""
+        """Returns the bytes that process `index` has written so far; 0 if not visible here."""
         size = 0
         for path in self._part_folder(index).rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # it has its last name now
+            with contextlib.suppress(FileNotFoundError):  # a temporary file was just renamed
                 size += path.stat().st_size
         return size
 
@@ -134,7 +141,7 @@ class SharedSave:
 
 
 def remove_parts(folder: Path) -> None:
-    """Removes the parts of saves that a kill has ended; no save must be going on."""
+    """Deletes the unfinished files of killed saves; must not be called while a save is running."""
     for left in folder.glob(".*.part-*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -148,7 +155,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _write_lists(folder: Path, merged: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    """Writes what belongs to the parts: their manifests, and `meta.json`."""
+    """Writes the manifest and hashes of each part, and `meta.json`."""
     for name, manifest in merged.items():
         (folder / name).mkdir(exist_ok=True)
         text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"

@@ -1,4 +1,4 @@
-"""The state that tuning changes: step number, trained weights, the optimizer's moments."""
+"""The training state: step number, trained weights, optimizer moments."""
 
 import difflib
 from typing import Any, NamedTuple
@@ -15,11 +15,11 @@ Params = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-    """A pytree; the frozen weights are no part of it.
+    """A pytree of everything that a step changes; the frozen weights are not in it.
 
-    step       [] int32, steps made so far
+    step       [] int32, number of finished steps
     params     the trained top-level trees, float32
-    optimizer  its moments, float32, of the same shapes; nothing of a frozen weight
+    optimizer  optax state of `params` only, moments in float32
     """
 
     step: Array
@@ -28,10 +28,10 @@ class TrainState(NamedTuple):
 
 
 def partition(params: Params, trainable: tuple[str, ...]) -> tuple[Params, Params]:
-    """The trees named in `trainable`, and the frozen others (`{'qformer': ...}`, the rest).
+    """Splits `params` into the top-level trees named in `trainable` and the frozen others.
 
     Raises:
-        ValueError: nothing to train, or names that are no top-level trees, with the nearest ones.
+        ValueError: `trainable` is empty or has unknown names; the nearest names are suggested.
     """
     unknown = [name for name in trainable if name not in params]
     if unknown or not trainable:
@@ -48,11 +48,10 @@ def partition(params: Params, trainable: tuple[str, ...]) -> tuple[Params, Param
 def create_state(
     trainable: Params, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> TrainState:
-    """The state before the first step; `trainable` is copied to float32, whatever it was stored in.
+    """Returns the state before the first step, with a float32 copy of `trainable`.
 
-    Copied, because the step gives the state's buffers away. With a `mesh` every leaf, the moments
-    too, is made where the rules put it; left to itself the compiler would make moments whole on
-    every device.
+    A copy, because `train_step` donates the state's buffers. With a `mesh` every leaf is sharded by
+    `parallel/rules.py`, the moments too: the compiler would replicate them on every device.
     """
 
     def make(trainable: Params) -> TrainState:

@@ -1,4 +1,4 @@
-"""One step of tuning: a pure function of state, frozen weights, batch and random key."""
+"""One training step: a pure function of state, frozen weights, batch and random key."""
 
 import functools
 from collections.abc import Callable
@@ -34,29 +34,30 @@ def train_step(
     skip_non_finite: bool = False,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """The state after one step, and what is worth knowing about it as float32 scalars.
+    """Returns the state after one step and its metrics, float32 scalars by name.
 
-    The gradient is asked for with respect to `state.params` alone, so none of a frozen weight is
-    ever computed. `rng` is the run's key, the same at every step: the step number is folded in.
+    The gradient is taken with respect to `state.params` only, so none of a frozen weight is ever
+    computed.
 
     Args:
-      state: before the step.
-      frozen: the weights that are not trained.
-      batch: as `models/vlm.py` draws it, targets included.
-      rng: of dropout.
-      objective: what is made smaller.
-      optimizer: what makes updates of gradients.
-      schedule: the learning rate of each step, for the metrics.
-      clip_norm: the largest norm that the gradient may have (None: no clipping).
-      accumulate: parts of the batch that are worked on one after the other. They add up to the
-        same step: each term is divided by its total over all of them.
-      skip_non_finite: whether weights and moments stay as they are where the loss or the gradient
-        is no finite number; the step counts all the same, for the schedule and the data.
-      axis_name: of the mapped axis under `jax.pmap`, where each device is given its own rows.
+      state: the state before the step.
+      frozen: the top-level trees that are not trained.
+      batch: a batch with targets, as drawn in `models/vlm.py`.
+      rng: the run's random key, equal at every step: the step number is folded in here.
+      objective: the loss to minimise.
+      optimizer: turns gradients into updates.
+      schedule: the learning rate of each step, used for the metrics only.
+      clip_norm: the largest gradient norm; None: no clipping.
+      accumulate: number of parts into which the batch is split, processed one after the other.
+        Except for dropout the result does not change: each term is divided by its total over the
+        whole batch.
+      skip_non_finite: if the loss or the gradient norm is not finite, keep weights and moments; the
+        step number still advances, for the schedule and the data.
+      axis_name: the mapped axis under `jax.pmap`, where each device gets its own rows.
 
-    Metrics: `loss`, what the objective tells besides, the totals of its terms (`tokens`: target
-    tokens of the global batch), `gradient_norm` (before clipping), `parameter_norm` (trainable,
-    before the update), `learning_rate` and, with `skip_non_finite`, `skipped` (1 or 0).
+    Metrics: `loss`, metrics and totals of the objective (`tokens`: target tokens of the global
+    batch), `gradient_norm` (before clipping), `parameter_norm` (trained weights, before the
+    update), `learning_rate` and, with `skip_non_finite`, `skipped` (1 or 0).
     """
     rng = jax.random.fold_in(rng, state.step)
     if axis_name is not None:
@@ -87,7 +88,7 @@ def train_step(
         metrics["skipped"] = 1.0 - fine.astype(jnp.float32)
         keep = lambda new, old: jnp.where(fine, new, old)
         params = jax.tree.map(keep, params, state.params)
-        # The optimizer's counts of steps go on: its learning rate is that of the step.
+        # The optimizer's step counts still advance, as the learning rate follows the step.
         counts = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.integer)
         moments = jax.tree.map(
             lambda new, old: new if counts(new) else keep(new, old), moments, state.optimizer
@@ -103,14 +104,16 @@ def compile_step(
     narrow_weights: bool = False,
     **settings: Any,
 ) -> Step:
-    """`train_step` of these settings, compiled; it takes the old state's buffers over.
+    """Returns `train_step` compiled with these settings; it donates the old state's buffers.
 
-    `settings` are the keyword arguments of `train_step`. With a `mesh` the state comes back as
-    `like` lies (one that came back elsewhere would be compiled for anew), the metrics whole on
-    every device. `mode` is "jit", where XLA divides one program for the whole batch, or "pmap",
-    where every device runs the program of its own rows on weights of its own. `narrow_weights`
-    says that frozen weights are narrower than float32: XLA for CPUs would widen a whole stacked
-    tower ahead of its scan, several times the model's memory.
+    Args:
+      like: a state whose leaves have the shardings that the new state gets.
+      mesh: the mesh of the state; metrics are replicated on it. None: one device.
+      mode: "jit": XLA divides one program; "pmap": each device runs the program on its own rows
+        with its own copy of the weights.
+      narrow_weights: True if frozen weights are narrower than float32. On CPU this turns off an XLA
+        pass that would convert whole stacked towers to float32, several times the memory.
+      settings: the keyword arguments of `train_step`.
     """
     check_parts(
         settings["objective"], accumulate=settings.get("accumulate", 1), mapped=mode == "pmap"
@@ -137,7 +140,7 @@ def _sums(
     totals: Totals,
     parts: int,
 ) -> Sums:
-    """Loss, metrics and gradient of the batch, each summed over its `parts`."""
+    """Returns loss, metrics and gradient of the batch, each summed over `parts` parts."""
 
     def sums(rows: Batch, rng: Array) -> Sums:
         loss_of = lambda params: objective({**frozen, **params}, rows, rng, totals)
@@ -159,9 +162,9 @@ def _sums(
 
 
 def _split(batch: Batch, parts: int) -> Batch:
-    """`[G, ...]` to `[parts, G / parts, ...]`: part i takes every parts-th row from i on.
+    """Reshapes `[G, ...]` to `[parts, G / parts, ...]`: part i takes the rows i, i + parts, ...
 
-    So each device keeps the rows that it has; runs of rows would have to move between devices.
+    With strided rows each device keeps its own; contiguous parts would move rows between devices.
     """
     rows = next(iter(batch.values())).shape[0]
     if rows % parts:

@@ -1,4 +1,4 @@
-"""One checkpoint of a run: the newest, that of a step, or the one that validated best."""
+"""Chooses one checkpoint of a run: the newest, a given step, or the one that validated best."""
 
 import math
 import os
@@ -15,13 +15,15 @@ METRIC = "validation/score"
 def choose_step(
     path: str | os.PathLike, *, step: int | None = None, best: bool = False
 ) -> tuple[Path, str]:
-    """The folder to read, and how it was chosen in words ("" where there was no choice).
+    """Returns the folder to read, and a sentence about the choice ("" if there was none).
 
-    `path` is a run, or without `step` and `best` any folder that `read_source` reads.
+    `path` is a run; if neither `step` nor `best` is given, it may be any other model folder or name
+    that `read_source` accepts, which is returned as it is.
 
     Raises:
-        ValueError: both ways to choose, no run, or no such checkpoint; those there are are listed.
-        FileNotFoundError: there is no such folder, or the run has saved nothing yet.
+        ValueError: both `step` and `best` are given, `path` is no run, or it has no such
+            checkpoint; the existing ones are listed.
+        FileNotFoundError: the folder does not exist, or the run has saved nothing yet.
     """
     check({"step": step}, {"step": whole(0, optional=True)})
     folder = resolve_checkpoint(path)
@@ -56,7 +58,7 @@ def choose_step(
 
 
 def _best(folder: Path, steps: list[int], measured: dict[int, float]) -> int:
-    """The step that measured highest, the later one of equals; its checkpoint is there."""
+    """Returns the best-scoring step (latest on a tie); a ValueError if it has no checkpoint."""
     tuned = {step: value for step, value in measured.items() if step > 0}  # 0: before tuning
     if not tuned:
         raise ValueError(
@@ -74,7 +76,7 @@ def _best(folder: Path, steps: list[int], measured: dict[int, float]) -> int:
 
 
 def _measured(folder: Path) -> dict[int, float]:
-    """The scores of the run's validations, by step."""
+    """Returns the run's validation scores by step."""
     return {
         int(line["step"]): float(line[METRIC])
         for line in read_metrics(folder)
@@ -83,6 +85,6 @@ def _measured(folder: Path) -> dict[int, float]:
 
 
 def _listed(steps: list[int], measured: dict[int, float]) -> str:
-    """`step 100, step 200 (0.8300)`."""
+    """Formats steps with their scores for a message: `step 100, step 200 (0.8300)`."""
     words = (f"step {n}" + (f" ({measured[n]:.4f})" if n in measured else "") for n in steps)
     return ", ".join(words)

@@ -1,8 +1,8 @@
-"""The folder of a run: on a disk, or in an object store with a copy on the disk meanwhile.
+"""The folder of a run: on a local disk, or in an object store with a local copy during the run.
 
-A folder on a disk is locked: a second run there is refused. A store knows no locks: there a note
-says who works, a run that finds the note of another says so and replaces it, and the other one
-stops at its next save, before it writes.
+A local folder is locked: a second run in it is refused. A store has no locks. There the run leaves
+a note with its process. A later run that finds the note replaces it with a warning, and the earlier
+one, if it still runs, notices this before its next save and stops.
 """
 
 import contextlib
@@ -19,22 +19,24 @@ from jax_instructblip.training.run_lock import FILE, Owner, RunLock
 
 
 class Workdir:
-    """`with Workdir("gs://bucket/run") as workdir:` files are written to `workdir.folder`.
+    """A context manager for a run's folder; files are written to `workdir.folder`.
+
+    For example `with Workdir("gs://bucket/run") as workdir:`.
 
     Attributes:
-      folder: the place on the disk.
-      store: the address; "" if the run is kept on the disk.
+      folder: the local folder.
+      store: the object-store address; "" if the run is kept on the disk.
     """
 
     def __init__(self, location: str):
-        """`location` is a path or an address."""
+        """Prepares the workdir at `location`, a path or object-store address; locks nothing yet."""
         self.store = location.rstrip("/") if remote.is_remote(location) else ""
         self.folder = Path(tempfile.mkdtemp(prefix="run-") if self.store else location)
         self._lock: RunLock | None = None
         self._note = ""
 
     def __enter__(self) -> "Workdir":
-        """Locks the folder if it exists; raises a ValueError where another run works there."""
+        """Locks a local folder if it exists; raises a ValueError if another run uses it."""
         if not self.store:
             self._take_lock(must_exist=False)
         return self
@@ -43,7 +45,7 @@ class Workdir:
         if self._lock is not None:
             self._lock.release()
         if self._note:
-            with contextlib.suppress(OSError):  # what ended the run is raised
+            with contextlib.suppress(OSError):  # the error that ended the run matters more
                 if remote.read(self.store, FILE) == self._note.encode():
                     remote.remove_file(self.store, FILE)
         if self.store:
@@ -53,10 +55,10 @@ class Workdir:
         return self.store or str(self.folder)
 
     def fetch(self) -> None:
-        """Makes the folder and locks it; takes the small files from the store.
+        """Creates and locks the folder; from an object store, downloads .json and .jsonl files.
 
         Raises:
-            ValueError: another run works in the folder.
+            ValueError: another run uses the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.store:
@@ -71,12 +73,10 @@ class Workdir:
             self._leave_note()
 
     def push(self) -> None:
-        """Copies what there is, but for checkpoints, to the store.
-
-        Of several processes, the first one does.
+        """Uploads all files except checkpoints to the object store, if there is one, on process 0.
 
         Raises:
-            OSError: a file could not be copied, or another run has begun in the store.
+            OSError: a file could not be copied, or another run has taken over the store.
         """
         if not self.store or jax.process_index() > 0:
             return
@@ -87,7 +87,7 @@ class Workdir:
                 remote.put_file(path, "/".join([self.store, *relative.parts[:-1]]))
 
     def check_owner(self) -> None:
-        """Raises an OSError where another run has begun in the store since this one did."""
+        """Raises an OSError if another run has replaced this run's note in the object store."""
         note = remote.read(self.store, FILE) if self._note else None
         if note is not None and note.decode(errors="replace") != self._note:
             raise OSError(
@@ -110,7 +110,7 @@ class Workdir:
         (self.folder / FILE).unlink()
 
     def _take_lock(self, *, must_exist: bool) -> None:
-        """Locks the folder in the first process; all raise where that one cannot."""
+        """Locks the folder on process 0 if not locked yet; on failure all processes raise."""
         problem = None
         if self._lock is None and jax.process_index() == 0:
             if must_exist or self.folder.is_dir():

@@ -37,7 +37,11 @@ def original(shared, tmp_path):
 @pytest.mark.parametrize("case", [golden_blip2.CASE, *golden_blip2.SECOND])
 def test_a_file_of_the_original_code_and_its_frozen_towers(original, tmp_path, case):
     """The code saves what it trains, and of what is frozen the second names of tied tensors."""
-    variant, whole, saved = golden_blip2.variant(case), original(case), lavis.open_pth(SAVED(case))
+    variant, whole, saved = (
+        golden_blip2.variant(case),
+        original(case),
+        lavis.open_lavis(SAVED(case)),
+    )
     with pytest.raises(ConversionError, match="saved without its frozen towers") as error:
         lavis.convert_lavis(saved, variant, case)
     lacking = [line.partition("*")[0] for line in error.value.failures]
@@ -70,7 +74,7 @@ def test_towers_that_are_stored_apart(original, tmp_path):
     trimmed = save(tmp_path / "trimmed.pth", {"model": rest, "epoch": 3})
 
     with pytest.raises(ConversionError, match="saved without its frozen towers") as error:
-        lavis.convert_lavis(lavis.open_pth(trimmed), variant, "trimmed.pth")
+        lavis.convert_lavis(lavis.open_lavis(trimmed), variant, "trimmed.pth")
     assert any("eva_vit_g.pth" in line for line in error.value.failures)
     assert any("t5_model.*" in line for line in error.value.failures)
     with pytest.raises(ConversionError) as error:  # of the towers one is still lacking
@@ -79,7 +83,7 @@ def test_towers_that_are_stored_apart(original, tmp_path):
 
     tensors = lavis.read_files([eva, trimmed, save(tmp_path / "llm.pth", llm)])
     found = dict(lavis.convert_lavis(tensors, variant, "three files"))
-    together = lavis.open_pth(save(tmp_path / "whole.pth", {"model": whole}))
+    together = lavis.open_lavis(save(tmp_path / "whole.pth", {"model": whole}))
     for path, leaf in lavis.convert_lavis(together, variant, "one file"):
         np.testing.assert_array_equal(found[path], leaf)
 
@@ -89,7 +93,7 @@ def test_a_tensor_that_is_lacking_or_too_much_is_named(original, tmp_path):
     lost = whole.pop("Qformer.bert.embeddings.LayerNorm.weight")
     path = save(tmp_path / "a.pth", {"model": whole | {"Qformer.bert.pooler.weight": lost}})
     with pytest.raises(ConversionError, match=r"the tensors of a\.pth do not fit") as error:
-        lavis.convert_lavis(lavis.open_pth(path), variant, "a.pth")
+        lavis.convert_lavis(lavis.open_lavis(path), variant, "a.pth")
     text = " ".join(error.value.failures)
     assert "Qformer.bert.embeddings.LayerNorm.weight" in text
     assert "Qformer.bert.pooler.weight" in text
@@ -99,7 +103,7 @@ def test_a_tensor_that_is_lacking_or_too_much_is_named(original, tmp_path):
 def test_values_and_facts_of_every_dtype(tmp_path, dtype):
     rows = torch.arange(12).reshape(4, 3).to(dtype)
     # Of a view that is not contiguous only the rows that are asked for are read.
-    found = lavis.open_pth(save(tmp_path / "a.pth", {"a": rows, "turned": rows.T}))
+    found = lavis.open_lavis(save(tmp_path / "a.pth", {"a": rows, "turned": rows.T}))
     expected = rows.to(torch.float32).numpy()
     assert found["a"].shape == (4, 3) and found["a"].nbytes == 12 * rows.element_size()
     np.testing.assert_array_equal(found["a"].read().astype(np.float32), expected)
@@ -122,7 +126,7 @@ class Code:
 def test_code_in_a_file_is_not_run(tmp_path):
     path = save(tmp_path / "a.pth", {"model": {"a": torch.zeros(2)}, "x": Code(tmp_path / "mark")})
     with pytest.raises(ConversionError, match=r"a\.pth cannot be read as tensors alone"):
-        lavis.open_pth(path)
+        lavis.open_lavis(path)
     assert not (tmp_path / "mark").exists()
     torch.load(path, weights_only=False)
     assert (tmp_path / "mark").exists()  # so the file would have done it
@@ -135,7 +139,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
 )
 def test_files_without_tensors_by_name(tmp_path, content):
     with pytest.raises(ConversionError, match="holds no tensors by name"):
-        lavis.open_pth(save(tmp_path / "a.pth", content))
+        lavis.open_lavis(save(tmp_path / "a.pth", content))
 
 
 def test_damaged_and_absent_files(tmp_path):
@@ -144,8 +148,8 @@ def test_damaged_and_absent_files(tmp_path):
     for damaged in (b"", b"no checkpoint", whole[:-200], whole[:100]):
         path.write_bytes(damaged)
         with pytest.raises(ConversionError, match="cannot be read as tensors alone"):
-            lavis.open_pth(path)
+            lavis.open_lavis(path)
     with pytest.raises(FileNotFoundError, match=r"no\.pth"):
-        lavis.open_pth(tmp_path / "no.pth")
+        lavis.open_lavis(tmp_path / "no.pth")
     with pytest.raises(OSError, match="folder"):
-        lavis.open_pth(tmp_path)
+        lavis.open_lavis(tmp_path)

@@ -82,7 +82,7 @@ def test_a_base_has_the_tower_of_another_checkpoint_and_the_rest_is_fresh(files,
     assert ours["heads/temp"] == np.float32(0.07)
     assert "qformer/projection/kernel" in theirs.keys() - ours.keys()
     words = ["backbones", "stage1", str(base), str(folder / "again"), "--seed", "0"]
-    assert main(words) == 0 and "heads random" in capsys.readouterr().out
+    assert main(words) == 0 and "Q-Former and heads: random" in capsys.readouterr().out
     with pytest.raises(FileExistsError):
         write_stage1(base, folder / "base")
 

@@ -1,1 +1,1 @@
-"""Leaf names and transforms of each tower: Hugging Face's on one side, ours on the other."""
+"""Conversion tables of the towers: Hugging Face's tensor names, our parameters, transforms."""

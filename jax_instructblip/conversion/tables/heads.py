@@ -1,4 +1,7 @@
-"""The table of the first stage's heads: projections, match, caption and temperature."""
+"""Conversion table of the heads of BLIP-2's first stage, which has no language model.
+
+They are the projections of image and text, the image-text match, the captions and a temperature.
+"""
 
 from jax_instructblip.conversion.engine import Drop, Entry, Rule
 from jax_instructblip.conversion.transforms import identity, linear
@@ -6,7 +9,10 @@ from jax_instructblip.models.variants import QFormerConfig
 
 
 def rules(config: QFormerConfig) -> list[Entry]:
-    """The entries of all heads; those of captions are in the original checkpoints alone."""
+    """Returns the rules for all heads.
+
+    Only original checkpoints have a caption head and a temperature; Hugging Face folders have none.
+    """
     entries: list[Entry] = []
     names = [
         ("vision_projection", "image_projection"),

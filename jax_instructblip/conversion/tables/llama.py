@@ -1,4 +1,4 @@
-"""The table of LLaMA and Vicuna: Hugging Face names below `language_model.`, ours below `llm/`."""
+"""Conversion table of LLaMA and Vicuna: tensors of `language_model.`, parameters of `llm/`."""
 
 from jax_instructblip.conversion.engine import Drop, Entry, Rule
 from jax_instructblip.conversion.transforms import attention_in, attention_out, identity, linear
@@ -9,7 +9,11 @@ EMBED, HEAD = PREFIX + "model.embed_tokens.weight", PREFIX + "lm_head.weight"
 
 
 def rules(config: LlamaConfig, tied_head: bool = False) -> list[Entry]:
-    """The entries of all LLaMA tensors; with `tied_head` the embedding fills the head as well."""
+    """Returns the rules for all LLaMA tensors.
+
+    With `tied_head`, for a source without a head of its own, the output head is filled from the
+    token embedding.
+    """
     entries: list[Entry] = [
         Rule(EMBED, "llm/embed/embedding", identity),
         Rule(EMBED if tied_head else HEAD, "llm/head/kernel", linear),

@@ -1,4 +1,4 @@
-"""The table of OPT: Hugging Face names below `language_model.`, ours below `llm/`."""
+"""Conversion table of OPT: tensors below `language_model.`, our parameters below `llm/`."""
 
 from jax_instructblip.conversion.engine import Drop, Entry, Rule
 from jax_instructblip.conversion.transforms import (
@@ -16,9 +16,10 @@ EMBED, HEAD = DECODER + "embed_tokens.weight", PREFIX + "lm_head.weight"
 
 
 def rules(config: OptConfig, tied_head: bool = False) -> list[Entry]:
-    """The entries of all OPT tensors. Its head is its embedding, which `tied_head` cannot change.
+    """Returns the rules for all OPT tensors.
 
-    A file that stores the head again must hold the same numbers there.
+    OPT's head is always its token embedding, so `tied_head` has no effect. If a file has the head
+    as a tensor of its own, its numbers must be the same.
     """
     del tied_head
     entries: list[Entry] = [

@@ -1,6 +1,6 @@
-"""The table of the Q-Former and of what is trained with it: image norm, queries, projection.
+"""Conversion table of the Q-Former and what is trained with it: image norm, queries, projection.
 
-Layers come in pairs: the even ones of the source, which look at the image, are stacked under
+Layers come in pairs: the even ones of the source, which attend to the image, are stacked under
 `layers/cross`, the odd ones under `layers/plain`.
 """
 
@@ -21,9 +21,10 @@ def rules(
     norm: str = "qformer.embeddings.layernorm.",
     embeddings: str = "qformer.embeddings.",
 ) -> list[Entry]:
-    """The entries of all tensors that instruction tuning trains.
+    """Returns the rules for all tensors that instruction tuning trains.
 
-    `norm` and `embeddings` are the names of the first norm and of the tables, which differ.
+    `norm` and `embeddings` are the prefixes of the first norm and of the embeddings in the source,
+    which differ between InstructBLIP and BLIP-2.
     """
     pairs = [
         ("vision_model.post_layernorm.weight", "image_norm/scale", identity),

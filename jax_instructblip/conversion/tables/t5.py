@@ -1,4 +1,4 @@
-"""The table of T5: Hugging Face names below `language_model.` and ours below `llm/`."""
+"""Conversion table of T5: tensors below `language_model.`, our parameters below `llm/`."""
 
 from jax_instructblip.conversion.engine import Drop, Entry, Rule
 from jax_instructblip.conversion.transforms import (
@@ -15,7 +15,11 @@ EMBED, HEAD = PREFIX + "shared.weight", PREFIX + "lm_head.weight"
 
 
 def rules(config: T5Config, tied_head: bool = False) -> list[Entry]:
-    """The entries of all T5 tensors; with `tied_head` the embedding fills the head as well."""
+    """Returns the rules for all T5 tensors.
+
+    With `tied_head`, for a source without a head of its own, the output head is filled from the
+    token embedding.
+    """
     entries: list[Entry] = [
         Rule(EMBED, "llm/embed/embedding", identity),
         Rule(EMBED if tied_head else HEAD, "llm/head/kernel", linear),

@@ -1,4 +1,4 @@
-"""The table of the vision tower: Hugging Face names (`vision_model.`) and ours."""
+"""Conversion table of the vision tower: tensors of `vision_model.`, parameters of `vision/`."""
 
 from jax_instructblip.conversion.engine import Entry, Rule, Zeros
 from jax_instructblip.conversion.transforms import (
@@ -18,7 +18,7 @@ NO_KEY_BIAS = (
 
 
 def rules(config: VisionConfig) -> list[Entry]:
-    """The entries of all vision tensors; the norm after the tower is in the Q-Former's table."""
+    """Returns the rules for all vision tensors but the last norm; the Q-Former's table has that."""
     source, target = "vision_model.embeddings.", "vision/"
     entries: list[Entry] = [
         Rule(source + "class_embedding", target + "cls", identity),

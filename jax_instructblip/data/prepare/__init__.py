@@ -1,5 +1,7 @@
-"""From the original files of a dataset to ArrayRecord shards.
+"""Prepares a dataset: reads its original files and writes its records to ArrayRecord shards.
 
-`shards` does it with worker processes here, `beam` on a cluster; `identity` is what a prepared
-dataset is compared by, `description` says what it holds, `builder` is the TFDS builder behind both.
+`shards` does so with worker processes on this machine, `beam` on a cluster with Apache Beam.
+`builder` is the TFDS dataset builder that both use. `identity` finds out whether a prepared dataset
+still agrees with its original files; `description` describes it for people; `to_store` copies it to
+an object store.
 """

@@ -1,9 +1,10 @@
-"""From the original files of a dataset to ArrayRecord shards on a cluster, by Apache Beam.
+"""Prepares a dataset on a cluster with Apache Beam: original files to ArrayRecord shards.
 
     reader --records--> Beam's workers: images read and checked --TFDS--> OUT/NAME/VERSION/
 
-What it writes holds the same records in the same order as `shards.py` does; how they are cut into
-shards is TFDS's choice. RAW and OUT must be seen by every worker under the same path.
+RAW is the folder of the original files, OUT the folder of prepared datasets; all workers must see
+both under the same paths. The records and their order are those of `shards.py`; TFDS decides how
+many go into each shard.
 """
 
 import functools
@@ -36,15 +37,22 @@ def prepare_with_beam(
     max_missing: float = 0.01,
     frames: int = 4,
 ) -> pathlib.Path:
-    """The folder of the prepared dataset, `OUT/NAME/VERSION`; it is written if it is not there yet.
+    """Returns the folder of the prepared dataset, `OUT/NAME/VERSION`; writes it first if absent.
 
-    The pipeline runs where `runner` says: `DirectRunner` (here), `FlinkRunner`, `DataflowRunner`
-    ...; `options` are flags of that runner (`--flink_master=host:8081`). The others are as of
-    `prepare.prepare`.
+    Args:
+      dataset: a row of the table of datasets.
+      raw: the folder of its original files and images.
+      out: the folder of prepared datasets.
+      runner: the Beam runner: `DirectRunner` (this machine), `FlinkRunner`, `DataflowRunner` ...
+      options: flags of that runner, such as `--flink_master=host:8081`.
+      splits: the splits to prepare; by default all whose annotation files are in `raw`.
+      max_missing: the fraction of a split's records that may lack a usable image.
+      frames: number of frames that are kept of each video.
 
     Raises:
-        AnnotationError: a file is missing, of another release, or has a row that cannot be used.
-        PrepareError: Beam is not installed, or too many images cannot be used; nothing is left.
+      AnnotationError: a file is missing, of another release, or has a row that cannot be used.
+      PrepareError: Beam is not installed, too many images cannot be used, or the folder that exists
+        was made of other files or with other options. Nothing unfinished stays.
     """
     try:
         import apache_beam as beam  # pyright: ignore (an extra that tests do without)
@@ -57,13 +65,13 @@ def prepare_with_beam(
     raw, out = pathlib.Path(raw), pathlib.Path(out)
     done = out / dataset.name / shards.VERSION
     frames = frames if dataset.family == shards.VIDEO else 0
-    kept = {"frames": frames}  # how they are cut into shards is TFDS's choice
+    kept = {"frames": frames}  # no shard_size: TFDS decides that
     if done.is_dir() and not raw.exists():
         shards.check_done(done, splits, kept, max_missing)
         return done
     names = shards.choose_splits(dataset, raw, splits)
     group = GROUP
-    if done.is_dir():  # perhaps by the other road, in shards of any size
+    if done.is_dir():  # `shards.prepare` may have written it, with any shard size
         group = shards.read_report(done).get("options", {}).get("shard_size", group)
     read = {name: shards.survey(dataset, raw, name, group) for name in names}
     candidates = shards.raw_candidates(dataset, raw)
@@ -83,7 +91,7 @@ def prepare_with_beam(
         beam=True,
     )
     draft = done.parent / "beam"
-    shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(draft, ignore_errors=True)  # left by a killed run
     try:
         tfds_builder = builder.JaxInstructblipRecords(config=config, data_dir=os.fspath(draft))
         with builder.quiet():
@@ -118,7 +126,7 @@ def prepare_with_beam(
 
 
 def _rows(number: int, record: Record, *, frames: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The numbered row of a record; nothing where its image cannot be used."""
+    """Yields (number, row of the builder) of a record, or nothing if its images cannot be used."""
     try:
         usable = shards.with_frames(record, frames) if frames else shards.with_pixels(record)
     except (ImageError, VideoError):
@@ -127,7 +135,7 @@ def _rows(number: int, record: Record, *, frames: int) -> Iterator[tuple[int, di
 
 
 def _notes(split: Any) -> list[dict[str, Any]]:
-    """The notes for the report on each shard of a split that TFDS wrote."""
+    """Returns the number of records, size and sha256 of each shard of a split that TFDS wrote."""
     notes = []
     for path, records in zip(split.filepaths, split.shard_lengths, strict=True):
         with pathlib.Path(path).open("rb") as file:

@@ -1,12 +1,12 @@
-"""Records on disk as ArrayRecord, by one TFDS builder and without TensorFlow.
+"""Stores records as ArrayRecord files with one TFDS builder, and reads them without TensorFlow.
 
     records of each split --prepare--> FOLDER/jax_instructblip_records/NAME/VERSION/*.array_record*
     FOLDER, NAME, split --source--> random access: len(source), source[i] -> Record
 
-TFDS gives the layout, the shards, the metadata and the atomic finish (it writes to a folder of
-another name and renames it). Three things keep TensorFlow out: the file format, images handed over
-as file objects (an array would be encoded by TensorFlow), and rows read back as bytes, of which
-`data/images.py` decodes the images.
+TFDS gives the layout, the shards, the metadata and an atomic finish (it writes to a folder of
+another name and renames it). TensorFlow is not imported, because the file format is ArrayRecord,
+images are given as encoded files (TensorFlow would encode arrays), and rows are read back as bytes,
+whose images `data/images.py` decodes.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from jax_instructblip.data.records import Record, RecordError
 
-BUILDER = "jax_instructblip_records"  # the folder of TFDS's own naming
+BUILDER = "jax_instructblip_records"  # TFDS names the folder by the builder's class
 TEXTS = ("id", "prompt", "task", "split", "context")
 LISTS = ("answers", "choices", "ocr")
 NUMBERS = ("correct", "blank")
@@ -39,7 +39,7 @@ Splits = Mapping[str, Callable[[], Iterable[Record]]]
 
 
 def record_features() -> tfds.features.FeaturesDict:
-    """The features in which TFDS stores a record."""
+    """Returns the TFDS features (names and types) in which a record is stored."""
     features = tfds.features
     return features.FeaturesDict(
         {
@@ -54,7 +54,7 @@ def record_features() -> tfds.features.FeaturesDict:
 
 
 def record_row(record: Record) -> dict[str, Any]:
-    """The record as a row of `record_features`, its images as paths or as files of bytes."""
+    """Returns the record as a row of `record_features`; images become paths or file objects."""
     row: dict[str, Any] = {name: getattr(record, name) for name in (*TEXTS, *NUMBERS)}
     row |= {name: list(getattr(record, name)) for name in (*LISTS, "times")}
     row["history"] = [text for turn in record.history for text in turn]
@@ -64,9 +64,9 @@ def record_row(record: Record) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class RecordsConfig(tfds.core.BuilderConfig):
-    """One dataset: its name and, for each split, a function that iterates over its records.
+    """The configuration of one dataset: for each split a function that returns its records.
 
-    With `beam` the function returns an Apache Beam transform that gives (number, row) instead.
+    With `beam` the function returns an Apache Beam transform that produces (number, row) instead.
     """
 
     splits: Splits = dataclasses.field(default_factory=dict)
@@ -74,7 +74,7 @@ class RecordsConfig(tfds.core.BuilderConfig):
 
 
 class JaxInstructblipRecords(tfds.core.GeneratorBasedBuilder):
-    """The one builder; a dataset is a `RecordsConfig`."""
+    """The TFDS builder of all datasets; a `RecordsConfig` says which dataset it builds."""
 
     VERSION = tfds.core.Version("1.0.0")
     # Also keeps TFDS from looking for a README and checksums beside this file.
@@ -86,7 +86,7 @@ class JaxInstructblipRecords(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description=DESCRIPTION,
             features=record_features(),
-            disable_shuffling=True,  # the mixture shuffles; here the order is the reader's
+            disable_shuffling=True,  # keep the reader's order; the mixture shuffles
         )
 
     def _split_generators(self, download_manager: Any) -> dict[str, Any]:
@@ -100,12 +100,12 @@ class JaxInstructblipRecords(tfds.core.GeneratorBasedBuilder):
 
 
 class RecordSource:
-    """Random access to the records of one split; what a Grain `MapDataset.source` takes."""
+    """Random access to the records of one split; a Grain `MapDataset.source` can read from it."""
 
     def __init__(self, rows: Any, name: str, shards: Sequence[tuple[str, int]] = ()):
-        """Wraps a TFDS data source that gives the bytes of each row.
+        """Wraps `rows`, a TFDS data source of serialized rows; `name` names the split in messages.
 
-        `shards` are the files that hold them, in order, each with its number of rows.
+        `shards` lists the files of the split in order, each with its number of rows.
         """
         self._rows, self._name, self._shards = rows, name, tuple(shards)
 
@@ -113,16 +113,17 @@ class RecordSource:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Record:
-        """The record at `index`, its images as encoded bytes.
+        """Returns the record at `index`, its images as encoded bytes.
 
         Raises:
-            RecordError: it cannot be read: its shard is damaged, cut short or gone.
+            RecordError: the record cannot be read, because its shard is damaged, cut short or
+                missing.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}: {self!r}")
         try:
             return self._read(index)
-        except Exception as error:  # Riegeli's, protobuf's, or a field that is not there
+        except Exception as error:  # errors of Riegeli or protobuf, or a missing field
             summary = f"{self._shard(index)}: record {index} of the split cannot be read: " + (
                 str(error) or type(error).__name__
             )
@@ -137,7 +138,7 @@ class RecordSource:
         )
 
     def _read(self, index: int) -> Record:
-        # TFDS would look at every feature by its type, which takes five times as long.
+        # TFDS's own decoder handles each feature by its type, which takes five times as long.
         example: Any = tf_example_pb2.Example  # pyright: ignore (its module is made by protobuf)
         row = example.FromString(self._rows[int(index)]).features.feature
         strings = {name: [each.decode() for each in row[name].bytes_list.value] for name in STRINGS}
@@ -151,21 +152,21 @@ class RecordSource:
         return Record(images=tuple(row["images"].bytes_list.value), **fields)
 
     def __repr__(self) -> str:
-        """Names the split: Grain uses it to recognise a source."""
+        """Returns a text with the name of the split, by which Grain recognises a source."""
         return f"RecordSource({self._name})"
 
 
 def prepare(
     folder: str | os.PathLike[str], name: str, splits: Splits, *, version: str = "1.0.0"
 ) -> pathlib.Path:
-    """The folder of the prepared dataset `name`; it is written if it is not there yet.
+    """Returns the folder of the prepared dataset `name`; writes it first if it is absent.
 
-    A run that is killed leaves a folder of another name, which the next run removes; the dataset is
-    there whole or not at all. Of several processes one writes and the others wait. What records
-    hold stands behind `name` and `version`: give another where it changes.
+    A killed run leaves only a folder of another name, which the next run removes, so the dataset is
+    complete or absent. If several processes call this, one writes and the others wait. An existing
+    folder is found by `name` and `version` alone: change one of them when the records change.
 
     Raises:
-        ValueError: what is there has other splits.
+        ValueError: the existing folder has other splits.
     """
     with quiet():
         config = RecordsConfig(name=name, version=version, splits=splits)
@@ -190,7 +191,7 @@ def prepare(
 
 
 def _with_splits(done: pathlib.Path, splits: Splits) -> pathlib.Path:
-    """The finished folder, which must have these splits and no others."""
+    """Returns the finished folder `done`; a ValueError if its splits are not exactly `splits`."""
     with quiet():
         present = sorted(tfds.builder_from_directory(done).info.splits)
     if present != sorted(splits):
@@ -204,11 +205,11 @@ def _with_splits(done: pathlib.Path, splits: Splits) -> pathlib.Path:
 def source(
     folder: str | os.PathLike[str], name: str, split: str, *, version: str = "1.0.0"
 ) -> RecordSource:
-    """The records of one split of a prepared dataset.
+    """Returns the records of one split of a dataset that `prepare` wrote.
 
     Raises:
         FileNotFoundError: the dataset has not been prepared in `folder`.
-        ValueError: it has no such split; the message lists those that it has.
+        ValueError: the dataset has no such split; the message lists those that it has.
     """
     path = pathlib.Path(folder) / BUILDER / name / version
     if not path.is_dir():
@@ -217,15 +218,15 @@ def source(
 
 
 def open_folder(path: str | os.PathLike[str], split: str) -> RecordSource:
-    """The records of one split of the TFDS folder `path`, whichever program wrote it.
+    """Returns the records of one split of the TFDS folder `path`, whichever program wrote it.
 
     Raises:
-        ValueError: it is damaged, or has no such split; the message lists those that it has.
+        ValueError: the folder is damaged or has no such split; the message lists those that it has.
     """
     try:
         with quiet():
             builder: Any = tfds.builder_from_directory(path)
-    except Exception as error:  # of damaged files: whatever the libraries below raise
+    except Exception as error:  # damaged files raise any error of the libraries
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
         raise ValueError(f"{path} cannot be read ({what}): prepare or copy it again") from error
     if split not in builder.info.splits:
@@ -254,7 +255,7 @@ def _file(image: Any) -> Any:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """One process at a time; the lock of a killed one is gone with it."""
+    """Lets one process at a time run the body; the lock (on a file) ends with a killed process."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""A prepared dataset in words."""
+"""Describes a prepared dataset for people."""
 
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -11,9 +11,10 @@ from jax_instructblip.data.readers.dataset import Dataset
 def describe(
     folder: pathlib.Path, dataset: Dataset, raw: pathlib.Path, title: str = ""
 ) -> Iterator[str]:
-    """A prepared dataset for people: the counts of its splits beside the table's, what it lacks.
+    """Yields lines about a prepared dataset: the records of each split, and what is missing.
 
-    `title` is what the folder is called instead of its path.
+    The counts in the report of `folder` are compared with those in the table of datasets. `raw` is
+    the folder of the original files; `title` names the dataset instead of the path of `folder`.
     """
     prepared = read_report(folder)["splits"]
     for name, split in prepared.items():
@@ -26,7 +27,7 @@ def describe(
 
 
 def _counts(split: Mapping[str, Any]) -> str:
-    """The counts of a split beside those that the table expects."""
+    """Returns a sentence: the numbers of records that a split has, left out, and should have."""
     said = f"{split['records']} records"
     if split["left_out_count"]:
         said += f", {split['left_out_count']} left out (named in prepared.json)"

@@ -1,8 +1,9 @@
-"""The identity of a prepared dataset: its records, pictures, candidates and options.
+"""Checks that a prepared dataset was made from the same files and options as are given now.
 
-A survey reads the original annotations (RAW, the folder they were downloaded to) once, before
-anything is written, and looks at every picture file. What is resumed or found done is compared with
-it, so that data prepared from other originals are not taken for these.
+A survey reads the original annotations (in RAW, the folder they were downloaded to) once, before
+anything is written, and computes digests of all records and image files. A finished or unfinished
+dataset that already exists must have the same digests; otherwise a `PrepareError` lists the
+differences.
 """
 
 import dataclasses
@@ -17,8 +18,8 @@ from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record
 from jax_instructblip.progress import Progress
 
-SAMPLED = 16  # pictures of a shard whose content is read; of the others the size is
-SAMPLED_BYTES = 2**20  # of the content of one: a video is larger
+SAMPLED = 16  # pictures of a shard that are hashed; of the others only the size is
+SAMPLED_BYTES = 2**20  # hashed of one picture or video, from its start
 
 CURE = (
     "remove it to prepare it anew, choose another --out, or give RAW and options as they were then"
@@ -26,19 +27,19 @@ CURE = (
 
 
 class PrepareError(ValueError):
-    """A dataset cannot be prepared as asked; shards that are finished stay for the next run."""
+    """A dataset cannot be prepared as asked; finished shards stay for the next run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split as a first reading found it.
+    """One split of the original files, as `survey` found it.
 
     Attributes:
-      name: the split.
-      records: how many it has.
-      digest: stands for all fields of all records, images by their paths below RAW.
-      group: how many records each digest of `pictures` is for; the last one may have fewer.
-      pictures: a digest for the image files of every `group` records.
+      name: the name of the split.
+      records: its number of records.
+      digest: a hash of all fields of all records, images by their paths below RAW.
+      group: the number of records that share a digest in `pictures`; the last group may be smaller.
+      pictures: a digest of the image files of each group.
     """
 
     name: str
@@ -48,24 +49,32 @@ class Split:
     pictures: tuple[str, ...]
 
     def shards(self, size: int) -> int:
-        """The number of shards of `size` records that it takes."""
+        """Returns the number of shards of `size` records that the split takes."""
         return max(1, -(-self.records // size))
 
 
 def choose_splits(dataset: Dataset, raw: pathlib.Path, splits: Sequence[str]) -> list[str]:
-    """The splits asked for, else those whose files are there; a PrepareError for unknown ones."""
+    """Returns `splits`, or if that is empty, all splits whose annotation files are in `raw`.
+
+    Raises:
+        PrepareError: a split is unknown, or `raw` is no folder.
+    """
     if unknown := sorted(set(splits) - set(dataset.files)):
         raise PrepareError(f"{dataset.name} has no splits {unknown}; known: {list(dataset.files)}")
     if not raw.is_dir():
         raise PrepareError(f"{raw} is no folder: it should hold the files of {dataset.name}")
-    # With no files at all: the first split, whose reader says what is missing.
+    # Without any files take the first split: its reader says which files are missing.
     return list(splits) or dataset.present(raw) or list(dataset.files)[:1]
 
 
 def survey(dataset: Dataset, raw: pathlib.Path, name: str, group: int) -> Split:
-    """Reads the annotations once: bad rows end the run before anything is written.
+    """Returns the number of records and the digests of split `name`; reads its annotations once.
 
-    Pictures of every `group` records have a digest.
+    Every `group` records share a digest of their image files. A bad row raises here, before
+    anything is written.
+
+    Raises:
+        AnnotationError: a row cannot be used, or the split has no records.
     """
     digest, count, pictures = hashlib.sha256(), 0, []
     chunk: list[Record] = []
@@ -90,9 +99,10 @@ def survey(dataset: Dataset, raw: pathlib.Path, name: str, group: int) -> Split:
 
 
 def pictures_digest(records: Sequence[Record]) -> str:
-    """A digest of the image files of a shard: the sizes of all, the content of `SAMPLED`.
+    """Returns a digest of the records' image files: all sizes, and the content of some of them.
 
-    A file that is not there counts as such, so that one which comes later makes another digest.
+    About `SAMPLED` records have their images read. A missing file has a digest of its own, so that
+    the digest changes when the file appears.
     """
     digest = hashlib.sha256()
     step = -(-len(records) // SAMPLED)
@@ -130,13 +140,14 @@ def refuse_other(
     """Raises a PrepareError that lists how the finished dataset differs from what is asked for.
 
     Args:
-      folder: that of the dataset.
-      report: its report, by this version of the program or by an older one, which noted less.
-      names: the splits asked for.
-      read: what stands of them in RAW; empty where RAW is not there any more.
-      options: those that change what is stored, by their flags.
-      max_missing: the part of a split's records that may lack a usable image.
-      candidates: the shared candidates of the folder, and those of RAW.
+      folder: the folder of the finished dataset.
+      report: its report; one of an older version of this program has fewer entries.
+      names: the splits that are asked for.
+      read: surveys of splits in RAW; empty where RAW no longer exists.
+      options: options that change what is stored, by the names of their flags.
+      max_missing: the fraction of a split's records that may lack a usable image.
+      candidates: the shared candidates (answers that every record is ranked over) of the folder,
+        and those of RAW.
     """
     wrong = list(_changed_options(report.get("options", {}), options))
     splits = report["splits"]
@@ -164,7 +175,11 @@ def refuse_other(
 
 
 def refuse_other_draft(folder: pathlib.Path, before: Any, settings: Mapping[str, Any]) -> None:
-    """Raises a PrepareError if an unfinished run began with other settings than these."""
+    """Raises a PrepareError if the unfinished run in `folder` began with other settings.
+
+    `before` are the settings it began with, `settings` those of now: the options, and the digest of
+    the annotations of each split.
+    """
     if before == settings:
         return
     before = before if isinstance(before, dict) else {}

@@ -1,12 +1,13 @@
-"""From the original files of a dataset to ArrayRecord shards: by worker processes, resumable.
+"""Prepares a dataset with worker processes: original files to ArrayRecord shards; resumable.
 
     reader --chunks of records--> workers --> OUT/NAME/incomplete.VERSION/NAME-SPLIT.array_record-*
-    all shards there --TFDS metadata, report--> OUT/NAME/VERSION/      what `open_folder` reads
+    all shards there --TFDS metadata, report--> OUT/NAME/VERSION/      for `builder.open_folder`
 
-A shard appears whole, by renaming, with a note of what is in it; a run that is killed goes on at
-the first shard that is not there, and ends with the same bytes. (TFDS's own writer starts over.)
-What is found finished or begun is compared with what is asked for: `identity.py`.
-Records whose image is missing or damaged are left out, counted and listed.
+RAW is the folder of the original files, OUT the folder of prepared datasets. A shard is written
+under another name and renamed when complete; its note, a JSON file beside it, says what is in it. A
+killed run continues with the shards that are missing, and ends with the same bytes (TFDS's own
+writer would start again). An existing dataset is compared with what is asked for (`identity.py`).
+Records with a missing or damaged image are left out, counted and listed in the report.
 """
 
 import collections
@@ -43,13 +44,13 @@ from jax_instructblip.fields import find_problems, mapping, text
 from jax_instructblip.files import ANNOTATION_LIMIT, read_json, require_file
 from jax_instructblip.progress import Progress
 
-VERSION = "1.1.0"  # of the layout: raise it where what is stored changes
+VERSION = "1.1.0"  # of the stored layout; raise it with each change
 REPORT = "prepared.json"
 _REPORT_FIELDS = {"name": text(), "options": mapping(), "splits": mapping()}
-CANDIDATES = "candidates.json"  # that all records are ranked over, where there are such
+CANDIDATES = "candidates.json"  # file of the answers that all records are ranked over
 VIDEO = "video QA"  # the family whose files are videos
 JPEG_QUALITY = 95  # of the frames of a video
-LISTED = 1000  # records left out that the report names, of each split
+LISTED = 1000  # most left out records that the report lists for a split
 
 
 def prepare(
@@ -63,30 +64,30 @@ def prepare(
     max_missing: float = 0.01,
     frames: int = 4,
 ) -> pathlib.Path:
-    """The folder of the prepared dataset, `OUT/NAME/VERSION`; it is written if it is not there yet.
+    """Returns the folder of the prepared dataset, `OUT/NAME/VERSION`; writes it first if absent.
 
     Args:
-      dataset: a row of the table.
-      raw: the folder that holds its original files and images.
-      out: where prepared datasets go.
-      splits: which; if none is named, all whose annotation files are there.
-      workers: processes that read images and write shards; 0 uses this one alone.
-      shard_size: records of a shard.
-      max_missing: the part of a split's records that may lack a usable image.
-      frames: how many are kept of each video, evenly spread over it.
+      dataset: a row of the table of datasets.
+      raw: the folder of its original files and images.
+      out: the folder of prepared datasets.
+      splits: the splits to prepare; by default all whose annotation files are in `raw`.
+      workers: processes that read images and write shards; 0 uses this process alone.
+      shard_size: number of records in a shard.
+      max_missing: the fraction of a split's records that may lack a usable image.
+      frames: number of frames kept of each video, evenly spread over it.
 
     Raises:
         AnnotationError: a file is missing, of another release, or has a row that cannot be used.
-        PrepareError: too many images cannot be used, or OUT holds other data, finished or begun.
+        PrepareError: too many images cannot be used, or OUT holds data of other files or options.
     """
     raw, out = pathlib.Path(raw), pathlib.Path(out)
     done = out / dataset.name / VERSION
     frames = frames if dataset.family == VIDEO else 0
     options = {"shard_size": shard_size, "frames": frames}
-    if done.is_dir() and not raw.exists():  # what it was read from has been tidied away
+    if done.is_dir() and not raw.exists():  # the original files were deleted
         check_done(done, splits, options, max_missing)
         return done
-    if not done.is_dir() and (problem := unwritable(out)):  # before hours of reading
+    if not done.is_dir() and (problem := unwritable(out)):  # fail before hours of reading
         raise PrepareError(f"--out {out} cannot be used, {problem}: choose another folder")
     names = choose_splits(dataset, raw, splits)
     read = [survey(dataset, raw, name, shard_size) for name in names]
@@ -126,9 +127,10 @@ def check_done(
     read: Sequence[Split] = (),
     candidates: Sequence[str] | None = None,
 ) -> None:
-    """Raises a PrepareError where the finished dataset is not the one that is asked for.
+    """Raises a PrepareError if the finished dataset `done` is not the one that is asked for.
 
-    Without `read` and `candidates` it is not compared with RAW.
+    `names`, `options` and `max_missing` are what is asked for. `read` and `candidates` describe
+    RAW; without them the dataset is not compared with RAW.
     """
     stored = read_candidates(done)
     refuse_other(
@@ -143,7 +145,7 @@ def check_done(
 
 
 def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The report of `prepare` on a finished dataset: counts, digests, records left out."""
+    """Returns the report in a finished dataset: counts, digests and records left out."""
     path = pathlib.Path(folder) / REPORT
     report = read_json(path, dict, limit=ANNOTATION_LIMIT)
     if wrong := find_problems({"name": None, "splits": None} | report, _REPORT_FIELDS):
@@ -152,30 +154,30 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def raw_candidates(dataset: Dataset, raw: pathlib.Path) -> tuple[str, ...]:
-    """The shared candidates of the original files; () where there are none."""
+    """Returns the answers that all records are ranked over, read from `raw`; () if none."""
     there = any((raw / name).is_file() for name in dataset.candidate_files)
     return dataset.shared_candidates(raw) if there and dataset.shared_candidates else ()
 
 
 def write_candidates(candidates: Sequence[str], folder: pathlib.Path) -> None:
-    """Writes the shared candidates into a folder that is being prepared, where there are any."""
+    """Writes the answers that all records are ranked over, if any, into a dataset's folder."""
     if candidates:
         write_file(folder / CANDIDATES, json.dumps(candidates, ensure_ascii=False) + "\n")
 
 
 def read_candidates(folder: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The shared candidates of a prepared folder; () where there are none."""
+    """Returns the answers that all records of a prepared dataset are ranked over; () if none."""
     path = pathlib.Path(folder) / CANDIDATES
     return tuple(read_json(path, list)) if path.is_file() else ()
 
 
 def write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
-    """Writes the report that `read_report` reads."""
+    """Writes the report of a dataset into its folder, for `read_report`."""
     write_file(folder / REPORT, json.dumps(report, indent=1) + "\n")
 
 
 def _begin(draft: pathlib.Path, settings: dict[str, Any]) -> None:
-    """Notes how an unfinished run began, or goes on in one that began alike."""
+    """Writes the settings into a new unfinished folder; in an older one they must be the same."""
     path = draft / "settings.json"
     if path.is_file():
         refuse_other_draft(draft, read_json(path), settings)
@@ -193,7 +195,7 @@ def _write_split(
     max_missing: float,
     frames: int,
 ) -> list[dict[str, Any]]:
-    """Writes the shards of a split that are not there yet; the notes of all of them, in order."""
+    """Writes the missing shards of a split; returns the notes of all its shards, in order."""
     count = split.shards(size)
     paths = [
         draft / f"{dataset.name}-{split.name}.array_record-{number:05d}-of-{count:05d}"
@@ -225,23 +227,24 @@ def _write_split(
                     take(number, note, line)
                     continue
                 running.append((number, pool.submit(write_shard, path, chunk, frames)))
-                if len(running) > 2 * max(
-                    workers, 1
-                ):  # so that the records of a few shards are held
+                if len(running) > 2 * max(workers, 1):  # few shards in memory
                     number, future = running.popleft()
                     take(number, future.result(), line)
             for number, future in running:
                 take(number, future.result(), line)
-    except PrepareError:  # by now no worker writes any more
+    except PrepareError:  # all workers have ended
         for path in paths:
             if (note := _read_note(path)) is not None and note["left_out"]:
-                _note_path(path).unlink()  # written again: its images may be there by then
+                _note_path(path).unlink()  # the next run retries its images
         raise
     return [notes[number] for number in range(count)]
 
 
 def write_shard(path: pathlib.Path, records: Sequence[Record], frames: int = 0) -> dict[str, Any]:
-    """Writes one shard, which appears whole, and beside it a note of what is in it."""
+    """Writes one shard and its note, each completely or not at all; returns the note.
+
+    `frames` is the number of frames to take of a video, 0 for images.
+    """
     left_out: list[tuple[str, str]] = []
     sizes: list[int] = []
     features = builder.record_features()
@@ -255,13 +258,13 @@ def write_shard(path: pathlib.Path, records: Sequence[Record], frames: int = 0) 
                     raise RecordError("; ".join(problems), [])
                 usable = with_frames(record, frames) if frames else with_pixels(record)
             except (RecordError, ImageError, VideoError) as error:
-                file = str(record.images[0])  # without its folder: reports are the same anywhere
+                file = str(record.images[0])  # cut its folder, which differs by machine
                 left_out.append((record.id, str(error).replace(file, pathlib.Path(file).name)))
                 continue
             example: Any = serializer.get_tf_example(
                 features.encode_example(builder.record_row(usable))
             )
-            row = example.SerializeToString(deterministic=True)  # maps have no order otherwise
+            row = example.SerializeToString(deterministic=True)  # else map entries change order
             sizes.append(len(row))
             yield index, row
 
@@ -270,7 +273,7 @@ def write_shard(path: pathlib.Path, records: Sequence[Record], frames: int = 0) 
     try:
         with builder.quiet():
             file_adapters.ArrayRecordFileAdapter.write_examples(temporary, rows())
-    except RuntimeError as error:  # what the writer makes of a full disk, and of nothing else
+    except RuntimeError as error:  # the writer raises it only for a full disk
         temporary.unlink(missing_ok=True)
         raise OSError(
             f"{path} cannot be written ({error}); finished shards stay: make room and run it again"
@@ -285,10 +288,10 @@ def write_shard(path: pathlib.Path, records: Sequence[Record], frames: int = 0) 
 
 
 def with_pixels(record: Record) -> Record:
-    """The record with the encoded bytes of its images, each decoded once to see that it can be.
+    """Returns the record with encoded images instead of paths; each is decoded once as a check.
 
     Raises:
-        ImageError: an image that is missing, damaged, or of no known kind.
+        ImageError: an image is missing, damaged, or of no known kind.
     """
     images = []
     for image in record.images:
@@ -305,10 +308,10 @@ def with_pixels(record: Record) -> Record:
 
 
 def with_frames(record: Record, frames: int) -> Record:
-    """The record of a video with JPEGs of `frames` of its frames, and their seconds.
+    """Returns the record of a video with JPEGs of `frames` of its frames, and their seconds.
 
     Raises:
-        VideoError: a file that is missing, damaged, too short, or holds no video.
+        VideoError: the file is missing, damaged, too short, or has no video.
     """
     images, times = encode_frames(str(record.images[0]), frames, quality=JPEG_QUALITY)
     return dataclasses.replace(record, images=images, times=times)
@@ -325,9 +328,10 @@ def _note_path(path: pathlib.Path) -> pathlib.Path:
 
 
 def _read_note(path: pathlib.Path, pictures: str = "") -> dict[str, Any] | None:
-    """The note of a finished shard; None where it is still to be written.
+    """Returns the note of a finished shard; None if the shard must be written (again).
 
-    So it is where its image files have other `pictures`, a digest, than when it was written.
+    `pictures` is the digest that its image files have now; if the note has another one, the shard
+    must be written again. "" skips this check.
     """
     if not (path.is_file() and _note_path(path).is_file()):
         return None
@@ -336,7 +340,7 @@ def _read_note(path: pathlib.Path, pictures: str = "") -> dict[str, Any] | None:
 
 
 def summary(dataset: Dataset, split: Split, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The part of the report that is about one split."""
+    """Returns the report's entry about one split, made from the notes of its shards."""
     left_out = list(itertools.chain(*(note["left_out"] for note in notes)))
     return {
         "records": sum(note["records"] for note in notes),
@@ -383,7 +387,7 @@ def _finish(draft: pathlib.Path, name: str, report: dict[str, Any]) -> None:
 
 
 class _Inline(concurrent.futures.Executor):
-    """Runs what is submitted at once, in this process."""
+    """An executor that runs each task at once in this process."""
 
     def submit(self, fn, /, *args, **kwargs):
         future: concurrent.futures.Future = concurrent.futures.Future()

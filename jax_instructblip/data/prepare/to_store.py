@@ -1,4 +1,4 @@
-"""A dataset prepared on the disk, then moved to a store, where training and evaluation find it."""
+"""Prepares a dataset on the disk and then copies it to an object store (`gs://...`)."""
 
 import os
 from pathlib import Path
@@ -12,15 +12,17 @@ from jax_instructblip.data.readers.dataset import Dataset
 def prepare_to_store(
     dataset: Dataset, raw: str | os.PathLike[str], out: str, **options: Any
 ) -> tuple[Path, str]:
-    """A folder that has the report of the prepared dataset, and the dataset's address in the store.
+    """Returns a local folder with the dataset's report, and the dataset's address in the store.
 
-    Shards are written to a folder of copies first; a run that is killed goes on with what is there.
-    `out` is the address of prepared datasets; the other arguments are those of `shards.prepare`.
+    `out` is the address of prepared datasets; `options` are arguments of `shards.prepare`. Shards
+    are written to a local folder first, where a killed run can be resumed; they are removed after
+    the copy.
 
     Raises:
         ValueError: the store cannot be written to.
-        AnnotationError, PrepareError: as `shards.prepare`; what the store has is compared, too.
-        OSError: a file could not be copied; what was prepared stays on the disk.
+        AnnotationError, PrepareError: as `shards.prepare`, also if the store has another dataset
+            there.
+        OSError: a file could not be copied; the prepared dataset stays on the disk.
     """
     remote.check(out)
     address = f"{out}/{dataset.name}/{shards.VERSION}"
@@ -33,7 +35,7 @@ def prepare_to_store(
     shards.prepare(dataset, raw, home, **options)
     if shards.REPORT not in there:
         stores.send(done, address, last=shards.REPORT)
-        for path in done.iterdir():  # what is read next is a copy of what is in the store
+        for path in done.iterdir():  # later reads fetch a copy from the store
             if path.suffix != ".json":
                 path.unlink()
     return done, address

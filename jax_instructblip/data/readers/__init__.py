@@ -1,1 +1,1 @@
-"""Readers of the original annotation files, one module for each family of tasks."""
+"""Readers of the original annotation files, one module for each kind of dataset."""

@@ -1,4 +1,8 @@
-"""Annotation files, read with errors that name file, row and field."""
+"""Functions that read annotation files, with errors that name file, row and field.
+
+Rows are dicts. The argument `where` is text for error messages, such as `FILE:LINE`; `raw` is the
+folder that holds a dataset's original files.
+"""
 
 import contextlib
 import csv
@@ -10,7 +14,7 @@ from typing import Any
 from jax_instructblip import files
 from jax_instructblip.data.records import Record
 
-Layout = Mapping[str, tuple[str, ...]]  # for each split the files that it needs
+Layout = Mapping[str, tuple[str, ...]]  # split -> files that it needs
 
 
 class AnnotationError(ValueError):
@@ -18,13 +22,13 @@ class AnnotationError(ValueError):
 
 
 def read_text(path: pathlib.Path) -> str:
-    """The text of a UTF-8 file, without byte order mark, its lines ended by newlines alone."""
+    """Returns the text of a UTF-8 file without byte order mark; all line ends become newlines."""
     with _annotation(path):
         return files.read_text(path, files.ANNOTATION_LIMIT)
 
 
 def read_json(path: pathlib.Path, kind: type = object) -> Any:
-    """The document of a JSON file; `kind` (list or dict) is what its top level must be."""
+    """Returns the document in a JSON file; `kind` (list or dict) is what its top level must be."""
     with _annotation(path):
         document = files.read_json(path, limit=files.ANNOTATION_LIMIT)
     if not isinstance(document, kind):
@@ -36,7 +40,7 @@ def read_json(path: pathlib.Path, kind: type = object) -> Any:
 
 
 def read_json_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`FILE:LINE`, object) of each line that is not blank."""
+    """Yields (`FILE:LINE`, object) for each line that is not blank."""
     with _annotation(path):
         for number, row in files.read_jsonl(path):
             where = f"{path}:{number}"
@@ -45,7 +49,7 @@ def read_json_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @contextlib.contextmanager
 def _annotation(path: pathlib.Path) -> Iterator[None]:
-    """Turns what is wrong with the file into an AnnotationError that says what to do."""
+    """Turns errors about the file `path` into an AnnotationError that says what to do."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -59,16 +63,16 @@ def _annotation(path: pathlib.Path) -> Iterator[None]:
 
 
 def read_lines(path: pathlib.Path) -> list[str]:
-    """The lines of a text, ended by newlines alone: other separators are part of a line."""
+    """Returns the lines of a text file; only newlines end a line, not form feeds and the like."""
     return read_text(path).rstrip("\n").split("\n")
 
 
 def read_csv(path: pathlib.Path, columns: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """(`FILE:LINE`, row) of a CSV file with a header, which must have `columns`.
+    """Yields (`FILE:LINE`, row) of a CSV file with a header, which must have `columns`.
 
-    A quoted cell may hold line breaks; the line is the row's first.
+    A quoted cell may hold line breaks; LINE is the first line of the row.
     """
-    # Lines are cut by the parser, which knows what is quoted, and at newlines alone.
+    # The parser splits lines itself, since quoted cells may hold newlines.
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     number = 1
     try:
@@ -96,7 +100,7 @@ def read_csv(path: pathlib.Path, columns: Iterable[str]) -> Iterator[tuple[str, 
 
 
 def field(row: dict[str, Any], name: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """`row[name]`, which must be of that kind (str, int, float, list, dict)."""
+    """Returns `row[name]`, which must be of type `kind` (str, int, float, list, dict)."""
     if name not in row:
         raise AnnotationError(
             f"{where}: no field {name!r}; found {', '.join(map(str, row)) or 'none'}: "
@@ -106,7 +110,7 @@ def field(row: dict[str, Any], name: str, kind: type | tuple[type, ...], where: 
 
 
 def require(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
-    """`value`, which must be of that kind; a truth value is no number."""
+    """Returns `value`, which must be of type `kind`; True and False do not count as numbers."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(files.KINDS[each] for each in kinds)
@@ -115,7 +119,7 @@ def require(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
 
 
 def inside(raw: pathlib.Path, *parts: str, where: str = "") -> str:
-    """The path of a file below `raw`; an annotation that leads out of it is an error."""
+    """Returns the path of a file below `raw`; a path that leads out of `raw` is an error."""
     path = pathlib.PurePosixPath(*parts)
     if path.is_absolute() or ".." in path.parts:
         raise AnnotationError(f"{where or raw}: the path {str(path)!r} leads out of the folder")
@@ -123,7 +127,10 @@ def inside(raw: pathlib.Path, *parts: str, where: str = "") -> str:
 
 
 def pick_layout(raw: pathlib.Path, split: str, *layouts: Layout) -> tuple[int, list[pathlib.Path]]:
-    """Number and files of the first of the layouts whose files of that split are all in `raw`."""
+    """Returns (number, paths) of the first layout whose files for this split are all in `raw`.
+
+    A layout is one way in which a dataset was released: for each split the files that it needs.
+    """
     known = sorted(set().union(*layouts))
     if split not in known:
         raise AnnotationError(f"split {split!r} is not known, expected one of {', '.join(known)}")
@@ -143,7 +150,7 @@ def pick_layout(raw: pathlib.Path, split: str, *layouts: Layout) -> tuple[int, l
 
 
 def text_of(row: dict[str, Any], name: str, where: str) -> str:
-    """`row[name]`, a text that is not blank, without white space around it."""
+    """Returns `row[name]`, a text that must not be blank, without white space around it."""
     text = field(row, name, str, where).strip()
     if not text:
         raise AnnotationError(f"{where}: {name} is blank: correct the row or delete it")
@@ -151,7 +158,7 @@ def text_of(row: dict[str, Any], name: str, where: str) -> str:
 
 
 def texts_of(row: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
-    """`row[name]`, a list of texts, without the blank ones; at least one must be left.
+    """Returns `row[name]`, a list of texts, without the blank ones; at least one must be left.
 
     Official files hold answers that an annotator left blank (A-OKVQA val has one).
     """
@@ -170,9 +177,10 @@ def texts_of(row: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
 def annotated(
     row: dict[str, Any], name: str, where: str, *, hidden: bool = False
 ) -> dict[str, Any]:
-    """`answers` and `blank` of a record: the texts of `row[name]`, and how many were left blank.
+    """Returns `answers` and `blank` for a `Record`: the texts in `row[name]`, how many are blank.
 
-    Neither is looked for where the answers are `hidden`.
+    With `hidden` (the answers of a test set are not public) it returns no answers and reads no
+    field.
     """
     if hidden:
         return {"answers": (), "blank": 0}
@@ -181,7 +189,7 @@ def annotated(
 
 
 def unique(records: Iterable[Record]) -> Iterator[Record]:
-    """The records, of which no two may have the same id."""
+    """Yields the records; an AnnotationError if two have the same id."""
     seen: dict[str, int] = {}
     for number, record in enumerate(records):
         before = seen.setdefault(record.id, number)

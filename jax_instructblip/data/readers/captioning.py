@@ -1,8 +1,8 @@
 """Captioning: COCO, Web CapFilt, NoCaps, Flickr30k, TextCaps.
 
-To train, each caption is a record of its own, `IMAGE:NUMBER`; to evaluate, each image is one record
-with all its captions. White space around a caption is removed: COCO has captions that end in a line
-break, which a model would learn.
+In training splits each caption is a record, `IMAGE:NUMBER`; in others each image is one record with
+all its captions. White space around captions is removed: some of COCO's end in a line break, which
+a model would learn.
 """
 
 import collections
@@ -51,7 +51,7 @@ TEXTCAPS = {
 
 
 class _Image(NamedTuple):
-    """An image, what is said of it, and the words that a machine read in it."""
+    """An image: its id, path, captions, and the words that an OCR program read in it."""
 
     id: str
     path: str
@@ -61,9 +61,10 @@ class _Image(NamedTuple):
 
 
 def read_coco_caption(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """COCO captions in Karpathy's split, as he or LAVIS gives it, or in an official split.
+    """Yields COCO captions in Karpathy's split (his file or LAVIS's) or in an official split.
 
-    Images: `train2014/COCO_train2014_000000000009.jpg`, `train2017/000000000009.jpg` and so on.
+    Images below `raw`: `train2014/COCO_train2014_000000000009.jpg`, `train2017/000000000009.jpg`
+    and so on.
     """
     layout, (path,) = pick_layout(raw, split, COCO_KARPATHY, COCO_LAVIS, COCO_OFFICIAL)
     if layout == 0:
@@ -76,7 +77,7 @@ def read_coco_caption(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 
 def read_web_capfilt(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """Web images with BLIP's synthetic captions; `image` is a path below the folder."""
+    """Yields web images with BLIP's synthetic captions; `image` is a path below the folder."""
     _, (path,) = pick_layout(raw, split, WEB_CAPFILT)
     for number, row in enumerate(read_json(path, list)):
         where = f"{path}: row {number}"
@@ -92,10 +93,11 @@ def read_web_capfilt(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 
 def read_nocaps(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """NoCaps; its test captions are not public, and some copies of val have none either.
+    """Yields NoCaps; its test captions are not public, and some copies of val have none either.
 
-    The domain of an image, where the file tells it, stands behind the name: `nocaps/in-domain`.
-    Images: `val/0013ea2087020901.jpg`.
+    An image's domain, if the file has it, is part of its task: `nocaps/in-domain`.
+
+    Images below `raw`: `val/0013ea2087020901.jpg`.
     """
     layout, (path,) = pick_layout(raw, split, NOCAPS, NOCAPS_LAVIS)
     if layout == 0:
@@ -106,9 +108,9 @@ def read_nocaps(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 
 def read_flickr30k(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """Flickr30k in Karpathy's split, as he or LAVIS gives it; for test also Multi30K's lines.
+    """Yields Flickr30k in Karpathy's split (his file or LAVIS's); test also from Multi30K's texts.
 
-    Images: `flickr30k-images/1007129816.jpg`.
+    Images below `raw`: `flickr30k-images/1007129816.jpg`.
     """
     layout, paths = pick_layout(raw, split, FLICKR_KARPATHY, FLICKR_LAVIS, FLICKR_MULTI30K)
     folder = "flickr30k-images"
@@ -122,9 +124,10 @@ def read_flickr30k(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 
 def read_textcaps(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """TextCaps with Rosetta's words; test captions are not public.
+    """Yields TextCaps with Rosetta's OCR words; test captions are not public.
 
-    Images: `train_images/0054c91397f2fe05.jpg` for train and val, `test_images/...` for test.
+    Images below `raw`: `train_images/0054c91397f2fe05.jpg` for train and val, `test_images/...` for
+    test.
     """
     _, (path, ocr) = pick_layout(raw, split, TEXTCAPS)
     return _records("textcaps", split, _textcaps(raw, path, split, read_rosetta(ocr)))
@@ -153,7 +156,9 @@ def _dressed(task: str, split: str, images: Iterable[_Image]) -> Iterator[Record
 
 
 def _coco(raw: pathlib.Path, path: pathlib.Path, folder: str) -> Iterator[_Image]:
-    """`{"images": [{"id", "file_name"}], "annotations": [{"image_id", "id", "caption"}]}`.
+    """Yields the images of a file in COCO's format.
+
+        {"images": [{"id", "file_name"}], "annotations": [{"image_id", "id", "caption"}]}
 
     Without `annotations` the captions are hidden; with them, each image must have one.
     """
@@ -182,9 +187,11 @@ def _coco(raw: pathlib.Path, path: pathlib.Path, folder: str) -> Iterator[_Image
 
 
 def _karpathy(raw: pathlib.Path, path: pathlib.Path, split: str, folder: str) -> Iterator[_Image]:
-    """`{"images": [{"filename", "filepath", "cocoid", "split", "sentences": [{"raw"}]}]}`.
+    """Yields images of Karpathy's split of COCO or, if `folder` names it, of Flickr30k.
 
-    Flickr30k has neither `filepath` nor `cocoid`. What COCO marks `restval` is trained on.
+        {"images": [{"filename", "filepath", "cocoid", "split", "sentences": [{"raw"}]}]}
+
+    Flickr30k has neither `filepath` nor `cocoid`. COCO's split `restval` belongs to train.
     """
     splits = ("train", "restval") if split == "train" else (split,)
     for number, row in enumerate(_rows(read_json(path, dict), "images", path)):
@@ -212,10 +219,11 @@ def _pooled(
     *,
     hidden: bool = False,
 ) -> Iterator[_Image]:
-    """LAVIS's `[{"image", "caption"}]`: rows of one image are put together, where it first stands.
+    """Yields the images of LAVIS's file, a JSON list of `{"image", "caption"}`.
 
-    `caption` is a text or a list of texts; where it may be `hidden`, it may be absent. An image
-    without a folder lies in `folder`.
+    Rows of one image are joined where its first row is. `caption` is a text or a list of texts;
+    with `hidden` it may be missing. An image without a folder in its name is in `folder`; `name_of`
+    returns its id.
     """
     images: dict[str, _Image] = {}
     for number, row in enumerate(read_json(path, list)):
@@ -239,7 +247,7 @@ def _pooled(
 def _lines(
     raw: pathlib.Path, names: pathlib.Path, captions: list[pathlib.Path], folder: str
 ) -> Iterator[_Image]:
-    """A file of image names and files of captions, line by line."""
+    """Yields the images that a text file names; line n of each caption file is about image n."""
     columns = [read_lines(path) for path in (names, *captions)]
     lengths = {
         path.name: len(lines) for path, lines in zip((names, *captions), columns, strict=True)
@@ -258,7 +266,11 @@ def _lines(
 def _textcaps(
     raw: pathlib.Path, path: pathlib.Path, split: str, ocr: dict[str, tuple[str, ...]]
 ) -> Iterator[_Image]:
-    """`{"data": [{"image_id", "caption_str", ...}]}`, a row for each caption."""
+    """Yields the images of TextCaps's file, whose JSON list `data` has one row a caption.
+
+    A row has `image_id` and `caption_str`; those of test have no caption. `ocr` has the OCR words
+    of each image by its id.
+    """
     folder = "test_images" if split == "test" else "train_images"
     pictures = NamedFiles(raw, PICTURES)
     captions: dict[str, list[str]] = {}
@@ -294,7 +306,7 @@ def _stem_of(row: dict[str, Any], where: str) -> str:
 
 
 def _coco_number(row: dict[str, Any], where: str) -> str:
-    """`COCO_val2014_000000000042.jpg` has the number 42."""
+    """Returns the number in a COCO file name: 42 for `COCO_val2014_000000000042.jpg`."""
     digits = _stem(row["image"]).rpartition("_")[2]
     if not digits.isdecimal():
         raise AnnotationError(

@@ -1,7 +1,6 @@
 """Questions with choices: A-OKVQA, ScienceQA, IconQA.
 
-A choice that is left blank is left out, and the index of the right one moves with it: A-OKVQA val
-has one.
+A blank choice (A-OKVQA val has one) is left out, and the index of the right choice is adjusted.
 """
 
 import pathlib
@@ -33,28 +32,29 @@ ICONQA_LAVIS = {split: (f"annotations/{split}.json",) for split in _SPLITS}
 
 
 def read_aokvqa(raw: pathlib.Path, split: str, task: str = "aokvqa") -> Iterator[Record]:
-    """A-OKVQA with the annotators' answers and the choices; test hides answers and right choice.
+    """Yields A-OKVQA: `answers` are free answers of annotators, `choices` those of multiple choice.
 
-    `answers` are the direct ones, `choices` and `correct` those of multiple choice. Images: those
-    of COCO, `val2017/000000461751.jpg`, unless the row names another (as LAVIS's do).
+    For test, answers and the right choice are hidden. Images below `raw` are those of COCO,
+    `val2017/000000461751.jpg`, unless the row names another (as in LAVIS's files).
     """
     _, (path,) = pick_layout(raw, split, AOKVQA)
     return unique(_aokvqa(raw, split, task, path))
 
 
 def read_scienceqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """The problems of ScienceQA that have an image; `context` is the hint, if there is one.
+    """Yields the problems of ScienceQA that have an image; `context` is the hint, if there is one.
 
-    Images: `images/test/4/image.png`.
+    Images below `raw`: `images/test/4/image.png`.
     """
     _, (path,) = pick_layout(raw, split, SCIENCEQA)
     return unique(_scienceqa(raw, split, path))
 
 
 def read_iconqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """IconQA's questions with choices of text: a folder for each as released, or LAVIS's list.
+    """Yields IconQA's questions with text choices, from its own folders or from LAVIS's file.
 
-    Images: `iconqa/test/choose_txt/7/image.png`, or below `all_images` for LAVIS's list.
+    Images below `raw`: `iconqa/test/choose_txt/7/image.png`, or below `all_images` for LAVIS's
+    file.
     """
     layout, (path,) = pick_layout(raw, split, ICONQA, ICONQA_LAVIS)
     if layout == 0:
@@ -63,7 +63,11 @@ def read_iconqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 
 def _aokvqa(raw: pathlib.Path, split: str, task: str, path: pathlib.Path) -> Iterator[Record]:
-    """`[{"question_id", "image_id", "question", "choices", "correct_choice_idx", ...}]`."""
+    """Yields the records of A-OKVQA's file, a JSON list of questions.
+
+    A question has `question_id`, `image_id` (or `image`, a path), `question`, `choices` and, but
+    for test, `correct_choice_idx` and `direct_answers`.
+    """
     pictures = NamedFiles(raw, PICTURES)
     for number, row in enumerate(read_json(path, list)):
         name = text_of(require(row, dict, f"{path}: row {number}"), "question_id", f"{path}")
@@ -86,7 +90,11 @@ def _aokvqa(raw: pathlib.Path, split: str, task: str, path: pathlib.Path) -> Ite
 
 
 def _scienceqa(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
-    """`{id: {"question", "choices", "answer", "hint", "image", "split"}}`."""
+    """Yields the records of ScienceQA's file, a JSON object that has each problem by its id.
+
+    A problem has `question`, `choices`, `answer` (an index), `hint`, `image` and `split`. Problems
+    of other splits and those without an image are skipped.
+    """
     for name, row in read_json(path, dict).items():
         where = f"{path}: problem {name}"
         if field(require(row, dict, where), "split", str, where) != split:
@@ -98,7 +106,7 @@ def _scienceqa(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Re
 
 
 def _iconqa(raw: pathlib.Path, split: str, folder: pathlib.Path) -> Iterator[Record]:
-    """`ID/data.json`, in the order of the numbers."""
+    """Yields the records of the files `ID/data.json` in `folder`, in the order of ID."""
     problems = list(folder.glob("*/data.json"))
     if not problems:
         raise AnnotationError(f"{folder} has no folder with a data.json: unpack it again")
@@ -109,7 +117,10 @@ def _iconqa(raw: pathlib.Path, split: str, folder: pathlib.Path) -> Iterator[Rec
 
 
 def _iconqa_lavis(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
-    """`[{"image", "question", "choices", "answer"}]`, without ids: the row's number is one."""
+    """Yields the records of LAVIS's file, a JSON list of questions; ids are row numbers.
+
+    A question has `image`, `question`, `choices` and `answer`, an index.
+    """
     for number, row in enumerate(read_json(path, list)):
         where = f"{path}: row {number}"
         name = text_of(require(row, dict, where), "image", where)
@@ -120,7 +131,7 @@ def _iconqa_lavis(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator
 def _choice(
     name: str, image: str, task: str, split: str, row: dict[str, Any], where: str
 ) -> Record:
-    """The record of a row with `question`, `choices`, `answer` (an index), perhaps `hint`."""
+    """Returns the record of a row: `question`, `choices`, `answer` (an index), optional `hint`."""
     choices, correct = _choose(row, "answer", where)
     return Record(
         id=name,
@@ -136,9 +147,10 @@ def _choice(
 
 
 def _choose(row: dict[str, Any], name: str | None, where: str) -> tuple[tuple[str, ...], int]:
-    """The choices that are not blank, and the index of the right one among them.
+    """Returns the choices that are not blank, and the index of the right one among them.
 
-    `name` is the field with its index among all choices; None where it is hidden, which gives -1.
+    `name` is the field that holds the right index among all choices, blank ones included; None
+    means that it is hidden, and the index is -1.
     """
     kept = texts_of(row, "choices", where)
     if name is None:

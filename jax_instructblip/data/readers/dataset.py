@@ -1,4 +1,4 @@
-"""One row of the table of datasets."""
+"""`Dataset`, one row of the table of datasets."""
 
 import dataclasses
 import pathlib
@@ -26,27 +26,29 @@ Reader = Callable[[pathlib.Path, str], Iterator[Record]]
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """One dataset: data, not code.
+    """One dataset: how it is read, and facts about it.
 
     Attributes:
-      name: what configurations and folders call it.
-      family: one of `FAMILIES`.
-      held_in: whether InstructBLIP was trained on it.
-      read: yields the records of one split of a folder that holds the original files.
-      files: for each split the annotation files that `read` needs, relative to that folder.
+      name: its name in configurations and folders.
+      family: the kind of task, one of `FAMILIES`.
+      held_in: True if InstructBLIP was trained on it, False if it was only evaluated.
+      read: function of (raw, split) that yields the records of a split; `raw` is the folder that
+        holds the original files.
+      files: for each split the annotation files that `read` needs, relative to `raw`.
       counts: expected number of records of a split, where it is known.
-      templates: the list of `data/templates.py` that dresses a training prompt; "" for a dataset
-        that brings its own instructions.
+      templates: the list of `data/templates.py` from which training prompts are made; "" for a
+        dataset whose prompts are instructions already.
       licence: of annotations or images, as the source states it.
       source: where to get the files.
-      notes: what is dead, differs between releases, or could not be verified.
-      rerelease: files of another release (LAVIS's, if nothing else is said), which `read` takes
-        where those of `files` are not there.
-      shared_candidates: reads from that folder the answers that every record is ranked over; None
-        where records have choices of their own, or are not ranked.
-      candidate_files: the files that `shared_candidates` reads, one of them being enough.
-      read_answers: yields records that can be scored but not asked, where a file that a prompt
-        needs is not there; `answer_files` are the layouts that it reads.
+      notes: dead links, differences between releases, and what could not be verified.
+      rerelease: for each split the files of another release (if `notes` names no other, that of
+        LAVIS, InstructBLIP's official code), which `read` takes where those of `files` are missing.
+      shared_candidates: function of `raw` that returns the answers over which every record is
+        ranked; None where records have choices of their own, or are not ranked.
+      candidate_files: the files that `shared_candidates` can read; one of them is enough.
+      read_answers: like `read`, but its records can only be scored, not asked: a file that prompts
+        need (with OCR words, say) may be missing.
+      answer_files: one mapping for each layout that `read_answers` knows: for each split its files.
     """
 
     name: str
@@ -66,11 +68,11 @@ class Dataset:
     answer_files: tuple[Mapping[str, tuple[str, ...]], ...] = ()
 
     def present(self, raw: pathlib.Path) -> list[str]:
-        """The splits whose annotation files, of one release or the other, are all in `raw`."""
+        """Returns the splits that `read` can read: `raw` has all files of one release."""
         return self._present(raw, (self.files, self.rerelease))
 
     def scorable(self, raw: pathlib.Path) -> list[str]:
-        """The splits that `read_answers` can read in `raw`."""
+        """Returns the splits that `read_answers` can read in `raw`."""
         return self._present(raw, self.answer_files)
 
     def _present(

@@ -1,6 +1,6 @@
 """Dialogues about an image: Visual Dialog and the three parts of LLaVA-Instruct-150K.
 
-Each answer is a record of its own, `IMAGE:ROUND`; the rounds before it are its history.
+Each answer is a record, with the id `IMAGE:ROUND` and the earlier rounds as its history.
 """
 
 import collections
@@ -30,7 +30,7 @@ LLAVA_PARTS = {
 }
 LLAVA_WHOLE = {"train": ("llava_instruct_150k.json",)}
 
-# What LLaVA asks for a description with, in these words (the slips are its own).
+# The questions with which LLaVA asks for a description, with its own spelling errors.
 LLAVA_DETAIL_QUESTIONS = frozenset(
     (
         "Analyze the image in a comprehensive and detailed manner.",
@@ -49,37 +49,40 @@ LLAVA_DETAIL_QUESTIONS = frozenset(
 
 
 def read_visual_dialog(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """Visual Dialog 1.0: each round has 100 candidates; the context is the image's caption.
+    """Yields Visual Dialog 1.0; each round has 100 candidates, the context is the image's caption.
 
-    `{"data": {"questions": [texts], "answers": [texts], "dialogs": [{"image_id", "caption",
-    "dialog": [{"question", "answer", "answer_options", "gt_index"}]}]}}`, where questions and
-    answers are numbers of the lists. In test only the last round has candidates, and what is right
-    is not public. Images: `VisualDialog_val2018/VisualDialog_val2018_000000239030.jpg`.
+        {"data": {"questions": [texts], "answers": [texts], "dialogs": [
+            {"image_id", "caption", "dialog": [
+                {"question", "answer", "answer_options", "gt_index"}]}]}}
+
+    In a dialog, questions and answers are indices into the two lists. In test only the last round
+    has candidates, and the right one is not public. Images below `raw`:
+    `VisualDialog_val2018/VisualDialog_val2018_000000239030.jpg`.
     """
     _, (path,) = pick_layout(raw, split, VISDIAL)
     return unique(_visual_dialog(raw, split, path))
 
 
 def read_llava_conversation(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """LLaVA's conversations: several rounds about an image. See `_llava`."""
+    """Yields LLaVA's conversations, several rounds about an image; `_llava` describes the files."""
     return _llava(raw, split, "llava_conversation")
 
 
 def read_llava_detail(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """LLaVA's detailed descriptions: one round. See `_llava`."""
+    """Yields LLaVA's detailed descriptions, one round each; `_llava` describes the files."""
     return _llava(raw, split, "llava_detail")
 
 
 def read_llava_reasoning(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """LLaVA's complex reasoning: one round. See `_llava`."""
+    """Yields LLaVA's complex reasoning, one round each; `_llava` describes the files."""
     return _llava(raw, split, "llava_reasoning")
 
 
 def part_of(rounds: Sequence[tuple[str, str]]) -> str:
-    """The part of LLaVA-Instruct-150K that a dialogue belongs to, by its form.
+    """Returns the part of LLaVA-Instruct-150K that a dialogue belongs to, as its rounds show.
 
-    Several rounds are a conversation; one round is a description if it is asked for in the words of
-    `LLAVA_DETAIL_QUESTIONS`, and reasoning otherwise.
+    Several rounds are a conversation. One round is a detailed description if its question is one of
+    `LLAVA_DETAIL_QUESTIONS`, and complex reasoning otherwise.
     """
     if len(rounds) > 1:
         return "llava_conversation"
@@ -122,7 +125,7 @@ def _visual_dialog(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterato
 def _candidates(
     row: dict[str, Any], answers: list[str], answer: str, where: str
 ) -> tuple[tuple[str, ...], int]:
-    """The candidates of a round and the place of the right one, -1 where it is not public."""
+    """Returns (candidate answers, index of the right one) of a round; -1 if it is not public."""
     options = field(row, "answer_options", list, where)
     choices = tuple(
         _at(answers, {"answer_options": option}, "answer_options", where) for option in options
@@ -141,13 +144,13 @@ def _candidates(
 
 
 def _texts(values: list[Any], where: str) -> list[str]:
-    """Stripped texts; not one may be blank, for they are counted."""
+    """Returns the stripped texts; a blank one is an error, since annotations refer to indices."""
     rows = [{"text": value} for value in values]
     return [text_of(row, "text", f"{where}[{number}]") for number, row in enumerate(rows)]
 
 
 def _at(texts: list[str], row: dict[str, Any], name: str, where: str) -> str:
-    """The text whose number in the list is `row[name]`."""
+    """Returns the text whose index in the list is `row[name]`."""
     number = field(row, name, int, where)
     if not 0 <= number < len(texts):
         raise AnnotationError(f"{where}: {name} is {number}, but the list has {len(texts)} texts")
@@ -155,10 +158,12 @@ def _at(texts: list[str], row: dict[str, Any], name: str, where: str) -> str:
 
 
 def _llava(raw: pathlib.Path, split: str, task: str) -> Iterator[Record]:
-    """A part of LLaVA-Instruct-150K, from its own file or out of that of all three.
+    """Yields one part of LLaVA-Instruct-150K (`task`), from its own file or the file of all three.
 
-    `[{"id", "image", "conversations": [{"from": "human" or "gpt", "value"}]}]`. `<image>`, which
-    marks where the image stands, is taken out. Images: `train2017/000000033471.jpg` of COCO.
+        [{"id", "image", "conversations": [{"from": "human" or "gpt", "value"}]}]
+
+    `<image>`, the mark of the image's place in the text, is removed. Images below `raw`:
+    `train2017/000000033471.jpg` of COCO.
     """
     layout, (path,) = pick_layout(raw, split, {"train": (LLAVA_PARTS[task],)}, LLAVA_WHOLE)
     dialogues = _dialogues(path)
@@ -168,7 +173,7 @@ def _llava(raw: pathlib.Path, split: str, task: str) -> Iterator[Record]:
 
 
 def _dialogues(path: pathlib.Path) -> Iterator[tuple[str, dict, list[tuple[str, str]]]]:
-    """(where, row, rounds) of each dialogue."""
+    """Yields (text for errors, row, rounds) of each dialogue; a round is (question, answer)."""
     for number, row in enumerate(read_json(path, list)):
         where = f"{path}: row {number}"
         said = field(require(row, dict, where), "conversations", list, where)
@@ -197,7 +202,7 @@ def _turns(
     for where, row, rounds in dialogues:
         name = text_of(row, "image", where)
         image = inside(raw, *((name,) if "/" in name else ("train2017", name)), where=where)
-        # The id is the image's: a second dialogue about it needs another.
+        # An id is that of the image, so a second dialogue about the image gets another one.
         row_id = str(field(row, "id", (int, str), where))
         uses[row_id] += 1
         if uses[row_id] > 1:

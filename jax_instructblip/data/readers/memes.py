@@ -27,10 +27,11 @@ OLDER = {"val": ("dev.jsonl",), "test": ("test.jsonl",)}
 
 
 def read_hateful_memes(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """One record a meme: its text is the context, "yes" (hateful) and "no" are the choices.
+    """Yields one record a meme: its text is the context, the choices are "yes" (hateful) and "no".
 
-    `{"id": 8291, "img": "img/08291.png", "label": 1, "text": "..."}`; a meme without label, as in
-    the older release's test set, has no answer and no right choice.
+        {"id": 8291, "img": "img/08291.png", "label": 1, "text": "..."}
+
+    A meme without label, as in the older release's test set, has no answer and no right choice.
     """
     _, (path,) = pick_layout(raw, split, FILES, OLDER)
     return unique(_records(raw, split, path))

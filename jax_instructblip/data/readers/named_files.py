@@ -1,8 +1,7 @@
-"""Files whose ending the annotations do not tell, or tell otherwise than the disk.
+"""Finds image and video files whose ending differs from the one that the annotations tell.
 
-An annotation names a picture or a video by its stem; which program wrote the file, and in which
-container, is seen in the folder alone: `KEY.jpg` may lie there as `KEY.GIF`, `video7.mp4` as
-`video7.webm`.
+Annotations name a picture or a video, often without an ending, and the file that was downloaded may
+have another one: `KEY.jpg` may be `KEY.GIF` on the disk, `video7.mp4` may be `video7.webm`.
 """
 
 import os
@@ -21,25 +20,26 @@ VIDEOS = frozenset(
 
 
 class NamedFiles:
-    """Looks files up below a folder, whatever their ending; each folder is listed once.
+    """Finds files below a folder, whatever their ending; lists each subfolder only once.
 
-    Stems are compared to the letter (the ids of videos are), endings are not.
+    The name without ending must match exactly, the ending in any case.
     """
 
     def __init__(self, raw: pathlib.Path, endings: frozenset[str]):
-        """`endings` are those that a file found instead may have, in small letters."""
+        """Looks below the folder `raw`; `endings` are those that a file may have, in lower case."""
         self._raw, self._endings = raw, endings
         self._names: dict[str, frozenset[str]] = {}
         self._stems: dict[str, dict[str, list[str]]] = {}
 
     def find(self, *parts: str, usual: str = "", where: str = "") -> str:
-        """The path of the file of that name below the folder, or of the one with another ending.
+        """Returns the path of a file below the folder; `parts` are subfolders and name.
 
-        A name without a known ending gets the `usual` one. Of several files the usual one comes
-        first, then the order of the alphabet. Where none is there, the name as it was asked for.
+        A name without a known ending gets the ending `usual`. If there is no such file, a file of
+        that name with another ending is taken, `usual` first, then in alphabetical order. If there
+        is none either, the path as asked for is returned. `where` names the row in errors.
 
         Raises:
-            AnnotationError: the name leads out of the folder.
+            AnnotationError: the path leads out of the folder.
         """
         stem, ending = self._split(parts[-1])
         name = f"{stem}{ending or usual}"

@@ -1,4 +1,4 @@
-"""Questions about text in images, with the words that a machine read there: TextVQA and OCR-VQA."""
+"""TextVQA and OCR-VQA: questions about text in images, with words from an OCR program."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ TEXTVQA_TOOLS = {
     )
     for split in ("train", "val")
 }
-# Without the words of Rosetta, which only a prompt needs.
+# The same without the files of Rosetta's words, which scoring does not need.
 TEXTVQA_ANSWERS = (
     {split: files[:1] for split, files in TEXTVQA.items()},
     {split: files[::2] for split, files in TEXTVQA_TOOLS.items()},
@@ -46,10 +46,10 @@ OCRVQA_LAVIS = {split: ("ocrvqa.json",) for split in OCRVQA_NUMBERS}
 
 
 def read_textvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """TextVQA with Rosetta's words, from its own files or from those of the VQA tools.
+    """Yields TextVQA with Rosetta's OCR words, from its own files or from files in VQAv2's layout.
 
-    Images: `train_images/003a8ae2ef43b901.jpg` for train and val, `test_images/...` for test, whose
-    answers are not public.
+    Images below `raw`: `train_images/003a8ae2ef43b901.jpg` for train and val, `test_images/...` for
+    test, whose answers are not public.
     """
     layout, paths = pick_layout(raw, split, TEXTVQA, TEXTVQA_TOOLS)
     records = _textvqa_records(raw, split, layout, paths[::2])
@@ -57,18 +57,18 @@ def read_textvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 
 def read_textvqa_answers(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """TextVQA without Rosetta's words: enough to score answers that were made before."""
+    """Yields TextVQA without Rosetta's OCR words: enough to score answers that were made before."""
     layout, paths = pick_layout(raw, split, *TEXTVQA_ANSWERS)
     return unique(_textvqa_records(raw, split, layout, paths))
 
 
 def read_ocrvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """OCR-VQA: the questions about each book cover, one after the other.
+    """Yields OCR-VQA: the questions about each book cover, one after another.
 
-    Images: `images/KEY.jpg`, or with the ending of its address, or any other. The dataset has no
-    words of its own, and what InstructBLIP read the covers with is not known; your own may stand in
-    `ocr_tokens.json`, in the layout of Rosetta's files. A missing answer (a book without
-    author) leaves a question without answers.
+    Images below `raw`: `images/KEY.jpg`, or with the ending that the cover's address (`imageURL`)
+    has, or any other image ending. The dataset has no OCR words, and it is not known which ones
+    InstructBLIP was given; your own may be in `ocr_tokens.json`, in the layout of Rosetta's files.
+    A blank answer (a book without author) leaves the record without answers.
     """
     _, (path,) = pick_layout(raw, split, OCRVQA, OCRVQA_LAVIS)
     ocr = raw / "ocr_tokens.json"
@@ -83,7 +83,7 @@ def read_ocrvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
             continue
         questions = field(row, "questions", list, where)
         answers = field(row, "answers", list, where)
-        # The official script keeps the ending of the address, which need not be `.jpg`.
+        # The official download script keeps the ending of the address, which may not be `.jpg`.
         address = field(row, "imageURL", str, where) if "imageURL" in row else ""
         ending = pathlib.PurePosixPath(urllib.parse.urlsplit(address).path).suffix.lower()
         usual = ending if ending in PICTURES else ".jpg"
@@ -105,11 +105,15 @@ def read_ocrvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 
 def _with_words(records: Iterable[Record], path: pathlib.Path) -> Iterator[Record]:
-    """The records with what Rosetta read in their images."""
+    """Yields the records with the words that Rosetta read in their images.
+
+    Raises:
+        AnnotationError: the file has no entry for an image.
+    """
     words = read_rosetta(path)
     for record in records:
         image = pathlib.PurePath(str(record.images[0])).stem
-        # A question without its words is another, harder one: silence would cost ten points.
+        # Raise: a question without OCR words is harder, and scores would fall by ten points.
         if image not in words:
             raise AnnotationError(
                 f"question {record.id}: {path} has no words of image {image!r}: is it of another "
@@ -121,7 +125,7 @@ def _with_words(records: Iterable[Record], path: pathlib.Path) -> Iterator[Recor
 def _textvqa_records(
     raw: pathlib.Path, split: str, layout: int, paths: list[pathlib.Path]
 ) -> Iterator[Record]:
-    """The records of TextVQA's own file (layout 0), or of the two files of the VQA tools (1)."""
+    """Yields the records of TextVQA's own file (layout 0) or of two files in VQAv2's layout (1)."""
     if layout == 0:
         return _textvqa(raw, split, paths[0])
     image = functools.partial(_textvqa_image, split)
@@ -129,7 +133,10 @@ def _textvqa_records(
 
 
 def _textvqa(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
-    """`{"data": [{"question_id", "question", "image_id", "answers": [10 texts]}]}`."""
+    """Yields the records of TextVQA's own file, one for each row of its JSON list `data`.
+
+    A row has `question_id`, `question`, `image_id` and, but for test, `answers`, ten texts.
+    """
     pictures = NamedFiles(raw, PICTURES)
     for number, row in enumerate(field(read_json(path, dict), "data", list, str(path))):
         where = f"{path}: data[{number}]"

@@ -1,6 +1,6 @@
-"""Visual reasoning: GQA, whose questions are made from scene graphs, and the statements of VSR.
+"""Visual reasoning: GQA (questions made from scene graphs) and VSR (true or false statements).
 
-IconQA, of the same family, has choices and is in `choices.py`.
+IconQA is of the same family, but has choices and is in `choices.py`.
 """
 
 import collections
@@ -30,26 +30,30 @@ VSR_ANSWERS = ("false", "true")  # in the order of the labels 0 and 1
 
 
 def read_gqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """GQA's balanced questions: an object by question as released, or LAVIS's list.
+    """Yields GQA's balanced questions, from its own file or from LAVIS's.
 
-    Images: `images/n161313.jpg`.
+    Images below `raw`: `images/n161313.jpg`.
     """
     _, (path,) = pick_layout(raw, split, GQA)
     return unique(_gqa(raw, split, path))
 
 
 def read_vsr(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """VSR: statements that are true or false, of the zero-shot split or of `random_...`.
+    """Yields VSR's true or false statements, of a zero-shot split or a random one (`random_...`).
 
-    Images: `images/000000017697.jpg`. A record is named by its image and how many statements came
-    before about it.
+    Images below `raw`: `images/000000017697.jpg`. The id of a record is its image and how many
+    statements about that image came before.
     """
     _, (path,) = pick_layout(raw, split, VSR)
     return unique(_vsr(raw, split, path))
 
 
 def _gqa(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
-    """`{id: {"imageId", "question", "answer"}}`, or a list with `image` and `question_id`."""
+    """Yields the records of GQA's own file or of LAVIS's.
+
+    GQA's is a JSON object that has `imageId`, `question` and `answer` by question id; LAVIS's is a
+    list of the same with `question_id` and `image` (a file name) instead of `imageId`.
+    """
     document = read_json(path)
     pictures = NamedFiles(raw, PICTURES)
     released = isinstance(require(document, (dict, list), str(path)), dict)
@@ -73,7 +77,7 @@ def _gqa(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
 
 
 def _vsr(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
-    """`{"image", "caption", "label": 0 or 1}` on each line."""
+    """Yields the records of a file with `{"image", "caption", "label": 0 or 1}` on each line."""
     before: collections.Counter[str] = collections.Counter()
     for where, row in read_json_lines(path):
         image = text_of(row, "image", where)

@@ -1,7 +1,8 @@
-"""Words that the Rosetta system read in the images of TextVQA, which are those of TextCaps too.
+"""Reads the words that the OCR system Rosetta found in the images of TextVQA and TextCaps.
 
-TextVQA_Rosetta_OCR_v0.2_{train,val,test}.json
-{"data": [{"image_id": "0054c91397f2fe05", "ocr_tokens": ["NOKIA", "7"], ...}, ...]}
+Both datasets have the same images. The files are TextVQA_Rosetta_OCR_v0.2_{train,val,test}.json:
+
+    {"data": [{"image_id": "0054c91397f2fe05", "ocr_tokens": ["NOKIA", "7"], ...}, ...]}
 """
 
 import pathlib
@@ -16,7 +17,7 @@ from jax_instructblip.data.readers.annotations import (
 
 
 def read_rosetta(path: pathlib.Path) -> dict[str, tuple[str, ...]]:
-    """The words of each image id in the file's order, blank ones left out."""
+    """Returns the words of each image, by image id, in the file's order and without blank ones."""
     words: dict[str, tuple[str, ...]] = {}
     for number, row in enumerate(field(read_json(path, dict), "data", list, str(path))):
         where = f"{path}: data[{number}]"

@@ -1,4 +1,4 @@
-"""Questions about videos: MSVD-QA, MSRVTT-QA and iVQA. `images` is the path of the video file."""
+"""Questions about videos: MSVD-QA, MSRVTT-QA and iVQA; `images` of a record is the video's path."""
 
 import pathlib
 from collections.abc import Iterator
@@ -26,15 +26,15 @@ MSVD = {split: (f"{split}_qa.json", "youtube_mapping.txt") for split in _SPLITS}
 MSRVTT = {split: (f"{split}_qa.json",) for split in _SPLITS}
 IVQA = {split: (f"{split}.csv",) for split in _SPLITS}
 
-CANDIDATES = ("qa_ans2label.json", "train_ans2label.json")  # either
+CANDIDATES = ("qa_ans2label.json", "train_ans2label.json")  # one of them is enough
 _IVQA_CLIP = ("video_id", "start", "end")
 _IVQA_ANSWERS = tuple(f"answer{number}" for number in range(1, 6))
 
 
 def read_msvd_qa(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """MSVD-QA as LAVIS gives it, or in the original files, which number the videos.
+    """Yields MSVD-QA from LAVIS's files, or from the original ones, where videos are numbers.
 
-    Videos: `videos/-4wsuPCjDBc_5_15.avi`.
+    Videos below `raw`: `videos/-4wsuPCjDBc_5_15.avi`.
     """
     layout, paths = pick_layout(raw, split, LAVIS, MSVD)
     names = _mapping(paths[1]) if layout == 1 else {}
@@ -42,28 +42,29 @@ def read_msvd_qa(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 
 def read_msrvtt_qa(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """MSRVTT-QA as LAVIS gives it, or in the original files, which number the videos.
+    """Yields MSRVTT-QA from LAVIS's files, or from the original ones, where videos are numbers.
 
-    Videos: `videos/video6513.mp4`.
+    Videos below `raw`: `videos/video6513.mp4`.
     """
     _, (path,) = pick_layout(raw, split, LAVIS, MSRVTT)
     return unique(_records(raw, split, "msrvtt_qa", path, ".mp4", {}))
 
 
 def read_ivqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """iVQA: five answers to one question about each clip of an instruction video.
+    """Yields iVQA: a question about each clip of an instruction video, with five answers.
 
-    Clips, cut out of the videos beforehand: `videos/VIDEO_START_END.mp4`, numbers as in the file.
+    The clips must be cut out of the videos beforehand, as `videos/VIDEO_START_END.mp4` with the
+    numbers in the file.
     """
     _, (path,) = pick_layout(raw, split, IVQA)
     return unique(_ivqa(raw, split, path))
 
 
 def read_candidates(raw: pathlib.Path) -> tuple[str, ...]:
-    """The answers that MSVD-QA and MSRVTT-QA are ranked over, in the order of their labels.
+    """Returns the answers over which MSVD-QA and MSRVTT-QA are ranked, in label order.
 
-    They stand in `qa_ans2label.json` (or `train_ans2label.json`, its name where LAVIS serves it).
-    Every question has the same thousands of them, so that no record carries them as `choices`.
+    They are read from `qa_ans2label.json` or `train_ans2label.json` (LAVIS's name for it). There
+    are thousands, the same for every question, so no record has them as `choices`.
     """
     paths = [raw / name for name in CANDIDATES]
     path = next(filter(pathlib.Path.is_file, paths), paths[0])
@@ -84,7 +85,11 @@ def _records(
     container: str,
     names: dict[str, str],
 ) -> Iterator[Record]:
-    """LAVIS has `video`, `question_id`; the original `video_id`, `id`, and `names` of numbers."""
+    """Yields the records of LAVIS's files (`video`, `question_id`) or the original ones.
+
+    The original files have `video_id` (a number) and `id`. `names` gives the video file of a
+    number, `container` the ending of a video file whose name has none.
+    """
     document = require(read_json(path), (list, dict), str(path))
     videos = NamedFiles(raw, VIDEOS)
     rows = document.items() if isinstance(document, dict) else enumerate(document)
@@ -105,7 +110,10 @@ def _records(
 
 
 def _numbered(row: dict[str, Any], names: dict[str, str], where: str) -> str:
-    """The name of a numbered video: MSVD has a list of them, MSRVTT calls number 7 `video7`."""
+    """Returns the name of the video with the number `row["video_id"]`.
+
+    MSVD lists the `names`; without names (MSRVTT) number 7 is `video7`.
+    """
     number = field(row, "video_id", int, where)
     if not names:
         return f"video{number}"
@@ -115,7 +123,7 @@ def _numbered(row: dict[str, Any], names: dict[str, str], where: str) -> str:
 
 
 def _mapping(path: pathlib.Path) -> dict[str, str]:
-    """Lines `-4wsuPCjDBc_5_15 vid1`, turned around."""
+    """Returns {"vid1": "-4wsuPCjDBc_5_15"} from lines such as `-4wsuPCjDBc_5_15 vid1`."""
     names = {}
     for number, line in enumerate(read_lines(path), start=1):
         words = line.split()

@@ -1,7 +1,8 @@
-"""Questions with free answers: VQAv2, OK-VQA, VizWiz, and questions to be generated.
+"""Questions with free answers (VQAv2, OK-VQA, VizWiz), and datasets for question generation.
 
-`vqa_tool` reads the layout of the VQA tools, in which many datasets are given. Answers are those of
-the annotators, in their order; those that were left blank are counted (`Record.blank`).
+`vqa_tool` reads the file layout of the VQA tools (the official scripts of VQAv2), which many
+datasets use. A record has one answer for each annotator, in their order; blank answers are only
+counted (`Record.blank`).
 """
 
 import dataclasses
@@ -57,17 +58,18 @@ def vqa_tool(
     paths: list[pathlib.Path],
     image: Callable[[dict[str, Any], str], str],
 ) -> Iterator[Record]:
-    """Records of a question file and, if it is there, an annotation file of the VQA tools.
+    """Yields the records of a question file and an annotation file in VQAv2's layout.
 
         {"questions": [{"question_id", "image_id", "question"}]}
         {"annotations": [{"question_id", "answers": [{"answer"}]}]}
 
     Args:
       raw: the folder of the dataset.
-      split: where the records belong.
-      task: their dataset.
-      paths: the question file; the annotation file, unless the answers are hidden.
-      image: path below `raw` of the image of a question's row; also gets words for errors.
+      split: the split of the records.
+      task: the dataset that the records name.
+      paths: the question file and the annotation file; the latter is missing if answers are hidden.
+      image: function of (row of a question, text for errors) that returns the image's path below
+        `raw`.
 
     Raises:
       AnnotationError: a question has no annotation, or an annotation no question.
@@ -100,9 +102,9 @@ def vqa_tool(
 
 
 def read_vqav2(raw: pathlib.Path, split: str, task: str = "vqav2") -> Iterator[Record]:
-    """VQAv2, as released for the VQA tools or by LAVIS; no answers of test and test-dev.
+    """Yields VQAv2 from its official files or LAVIS's; test and test-dev have no answers.
 
-    Images: `train2014/COCO_train2014_000000000009.jpg` and so on.
+    Images below `raw`: `train2014/COCO_train2014_000000000009.jpg` and so on.
     """
     layout, paths = pick_layout(raw, split, VQAV2, VQAV2_LAVIS)
     if layout == 1:
@@ -112,9 +114,9 @@ def read_vqav2(raw: pathlib.Path, split: str, task: str = "vqav2") -> Iterator[R
 
 
 def read_okvqa(raw: pathlib.Path, split: str, task: str = "okvqa") -> Iterator[Record]:
-    """OK-VQA, as released for the VQA tools, or LAVIS's file of train.
+    """Yields OK-VQA from its official files or, for train only, LAVIS's.
 
-    Images: `train2014/COCO_train2014_000000000009.jpg` and so on.
+    Images below `raw`: `train2014/COCO_train2014_000000000009.jpg` and so on.
     """
     layout, paths = pick_layout(raw, split, OKVQA, OKVQA_LAVIS)
     if layout == 1:
@@ -124,10 +126,10 @@ def read_okvqa(raw: pathlib.Path, split: str, task: str = "okvqa") -> Iterator[R
 
 
 def read_vizwiz(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """VizWiz-VQA as released (LAVIS has the same rows), or rewritten for the VQA tools.
+    """Yields VizWiz-VQA from its official file (LAVIS's is equal) or from files in VQAv2's layout.
 
-    Images: `val/VizWiz_val_00000000.jpg` and so on. A question is named by its image, of which it
-    is the only one; rewritten files have their own numbers.
+    Images below `raw`: `val/VizWiz_val_00000000.jpg` and so on. Each image has one question, so
+    that the id of a record is the image's name; in VQAv2's layout it is the number there.
     """
     layout, paths = pick_layout(raw, split, VIZWIZ, VIZWIZ_TOOL)
     if layout == 1:
@@ -148,7 +150,7 @@ def _tool_answers(path: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def _annotators(row: dict[str, Any], where: str, *, hidden: bool = False) -> dict[str, Any]:
-    """`annotated` of `[{"answer"}, ...]`."""
+    """Returns `answers` and `blank` of a record, from `row["answers"]`, `[{"answer"}, ...]`."""
     if hidden:
         return annotated(row, "answers", where, hidden=True)
     texts = [
@@ -159,7 +161,10 @@ def _annotators(row: dict[str, Any], where: str, *, hidden: bool = False) -> dic
 
 
 def _lavis(raw: pathlib.Path, split: str, task: str, path: pathlib.Path) -> Iterator[Record]:
-    """LAVIS's `[{"question_id", "question", "answer": [text], "image"}]`."""
+    """Yields the records of LAVIS's file, a JSON list of questions.
+
+    A question has `question_id`, `question`, `answer` (a list of texts) and `image` (a path).
+    """
     for number, row in enumerate(read_json(path, list)):
         where = f"{path}: row {number}"
         yield Record(
@@ -173,7 +178,10 @@ def _lavis(raw: pathlib.Path, split: str, task: str, path: pathlib.Path) -> Iter
 
 
 def _vizwiz(raw: pathlib.Path, split: str, path: pathlib.Path) -> Iterator[Record]:
-    """`[{"image", "question", "answers": [{"answer"}]}]`, in test without answers."""
+    """Yields the records of VizWiz's file, a JSON list of `{"image", "question", "answers"}`.
+
+    `answers` is a list of `{"answer": text}`; test has none.
+    """
     for number, row in enumerate(read_json(path, list)):
         where = f"{path}: row {number}"
         name = text_of(require(row, dict, where), "image", where)
@@ -240,10 +248,10 @@ _OKVQA = Dataset(
 
 
 def as_questions(answering: Dataset, read: Callable[..., Iterator[Record]]) -> Dataset:
-    """The dataset in which a question is to be generated from an image and an answer.
+    """Returns a dataset for question generation: from an image and an answer, write the question.
 
-    Its records are those of the answering one; its templates make question and answer change
-    places.
+    It has the training records of the dataset `answering`, read by `read`; its templates exchange
+    question and answer.
     """
     name = f"{answering.name}_questions"
     return dataclasses.replace(

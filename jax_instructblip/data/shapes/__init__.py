@@ -1,1 +1,1 @@
-"""The embedded default world: `world` draws it, `tasks` asks about it, `dataset` splits it."""
+"""The built-in toy dataset: `world` draws scenes, `tasks` has questions, `dataset` the splits."""

@@ -1,13 +1,14 @@
-"""The prepared `shapes` datasets: which split holds which scenes and which families of questions.
+"""The built-in datasets `shapes` and `shapes-captions`, with the contents of their splits.
 
-    shapes            train, validation     held-in families
-                      test                  held-in families, other scenes
-                      test_pairs            held-in families, about held-out pairs
-                      test_families         held-out families, the scenes of `test`
-    shapes-captions   train, validation     captions: what the Q-Former is pre-trained on
+    shapes            train, validation     question families that the model is tuned on (held in)
+                      test                  the same families, other scenes
+                      test_pairs            the same families, about held-out pairs (see below)
+                      test_families         held-out families (never tuned on), scenes of `test`
+    shapes-captions   train, validation     captions, on which the Q-Former is pre-trained
 
-Both are drawn and written in some seconds, where they are absent, into a cache folder: the one
-given, else `$JAX_INSTRUCTBLIP_CACHE`, else `runs/data`.
+A family is a kind of question (`tasks.py`). A held-out pair is a color and a shape that never occur
+together in training (`world.py`). The datasets are drawn and written on first use, which takes
+seconds, into the folder given, else `$JAX_INSTRUCTBLIP_CACHE`, else `runs/data`.
 """
 
 import os
@@ -42,7 +43,7 @@ DATASETS: dict[str, dict[str, tuple[str, int, dict[str, Family]]]] = {
 
 
 def default_folder() -> pathlib.Path:
-    """The folder of the datasets where none is named."""
+    """Returns `$JAX_INSTRUCTBLIP_CACHE` or else `runs/data`, the folder of built-in datasets."""
     return pathlib.Path(os.environ.get("JAX_INSTRUCTBLIP_CACHE") or pathlib.Path("runs", "data"))
 
 
@@ -52,10 +53,10 @@ def prepare_shapes(
     *,
     scenes: Mapping[str, int] | None = None,
 ) -> pathlib.Path:
-    """The folder of the prepared dataset, which is drawn and written first where it is absent.
+    """Returns the folder of the prepared dataset; draws and writes it first if it is absent.
 
-    `scenes` changes the number of scenes of some splits (a dataset of its own then, with these
-    numbers in its name).
+    `scenes` changes the number of scenes of some splits, by split. The result is then a dataset of
+    its own, with these numbers in its name.
     """
     sizes = _sizes(dataset, scenes)
     total = sum(sizes.values())
@@ -76,7 +77,13 @@ def shapes_source(
     *,
     scenes: Mapping[str, int] | None = None,
 ) -> builder.RecordSource:
-    """Random access to the records of one split, prepared first where absent."""
+    """Returns the records of one split with random access; draws them first if they are absent.
+
+    The arguments are those of `prepare_shapes`.
+
+    Raises:
+        ValueError: there is no such dataset or split.
+    """
     sizes = _sizes(dataset, scenes)
     if split not in sizes:
         raise ValueError(

@@ -1,8 +1,13 @@
-"""Questions about a drawn scene: one table of their families, and the records made of them.
+"""Questions about a drawn scene: a table of families of questions, and the records made from them.
 
-A family is a row of `FAMILIES`: how it asks, which templates dress the question, and whether it is
-held in (tuned on) or held out (asked only in evaluation, zero-shot). Every question has one right
-answer in its scene: things are named by a color or a shape that nothing else there has.
+A family is a row of `FAMILIES`: a function that asks a question about a scene, templates for its
+prompts, and whether it is held in (the model is tuned on it) or held out (only in evaluation, zero
+shot). Every question has one right answer: it names a thing by a color or a shape that no other
+thing of the scene has.
+
+An `ask_...` function takes a scene, random numbers and `focus`, the thing to ask about (None if the
+scene has no thing of a unique color and shape). It returns a `Question`, or None if the scene does
+not allow one.
 """
 
 import dataclasses
@@ -17,12 +22,12 @@ from jax_instructblip.data.shapes import world
 from jax_instructblip.data.shapes.world import COLORS, PLACES, SHAPES, Scene, Thing
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
-OPTIONS = 3  # of a multiple-choice question
+OPTIONS = 3  # number of choices of a multiple-choice question
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question; `fields` fill the placeholders of the family's templates."""
+    """One question: its right answer, and the fields that fill the placeholders of a template."""
 
     fields: dict[str, str]
     answer: str
@@ -34,7 +39,10 @@ Asker = Callable[[Scene, np.random.Generator, Thing | None], Question | None]
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A kind of question; `ask` returns None where the scene does not allow it."""
+    """A kind of question: a function that asks it, and templates for the prompt.
+
+    `held_in` is True where the model is tuned on it, False where it is only evaluated.
+    """
 
     ask: Asker
     templates: tuple[str, ...]
@@ -42,7 +50,7 @@ class Family:
 
 
 def ask_caption(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """The large thing and the word: what a short caption would speak of."""
+    """Asks for a short caption, which names the large thing and the written word."""
     main = [thing for thing in scene.things if thing.large]
     if not main or not scene.word:
         return None
@@ -50,22 +58,22 @@ def ask_caption(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> 
 
 
 def ask_detail(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """Everything there is, in the order of the scene."""
+    """Asks for a long caption, which lists everything in the scene."""
     return Question({}, describe(scene))
 
 
 def ask_color(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """The color of the only thing of a shape."""
+    """Asks for the color of `focus`, which the question names by its shape."""
     return focus and Question({"question": f"What color is the {focus.shape}?"}, focus.color)
 
 
 def ask_shape(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """The shape of the only thing of a color."""
+    """Asks for the shape of `focus`, which the question names by its color."""
     return focus and Question({"question": f"Which shape is {focus.color}?"}, focus.shape)
 
 
 def ask_position(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """The quadrant of the only thing of a shape, or of a color."""
+    """Asks for the quadrant of `focus`, which the question names by its shape or by its color."""
     if focus is None:
         return None
     name = focus.shape if rng.integers(2) else f"{focus.color} shape"
@@ -73,7 +81,7 @@ def ask_position(scene: Scene, rng: np.random.Generator, focus: Thing | None) ->
 
 
 def ask_count(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """The number of things of a color or a shape, or of things at all; never none."""
+    """Asks how many things have a color or a shape, or how many there are; never zero."""
     if not scene.things:
         return None
     kind = rng.integers(3)
@@ -82,7 +90,7 @@ def ask_count(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Qu
     colors = Counter(thing.color for thing in scene.things)
     forms = Counter(thing.shape for thing in scene.things)
     counts = colors if kind == 1 else forms
-    # First the number, then what has it: otherwise nearly every answer were "one".
+    # Draw the number first, then a color or shape with it: otherwise most answers would be "one".
     number = _pick(sorted(set(counts.values())), rng)
     name = _pick(sorted(key for key, value in counts.items() if value == number), rng)
     text = f"How many shapes are {name}?" if kind == 1 else f"How many {name} shapes are there?"
@@ -90,14 +98,14 @@ def ask_count(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Qu
 
 
 def ask_reading(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """The written word."""
+    """Asks for the written word."""
     return Question({"question": "What word is written?"}, scene.word) if scene.word else None
 
 
 def ask_question_generation(
     scene: Scene, rng: np.random.Generator, focus: Thing | None
 ) -> Question | None:
-    """The question whose answer is given; only answers that one question alone can have."""
+    """Asks for the question to a given answer, which no other question about the scene has."""
     if focus is None:
         return None
     asked = {
@@ -111,7 +119,10 @@ def ask_question_generation(
 
 
 def ask_choice(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """A question with options, the wrong ones of other things where there are enough."""
+    """Asks for color, shape or place with `OPTIONS` choices.
+
+    Wrong choices are colors, shapes or places of other things where there are enough.
+    """
     if focus is None:
         return None
     kind = _pick(["color", "shape", "position"], rng)
@@ -136,7 +147,7 @@ def ask_choice(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Q
 
 
 def ask_yes_no(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """A yes-or-no question about a thing's color; a wrong color is that of another thing."""
+    """Asks whether `focus` has a color; for "no", that of another thing where there is one."""
     if focus is None:
         return None
     others = sorted({thing.color for thing in scene.things} - {focus.color})
@@ -147,18 +158,18 @@ def ask_yes_no(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Q
 
 
 def ask_color_at(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """The color of the only thing in a quadrant."""
+    """Asks for the color of the only thing in a quadrant."""
     alone = _alone(scene, rng)
     return alone and Question({"question": f"What color is at the {alone.place}?"}, alone.color)
 
 
 def ask_shape_at(scene: Scene, rng: np.random.Generator, focus: Thing | None) -> Question | None:
-    """The shape of the only thing in a quadrant."""
+    """Asks for the shape of the only thing in a quadrant."""
     alone = _alone(scene, rng)
     return alone and Question({"question": f"Which shape is at the {alone.place}?"}, alone.shape)
 
 
-# The world's rows are short, so it uses the short templates of each kind.
+# Only the short templates of each kind, to keep the rows of this dataset short.
 _QUESTION = templates.QUESTION[:5]
 
 FAMILIES: dict[str, Family] = {
@@ -174,7 +185,7 @@ FAMILIES: dict[str, Family] = {
     "color_at": Family(ask_color_at, _QUESTION, held_in=False),
     "shape_at": Family(ask_shape_at, _QUESTION, held_in=False),
 }
-# What the Q-Former is captioned with before tuning: not a task of its own.
+# Captions on which the Q-Former is pre-trained before instruction tuning.
 CAPTION_FAMILIES: dict[str, Family] = {
     "captioning": FAMILIES["captioning"],
     "detail": Family(ask_detail, templates.DETAIL),
@@ -184,7 +195,7 @@ HELD_OUT = tuple(name for name, family in FAMILIES.items() if not family.held_in
 
 
 def describe(scene: Scene) -> str:
-    """The whole scene in words: `red circle top-left, large blue ring bottom-right, word lamp`."""
+    """Returns the scene in words: `red circle top-left, large blue ring top-right, word lamp`."""
     parts = [
         f"{'large ' if thing.large else ''}{thing.color} {thing.shape} {thing.place}"
         for thing in scene.things
@@ -193,7 +204,10 @@ def describe(scene: Scene) -> str:
 
 
 def pick_focus(scene: Scene, split: str, rng: np.random.Generator) -> Thing | None:
-    """The thing to ask about: a clear one; in `test_pairs` the one with the held-out pair."""
+    """Returns the thing to ask about, of unique color and shape, or None if there is none.
+
+    In the split `test_pairs` it is the thing with the held-out pair of color and shape.
+    """
     if split == "test_pairs":
         return scene.main
     return _pick(scene.clear, rng) if scene.clear else None
@@ -205,7 +219,10 @@ def scene_questions(
     rng: np.random.Generator,
     families: dict[str, Family],
 ) -> Iterator[tuple[str, str, Question]]:
-    """One question of each family that the scene allows: (family, prompt, question)."""
+    """Yields (family, prompt, question): one question of each family that the scene allows.
+
+    The prompt is the question in a random template of the family.
+    """
     for name, family in families.items():
         question = family.ask(scene, rng, pick_focus(scene, split, rng))
         template = _pick(family.templates, rng)
@@ -216,7 +233,10 @@ def scene_questions(
 def scene_records(
     seed: int, split: str, index: int, families: dict[str, Family] | None = None
 ) -> list[Record]:
-    """The records of one scene, its picture as PNG bytes in each: a function of the arguments."""
+    """Returns the records of one scene, one a family; each has the picture as PNG bytes.
+
+    The result depends on the arguments alone.
+    """
     scene = world.sample_scene(seed, split, index)
     picture = world.encode(world.draw(scene))
     rng = world.scene_rng(seed, split, index, use=1)

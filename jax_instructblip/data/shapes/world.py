@@ -1,19 +1,18 @@
-"""The embedded default world: pictures of colored shapes and one written word, drawn on demand.
+"""Draws the built-in toy world: pictures of colored shapes and one written word.
 
-A scene is a function of (seed, split, index) alone, so the world needs no download and never runs
-out. On a 4 x 4 grid of cells as large as the vision tower's patches lie three to five things, each
-with a color and a shape, and a word over two cells:
+A scene is a function of (seed, split, index) alone, so there is nothing to download and no end of
+scenes. A picture has 4 x 4 cells, each as large as a patch of the vision tower. Three to five
+things, each with a color and a shape, stand in cells of their own, and a word takes two cells:
 
-    .  .  C  .        exactly one thing is large: what a caption speaks of
-    w  w  .  t        at least two things are *clear*: no other has their color, none their shape,
-    .  .  .  .        so a question may name them by either
+    .  .  C  .        exactly one thing is large: captions speak of it
+    w  w  .  t        at least two things are *clear*: no other thing has their color or their
+    .  .  .  .        shape, so a question can name them by either
     s  .  .  c        the place of a thing is its quadrant: `top-left` ... `bottom-right`
 
-Some pairs of color and shape (`HELD_OUT_PAIRS`) are kept from all that the Q-Former is trained on,
-captions and questions alike, and are asked about in the split `test_pairs`. The frozen towers do
-know them, as released ones know the web: the vision tower has seen scenes of the split `vision`,
-the language models have read scenes of the split `text`. What is asked about a scene stands in
-`data/shapes/tasks.py`.
+Some pairs of color and shape (`HELD_OUT_PAIRS`) never occur in what the Q-Former is trained on,
+captions and questions alike; the split `test_pairs` asks about them. The frozen vision tower and
+language models do know them, as released ones know the web: they were trained on the splits
+`vision` and `text`, which have all pairs. Questions are in `data/shapes/tasks.py`.
 """
 
 import dataclasses
@@ -42,7 +41,7 @@ WORDS = tuple(
     "leaf milk moon nest rain ship snow song tree wind wolf wood".split()
 )
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
-# One shape a color, so that a color or a shape alone says nothing about a pair being held out.
+# One pair a color, so that no color is held out more often than another.
 HELD_OUT_PAIRS = frozenset(
     [
         ("red", "triangle"),
@@ -55,7 +54,7 @@ HELD_OUT_PAIRS = frozenset(
         ("black", "circle"),
     ]
 )
-# The stream of random numbers of each split; a new split takes a new number.
+# The number that seeds each split; a new split takes a new number.
 SPLITS = {
     "train": 0,
     "validation": 1,
@@ -65,7 +64,7 @@ SPLITS = {
     "text": 5,
     "vision": 6,
 }
-OPEN_SPLITS = ("text", "vision")  # of the frozen towers: every pair of color and shape
+OPEN_SPLITS = ("text", "vision")  # the frozen towers learn from these, with all pairs
 
 FEWEST, MOST = 3, 5  # things in a scene
 RADIUS = {False: 3.6, True: 5.6}  # pixels: small, large
@@ -75,7 +74,7 @@ SUPERSAMPLE = 4  # shapes are drawn at four times the size and averaged down, fo
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One colored shape in its cell; `dx` and `dy` are pixels off the cell's centre."""
+    """One colored shape in its cell; `dx` and `dy` are pixels from the cell's centre."""
 
     color: str
     shape: str
@@ -87,13 +86,13 @@ class Thing:
 
     @property
     def place(self) -> str:
-        """The name of its quadrant."""
+        """The name of the thing's quadrant, one of `PLACES`."""
         return PLACES[2 * (self.row >= GRID // 2) + (self.column >= GRID // 2)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """The content of one picture; `word_cell` is row and column of the word's first cell."""
+    """The content of one picture; `word_cell` is (row, column) of the word's first cell."""
 
     things: tuple[Thing, ...]
     word: str
@@ -102,12 +101,12 @@ class Scene:
 
     @property
     def main(self) -> Thing:
-        """The large thing."""
+        """The large thing; a scene has exactly one."""
         return next(thing for thing in self.things if thing.large)
 
     @property
     def clear(self) -> tuple[Thing, ...]:
-        """The things that share neither color nor shape with another one."""
+        """The things whose color and shape no other thing has."""
         return tuple(
             one
             for one in self.things
@@ -119,12 +118,12 @@ class Scene:
 
 
 def is_held_out(thing: Thing) -> bool:
-    """Tells whether its pair of color and shape is kept for the split `test_pairs`."""
+    """Tells whether the thing's pair of color and shape occurs in the split `test_pairs` alone."""
     return (thing.color, thing.shape) in HELD_OUT_PAIRS
 
 
 def scene_rng(seed: int, split: str, index: int, use: int = 0) -> np.random.Generator:
-    """The random numbers of one scene; `use` 0 is for the scene itself, 1 for its questions.
+    """Returns the random generator of one scene; `use` is 0 to draw it, 1 to ask about it.
 
     Raises:
         ValueError: the split is not one of `SPLITS`.
@@ -135,10 +134,10 @@ def scene_rng(seed: int, split: str, index: int, use: int = 0) -> np.random.Gene
 
 
 def sample_scene(seed: int, split: str, index: int) -> Scene:
-    """The scene of that seed, split and index, always the same.
+    """Returns the scene of that seed, split and index, always the same.
 
-    Where the Q-Former is concerned held-out pairs are drawn in `test_pairs` alone: there the large
-    thing is one, and it is clear.
+    Held-out pairs of color and shape occur only in `test_pairs`, where the large thing has one and
+    is clear, and in `OPEN_SPLITS`, from which the frozen towers learn.
     """
     rng = scene_rng(seed, split, index)
     while True:
@@ -163,13 +162,13 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
     ]
     word = WORDS[rng.integers(len(WORDS))]
     red, green, blue = (int(value) for value in rng.integers(222, 252, 3))
-    # Reading order, so that the order of the tuple says nothing that the picture does not.
+    # Sort by position, so that the order of the things does not tell which one is large.
     placed.sort(key=lambda thing: (thing.row, thing.column))
     return Scene(tuple(placed), word, (row, column), (red, green, blue))
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture of a scene: RGB, `SIZE` pixels a side; the same scene gives the same pixels."""
+    """Returns the picture of a scene, RGB, `SIZE` pixels a side; equal scenes give equal pixels."""
     canvas = Image.new("RGB", (SIZE * SUPERSAMPLE, SIZE * SUPERSAMPLE), scene.background)
     pen = ImageDraw.Draw(canvas)
     for thing in scene.things:
@@ -188,14 +187,14 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def encode(picture: Image.Image) -> bytes:
-    """The picture as PNG bytes."""
+    """Returns the picture as PNG bytes."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
 def _sample_things(rng: np.random.Generator) -> list[Thing]:
-    """Three to five things without a cell yet, the first one large; some are alike."""
+    """Returns three to five things that have no cell yet; the first is large, some look alike."""
     count = int(rng.integers(FEWEST, MOST + 1))
     colors = rng.integers(len(COLORS), size=count)
     shapes = rng.integers(len(SHAPES), size=count)

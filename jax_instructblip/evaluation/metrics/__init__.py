@@ -1,1 +1,1 @@
-"""Metrics: `table` has each by name, `metric` what one takes and returns, a file each family."""
+"""Metrics: `table` lists all by name, `metric` has their interface, other files compute them."""

@@ -1,8 +1,8 @@
-"""CIDEr, BLEU, ROUGE-L, METEOR and SPICE, by COCO's caption tools (pycocoevalcap).
+"""CIDEr, BLEU, ROUGE-L, METEOR and SPICE, computed by COCO's caption tools (pycocoevalcap).
 
-All count the words of Stanford's PTBTokenizer, a Java program that the tools bring along, as they
-do METEOR and SPICE. Without Java the words come from `penn_treebank.py`, and the other two are left
-out; the scores say so.
+The metrics count words as Stanford's PTBTokenizer splits them. That tokenizer, METEOR and SPICE are
+Java programs shipped with the tools. Without Java, `penn_treebank.py` splits the words, METEOR and
+SPICE are left out, and the scores have a note about it.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ TOOLS = "pycocoevalcap"
 TOKENISER = "tokenizer/stanford-corenlp-3.4.1.jar"
 # SPICE parses with a model of 0.3 GB, which the tools would fetch on their own.
 SPICE_MODEL = "spice/lib/stanford-corenlp-3.6.0-models.jar"
-# What the tools throw away; brackets stay, as they come in lower case.
+# Tokens that the tools drop. Brackets are kept in effect: the tokenizer writes them in lower case.
 PUNCTUATION = frozenset(
     ("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-")
     + (".", "?", "!", ",", ":", "-", "--", "...", ";")
 )
 
-Captions = Mapping[str, list[str]]  # of each image, its tokens joined by spaces
+Captions = Mapping[str, list[str]]  # record id -> captions, each as tokens joined by spaces
 
 
 def score_captions(
@@ -38,19 +38,21 @@ def score_captions(
     full: bool = False,
     java: bool | None = None,
 ) -> Scores:
-    """CIDEr (CIDEr-D, as everybody reports it), BLEU-1 to 4 and ROUGE-L.
+    """Returns CIDEr (that is, CIDEr-D, as usually reported), BLEU-1 to 4 and ROUGE-L.
 
-    `full` adds METEOR, which takes some 20 seconds to start and 2 GB, and SPICE, where they can
-    run; `left_out` says why one cannot.
+    CIDEr weighs each word by the number of images whose references have it. So it depends on the
+    set of records: score whole splits. For a single image it is 0. Records of tasks such as
+    `nocaps/in-domain` also get `cider/in-domain`, CIDEr of these records alone.
 
-    CIDEr weighs words by how many of the records' images have them in a reference, so it depends on
-    which records are scored: score whole splits. Of a single image it is 0. `cider/GROUP` is that
-    of a group (NoCaps' domains) alone, words weighed by its own references.
-
-    `java` demands Java or does without; by default it is used where there is one.
+    Args:
+      responses: the captions.
+      records: the references.
+      full: add METEOR (20 seconds to start, 2 GB of memory) and SPICE, if they can run;
+        `left_out` has the reason if not.
+      java: require Java (True) or do without (False); by default Java is used if installed.
 
     Raises:
-      MetricError: the caption tools are not installed, or Java is demanded and is not there.
+      MetricError: the caption tools, or Java if required, are not installed.
     """
     folder = find_tools()
     pairs = align(responses, records)
@@ -97,10 +99,12 @@ def _groups(pairs: Sequence[tuple[Response, Record]]) -> dict[str, list[str]]:
 
 
 def tokenise_stanford(captions: Sequence[str]) -> list[str]:
-    """The tokens of each caption by PTBTokenizer, as the caption tools use it.
+    """Tokenises each caption by PTBTokenizer; returns its tokens joined by spaces.
+
+    Lower case and without punctuation, as in the caption tools.
 
     Raises:
-      MetricError: Java fails, or answers with another number of lines than it was given.
+      MetricError: Java fails, or returns another number of lines than captions.
     """
     lines = [" ".join(caption.split()) for caption in captions]
     jar = find_tools() / TOKENISER
@@ -124,7 +128,7 @@ def tokenise_stanford(captions: Sequence[str]) -> list[str]:
 def _tokenised(
     pairs: Sequence[tuple[Response, Record]], split: Callable[[Sequence[str]], list[str]]
 ) -> tuple[Captions, Captions]:
-    """The references and the one candidate of each image."""
+    """Returns references and candidates by record id, tokenised by `split`."""
     responses = iter(split([response.text for response, _ in pairs]))
     said = iter(split([answer for _, record in pairs for answer in record.answers]))
     references = {record.id: [next(said) for _ in record.answers] for _, record in pairs}
@@ -132,7 +136,7 @@ def _tokenised(
 
 
 def find_tools() -> Path:
-    """The folder of the caption tools; a MetricError where they are not installed."""
+    """Returns the folder of the caption tools; raises a MetricError if they are not installed."""
     spec = importlib.util.find_spec(TOOLS)
     if spec is None or not spec.submodule_search_locations:
         raise MetricError(
@@ -142,7 +146,7 @@ def find_tools() -> Path:
 
 
 def _obstacle(names: tuple[str, ...], folder: Path, java: bool) -> str:
-    """The reason why a scorer cannot run; "" if it can."""
+    """Returns the reason why the scorer of these metrics cannot run; "" if it can."""
     if names in _JAVA_SCORERS and not java:
         return "it needs Java"
     if names[0] == "spice" and not (folder / SPICE_MODEL).is_file():
@@ -175,7 +179,7 @@ def _meteor(references: Captions, candidates: Captions) -> Iterator[tuple[float,
 
 def _spice(references: Captions, candidates: Captions) -> Iterator[tuple[float, Any]]:
     value, of_each = _scorer("spice.spice", "Spice")().compute_score(references, candidates)
-    # It answers in the order of sorted ids.
+    # SPICE returns its scores in the order of sorted ids.
     by_id = dict(zip(sorted(references), (each["All"]["f"] for each in of_each), strict=True))
     yield value, [by_id[name] for name in references]
 

@@ -1,4 +1,4 @@
-"""Answers chosen among candidates: accuracy, AUROC, and the yes and no of POPE."""
+"""Metrics of answers chosen among candidates: accuracy, AUROC, and POPE's yes/no scores."""
 
 import math
 from collections.abc import Sequence
@@ -16,28 +16,31 @@ from jax_instructblip.evaluation.metrics.metric import (
     summarise,
 )
 
-# Words that answer a question which is asked with the other pair.
+# Answers that count as equal: a model may say yes to a statement with the choices true and false.
 _SAME = {"yes": "true", "no": "false"}
-POSITIVE = ("true", "yes")  # the class whose scores AUROC ranks
+POSITIVE = ("true", "yes")  # choices that are the positive class of AUROC
 
 
 def score_accuracy(responses: Sequence[Response], records: Sequence[Record]) -> Scores:
-    """The share of records whose right choice was chosen: ScienceQA, IconQA, VSR, A-OKVQA.
+    """Returns `accuracy`, the share of right choices: ScienceQA, IconQA, VSR, A-OKVQA.
 
-    Of a ranking, the choice with the highest score was chosen, the first of equals. A generated
-    answer has chosen the choice that it equals in lower case ("yes" counts as "true", "no" as
-    "false"), or none.
+    In a ranking the candidate with the highest score is chosen, the first on a tie. A generated
+    answer chooses the candidate equal to it, ignoring case ("yes" equals "true", "no" equals
+    "false"); if none is equal, it is wrong.
     """
     pairs = with_choices(responses, records)
     return summarise({"accuracy": [float(_chosen(*pair) == pair[1].correct) for pair in pairs]})
 
 
 def score_auroc(responses: Sequence[Response], records: Sequence[Record]) -> Scores:
-    """The area under the ROC curve, and accuracy: Hateful Memes.
+    """Returns `auroc`, the area under the ROC curve, and `accuracy`: Hateful Memes.
 
-    A record has two choices, one of them "yes" or "true". What is ranked is how far its score lies
-    above that of the other, for log-probabilities a monotone function of its probability among the
-    two. Ties count half. Where no scores were given the answer counts as wrong as can be.
+    Each record has two choices, one of them "yes" or "true". Records are ranked by the score of
+    that choice minus the score of the other; ties count half. A response without text and scores
+    gets the worst possible rank.
+
+    Raises:
+      MetricError: a response has text but no scores, or a record has other choices.
     """
     pairs = with_choices(responses, records)
     margins, positives = [], []
@@ -57,10 +60,10 @@ def score_auroc(responses: Sequence[Response], records: Sequence[Record]) -> Sco
 
 
 def auroc(scores: Sequence[float], positives: Sequence[bool]) -> float:
-    """The probability that a positive has a higher score than a negative; ties count half.
+    """Returns the probability that a positive scores higher than a negative; ties count half.
 
     Raises:
-      MetricError: only one of the two kinds is there.
+      MetricError: there are no positives or no negatives.
     """
     labels = np.asarray(positives, bool)
     count, others = int(labels.sum()), int((~labels).sum())
@@ -69,14 +72,14 @@ def auroc(scores: Sequence[float], positives: Sequence[bool]) -> float:
             f"AUROC of {count} positive and {others} negative records is not defined: it needs both"
         )
     _, places, repeats = np.unique(np.asarray(scores), return_inverse=True, return_counts=True)
-    # The rank of a value that is there more than once is the middle one of its ranks.
+    # Tied values all get the mean of their ranks.
     ranks = np.cumsum(repeats) - (repeats - 1) / 2
     above = ranks[places][labels].sum() - count * (count + 1) / 2
     return float(above / (count * others))
 
 
 def auroc_error(area: float, positives: int, negatives: int) -> float:
-    """The standard error of an area under the ROC curve (Hanley and McNeil, 1982)."""
+    """Returns the standard error of an area under the ROC curve (Hanley and McNeil, 1982)."""
     both_above, both_below = area / (2 - area), 2 * area**2 / (1 + area)
     spread = (
         area * (1 - area)
@@ -87,10 +90,11 @@ def auroc_error(area: float, positives: int, negatives: int) -> float:
 
 
 def class_scores(scores: Sequence[float], words: Sequence[Sequence[str]]) -> tuple[float, ...]:
-    """The log-probability, for each choice, of any of the words that stand for it.
+    """Returns the log-probability of each choice: the log of the sum over its words.
 
-    `scores` are the log-probabilities of all `words`, one after the other (`Protocol.words`). How
-    InstructBLIP made one score of several words is not known; this is their sum.
+    `words` are the words that stand for each choice (`Protocol.words`), `scores` their
+    log-probabilities in one flat list. The InstructBLIP paper does not say how it joined the words
+    of a choice; summing the probabilities is our decision.
     """
     if len(scores) != sum(map(len, words)):
         raise MetricError(f"{len(scores)} scores of {sum(map(len, words))} words: one each")
@@ -100,10 +104,11 @@ def class_scores(scores: Sequence[float], words: Sequence[Sequence[str]]) -> tup
 
 
 def score_yes_no(responses: Sequence[Response], records: Sequence[Record]) -> Scores:
-    """POPE: F1, precision and recall of "yes", accuracy, how often "yes" was said, and the counts.
+    """Returns POPE's scores of the answer "yes": F1, accuracy, precision, recall and counts.
 
-    The first sentence of a generated answer says no if it has the word no or not, and yes otherwise
-    (as LLaVA's scorer reads answers); that is why an empty answer says yes.
+    By name: `f1`, `accuracy`, `precision`, `recall`, `yes_ratio` (the share of "yes" answers),
+    `true_positives` and the like. A generated answer counts as "no" if its first sentence has the
+    word "no" or "not", and as "yes" otherwise, even if empty (as in LLaVA's scorer).
     """
     pairs = align(responses, records)
     said = np.array([_says_yes(response.text) for response, _ in pairs])
@@ -128,11 +133,11 @@ def score_yes_no(responses: Sequence[Response], records: Sequence[Record]) -> Sc
 def with_choices(
     responses: Sequence[Response], records: Sequence[Record]
 ) -> list[tuple[Response, Record]]:
-    """The pairs of `align`, whose records say which choice is right.
+    """Returns the pairs of `align` after checking that each record has choices and a right one.
 
     Raises:
-      MetricError: a record has no choices or hides the right one, or a response has another number
-        of scores than its record has choices.
+      MetricError: a record has no choices or no known right one, or a response's scores are not
+        one per choice.
     """
     pairs = align(responses, records, need_answers=False)
     hidden = [record.id for _, record in pairs if record.correct < 0]
@@ -151,7 +156,7 @@ def with_choices(
 
 
 def _chosen(response: Response, record: Record) -> int:
-    """The index of the choice; -1 for none of them."""
+    """Returns the index of the choice that the response selects; -1 if it equals none."""
     if len(response.scores):
         return int(np.argmax(response.scores))
     meanings = [_meaning(choice) for choice in record.choices]

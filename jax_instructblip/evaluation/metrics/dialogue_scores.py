@@ -1,4 +1,4 @@
-"""Visual Dialog: the place of the right answer among the hundred candidates of a round."""
+"""Visual Dialog metrics: the rank of the right answer among the 100 candidates of each round."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -21,10 +21,13 @@ DEPTHS = (1, 5, 10)
 
 
 def score_ranks(responses: Sequence[Response], records: Sequence[Record]) -> Scores:
-    """MRR, recall at 1, 5 and 10, and the mean rank of the right answer (1 is best).
+    """Returns `mrr`, `r@1`, `r@5`, `r@10` and `mean_rank` of the right answer (rank 1 is best).
 
-    Candidates of equal score come in the order of the record. A response without scores puts the
-    right answer last.
+    On equal scores the candidate that is listed first ranks higher. A response without text and
+    scores ranks the right answer last.
+
+    Raises:
+      MetricError: a response has text but no scores.
     """
     ranks = []
     for response, record in with_choices(responses, records):
@@ -40,15 +43,15 @@ def score_ndcg(
     records: Sequence[Record],
     relevance: Mapping[str, Sequence[float]],
 ) -> Scores:
-    """NDCG over the rounds whose candidates were all judged, one an image.
+    """Returns `ndcg` over the dialogue rounds that annotators have judged, one per image.
 
-    `relevance` has for the id of each judged record the share of judges that accepted each
-    candidate (`read_relevance`). The k best candidates count, k being how many of them anybody
-    accepted; the one in place i counts relevance / log2(i + 1).
+    `relevance` maps the id of a judged record to the share of judges who accepted each candidate
+    (`read_relevance`). Only the first k candidates of the ranking count, k being the number of
+    candidates with relevance above 0; the one at rank i adds relevance / log2(i + 1).
 
     Raises:
-      MetricError: no record was judged, or one with another number of candidates, or with no
-        candidate that anybody accepted.
+      MetricError: no record is judged, or a judged one has another number of candidates, or none
+        that any judge accepted.
     """
     judged = [record for record in records if record.id in relevance]
     if not judged:
@@ -68,9 +71,10 @@ def score_ndcg(
 
 
 def read_relevance(path: str | os.PathLike[str]) -> dict[str, list[float]]:
-    """The judgements of Visual Dialog's dense annotations, by the ids of the reader's records.
+    """Reads Visual Dialog's dense annotations; returns relevances per candidate by record id.
 
-    `[{"image_id", "round_id", "gt_relevance": [number for each candidate]}]`; rounds begin at 1.
+    The file is `[{"image_id", "round_id", "gt_relevance": [number per candidate]}]`; rounds count
+    from 1. A record id is `IMAGE:ROUND`, as our Visual Dialog reader names records.
     """
     relevance = {}
     for number, row in enumerate(read_json(Path(path), list)):
@@ -84,7 +88,7 @@ def read_relevance(path: str | os.PathLike[str]) -> dict[str, list[float]]:
 
 
 def best_first(scores: Sequence[float]) -> np.ndarray:
-    """The indices of the scores from the highest to the lowest, equal ones in their order."""
+    """Returns the indices of the scores from highest to lowest; ties keep their order."""
     return np.argsort(-np.asarray(scores, float), kind="stable")
 
 
@@ -95,6 +99,6 @@ def _rank(response: Response, record: Record) -> int:
 
 
 def _dcg(gains: np.ndarray) -> float:
-    """The DCG of relevances in the order of the ranking; as many count as are above 0."""
+    """Returns the DCG of relevances in ranking order, over the first k, k = number above 0."""
     count = np.count_nonzero(gains)
     return float((gains[:count] / np.log2(np.arange(count) + 2)).sum())

@@ -1,4 +1,4 @@
-"""Exact match: the whole answer is right, or nothing is."""
+"""Exact match metrics: an answer is right only if the whole text equals a right answer."""
 
 import math
 from collections import Counter
@@ -15,16 +15,16 @@ from jax_instructblip.evaluation.metrics.metric import (
     summarise,
 )
 
-NO_FAMILY = "all"  # the family of records that name none
+NO_FAMILY = "all"  # the family of records without `task`
 
 
 def score_exact_match(responses: Sequence[Response], records: Sequence[Record]) -> Scores:
-    """The share of answers that equal a right one, by two normalisations.
+    """Returns the share of answers that equal a right answer, after two normalisations.
 
-        exact_match  that of the VQA tools on both sides, as LAVIS scores GQA and video questions
-        plain_match  lower case and outer white space alone (`is_correct`)
+        exact_match  both texts normalised by the VQA tools, as LAVIS scores GQA and video questions
+        plain_match  only lower case and stripped white space (`is_correct`)
 
-    How InstructBLIP normalised the answers of OCR-VQA is not known; its official rule is equality.
+    The paper does not say how OCR-VQA was normalised; that dataset's official rule is equality.
     """
     exact, plain = [], []
     for response, record in align(responses, records):
@@ -35,10 +35,10 @@ def score_exact_match(responses: Sequence[Response], records: Sequence[Record]) 
 
 
 def score_families(responses: Sequence[Response], records: Sequence[Record]) -> Scores:
-    """The share of answers that are right (`is_correct`), by family of questions.
+    """Returns the share of right answers (`is_correct`) by family of questions.
 
-    accuracy         the mean over the families, each counting alike
-    accuracy/FAMILY  of one family (`Record.task`)
+    accuracy         the unweighted mean over the families
+    accuracy/FAMILY  one family: the records with the same `Record.task`
     """
     by_family: dict[str, list[float]] = {}
     samples = []
@@ -60,20 +60,20 @@ def score_families(responses: Sequence[Response], records: Sequence[Record]) -> 
 
 
 def normalise(text: str) -> str:
-    """`text` in lower case without outer white space."""
+    """Returns `text` in lower case, stripped of outer white space."""
     return text.strip().lower()
 
 
 def is_correct(text: str, answers: Sequence[str]) -> bool:
-    """Tells whether the normalised text equals one of the normalised right answers."""
+    """Returns True if `text` equals one of `answers`, all normalised."""
     return normalise(text) in {normalise(answer) for answer in answers}
 
 
 def majority_answer(truths: Iterable[Sequence[str]]) -> str:
-    """The one normalised answer that is right most often; the first in the alphabet of equals.
+    """Returns the normalised answer that is right for most questions; alphabetical on a tie.
 
-    `truths` are the right answers of each question. Always giving it is the strongest guess that
-    looks at neither the image nor the question.
+    `truths` are the right answers of each question. Always giving this answer is the strongest
+    guess that uses neither image nor question.
     """
     counts = Counter(
         answer for answers in truths for answer in sorted({normalise(each) for each in answers})

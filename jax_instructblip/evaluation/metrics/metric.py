@@ -1,8 +1,8 @@
-"""The arguments and results of a metric, and the way from answers to their records.
+"""The interface of metrics: their arguments and results, and how responses are matched to records.
 
-A metric is a function `(responses, records) -> Scores`. `METRICS` in `table.py` has all of them, by
-the names that protocols use. A response belongs to the record of its `id`, so the order of either
-is free; scores come in the order of the records.
+A metric is a function `(responses, records) -> Scores`; `METRICS` in `table.py` lists all by name.
+Responses and records are matched by `id`, so their order does not matter. Per-record scores are in
+the order of the records.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ _SHOWN = 5  # ids in an error
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """The answer of a model to one record; with neither text nor scores it counts as wrong.
+    """A model's answer to one record; without text and scores it counts as wrong.
 
     Attributes:
-      id: of the record.
-      text: what was generated; of a ranking, it may name the best candidate.
-      scores: of a ranking, one for each of the record's choices, the higher the better: their
-        log-probabilities, for example. Empty where the answer was generated.
+      id: the record's id.
+      text: the generated answer; in a ranking it may name the best candidate.
+      scores: in a ranking, one number per choice of the record, for example its log-probability;
+        higher is better. Empty if the answer was generated.
     """
 
     id: str
@@ -36,11 +36,12 @@ class Scores:
     """The results of a metric.
 
     Attributes:
-      values: of all records; the first is the one that papers give. None is multiplied by 100.
-      samples: of some or all of them the value of each record, in the order of the records.
-      notes: what a reader of the values must know.
-      left_out: values that could not be computed, by name, and why.
-      errors: standard errors of values, where they do not follow from `samples`.
+      values: scores over all records by name, the first being the headline that papers report.
+        Shares are from 0 to 1, not in percent.
+      samples: for some of these names, the value of each record, in the order of the records.
+      notes: remarks that a reader of the values needs.
+      left_out: name -> reason, for values that could not be computed.
+      errors: standard errors by name, for values whose error cannot be derived from `samples`.
     """
 
     values: Mapping[str, float]
@@ -50,7 +51,7 @@ class Scores:
     errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def standard_errors(self) -> dict[str, float]:
-        """The standard error of each value that is the mean of its samples, or brings its own."""
+        """Returns the standard error of each value that is a sample mean or is in `errors`."""
         errors = {
             name: standard_error(self.samples[name])
             for name, value in self.values.items()
@@ -64,17 +65,17 @@ Metric = Callable[[Sequence[Response], Sequence[Record]], Scores]
 
 
 class MetricError(ValueError):
-    """Responses cannot be scored; the message says which, and what to do."""
+    """The responses cannot be scored; the message says which, and what to do."""
 
 
 def align(
     responses: Sequence[Response], records: Sequence[Record], *, need_answers: bool = True
 ) -> list[tuple[Response, Record]]:
-    """Each record with its response, in the order of the records.
+    """Returns each record with its response, in the order of the records.
 
     Raises:
-      MetricError: there is nothing to score, ids are absent, unknown or used twice, texts or scores
-        are none, or (unless `need_answers` is False) what is right is not known; all are named.
+      MetricError: lists missing, unknown or repeated ids, texts that are no strings, scores that
+        are not finite, and (if `need_answers`) records without right answers.
     """
     if not records:
         raise MetricError("there are no records to score")
@@ -104,20 +105,20 @@ def align(
 
 
 def mean(values: Iterable[float]) -> float:
-    """The mean, the same to the last bit in whatever order the values come."""
+    """Returns the mean, with a result that does not depend on the order of the values."""
     values = list(values)
     return math.fsum(values) / len(values)
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """The standard error of the mean of at least two independent values."""
+    """Returns the standard error of the mean of two or more independent values."""
     middle = mean(values)
     spread = math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1)
     return math.sqrt(spread / len(values))
 
 
 def summarise(samples: Mapping[str, Sequence[float]], notes: Sequence[str] = ()) -> Scores:
-    """Scores whose values are the means of their samples."""
+    """Returns `Scores` whose values are the means of the samples."""
     return Scores(
         {name: mean(values) for name, values in samples.items()},
         {name: tuple(values) for name, values in samples.items()},
@@ -134,7 +135,7 @@ def _repeated(ids: Iterable[str]) -> list[str]:
 
 
 def listed(what: str, ids: Sequence[str]) -> str:
-    """`3 WHAT: 'a', 'b', 'c'`; nothing where there are none."""
+    """Formats number and first ids for a message, `3 WHAT: 'a', 'b', 'c'`; "" without ids."""
     if not ids:
         return ""
     shown = ", ".join(map(repr, ids[:_SHOWN])) + (", ..." if len(ids) > _SHOWN else "")

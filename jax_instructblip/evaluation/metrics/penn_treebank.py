@@ -1,17 +1,16 @@
-"""Penn Treebank tokens of captions without Java: the words that CIDEr and its kin count.
+"""Splits captions into Penn Treebank tokens without Java, as CIDEr and related metrics need them.
 
-Caption scores are defined on the tokens of Stanford's PTBTokenizer 3.4.1, a Java program, of which
-the punctuation is thrown away. This does the same to captions, written from what the program does:
-the tests compare it with recorded output of the program. Text that is no caption (numbers glued to
-words, addresses, chat) comes out otherwise in some lines of a thousand.
+Caption scores are defined on the tokens of Stanford's PTBTokenizer 3.4.1, a Java program, without
+punctuation. This module reproduces its output on captions; the tests compare it with recorded
+output. On other text (numbers glued to words, addresses, chat) a few lines in a thousand differ.
 
-At each place the rule that matches most characters wins, the first of equals.
+At each position the rule with the longest match applies, the first one on a tie.
 """
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-# Words to which a full stop after them belongs.
+# Abbreviations, whose full stop is part of the token.
 _ABBREVIATIONS = (
     "jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri "
     "adj adm adv asst assoc atty attys brig capt cmdr col comdr cpl det dr drs ens esq gen gov "
@@ -24,7 +23,7 @@ _ABBREVIATIONS = (
 )
 _CAPITALISED = "ark az del ill la mass miss ore pa tex wash"  # "in Wash.", but "a car wash."
 _NUMBERED = "ca fig no nos op pp prop"  # "no. 5"
-# What begins a sentence: the full stop of a single letter before it is then none of the letter's.
+# Words that begin a sentence: a full stop between a single letter and one of them ends a sentence.
 _STARTS = (
     "A About According Additionally After An As At But Earlier He Her Here However If In It Last "
     r"Many More Mr\. Ms\. Now Once One Other Our She Since So Some Such That The Their Then There "
@@ -41,11 +40,11 @@ Action = Callable[[re.Match[str]], list[str]]  # the tokens that a match stands 
 
 
 def tokenise(captions: Sequence[str]) -> list[str]:
-    """The tokens of each caption, in lower case and without punctuation, joined by spaces.
+    """Returns the tokens of each caption, in lower case, without punctuation, joined by spaces.
 
-    White space of any kind separates words, line breaks too. The order of the captions matters in
-    one rare case, as it does in the original: of a caption that ends in a single letter with a full
-    stop, the beginning of the next one says whether the stop belongs to the letter.
+    All white space, including line breaks, separates words. The order of captions matters in one
+    rare case, as in the original: if a caption ends in a single letter with a full stop, the start
+    of the next caption decides whether the stop belongs to the letter.
     """
     text = "\n".join(" ".join(caption.split()) for caption in captions)
     lines: list[list[str]] = [[]]
@@ -56,7 +55,7 @@ def tokenise(captions: Sequence[str]) -> list[str]:
         if text[position] in " \n":
             position += 1
             continue
-        # A rule that ends in a look-ahead is as long as what it looks at (its last group).
+        # Rules compete by the length of the whole match, even past the last group.
         matches = [
             (match, action) for rule, action in _RULES if (match := rule.match(text, position))
         ]
@@ -104,7 +103,10 @@ def _currency(match: re.Match[str]) -> list[str]:
 
 
 def _rules() -> Iterator[tuple[str, Action, int]]:
-    """(pattern, action, flags); reading goes on behind the last group, or behind the match."""
+    """Yields each rule: a regex pattern, a function from its match to tokens, and regex flags.
+
+    After a match, reading continues after its last group, or after the match if it has no group.
+    """
     ap = _APOSTROPHE
     yield r"&(?:amp|lt|gt|quot|apos|nbsp);", _entity, re.I
     yield r"</?[a-z!?][^<>\n]*>", _keep, re.I
@@ -121,7 +123,7 @@ def _rules() -> Iterator[tuple[str, Action, int]]:
     yield rf"(?:n{ap}t|{ap}(?:[msd]|re|ve|ll))(?!{_LETTER})", _straight, re.I
     yield rf"(?:[ldj]|dunkin|somethin|ol|y){ap}", _keep, re.I
     yield rf"{ap}(?:n{ap}?|em|til|cause|[2-9]0s)(?!{_ALNUM})|c{ap}mon", _keep, re.I
-    # Words, with what may stand inside them.
+    # Words, including marks inside them.
     yield rf"{_LETTER}{_ALNUM}*(?:[.!?]{_LETTER}{_ALNUM}*)*", _keep, re.I
     name = rf"(?:[dlno]{ap}(?={_LETTER}{{2}}))?{_ALNUM}+"  # d'art, O'Reilly
     yield rf"{name}(?:[-_]{name})*", _keep, re.I

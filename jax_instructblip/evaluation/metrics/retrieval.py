@@ -1,4 +1,4 @@
-"""Recall at k of a retrieval: the share of queries with a right candidate among the k nearest."""
+"""Recall at k of retrieval: the share of queries with a right candidate among the k best."""
 
 from collections.abc import Mapping
 
@@ -9,14 +9,14 @@ FORTH, BACK = "image_to_text", "text_to_image"
 
 
 def recalls(scores: np.ndarray, right: np.ndarray) -> dict[str, float]:
-    """`r1`, `r5` and `r10` in 0 to 1: the highest k scores of each row hold a right one.
+    """Returns `r1`, `r5` and `r10`, from 0 to 1.
 
     Args:
-      scores: [Q, C], the higher the nearer; of equal ones the first counts as nearer.
+      scores: [Q, C] of queries and candidates, higher is better; on a tie the first ranks higher.
       right: [Q, C] bool, the right candidates of each query.
 
     Raises:
-      ValueError: a query has no right candidate at all, or there is none.
+      ValueError: a query has no right candidate, or the arrays are empty or of different shapes.
     """
     if scores.shape != right.shape or not scores.size:
         raise ValueError(f"scores have shape {scores.shape}, right ones {right.shape}")

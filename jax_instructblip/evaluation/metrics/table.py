@@ -1,4 +1,4 @@
-"""Every metric, by the name that a protocol uses (`Protocol.metric`)."""
+"""All metrics, by the names that protocols use (`Protocol.metric`)."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from jax_instructblip.evaluation.metrics.vqa_scores import (
     score_vqa,
 )
 
-RANKED = ("auroc", "mrr")  # of the scores of all candidates, which a generated answer has not
+RANKED = ("auroc", "mrr")  # metrics that need scores of all candidates, so answers must be ranked
 
 METRICS: dict[str, Metric] = {
     "accuracy": score_accuracy,
@@ -50,10 +50,13 @@ _NORMALISED: dict[str, Callable[[str], str]] = {
 
 
 def normalise_as(name: str, text: str) -> str:
-    """A text as the metric of that name compares it; captions in the words that are counted."""
+    """Returns `text` in the form in which the metric `name` compares it.
+
+    For captions these are the counted words.
+    """
     return _NORMALISED.get(name, str)(text)
 
 
 def get_metric(name: str) -> Metric:
-    """The metric of that name; a ValueError with those spelled alike where there is none."""
+    """Returns the metric `name`; raises a ValueError that suggests similar names if unknown."""
     return lookup.find(METRICS, name, "metric")

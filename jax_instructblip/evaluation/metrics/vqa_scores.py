@@ -1,4 +1,4 @@
-"""Answers compared with those of several annotators: VQA accuracy, A-OKVQA, iVQA."""
+"""Metrics against several annotators' answers: VQA accuracy, A-OKVQA direct answers, iVQA."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,28 +18,28 @@ from jax_instructblip.evaluation.metrics.vqa_text import (
 )
 
 ANNOTATORS = 10
-AGREEING = 3  # so many annotators make an answer right
+AGREEING = 3  # number of agreeing annotators that makes an answer right
 IVQA_ANNOTATORS = 5
 
-# (answer, annotators' answers) -> the same, ready to be compared
+# (answer, annotators' answers) -> both, normalised for comparison
 Prepare = Callable[[str, list[str]], tuple[str, list[str]]]
 
 
 def score_vqa(
     responses: Sequence[Response], records: Sequence[Record], *, headline: str = "vqa_accuracy"
 ) -> Scores:
-    """VQA accuracy by three rules that numbers were published with, `headline` first.
+    """Returns VQA accuracy by three rules that published numbers use, `headline` first.
 
-        vqa_accuracy         the official tool as it is now
-        vqa_accuracy_lavis   an older one, inside LAVIS: OK-VQA of BLIP-2 and InstructBLIP
-        vqa_accuracy_evalai  that of EvalAI's servers and MMF: TextVQA, VizWiz, VQAv2's tests
+        vqa_accuracy         the current official tool
+        vqa_accuracy_lavis   an older one in LAVIS: OK-VQA of BLIP-2 and InstructBLIP
+        vqa_accuracy_evalai  EvalAI's servers and MMF: TextVQA, VizWiz, VQAv2's test splits
 
-    They differ in how texts are normalised, for a model that writes capitals by ten points: where
-    all annotators wrote the same, the official tool compares texts as they are.
+    They differ in text normalisation, which can change the score of a model that writes capitals by
+    ten points: if all annotators gave the same answer, the official tool compares raw texts.
 
-    An answer is compared with all annotators but one, for each of them in turn: three that agree
-    make it right, one a third right. The mean of these comparisons counts, of however many
-    annotators were asked. What one of them left blank agrees with nothing.
+    The answer is compared with each subset of all annotators but one: 3 agreeing annotators make it
+    right, fewer give a third each. The score is the mean over the subsets. A blank annotation
+    agrees with nothing.
     """
     pairs = align(responses, records)
     _check_annotators(pairs, ANNOTATORS)
@@ -59,10 +59,10 @@ def score_vqa(
 
 
 def score_direct_answer(responses: Sequence[Response], records: Sequence[Record]) -> Scores:
-    """A-OKVQA's direct answers: three annotators who gave the very same text make it right.
+    """Returns `direct_answer` of A-OKVQA: the share min(1, annotators with the same text / 3).
 
-    Nothing is normalised. The official score leaves out the questions whose annotators agreed too
-    little (`difficult_direct_answer`): leave them out of the records.
+    Texts are not normalised. The official score excludes questions on which annotators disagree too
+    much (`difficult_direct_answer`): exclude them from the records.
     """
     pairs = align(responses, records)
     _check_annotators(pairs, ANNOTATORS)
@@ -71,10 +71,10 @@ def score_direct_answer(responses: Sequence[Response], records: Sequence[Record]
 
 
 def score_ivqa(responses: Sequence[Response], records: Sequence[Record]) -> Scores:
-    """Accuracy as iVQA has it: two of five annotators make an answer right, one half right.
+    """Returns `ivqa_accuracy`: per question min(1, agreeing annotators / 2), of five annotators.
 
-    Defined on a closed vocabulary (Just Ask); texts are compared here after the normalisation of
-    the VQA tools. Which one InstructBLIP took is not known.
+    The original metric uses a closed vocabulary (Just Ask). Here texts are compared after the VQA
+    tools' normalisation; which of both InstructBLIP used is not known.
     """
     pairs = align(responses, records)
     _check_annotators(pairs, IVQA_ANNOTATORS)
@@ -86,14 +86,14 @@ def score_ivqa(responses: Sequence[Response], records: Sequence[Record]) -> Scor
 
 
 def leave_one_out(answer: str, annotators: Sequence[str]) -> float:
-    """The mean over annotators of min(1, how many others agree with `answer` / 3)."""
+    """Returns the mean over annotators of min(1, number of agreeing *other* annotators / 3)."""
     agreeing = [each == answer for each in annotators]
     total = sum(agreeing)
     return sum(min(1.0, (total - own) / AGREEING) for own in agreeing) / len(agreeing)
 
 
 def _official(answer: str, annotators: list[str]) -> tuple[str, list[str]]:
-    """The answer and the annotators', normalised unless all annotators wrote the same."""
+    """Normalises answer and annotations, unless all annotators wrote the same text."""
     answer, annotators = flatten(answer), [flatten(each) for each in annotators]
     if len(set(annotators)) > 1:
         return normalise(answer), [normalise(each) for each in annotators]
@@ -101,7 +101,7 @@ def _official(answer: str, annotators: list[str]) -> tuple[str, list[str]]:
 
 
 def _lavis(answer: str, annotators: list[str]) -> tuple[str, list[str]]:
-    """The answer, normalised, and the annotators', without punctuation unless all are the same."""
+    """Normalises the answer; strips punctuation from annotations that are not all equal."""
     if len(set(annotators)) > 1:
         annotators = [strip_punctuation(each) for each in annotators]
     return normalise(answer), annotators
@@ -119,17 +119,17 @@ RULES: dict[str, Prepare] = {
 
 
 def _annotators(record: Record) -> list[str]:
-    """The annotators' answers, with a text that no model can write for each that is blank."""
+    """Returns the annotations, with a text that no model writes for each blank one."""
     return [*record.answers, *["\0"] * record.blank]
 
 
 def _asked(record: Record) -> int:
-    """The number of annotators, those who left the answer blank among them."""
+    """Returns the number of annotators, including those who left the answer blank."""
     return len(record.answers) + record.blank
 
 
 def _check_annotators(pairs: Sequence[tuple[Response, Record]], count: int) -> None:
-    """Raises a MetricError where fewer than 2 annotators were asked, or more than `count`."""
+    """Raises a MetricError if a record has fewer than 2 or more than `count` annotators."""
     wrong = [record for _, record in pairs if not 2 <= _asked(record) <= count]
     if wrong:
         raise MetricError(

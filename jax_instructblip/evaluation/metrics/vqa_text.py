@@ -1,8 +1,9 @@
-"""The normalisation of short answers by the VQA tools, with their slips.
+"""Text normalisation of the VQA tools for short answers, including their bugs.
 
-https://github.com/GT-Vision-Lab/VQA (vqaEval.py). Scores are compared with those of its users, so
-it is followed to the letter: a mark is deleted rather than replaced by a space where any text
-around it says so, and a word of the contraction table in capitals is never found.
+https://github.com/GT-Vision-Lab/VQA (vqaEval.py). Published scores depend on it, so it is
+reproduced exactly. Two bugs: whether a punctuation mark is deleted or replaced by a space depends
+on other places in the text (`strip_punctuation`); and contractions in the table that contain
+capitals are never matched, because the text is in lower case.
 """
 
 import re
@@ -10,7 +11,7 @@ import re
 _PUNCTUATION = (*';/[]"{}()=+\\_-><@`,?!',)
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
-# The tools hand a flag over where `re.sub` takes the most replacements to make: re.UNICODE is 32.
+# The tools pass re.UNICODE (32) as `count` of `re.sub`: at most 32 full stops are removed.
 _MOST_FULL_STOPS = 32
 
 _NUMBERS = {
@@ -50,14 +51,16 @@ _CONTRACTIONS: dict[str, str] = {
 
 
 def flatten(text: str) -> str:
-    """`text` on one line, without outer white space."""
+    """Returns `text` on one line, stripped of outer white space."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def strip_punctuation(text: str) -> str:
-    """`text` without punctuation: "2 dogs." -> "2 dogs", "blue/green" -> "blue green".
+    """Returns `text` without punctuation: "2 dogs." -> "2 dogs", "blue/green" -> "blue green".
 
-    Apostrophes and colons stay, and full stops before a digit.
+    A mark becomes a space; but all its occurrences are deleted if one of them touches a space, or
+    if the text has a number with a comma. Apostrophes, colons and full stops before a digit are
+    kept.
     """
     stripped = text
     number = _COMMA_IN_NUMBER.search(text) is not None
@@ -68,17 +71,26 @@ def strip_punctuation(text: str) -> str:
 
 
 def unify_words(text: str) -> str:
-    """`text` in lower case, numbers as digits, without articles: "the two dogs" -> "2 dogs"."""
+    """Returns `text` in lower case, numbers as digits, no articles: "the two dogs" -> "2 dogs".
+
+    Contractions get their apostrophe: "dont" -> "don't".
+    """
     words = [_NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def normalise(text: str) -> str:
-    """`text` after all three steps, as GQA, MSVD-QA and MSRVTT-QA compare it (LAVIS)."""
+    """Returns `text` after `flatten`, `strip_punctuation` and `unify_words`.
+
+    LAVIS compares answers of GQA, MSVD-QA and MSRVTT-QA in this form.
+    """
     return unify_words(strip_punctuation(flatten(text)))
 
 
 def normalise_evalai(text: str) -> str:
-    """The server's variant, of TextVQA's own scorer (MMF): "men's" -> "men 's", commas go first."""
+    """Returns `text` as EvalAI and TextVQA's scorer (MMF) normalise it.
+
+    Before `normalise`, commas and question marks are removed and "men's" becomes "men 's".
+    """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     return normalise(text.strip())

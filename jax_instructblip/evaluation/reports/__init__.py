@@ -1,1 +1,1 @@
-"""Pages for people: `report` of an evaluation, `curves` of a run, `samples` of training data."""
+"""HTML pages: `report` of an evaluation, `curves` of a training run, `samples` of training data."""

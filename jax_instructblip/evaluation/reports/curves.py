@@ -1,4 +1,4 @@
-"""Curves of a run (loss, learning rate, norms, speed) in one picture, and a page of them."""
+"""Curves of a training run (loss, learning rate, norms, speed) as one image, and their page."""
 
 import io
 import os
@@ -9,7 +9,7 @@ import matplotlib.figure
 
 from jax_instructblip.evaluation.reports import page
 
-# Title of a panel, its unit, what is drawn in it.
+# Of each panel: title, unit, names of the metrics drawn in it.
 PANELS = (
     ("loss", "nats a token", ("loss",)),
     ("validation score", "share", ("validation/score",)),
@@ -25,7 +25,10 @@ COLUMNS = 2
 
 
 def picture(metrics: Sequence[Mapping[str, float]]) -> str:
-    """An image of all that the lines of `metrics.jsonl` hold, as HTML."""
+    """Returns an HTML image with one panel per group of `PANELS` that `metrics` has numbers of.
+
+    `metrics` are the lines of `metrics.jsonl`.
+    """
     shown = [
         (title, unit, names)
         for title, unit, names in PANELS
@@ -56,10 +59,13 @@ def picture(metrics: Sequence[Mapping[str, float]]) -> str:
 
 
 def answers_table(answers: Sequence[Mapping[str, Any]]) -> str:
-    """A table of some validation questions, the truth, and the answers of each step, as HTML."""
+    """Returns an HTML table of validation questions: truth, and the model's answer at each step.
+
+    `answers` are the lines of `answers.jsonl`.
+    """
     steps = sorted({each["step"] for each in answers})
     texts = {(each["step"], each.get("id")): each.get("text", "") for each in answers}
-    asked = {each.get("id"): each for each in answers}  # the newest wording of each
+    asked = {each.get("id"): each for each in answers}  # the latest row of each question
     head = ["question", "truth", *(f"step {step}" if step else "before" for step in steps)]
     rows = []
     for name, each in asked.items():
@@ -74,7 +80,7 @@ def write(
     metrics: Sequence[Mapping[str, float]],
     answers: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Writes a page of the curves and of sample answers; nothing without a line of a step."""
+    """Writes an HTML page of the curves and sample answers; no page if no step has been logged."""
     if any("loss" in line for line in metrics):
         parts = [page.heading("Answers"), answers_table(answers)] if answers else []
         page.write(path, title, [picture(metrics), *parts])

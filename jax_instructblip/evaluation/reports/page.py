@@ -1,4 +1,4 @@
-"""HTML pages that hold their pictures, so that they can be sent around."""
+"""Building blocks of self-contained HTML pages; each function returns HTML unless it says so."""
 
 import base64
 import html
@@ -35,7 +35,7 @@ td.left { text-align: left } .wide { overflow-x: auto }
 
 
 def write(path: str | os.PathLike, title: str, parts: Iterable[str]) -> None:
-    """Writes the page: the title, then the parts, which are HTML."""
+    """Writes an HTML file with the title and `parts`, which are strings of HTML."""
     page = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
@@ -45,12 +45,12 @@ def write(path: str | os.PathLike, title: str, parts: Iterable[str]) -> None:
 
 
 def heading(text: str) -> str:
-    """The heading of a section."""
+    """Returns a section heading as HTML."""
     return f"<h2>{html.escape(text)}</h2>"
 
 
 def note(text: str, items: Sequence[str] = ()) -> str:
-    """A remark in small print, perhaps with a list under it."""
+    """Returns a remark in small print as HTML, followed by a list if there are `items`."""
     listed = "".join(f"<li>{html.escape(each)}</li>" for each in items)
     return f"<p class='note'>{html.escape(text)}</p>" + (
         listed and f"<ul class='note'>{listed}</ul>"
@@ -58,7 +58,7 @@ def note(text: str, items: Sequence[str] = ()) -> str:
 
 
 def pairs(facts: Iterable[tuple[str, Any]]) -> str:
-    """A table of names and values."""
+    """Returns an HTML table of names and values."""
     rows = "".join(
         f"<tr><td>{html.escape(str(name))}</td><td class='left'>{html.escape(str(value))}</td></tr>"
         for name, value in facts
@@ -67,7 +67,7 @@ def pairs(facts: Iterable[tuple[str, Any]]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with a head."""
+    """Returns an HTML table with a head."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
@@ -78,13 +78,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of the same table as Markdown."""
+    """Returns the lines of a table in Markdown (no HTML)."""
     lines = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(cell.replace("|", r"\|") for cell in each) + " |" for each in lines]
 
 
 def grid(cards: Iterable[str]) -> str:
-    """Cards beside and under each other."""
+    """Returns an HTML grid of `cards`, which are strings of HTML."""
     return f"<div class='grid'>{''.join(cards)}</div>"
 
 
@@ -95,9 +95,10 @@ def card(
     notes: Iterable[str] = (),
     kind: str = "",
 ) -> str:
-    """The first image of a sample with texts under it; `kind` is right, wrong or nothing.
+    """Returns an HTML card: the first image of a sample, with texts below it.
 
-    A line is text, or what `marked` returns.
+    `kind` is "right", "wrong" or "", and colours the card. `lines` are plain text, or HTML from
+    `marked`; `notes` are in small print.
     """
     pictures = "".join(picture(image) for image in images[:1])
     frames = f" <i>({len(images)} frames)</i>" if len(images) > 1 else ""
@@ -110,11 +111,11 @@ def card(
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """A string that is HTML already and must not be escaped."""
 
 
 def marked(name: str, pieces: Iterable[tuple[str, bool]]) -> Html:
-    """A name and pieces of text, some of them marked."""
+    """Returns HTML: `name`, then the texts of `pieces`, each a (text, highlighted) pair."""
     shown = (
         f"<mark>{html.escape(piece)}</mark>" if mark else html.escape(piece)
         for piece, mark in pieces
@@ -123,12 +124,12 @@ def marked(name: str, pieces: Iterable[tuple[str, bool]]) -> Html:
 
 
 def truth(answers: Iterable[str]) -> str:
-    """The right answers, each once."""
+    """Formats the distinct right answers as plain text (no HTML)."""
     return f"truth: {' / '.join(dict.fromkeys(answers)) or '(not public)'}"
 
 
 def picture(source: ImageSource) -> str:
-    """An image inside the page; the reason where it cannot be decoded."""
+    """Returns an image as an HTML thumbnail; the error text if it cannot be decoded."""
     try:
         image = decode(source)
     except ImageError as error:
@@ -142,5 +143,5 @@ def picture(source: ImageSource) -> str:
 
 
 def inline(data: bytes, kind: str = "png") -> str:
-    """The data URL that holds an image's encoded bytes."""
+    """Returns a data URL with the encoded bytes of an image; `kind` is "png" or "jpeg"."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,7 +1,6 @@
-"""The report of an evaluation: our numbers beside the paper's or by family beside baselines.
+"""The report of an evaluation: our numbers next to the paper's, or per family next to baselines.
 
-One HTML file that holds its pictures and the curves of the run, so that it can be sent around, and
-the same tables as Markdown.
+It is written as one self-contained HTML file, with pictures and training curves, and as Markdown.
 """
 
 import os
@@ -17,18 +16,18 @@ from jax_instructblip.evaluation.protocol import SHORT
 from jax_instructblip.evaluation.reports import curves, page
 from jax_instructblip.evaluation.scoring import COUNTS
 
-SHOWN = 12  # pictures with a right answer, and as many with a wrong one, of each dataset
-CANDIDATES = 5  # shown of a ranking
-PROBLEMS = 10  # listed of each dataset
+SHOWN = 12  # most samples per dataset with a right answer, and with a wrong one
+CANDIDATES = 5  # best candidates shown per sample of a ranking
+PROBLEMS = 10  # most problems listed per dataset
 PAPER = "Numbers of the papers (arXiv 2305.06500, table 1; 2301.12597, tables 2, 3 and 5) are in \
 percent, as ours; the gap is to the model of the same sizes."
 
-Open = Callable[[int], Record]  # the record of a number, with its images
+Open = Callable[[int], Record]  # record number -> record with its images
 Samples = Mapping[str, tuple[Open, Sequence[Prediction]]]
 
 
 def line(name: str, result: Mapping[str, Any]) -> str:
-    """One line for people: the dataset, its value, the paper's."""
+    """Formats a dataset's entry of `results.json` for printing: its value, and the paper's."""
     if result["unscored"]:
         return f"{name}: NOT SCORED, {result['unscored']}"
     said = f"{name}: {result['metric']} {result['value']:.2f}"
@@ -49,7 +48,7 @@ def line(name: str, result: Mapping[str, Any]) -> str:
 
 
 def markdown(model: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The tables of the report."""
+    """Returns the report as Markdown tables; `results` are the entries of `results.json`."""
     lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in model.items()), ""]
     if any(result["paper"] for result in results.values()):
         lines += [*page.markdown_table(*_table(results)), "", PAPER]
@@ -72,10 +71,15 @@ def write_html(
     metrics: Sequence[Mapping[str, float]] = (),
     answers: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Writes the page.
+    """Writes the report as an HTML page.
 
-    `samples` has what opens the records of each dataset, with their rows; `metrics` are lines of
-    `metrics.jsonl`, without which there are no curves; `answers` are those of its validations.
+    Args:
+      path: the file to write.
+      model: facts about the model, by name.
+      results: the entries of `results.json`, by dataset.
+      samples: for each dataset, a function from record number to record, and the predictions.
+      metrics: lines of the run's `metrics.jsonl`; without them there are no curves.
+      answers: lines of the run's `answers.jsonl`.
     """
     parts = [page.pairs(model.items())]
     if any(result["paper"] for result in results.values()):
@@ -99,7 +103,7 @@ def write_html(
 
 
 def _tables(result: Mapping[str, Any]) -> Iterator[tuple[list[str], list[list[str]]]]:
-    """The tables of one dataset: of families beside baselines, or of all values."""
+    """Yields (head, rows) of one dataset's tables: families with baselines, or all values."""
     if result["unscored"]:
         return
     if "families" in result:
@@ -134,7 +138,7 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[li
 
 
 def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Facts about a dataset for the reader, as names and values."""
+    """Returns (name, value) pairs about how a dataset was asked and scored."""
     facts = []
     if "settings" in result:
         settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
@@ -162,7 +166,7 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _shown(result: Mapping[str, Any]) -> str:
-    """How records were shown, where that is not the usual way."""
+    """Describes how texts and images were presented, where it is not the default; "" if it is."""
     style = result.get("style", {})
     words = [
         f"text processor {style['processor']}"
@@ -188,9 +192,9 @@ def _problems(result: Mapping[str, Any]) -> list[str]:
 
 
 def _grid(opened: Open, rows: Sequence[Prediction]) -> str:
-    """Pictures with right answers and with wrong ones, as many of both where there are."""
+    """Returns HTML cards of samples, up to `SHOWN` right answers and as many wrong ones."""
     scores = [row.score for row in rows if row.score is not None]
-    # A caption is neither right nor wrong: there the better half stands for the right ones.
+    # Captions are neither right nor wrong: the better half is shown as right.
     bound = float(np.median(scores)) if scores and max(scores) > 1 else 0.5
     right = [n for n, row in enumerate(rows) if row.score is not None and row.score >= bound]
     wrong = [n for n, row in enumerate(rows) if row.score is None or row.score < bound]

@@ -1,4 +1,4 @@
-"""A page of training samples: picture, instruction, tokens, what the loss asks for, lengths."""
+"""An HTML page of training samples: images, texts as tokens, loss targets, length histograms."""
 
 import collections
 import html
@@ -16,7 +16,7 @@ from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation.reports import page
 from jax_instructblip.progress import Progress
 
-SAMPLES = 1000  # drawn for a preview: the lengths are those of as many
+SAMPLES = 1000  # records drawn for a preview, which the length histograms are of
 
 
 def preview(
@@ -26,9 +26,9 @@ def preview(
     text: TextProcessor,
     splits: Sequence[str] = (),
 ) -> None:
-    """Writes the page about a draw of the records of one split.
+    """Writes a page about `SAMPLES` random records of one split of a dataset in the folder `raw`.
 
-    It is the first of `splits`, or of those whose files are in `raw`.
+    The split is the first of `splits`; by default the first whose files are in `raw`.
     """
     split = [*splits, *dataset.present(raw), *dataset.files][0]
     with Progress(dataset.counts.get(split), f"reading {dataset.name} {split}", "records") as line:
@@ -46,7 +46,7 @@ def _counted(records: Iterable[Record], line: Progress) -> Iterator[Record]:
 
 
 def draw(records: Iterable[Record], count: int, seed: int = 0) -> list[Record]:
-    """`count` of the records, each as likely as any other, in their order; one pass."""
+    """Returns `count` random records in their original order, reading `records` once."""
     rng, kept = np.random.default_rng(seed), []
     for number, record in enumerate(records):
         if len(kept) < count:
@@ -59,7 +59,10 @@ def draw(records: Iterable[Record], count: int, seed: int = 0) -> list[Record]:
 def write_preview(
     path: str | os.PathLike, source: Source, text: TextProcessor, *, shown: int = 20, seed: int = 0
 ) -> None:
-    """Writes the page of a source: `shown` of its records in pictures, the lengths of all."""
+    """Writes a page with `shown` records of a source as pictures, and histograms of text lengths.
+
+    The histograms are of all records of the source.
+    """
     mixture, cards = Mixture([source], seed), []
     lengths: dict[str, list[int]] = collections.defaultdict(list)
     for number, record in enumerate(source.records):

@@ -1,0 +1,113 @@
+"""One checkpoint of the parts of several: leaves are read and written one at a time.
+
+vision of A, Q-Former of B, language model of C --write_joined--> OUT
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jax_instructblip import checkpoint, stores
+from jax_instructblip.atomic import check_room
+from jax_instructblip.conversion.engine import Plan
+from jax_instructblip.conversion.stored_model import write_sides
+from jax_instructblip.data.captions import CaptionTokenizer
+from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.inference.loading import Source, stored_model
+from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.vlm import param_shapes
+from jax_instructblip.progress import count_bytes
+from jax_instructblip.remote import is_remote
+
+Leaves = Iterable[tuple[str, np.ndarray]]
+
+
+class Part(NamedTuple):
+    """Leaves of a checkpoint that come from one place."""
+
+    origin: str  # a folder, or "random": what is printed and written into config.json
+    nbytes: int
+    leaves: Leaves
+
+
+def part_of(source: Source, chosen: Callable[[str], bool]) -> Part:
+    """The leaves of a model whose paths are `chosen`; none is read before its turn."""
+    origin = str(source.step or source.folder)
+    if isinstance(source.leaves, Plan):
+        plan = source.leaves
+        paths = [path for path in plan.leaves if chosen(path)]
+        nbytes = sum(plan.leaves[path].nbytes for path in paths)
+        return Part(origin, nbytes, ((path, plan.make(path)) for path in paths))
+    model = stored_model(source)
+    manifest = {path: model.manifest[path] for path in sorted(model.manifest) if chosen(path)}
+    return Part(origin, checkpoint.manifest_bytes(manifest), model.read(manifest))
+
+
+def part_of_arrays(origin: str, leaves: Mapping[str, np.ndarray]) -> Part:
+    """The leaves of a dict, which are in memory."""
+    return Part(origin, sum(leaf.nbytes for leaf in leaves.values()), leaves.items())
+
+
+def write_joined(
+    out: str | os.PathLike[str],
+    variant: Variant,
+    parts: Mapping[str, Part],
+    copy_tokenizers: Callable[[Path], object],
+) -> Path | str:
+    """Writes the checkpoint folder `out` of all parts, and prints where each came from.
+
+    Args:
+      out: the folder to make, or its address in a store; it must not exist, and appears when all
+        is written.
+      variant: the sizes of the whole model.
+      parts: by what each is called in what is printed.
+      copy_tokenizers: is called with the folder to put the tokenizers into.
+
+    Returns:
+      The folder `out`, or its address.
+
+    Raises:
+      ValueError: leaves are missing, left over or of other shapes, or a tokenizer is of another
+        model.
+      OSError: `out` exists, a tokenizer is missing, or the disk has too little room.
+    """
+    expected = checkpoint.flatten(param_shapes(variant))
+    nbytes = sum(part.nbytes for part in parts.values())
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def leaves() -> Iterator[tuple[str, np.ndarray]]:
+        with count_bytes(nbytes, "writing") as count:
+            for part in parts.values():
+                for path, array in part.leaves:
+                    shapes[path], size = array.shape, array.nbytes
+                    yield path, array
+                    del array  # the next leaf is made while no name holds this one
+                    count(size, path)
+
+    def add(partial: Path) -> None:
+        """Compares the leaves with the model, and adds config.json and tokenizers."""
+        wanted = {path: tuple(leaf.shape) for path, leaf in expected.items()}
+        wrong = [
+            f"{path}: found {shapes.get(path, 'nothing')}, expected {wanted.get(path, 'nothing')}"
+            for path in sorted(shapes.keys() | wanted.keys())
+            if shapes.get(path) != wanted.get(path)
+        ]
+        if wrong:
+            raise ValueError(
+                "\n  ".join([f"these parts make no whole model ({len(wrong)}):", *wrong])
+            )
+        write_sides(partial, variant, {name: part.origin for name, part in parts.items()}, {})
+        copy_tokenizers(partial)
+        reader = CaptionTokenizer if variant.llm is None else TextProcessor
+        reader.load(partial, variant)
+
+    with stores.output_folder(out) as (folder, title):
+        check_room(folder, nbytes)
+        checkpoint.write_tree(folder, leaves(), extra=add)
+    print(f"{title}: {nbytes / 1e9:.2f} GB")
+    for name, part in parts.items():
+        print(f"  {name}: {part.origin}")
+    return title if is_remote(out) else folder

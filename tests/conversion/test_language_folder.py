@@ -1,0 +1,86 @@
+"""Folders of a language model alone: names, files and configurations as they are met."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jax_instructblip.conversion.language_folder import is_language_folder, open_language
+from jax_instructblip.conversion.safetensors import ConversionError
+from tests.helpers.language_folders import write_language
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
+
+
+def to_bin(folder, tensors, shards=1):
+    """Saves the weights as PyTorch does, and takes the safetensors away."""
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    if shards == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return
+    weight_map = {}
+    for number in range(shards):
+        name = f"pytorch_model-{number + 1:05}-of-{shards:05}.bin"
+        own = names[number::shards]
+        torch.save({each: tensors[each] for each in own}, folder / name)
+        weight_map |= dict.fromkeys(own, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("kind", ["llama", "opt", "t5"])
+def test_files_of_pytorch_hold_the_same_leaves(tmp_path, kind, shards):
+    model = write_language(tmp_path, kind)
+    expected = dict(open_language(tmp_path))
+    to_bin(tmp_path, model.state_dict(), shards)
+    found = dict(open_language(tmp_path))
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(found[path], leaf)
+
+
+def test_a_model_saved_without_its_head(tmp_path):
+    """OPT's head is its embedding: a folder of `OPTModel` is the whole model."""
+    model = write_language(tmp_path, "opt")
+    expected = dict(open_language(tmp_path))
+    state = model.model.state_dict()
+    assert all(name.startswith("decoder.") for name in state)
+    to_bin(tmp_path, state)
+    for path, leaf in open_language(tmp_path):
+        np.testing.assert_array_equal(leaf, expected[path])
+
+
+def test_a_shard_that_is_lacking(tmp_path):
+    model = write_language(tmp_path, "t5")
+    to_bin(tmp_path, model.state_dict(), 2)
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(ConversionError, match="lacks files of its index"):
+        open_language(tmp_path)
+
+
+def test_other_folders_are_refused(tmp_path):
+    write_language(tmp_path / "t5", "t5")
+    assert is_language_folder(tmp_path / "t5") and not is_language_folder(tmp_path)
+    config = tmp_path / "t5" / "config.json"
+    document = json.loads(config.read_text())
+    config.write_text(json.dumps(document | {"model_type": "gpt2"}))
+    assert not is_language_folder(tmp_path / "t5")
+    with pytest.raises(ConversionError, match="no language model that is known(.|\n)*'gpt2'"):
+        open_language(tmp_path / "t5")
+    config.write_text(json.dumps(document | {"feed_forward_proj": "relu"}))
+    with pytest.raises(ConversionError, match="cannot be held(.|\n)*gated"):
+        open_language(tmp_path / "t5")
+    config.write_text(json.dumps(document))
+    (tmp_path / "t5" / "model.safetensors").unlink()
+    with pytest.raises(ConversionError, match="holds no weights"):
+        open_language(tmp_path / "t5")
+
+
+def test_a_tokenizer_that_is_missing(tmp_path):
+    write_language(tmp_path, "opt")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match="tokenizer is missing"):
+        open_language(tmp_path)
