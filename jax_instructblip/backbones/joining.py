@@ -1,4 +1,4 @@
-"""One checkpoint of the parts of several: leaves are read and written one at a time.
+"""Makes one checkpoint of parts of several; one parameter is read and written at a time.
 
 vision of A, Q-Former of B, language model of C --write_joined--> OUT
 """
@@ -26,7 +26,7 @@ Leaves = Iterable[tuple[str, np.ndarray]]
 
 
 class Part(NamedTuple):
-    """Leaves of a checkpoint that come from one place."""
+    """Parameters that come from one place: a model, or a random initialisation."""
 
     origin: str  # a folder, or "random": what is printed and written into config.json
     nbytes: int
@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 
 def part_of(source: Source, chosen: Callable[[str], bool]) -> Part:
-    """The leaves of a model whose paths are `chosen`; none is read before its turn."""
+    """Returns the parameters of a model for whose paths `chosen` is true, to be read one by one."""
     origin = str(source.step or source.folder)
     if isinstance(source.leaves, Plan):
         plan = source.leaves
@@ -47,7 +47,7 @@ def part_of(source: Source, chosen: Callable[[str], bool]) -> Part:
 
 
 def part_of_arrays(origin: str, leaves: Mapping[str, np.ndarray]) -> Part:
-    """The leaves of a dict, which are in memory."""
+    """Returns parameters that are in memory; `leaves` maps path to array."""
     return Part(origin, sum(leaf.nbytes for leaf in leaves.values()), leaves.items())
 
 
@@ -57,7 +57,7 @@ def write_joined(
     parts: Mapping[str, Part],
     copy_tokenizers: Callable[[Path], object],
 ) -> Path | str:
-    """Writes the checkpoint folder `out` of all parts, and prints where each came from.
+    """Writes a checkpoint folder of all parts, and prints where each part came from.
 
     Args:
       out: the folder to make, or its address in a store; it must not exist, and appears when all

@@ -1,4 +1,4 @@
-"""Checkpoints that begin BLIP-2's second stage, and instruction tuning after it.
+"""Makes the checkpoints that BLIP-2's second stage and instruction tuning start from.
 
     stage 1 --vision, queries' half of the Q-Former--+
     language model --whole, frozen-------------------+--> write_stage2 --> a base of stage 2
@@ -125,7 +125,7 @@ def write_instruct(
 
 
 def _source(path: str | os.PathLike[str], kind: str, wanted: str) -> Source:
-    """The model behind a path; a ValueError where it is not of `kind`."""
+    """Returns the model at a path; raises a ValueError if it is not of `kind`."""
     source = read_source(path)
     if source.variant.kind != kind:
         raise ValueError(
@@ -138,7 +138,7 @@ def _source(path: str | os.PathLike[str], kind: str, wanted: str) -> Source:
 def _language(
     path: str | os.PathLike[str],
 ) -> tuple[LanguageConfig, Part, Callable[[Path], object]]:
-    """Sizes, leaves and what copies the tokenizer of a language model."""
+    """Returns a language model's sizes, its parameters and a function that copies its tokenizer."""
     folder = resolve_checkpoint(path)
     if is_language_folder(folder):
         language = open_language(folder)
@@ -163,7 +163,7 @@ def _language(
 
 
 def _projection(config: QFormerConfig, seed: int) -> dict[str, np.ndarray]:
-    """Random leaves of the projection to the language model's width, float32."""
+    """Returns a random projection to the language model's width: path and float32 array."""
     patches = jnp.zeros((1, 1, config.vision_width))
     params = QFormer(config, jnp.float32).init(jax.random.key(seed), patches)["params"]
     leaves = checkpoint.flatten({"qformer": dict(params)})
@@ -171,7 +171,7 @@ def _projection(config: QFormerConfig, seed: int) -> dict[str, np.ndarray]:
 
 
 def _compare(second: Source, first: Source) -> None:
-    """Raises a ValueError where the text half does not fit the queries' half."""
+    """Raises a ValueError if the Q-Formers of two models have different sizes."""
     ours, theirs = second.variant.qformer, first.variant.qformer
     wrong = [
         f"qformer.{name}: {getattr(ours, name)} and {getattr(theirs, name)}"

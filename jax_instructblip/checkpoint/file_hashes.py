@@ -20,7 +20,7 @@ _FORMAT = 1
 
 
 def write_hashes(folder: str | os.PathLike) -> None:
-    """Writes `files.json` for the files that are in the folder now."""
+    """Writes `files.json`, with the hashes of the files that are in the folder now."""
     folder = Path(folder)
     hashes = {
         name: hash_file(folder / name)
@@ -32,7 +32,7 @@ def write_hashes(folder: str | os.PathLike) -> None:
 
 
 def verify_hashes(folder: str | os.PathLike) -> None:
-    """Compares every file listed in `files.json` with its hash; does nothing without `files.json`.
+    """Compares every file that `files.json` lists with its hash; does nothing if there is no list.
 
     Raises:
         CheckpointError: names all files that are missing or have other bytes.

@@ -140,11 +140,11 @@ def read_parts(
     strict_dtype: bool = False,
     place: Callable[[str, StoredParts], Any],
 ) -> Tree:
-    """The nested dict of `read_tree`, for one of several processes that each hold parts of leaves.
+    """Reads a checkpoint folder in one of several processes, which each hold parts of the leaves.
 
     `place(path, leaf)` slices the leaf where this process's devices need it, and only these slices
-    are read. Hashes cover whole files, so each process verifies a share of the files; together they
-    verify all of them.
+    are read; the result is a nested dict of what `place` returns. `expected` is compared as in
+    `read_tree`. Hashes cover whole files, so each process verifies a share of the files.
     """
     folder = Path(folder).absolute()
     manifest, _ = _open(folder)
@@ -213,9 +213,10 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def _open(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The manifest, and a description (`shape`, `dtype`) of each leaf by path, which agree.
+    """The manifest, and a description (`shape`, `dtype`) of each leaf by path.
 
-    Orbax describes whole leaves; leaves in parts are described from the manifest itself.
+    Descriptions come from Orbax and are compared with the manifest; for leaves in parts they come
+    from the manifest itself. Also compares the hashes of `files.json`.
     """
     manifest = read_manifest(folder)
     if leaf_parts.is_in_parts(manifest):

@@ -59,7 +59,7 @@ def own_parts(leaves: Mapping[str, jax.Array]) -> Iterator[OwnPart]:
 
 
 def write_parts(params: Path, parts: Iterable[OwnPart]) -> Manifest:
-    """Writes these parts below `params`; returns a manifest that lists these parts only."""
+    """Writes parts of leaves below `params`; returns a manifest that lists these parts only."""
     manifest: Manifest = {}
     for part in parts:
         array = np.ascontiguousarray(part.data).reshape(np.shape(part.data))
@@ -77,7 +77,7 @@ def write_parts(params: Path, parts: Iterable[OwnPart]) -> Manifest:
 
 
 def merge(manifests: Iterable[Manifest], shapes: Mapping[str, tuple[int, ...]]) -> Manifest:
-    """The manifest of leaves with these full shapes, from the manifests of several processes.
+    """Merges the manifests of several processes to one; `shapes` are those of the whole leaves.
 
     Raises:
         CheckpointError: parts are missing; names all such leaves.
@@ -99,7 +99,7 @@ def is_in_parts(manifest: Mapping[str, Mapping[str, Any]]) -> bool:
 def check_parts(manifest: Mapping[str, Mapping[str, Any]], where: Any) -> None:
     """Raises a CheckpointError that names all leaves which their parts do not cover exactly once.
 
-    `where` is the start of the message: the place or origin of the parts.
+    The message begins with `where`.
     """
     wrong = []
     for path, entry in manifest.items():
@@ -137,7 +137,7 @@ def _problem(shape: Any, parts: Any) -> str:
 
 
 def stored(params: Path, path: str, entry: Mapping[str, Any]) -> StoredParts:
-    """The leaf at `path`, stored in parts; its bytes are read when it is sliced.
+    """The leaf at `path`, which is in parts, as an array that is read when it is sliced.
 
     Raises:
         OSError: a file is missing.
@@ -166,7 +166,12 @@ def files(params: Path, manifest: Mapping[str, Mapping[str, Any]]) -> dict[Path,
 
 
 def stored_leaf(params: Path, path: str, entry: Mapping[str, Any]) -> StoredParts:
-    """The leaf at `path`, stored whole or in parts, read when it is sliced; raises as `stored`."""
+    """The leaf at `path`, whole or in parts, as an array that is read when it is sliced.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file has the wrong length.
+    """
     if "parts" in entry:
         return stored(params, path, entry)
     return StoredLeaf(next(iter(files(params, {path: entry}))), entry["shape"], dtype_of(entry))

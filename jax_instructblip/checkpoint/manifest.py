@@ -73,7 +73,7 @@ def entry_of(path: str, array: np.ndarray) -> dict[str, Any]:
 
 
 def describe(leaves: Mapping[str, Any], dtypes: bool) -> dict[str, tuple]:
-    """Shape and (with `dtypes`) dtype of each leaf by path, in the form that `compare` takes."""
+    """(shape, dtype) of each leaf by path, for `compare`; no dtype (None) unless `dtypes`."""
     return {
         path: (tuple(leaf.shape), np.dtype(leaf.dtype).name if dtypes else None)
         for path, leaf in leaves.items()
@@ -81,7 +81,7 @@ def describe(leaves: Mapping[str, Any], dtypes: bool) -> dict[str, tuple]:
 
 
 def described(manifest: Mapping[str, Any], dtypes: bool) -> dict[str, tuple]:
-    """Shape and (with `dtypes`) dtype of each leaf in a manifest, for `compare`."""
+    """(shape, dtype) of each leaf in a manifest, for `compare`; no dtype (None) unless `dtypes`."""
     return {
         path: (tuple(entry["shape"]), entry["dtype"] if dtypes else None)
         for path, entry in manifest.items()
@@ -93,7 +93,8 @@ def compare(
 ) -> None:
     """Raises a CheckpointError that lists all differences in paths, shapes and dtypes.
 
-    `claim` says in the message what the differences mean. Dtypes are None if they do not count.
+    `found` and `wanted` map paths to (shape, dtype), as `describe` returns. `claim` says in the
+    message what the differences mean.
     """
     reasons = []
     for path in sorted(found.keys() | wanted.keys()):
@@ -113,5 +114,5 @@ def _words(description: tuple) -> str:
 
 
 def listed(title: str, reasons: list[str]) -> str:
-    """A message: the title with the number of reasons, then one line per reason."""
+    """A message of several lines: the title with the number of reasons, then the reasons."""
     return "\n  ".join([f"{title} ({len(reasons)}):", *reasons])

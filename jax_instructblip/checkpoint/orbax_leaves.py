@@ -21,10 +21,10 @@ SETTLE_SECONDS = 0.3  # wait after a failure, until the other leaves of the grou
 
 
 def save(params: Path, group: dict[str, np.ndarray], folder: Path) -> None:
-    """Writes the leaves of `group` below `params`.
+    """Writes the leaves of `group` below `params`, a folder inside a temporary checkpoint folder.
 
     Raises:
-        OSError: writing failed; names `folder`, the checkpoint's path once it is complete.
+        OSError: writing failed; names `folder`, the path of the finished checkpoint.
     """
     options = _alone()
     # One plain file per leaf: an error can name it, and 90 leaves take 0.1 s (OCDBT: 2 s).
@@ -47,7 +47,7 @@ def finalize(params: Path) -> None:
 
 
 def _alone() -> ocp.Context:
-    """An Orbax context for a process that reads or writes without waiting for other processes."""
+    """An Orbax context for a process that reads or writes by itself, whatever the others do."""
     options, me = ocp.Context(), jax.process_index()
     if jax.process_count() > 1:
         options.multiprocessing.primary_host = me

@@ -33,7 +33,7 @@ _BASE = {"path": text(), "sha256": text(), "name": text()}
 
 
 def seal(meta: Mapping[str, Any]) -> str:
-    """The text of a `meta.json` with these fields and their sha256."""
+    """The text of a `meta.json`: these fields, and a sha256 of them."""
     return json.dumps({**meta, _SEAL: _digest(meta)}, indent=1) + "\n"
 
 
@@ -65,7 +65,12 @@ def parse_meta(raw: bytes, where: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The fields of the `meta.json` in `folder`; raises as `parse_meta`, and OSError."""
+    """The fields of the `meta.json` in `folder`.
+
+    Raises:
+        OSError: there is no such file.
+        CheckpointError: the file is damaged; lists every field that is wrong.
+    """
     return parse_meta((folder / META).read_bytes(), folder)
 
 
@@ -86,7 +91,7 @@ def check_manifest(meta: Mapping[str, Any], folder: Path, part: str) -> None:
 
 
 def bind(meta: Mapping[str, Any], folder: Path, parts: tuple[str, ...]) -> dict[str, Any]:
-    """Returns `meta` with the sha256 of the manifest of each of these parts of the folder."""
+    """Adds to `meta` the sha256 of the manifest in each of the folders `folder / part`."""
     return {**meta, _MANIFESTS: {part: manifest_digest(folder / part) for part in parts}}
 
 

@@ -29,7 +29,7 @@ class StoredPart:
     shape: tuple[int, ...]
 
     def map(self, dtype: np.dtype) -> np.ndarray:
-        """Maps the file into memory as an array of the part's shape; only pages in use are read."""
+        """Maps the file into memory as an array of the part's shape, without reading it."""
         return np.memmap(self.file, dtype, "r", shape=self.shape or (1,)).reshape(self.shape)
 
 
@@ -59,7 +59,7 @@ class StoredParts:
         return StoredParts(self._parts, self.shape, self._stored, dtype)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Reads the numbers at `index`: `...`, whole numbers and slices of step 1."""
+        """Reads a slice from the files; `index` is `...`, or whole numbers and slices of step 1."""
         index = () if index is Ellipsis else index if isinstance(index, tuple) else (index,)
         index = (*index, *[slice(None)] * (len(self.shape) - len(index)))
         single = tuple(axis for axis, each in enumerate(index) if not isinstance(each, slice))
@@ -77,7 +77,7 @@ class StoredParts:
         )
 
     def _copy(self, part: StoredPart, bounds: list[tuple[int, int]], out: np.ndarray) -> None:
-        """Copies into `out` what `part` has of the region `bounds`, some rows at a time."""
+        """Copies to `out`, the array of the region `bounds`, what `part` has of that region."""
         source, target = [], []
         for (begin, end), first, size in zip(bounds, part.start, part.shape, strict=False):
             low, high = max(begin, first), min(end, first + size)
@@ -104,5 +104,10 @@ class StoredLeaf(StoredParts):
     """An array stored whole in one file of raw bytes."""
 
     def __init__(self, file: Path, shape: tuple[int, ...], dtype: Any):
-        """Raises OSError and ValueError as `StoredParts` does."""
+        """Takes the file, and shape and dtype of the array in it.
+
+        Raises:
+            OSError: the file does not exist.
+            ValueError: its length does not fit the shape.
+        """
         super().__init__([StoredPart(file, (0,) * len(shape), tuple(shape))], shape, dtype)

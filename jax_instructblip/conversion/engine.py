@@ -267,7 +267,11 @@ def _dropped(
     used: Iterable[str],
     failures: list[tuple[str, str]],
 ) -> dict[str, str]:
-    """Returns the reason for each tensor left out; a tensor with no reason becomes a failure."""
+    """Returns name -> reason for the source tensors that a `Drop` in `entries` leaves out.
+
+    `used` has the names that rules use. Appended to `failures`: a tensor that is neither used nor
+    dropped, and one that differs from the tensor it should equal.
+    """
     drops = [
         (re.compile(re.escape(entry.source).replace(r"\{i\}", r"\d+")), entry)
         for entry in entries

@@ -1,11 +1,11 @@
-"""A language model in a Hugging Face folder of its own -> our leaves below `llm/`.
+"""Reads the Hugging Face folder of a language model alone: FlanT5, OPT, LLaMA or Vicuna.
 
-    FOLDER of FlanT5, OPT, LLaMA or Vicuna      config.json, *.safetensors or *.bin, tokenizer
-       --the table of the tower, names without `language_model.`-->      leaves, one at a time
+    config.json, *.safetensors or *.bin, tokenizer  -->  our parameters below `llm/`, one at a time
 
+The conversion tables are those of whole models, where every name begins with `language_model.`.
 BLIP-2 and InstructBLIP change three things of a language model before they freeze it: the special
-tokens of its tokenizer (`RELEASED_SPECIAL`), the row of the embedding that a new padding token
-takes, and the activation of FlanT5 (GELU by erf, whatever its config.json says).
+tokens of its tokenizer (`RELEASED_SPECIAL`), the size of its vocabulary if a new padding token
+needs an embedding, and the activation of FlanT5 (GELU by erf, whatever its config.json says).
 """
 
 import dataclasses
@@ -47,17 +47,17 @@ PREFIX = "language_model."  # of the tables' names, which are those of a whole m
 BIN, BIN_INDEX = "pytorch_model*.bin", "pytorch_model.bin.index.json"
 EMBED, HEAD = "llm/embed/embedding", "llm/head/kernel"  # the leaves with a row for each token
 _WORD = "model."  # before the names of a decoder that has its head
-END_OF_CAPTION = "\n"  # that BLIP-2 ends an OPT's texts with
+END_OF_CAPTION = "\n"  # ends every text of BLIP-2 with OPT
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageFolder:
-    """A language model ready to be read; nothing of its weights is in memory yet.
+    """A checked folder of a language model; iterating yields its parameters, path and array.
 
     Attributes:
-      folder: where its files are.
-      config: its sizes, with the ids and the vocabulary that BLIP-2 gives it.
-      plan: its tensors, checked against its config.json.
+      folder: the folder.
+      config: the sizes, with the special ids and the vocabulary that BLIP-2 gives the model.
+      plan: the conversion of its tensors; no weight is read yet.
       notes: how `config` differs from config.json, one sentence each.
     """
 
@@ -68,13 +68,14 @@ class LanguageFolder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all leaves, but for the rows that are added."""
+        """Size of all parameters in bytes, without rows added for special tokens."""
         return self.plan.nbytes
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
-        """The leaves (path, array), one at a time; added rows are the mean of those that are there.
+        """Yields each parameter's path and array, reading one at a time.
 
-        An output of the mean is never the largest one, so a padding token is not answered.
+        Rows added for special tokens hold the mean of the other rows: the logit of a mean is never
+        the largest one, so such a token is never generated.
         """
         for path, array in self.plan:
             axis = {EMBED: 0, HEAD: 1}.get(path)
@@ -86,10 +87,10 @@ class LanguageFolder:
             del array  # the next leaf is made while no name holds this one
 
     def copy_tokenizer(self, out: Path) -> None:
-        """Copies the tokenizer to the folder `out`, which it makes.
+        """Makes the folder `out` with a copy of the tokenizer.
 
-        Only the vocabulary of a kind in `RELEASED_SPECIAL`: without settings of its own it is
-        loaded with the released special tokens.
+        Settings (tokenizer_config.json) are left out where BLIP-2 sets other special tokens: a bare
+        vocabulary is loaded with those of `RELEASED_SPECIAL`.
         """
         out.mkdir()
         for path in _tokenizer_files(self.folder, self.config.kind):
@@ -97,13 +98,13 @@ class LanguageFolder:
 
 
 def is_language_folder(folder: Path) -> bool:
-    """True for a Hugging Face folder of a language model alone."""
+    """Tells whether a folder's config.json is that of a known language model alone."""
     path = folder / "config.json"
     return path.is_file() and read_json(path).get("model_type") in LANGUAGES
 
 
 def open_language(folder: str | Path) -> LanguageFolder:
-    """The language model of a Hugging Face folder, checked but for the values of its weights.
+    """Returns the language model of a Hugging Face folder; checks all but the weights' values.
 
     Raises:
       ConversionError: the folder is of another architecture, or its tensors do not fit its
@@ -136,7 +137,7 @@ def open_language(folder: str | Path) -> LanguageFolder:
 
 
 def _tensors(folder: Path, language: Language) -> dict[str, Tensor]:
-    """The tensors under the tables' names, which begin with `language_model.`."""
+    """Returns the folder's tensors under the names of the tables: `language_model.` and theirs."""
     if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
         tensors: dict[str, Any] = dict(open_folder(folder))
     else:
@@ -148,7 +149,7 @@ def _tensors(folder: Path, language: Language) -> dict[str, Tensor]:
 
 
 def _bin_tensors(folder: Path) -> dict[str, Any]:
-    """The tensors of `pytorch_model.bin`, or of all shards that its index names."""
+    """Returns the tensors of `pytorch_model.bin`, or of all shards that its index lists."""
     paths = sorted(folder.glob(BIN))
     if (folder / BIN_INDEX).is_file():
         listed = read_json(folder / BIN_INDEX).get("weight_map")
@@ -167,7 +168,7 @@ def _bin_tensors(folder: Path) -> dict[str, Any]:
 
 
 def _leaf_shapes(config: LanguageConfig) -> dict[str, Any]:
-    """The leaves below `llm/` with their shapes; the image side of the model does not matter."""
+    """Returns the shape of each parameter below `llm/`, by its path."""
     vision = VisionConfig(layers=1)
     qformer = QFormerConfig(vision.width, config.width, layers=2, instruction_aware=False)
     shapes = checkpoint.flatten(param_shapes(Variant("blip2", vision, qformer, config)))
@@ -180,7 +181,7 @@ def _tokenizer_files(folder: Path, kind: str) -> list[Path]:
 
 
 def _as_released(folder: Path, config: LanguageConfig) -> tuple[LanguageConfig, list[str]]:
-    """The sizes as BLIP-2 changes them, and a sentence about each change."""
+    """Returns the sizes with BLIP-2's changes, and a sentence about each change."""
     special = RELEASED_SPECIAL[config.kind]
     tokenizer, _ = load_tokenizers(folder, None, config.kind, special=special)
     changes: dict[str, Any] = {}

@@ -1,10 +1,10 @@
-"""Original files of LAVIS with all that they were saved without -> a whole model, checked.
+"""Joins `.pth` files of LAVIS, and the language model's folder, to a whole model.
 
-    blip2_pretrained.pth + eva_vit_g.pth                           the first stage
-    instruct_blip_vicuna7b_trimmed.pth + eva_vit_g.pth + --llm     InstructBLIP, and stage 2
+    blip2_pretrained.pth + eva_vit_g.pth                                     first stage
+    instruct_blip_vicuna7b_trimmed.pth + eva_vit_g.pth + folder of Vicuna    InstructBLIP
 
-The saver left out what was frozen: the image tower is in a file of its own, the language model in
-its own Hugging Face folder. No file says its sizes, so the variant has to be named.
+LAVIS does not save frozen weights: the vision tower is in a file of its own, the language model in
+its Hugging Face folder. The files do not tell the sizes of the model, so the caller names them.
 """
 
 import dataclasses
@@ -32,30 +32,30 @@ SUFFIXES = (".pth", ".pt")
 
 @dataclasses.dataclass(frozen=True)
 class OriginalLeaves:
-    """The leaves of the files, then those of the language model's folder, one at a time."""
+    """Parameters of the `.pth` files, then of the language model's folder, read one by one."""
 
     plan: Plan
     language: LanguageFolder | None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all leaves."""
+        """Size of all parameters in bytes."""
         return self.plan.nbytes + (self.language.nbytes if self.language else 0)
 
     @property
     def dropped(self) -> dict[str, str]:
-        """Tensors of the files that fill no leaf, each with the reason."""
+        """Tensors of the files that fill no parameter, each with the reason."""
         return self.plan.dropped
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Pairs of path and array."""
+        """Yields each parameter's path and array."""
         yield from self.plan
         if self.language is not None:
             yield from self.language
 
 
 class Original(NamedTuple):
-    """A model of original files, ready to be converted; no weight is read yet."""
+    """A checked model of `.pth` files; no weight is read yet."""
 
     variant: Variant
     source: dict[str, Any]  # facts of the files, for our config.json
@@ -77,7 +77,7 @@ class Original(NamedTuple):
 
 
 def original_files(source: Any) -> list[Path]:
-    """The `.pth` files that `convert` was given, one or several; [] where it was given a folder."""
+    """Returns `source` as a list of paths if it is one or several `.pth` files, [] for a folder."""
     paths = [source] if isinstance(source, str | os.PathLike) else list(source)
     wrong = [path for path in paths if not str(path).endswith(SUFFIXES)]
     if len(wrong) == len(paths) == 1:
@@ -97,10 +97,10 @@ def read_original(
     llm: str | os.PathLike[str] | None = None,
     bert: str | os.PathLike[str] | None = None,
 ) -> Original:
-    """The model that original files hold together, checked but with no weight read yet.
+    """Returns the model that `.pth` files make together; checks all but the weights' values.
 
     Args:
-      files: one model's file and those of the towers that it was saved without.
+      files: one model's file and those of the towers that were saved apart.
       variant: its sizes, or the name of a released model.
       llm: the Hugging Face folder of its language model.
       bert: a folder with BERT's tokenizer (bert-base-uncased), for a Q-Former that reads text.
@@ -144,7 +144,7 @@ def read_original(
 
 
 def _with_language(sizes: Variant, language: LanguageFolder) -> Variant:
-    """The variant with ids and vocabulary of the folder; an error where the model is another."""
+    """Returns the variant with the folder's special ids; raises if the folder has other sizes."""
     own: Any = sizes.llm
     if type(own) is not type(language.config):
         wrong = [f"llm.kind: expected {own.kind}, found {language.config.kind}"]

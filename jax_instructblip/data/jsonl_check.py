@@ -26,13 +26,14 @@ class Findings:
     """The result of a check: bad lines with reasons, and token counts of the good lines.
 
     Attributes:
-      bad: the reasons why a line cannot be used, by line number.
+      bad: line number -> the reasons why the line cannot be used.
       good: number of good lines.
-      lengths: token counts of all samples (each answer is one), by the title of the text.
-      cut: [3], the number of samples that lost tokens of each text in `TRUNCATED`.
-      unknown: (line number, text) of texts with characters that the tokenizer does not know, by
-        text.
-      samples: the first good lines: line number, record and example.
+      lengths: what is counted, such as "answer" -> the number of tokens in each sample; a record
+        gives one sample per answer.
+      cut: number of samples whose instruction, prompt and answer (`TRUNCATED`) lost tokens.
+      unknown: "instruction", "prompt" or "answer" -> (line number, text) of each sample whose text
+        has characters that the tokenizer does not know.
+      samples: the first good lines: line number, record and its first sample in tokens.
     """
 
     bad: dict[int, list[str]]
@@ -51,7 +52,7 @@ class Findings:
 def examine(file: str | os.PathLike, text: TextProcessor, samples: int) -> Findings:
     """Returns the findings about a file: reads all lines, opens all images, tokenizes all answers.
 
-    `samples` is the number of good lines that are kept as examples.
+    `samples` is the number of good lines that are kept in `Findings.samples`.
     """
     cut, unknown = np.zeros(len(TRUNCATED), np.int64), {name: [] for name in TRUNCATED}
     findings = Findings({}, 0, collections.defaultdict(list), cut, unknown, [])
@@ -145,7 +146,7 @@ def _bad_lines(file: pathlib.Path, bad: Mapping[int, list[str]]) -> Iterator[str
 
 
 def open_images(paths: Iterable[str]) -> dict[str, str]:
-    """Decodes each image file once; returns the reason, by path, for each that cannot be used."""
+    """Decodes each image file once; returns path -> reason for those that cannot be used."""
     unique = list(dict.fromkeys(paths))
 
     def reason(path: str) -> str | None:

@@ -30,7 +30,7 @@ class Baseline(NamedTuple):
     """Another way to answer the same questions, for comparison.
 
     Attributes:
-      name: a key of `MEANING`.
+      name: "before" or "blind", explained in `MEANING`.
       blip: the model that answers.
       weights: a digest of its weights.
       black: show it black images instead of the real ones.
@@ -62,7 +62,11 @@ def family_task(
 
 
 def content_digest(records: Sequence[Record], digest: str) -> str:
-    """Returns a digest of `digest` and of size and time of every image file in the records."""
+    """Returns a digest of the records and their image files, to notice that either has changed.
+
+    `digest` is that of the records. An image file counts by path, size and time of last change, or
+    as absent; images that are no files are skipped.
+    """
     hasher = hashlib.sha256(digest.encode())
     for number in range(len(records)):
         for image in records[number].images:
@@ -78,7 +82,11 @@ def content_digest(records: Sequence[Record], digest: str) -> str:
 
 
 def majority(records: Sequence[Record]) -> dict[str, float]:
-    """Returns the accuracy of each family's best constant answer, keyed as by `score_families`."""
+    """Returns the accuracy, 0 to 1, of each family's best constant answer.
+
+    Keys are `accuracy/FAMILY` and, for the mean over families, `accuracy`. Records without answers
+    do not count; {} if there are no others.
+    """
     truths: dict[str, list[Sequence[str]]] = {}
     for record in records:
         if record.answers:

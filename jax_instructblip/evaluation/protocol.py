@@ -104,19 +104,23 @@ class Protocol:
         return self.decoding if llm == "t5" else self.decoding.replace(**self.llama)
 
     def settings(self, llm: str = "t5") -> dict[str, Any]:
-        """Returns keyword arguments of `blip.rank` if `ranking` or `retrieval`, else `generate`."""
+        """Returns keyword arguments of `blip.rank` if `ranking` or `retrieval`, else `generate`.
+
+        `llm` is the kind of the language model, as in `config`.
+        """
         if self.ranking or self.retrieval:
             return {name: getattr(self, name) for name in (RANK if self.ranking else RETRIEVE)}
         config = self.config(llm)
         return {name: getattr(config, name) for name in GENERATE} | config.changed()
 
     def override(self, fields: Mapping[str, Any], llm: str = "t5") -> "Protocol":
-        """Returns a copy with other values of `prompt`, `ranking` or settings, by name.
+        """Returns a copy with the values in `fields`: `prompt`, `ranking` or settings, by name.
 
-        Settings that the resulting way of answering does not use are ignored.
+        The copy's other settings of generation are those of a language model of the kind `llm`.
+        Settings that the copy's way of answering does not use are ignored, and so are other names.
 
         Raises:
-          ValueError: a setting has an invalid value.
+          ValueError: a setting of generation has an invalid value.
         """
         names = RETRIEVE if self.retrieval else ("prompt", "ranking", *RANK)
         own = {"prompt": self.prompts.get(llm, self.prompt), "prompts": {}}

@@ -5,7 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from jax_instructblip.data.captions import CaptionTokenizer
 from jax_instructblip.data.text import TextProcessor
+
+Text = TextProcessor | CaptionTokenizer  # what decodes the ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +31,8 @@ class Answer:
     alternatives: tuple["Answer", ...] = ()
 
 
-def best_answer(
-    text: TextProcessor, generated: dict[str, np.ndarray], row: int, count: int
-) -> Answer:
-    """The best answer in row `row` of `generated`, with the next `count - 1` ones as alternatives.
+def best_answer(text: Text, generated: dict[str, np.ndarray], row: int, count: int) -> Answer:
+    """The best answer to question `row` of a batch, with the next `count - 1` ones as alternatives.
 
     `generated` is the result of `generate_tokens` or `beam_tokens`, as numpy arrays.
     """
@@ -39,7 +40,7 @@ def best_answer(
     return dataclasses.replace(first, alternatives=tuple(others))
 
 
-def _answer(text: TextProcessor, generated: dict[str, np.ndarray], row: int, index: int) -> Answer:
+def _answer(text: Text, generated: dict[str, np.ndarray], row: int, index: int) -> Answer:
     length = generated["lengths"][row, index]
     tokens = generated["tokens"][row, index, :length].tolist()
     logprobs = generated["logprobs"][row, index, :length]
@@ -48,7 +49,7 @@ def _answer(text: TextProcessor, generated: dict[str, np.ndarray], row: int, ind
 
 
 def check_finite(wrong: list[int], dtype: Any) -> None:
-    """Raises a ValueError if `wrong` names any questions whose scores are not finite."""
+    """Raises a ValueError if `wrong`, the indices of questions with non-finite scores, has any."""
     if wrong:
         raise ValueError(
             f"the model's scores of questions {wrong} are not finite, so what it says means "

@@ -118,7 +118,10 @@ def _check(
     prompts: Sequence[str],
     candidates: Sequence[str] | None = None,
 ) -> list[Question]:
-    """Checks all inputs, before weights are read, and returns the questions."""
+    """Checks questions, candidates, checkpoint path and image files, and returns the questions.
+
+    This is done first, so that a mistake shows before weights are read or a question is answered.
+    """
     questions = pair_inputs(images, prompts)
     if candidates is not None:
         check_candidates(candidates, len(questions))

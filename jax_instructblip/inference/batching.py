@@ -42,9 +42,9 @@ class Question(NamedTuple):
 
 
 class QuestionBatch(NamedTuple):
-    """One batch of a call, filled up with copies of its last row (also in `rows`).
+    """One batch of questions, filled up to its size with copies of the last question.
 
-    A copy ends with its original, so padding never prolongs decoding.
+    A copy ends with its original, so copies never prolong decoding.
     """
 
     rows: np.ndarray  # [B] index of each question in the call
@@ -53,7 +53,7 @@ class QuestionBatch(NamedTuple):
 
 
 def pair_inputs(images: Sequence[Picture] | Frame, prompts: Sequence[str] | str) -> list[Question]:
-    """Pairs images with prompts; a single image or prompt is used with all of the other kind.
+    """Pairs images with prompts in order; a single image or prompt goes with all of the others.
 
     A single image or prompt need not be in a list. A ValueError for empty lists, counts that do not
     match, prompts that are no text, and videos of different lengths.
@@ -105,11 +105,22 @@ def make_batches(
     multiple: int = 1,
     reserve: int = 0,
 ) -> Iterator[QuestionBatch]:
-    """Yields the questions in batches of at most `batch_size`, each a multiple of `multiple` rows.
+    """Yields the questions, in order, in batches that are padded to few shapes.
 
-    `reserve` is the number of new tokens that must fit after a prompt. If all questions are about
-    one picture and `multiple` is 1, `images` has a single row. Everything but the images is checked
-    before the first batch; images are opened batch by batch.
+    If all questions are about one picture and `multiple` is 1, each batch has this picture once.
+    Everything but the images is checked before the first batch; they are opened batch by batch.
+
+    Args:
+        text: the tokenizers.
+        questions: at least one; all have the same number of frames.
+        batch_size: the most questions in a batch.
+        multiple: a batch's number of rows is rounded up to a multiple of this, the number of
+            shards into which devices split a batch.
+        reserve: number of new tokens that must fit after each prompt.
+
+    Raises:
+        ValueError: `batch_size` is out of range, or a prompt is too long.
+        ImageError: an image cannot be used.
     """
     check_batch_size(batch_size)
     examples = [question.example or text.prompt(question.prompt) for question in questions]
@@ -149,7 +160,7 @@ def prompt_limit(variant: Variant, frames: int, reserve: int) -> int:
 
 
 def check_reserve(variant: Variant, frames: int, reserve: int) -> None:
-    """Raises a ValueError if the frames, one token and `reserve` new tokens do not fit."""
+    """Raises a ValueError if `reserve` new tokens do not fit after the shortest prompt."""
     visual_tokens = frames * variant.visual_tokens
     if (positions := variant.llm.max_positions) is not None:
         most, why = (
@@ -166,9 +177,9 @@ def check_reserve(variant: Variant, frames: int, reserve: int) -> None:
 
 
 def compacted(batch: Batch) -> Batch:
-    """A copy of `batch` with the padding of each text moved to its end; the order is kept.
+    """A copy of `batch` with the padding of every sequence moved to its end; the order is kept.
 
-    Batches from elsewhere may be padded on the left or between tokens.
+    For batches that are padded on the left or between tokens, as other programs may make them.
     """
     batch = dict(batch)
     decoding = "decoder_segments" in batch
@@ -187,9 +198,9 @@ def compacted(batch: Batch) -> Batch:
 
 
 def ask_every_slot(variant: Variant, batch: Batch) -> Batch:
-    """Asks a decoder-only model for the logits of every slot, if the batch has no targets.
+    """Returns `batch`; one without targets gets keys that ask a decoder-only model for every slot.
 
-    Returns `batch` with added keys `asked` and `targets`, or unchanged.
+    The added keys are `asked`, all slots of a row, and `targets`, which are ignored.
     """
     if {"asked", "targets"} & batch.keys() or variant.llm.encoder_decoder:
         return batch
@@ -201,9 +212,9 @@ _INSTRUCTION = ("qformer_tokens", "qformer_mask")
 
 
 def _move_padding(batch: Batch, segments: str, names: Sequence[str]) -> np.ndarray:
-    """Moves the padding of `segments` and `names` to the end of each row, in place.
+    """Moves padding to the end of each row in the arrays `segments` and `names`, in place.
 
-    Returns the new index of each slot, and one more column for indices that point to no slot.
+    Returns the new index of each old one; an added last column stands for indices out of range.
     """
     order = np.argsort(batch[segments] == 0, axis=1, kind="stable")
     for name in (segments, *names):
@@ -231,10 +242,10 @@ def pixels(
 
 
 def _common_length(text: TextProcessor, examples: Sequence[Example]) -> dict[str, tuple[int, ...]]:
-    """The padded lengths of both texts in a batch, from one length in `LENGTHS` for both.
+    """The lengths to pad slots and instructions to, both from one text length in `LENGTHS`.
 
-    With a length of its own for each text, every pair of lengths would be compiled. `slots` also
-    counts the visual vectors.
+    If each text had a length of its own, every pair of lengths would need its own program. The
+    slots of a row also include the visual vectors.
     """
     both = ("tokens", "qformer_tokens")
     longest = max(len(each[name]) for each in examples for name in both if name in each)

@@ -1,27 +1,29 @@
 """Beam search for every language model: the whole search is one compiled program.
 
+A running row is one of the K unfinished answers (beams) of a sample. A step continues them:
+
     K running rows of a sample --decode_step--> scores [K, V] --the 2K best--> candidates
         candidates with eos, among the first K  -->  answers, of which the K best are kept
         the K best others                       -->  the running rows of the next step
 
-The prompt is read once, by one row, and its part of the cache is never repeated. Only the tail of
-the cache has K rows, and its contents do not move: a row that continues another takes over its
-lineage (`models/cache.py`). A sample is done when no running row can beat its K answers, or at
-`max_new_tokens`, where running rows become answers as they are. The search ends when all samples
+The prompt is read once, by one row, and its part of the cache is never repeated. Only the cache of
+new tokens has K rows. Its contents do not move: each row has a list of the slots that it continues,
+its lineage (`models/cache.py`). A sample is done when no running row can beat its K answers. At
+`max_new_tokens` running rows become answers as they are, cut off. The search ends when all samples
 are done.
 
 An answer is ranked by the sum of its scores / length^length_penalty. With n new tokens, eos
-included, the two values of `GenerationConfig.length_rule` differ in
+included, two values of `GenerationConfig.length_rule` differ in
 
                                        released               transformers5
     length of an answer with eos       n                      n
     length of an answer cut off        n + 1                  n
-    rows that become answers at the    all K                  those among the first K candidates
-      cut-off
+    running rows that become answers   all K                  those among the first K candidates
     "can beat" compares the score of   the best candidate,    the best running row
                                        with or without eos
     at the length                      n + 1                  n
 
+and "transformers4.26" is "released" but for the last line, where it has n. They differ
 because transformers 4.33 counts an id before the first new one (T5's start id, or an id that is
 never read) and leaves eos out. Settings are arguments of the program: new values do not recompile
 it.
@@ -43,7 +45,7 @@ from jax_instructblip.inference.sampling import (
     seen_ids,
 )
 from jax_instructblip.models.cache import expand_beams, reorder_beams
-from jax_instructblip.models.vlm import VisionLanguageModel
+from jax_instructblip.models.vlm import Model
 
 
 class Search(NamedTuple):
@@ -52,11 +54,12 @@ class Search(NamedTuple):
     weights: jax.Array  # [max_new_tokens + 1] length^length_penalty of lengths 1, 2, ...
     stop: jax.Array  # [] index of `early_stopping` in EARLY_STOPPING
     farthest: jax.Array  # [] True: "can beat" compares at the last length, not at the current one
+    ahead: jax.Array  # [] tokens added to the length at which "can beat" compares
     released: jax.Array  # [] True for the length rule "released"
 
 
 class Answers(NamedTuple):
-    """The best answers of each sample so far, the best one first."""
+    """The best finished answers of each sample so far, the best one first."""
 
     scores: jax.Array  # [B, K]; -inf for no answer yet
     tokens: jax.Array  # [B, K, T]
@@ -64,7 +67,7 @@ class Answers(NamedTuple):
 
 
 class _Candidates(NamedTuple):
-    """Continuations of running rows by one token, the best one first; each field is `[B, C]`."""
+    """Unfinished answers extended by one token, the best one first; each field is `[B, C]`."""
 
     total: jax.Array  # the sum of the row's scores, the new token's included
     parent: jax.Array  # the row that is continued
@@ -73,7 +76,7 @@ class _Candidates(NamedTuple):
 
 
 class _State(NamedTuple):
-    """The state of the search loop, with K running rows per sample."""
+    """The state of the search loop, with K running rows (unfinished answers) per sample."""
 
     step: jax.Array  # [] number of new tokens so far
     tokens: jax.Array  # [B, K, T] of the running rows, the best one first
@@ -88,7 +91,7 @@ class _State(NamedTuple):
 
 
 def beam_tokens(
-    model: VisionLanguageModel,
+    model: Model,
     params: dict[str, Any],
     batch: dict[str, Any],
     config: GenerationConfig,
@@ -101,10 +104,10 @@ def beam_tokens(
         scores    [B, K]                  float32  the values by which answers are ranked
         steps     []                      int32    number of steps that the longest search needed
 
-    `early_stopping`: True ends a sample at K answers. The other values end it when no running row
-    can beat them: False assumes its current length (a guess, as length_penalty > 0 favours longer
-    answers), "never" the most favourable length (safe). `min_new_tokens` and `repetition_penalty`
-    act on log-probabilities.
+    `early_stopping`: True ends a sample's search at K answers. The other values end it when no
+    unfinished answer can beat them: False assumes its current length (a guess, as length_penalty >
+    0 favours longer answers), "never" the most favourable length (safe). `min_new_tokens` and
+    `repetition_penalty` act on log-probabilities.
     """
     max_new_tokens, num_beams = config.max_new_tokens, config.num_beams
     length_penalty, early_stopping = config.length_penalty, config.early_stopping
@@ -116,7 +119,8 @@ def beam_tokens(
         jnp.asarray(np.arange(1.0, max_new_tokens + 2) ** length_penalty, jnp.float32),
         jnp.asarray(EARLY_STOPPING.index(early_stopping), jnp.int32),
         jnp.asarray(early_stopping == "never" and length_penalty > 0),
-        jnp.asarray(config.length_rule == "released"),
+        jnp.asarray(config.length_rule == "released", jnp.int32),
+        jnp.asarray(config.length_rule != "transformers5"),
     )
     chosen = TracedSettings.of(config)
     return _search(model, max_new_tokens, num_beams, params, batch, chosen, search)
@@ -124,7 +128,7 @@ def beam_tokens(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _search(
-    model: VisionLanguageModel,
+    model: Model,
     max_new_tokens: int,
     num_beams: int,
     params: dict[str, Any],
@@ -132,7 +136,7 @@ def _search(
     settings: TracedSettings,
     search: Search,
 ) -> dict[str, jax.Array]:
-    llm, variables = model.variant.llm, {"params": params}
+    ids, variables = model.vocabulary, {"params": params}
 
     def unfinished(state: _State) -> jax.Array:
         return (state.step < max_new_tokens) & ~state.done.all()
@@ -141,19 +145,19 @@ def _search(
         cache = reorder_beams(state.cache, state.parents)
         newest = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=2, keepdims=False)
         logits, cache = model.apply(variables, newest, cache, method="decode_step")
-        return _choose(llm.eos_id, settings, search, state._replace(cache=cache), logits)
+        return _choose(ids.eos_id, settings, search, state._replace(cache=cache), logits)
 
     # The last token is never fed back, so the tail needs one slot less.
     tail = max(max_new_tokens - 1, 1)
     logits, cache = model.apply(variables, batch, tail, method="prefill")
-    state = _initial(llm, num_beams, max_new_tokens, batch, settings, cache)
+    state = _initial(ids, num_beams, max_new_tokens, batch, settings, cache)
     logits = jnp.broadcast_to(logits, state.seen.shape)
-    state = _choose(llm.eos_id, settings, search, state, logits)
+    state = _choose(ids.eos_id, settings, search, state, logits)
     state = jax.lax.while_loop(unfinished, advance, state)
     answers = _with_the_cut_off(search, state)
     return {
         "tokens": answers.tokens,
-        "lengths": first_eos(answers.tokens, llm.eos_id),
+        "lengths": first_eos(answers.tokens, ids.eos_id),
         "logprobs": answers.logprobs,
         "scores": answers.scores,
         "steps": state.step,
@@ -161,13 +165,18 @@ def _search(
 
 
 def _initial(
-    llm: Any, beams: int, length: int, batch: dict[str, Any], settings: TracedSettings, cache: Any
+    ids: Any,
+    beams: int,
+    length: int,
+    batch: dict[str, Any],
+    settings: TracedSettings,
+    cache: Any,
 ) -> _State:
-    """The state before the first token: K equal running rows, of which only the first counts."""
+    """The state before the first token: K empty rows, of which only the first is continued."""
     size = len(batch["tokens"])
-    tokens = jnp.full((size, beams, length), llm.pad_id, jnp.int32)
+    tokens = jnp.full((size, beams, length), ids.pad_id, jnp.int32)
     logprobs = jnp.zeros((size, beams, length), jnp.float32)
-    seen = seen_ids(llm, batch, settings.prompt_counts)[:, None]
+    seen = seen_ids(ids, batch, settings.prompt_counts)[:, None]
     return _State(
         step=jnp.zeros((), jnp.int32),
         tokens=tokens,
@@ -176,7 +185,7 @@ def _initial(
         sums=jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, -1e9), (size, 1)),
         first=jnp.ones((size, beams), bool),
         parents=jnp.zeros((size, beams), jnp.int32),
-        seen=jnp.broadcast_to(seen, (size, beams, llm.vocab)),
+        seen=jnp.broadcast_to(seen, (size, beams, ids.vocab)),
         done=jnp.zeros(size, bool),
         answers=Answers(jnp.full((size, beams), -jnp.inf), tokens, logprobs),
         cache=expand_beams(cache, beams),
@@ -186,7 +195,7 @@ def _initial(
 def _choose(
     eos_id: int, settings: TracedSettings, search: Search, state: _State, logits: jax.Array
 ) -> _State:
-    """The state one token longer; `logits` [B, K, V] are those of the next token."""
+    """The state one token longer; the new tokens are chosen by `logits` [B, K, V]."""
     beams, vocab = logits.shape[1:]
     logprobs = jax.nn.log_softmax(logits)
     scores = process_logits(logprobs, state.seen, state.step, eos_id, settings)
@@ -219,7 +228,7 @@ def _choose(
 
 
 def _longer(state: _State, candidates: _Candidates) -> tuple[jax.Array, jax.Array]:
-    """Tokens and log-probabilities `[B, K, T]` of the candidates' rows, the new token included."""
+    """Tokens and log-probabilities `[B, K, T]` of K candidates, from parent row and new token."""
     rows = (_take(leaf, candidates.parent) for leaf in (state.tokens, state.logprobs))
     new = (candidates.token, candidates.logprob)
     tokens, logprobs = (
@@ -229,12 +238,12 @@ def _longer(state: _State, candidates: _Candidates) -> tuple[jax.Array, jax.Arra
 
 
 def _cannot_better(search: Search, state: _State, best: jax.Array) -> jax.Array:
-    """Mask `[B]` of the samples whose K answers no running row can beat any more.
+    """Mask `[B]` of the samples whose K answers no unfinished one can beat any more.
 
-    `best` `[B]` is the highest sum of scores among the continuations that could.
+    `best` `[B]` is the highest sum of scores of the unfinished answers.
     """
     last = state.tokens.shape[-1]
-    length = jnp.where(search.farthest, last, state.step) + search.released
+    length = jnp.where(search.farthest, last, state.step) + search.ahead
     worst = state.answers.scores[:, -1]
     better = best / search.weights[length - 1] > worst
     stands = (worst > -jnp.inf) & (~better | (search.stop == 1))
@@ -243,7 +252,10 @@ def _cannot_better(search: Search, state: _State, best: jax.Array) -> jax.Array:
 
 
 def _with_the_cut_off(search: Search, state: _State) -> Answers:
-    """The answers, to which the running rows of unfinished samples are added as they are."""
+    """The K best answers of each sample at the end of the search.
+
+    In samples that are not done, unfinished answers count as they are.
+    """
     length = state.step + search.released
     scores = state.sums / search.weights[length - 1]
     ends = (search.released | state.first) & ~state.done[:, None]
@@ -252,7 +264,7 @@ def _with_the_cut_off(search: Search, state: _State) -> Answers:
 
 
 def _best(answers: Answers, others: Answers) -> Answers:
-    """The K best of the K answers and the others; of equal scores the earlier."""
+    """The K best of each sample from K answers and further ones; of equal scores the earlier."""
     pool = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), answers, others)
     scores, rows = jax.lax.top_k(pool.scores, answers.scores.shape[1])
     return Answers(scores, _take(pool.tokens, rows), _take(pool.logprobs, rows))

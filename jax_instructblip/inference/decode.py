@@ -28,11 +28,11 @@ from jax_instructblip.inference.sampling import (
     sample,
     seen_ids,
 )
-from jax_instructblip.models.vlm import VisionLanguageModel
+from jax_instructblip.models.vlm import Model
 
 
 class _State(NamedTuple):
-    """The state of the decoding loop; R = 1 row per sample."""
+    """The state of the decoding loop, with one row per sample (R = 1)."""
 
     step: jax.Array  # [] number of new tokens so far
     token: jax.Array  # [B, R] the newest token
@@ -44,7 +44,7 @@ class _State(NamedTuple):
 
 
 def generate_tokens(
-    model: VisionLanguageModel,
+    model: Model,
     params: dict[str, Any],
     batch: dict[str, Any],
     keys: jax.Array,
@@ -71,7 +71,7 @@ def generate_tokens(
 
 
 def stream_tokens(
-    model: VisionLanguageModel,
+    model: Model,
     params: dict[str, Any],
     batch: dict[str, Any],
     keys: jax.Array,
@@ -95,7 +95,7 @@ def stream_tokens(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _decode(
-    model: VisionLanguageModel,
+    model: Model,
     max_new_tokens: int,
     do_sample: bool,
     params: dict[str, Any],
@@ -111,7 +111,7 @@ def _decode(
     state = jax.lax.while_loop(unfinished, advance, state)
     return {
         "tokens": state.tokens,
-        "lengths": first_eos(state.tokens, model.variant.llm.eos_id),
+        "lengths": first_eos(state.tokens, model.vocabulary.eos_id),
         "logprobs": state.logprobs,
         "steps": state.step,
     }
@@ -134,7 +134,7 @@ def _newest(state: _State) -> tuple[tuple[jax.Array, jax.Array], jax.Array, _Sta
 
 
 def _start(
-    model: VisionLanguageModel,
+    model: Model,
     max_new_tokens: int,
     do_sample: bool,
     params: dict[str, Any],
@@ -142,8 +142,8 @@ def _start(
     keys: jax.Array,
     settings: TracedSettings,
 ) -> _State:
-    """The state after the prompt is read and the first token is chosen."""
-    llm = model.variant.llm
+    """The state of the loop after the prompt is read and the first token is chosen."""
+    ids = model.vocabulary
     # The last token is never fed back, so the tail needs one slot less.
     tail = max(max_new_tokens - 1, 1)
     logits, cache = model.apply({"params": params}, batch, tail, method="prefill")
@@ -152,8 +152,8 @@ def _start(
         step=jnp.zeros((), jnp.int32),
         token=jnp.zeros(rows, jnp.int32),
         done=jnp.zeros(rows, bool),
-        seen=seen_ids(llm, batch, settings.prompt_counts)[:, None],
-        tokens=jnp.full((*rows, max_new_tokens), llm.pad_id, jnp.int32),
+        seen=seen_ids(ids, batch, settings.prompt_counts)[:, None],
+        tokens=jnp.full((*rows, max_new_tokens), ids.pad_id, jnp.int32),
         logprobs=jnp.zeros((*rows, max_new_tokens), jnp.float32),
         cache=cache,
     )
@@ -161,42 +161,42 @@ def _start(
 
 
 def _advance(
-    model: VisionLanguageModel,
+    model: Model,
     do_sample: bool,
     params: dict[str, Any],
     keys: jax.Array,
     settings: TracedSettings,
     state: _State,
 ) -> _State:
-    """The state after one more decoding step."""
+    """The state of the loop after one more token."""
     variables = {"params": params}
     logits, cache = model.apply(variables, state.token, state.cache, method="decode_step")
     return _choose(model, do_sample, keys, settings, state._replace(cache=cache), logits)
 
 
 def _choose(
-    model: VisionLanguageModel,
+    model: Model,
     do_sample: bool,
     keys: jax.Array,
     settings: TracedSettings,
     state: _State,
     logits: jax.Array,
 ) -> _State:
-    """The state after the next token is chosen from `logits` `[B, R, V]`."""
-    llm = model.variant.llm
-    scores = process_logits(logits, state.seen, state.step, llm.eos_id, settings)
+    """The state of the loop with the next token added, chosen from `logits` `[B, R, V]`."""
+    ids = model.vocabulary
+    scores = process_logits(logits, state.seen, state.step, ids.eos_id, settings)
     if do_sample:
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, state.step)
         token = jax.vmap(sample, in_axes=(0, 0, None))(now, scores, settings)
     else:
         token = argmax(scores)
-    token = jnp.where(state.done, llm.pad_id, token).astype(jnp.int32)
+    token = jnp.where(state.done, ids.pad_id, token).astype(jnp.int32)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[..., None], axis=-1)
     logprob = jnp.where(state.done, 0.0, logprob[..., 0])
     return state._replace(
         step=state.step + 1,
         token=token,
-        done=state.done | (token == llm.eos_id),
+        done=state.done | (token == ids.eos_id),
         seen=state.seen | jax.nn.one_hot(token, logits.shape[-1], dtype=bool),
         tokens=state.tokens.at[..., state.step].set(token),
         logprobs=state.logprobs.at[..., state.step].set(logprob),

@@ -17,8 +17,8 @@ import numpy as np
 
 from jax_instructblip.fields import Field, find_problems, number, one_of, whole
 
-LengthRule = Literal["released", "transformers5"]
-LENGTH_RULES: tuple[LengthRule, ...] = ("released", "transformers5")
+LengthRule = Literal["released", "transformers4.26", "transformers5"]
+LENGTH_RULES: tuple[LengthRule, ...] = ("released", "transformers4.26", "transformers5")
 EARLY_STOPPING = (False, True, "never")
 DRAWING = ("temperature", "top_k", "top_p")
 
@@ -100,8 +100,10 @@ class GenerationConfig:
       top_k: draw only among this many of the best tokens.
       top_p: draw only among the best tokens that together reach this probability.
       seed: seed of the random draws.
-      length_rule: how lengths and repetitions are counted: "released" as in the original code,
-        "transformers5" as in `generate` of transformers 5 (`sampling.py`, `beam_search.py`).
+      length_rule: how lengths and repetitions are counted: "released" as in the original code
+        of InstructBLIP, "transformers4.26" as in that of BLIP-2 (they differ in beam searches
+        alone), "transformers5" as in `generate` of transformers 5 (`sampling.py`,
+        `beam_search.py`).
     """
 
     max_new_tokens: int = 30
@@ -130,7 +132,7 @@ class GenerationConfig:
 
     @classmethod
     def of(cls, **settings: Any) -> "GenerationConfig":
-        """The config with these settings, by name.
+        """The config with the given settings, and defaults for all others.
 
         Raises:
           ValueError: unknown names, with hints, and invalid values; all in one message.
@@ -138,7 +140,7 @@ class GenerationConfig:
         return cls().replace(**settings)
 
     def replace(self, **settings: Any) -> "GenerationConfig":
-        """A copy with these settings changed; raises as `of`."""
+        """A copy with the given settings changed; a ValueError for bad names or values."""
         unknown = [name for name in settings if name not in NAMES]
         known = {name: value for name, value in settings.items() if name in NAMES}
         try:
@@ -167,7 +169,10 @@ class GenerationConfig:
         }
 
     def _contradictions(self, wrong: set[str]) -> Iterator[str]:
-        """Yields a sentence for each contradiction among settings that are not in `wrong`."""
+        """Yields a sentence for each pair of settings that contradict each other.
+
+        `wrong` has the names of settings that are invalid by themselves, which are skipped.
+        """
         if not (self.do_sample is None or isinstance(self.do_sample, bool)):
             yield f"do_sample is {self.do_sample!r}, expected True, False or None"
             return
@@ -227,7 +232,7 @@ def add_flags(parser: Any, *names: str, unset: bool = False) -> None:
 
 
 def read_flags(flags: argparse.Namespace) -> GenerationConfig:
-    """The config of the flags that `add_flags` added; raises as `GenerationConfig.of`."""
+    """The config of flags that `add_flags` added; a ValueError for invalid values."""
     settings = {name: getattr(flags, name) for name in NAMES if hasattr(flags, name)}
     return GenerationConfig.of(**settings)
 

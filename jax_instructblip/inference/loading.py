@@ -50,7 +50,9 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The model behind a path or a name, before its weights are read.
+    """A model that was found by its path or name, before its weights are read.
+
+    A run is a training directory of this package, its base the checkpoint folder that it tunes.
 
     Attributes:
       folder: a Hugging Face folder or a checkpoint folder, with the tokenizers; of a run, its base.
@@ -87,9 +89,9 @@ def read_dtype(dtype: Any) -> np.dtype:
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> Path:
-    """The local folder of `path`, which is a folder, a store's address or an embedded name.
+    """The local folder for a path, an address in an object store, or the name of an embedded model.
 
-    An address is copied to this machine; of a run without the weights of its checkpoints.
+    The folder at an address is copied to this machine; that of a training run without its weights.
 
     Raises:
         FileNotFoundError: there is no such folder or name.
@@ -111,12 +113,14 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
 
 
 def read_source(path: str | os.PathLike) -> Source:
-    """The source behind `path`, a folder of any kind or an embedded name; reads no weights.
+    """The `Source` for a folder, an address in an object store or an embedded name.
+
+    Reads configuration only, no weights. A training run stands for its latest checkpoint.
 
     Raises:
         FileNotFoundError: there is no such folder or name, or the run has saved nothing yet.
         ValueError: the folder is of no known kind, or of a newer format.
-        CheckpointError: the base of a run has changed since the run.
+        CheckpointError: the checkpoint folder that a run tuned has changed since.
     """
     folder = resolve_checkpoint(path)
     if (folder / META).is_file():  # one step of a run, chosen by its folder
@@ -141,12 +145,12 @@ def read_source(path: str | os.PathLike) -> Source:
 def read_params(
     source: Source, place: checkpoint.Place, *, process: int = 0, processes: int = 1
 ) -> checkpoint.Tree:
-    """The parameters of `source` as a nested dict of the results of `place(path, array)`.
+    """Reads the parameters of `source`: a nested dict of the results of `place(path, array)`.
 
-    Leaves of a checkpoint folder are compared with the variant's shapes and with their hashes. In a
-    run, the trained trees come from its step and the others from its base. As one of several
-    `processes`, this one reads only the slices that `place` takes and verifies a share of the
-    hashes.
+    Leaves of a checkpoint folder are compared with the variant's shapes and with their hashes. For
+    a training run, the trained trees come from its checkpoint, the others from the folder that it
+    tuned. As one of several `processes`, this one reads only the slices that `place` takes and
+    verifies a share of the hashes.
     """
     trained = {} if source.step is None else _read_trained(source.step, source.variant, place)
 
@@ -194,7 +198,7 @@ def _run_source(step: Path) -> Source:
 
 
 def _check_limits(folder: Path, limits: Any) -> Mapping[str, int]:
-    """Returns the limits that a checkpoint states; a CheckpointError if they are invalid."""
+    """Returns the limits of text lengths in a checkpoint; a CheckpointError if they are invalid."""
     whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
     if not isinstance(limits, Mapping) or not all(
         name in LIMITS and whole(value) for name, value in limits.items()
@@ -207,7 +211,7 @@ def _check_limits(folder: Path, limits: Any) -> Mapping[str, int]:
 
 
 def _base_folder(step: Path, base: Mapping[str, str]) -> str:
-    """The folder of a run's base: its recorded path, else that of its recorded name."""
+    """The folder of the model that a training run tuned: by its recorded path, else by its name."""
     places = list(dict.fromkeys([base["path"], base.get("name", base["path"])]))
     for place in places:
         try:
@@ -221,7 +225,7 @@ def _base_folder(step: Path, base: Mapping[str, str]) -> str:
 
 
 def require_kind(source: Source, readers: Mapping[str, type[Reader]]) -> type[Reader]:
-    """The class in `readers` for the kind of `source`; a ValueError if there is none."""
+    """The class in `readers` for the kind of model; a ValueError if there is none."""
     kind = source.variant.kind
     if source.variant.llm is None:
         raise ValueError(
@@ -237,7 +241,7 @@ def require_kind(source: Source, readers: Mapping[str, type[Reader]]) -> type[Re
 
 
 def stored_model(source: Source) -> StoredModel:
-    """The whole model of a checkpoint folder or a run, as commands that write models take it.
+    """The model of a checkpoint folder or a training run, in the form that export and merge need.
 
     Raises:
         ValueError: `source` is a Hugging Face folder.
@@ -257,7 +261,8 @@ def stored_model(source: Source) -> StoredModel:
 def base_digest(source: Source) -> str:
     """The sha256 of a checkpoint folder's manifest, which covers all its parameters.
 
-    A ValueError for a Hugging Face folder or a run, which cannot be the base of a run.
+    A training run records this hash of the folder that it tunes. A ValueError for a Hugging Face
+    folder or another run, which cannot be tuned.
     """
     if source.leaves is not None or source.step is not None:
         raise ValueError(
@@ -302,9 +307,9 @@ def weights_digest(source: Source) -> str:
 
 
 def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> checkpoint.Tree:
-    """The parameters of `source` on the first device, or sharded by the rules over `mesh`.
+    """Reads the parameters of `source` onto the first device, or sharded over `mesh`.
 
-    `parallel/rules.py` has the rules. With a mesh of several processes, each reads only its own
+    `parallel/rules.py` has the shardings. With a mesh of several processes, each reads only its own
     parts. On a CPU that holds whole weights the layers that decode are unstacked, which is faster
     (`models.vlm.unstack_decoder`).
     """
@@ -332,7 +337,7 @@ def _place(path: str, array: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.A
 
 
 def _place_apart(variant: Variant, place: checkpoint.Place, path: str, array: np.ndarray) -> Any:
-    """Puts a leaf on its devices; a stack of layers that decode becomes a tuple of layers."""
+    """Applies `place` to a leaf; of layers that decode, to each layer of the stack, as a tuple."""
     if path.startswith(DECODERS[variant.llm.kind] + "/"):
         return tuple(place(path, layer) for layer in array)
     return place(path, array)

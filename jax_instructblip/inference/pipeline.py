@@ -171,7 +171,7 @@ class InstructBlipPipeline:
     def answer(
         self, questions: Sequence[Question], config: GenerationConfig, batch_size: int = BATCH_SIZE
     ) -> list[Answer]:
-        """Answers paired questions as `generate` does; all have the same number of frames."""
+        """Answers questions made by `pair_inputs`, all with the same number of frames."""
         key = seed_key(config.seed)
 
         def decode(batch: Batch, rows: np.ndarray) -> dict[str, jax.Array]:
@@ -237,7 +237,7 @@ class InstructBlipPipeline:
         """Scores `[B, C]` float32 of every candidate answer to each question; the best is largest.
 
         A score is the natural log-probability of the candidate after the image and the prompt: the
-        sum over its tokens, for T5 with the closing eos, for LLaMA without one (as released). A
+        sum over its tokens, for T5 with the closing eos, for LLaMA without one (as in LAVIS). A
         softmax over the candidates gives probabilities. Common beginnings of candidates are
         computed once: long lists of short answers cost little more than their distinct beginnings.
 
@@ -278,7 +278,7 @@ class InstructBlipPipeline:
         batch_size: int = BATCH_SIZE,
         pad_to: Sizes | None = None,
     ) -> np.ndarray:
-        """Scores as `rank`, for paired questions and candidates from `ranking.tokenise`."""
+        """Scores as `rank`, for questions of `pair_inputs` and token ids of `ranking.tokenise`."""
         plan_of_all, plans = (make_plan(lists, pad_to=pad_to) if len(lists) == 1 else None), []
 
         def compute(batch: Batch, rows: np.ndarray) -> list[jax.Array]:
@@ -315,7 +315,7 @@ class InstructBlipPipeline:
         return np.concatenate([vectors[:count].astype(np.float32) for vectors, count in results])
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes a new checkpoint folder for `load`; weights keep their dtype in memory."""
+        """Writes a checkpoint folder that `load` reads; the weights keep their dtype."""
         save_checkpoint(folder, self.variant, self.params, self.text, self.source)
 
     def logits(self, batch: Batch) -> np.ndarray:
@@ -343,7 +343,7 @@ class InstructBlipPipeline:
         batch_size: int,
         reserve: int = 0,
     ) -> list[tuple[Any, int]]:
-        """Returns (`compute(batch, row numbers)`, number of real rows) for each batch."""
+        """Applies `compute(batch, row numbers)` to all batches; returns (result, real rows)."""
         batches = make_batches(self.text, questions, batch_size, self.batch_shards, reserve)
         pending = ((compute(self._on_devices(b.batch), b.rows), b.count) for b in batches)
         results = []
@@ -357,7 +357,7 @@ class InstructBlipPipeline:
         return results
 
     def _fetch(self, result: Any) -> Any:
-        """The whole result on this host, even if other processes hold parts of it."""
+        """The whole result as numpy arrays, even if other processes hold parts of it."""
         if not self._spans:
             return jax.device_get(result)
         return multihost_utils.process_allgather(result, tiled=True)
@@ -369,14 +369,14 @@ class InstructBlipPipeline:
 
     @property
     def batch_shards(self) -> int:
-        """The number of shards that the devices split a batch into."""
+        """The number of parts into which the mesh splits a batch."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     def _mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _on_devices(self, batch: Any) -> Any:
-        """Splits the leaves by rows over the mesh; each process has all rows and places its own."""
+        """Splits the arrays of a batch by rows over the mesh; every process has the whole batch."""
         if self.mesh is None:
             return batch
         sharding = batch_sharding(self.mesh)

@@ -40,8 +40,9 @@ Ids = tuple[int, ...]
 class Tree(NamedTuple):
     """One chunk: T inner tokens in depth-first order, and E (place, target) pairs to look up.
 
-    X is 1 if all questions have the same candidates, else the size of the batch. All arrays are
-    int32.
+    Inner tokens are those of candidates that another token follows; only they are fed to the model.
+    X is 1 if all questions have the same candidates, else the number of questions in the batch.
+    All arrays are int32.
     """
 
     tokens: np.ndarray  # [X, T]
@@ -60,10 +61,11 @@ class Sizes(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The chunks of X lists of candidates, and which pairs belong to each candidate.
+    """The trees of tokens for X lists of candidates, cut into chunks.
 
-    `paths` has the indices of each candidate's pairs, counted through all chunks, and -1 as
-    padding.
+    X is the number of questions, or 1 for one list that all of them share. The chunks list
+    log-probabilities to look up ("pairs"); `paths` has the indices of each candidate's pairs,
+    counted through all chunks, and -1 as padding.
     """
 
     chunks: list[Tree]
@@ -72,7 +74,7 @@ class Plan(NamedTuple):
 
     @property
     def sizes(self) -> Sizes:
-        """The number of chunks, and the inner tokens and pairs that each chunk is padded to."""
+        """The number of chunks, and the sizes that each chunk's arrays are padded to."""
         tree = self.chunks[0]
         return Sizes(len(self.chunks), tree.tokens.shape[1], tree.targets.shape[1])
 
@@ -114,8 +116,8 @@ def tokenise(
 ) -> list[list[Ids]]:
     """The token ids of the candidates, one list per question, or a single one for all questions.
 
-    Ids in `known` are reused; new ones are added to it. A ValueError for candidates that are too
-    long or have no token.
+    `known` maps texts to ids that are reused; new ones are added. A ValueError for candidates that
+    are too long or have no token.
     """
     lists = check_candidates(candidates, questions)
     ids = {} if known is None else known
@@ -137,7 +139,7 @@ def tokenise(
 def same_tokens(
     lists: Sequence[Sequence[str]], ids: Sequence[Sequence[Ids]]
 ) -> list[tuple[str, ...]]:
-    """Groups of different candidates of one question that have the same ids; each group once."""
+    """Groups of texts that differ but have the same token ids, within one list; each group once."""
     groups: dict[tuple[str, ...], None] = {}
     for texts, tokens in zip(lists, ids, strict=True):
         by_ids: dict[Ids, dict[str, None]] = {}
@@ -148,7 +150,7 @@ def same_tokens(
 
 
 def describe_same(same: Sequence[tuple[str, ...]]) -> str:
-    """A warning that these groups of candidates have the same tokens, and so equal scores."""
+    """The text of a warning about groups of candidates that have the same tokens."""
     shown = "; ".join(", ".join(repr(each[:40]) for each in group[:5]) for group in same[:3])
     more = f" and {len(same) - 3} more sets" if len(same) > 3 else ""
     return (
@@ -158,7 +160,7 @@ def describe_same(same: Sequence[tuple[str, ...]]) -> str:
 
 
 def _named(lists: Sequence[Sequence[Any]]) -> Iterator[tuple[str, Any]]:
-    """Yields (name for error messages, candidate) for each candidate."""
+    """Yields each candidate with a name for error messages, such as `candidate 3 of question 0`."""
     for row, candidates in enumerate(lists):
         of = f" of question {row}" if len(lists) > 1 else ""
         for index, each in enumerate(candidates):
@@ -166,7 +168,7 @@ def _named(lists: Sequence[Sequence[Any]]) -> Iterator[tuple[str, Any]]:
 
 
 class _Chunk:
-    """A chunk of one question while it is built, from candidates in sorted order."""
+    """A tree of tokens for a part of one list of candidates, which are added in sorted order."""
 
     def __init__(self):
         self.tokens, self.depths, self.ends = [], [], []
@@ -181,7 +183,7 @@ class _Chunk:
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def growth(self, ids: Ids) -> int:
-        """The number of inner tokens that `ids` would add."""
+        """The number of tokens by which the tree would grow if `ids` were added."""
         return len(ids) - 1 - min(self.shared(ids), len(self.nodes))
 
     def add(self, ids: Ids) -> None:
@@ -200,7 +202,7 @@ class _Chunk:
         self.ids = ids
 
     def close(self, kept: int = 0) -> None:
-        """Ends the open inner tokens after the first `kept`: they get no more descendants."""
+        """Ends the open tokens after the first `kept`, which get no more descendants."""
         for node in self.nodes[kept:]:
             self.ends[node] = len(self.tokens)
         del self.nodes[kept:]
@@ -209,11 +211,12 @@ class _Chunk:
 def make_plan(
     lists: Sequence[Sequence[Ids]], nodes: int = NODES, pad_to: Sizes | None = None
 ) -> Plan:
-    """The plan for the candidates, as token ids, of X questions, or of one list for all questions.
+    """Makes the `Plan` for ranking `lists`: one list of candidates per question, or one for all.
 
-    A chunk has at most `nodes` inner tokens, unless a single candidate has more. Sizes are rounded
-    up to few values, so that one compiled program serves many lists; they are at least `pad_to`,
-    the sizes of another plan.
+    A candidate is a tuple of token ids. A long list is cut into chunks of at most `nodes` inner
+    tokens, unless a single candidate has more. Sizes are rounded up to few values, so that one
+    compiled program serves many lists; with `pad_to`, the sizes of another plan, they are at least
+    as large as those.
     """
     if not isinstance(pad_to := pad_to or Sizes(), Sizes):
         raise ValueError(f"pad_to is a {type(pad_to).__name__}, expected Sizes or None")
@@ -236,7 +239,11 @@ def make_plan(
 
 
 def _grow(candidates: Sequence[Ids], limit: int) -> tuple[list[_Chunk], dict[Ids, Any]]:
-    """The chunks of one list, of about equal size, and for each candidate its chunk and pairs."""
+    """Cuts one list of candidates into chunks of about equal size.
+
+    Returns the chunks, and for each candidate the index of its chunk and the indices of its tokens'
+    log-probabilities among those of the chunk.
+    """
     ordered = sorted(set(candidates))
     chunks, chunk_paths = _cut(ordered, limit)
     if len(chunks) > 1:
@@ -258,14 +265,14 @@ def _cut(ordered: Sequence[Ids], limit: int) -> tuple[list[_Chunk], dict[Ids, An
 
 
 def round_up(count: int) -> int:
-    """The padded size for `count`: 0, a power of two from 8 to 64, or a multiple of 64."""
+    """Rounds a size up to 0, a power of two from 8 to 64, or a multiple of 64."""
     if count <= 64:
         return count and max(8, 1 << (count - 1).bit_length())
     return -(-count // 64) * 64
 
 
 def _stack(chunks: Sequence[_Chunk], inner: int, pairs: int) -> Tree:
-    """The `Tree` of one chunk per question, padded at the end with tokens that none sees."""
+    """Stacks one chunk per question to a `Tree`, padded with tokens that no other token sees."""
     shape = (len(chunks), inner)
     tokens, depths = np.zeros(shape, np.int32), np.ones(shape, np.int32)
     ends = np.tile(np.arange(1, inner + 1, dtype=np.int32), (len(chunks), 1))
@@ -288,7 +295,7 @@ def pair_logprobs(
     batch: dict[str, Any],
     chunks: Sequence[Tree],
 ) -> list[jax.Array]:
-    """Log-probabilities `[B, E]` float32 of each chunk's pairs; the prompt is read once."""
+    """Float32 log-probabilities `[B, E]` of the targets of each chunk; the prompt is read once."""
     first, cache = _prefill(model, params, batch)
     return [tree_logprobs(model, params, first, cache, tree) for tree in chunks]
 
@@ -302,10 +309,11 @@ def _prefill(model: VisionLanguageModel, params: dict[str, Any], batch: dict[str
 def tree_logprobs(
     model: Any, params: dict[str, Any], first: jax.Array, cache: dict[str, Any], tree: Tree
 ) -> jax.Array:
-    """Log-probabilities `[B, E]` of a chunk's pairs; `first` and `cache` come from `prefill`.
+    """Float32 log-probabilities `[B, E]` of the targets of a chunk.
 
-    `model` is a whole model or a language model alone. Logits are computed in blocks of about
-    `LOGITS` numbers, so that those of all inner tokens need not be in memory at once.
+    `first` and `cache` are the results of `prefill`; `model` is a whole model or a language model
+    alone. Logits are computed in blocks of about `LOGITS` numbers, so that those of all the tree's
+    tokens need not be in memory at once.
     """
     variables, size, inner = {"params": params}, len(first), tree.tokens.shape[1]
     spread = lambda leaf: jnp.broadcast_to(leaf, (size, leaf.shape[1]))
@@ -335,15 +343,16 @@ def tree_logprobs(
 
 @jax.vmap
 def _look_up(logits: jax.Array, rows: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Log-probabilities `[E]` of `tokens` in the `rows` of one sample's `logits` `[T, V]`."""
+    """Log-probabilities `[E]` of `tokens`, each in its row of one sample's `logits` `[T, V]`."""
     return logits[rows, tokens] - jax.nn.logsumexp(logits, axis=-1)[rows]
 
 
 def score(plan: Plan, logprobs: Sequence[np.ndarray], length_normalise: bool) -> np.ndarray:
     """Scores `[B, C]` float32 of a plan's candidates: sums of their tokens' log-probabilities.
 
-    With `length_normalise` means instead of sums. -inf where a list has fewer candidates; NaN where
-    the model's numbers are not finite.
+    `logprobs` has the result of `pair_logprobs`, `[B, E]` for each chunk. With `length_normalise`,
+    scores are means instead of sums. -inf where a list has fewer candidates; NaN where the model's
+    numbers are not finite.
     """
     size = len(logprobs[0])
     # The last column, zeros, is where a path's padding (-1) points.
@@ -358,7 +367,7 @@ def score(plan: Plan, logprobs: Sequence[np.ndarray], length_normalise: bool) ->
 
 
 def stack_scores(batches: Sequence[np.ndarray]) -> np.ndarray:
-    """All batches' scores in one array; narrower batches get columns of -inf."""
+    """Joins the scores of all batches to `[questions, C]`; narrower ones get columns of -inf."""
     width = max(each.shape[1] for each in batches)
     pad = lambda scores: np.pad(
         scores, ((0, 0), (0, width - scores.shape[1])), constant_values=-np.inf

@@ -32,11 +32,16 @@ from PIL import Image
 from jax_instructblip.data.captions import RETRIEVAL_LIMIT, CaptionTokenizer
 from jax_instructblip.fields import check, flag, one_of, whole
 from jax_instructblip.inference import matching
+from jax_instructblip.inference import retrieval_programs as programs
+from jax_instructblip.inference.answers import Answer
 from jax_instructblip.inference.batching import Frame, check_batch_size, pixels
+from jax_instructblip.inference.captioning import generate_captions
+from jax_instructblip.inference.generation_config import GenerationConfig, configured
 from jax_instructblip.inference.loading import Source, load_params
 from jax_instructblip.inference.matching import ABSENT as ABSENT
+from jax_instructblip.inference.retrieval_programs import FORMS as FORMS
 from jax_instructblip.inference.streaming import one_ahead
-from jax_instructblip.models.blip2 import Blip2, image_to_text
+from jax_instructblip.models.blip2 import Blip2
 from jax_instructblip.models.layers import BATCH_AXES
 from jax_instructblip.models.released import released_name
 from jax_instructblip.models.variants import Variant
@@ -45,7 +50,6 @@ from jax_instructblip.progress import Progress
 
 IMAGES, TEXTS, PAIRS = 16, 128, 128  # at once, of each device
 CANDIDATES = 128  # that are re-ranked, as released for retrieval fine-tuning
-FORMS = ("raw", "projected", "normalised")  # of features
 
 
 class Ranking(NamedTuple):
@@ -56,7 +60,7 @@ class Ranking(NamedTuple):
 
 
 class Retriever:
-    """A first-stage model with its tokenizer: features, similarities, match logits, rankings."""
+    """A model of BLIP-2's first stage: features, similarities, match logits and rankings."""
 
     def __init__(
         self,
@@ -77,16 +81,16 @@ class Retriever:
             lambda params, *each: self.model.apply({"params": params}, *each, method=method)
         )
         self._image_features = {
-            form: apply(functools.partial(_features_of_images, form=form)) for form in FORMS
+            form: apply(functools.partial(programs.features_of_images, form=form)) for form in FORMS
         }
         self._text_features = {
-            form: apply(functools.partial(_features_of_texts, form=form)) for form in FORMS
+            form: apply(functools.partial(programs.features_of_texts, form=form)) for form in FORMS
         }
-        self._pair_features = apply(_features_of_pairs)
-        self._pair_logits = apply(_match_images)
-        self._image_kv = apply(_kv_of_images)
-        self._match = apply(_match_kv)
-        self._near = jax.jit(_similarities)
+        self._pair_features = apply(programs.features_of_pairs)
+        self._pair_logits = apply(programs.match_images)
+        self._image_kv = apply(programs.kv_of_images)
+        self._match = apply(programs.match_kv)
+        self._near = jax.jit(programs.similarities)
 
     @classmethod
     def of(cls, source: Source, dtype: Any, mesh: Mesh | None = None) -> "Retriever":
@@ -200,6 +204,39 @@ class Retriever:
             return matching.spread(matching.rerank(columns, own, logits, itm_only), near.shape[1])
 
         return Ranking(ranked(of_images, near, matches), ranked(of_texts, near.T, matches.T))
+
+    def generate(
+        self,
+        images: Sequence[Frame],
+        config: GenerationConfig | None = None,
+        *,
+        batch_size: int = IMAGES,
+        **settings: Any,
+    ) -> list[Answer]:
+        """Captions of the images, in order, by the first stage alone (ITG).
+
+        Greedy by default; LAVIS has `num_beams=3, min_new_tokens=9, max_new_tokens=29`.
+
+        Args:
+            images: paths, bytes of image files, PIL images or uint8 arrays [H, W, 3].
+            config: how to decode (`GenerationConfig` explains all settings).
+            batch_size: images that are captioned at once.
+            **settings: changes of the config, by name.
+
+        Raises:
+            ValueError: the checkpoint has no caption head (Hugging Face's format lacks it), there
+                are no images, one of them cannot be used, or a setting is out of its range.
+        """
+        return generate_captions(
+            self.variant,
+            self.params,
+            self.text,
+            images,
+            configured(config, settings),
+            batch_size=batch_size,
+            dtype=self.model.dtype,
+            silent=self.silent,
+        )
 
     def match(
         self,
@@ -323,44 +360,6 @@ class Retriever:
         if self.mesh is None:
             return leaf
         return jax.device_put(leaf, (replicated if whole else batch_sharding)(self.mesh))
-
-
-def _features_of_images(model: Blip2, images: jax.Array, form: str) -> jax.Array:
-    patches = model.encode_image(images)
-    if form == "normalised":
-        return model.image_features(patches)[0]
-    x = model.raw_features(patches)
-    return x if form == "raw" else model.project_image(x)
-
-
-def _features_of_texts(model: Blip2, ids: jax.Array, valid: jax.Array, form: str) -> jax.Array:
-    if form == "normalised":
-        return model.text_features(ids, valid)
-    x = model.raw_text_features(ids, valid)
-    return x if form == "raw" else model.project_text(x)
-
-
-def _features_of_pairs(model: Blip2, images: Any, ids: Any, valid: Any) -> jax.Array:
-    return model.pair_features(model.encode_image(images), ids, valid)
-
-
-def _match_images(model: Blip2, images: Any, ids: Any, valid: Any) -> jax.Array:
-    return model.match_logits(model.encode_image(images), ids, valid)
-
-
-def _kv_of_images(model: Blip2, images: Any) -> Any:
-    return model.image_kv(model.encode_image(images))
-
-
-def _match_kv(model: Blip2, kv: Any, index: Any, ids: Any, valid: Any) -> jax.Array:
-    """Logits of texts in blocks, each of the image that `index` names among those of `kv`."""
-    chosen = jax.tree.map(lambda leaf: leaf[:, index], kv)
-    return model.match_logits(chosen, ids, valid)
-
-
-def _similarities(images: jax.Array, texts: jax.Array) -> jax.Array:
-    with jax.default_matmul_precision("highest"):
-        return image_to_text(images, texts)
 
 
 def _batches(items: Any, size: int, unit: str) -> Iterator[Sequence[Any]]:

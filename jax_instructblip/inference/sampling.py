@@ -1,12 +1,13 @@
 """The choice of a token from logits: what greedy decoding, sampling and beam search share.
 
-`GenerationConfig.length_rule` selects one of two ways to count for the repetition penalty, and for
-the lengths of beams (`beam_search.py`):
+`GenerationConfig.length_rule` selects how ids count for the repetition penalty, and for the lengths
+of beams (`beam_search.py`):
 
-    released        as the original code with transformers 4.33, which the published figures are of
-    transformers5   as `generate` of transformers 5
+    released          as the original code with transformers 4.33: published figures
+    transformers4.26  as BLIP-2's with transformers 4.26: other lengths of beams, the same penalty
+    transformers5     as `generate` of transformers 5
 
-The penalty of both counts the ids generated so far, and T5's start id. In a decoder-only model,
+The penalty always counts the ids generated so far, and T5's start id. In a decoder-only model,
 `released` also counts `<s>`, which the original code puts before the answer although the model
 never reads it; `transformers5` also counts the ids of the prompt (`generate` even `<image>`, which
 is no id here).
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_instructblip.inference.generation_config import GenerationConfig
+from jax_instructblip.models.blip2 import CaptionVocabulary
 from jax_instructblip.models.variants import LanguageConfig, T5Config
 
 # The id that the released code puts before the new ids of a decoder-only model: `bos_token_id` of
@@ -27,7 +29,7 @@ _UNREAD_ID = {"llama": 1}
 
 
 class TracedSettings(NamedTuple):
-    """The settings for choosing a token, as traced scalars; the defaults change nothing."""
+    """The settings for choosing a token, as traced scalars; the defaults change no score."""
 
     min_new_tokens: Any = 0  # eos is impossible before
     repetition_penalty: Any = 1.0
@@ -50,7 +52,9 @@ class TracedSettings(NamedTuple):
         )
 
 
-def seen_ids(llm: LanguageConfig, batch: dict[str, Any], prompt_counts: jax.Array) -> jax.Array:
+def seen_ids(
+    llm: LanguageConfig | CaptionVocabulary, batch: dict[str, Any], prompt_counts: jax.Array
+) -> jax.Array:
     """Mask `[B, V]` of the ids that the repetition penalty counts before the first new token."""
     nothing = jnp.zeros((len(batch["tokens"]), llm.vocab), bool)
     if isinstance(llm, T5Config):
@@ -71,9 +75,10 @@ def penalise(scores: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Arra
 def process_logits(
     scores: jax.Array, seen: jax.Array, step: jax.Array, eos_id: int, settings: TracedSettings
 ) -> jax.Array:
-    """Scores `[B, R, V]` after the repetition penalty, with eos at -inf before `min_new_tokens`.
+    """Applies the repetition penalty to scores `[B, R, V]`; eos too early becomes -inf.
 
-    `seen` is a mask of the penalised ids, `step` the number of new tokens so far.
+    `seen` is the mask of penalised ids, `step` the number of new tokens so far; eos is too early
+    before `min_new_tokens`.
     """
     scores = penalise(scores, seen, settings.repetition_penalty)
     early = step < settings.min_new_tokens
@@ -122,7 +127,7 @@ def best_of_rows(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def first_eos(tokens: jax.Array, eos_id: int) -> jax.Array:
-    """The length of each row of `tokens` `[..., T]`, its first eos included; T without eos."""
+    """The length of each row of `tokens` `[..., T]`, first eos included; T without eos."""
     is_eos = tokens == eos_id
     length = jnp.argmax(is_eos, axis=-1) + 1
     return jnp.where(is_eos.any(axis=-1), length, tokens.shape[-1]).astype(jnp.int32)
@@ -160,11 +165,11 @@ def _places(scores: jax.Array) -> jax.Array:
 
 
 def seed_key(seed: int) -> np.ndarray:
-    """The random key of a seed as raw numpy data, which processes of one mesh can share."""
+    """The random key of a seed as raw numpy data, which any process of a mesh can pass on."""
     return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
 @jax.jit
 def row_keys(key: Any, rows: np.ndarray) -> jax.Array:
-    """One random key per row, from the seed's key and the numbers of the rows in the call."""
+    """One random key per row, from the seed's key and the indices of questions in the call."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.wrap_key_data(key), rows)

@@ -26,9 +26,9 @@ def save_checkpoint(
 ) -> None:
     """Writes the checkpoint folder `out`: parameters in their present dtypes, tokenizers, config.
 
-    `source` is what the model was loaded from, if anything: its tokenizers and the facts about
-    where its weights came from are then copied. `out`, a folder or an address in an object store,
-    appears when it is complete.
+    With `source`, from which the model was loaded, the tokenizers and the record of the weights'
+    origin are copied from there. `out`, a folder or an address in an object store, appears when it
+    is complete.
 
     Raises:
         FileExistsError: `out` exists.
@@ -58,7 +58,10 @@ def save_checkpoint(
 
 
 def _stacked(variant: Variant, params: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (path, leaf) as a checkpoint has them: unstacked layers are stacked again."""
+    """Yields (path, array) for a checkpoint, in which all layers of a tower are one stack.
+
+    Layers that `unstack_decoder` has split are stacked again.
+    """
     flat = checkpoint.flatten(params)
     if not is_unstacked(variant, params):
         yield from flat.items()

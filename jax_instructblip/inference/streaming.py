@@ -33,7 +33,7 @@ def pieces(
 
 
 def one_ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """Yields the items of an iterator, each only when the next one has been made.
+    """Yields the given items, each only when the next one has been made.
 
     So the device answers one batch while the images of the next batch are decoded.
     """

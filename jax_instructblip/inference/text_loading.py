@@ -7,9 +7,10 @@ from jax_instructblip.inference.loading import read_source, require_kind
 
 
 def load_text(path: str | os.PathLike) -> TextProcessor:
-    """The tokenizers and limits of the model at `path`, which is anything that `read_source` reads.
+    """Loads the tokenizers and length limits of a model, but not its weights.
 
-    A ValueError for BLIP-2's first stage, which answers no questions.
+    `path` is a Hugging Face folder, a checkpoint folder, a training run or an embedded name. A
+    ValueError for BLIP-2's first stage, which answers no questions.
     """
     source = read_source(path)
     require_kind(source, {source.variant.kind: TextProcessor})

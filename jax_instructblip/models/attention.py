@@ -85,9 +85,10 @@ def attend(
 
 
 class CachedKV(NamedTuple):
-    """Cached keys and values of each sample, which all of its R rows share.
+    """Cached keys and values of each sample, shared by its R rows (beams or ranked candidates).
 
-    `mask` is True where a row may see a slot; `bias` is added to the scores (T5).
+    `mask` is True where a row may see a slot; `bias`, T5's relative position bias, is added to the
+    scores.
     """
 
     key: Float[Array, "B N S K"]
@@ -97,7 +98,10 @@ class CachedKV(NamedTuple):
 
 
 class CurrentKV(NamedTuple):
-    """Key and value of each row's newest token, visible to that row only."""
+    """Key and value of each row's newest token, visible to that row only.
+
+    `bias`, T5's relative position bias at distance 0, one per head, is added to the scores.
+    """
 
     key: Float[Array, "B N R K"]
     value: Float[Array, "B N R K"]
@@ -110,7 +114,7 @@ def attend_cached(
     current: CurrentKV | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B R N K"]:
-    """Attention of R rows over cached keys that they share, and over each row's newest token.
+    """Attention of R rows (beams, candidates) over their shared cache and their newest token.
 
     All scores of a row go through one softmax:
 
@@ -146,5 +150,5 @@ def attend_cached(
 
 
 def heads_first(x: Float[Array, "B T N K"]) -> Float[Array, "B N T K"]:
-    """Swaps tokens and heads: [B, T, N, K] to [B, N, T, K], the layout of the cache, or back."""
+    """Swaps the axes of tokens and heads: [B, T, N, K] to a cache's [B, N, T, K], or back."""
     return x.swapaxes(1, 2)

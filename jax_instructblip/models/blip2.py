@@ -11,12 +11,13 @@ E is the width of the features by which images and texts are compared. There is 
 the Q-Former and the output heads (`Heads`) are trained.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_instructblip.models.cache import Cache
 from jax_instructblip.models.dense import Dense, rank_of
 from jax_instructblip.models.layers import (
     ACTIVATIONS,
@@ -34,14 +35,14 @@ DEC = -1  # index of the vocabulary's last id, [DEC], which begins a caption to 
 
 
 class CaptionHead(nn.Module):
-    """BERT's output head: caption logits, with the word embeddings as the last kernel."""
+    """BERT's output head: vocabulary logits, with the word embeddings as the last kernel."""
 
     config: QFormerConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"], table: Float[Array, "V D"]) -> Float[Array, "*B V"]:
-        """Float32 logits of the text outputs `x`; `table` holds the Q-Former's word embeddings."""
+        """Float32 vocabulary logits of `x`; `table` holds the Q-Former's word embeddings."""
         c = self.config
         bias = self.param("bias", nn.initializers.zeros, (c.vocab,))
         x = ACTIVATIONS["gelu"](Dense((c.width,), self.dtype, name="in")(x).astype(jnp.float32))
@@ -56,9 +57,9 @@ class CaptionHead(nn.Module):
 
 
 class Heads(nn.Module):
-    """The heads on the Q-Former's outputs: two feature projections, match, caption, temperature.
+    """The output heads: image and text projection, match, and optionally caption and temperature.
 
-    Caption head and temperature exist only with `config.caption_head`.
+    The last two exist only with `config.caption_head`.
     """
 
     config: QFormerConfig
@@ -74,12 +75,26 @@ class Heads(nn.Module):
             self.temp = self.param("temp", nn.initializers.constant(TEMPERATURE), ())
 
 
+class CaptionVocabulary(NamedTuple):
+    """The ids that the decoding loops need, by default BERT's; named as in `LanguageConfig`."""
+
+    vocab: int = 30523  # number of ids
+    bos_id: int = 30522  # [DEC], which begins a caption to be generated
+    eos_id: int = 102  # [SEP]
+    pad_id: int = 0
+    kind: str = "caption"
+
+
 class Blip2(Network):
-    """The whole first-stage model; `variant` holds its sizes, `dtype` is the compute dtype."""
+    """The whole first-stage model; `variant` holds its sizes, `dtype` is the compute dtype.
+
+    `vocabulary` is only needed to generate captions (`prefill`, `decode_step`).
+    """
 
     variant: Variant
     dtype: Any = jnp.float32
     scans: Scans = Scans()
+    vocabulary: CaptionVocabulary = CaptionVocabulary()
 
     def setup(self):
         v, c = self.variant, self.variant.qformer
@@ -94,7 +109,7 @@ class Blip2(Network):
     def image_features(
         self, patches: Float[Array, "B P Dv"], train: bool = False, return_kv: bool = False
     ) -> tuple[Float[Array, "B Q E"], Any]:
-        """Normalised features of each query, and the keys and values that `caption_logits` takes.
+        """Normalised features of each query, and the queries' keys and values for `caption_logits`.
 
         The second item is None unless `return_kv`.
         """
@@ -104,10 +119,7 @@ class Blip2(Network):
     def text_features(
         self, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"], train: bool = False
     ) -> Float[Array, "B E"]:
-        """Normalised features of each text, from the output of its `[CLS]`.
-
-        `valid` is False on padding.
-        """
+        """Normalised features of each text, from its `[CLS]`; `valid` is False on padding."""
         x = self.qformer.read_text(tokens, valid, train)
         return normalise(self.heads.text_projection(x[:, 0]))
 
@@ -146,10 +158,10 @@ class Blip2(Network):
         valid: Bool[Array, "B L"],
         train: bool = False,
     ) -> Float[Array, "B 2"]:
-        """Float32 logits of (no match, match) of image-text pairs.
+        """Float32 logits of (no match, match) for image-text pairs; `valid` is False on padding.
 
-        With B = G x k texts, image i is paired with texts i * k to i * k + k - 1. Instead of
-        patches [G, P, Dv] the keys and values of `image_kv` can be given.
+        There may be k texts per image, B = G x k: the first k texts are paired with image 0, and so
+        on. Instead of patches [G, P, Dv] the result of `image_kv` can be given.
         """
         x = self.qformer.read_both(patches, tokens, valid, train)
         return self.heads.match(x).astype(jnp.float32).mean(axis=1)
@@ -168,6 +180,24 @@ class Blip2(Network):
         x = self.qformer.write_text(tokens, valid, kv, train)
         return self.heads.caption(x, self.qformer.word_table())
 
+    def prefill(
+        self, batch: dict[str, Array], tail_length: int
+    ) -> tuple[Float[Array, "B 1 V"], Cache]:
+        """Logits of the first token of each image's caption, and the cache of its queries.
+
+        `batch` has `images` [B, 1, H, W, 3] and `tokens` [B, 1], the id `[DEC]`. The cache has
+        space for `tail_length` new tokens.
+        """
+        patches = self.encode_image(batch["images"][:, 0])
+        return self.decode_step(batch["tokens"], self.qformer.prefill(patches, 1 + tail_length))
+
+    def decode_step(
+        self, token: Int[Array, "B R"], cache: Cache
+    ) -> tuple[Float[Array, "B R V"], Cache]:
+        """Float32 logits of the token after `token`, and the cache one token longer."""
+        x, cache = self.qformer.decode_step(token, cache)
+        return self.heads.caption(x, self.qformer.word_table()), cache
+
     def temperature(self) -> Float[Array, ""]:
         """The learned temperature, which divides similarities; exists only with a caption head."""
         return self.heads.temp.astype(jnp.float32)
@@ -184,7 +214,7 @@ class Blip2(Network):
 
 
 def image_to_text(images: Float[Array, "B Q E"], texts: Float[Array, "C E"]) -> Float[Array, "B C"]:
-    """Float32 similarity of each image and each text: the maximum over the image's queries.
+    """Float32 similarity of each image and each text: the largest product over the image's queries.
 
     Row b stays on the device of image b; the text features go to every device.
     """
@@ -193,7 +223,10 @@ def image_to_text(images: Float[Array, "B Q E"], texts: Float[Array, "C E"]) -> 
 
 
 def text_to_image(texts: Float[Array, "C E"], images: Float[Array, "B Q E"]) -> Float[Array, "C B"]:
-    """The transpose of `image_to_text`: row c stays on the device of text c."""
+    """Float32 similarity of each text and each image, as `image_to_text` transposed.
+
+    Row c stays on the device of text c; the image features go to every device.
+    """
     products = jnp.einsum("CE,BQE->CQB", texts, images, preferred_element_type=jnp.float32)
     return constrain(products.max(axis=1))
 
@@ -207,7 +240,8 @@ def normalise(x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
 def begin_caption(tokens: Int[Array, "B L"], vocab: int) -> Int[Array, "B L"]:
     """Replaces the `[CLS]` at the start of each caption by `[DEC]`, the last vocabulary id.
 
-    `[DEC]` marks a caption that the model generates token by token.
+    BLIP-2 begins captions that are generated with `[DEC]`, and texts that are only read with
+    `[CLS]`.
     """
     return tokens.at[:, 0].set(vocab + DEC)
 

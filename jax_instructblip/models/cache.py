@@ -31,7 +31,7 @@ Cache = dict[str, Any]
 
 
 def start(prefix: Any, valid: Bool[Array, "B S"], length: int) -> Cache:
-    """The cache after a prompt: one row per sample, and an empty tail of `length` steps.
+    """The cache after a prompt, with one row per sample and space for `length` generated tokens.
 
     `prefix` holds the prompt's keys and values of all layers; `valid` is False on padding.
     """
@@ -46,7 +46,7 @@ def start(prefix: Any, valid: Bool[Array, "B S"], length: int) -> Cache:
 
 
 def expand_beams(cache: Cache, rows: int) -> Cache:
-    """Returns the cache with `rows` equal rows per sample, from a cache with one row per sample."""
+    """Turns a cache with one row per sample into one with `rows` equal rows per sample."""
     batch, _, length = cache["lineage"].shape
     own = jnp.arange(rows, dtype=jnp.int32)[None, :, None]
     return {
@@ -57,13 +57,13 @@ def expand_beams(cache: Cache, rows: int) -> Cache:
 
 
 def reorder_beams(cache: Cache, parents: Int[Array, "B R"]) -> Cache:
-    """Returns the cache in which row r of sample b continues row `parents[b, r]`."""
+    """Returns the cache in which beam r of sample b continues the former beam `parents[b, r]`."""
     lineage = jnp.take_along_axis(cache["lineage"], parents[..., None], axis=1)
     return {**cache, "lineage": lineage}
 
 
 class TailView(NamedTuple):
-    """The slots of the tail that each row may see in one step; the same for all layers."""
+    """The part of the cache's tail (generated tokens) that rows may see in one decoding step."""
 
     mask: Bool[Array, "B 1 R S"]
     slot: (
@@ -74,7 +74,7 @@ class TailView(NamedTuple):
 
 
 def tail_view(cache: Cache) -> TailView:
-    """Returns what the next step sees of the tail.
+    """The `TailView` of the next decoding step, which all layers share.
 
     Stacked layers do not write their new tokens: `append` does so afterwards for all layers at
     once, because a scan that returned the tails would copy them. Unstacked layers write their own
@@ -88,12 +88,12 @@ def tail_view(cache: Cache) -> TailView:
 
 
 def attend_tail(tail: Any, token: Any, view: TailView) -> tuple[CachedKV, CurrentKV | None, Any]:
-    """Prepares the attention of one layer in one step; returns (cached, current, output).
+    """Prepares one layer's attention to generated tokens; returns (cached, current, output).
 
-    `tail` is the layer's tail, `token` the key and value `[B, N, R, K]` of the new tokens. `cached`
-    and `current` are arguments of `attend_cached`; `current` is None if the tokens were written to
-    the tail first (`view.slot`). `output` is what `append` needs: the new tokens, or the written
-    tail.
+    `tail` holds the layer's keys and values of earlier tokens, `token` the key and value `[B, N, R,
+    K]` of the newest ones. `cached` and `current` are arguments of `attend_cached`; if the newest
+    tokens are written to the tail first (`view.slot`), `current` is None. `output` is what `append`
+    needs: the newest tokens, or the written tail.
     """
     if view.slot is None:
         past = CachedKV(**tail, mask=view.mask, bias=view.past)
@@ -103,10 +103,10 @@ def attend_tail(tail: Any, token: Any, view: TailView) -> tuple[CachedKV, Curren
 
 
 def append(cache: Cache, outputs: Any) -> Cache:
-    """Returns the cache one step longer; `outputs` holds the layers' `output` of `attend_tail`."""
+    """Returns the cache with the newest tokens added; `outputs` come from `attend_tail`."""
     if not isinstance(outputs, tuple):
         slot = cache["step"] * cache["lineage"].shape[1]
-        outputs = {name: _put(leaf, outputs[name], slot) for name, leaf in cache["tail"].items()}
+        outputs = jax.tree.map(lambda leaf, token: _put(leaf, token, slot), cache["tail"], outputs)
     return {**_advance(cache), "tail": outputs}
 
 
@@ -115,7 +115,7 @@ def _put(tail: Array, token: Array, slot: Array) -> Array:
 
 
 def _advance(cache: Cache) -> Cache:
-    """Returns the cache at the next step, each row continuing itself; the tail is unchanged."""
+    """Returns the cache with `step` + 1, each row continuing itself; keys and values stay."""
     lineage, step = cache["lineage"], cache["step"]
     own = jnp.arange(lineage.shape[1], dtype=jnp.int32)[None, :, None]
     own = jnp.broadcast_to(own, (*lineage.shape[:2], 1))

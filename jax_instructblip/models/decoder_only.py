@@ -30,7 +30,10 @@ class DecoderOnly(Network):
     def begin(
         self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
     ) -> Float[Array, "B T D"]:
-        """The first layer's input: embedded slots, plus any position embeddings."""
+        """The first layer's input: the embedded slots, plus any position embeddings.
+
+        A slot holds an embedded token or a visual vector.
+        """
         raise NotImplementedError
 
     def shared(self, positions: Int[Array, "#B T"]) -> tuple[Any, ...]:
@@ -46,8 +49,8 @@ class DecoderOnly(Network):
     ) -> tuple[Array, Any]:
         """Hidden states `[B, X, D]` after the final norm, and the keys and values of all layers.
 
-        `segments` holds the number of the sample that owns each slot, 0 on padding. The second item
-        is None unless `return_kv`.
+        The second item is None unless `return_kv`. `segments` is the number of the sample that owns
+        each slot, 0 on padding; `positions` is the slot's position in that sample.
         """
         shared = self.shared(positions)
         x = self.begin(inputs, positions)
@@ -66,9 +69,10 @@ class DecoderOnly(Network):
     ) -> Float[Array, "B A V"]:
         """Logits `[B, A, V]` of the slots `asked`; the logits of a slot predict the token after it.
 
-        `inputs` are the embedded slots, `segments` the number of the sample that owns each slot (0:
-        padding), `positions` the slot's position in that sample. Slots outside `asked` get no
-        logits. `decoder_tokens` and `decoder_segments` are used by encoder-decoder models only.
+        A slot holds an embedded token or a visual vector: `inputs`. `segments` is the number of the
+        sample that owns each slot (0: padding), `positions` the slot's position in that sample.
+        Other slots than `asked` get no logits. `decoder_tokens` and `decoder_segments` are for
+        encoder-decoder models only.
         """
         del decoder_tokens, decoder_segments
         x, _ = self.hidden(inputs, segments, positions, return_kv=False, train=train)
@@ -92,7 +96,7 @@ class DecoderOnly(Network):
     def decode_step(
         self, token: Int[Array, "B R"], cache: dict[str, Any]
     ) -> tuple[Float[Array, "B R V"], dict[str, Any]]:
-        """Logits of the token after `token`, and the cache with `token` written to its tail."""
+        """Logits of the token after `token`, and the cache with `token` added."""
         valid = cache["prefix_mask"]
         positions = jnp.broadcast_to(valid.sum(axis=1, keepdims=True) + cache["step"], token.shape)
         x, outputs = self.layers.step(
@@ -111,13 +115,13 @@ class DecoderOnly(Network):
         ends: Int[Array, "#B T"],
         cache: dict[str, Any],
     ) -> Float[Array, "B T D"]:
-        """Normed hidden states of many continuations of a prompt, stored as one tree.
+        """Final hidden states of many continuations of a prompt, given as one tree.
 
         Continuations that begin alike share tokens; the tree's T tokens are in depth-first order.
         Each token sees the prompt, its ancestors (`tree_mask(ends)`) and itself. `depths` is 1 for
         a token that follows the prompt; `ends[b, t]` is the index just after the last descendant of
-        token t. `cache` comes from `prefill`, before any step, and is only read. `logits` takes the
-        result.
+        token t. `cache` comes from `prefill`, before any `decode_step`, and is only read. `logits`
+        takes the result.
         """
         valid, inner = cache["prefix_mask"], tokens.shape[1]
         shape = (valid.shape[0], inner, self.config.width)

@@ -61,7 +61,7 @@ def count(jaxpr: Jaxpr, loops: int = 1) -> int:
 
 
 def counted(function: Callable[..., Any], *arguments: Any) -> tuple[int, list[tuple[int, ...]]]:
-    """FLOPs of all products of `function`, and the shape of each product's result."""
+    """FLOPs of all products of `function(*arguments)`, and the shape of each product's result."""
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     shapes = [equation.outvars[0].aval.shape for equation, _ in products(jaxpr)]
     return count(jaxpr), shapes
@@ -73,13 +73,13 @@ def analytic(
     """FLOPs of one train step: ViT and language model frozen, Q-Former trained.
 
     A sample has `text` tokens for the Q-Former, `tokens` for the language model and `answer`
-    targets; `samples_per_row` samples share a row. The head runs on all targets, attention on whole
-    rows.
+    targets; `samples_per_row` samples are packed into one row. Attention counts whole rows, the
+    head all targets.
 
     The ViT runs forward only; the Q-Former forward and backward, with gradients of its weights; the
-    language model forward and backward without them. In the backward pass of the cross-attention's
-    keys and values, only the weights' gradients count. The gradient for the trained image norm
-    before them is left out, under 1 % of the whole.
+    language model forward and backward, without gradients of its weights. In the backward pass of
+    the cross-attention's keys and values only the weights' gradients count; the gradient for the
+    image norm before them is left out, under 1 % of the whole.
     """
     keys_values, qformer = _qformer(variant, batch, text)
     width = samples_per_row * (variant.visual_tokens + tokens)
@@ -139,7 +139,7 @@ def _vision(variant: Variant, rows: int) -> int:
 
 
 def _qformer(variant: Variant, rows: int, text: int) -> tuple[int, int]:
-    """FLOPs of the forward pass: (keys and values of the image, everything including them)."""
+    """FLOPs of the Q-Former's forward pass: (cross-attention keys and values alone, everything)."""
     q, patches = variant.qformer, variant.vision.tokens
     seen = q.queries + (text if q.instruction_aware else 0)
     pairs = q.layers // 2
@@ -158,7 +158,7 @@ def _qformer(variant: Variant, rows: int, text: int) -> tuple[int, int]:
 
 
 def _language(config: LanguageConfig, rows: int, length: int, answer: int) -> tuple[int, int]:
-    """FLOPs of the forward pass: (products with weights, products inside the attention)."""
+    """A language model's forward FLOPs: (products with weights, products inside attention)."""
     if not isinstance(config, T5Config):
         weights = _decoder_weights(config)
         attention = config.layers * 2 * linear(rows * length, length, config.width)

@@ -45,7 +45,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """Settings for running the layers of one tower; no setting changes a result.
+    """Settings for running the layers of one tower (vision encoder, bridge or language model).
+
+    No setting changes a result.
 
     Attributes:
       remat: a key of `REMAT`. "none" keeps everything for the backward pass; "dots" keeps the
@@ -53,10 +55,9 @@ class Scan:
         computes the forward pass twice.
       weights: function applied to the weights of each layer when they are sliced from their stack
         (`parallel.rules.constrain_layer`); None for no function.
-      unstacked: parameters, and the trees that layers take and return, are one tree per layer
-        (`unstack_layers`) instead of a stack; the kernel of a head is `[V, D]`. For decoding on a
-        CPU, where a product with a slice of a stack copies the slice first. `remat` and `weights`
-        are then ignored.
+      unstacked: parameters and caches are one tree per layer (`unstack_layers`) instead of a stack,
+        and the kernel of a head is `[V, D]`. For decoding on a CPU, where a product with a slice of
+        a stack copies the slice first. `remat` and `weights` are then ignored.
     """
 
     remat: str = "none"
@@ -66,7 +67,7 @@ class Scan:
 
 @dataclasses.dataclass(frozen=True)
 class Scans:
-    """The `Scan` settings of each tower."""
+    """The `Scan` settings of each tower: vision encoder, bridge, language model."""
 
     vision: Scan = Scan()
     qformer: Scan = Scan()  # the bridge, if it has layers to scan
@@ -101,7 +102,7 @@ class Network(nn.Module):
 
     @nn.nowrap
     def apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Applies the module as `nn.Module.apply` does, in the precision of its `dtype`."""
+        """Calls `nn.Module.apply`, with full float32 products if `dtype` is float32."""
         dtype = jnp.dtype(getattr(self, "dtype", jnp.float32))
         if dtype.itemsize < 4:
             return super().apply(*args, **kwargs)
@@ -240,7 +241,7 @@ def unique_inverse(index: Int[Array, "B T"], length: int) -> Int[Array, "B S"]:
 def scan_layers(
     block: type[nn.Module], length: int, scan: Scan, **broadcast: int
 ) -> Callable[..., Any]:
-    """A constructor of `length` layers of type `block`, scanned, parameters stacked on axis 0.
+    """Returns a constructor of `length` scanned layers of type `block`, parameters stacked.
 
     `broadcast` names the methods of `block` that are scanned (`call` stands for `__call__`) and the
     number of last arguments that every layer receives alike. Before those a method takes the carry
@@ -277,7 +278,7 @@ def scan_layers(
 class LayerList(nn.Module):
     """Layers that run one after the other, each with its own parameters: `{"0": ..., "1": ...}`.
 
-    The methods take and return the same as those of the `nn.scan` in `scan_layers`.
+    Replaces `nn.scan` where parameters are not stacked; the methods take and return the same.
     """
 
     make: Callable[..., nn.Module]
@@ -319,7 +320,7 @@ def unstack_layers(stack: Any) -> dict[str, Any]:
 
 
 def zip_layers(**trees: Any) -> Any:
-    """Groups named trees by layer, as the tree that layers take.
+    """Groups named trees by layer, in the form that scanned or unstacked layers take.
 
     Stacked trees become a dict of stacks; tuples of layers become one tuple with a dict per layer.
     """

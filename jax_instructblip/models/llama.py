@@ -69,7 +69,10 @@ class LlamaLayer(nn.Module):
         self.drop = Dropout(c.dropout)
 
     def __call__(self, x, _, mask, rotation, return_kv, train):
-        """Runs whole rows; with `return_kv` the output is the keys and values, else None."""
+        """Runs full sequences `x` [B, T, D]; returns (x, kv), where kv is None unless `return_kv`.
+
+        kv is {"key": ..., "value": ...}, each `[B, N, T, K]` as in a cache.
+        """
         dropout = functools.partial(self.drop, deterministic=not train)
         y, attention = self.attention_norm(x), self.attention
         key, value = rotate(attention.key(y), rotation), attention.value(y)
@@ -79,7 +82,7 @@ class LlamaLayer(nn.Module):
         return x, ({"key": heads_first(key), "value": heads_first(value)} if return_kv else None)
 
     def step(self, x, cache, prefix_mask, view, rotation):
-        """Runs one token per row, `x` [B, R, D]; the output is what `cache.append` takes."""
+        """Runs each beam's newest token, `x` [B, R, D]; returns (x, what `cache.append` takes)."""
         y, attention = self.attention_norm(x), self.attention
         key, value = (
             heads_first(rotate(attention.key(y), rotation)),
@@ -93,7 +96,7 @@ class LlamaLayer(nn.Module):
         return constrain(x + self.mlp(self.mlp_norm(x))), output
 
     def tree(self, x, prefix, prefix_mask, mask, rotation):
-        """Runs a tree of candidate tokens `x` [B, T, D] after the prompt; nothing is cached."""
+        """Runs a tree of tokens `x` [B, T, D] after the cached prompt; returns (x, None)."""
         y, attention = self.attention_norm(x), self.attention
         key, value = (
             heads_first(rotate(attention.key(y), rotation)),
@@ -107,7 +110,7 @@ class LlamaLayer(nn.Module):
 
 
 class Llama(DecoderOnly):
-    """The whole LLaMA model; `DecoderOnly` has the methods that run rows, steps and trees."""
+    """The whole LLaMA model; most methods are in `DecoderOnly`."""
 
     config: LlamaConfig
     dtype: Any
@@ -135,12 +138,12 @@ class Llama(DecoderOnly):
     def begin(
         self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
     ) -> Float[Array, "B T D"]:
-        """The embedded slots in float32; positions enter later, by rotating queries and keys."""
+        """The embedded slots in float32; positions are applied later, to queries and keys."""
         del positions
         return x.astype(RESIDUAL)
 
     def shared(self, positions: Int[Array, "#B T"]) -> tuple[Any, ...]:
-        """The cosine and sine of the positions, for the queries and keys of every layer."""
+        """The 1-tuple of (cosine, sine) that rotates queries and keys in every layer."""
         return (self.rotation(positions),)
 
     def rotation(self, positions: Int[Array, "B T"]) -> Rotation:

@@ -53,10 +53,9 @@ def causal_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
 
 
 def prefix_causal_mask(valid: Bool[Array, "B T"], prefix: int) -> Bool[Array, "B 1 T S"]:
-    """Mask of a caption after the queries: a token sees all queries and the tokens up to itself.
+    """Mask of a text after `prefix` queries: a token sees them and the tokens up to itself.
 
-    `valid` is False on padded tokens, `prefix` is the number of queries. For valid = 1 1 0 and a
-    prefix of 2:
+    `valid` is False on padded tokens. For valid = 1 1 0 and a prefix of 2:
 
         # # # . .
         # # # # .
@@ -69,11 +68,11 @@ def prefix_causal_mask(valid: Bool[Array, "B T"], prefix: int) -> Bool[Array, "B
 
 
 def tree_mask(ends: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
-    """Mask of a tree of candidate tokens: each token sees itself and its ancestors.
+    """Mask of a tree of tokens: each sees its ancestors and itself.
 
-    The tokens are in depth-first order; `ends` is the index just after each token's last
-    descendant. For ends = 4 3 3 4 6 6, where 0 has the children 1 and 3, 1 has the child 2, and 4
-    the child 5:
+    In such a tree, continuations of a prompt share the tokens that they begin with. The tokens are
+    in depth-first order; `ends` is the index just after each token's last descendant. For ends = 4
+    3 3 4 6 6, where 0 has the children 1 and 3, 1 has the child 2, and 4 the child 5:
 
         # . . . . .
         # # . . . .
@@ -88,11 +87,11 @@ def tree_mask(ends: Int[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
 
 
 def lineage_mask(lineage: Int[Array, "B R T"], step: Int[Array, ""]) -> Bool[Array, "B 1 R S"]:
-    """Mask of the new tokens of a step over the cache's tail: each row sees the slots it continues.
+    """Mask of R beams over the cached tokens of earlier steps: each sees its own history.
 
-    Slot t * R + r holds the token of row r at step t, and `lineage[b, r, t]` is the row whose slot
-    row r continues at step t. Steps from `step` on are hidden; the new token itself is in no slot
-    yet. For step = 2 of T = 3, lineage = (0 0 .) of row 0 and (0 1 .) of row 1:
+    Slot t * R + r holds the token that beam r read at step t, and `lineage[b, r, t]` is the beam
+    whose token of step t belongs to the history of beam r. Slots of steps from `step` on are still
+    empty and hidden. For step = 2 of T = 3, lineage = (0 0 .) of beam 0 and (0 1 .) of beam 1:
 
         # . # . . .
         # . . # . .

@@ -50,7 +50,10 @@ class OptLayer(nn.Module):
         self.drop = Dropout(c.dropout)
 
     def __call__(self, x, _, mask, return_kv, train):
-        """Runs whole rows; with `return_kv` the output is the keys and values, else None."""
+        """Runs full sequences `x` [B, T, D]; returns (x, kv), where kv is None unless `return_kv`.
+
+        kv is {"key": ..., "value": ...}, each `[B, N, T, K]` as in a cache.
+        """
         dropout = functools.partial(self.drop, deterministic=not train)
         y, attention = self.attention_norm(x), self.attention
         key, value = attention.key(y), attention.value(y)
@@ -60,7 +63,7 @@ class OptLayer(nn.Module):
         return x, ({"key": heads_first(key), "value": heads_first(value)} if return_kv else None)
 
     def step(self, x, cache, prefix_mask, view):
-        """Runs one token per row, `x` [B, R, D]; the output is what `cache.append` takes."""
+        """Runs each beam's newest token, `x` [B, R, D]; returns (x, what `cache.append` takes)."""
         y, attention = self.attention_norm(x), self.attention
         token = {"key": heads_first(attention.key(y)), "value": heads_first(attention.value(y))}
         past, current, output = attend_tail(cache["tail"], token, view)
@@ -69,7 +72,7 @@ class OptLayer(nn.Module):
         return constrain(x + self.mlp(self.mlp_norm(x))), output
 
     def tree(self, x, prefix, prefix_mask, mask):
-        """Runs a tree of candidate tokens `x` [B, T, D] after the prompt; nothing is cached."""
+        """Runs a tree of tokens `x` [B, T, D] after the cached prompt; returns (x, None)."""
         y, attention = self.attention_norm(x), self.attention
         key, value = heads_first(attention.key(y)), heads_first(attention.value(y))
         cached = [CachedKV(**prefix, mask=prefix_mask), CachedKV(key, value, mask)]
@@ -78,7 +81,7 @@ class OptLayer(nn.Module):
 
 
 class Opt(DecoderOnly):
-    """The whole OPT model; `DecoderOnly` has the methods that run rows, steps and trees."""
+    """The whole OPT model; most methods are in `DecoderOnly`."""
 
     config: OptConfig
     dtype: Any
@@ -99,7 +102,7 @@ class Opt(DecoderOnly):
         self.norm = LayerNorm(c.norm_eps)
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
-        """Float32 token embeddings; `begin` adds those of the positions."""
+        """Float32 token embeddings; `begin` adds the position embeddings."""
         return constrain(self.embedding(tokens))
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

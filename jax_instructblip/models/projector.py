@@ -15,7 +15,7 @@ from jax_instructblip.models.variants import ProjectorConfig
 
 
 class Projector(Network):
-    """Maps patch features to visual vectors; does not read the instruction."""
+    """Maps the patch features of an image to vectors of the language model's width."""
 
     config: ProjectorConfig
     dtype: Any
@@ -29,7 +29,7 @@ class Projector(Network):
         valid: Bool[Array, "B L"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B Q Dl"]:
-        """Q = P - 1 vectors per image, in the order of its patches; only `patches` is read."""
+        """Q = P - 1 vectors per image, in patch order; all other arguments are ignored."""
         del tokens, valid, train
         width = self.config.llm_width
         x = Dense((width,), self.dtype, name="in")(patches[:, 1:])

@@ -27,7 +27,7 @@ class Bridge(Protocol):
 
 
 class LanguageModel(Protocol):
-    """A decoder-only or encoder-decoder language model over rows of embedded slots."""
+    """A decoder-only or encoder-decoder model over embedded tokens and visual vectors."""
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Float32 token embeddings."""
@@ -45,9 +45,10 @@ class LanguageModel(Protocol):
     ) -> Float[Array, "B A V"]:
         """Float32 logits of the slots `asked`; a slot sees only slots of its own sample.
 
-        `inputs` are embedded slots, `segments` the number of the sample that owns each slot (0:
-        padding), `positions` the slot's position in that sample. Encoder-decoder models also take
-        the decoder's tokens and sample numbers, and `asked` then counts the decoder's slots.
+        A slot holds an embedded token or a visual vector: `inputs`. `segments` is the number of the
+        sample that owns each slot (0: padding), `positions` the slot's position in that sample.
+        Encoder-decoder models also take the decoder's tokens and their sample numbers; `asked` then
+        indexes those tokens.
         """
         ...
 
@@ -56,14 +57,15 @@ class LanguageModel(Protocol):
     ) -> tuple[Float[Array, "B 1 V"], Cache]:
         """Logits of the first new token after each prompt, and the cache of the prompts.
 
-        The cache has space for `tail_length` new tokens; `valid` is False on padding.
+        `inputs` are embedded prompts, `valid` is False on padding. The cache has space for
+        `tail_length` new tokens.
         """
         ...
 
     def decode_step(
         self, token: Int[Array, "B R"], cache: Cache
     ) -> tuple[Float[Array, "B R V"], Cache]:
-        """Logits of the token after `token`, and the cache one token longer."""
+        """Logits of the token after `token`, and the cache with `token` added; R are beams."""
         ...
 
     def decode_tree(
@@ -73,7 +75,7 @@ class LanguageModel(Protocol):
         ends: Int[Array, "#B T"],
         cache: Cache,
     ) -> Float[Array, "B T D"]:
-        """Hidden states of many continuations of a prompt, stored as one tree in depth-first order.
+        """Hidden states of many continuations of a prompt, given as one tree in depth-first order.
 
         `depths` is 1 for a token that follows the prompt; `ends[b, t]` is the index just after the
         last descendant of token t. Each token sees the prompt, its ancestors and itself.

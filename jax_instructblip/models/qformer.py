@@ -9,6 +9,7 @@ is here, including the image norm before the Q-Former and the projection after i
     read_text    text                                               ITC
     read_both    [queries ; text], with cross-attention             ITM, InstructBLIP
     write_text   text, causal, after the queries' keys and values   ITG
+    decode_step  one token of such a text, with a cache             generated captions
 
 ITC, ITM and ITG are BLIP-2's losses: image-text contrast, matching, and captioning.
 """
@@ -17,10 +18,18 @@ import functools
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_instructblip.models.attention import Attention, attend
+from jax_instructblip.models.attention import (
+    Attention,
+    CachedKV,
+    attend,
+    attend_cached,
+    heads_first,
+)
+from jax_instructblip.models.cache import Cache, append, attend_tail, start, tail_view
 from jax_instructblip.models.dense import Dense
 from jax_instructblip.models.layers import (
     RESIDUAL,
@@ -31,11 +40,13 @@ from jax_instructblip.models.layers import (
     Scan,
     constrain,
     scan_layers,
+    zip_layers,
 )
 from jax_instructblip.models.masks import padding_mask, prefix_causal_mask
 from jax_instructblip.models.variants import QFormerConfig
 
 BIASES = ("query", "key", "value", "out")
+PAIR = ("cross", "plain")  # the layers of a `QFormerPair`, in order
 
 KeyValue = dict[str, Array]  # key and value [B, S, N, K] of a layer
 
@@ -47,86 +58,110 @@ class QFormerLayer(nn.Module):
     dtype: Any
     cross: bool
 
-    @nn.compact
+    def setup(self):
+        c = self.config
+        self.drop = Dropout(c.dropout)
+        norm = functools.partial(LayerNorm, c.norm_eps)
+        mlp = functools.partial(Mlp, c.width, c.mlp, self.dtype)
+        attention = functools.partial(
+            Attention, c.width, c.heads, c.width // c.heads, self.dtype, BIASES
+        )
+        self.attention, self.attention_norm = attention(), norm()
+        if self.cross:
+            self.cross_attention, self.cross_attention_norm = attention(), norm()
+        self.query_mlp, self.query_mlp_norm = mlp(), norm()
+        self.text_mlp, self.text_mlp_norm = mlp(), norm()
+
     def __call__(
         self,
         x: Float[Array, "B T D"],
         past: KeyValue | None,
         mask: Bool[Array, "#B 1 #T S"] | None,
-        image: Float[Array, "G P Dv"] | None,
-        image_kv: KeyValue | None,
+        image: Float[Array, "G P Dv"] | KeyValue | None,
         queries: int,
         train: bool,
-    ) -> tuple[Float[Array, "B T D"], KeyValue, KeyValue | None]:
-        """The layer's output, the keys and values of `x`, and those of the image it looked at.
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """The layer's output, and the keys and values of `x` in its self-attention.
 
-        The first `queries` positions of `x` are queries, the others text; either may be absent. The
-        keys and values in `past` come before those of `x`. `image_kv` replaces `image` if its keys
-        and values have been computed before.
+        The first `queries` positions of `x` are queries, the others text; either may be absent.
+        Keys and values in `past` are put before those of `x`. There may be several rows of `x` per
+        image, and instead of an image the result of `image_kv`.
         """
-        c = self.config
-        layer = Dropout(c.dropout)
-        dropout = functools.partial(layer, deterministic=not train)
-        norm = functools.partial(LayerNorm, c.norm_eps)
-        mlp = functools.partial(Mlp, c.width, c.mlp, self.dtype)
-        make_attention = functools.partial(
-            Attention, c.width, c.heads, c.width // c.heads, self.dtype, BIASES
-        )
-
-        attention = make_attention(name="attention")
+        dropout = functools.partial(self.drop, deterministic=not train)
+        attention = self.attention
         own = {"key": attention.key(x), "value": attention.value(x)}
         seen = own
         if past is not None:
             seen = {name: jnp.concatenate([past[name], own[name]], axis=1) for name in own}
         mixed = attend(attention.query(x), seen["key"], seen["value"], mask, dropout=dropout)
-        x = norm(name="attention_norm")(constrain(x + dropout(attention.out(mixed))))
+        x = self.attention_norm(constrain(x + dropout(attention.out(mixed))))
         first, text = x[:, :queries], x[:, queries:]
-        if self.cross and (image is not None or image_kv is not None):
-            cross = make_attention(name="cross_attention")
-            if image is not None:
-                image_kv = {"key": cross.key(image), "value": cross.value(image)}
-            assert image_kv is not None
-            key, value = image_kv["key"], image_kv["value"]
-            # Texts about one image are adjacent rows, so its keys and values are computed once.
-            rows = first.reshape(key.shape[0], -1, first.shape[-1])
-            y = cross.out(attend(cross.query(rows), key, value, dropout=dropout))
+        if image is not None and self.cross:
+            kv = image if isinstance(image, dict) else self.image_kv(image)
+            # Texts about one image are adjacent rows, so its keys and values serve all of them.
+            rows = first.reshape(kv["key"].shape[0], -1, first.shape[-1])
+            query = self.cross_attention.query(rows)
+            y = self.cross_attention.out(attend(query, kv["key"], kv["value"], dropout=dropout))
             y = y.reshape(first.shape)
-            first = norm(name="cross_attention_norm")(constrain(first + dropout(y)))
+            first = self.cross_attention_norm(constrain(first + dropout(y)))
         if queries:
-            y = mlp(name="query_mlp")(first)
-            first = norm(name="query_mlp_norm")(constrain(first + dropout(y)))
+            y = self.query_mlp(first)
+            first = self.query_mlp_norm(constrain(first + dropout(y)))
         if text.shape[1]:
-            y = mlp(name="text_mlp")(text)
-            text = norm(name="text_mlp_norm")(constrain(text + dropout(y)))
-        return constrain(jnp.concatenate([first, text], axis=1)), own, image_kv
+            y = self.text_mlp(text)
+            text = self.text_mlp_norm(constrain(text + dropout(y)))
+        return constrain(jnp.concatenate([first, text], axis=1)), own
+
+    def image_kv(self, image: Float[Array, "G P Dv"]) -> KeyValue:
+        """Keys and values of the image's patches in the layer's cross-attention."""
+        attention = self.cross_attention
+        return {"key": attention.key(image), "value": attention.value(image)}
+
+    def step(
+        self, x: Float[Array, "B R D"], cache: Any, prefix_mask: Bool[Array, "B 1 1 S"], view: Any
+    ) -> tuple[Float[Array, "B R D"], Any]:
+        """Output of one text token per row, and its key and value for `cache.append`."""
+        attention = self.attention
+        own = {"key": heads_first(attention.key(x)), "value": heads_first(attention.value(x))}
+        past, current, output = attend_tail(cache["tail"], own, view)
+        cached = [CachedKV(**cache["prefix"], mask=prefix_mask), past]
+        mixed = attend_cached(attention.query(x), cached, current)
+        x = self.attention_norm(constrain(x + attention.out(mixed)))
+        return self.text_mlp_norm(constrain(x + self.text_mlp(x))), output
 
 
 class QFormerPair(nn.Module):
-    """An even layer, with cross-attention, and the odd layer after it: the unit that is scanned."""
+    """Two layers, of which the first cross-attends to the image; the unit that is scanned."""
 
     config: QFormerConfig
     dtype: Any
 
-    @nn.compact
-    def __call__(self, x, past, mask, image, queries, return_kv, train):
-        """Returns the output of both layers, and the keys and values that `return_kv` asks for.
+    def setup(self):
+        self.cross = QFormerLayer(self.config, self.dtype, cross=True)
+        self.plain = QFormerLayer(self.config, self.dtype, cross=False)
 
-        With True these are the keys and values of `x` by layer, a dict with the keys "cross" and
-        "plain", as `past` takes them; with "image" those of the patches, which `past` takes under
-        the key "image"; otherwise None.
+    def __call__(self, x, past, mask, image, queries, return_kv, train):
+        """Runs both layers; `past` and the second result hold each layer's tree by its name.
+
+        Instead of `image`, `past["image"]` may hold the image's keys and values (`cross_kv`).
         """
-        past, kept, image_kv = past or {}, {}, None
-        for name in ("cross", "plain"):
-            cross = name == "cross"
-            layer = QFormerLayer(self.config, self.dtype, cross=cross, name=name)
-            shown = past.get("image") if cross else None
-            x, kept[name], shown = layer(
-                x, past.get(name), mask, image if cross else None, shown, queries, train
-            )
-            image_kv = shown if cross else image_kv
-        if return_kv == "image":
-            return x, image_kv
+        past, kept = past or {}, {}
+        image = past.get("image", image)
+        for name in PAIR:
+            x, kept[name] = getattr(self, name)(x, past.get(name), mask, image, queries, train)
         return x, kept if return_kv else None
+
+    def cross_kv(self, carry, _, image):
+        """Returns (carry, keys and values of the image)."""
+        return carry, self.cross.image_kv(image)
+
+    def step(self, x, cache, prefix_mask, view):
+        """Runs both layers on one text token per row; the second result is for `cache.append`."""
+        kept = {}
+        for name in PAIR:
+            own = {part: cache[part][name] for part in cache}
+            x, kept[name] = getattr(self, name).step(x, own, prefix_mask, view)
+        return x, kept
 
 
 class QFormer(Network):
@@ -153,7 +188,7 @@ class QFormer(Network):
             self.text_embed, self.position_embed = embed(c.vocab), embed(c.max_positions)
         self.embed_norm = LayerNorm(c.norm_eps)
         self.drop = Dropout(c.dropout)
-        layers = scan_layers(QFormerPair, c.layers // 2, self.scan, call=5)
+        layers = scan_layers(QFormerPair, c.layers // 2, self.scan, call=5, step=2, cross_kv=1)
         self.layers = layers(c, self.dtype)
         if c.llm_width:
             self.projection = Dense((c.llm_width,), self.dtype)
@@ -182,25 +217,25 @@ class QFormer(Network):
     def read_image(
         self, patches: Float[Array, "B P Dv"], train: bool = False, return_kv: bool = False
     ) -> tuple[Float[Array, "B Q D"], Any]:
-        """Query outputs that saw the image but no text, and the keys and values for `write_text`.
+        """Outputs of the queries, which see the image but no text, and their keys and values.
 
-        The second item holds those of the queries in every layer; it is None unless `return_kv`.
+        The second item is for `write_text`; it is None unless `return_kv`.
         """
         image = self.image_norm(patches)
         return self._run(self._queries(image.shape[0]), None, None, image, return_kv, train)
 
     def image_kv(self, patches: Float[Array, "G P Dv"]) -> KeyValue:
-        """Keys and values [Y, G, P, N, K] of the patches, in each of the Y layers that look.
+        """Keys and values [Y, G, P, N, K] of patches in each of the Y layers with cross-attention.
 
         `read_both` takes them in place of the patches, for any number of texts.
         """
         image = self.image_norm(patches)
-        return self._run(self._queries(image.shape[0]), None, None, image, "image", False)[1]
+        return self.layers.cross_kv(jnp.zeros((), self.dtype), None, image)[1]
 
     def read_text(
         self, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"], train: bool = False
     ) -> Float[Array, "B L D"]:
-        """Text outputs without an image; attention is bidirectional and hides padding."""
+        """Text outputs without an image, bidirectional; `valid` is False on padding."""
         return self._run(self.embed_text(tokens), None, padding_mask(valid), None, False, train)[0]
 
     def read_both(
@@ -210,13 +245,14 @@ class QFormer(Network):
         valid: Bool[Array, "B L"],
         train: bool = False,
     ) -> Float[Array, "B Q D"]:
-        """Query outputs after bidirectional attention over queries and text, and over the image.
+        """Outputs of the queries, which see the image and the text; the text sees them, too.
 
-        With B = G x k, each image serves k texts in a row; its `image_kv` can replace its patches.
+        There may be k texts per image, B = G x k: the first k texts belong to image 0, and so on.
+        Instead of patches the result of `image_kv` can be given.
         Queries have no position embedding, text positions start at 0, and one layer norm covers
         both.
         """
-        image, past = None, None
+        past, image = None, None
         if isinstance(patches, dict):
             past = {"image": patches}
         else:
@@ -234,13 +270,33 @@ class QFormer(Network):
         kv: Any,
         train: bool = False,
     ) -> Float[Array, "B L D"]:
-        """Text outputs, with causal attention to the queries and the tokens up to itself.
+        """Text outputs for generation: a token sees the queries and the tokens up to itself.
 
         `kv` is the second item that `read_image` returns with `return_kv`; the queries do not see
         the text.
         """
         mask = prefix_causal_mask(valid, self.config.queries)
         return self._run(self.embed_text(tokens), kv, mask, None, False, train)[0]
+
+    def prefill(self, patches: Float[Array, "B P Dv"], tail_length: int) -> Cache:
+        """The cache (`cache.py`) of each image's queries, with space for `tail_length` tokens."""
+        _, kv = self.read_image(patches, return_kv=True)
+        prefix = jax.tree.map(lambda leaf: leaf.swapaxes(-3, -2), kv)  # heads first
+        valid = jnp.ones((patches.shape[0], self.config.queries), bool)
+        return start(prefix, valid, tail_length)
+
+    def decode_step(
+        self, token: Int[Array, "B R"], cache: Cache
+    ) -> tuple[Float[Array, "B R D"], Cache]:
+        """Output of the text token that each row continues with, and the cache one token longer."""
+        x = self.text_embed(token) + self.position_embed(cache["step"][None, None])
+        x, outputs = self.layers.step(
+            self.embed_norm(constrain(x)),
+            zip_layers(prefix=cache["prefix"], tail=cache["tail"]),
+            padding_mask(cache["prefix_mask"]),
+            tail_view(cache),
+        )
+        return x, append(cache, outputs)
 
     def embed_text(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Word plus position embeddings, before the norm; a ValueError for too many tokens."""
@@ -262,13 +318,13 @@ class QFormer(Network):
         return jnp.broadcast_to(self.queries, shape).astype(RESIDUAL)
 
     def _run(
-        self, x: Array, past: Any, mask: Array | None, image: Array | None, *flags: bool | str
+        self, x: Array, past: Any, mask: Array | None, image: Array | None, *flags: bool
     ) -> tuple[Array, Any]:
         """Applies layer norm, dropout and all layers; `flags` are `return_kv` and `train`.
 
-        Returns the outputs and, with `return_kv`, keys and values of every layer, else None.
+        Returns the outputs and, with `return_kv`, the keys and values of every layer, else None.
         """
-        looks = image is not None or "image" in (past or {})
-        queries = self.config.queries if looks else 0
+        sees = image is not None or "image" in (past or {})
+        queries = self.config.queries if sees else 0
         x = self.drop(self.embed_norm(x), deterministic=not flags[-1])
         return self.layers(x, past, mask, image, queries, *flags)

@@ -82,7 +82,10 @@ class T5Layer(nn.Module):
         self.drop = Dropout(c.dropout)
 
     def __call__(self, x, _, mask, bias, encoded, encoded_mask, train):
-        """Runs whole rows; a decoder layer also attends to `encoded` under `encoded_mask`."""
+        """Runs full sequences `x` [B, T, D]; a decoder layer also attends to `encoded` [B, S, D].
+
+        Returns (x, None).
+        """
         dropout = functools.partial(self.drop, deterministic=not train)
         y = self.attention_norm(x)
         x = constrain(x + dropout(self.attention(y, y, mask, bias, scale=1.0, dropout=dropout)))
@@ -93,7 +96,10 @@ class T5Layer(nn.Module):
         return constrain(x + dropout(self.mlp(self.mlp_norm(x), train))), None
 
     def cross_kv(self, carry, _, encoded):
-        """Outputs the cross-attention's keys and values of `encoded`, computed once per answer."""
+        """Returns (carry, cross-attention keys and values of the encoder output).
+
+        The keys and values are computed once per answer and become the cache's prefix.
+        """
         cross = self.cross_attention
         return carry, {
             "key": heads_first(cross.key(encoded)),
@@ -101,7 +107,7 @@ class T5Layer(nn.Module):
         }
 
     def step(self, x, cache, prefix_mask, view):
-        """Runs one token per row, `x` [B, R, D]; the output is what `cache.append` takes."""
+        """Runs each beam's newest token, `x` [B, R, D]; returns (x, what `cache.append` takes)."""
         y, attention = self.attention_norm(x), self.attention
         token = {"key": heads_first(attention.key(y)), "value": heads_first(attention.value(y))}
         past, current, output = attend_tail(cache["tail"], token, view)
@@ -111,7 +117,7 @@ class T5Layer(nn.Module):
         return self._rest(x, cache["prefix"], prefix_mask), output
 
     def tree(self, x, cache, prefix_mask, masks, biases):
-        """Runs a tree of candidate tokens `x` [B, T, D] after the cached tokens; nothing is cached.
+        """Runs a tree of tokens `x` [B, T, D] after the cached ones; returns (x, None).
 
         `masks` and `biases` are pairs: for the cached tokens, and for the tree itself.
         """
@@ -133,7 +139,7 @@ class T5Layer(nn.Module):
 
 
 class T5Stack(nn.Module):
-    """The encoder or the decoder: its table of position biases, its scanned layers, its norm."""
+    """The encoder or the decoder: its relative position biases, layers and final norm."""
 
     config: T5Config
     dtype: Any
@@ -161,7 +167,7 @@ class T5Stack(nn.Module):
         return jnp.moveaxis(self.relative_bias.astype(jnp.float32)[buckets], -1, 0)
 
     def __call__(self, x, mask, encoded=None, encoded_mask=None, train=False):
-        """Runs whole rows `[B, T, D]` through all layers and the final norm."""
+        """Runs full sequences `x` [B, T, D] through all layers and the final norm."""
         index = jnp.arange(x.shape[1])
         bias = self.bias(index[None, :] - index[:, None])[None]  # [1, N, T, T]
         dropout = functools.partial(self.drop, deterministic=not train)
@@ -171,11 +177,14 @@ class T5Stack(nn.Module):
         return dropout(self.norm(x))
 
     def cross_kv(self, encoded):
-        """Cross-attention keys and values of `encoded` in all layers: the cache's prefix."""
+        """Keys and values of the encoder output for the cross-attention of all layers."""
         return self.layers.cross_kv(jnp.zeros((), self.dtype), None, encoded)[1]
 
     def step(self, x, cache):
-        """Runs one token per row, `x` [B, R, D]; returns normed states and what `append` takes."""
+        """Runs the newest token of each beam, `x` [B, R, D], through all layers and the final norm.
+
+        Returns the hidden states, and the layers' outputs for `cache.append`.
+        """
         (rows, length), step = cache["lineage"].shape[1:], cache["step"]
         bias = self.bias(jnp.append(jnp.arange(length), step) - step)  # the token comes last
         past = jnp.repeat(bias[:, :-1], rows, axis=1)[None, :, None]
@@ -188,9 +197,10 @@ class T5Stack(nn.Module):
         return self.norm(x), outputs
 
     def tree(self, x, depths, ends, cache):
-        """Runs a tree of candidate tokens `x` [B, T, D] after the cached tokens.
+        """Runs a tree of tokens `x` [B, T, D], after the cached ones, through all layers.
 
-        Returns hidden states after the final norm; nothing is cached.
+        Returns the hidden states after the final norm; caches nothing. `depths` and `ends` are as
+        in `T5.decode_tree`.
         """
         length, step = cache["lineage"].shape[2], cache["step"]
         positions = step - 1 + depths
@@ -244,12 +254,12 @@ class T5(Network):
         decoder_segments: Int[Array, "B U"],
         train: bool = False,
     ) -> Float[Array, "B A V"]:
-        """Logits `[B, A, V]` of the decoder's slots `asked`.
+        """Logits `[B, A, V]` of the decoder's tokens at the indices `asked`.
 
-        `inputs` are the embedded slots of the encoder, `segments` the number of the sample that
-        owns each slot (0: padding). `decoder_tokens` are the targets shifted right, with sample
-        numbers of their own. `positions` is ignored: the position bias depends on distances, and a
-        sample has no gaps.
+        `inputs` are the encoder's embedded tokens and visual vectors, `segments` the number of the
+        sample that owns each (0: padding). `decoder_tokens` are the targets shifted right, with
+        sample numbers of their own. `positions` is ignored: the position bias depends on distances,
+        and a sample has no gaps.
         """
         del positions
         encoded = self.encoder(inputs, segment_mask(segments, segments), train=train)
@@ -262,8 +272,8 @@ class T5(Network):
     ) -> tuple[Float[Array, "B 1 V"], dict[str, Any]]:
         """Logits of the first new token, and a cache with space for `tail_length` new tokens.
 
-        `inputs` are embedded prompts, `valid` is False on padding. The tail has one slot more, for
-        the decoder's start id.
+        `inputs` are embedded prompts, `valid` is False on padding. The cache has space for one
+        token more, the decoder's start id, which is already in it.
         """
         encoded = self.encoder(inputs, padding_mask(valid))
         cache = start(self.decoder.cross_kv(encoded), valid, tail_length + 1)
@@ -273,7 +283,7 @@ class T5(Network):
     def decode_step(
         self, token: Int[Array, "B R"], cache: dict[str, Any]
     ) -> tuple[Float[Array, "B R V"], dict[str, Any]]:
-        """Logits of the token after `token`, and the cache with `token` written to its tail."""
+        """Logits of the token after `token`, and the cache with `token` added."""
         x, outputs = self.decoder.step(self.embed(token), cache)
         return self.logits(x), append(cache, outputs)
 
@@ -284,13 +294,13 @@ class T5(Network):
         ends: Int[Array, "#B T"],
         cache: dict[str, Any],
     ) -> Float[Array, "B T D"]:
-        """Normed hidden states of many continuations of a prompt, stored as one tree.
+        """Final hidden states of many continuations of a prompt, given as one tree.
 
         Continuations that begin alike share tokens; the tree's T tokens are in depth-first order.
         Each token sees the prompt, the start id, its ancestors (`tree_mask(ends)`) and itself.
         `depths` is 1 for a token that follows the start id; `ends[b, t]` is the index just after
-        the last descendant of token t. `cache` comes from `prefill`, before any further step, and
-        is only read. `logits` takes the result.
+        the last descendant of token t. `cache` comes from `prefill`, before any further
+        `decode_step`, and is only read. `logits` takes the result.
         """
         shape = (cache["prefix_mask"].shape[0], tokens.shape[1], self.config.width)
         x = constrain(jnp.broadcast_to(self.embed(tokens), shape))

@@ -35,7 +35,10 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class QFormerConfig:
-    """BERT-base with queries, cross-attention in even layers and two feed-forwards per layer."""
+    """Sizes of the Q-Former: BERT-base plus queries, and cross-attention in even layers.
+
+    Each layer has two feed-forwards: one for the queries, one for the text.
+    """
 
     vision_width: int
     llm_width: int
@@ -62,7 +65,7 @@ class QFormerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProjectorConfig:
-    """LLaVA's projector: one linear layer (v1), or two with a GELU between them (v1.5)."""
+    """Sizes of LLaVA's projector: one linear layer (v1), or two with a GELU between them (v1.5)."""
 
     vision_width: int
     llm_width: int
@@ -79,7 +82,7 @@ Bridge = QFormerConfig | ProjectorConfig
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """FlanT5 (T5 v1.1): gated feed-forward, relative position bias, untied head."""
+    """Sizes of FlanT5 (T5 v1.1): gated feed-forward, relative position bias, untied head."""
 
     width: int
     head_width: int
@@ -106,7 +109,7 @@ class T5Config:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Vicuna v1.1 (LLaMA-1): RMSNorm, rotary positions, SwiGLU, untied head."""
+    """Sizes of Vicuna v1.1 (LLaMA-1): RMSNorm, rotary positions, SwiGLU, untied head."""
 
     width: int
     heads: int
@@ -131,7 +134,7 @@ class LlamaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptConfig:
-    """OPT: LayerNorm before each sub-layer, learned positions, ReLU, head tied to embedding."""
+    """Sizes of OPT: LayerNorm before sub-layers, learned positions, ReLU, tied head."""
 
     width: int
     heads: int
@@ -169,7 +172,7 @@ else:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One whole model: its kind, and the sizes of its three towers.
+    """One whole model: its kind, and the sizes of vision encoder, bridge and language model.
 
     Attributes:
       kind: one of `KINDS`.
@@ -207,7 +210,7 @@ class Variant:
 
     @property
     def towers(self) -> dict[str, Any]:
-        """Each tower's sizes by its key in the parameters: vision, qformer or projector, llm."""
+        """Sizes by key of the parameters: vision, qformer or projector, llm if there is one."""
         towers = {"vision": self.vision, self.bridge.key: self.bridge, "llm": self.llm}
         return {name: tower for name, tower in towers.items() if tower is not None}
 

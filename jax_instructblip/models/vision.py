@@ -1,8 +1,8 @@
-"""EVA ViT-g/14: maps images to patch features.
+"""EVA ViT-g/14, the vision encoder: maps images to patch features.
 
-The released tower has 40 blocks. The features are the residual stream after block 39, so the last
-block, the final norm and the head are left out. `image_norm`, which follows, is trained and
-therefore belongs to the Q-Former.
+The released network has 40 blocks. The features are the residual stream after block 39, so the last
+block, the final norm and the head are left out. The layer norm that follows is trained and
+therefore belongs to the Q-Former (`image_norm`).
 """
 
 from typing import Any

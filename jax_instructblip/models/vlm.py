@@ -34,7 +34,7 @@ from jax_instructblip.models.projector import Projector
 from jax_instructblip.models.protocols import Bridge, LanguageModel
 from jax_instructblip.models.qformer import QFormer
 from jax_instructblip.models.t5 import T5
-from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.variants import LanguageConfig, Variant
 from jax_instructblip.models.vision import VisionTransformer
 
 BRIDGES: dict[str, Any] = {"qformer": QFormer, "projector": Projector}
@@ -68,8 +68,17 @@ class VisionLanguageModel(Network):
         self.bridge: Bridge = bridge
         self.llm: LanguageModel = LANGUAGE_MODELS[v.llm.kind](v.llm, self.dtype, scans.llm)
 
+    @property
+    def vocabulary(self) -> LanguageConfig:
+        """The language model's config, which holds the ids that the decoding loops need."""
+        return self.variant.llm
+
     def __call__(self, batch: Batch, train: bool = False) -> Float[Array, "G A V"]:
-        """Float32 logits of the slots `asked`, in the order of the batch's `targets`."""
+        """Float32 logits that predict the batch's `targets`, in their order.
+
+        `batch["asked"]` holds the slots that they belong to: slots of a row, for T5 of the
+        decoder's row.
+        """
         inputs = self.embed_row(batch, train)
         decoder = {name: batch[name] for name in batch if name.startswith("decoder_")}
         rows = batch["segments"], batch["positions"], batch["asked"]
@@ -82,9 +91,9 @@ class VisionLanguageModel(Network):
     def visual_vectors(self, batch: Batch, train: bool = False) -> Float[Array, "G S Dl"]:
         """The visual vectors of each row, `[G, I*Q, Dl]`: Q per image, images in order.
 
-        The bridge reads each image with the instruction of the sample that owns it; the frames of a
-        video carry no mark of time (as released). If all rows ask about the same images, `images`
-        may have a first axis of size 1.
+        The bridge reads each image with the instruction of the sample that owns it. The frames of a
+        video carry no mark of time, as in the original model. If all rows ask about the same
+        images, `images` may have a first axis of size 1.
         """
         rows = batch["tokens"].shape[0]
         patches = self.encode_image(batch["images"])
@@ -95,7 +104,10 @@ class VisionLanguageModel(Network):
         return constrain(vectors.reshape(rows, -1, vectors.shape[-1]))
 
     def embed_row(self, batch: Batch, train: bool = False) -> Float[Array, "G X Dl"]:
-        """The language model's input: embedded tokens, and visual vectors where `slots` says so."""
+        """The language model's input: each slot is an embedded token or a visual vector.
+
+        The batch's `slots` says which.
+        """
         tokens = self.llm.embed(batch["tokens"])
         visual = take_slots(self.visual_vectors(batch, train), batch["slots"], batch["places"])
         return constrain(jnp.where((batch["slots"] >= 0)[..., None], visual, tokens))
@@ -111,7 +123,7 @@ class VisionLanguageModel(Network):
     def decode_step(
         self, token: Int[Array, "B R"], cache: dict[str, Any]
     ) -> tuple[Float[Array, "B R V"], dict[str, Any]]:
-        """Logits of the token after `token`, and the cache one token longer."""
+        """Logits of the token after `token`, and the cache with `token` added; R are beams."""
         return self.llm.decode_step(token, cache)
 
     def decode_tree(
@@ -121,9 +133,10 @@ class VisionLanguageModel(Network):
         ends: Int[Array, "#B T"],
         cache: dict[str, Any],
     ) -> Float[Array, "B T D"]:
-        """Hidden states of many continuations of a prompt, stored as one tree in depth-first order.
+        """Hidden states of many continuations of a prompt, given as one tree in depth-first order.
 
-        The arguments are those of `protocols.LanguageModel.decode_tree`.
+        `depths` is 1 for a token that follows the prompt; `ends[b, t]` is the index just after the
+        last descendant of token t. `cache` comes from `prefill` and is only read.
         """
         return self.llm.decode_tree(tokens, depths, ends, cache)
 
@@ -157,9 +170,10 @@ class VisionLanguageModel(Network):
         return flat(of_image("qformer_tokens")), flat(of_image("qformer_mask"))
 
 
-def model_of(
-    variant: Variant, dtype: Any = jnp.float32, scans: Scans | None = None
-) -> VisionLanguageModel | blip2.Blip2:
+Model = VisionLanguageModel | blip2.Blip2
+
+
+def model_of(variant: Variant, dtype: Any = jnp.float32, scans: Scans | None = None) -> Model:
     """The Flax model of a variant: `Blip2` without a language model, else `VisionLanguageModel`."""
     page = VisionLanguageModel if variant.llm is not None else blip2.Blip2
     return page(variant, dtype, scans or Scans())
@@ -184,7 +198,7 @@ def _param_shapes(variant: Variant) -> dict[str, Any]:
 
 
 def unstack_decoder(variant: Variant, params: dict[str, Any]) -> dict[str, Any]:
-    """`params` with one tree per decoding layer, as a model with `scans.llm.unstacked` takes them.
+    """Returns `params` with one tree per decoding layer, for a model with `scans.llm.unstacked`.
 
     Leaves of these layers may be stacks or tuples of layers. The kernel of the head becomes `[V,
     D]`. OPT has no such kernel: its head is the token embedding, which is `[V, D]` already.
@@ -203,7 +217,7 @@ def unstack_decoder(variant: Variant, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_unstacked(variant: Variant, params: dict[str, Any]) -> bool:
-    """True if `params` come from `unstack_decoder`, which takes the kinds in `DECODERS` only."""
+    """True if `params` come from `unstack_decoder`, which only takes the kinds in `DECODERS`."""
     if variant.llm.kind not in DECODERS:
         return False
     for name in DECODERS[variant.llm.kind].split("/"):

@@ -99,7 +99,11 @@ def rendezvous(cluster: Cluster, limit: float) -> peers.Lines:
 
 
 def _call(cluster: Cluster, deadline: float, limit: float) -> peers.Lines:
-    """Process 0's part of `rendezvous`: accepts the others, then tells all of them the outcome."""
+    """Process 0's part of `rendezvous`: accepts the others, then tells all of them the outcome.
+
+    Returns the connections by process. `deadline` is a time of `time.monotonic`, `limit` the
+    seconds waited until then, for the error text. A ClusterError as in `rendezvous`.
+    """
     here: dict[int, tuple[socket.socket, str]] = {}
     problem = ""
     with _listen(cluster.rendezvous_address()[1]) as listener, contextlib.ExitStack() as stack:
@@ -159,7 +163,9 @@ def _receive(
 def _answer(cluster: Cluster, deadline: float, limit: float) -> socket.socket:
     """The other processes' part of `rendezvous`: reports to process 0 and awaits its reply.
 
-    Returns the open connection.
+    Returns the open connection. `deadline` is a time of `time.monotonic`, `limit` the seconds
+    waited until then, for the error text. A ClusterError if process 0 is absent or says why the
+    run cannot start.
     """
     address, problem = cluster.rendezvous_address(), "nobody answers"
     while time.monotonic() < deadline:
@@ -186,7 +192,10 @@ def _answer(cluster: Cluster, deadline: float, limit: float) -> socket.socket:
 
 
 def _report(cluster: Cluster, connection: socket.socket, limit: float) -> str:
-    """Sends this process's number and host; returns the reply, or "" if the other end closes."""
+    """Sends this process's number and host to process 0; returns its reply, a line of text.
+
+    Returns "" if there is none within `limit` seconds, or the other end closes.
+    """
     connection.settimeout(limit)
     word = f"{_GREETING} {cluster.count} {cluster.index} {socket.gethostname()}\n"
     try:
@@ -208,10 +217,10 @@ def _listen(port: int) -> socket.socket:
 
 
 def agree(problem: Exception | None) -> None:
-    """Raises in every process if any of them has a `problem`; all call this at the same point.
+    """Raises in every process if any process has a `problem`; all call this at the same point.
 
     Raises:
-        Exception: the process's own `problem`.
+        Exception: this process's own `problem`.
         ClusterError: only other processes have a problem; the message names them.
     """
     if jax.process_count() > 1:
@@ -252,7 +261,7 @@ class Preemption:
     """
 
     def __init__(self):
-        """Installs signal handlers; with several processes JAX already has that of SIGTERM."""
+        """Installs handlers of SIGTERM and Ctrl-C; with several processes JAX handles SIGTERM."""
         self._ordered, self._before = False, {}
         self._alone = jax.process_count() == 1
         # Python allows handlers in the main thread only; elsewhere the signals keep theirs.

@@ -52,13 +52,13 @@ class Cluster:
             raise ClusterError("; ".join(wrong))
 
     def rendezvous_address(self) -> tuple[str, int]:
-        """Host and port where process 0 waits for the others: the port after the coordinator's."""
+        """Host and port where the processes meet: the coordinator's host, and the next port."""
         host, _, port = self.coordinator.rpartition(":")
         return host, int(port) + 1
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of a command that can run on several processes."""
+    """Adds the flags that give a command its place among several processes, and two time limits."""
     group = parser.add_argument_group("several processes (the launchers in launch/ set these)")
     group.add_argument("--coordinator", default="", help=f"HOST:PORT of process 0, or {AUTO!r}")
     group.add_argument("--processes", type=int, default=0, help="how many there are")
@@ -75,7 +75,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_flags(flags: argparse.Namespace) -> tuple[Cluster | None, float, float]:
-    """Place and two limits, the arguments of `cluster.joined`, from flags and environment."""
+    """The arguments of `cluster.joined`: place of this process, and two limits in seconds.
+
+    All are read from flags; the place may also come from the environment.
+    """
     cluster = find_cluster(flags.coordinator, flags.processes, flags.process)
     return cluster, flags.wait_limit, flags.silence_limit
 

@@ -17,9 +17,9 @@ AXES = ("data", "fsdp", "tensor")
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh of `devices`, by default all, with the three axes `data`, `fsdp` and `tensor`.
+    """A mesh of `devices` (None: all) with the three axes `data`, `fsdp` and `tensor`.
 
-    One size may be -1: the devices that the other sizes leave. The axes are `Auto`, because
+    One size may be -1 and is then inferred from the others. The axes are `Auto`, because
     `jax.make_mesh` by default makes them `Explicit`, where a linen Dense over a sharded axis
     raises.
 

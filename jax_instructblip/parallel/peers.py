@@ -32,9 +32,9 @@ _watching: "list[Peers]" = []
 
 
 def on_loss(callback: Callable[[], None]) -> None:
-    """Registers `callback`, called before this process ends because another one was lost.
+    """Registers a function that is called before this process ends because another one was lost.
 
-    The callback ends writes that are in progress, such as that of a checkpoint.
+    It should end writes that are in progress, such as that of a checkpoint.
     """
     _callbacks.append(callback)
 
@@ -43,17 +43,17 @@ def barrier() -> None:
     """Returns when every process of the run has called this function; at once if there is only one.
 
     There is no time limit. The first collective of a run has one: gloo, on CPUs, waits 30 seconds,
-    and the compile times of two machines may differ by more. So processes meet here before it.
+    and the compile times of two machines may differ by more. A call before that collective helps.
     """
     for watch in _watching:
         watch.barrier()
 
 
 class Peers:
-    """A watch over the other processes of a run, from its construction until `close` or `fail`."""
+    """Watches the other processes of a run from its construction until `close` or `fail`."""
 
     def __init__(self, lines: Lines, me: str, limit: float = LIMIT):
-        """Starts the watch, which owns the connections `lines` from now on.
+        """Starts the watch over these connections, which it closes at the end.
 
         `me` is the name of this process in messages to the others; a process that is silent for
         `limit` seconds counts as lost.
@@ -73,7 +73,7 @@ class Peers:
         _watching.append(self)
 
     def barrier(self) -> None:
-        """Returns when every process has called this method as often as this process has."""
+        """Waits until every process of the run has called this method as often as this one."""
         self._barriers += 1
         gathers = 0 not in self._lines  # process 0 hears all the others, and then tells them
         if not gathers:
@@ -84,7 +84,7 @@ class Peers:
             self._broadcast(_HERE)
 
     def close(self) -> None:
-        """Ends the watch and closes the connections; for a process that has done its work."""
+        """Ends the watch and closes the connections, when the processes have done their work."""
         self._closed.set()
         self._broadcast(_BYE)
         self._thread.join()

@@ -41,7 +41,7 @@ def compile_step(step: Step, mesh: Mesh) -> Step:
 
 
 def check(mesh: Mesh) -> None:
-    """Raises a ValueError if the mesh splits weights, or has devices of other processes."""
+    """Raises a ValueError if pmap cannot use a mesh: one that splits weights or spans processes."""
     sizes = dict(mesh.shape)
     if mesh.size != sizes["data"]:
         raise ValueError(

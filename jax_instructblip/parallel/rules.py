@@ -28,12 +28,12 @@ BOTH = ("fsdp", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The placement of all leaves whose path ends with a match of `path`.
+    """The split of leaves over mesh axes, for all leaves whose path ends with a match of `path`.
 
     Attributes:
       path: a regular expression for the last words of a leaf's path.
       spec: the mesh axes over which each axis of the leaf is split, without the axis of layers.
-      otherwise: the second choice, used if `spec` does not divide the sizes; None for no other.
+      otherwise: the fallback, used if `spec` does not divide the sizes; None for no fallback.
     """
 
     path: str
@@ -95,7 +95,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def spec_of(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
-    """The `PartitionSpec` of the leaf at `path`, for a mesh with the axis sizes `sizes`.
+    """The `PartitionSpec` of the leaf at `path`, for a mesh whose axes have the sizes `sizes`.
 
     Raises:
         ValueError: no rule matches the path, or the sizes do not divide.
@@ -106,7 +106,7 @@ def spec_of(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
 def place(path: str, array: np.ndarray, mesh: Mesh | None, dtype: Any = None) -> jax.Array:
     """Puts a leaf on its devices, each of which receives only its own part; casts to `dtype` first.
 
-    Without a mesh the leaf goes to the default device.
+    `path` selects the sharding rule. Without a mesh the leaf goes to the default device.
     """
     if dtype is not None:
         array = array.astype(dtype, copy=False)
@@ -120,9 +120,9 @@ def constrain_layer(weights: Any) -> Any:
     """Keeps one layer's weights sharded by the rules until they are used.
 
     A scan slices these weights from the stack of all layers. Without the constraint the compiler
-    may gather the whole stack before the scan, and every device then holds the whole tower. With
-    the constraint gradients are split layer by layer, too. Returns `weights` unchanged if no mesh
-    with `Auto` axes is set, as `layers.constrain` does.
+    may gather the whole stack before the scan, and every device then holds all layers. With the
+    constraint gradients are split layer by layer, too. Returns `weights` unchanged if no mesh with
+    `Auto` axes is set.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
@@ -136,9 +136,9 @@ def constrain_layer(weights: Any) -> Any:
 
 
 def remarks(tree: Any, mesh: Mesh) -> list[str]:
-    """A sentence for each rule whose second choice (`Rule.otherwise`) is used on this mesh.
+    """A sentence for each rule whose fallback (`Rule.otherwise`) this mesh needs, with the reason.
 
-    The sentence says why the first choice does not divide. On most meshes there are none.
+    Most meshes need none.
     """
     paths_by_remark: dict[str, list[str]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -159,9 +159,9 @@ def path_of(path: tuple[Any, ...]) -> str:
 
 
 def _decide(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[Rule, P, str]:
-    """The rule of a leaf, its `PartitionSpec`, and why that is a second choice ("": it is not).
+    """A leaf's rule, its `PartitionSpec`, and why that is the rule's fallback ("" if it is not).
 
-    Raises a ValueError if no rule matches, or no choice divides.
+    Raises a ValueError if no rule matches, or no spec divides the shape.
     """
     words = ", ".join(map(str, shape))
     rule = next((rule for rule in RULES if re.search(f"(^|/)({rule.path})$", path)), None)

@@ -22,16 +22,17 @@ SPARE = 0.02  # share of a chip's memory that a proposed change must leave free,
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A change of the job: the flags for it, and the bytes that each chip would then need."""
+    """A change to a planned step, and the memory of each chip that it would then need."""
 
     what: str  # flags
     need: float  # bytes
 
 
 def verdict(job: Job, mesh: Mesh, topology: Topology, report: Report) -> tuple[bool, str]:
-    """Whether a step fits into a chip's memory, and a sentence that says what to change.
+    """Whether a step fits into a chip's memory, and a sentence about it.
 
-    The memory of CPUs is not known, so there everything fits.
+    If the step does not fit, the sentence says what to change. The memory of CPUs is not known, so
+    there everything fits.
     """
     need = f"needs {report.need / GIB:.2f} GiB"
     if topology.chip is None:
@@ -49,10 +50,10 @@ def verdict(job: Job, mesh: Mesh, topology: Topology, report: Report) -> tuple[b
 
 
 def smallest_change(job: Job, mesh: Mesh, topology: Topology, report: Report) -> Change | None:
-    """The first change, from the least invasive on, after which the step should fit; None for none.
+    """The first change that should make the step fit, in order of invasiveness; None if none does.
 
-    The estimate: the bytes of arguments follow from the mesh, those that wait for the backward pass
-    from rows and remat; all others stay the same.
+    The estimate: weights, moments and batch follow from the mesh; what is kept for the backward
+    pass follows from the rows on a device and from remat; all else stays the same.
     """
     assert topology.chip is not None
     room = topology.chip.memory * (1 - SPARE)
@@ -69,7 +70,7 @@ def smallest_change(job: Job, mesh: Mesh, topology: Topology, report: Report) ->
 
 
 def _changes(job: Job, mesh: Mesh, topology: Topology) -> Iterator[tuple[str, Job, Mesh]]:
-    """Yields (flags, job, mesh) for each change, in the order in which a person would try them."""
+    """Yields (flags, job, mesh) for possible changes to a step, in the order to try them."""
     sizes = dict(mesh.shape)
     rows = job.batch // (sizes["data"] * sizes["fsdp"])
     if job.step == "train":
@@ -96,7 +97,7 @@ def _changes(job: Job, mesh: Mesh, topology: Topology) -> Iterator[tuple[str, Jo
 
 
 def _residuals(job: Job, mesh: Mesh) -> int:
-    """The bytes, on all devices together, that wait for the backward pass.
+    """The bytes, on all devices together, that are kept for the backward pass.
 
     Computed from shapes by tracing the step, without compiling it.
     """
@@ -107,9 +108,10 @@ def _residuals(job: Job, mesh: Mesh) -> int:
 
 
 def meshes(job: Job, topology: Topology) -> list[tuple[int, int, int]]:
-    """Mesh sizes (data, fsdp, tensor) that the job allows, with the least split weights first.
+    """Mesh sizes (data, fsdp, tensor) on which the step is possible, those that split least first.
 
-    Each mesh uses all devices. The batch must divide, and the arguments must fit into a chip.
+    Each mesh uses all devices; the batch must divide, and a chip must hold weights, moments and
+    batch.
     """
     count, candidates = len(topology.devices), []
     for tensor in _divisors(count):
@@ -125,7 +127,7 @@ def meshes(job: Job, topology: Topology) -> list[tuple[int, int, int]]:
 
 
 def feasible_meshes(job: Job, topology: Topology) -> list[tuple[int, int, int]]:
-    """The sizes in `meshes` that also have memory for the values that the backward pass needs."""
+    """The mesh sizes of `meshes` whose chips can also hold what is kept for the backward pass."""
     candidates = meshes(job, topology)
     if topology.chip is None or job.step != "train" or not candidates:
         return candidates
@@ -153,9 +155,10 @@ def _divisors(number: int) -> list[int]:
 
 
 def estimate(report: Mapping[str, Any], chip: Chip) -> dict[str, float]:
-    """Lower bounds of a step's time in seconds: products at peak speed, traffic at full link speed.
+    """Lower bounds of a step's time in seconds, as {"compute": ..., "links": ...}.
 
-    A real step takes longer than the larger of the two.
+    The first is for all products at the chip's peak speed, the second for all traffic at the full
+    speed of its links. A real step takes longer than the larger of the two.
     """
     return {
         "compute": report["flops"]["per_chip"] / chip.flops,
@@ -181,7 +184,7 @@ def best(reports: Sequence[Mapping[str, Any]], batch: int) -> Mapping[str, Any] 
 
 
 def remarks(job: Job, mesh: Mesh) -> list[str]:
-    """A sentence for each sharding rule whose second choice this mesh needs, with the reason."""
+    """A sentence for each sharding rule whose fallback this mesh needs, with the reason."""
     return rules.remarks(param_shapes(job.variant), mesh)
 
 

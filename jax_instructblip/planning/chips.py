@@ -1,4 +1,4 @@
-"""The TPU chips that steps can be planned for: figures of one chip, and sizes on offer."""
+"""The TPU chips that steps can be planned for: figures of each, and sizes that clouds offer."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ class Chip:
       bandwidth: bytes per second between HBM and the chip.
       links: bytes per second between the chip and its neighbours, all links of one direction.
       clock: cycles per second; the compiler states times in cycles.
-      sizes: examples of topologies on offer, as chips in each direction.
+      sizes: examples of sizes that clouds offer: chips in each direction.
       options: options (name, value) that the compiler needs for this kind of chip.
     """
 

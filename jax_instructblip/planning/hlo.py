@@ -37,7 +37,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One instruction: `name = shape kind(operands), rest`."""
+    """One instruction of the program's text: `name = shape kind(operands), rest`."""
 
     name: str
     shape: str
@@ -61,13 +61,12 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The facts read from the text of a program.
+    """What a program moves between devices, and its estimated time, as read from its text.
 
     Attributes:
       collectives: the instructions that move data between devices.
       cycles: the compiler's estimate of a step's cycles; None if the text has none.
-      unknown: names of loops whose number of runs is not in the text; `read_program` takes it as an
-        argument.
+      unknown: names of loops whose number of runs is not in the text.
     """
 
     collectives: tuple[Collective, ...]
@@ -75,7 +74,7 @@ class Program:
     unknown: tuple[str, ...]
 
     def moved(self) -> dict[str, dict[str, float]]:
-        """By kind of collective: how many run in a step, and the bytes each device receives."""
+        """Totals per step by kind of collective: `count`, and `bytes` that a device receives."""
         totals: dict[str, dict[str, float]] = {}
         for each in self.collectives:
             row = totals.setdefault(each.kind, {"count": 0, "bytes": 0.0})
@@ -85,9 +84,10 @@ class Program:
 
 
 def read_program(text: str, devices: int, loops: int = 1) -> Program:
-    """The facts in the text `compiled.as_text()` of a program for `devices` devices.
+    """Reads the collectives and estimated cycles in `compiled.as_text()`, a program's text.
 
-    `loops` is the assumed number of runs of a loop whose number the text does not tell.
+    The program is for `devices` devices. A loop whose number of runs is not in the text is assumed
+    to run `loops` times.
     """
     computations, entry = _computations(text)
     collectives: list[Collective] = []
@@ -145,7 +145,7 @@ def _walk(
     loops: int,
     fused: bool = False,
 ) -> Iterator[tuple[Line, int, bool]]:
-    """Yields every instruction that runs, how often, and whether it is part of a fusion.
+    """Yields each instruction that runs, how often it runs, and whether it is part of a fusion.
 
     Starts at the computation `name`, which runs `times` times. Loops whose number of runs is not in
     the text are added to `unknown` and count `loops` times.
@@ -205,7 +205,7 @@ def _constant(line: Line, lines: Mapping[str, Line]) -> int | None:
 
 
 def _carried(index: int, outer: Mapping[str, Line], loop: Line) -> int | None:
-    """The constant initial value of element `index` of what the loop carries, or None."""
+    """The initial value of element `index` of a loop's carry; None if not constant."""
     start = outer.get(loop.operands[0])
     if start is None or start.kind != "tuple":
         return None
@@ -214,7 +214,7 @@ def _carried(index: int, outer: Mapping[str, Line], loop: Line) -> int | None:
 
 
 def _step(index: int, body: Mapping[str, Line]) -> int | None:
-    """The amount by which one run of the loop's body raises element `index`, or None."""
+    """The amount that a loop's body adds to element `index` of its carry; None if unknown."""
     root = next((line for line in body.values() if line.root), None)
     if root is None or root.kind != "tuple":
         return None

@@ -58,7 +58,7 @@ class Job:
       step: "train", or "decode" (greedy answers to the prompts of a batch).
       batch: samples, on all devices together.
       samples_per_row: samples that share a row.
-      lengths: most tokens of a sample: `qformer_tokens`, `tokens` and, in training, `targets`.
+      lengths: most tokens of a sample, by key: `qformer_tokens`, `tokens`; in training, `targets`.
       skip_non_finite: a step with a non-finite loss changes nothing, so the old state is kept.
       new_tokens: tokens of an answer ("decode").
     """
@@ -88,7 +88,7 @@ class Job:
         return dataclasses.replace(self, scans=dataclasses.replace(self.scans, **scans))
 
     def floor(self) -> int:
-        """FLOPs of the matrix products that a step needs at least, from the model's sizes."""
+        """FLOPs of the matrix products that the step cannot do without, from the model's sizes."""
         text, tokens = self.lengths["qformer_tokens"], self.lengths["tokens"]
         if self.step == "train":
             answer, shared = self.lengths["targets"], self.samples_per_row
@@ -100,14 +100,14 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The result of compiling a job; bytes are per chip.
+    """The result of compiling a step; bytes are per chip.
 
     Attributes:
       arguments: weights, moments and batch.
       outputs: results that do not reuse the memory of an argument.
       temporaries: everything else that the step holds at its peak.
       code: the program itself.
-      residuals: the part of the temporaries that waits for the backward pass, estimated from
+      residuals: the part of the temporaries that is kept for the backward pass, estimated from
         shapes.
       need: the total; if the compiler refused, the total that its message states.
       refusal: the compiler's message if the program does not fit, else "".
@@ -129,10 +129,10 @@ class Report:
 
 
 def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
-    """The job of a config (configs/common.py) for a model of that variant.
+    """The step that a config (configs/common.py) runs, as a `Job`, for a model of this variant.
 
     Raises:
-        ValueError: a field is wrong, or the config runs a program that cannot be planned.
+        ValueError: a field is wrong, or the step cannot be planned (pmap, BLIP-2's first stage).
     """
     check_config(config)
     if variant.llm is None:
@@ -195,14 +195,14 @@ def read_variant(config: ConfigDict) -> tuple[str, Variant]:
 
 
 def fit_rows(job: Job, mesh: Mesh) -> Job:
-    """The job with at most as many samples per row as each device and accumulation step has."""
+    """The job with fewer samples per row, if a device has fewer in one accumulation step."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * job.accumulate
     shared = max(1, min(job.samples_per_row, job.batch // parts))
     return dataclasses.replace(job, samples_per_row=shared)
 
 
 def check_rows(job: Job, mesh: Mesh) -> None:
-    """Raises a ValueError if the batch cannot be divided over the mesh."""
+    """Raises a ValueError if the batch does not divide over devices, accumulation and rows."""
     job = fit_rows(job, mesh)
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     parts = devices * (job.accumulate if job.step == "train" else 1) * job.samples_per_row
@@ -215,7 +215,7 @@ def check_rows(job: Job, mesh: Mesh) -> None:
 
 
 def compile_job(job: Job, mesh: Mesh, *, effort: float = EFFORTS["quick"]) -> Report:
-    """Compiles the job's program for that mesh and reports its memory, FLOPs and traffic.
+    """Compiles a step for that mesh and reports its memory, FLOPs and traffic.
 
     `effort` is the compiler's, a value of `EFFORTS`.
 
@@ -267,7 +267,7 @@ def compile_job(job: Job, mesh: Mesh, *, effort: float = EFFORTS["quick"]) -> Re
 
 
 def job_arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
-    """The arguments of the job's program, as `jax.ShapeDtypeStruct`s with shardings."""
+    """The arguments of the step to compile, as `jax.ShapeDtypeStruct`s with shardings."""
     job = fit_rows(job, mesh)
     shapes = param_shapes(job.variant)
     rows = batch_sharding(mesh)
@@ -287,7 +287,7 @@ def job_arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """The bytes that each device holds of a tree of arrays, or of shapes with shardings."""
+    """The bytes that each device holds of a tree of shapes with shardings."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape)
@@ -297,7 +297,7 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def residuals(jaxpr: Jaxpr) -> int:
-    """The bytes that scans over layers keep for the backward pass, on all devices together."""
+    """The bytes that scans over layers keep for the backward pass, summed over all devices."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
@@ -350,7 +350,7 @@ def _batch(job: Job, rows: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def job_function(job: Job, mesh: Mesh, arguments: tuple[Any, ...]) -> Any:
-    """The jitted function of the job; its `trace` takes `arguments`, those of `job_arguments`."""
+    """The jitted function of the step to compile; `arguments` come from `job_arguments`."""
     if job.step == "decode":
         model = VisionLanguageModel(job.variant, job.dtype)
         return jax.jit(

@@ -89,7 +89,7 @@ def make_report(
 
 
 def lines(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the lines of a plan, as printed for a person."""
+    """Yields the lines that the command `plan` prints for a plan of `make_report`."""
     mesh, memory, flops = report["mesh"], report["memory"], report["flops"]
     texts = ", ".join(f"{name} {length}" for name, length in report["lengths"].items())
     where = f"{report['topology']}, {report['chips']} chips"

@@ -85,7 +85,7 @@ def sweep(
 
 
 def table(reports: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields a header line, then a line per plan."""
+    """Yields the lines of a table of plans: a header, then a line per plan."""
     yield "mesh          batch  need GiB  fits  moved GiB  products s  links s"
     for each in reports:
         mesh = ",".join(str(size) for size in each["mesh"].values())
@@ -98,7 +98,10 @@ def table(reports: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def elsewhere(words: Sequence[str]) -> dict[str, Any]:
-    """The plan that another process makes, or {"error": the last line of that process's output}."""
+    """The plan that another process makes from the flags `words`.
+
+    If that process fails, the result is {"error": the last line of its output}.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "plan.json")
         command = [sys.executable, "-m", "jax_instructblip", "plan", *words, "--json", str(path)]

@@ -24,7 +24,7 @@ MOST_CHIPS = 16_384  # in a topology; the largest pod has 8,960 chips
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for; `chip` has the figures of each, None for CPUs, which have none."""
+    """Devices to compile for; `chip` has the figures of one device, or is None for CPUs."""
 
     name: str
     devices: Sequence[Any]
@@ -76,9 +76,9 @@ def _count(size: str) -> int:
 
 
 def _prepare() -> None:
-    """Sets the environment so that the TPU compiler loads without a TPU.
+    """Sets the environment so that the TPU compiler loads on a machine without a TPU.
 
-    It then also loads while another process uses it.
+    Several processes may then load the compiler at the same time.
     """
     tpu_compiler.set_flags()
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # asks no cloud what machine this is

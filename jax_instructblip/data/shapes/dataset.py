@@ -55,8 +55,12 @@ def prepare_shapes(
 ) -> pathlib.Path:
     """Returns the folder of the prepared dataset; draws and writes it first if it is absent.
 
-    `scenes` changes the number of scenes of some splits, by split. The result is then a dataset of
-    its own, with these numbers in its name.
+    `folder` has all datasets; None means `default_folder`. `scenes`, split -> number of scenes,
+    replaces the usual numbers of these splits; the result is then a dataset of its own, with the
+    numbers in its name.
+
+    Raises:
+        ValueError: there is no such dataset or split.
     """
     sizes = _sizes(dataset, scenes)
     total = sum(sizes.values())
@@ -79,7 +83,7 @@ def shapes_source(
 ) -> builder.RecordSource:
     """Returns the records of one split with random access; draws them first if they are absent.
 
-    The arguments are those of `prepare_shapes`.
+    `folder`, `dataset` and `scenes` are as in `prepare_shapes`.
 
     Raises:
         ValueError: there is no such dataset or split.
