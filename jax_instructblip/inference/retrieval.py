@@ -36,10 +36,10 @@ from jax_instructblip.inference import retrieval_programs as programs
 from jax_instructblip.inference.answers import Answer
 from jax_instructblip.inference.batching import Frame, check_batch_size, pixels
 from jax_instructblip.inference.captioning import generate_captions
+from jax_instructblip.inference.feature_forms import FORMS
 from jax_instructblip.inference.generation_config import GenerationConfig, configured
 from jax_instructblip.inference.loading import Source, load_params
 from jax_instructblip.inference.matching import ABSENT as ABSENT
-from jax_instructblip.inference.retrieval_programs import FORMS as FORMS
 from jax_instructblip.inference.streaming import one_ahead
 from jax_instructblip.models.blip2 import Blip2
 from jax_instructblip.models.layers import BATCH_AXES

@@ -6,11 +6,9 @@ import jax
 
 from jax_instructblip.models.blip2 import Blip2, image_to_text
 
-FORMS = ("raw", "projected", "normalised")  # of features
-
 
 def features_of_images(model: Blip2, images: jax.Array, form: str) -> jax.Array:
-    """Features [N, Q, E] of images in one of `FORMS`; [N, Q, D] if raw."""
+    """Features [N, Q, E] of images in one of the forms of `feature_forms.py`; [N, Q, D] if raw."""
     patches = model.encode_image(images)
     if form == "normalised":
         return model.image_features(patches)[0]
@@ -19,7 +17,7 @@ def features_of_images(model: Blip2, images: jax.Array, form: str) -> jax.Array:
 
 
 def features_of_texts(model: Blip2, ids: jax.Array, valid: jax.Array, form: str) -> jax.Array:
-    """Features [M, E] of texts in one of `FORMS`; [M, D] if raw."""
+    """Features [M, E] of texts in one of the forms of `feature_forms.py`; [M, D] if raw."""
     if form == "normalised":
         return model.text_features(ids, valid)
     x = model.raw_text_features(ids, valid)

@@ -9,7 +9,8 @@ from PIL import Image
 import jax_instructblip
 from jax_instructblip.__main__ import main
 from jax_instructblip.backbones.stage1 import write_stage1
-from jax_instructblip.inference.retrieval import ABSENT, FORMS, Retriever
+from jax_instructblip.inference.feature_forms import FORMS
+from jax_instructblip.inference.retrieval import ABSENT, Retriever
 from tests.helpers.interpreter import run_python
 from tests.helpers.tiny import write_base, write_data
 
