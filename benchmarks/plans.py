@@ -2,10 +2,10 @@
 
 python -m benchmarks.plans [--only TEXT] [--again] [--list | --tables]
 
-Needs libtpu (extra `tpu`), a few gigabytes of memory, and one or two minutes per plan. Writes
-`plan_paper.json`, `plan_scaling.json` and `plan_decode.json` to `results`. Plans that are there
-already are kept unless `--again` is given. `--tables` prints the results in the format of
-`launch/README.md`.
+Needs libtpu (extra `tpu`), a few gigabytes of memory, and one to three minutes per plan. Writes
+`plan_paper.json`, `plan_tuning.json`, `plan_scaling.json` and `plan_decode.json` to `results`.
+Plans that are there already are kept unless `--again` is given. `--tables` prints the results in
+the format of `launch/README.md`.
 """
 
 import argparse
@@ -29,6 +29,10 @@ CONFIGS = {
     "xxl": "configs/paper_flan_t5_xxl.py",
     "7b": "configs/paper_vicuna_7b.py",
     "13b": "configs/paper_vicuna_13b.py",
+    "caption_2.7b": "configs/blip2_caption_opt_2_7b.py",
+    "caption_6.7b": "configs/blip2_caption_opt_6_7b.py",
+    "vqa_2.7b": "configs/blip2_vqa_opt_2_7b.py",
+    "vqa_xl": "configs/blip2_vqa_flan_t5_xl.py",
 }
 
 
@@ -81,6 +85,10 @@ CASES = (
     Case("scaling", "7b", "v5e:8x8", "4,16,1", (batch(512),)),
     Case("scaling", "7b", "v5e:8x8", "8,1,8", (batch(64),)),
     Case("scaling", "7b", "v5p:4x8x8", "2,128,1", (batch(2048),)),
+    Case("tuning", "caption_2.7b", "v5e:4x4", "1,16,1"),
+    Case("tuning", "caption_6.7b", "v5e:4x4", "1,16,1"),
+    Case("tuning", "vqa_xl", "v5e:4x4", "1,16,1"),
+    Case("tuning", "vqa_2.7b", "v5p:2x2x4", "16,1,1"),
     Case("decode", "7b", "v5e:4x4", "1,1,16", DECODE),
     Case("decode", "13b", "v5e:4x4", "2,1,8", DECODE),
 )
@@ -94,6 +102,7 @@ def shorten(report: dict[str, Any]) -> dict[str, Any]:
         "mesh": list(report["mesh"].values()),
         "remat_llm": report["remat"]["llm"],
         "remat_qformer": report["remat"]["qformer"],
+        "remat_vision": report["remat"]["vision"],
         "gib": gib,
         "flops": {
             "counted": report["flops"]["counted"],
@@ -135,15 +144,18 @@ NAMES = {
     "instructblip-flan-t5-xxl": "FlanT5-XXL",
     "instructblip-vicuna-7b": "Vicuna-7B",
     "instructblip-vicuna-13b": "Vicuna-13B",
+    "blip2-opt-2.7b": "OPT-2.7B",
+    "blip2-opt-6.7b": "OPT-6.7B",
+    "instructblip-opt-2.7b": "OPT-2.7B",
 }
 
 
-def paper_row(row: dict[str, Any]) -> str:
+def paper_row(row: dict[str, Any], task: str = "") -> str:
     """Returns a Markdown table row about one of the paper's training runs."""
     gib, bounds = row["gib"], row["bounds_s"]
     more = "; `model.remat.qformer=dots`" if row["remat_qformer"] == "dots" else ""
     cells = (
-        f"{NAMES[row['model']]}, {row['batch']}",
+        f"{NAMES[row['model']]}{task}, {row['batch']}",
         row["topology"],
         ",".join(map(str, row["mesh"])) + more,
         f"{gib['need']:.1f} of {gib['chip']:.1f}" + ("" if row["fits"] else " (does not fit)"),
@@ -153,6 +165,12 @@ def paper_row(row: dict[str, Any]) -> str:
         f"{row['seconds']['compile']:.0f}",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def tuning_row(row: dict[str, Any]) -> str:
+    """Returns a row about one of BLIP-2's fine-tunings, whose vision tower is trained."""
+    task = "captions" if "blip2_caption" in row["command"] else "questions"
+    return paper_row(row, f", {task}")
 
 
 def scaling_row(row: dict[str, Any]) -> str:
@@ -186,7 +204,7 @@ def decode_row(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-ROWS = {"paper": paper_row, "scaling": scaling_row, "decode": decode_row}
+ROWS = {"paper": paper_row, "tuning": tuning_row, "scaling": scaling_row, "decode": decode_row}
 
 
 def tables() -> dict[str, list[str]]:

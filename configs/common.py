@@ -7,8 +7,8 @@ def source(path: str, split: str = "train", weight: float = 0.0, templates: str 
     """One source of training data.
 
     Args:
-      path: a file of JSON lines, a folder of `jax-instructblip prepare`, or a drawn dataset
-        (`shapes`).
+      path: a file of JSON lines, a folder of `jax-instructblip prepare`, a folder of tars with
+        images and captions (img2dataset), or a drawn dataset (`shapes`); "" leaves the source out.
       split: which of its records.
       weight: its share, relative to the other weights; 0 means what `data.sampling` says.
       templates: a list of `data/templates.py` that dresses the prompts; "" takes them as they are.
@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.model.checkpoint = ""  # folder made by `convert`, or an embedded name: frozen weights
     config.model.init = ""  # another checkpoint or run whose weights the trained part starts from
     config.model.trainable = ("qformer",)  # top-level parts of the model that are trained
+    config.model.image_size = 0  # pixels a side; other than the checkpoint's: positions are resized
     config.model.instruction_aware = True  # False: the Q-Former does not read the instruction
     config.model.qformer_dropout = -1.0  # probability; -1: as the checkpoint says
     config.model.llm_dropout = -1.0  # probability, in the frozen model too; -1: as the checkpoint
@@ -90,6 +91,8 @@ def get_config() -> ConfigDict:
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.05  # times the learning rate; not on biases and norms
+    # Of the rate, from each layer of a trained vision tower to the one before it; 1: the same rate.
+    config.optimizer.vision_layer_decay = 1.0
     config.optimizer.clip_norm = 0.0  # largest norm of the gradient; 0: not clipped
 
     config.checkpoints = ConfigDict()
@@ -102,6 +105,9 @@ def get_config() -> ConfigDict:
     # the protocol of its dataset and scored by its metric, as `evaluate --datasets` does.
     config.validation.path = ""
     config.validation.split = "validation"
+    # "": as the dataset's protocol asks, or the bare question. Else a prompt with placeholders, as
+    # "Question: {question} Answer:": that of training, where it had one alone.
+    config.validation.prompt = ""
     config.validation.every = 3_000  # steps
     config.validation.first = True  # whether the weights are validated before the first step
     config.validation.limit = 1_000  # questions, always the same ones; 0: all

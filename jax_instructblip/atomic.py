@@ -1,6 +1,7 @@
 """Writes files and folders that appear only when complete, and never replace an existing folder."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import socket
@@ -47,6 +48,14 @@ def encode_utf8(text: str) -> bytes:
     In JSON this is the right escape. So results can always be written, whatever texts they contain.
     """
     return text.encode("utf-8", "backslashreplace")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lets one process at a time run the body; the lock (on a file) ends with a killed process."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def set_aside(path: Path, word: str = "aside") -> Path:

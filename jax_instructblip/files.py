@@ -5,6 +5,7 @@ or crashes on: duplicate keys (the last would win), very deep nesting, NaN and I
 that overflow, and files that are too large for their kind.
 """
 
+import dataclasses
 import io
 import json
 import math
@@ -53,6 +54,36 @@ _TYPES = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSlice:
+    """A file inside another file, such as a member of a tar.
+
+    Attributes:
+      path: the outer file.
+      name: the name of the member.
+      offset: position of its first byte in the outer file.
+      size: its size in bytes.
+    """
+
+    path: str
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        """Returns `PATH:NAME`, as in `raw/00000.tar:000000012.jpg`."""
+        return f"{self.path}:{self.name}"
+
+    def read(self) -> bytes:
+        """Returns the bytes; raises an OSError if the outer file is missing or truncated."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        if len(content) < self.size:
+            raise OSError(f"{self}: {len(content)} of {self.size} bytes are there: it is cut off")
+        return content
 
 
 def address_problem(path: str | os.PathLike) -> str:

@@ -10,7 +10,6 @@ again. `training/workdir.py` does not use this module, because several machines 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jax_instructblip import remote
-from jax_instructblip.atomic import check_room, refuse_existing
+from jax_instructblip.atomic import check_room, locked, refuse_existing
 from jax_instructblip.files import local_path, read_json, scan_jsonl
 from jax_instructblip.progress import count_bytes
 
@@ -214,8 +213,7 @@ def _fetch(
     home = _home(address)
     copy = home / address.rpartition("/")[2]
     home.mkdir(parents=True, exist_ok=True)
-    with (home / LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one machine share the copy
+    with locked(home / LOCK):  # processes of one machine share the copy
         there = remote.stamps(address)
         if not there and not absent:
             raise FileNotFoundError(f"there is nothing at {address}")

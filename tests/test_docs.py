@@ -16,6 +16,7 @@ from jax_instructblip.backbones.stage1 import write_stage1
 from jax_instructblip.inference.loading import EMBEDDED
 from tests.helpers.object_stores import s3_server
 from tests.helpers.raw_layouts import write_all
+from tests.helpers.tars import write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
@@ -37,6 +38,8 @@ INSTEAD = {
     "jax-instructblip verify": "jax-instructblip verify --help",
     "jax-instructblip plan": "jax-instructblip plan --help",  # libtpu: tests/commands/test_plan.py
     "jax-instructblip train --config configs/paper_": "jax-instructblip train --help # ",
+    "jax-instructblip train --config configs/blip2_": "jax-instructblip train --help # ",
+    "jax-instructblip train --config configs/tuning_": "jax-instructblip train --help # ",
     "jax-instructblip evaluate --checkpoint runs/flan_t5_xl --datasets held_out": "true",
 }
 # Words that are changed wherever they stand.
@@ -45,6 +48,8 @@ SMALL = {
     "gqa --data data --predictions": "gqa --limit 2 --data data --predictions",
     "--datasets gqa --data data --out": "--datasets gqa --limit 2 --data data --out",
     "configs/shapes_stage1.py": "configs/shapes_stage1.py --config.train.steps=2 "
+    "--config.optimizer.warmup_steps=1 --config.validation.limit=4 --config.data.batch_size=4",
+    "configs/shapes_captions.py": "configs/shapes_captions.py --config.train.steps=2 "
     "--config.optimizer.warmup_steps=1 --config.validation.limit=4 --config.data.batch_size=4",
     "--config.train.steps=40": "--config.train.steps=4",
     "--config.validation.every=20": "--config.validation.every=2",
@@ -103,6 +108,7 @@ def prepared(tmp_path_factory):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(EMBEDDED / "shapes_t5", folder / name)
     write_all(folder / "downloads", ["vqav2", "gqa", "vsr"])
+    write_shards(folder / "downloads" / "cc3m", (6, 4))
     binaries = folder / "bin"
     binaries.mkdir()
     program = f'#!/usr/bin/env bash\nexec {shlex.quote(sys.executable)} -m jax_instructblip "$@"\n'

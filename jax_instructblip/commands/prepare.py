@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max_missing",
         type=float,
         default=0.01,
-        help="part of the records that may have no usable image (default: %(default)s)",
+        help="part of the records that may have no usable image or text (default: %(default)s)",
     )
     parser.add_argument(
         "--checkpoint",

@@ -12,6 +12,7 @@ rules (source tensor -> our parameter); one engine applies them and reports all 
     lavis.py            LAVIS's names for the tensors of the tables
     original.py         `.pth` files of LAVIS -> our parameters, one at a time
     convert.py          weights of either origin -> a checkpoint folder of this package
+    positions.py        the positions of the vision tower, resized for images of another size
     stored_model.py     a checkpoint, or a base with tuned weights, ready to be written
     export.py           a checkpoint of this package -> a Hugging Face folder
     engine.py           the kinds of rules, and the plan made from them

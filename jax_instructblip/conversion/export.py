@@ -103,6 +103,7 @@ def export_hf(
             f"{model.title} holds a Q-Former {has} the instruction branch: {family.architecture} "
             "cannot hold that; `jax-instructblip merge` writes a checkpoint of this package"
         )
+    family.config(model.variant)  # refuses sizes that the format has no keys for
     refuse_existing(out)
     check_room(Path(out), model.nbytes)
     tied = bool(model.facts.get("tied_head")) and _head_is_tied(model)

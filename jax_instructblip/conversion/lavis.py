@@ -55,10 +55,69 @@ _LANGUAGE_LAYERS = {
 }
 _QKV_BIASES = {0: "q_bias", 2: "v_bias"}  # part of the tables' qkv tensor -> LAVIS's name
 
-# `eva_vit_g.pth` has the whole EVA-CLIP vision tower, under names without a prefix. `_EVA` is a
-# name that shows such a file; `_EVA_DROPPED` is why its last block and its head are left out.
-_EVA = "blocks.0.attn.qkv.weight"
-_EVA_DROPPED = "of the whole EVA-CLIP tower: the features are taken before it"
+
+@dataclasses.dataclass(frozen=True)
+class _ImageTower:
+    """A vision tower as LAVIS's files have it.
+
+    Attributes:
+      name: its usual name.
+      file: the file with the tower alone, whose tensors lack the prefix `visual_encoder.`.
+      blocks: the prefix of the names of its blocks.
+      attention: a tensor of a block that the other tower does not have.
+      block: all tensors of a block.
+      after: the tensors that follow the blocks; they and the last block are not converted.
+    """
+
+    name: str
+    file: str
+    blocks: str
+    attention: str
+    block: tuple[str, ...]
+    after: tuple[str, ...]
+
+    @property
+    def first(self) -> str:
+        """The name of a tensor that only this tower has."""
+        return f"{self.blocks}0.{self.attention}"
+
+    def dropped(self, layers: int) -> list[Entry]:
+        """Returns the rules that leave out what follows the first `layers` blocks."""
+        last = [f"{self.blocks}{layers}.{part}" for part in self.block]
+        reason = f"of the whole {self.name}: the features are taken before it"
+        return [Drop(VISION + name, reason) for name in (*last, *self.after)]
+
+
+VISION = "visual_encoder."
+_VIT_G = _ImageTower(
+    "ViT-g",
+    "eva_vit_g.pth",
+    "blocks.",
+    "attn.qkv.weight",
+    (
+        *("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"),
+        *("attn.q_bias", "attn.v_bias", "attn.qkv.weight", "attn.proj.weight", "attn.proj.bias"),
+        *("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"),
+    ),
+    (
+        *("norm.weight", "norm.bias", "head.weight", "head.bias"),
+        *("fc_norm.weight", "fc_norm.bias"),
+    ),
+)
+_VIT_L = _ImageTower(
+    "ViT-L",
+    "clip_vit_L.pth",
+    "transformer.resblocks.",
+    "attn.in_proj_weight",
+    (
+        *("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"),
+        *("attn.in_proj_weight", "attn.in_proj_bias"),
+        *("attn.out_proj.weight", "attn.out_proj.bias"),
+        *("mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"),
+    ),
+    ("ln_post.weight", "ln_post.bias", "proj"),
+)
+_IMAGE_TOWERS = (_VIT_G, _VIT_L)
 
 
 def lavis_entries(variant: Variant, *, apart: bool = False) -> list[Entry]:
@@ -66,30 +125,16 @@ def lavis_entries(variant: Variant, *, apart: bool = False) -> list[Entry]:
 
     With `apart`, the rules of the language model are left out.
     """
-    entries = [*vision.rules(variant.vision), *qformer.rules(variant.qformer)]
+    tower = _image_tower(variant)
+    rules = vision.openai_rules if tower is _VIT_L else vision.rules
+    entries = [*rules(variant.vision), *qformer.rules(variant.qformer)]
     if variant.llm is None:
         entries += heads.rules(variant.qformer)
     elif not apart:
         entries += LANGUAGES[variant.llm.kind].rules(variant.llm, False)
     kind = "" if variant.llm is None else _LANGUAGE_MODELS[variant.llm.kind]
     named = [each for entry in entries for each in _renamed(entry, kind)]
-    last = variant.vision.layers
-    named += [
-        Drop(f"visual_encoder.{name}", _EVA_DROPPED)
-        for name in (
-            *(f"blocks.{last}.{part}" for part in _BLOCK),
-            *("norm.weight", "norm.bias", "head.weight", "head.bias"),
-            *("fc_norm.weight", "fc_norm.bias"),
-        )
-    ]
-    return named
-
-
-_BLOCK = (
-    *("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"),
-    *("attn.q_bias", "attn.v_bias", "attn.qkv.weight", "attn.proj.weight", "attn.proj.bias"),
-    *("mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"),
-)
+    return named + tower.dropped(variant.vision.layers)
 
 
 def convert_lavis(
@@ -108,6 +153,7 @@ def convert_lavis(
         ConversionError: tensors are missing, left over or of another shape. If a whole tower is
             missing, the message says which file has it.
     """
+    _refuse_other_tower(tensors, variant, title)
     _refuse_trimmed(tensors, variant, title, apart)
     expected = checkpoint.flatten(param_shapes(variant))
     begin = f"{_LANGUAGE_MODELS[variant.llm.kind]}_model." if apart else None
@@ -124,16 +170,16 @@ def convert_lavis(
 def open_lavis(path: Path) -> dict[str, TorchTensor]:
     """Returns the tensors of a LAVIS file by name.
 
-    The names in `eva_vit_g.pth`, which is the vision tower alone, get the prefix `visual_encoder.`
-    that they have in a whole model.
+    The names in `eva_vit_g.pth` and `clip_vit_L.pth`, which are the vision tower alone, get the
+    prefix `visual_encoder.` that they have in a whole model.
 
     Raises:
         ConversionError: the file cannot be read, holds more than tensors, or torch is not
             installed.
     """
     tensors = open_pth(path)
-    if _EVA in tensors:
-        return {f"visual_encoder.{name}": tensor for name, tensor in tensors.items()}
+    if any(tower.first in tensors for tower in _IMAGE_TOWERS):
+        return {VISION + name: tensor for name, tensor in tensors.items()}
     return tensors
 
 
@@ -154,15 +200,43 @@ def _refuse_trimmed(tensors: Iterable[str], variant: Variant, title: str, apart:
     With `apart`, the language model may be missing.
     """
     begins = lambda word: any(name.startswith(word) for name in tensors)
-    lacking = []
-    if not begins("visual_encoder.blocks."):
-        lacking.append("visual_encoder.*, the image tower: give eva_vit_g.pth, too")
+    lacking, tower = [], _image_tower(variant)
+    if not begins(VISION + tower.blocks):
+        lacking.append(f"{VISION}*, the image tower: give {tower.file}, too")
     if variant.llm is not None and not apart:
         name = f"{_LANGUAGE_MODELS[variant.llm.kind]}_model."
         if not begins(name + _LANGUAGE_LAYERS[variant.llm.kind]):
             lacking.append(f"{name}*, the language model: give its Hugging Face folder (--llm)")
     if lacking:
         raise ConversionError(f"{title} was saved without its frozen towers", lacking)
+
+
+def _refuse_other_tower(tensors: Mapping[str, Any], variant: Variant, title: str) -> None:
+    """Raises a ConversionError if a file has the other vision tower, or was trained behind it."""
+    tower = _image_tower(variant)
+    wrong = [
+        f"it has the image tower {other.name} ({VISION}{other.blocks}*, as {other.file})"
+        for other in _IMAGE_TOWERS
+        if other is not tower and VISION + other.first in tensors
+    ]
+    norm, width = tensors.get("ln_vision.weight"), variant.vision.width
+    if norm is not None and norm.shape != (width,):
+        wrong.append(
+            f"ln_vision.weight is of features of width {norm.shape[0]}: its Q-Former was trained "
+            "behind another tower"
+        )
+    if wrong:
+        raise ConversionError(
+            f"{title} does not belong to this model, whose image tower is {tower.name} of width "
+            f"{width} ({tower.file}): choose the variant that the file is of, or the files of "
+            "this one",
+            wrong,
+        )
+
+
+def _image_tower(variant: Variant) -> _ImageTower:
+    """Returns the tower of a variant: only CLIP's has a norm before its blocks."""
+    return _VIT_L if variant.vision.pre_norm else _VIT_G
 
 
 def _renamed(entry: Entry, kind: str) -> list[Entry]:

@@ -27,7 +27,19 @@ from jax_instructblip.conversion.config_keys import (
     one_of,
     text,
 )
-from jax_instructblip.models.variants import OptConfig
+from jax_instructblip.models.variants import OptConfig, VisionConfig
+
+
+def _write_vision(vision: VisionConfig) -> dict[str, Any]:
+    """Returns no keys; raises a ValueError for a tower that the format cannot hold."""
+    if vision.pre_norm or vision.key_bias or not vision.patch_bias or vision.activation != "gelu":
+        raise ValueError(
+            "the image tower is CLIP ViT-L (a norm before the blocks, QuickGELU), which Hugging "
+            "Face's BLIP-2 cannot hold: `jax-instructblip merge` writes a checkpoint of this "
+            "package"
+        )
+    return {}
+
 
 EVA_VIT = Section(
     "vision_config",
@@ -41,6 +53,7 @@ EVA_VIT = Section(
         Key("layer_norm_eps", "norm_eps", EPS, 1e-6),
         Fixed("hidden_act", "gelu"),
         Fixed("qkv_bias", True),
+        Pair(lambda values: {}, _write_vision),
     ),
 )
 _TABLES = (  # the embeddings of a Q-Former that reads texts

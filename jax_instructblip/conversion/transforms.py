@@ -7,6 +7,7 @@ They only transpose and reshape, so no bit changes. N heads of width K, model wi
     attention_in     [N*K, D]           <-> [D, N, K]      query, key, value kernels
     attention_bias   [N*K]              <-> [N, K]
     attention_out    [D, N*K]           <-> [N, K, D]
+    with_axes        [P, D]             <-> [1, P, D]
     identity         no change
 """
 
@@ -55,6 +56,15 @@ def _flip(x: np.ndarray) -> np.ndarray:
 identity = Transform("identity", _same, _same)
 linear = Transform("linear", _flip, _flip)
 patches = Transform("patches", lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
+
+
+def with_axes(count: int) -> Transform:
+    """Returns the transform that adds `count` axes of size 1 in front."""
+    return Transform(
+        "with_axes",
+        lambda x: x.reshape((1,) * count + x.shape),
+        lambda x: x.reshape(x.shape[count:]),
+    )
 
 
 def attention_in(heads: int) -> Transform:

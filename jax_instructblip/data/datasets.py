@@ -1,4 +1,7 @@
-"""The table `DATASETS` of all known datasets, joined from the modules of `data/readers`."""
+"""The tables of all known datasets, joined from the modules of `data/readers`.
+
+`DATASETS` are those of InstructBLIP, `PRETRAINING` those that BLIP-2 is trained on before it.
+"""
 
 from jax_instructblip import lookup
 from jax_instructblip.data.readers import (
@@ -6,6 +9,7 @@ from jax_instructblip.data.readers import (
     choices,
     dialogue,
     memes,
+    pretraining,
     reading,
     reasoning,
     video_qa,
@@ -23,6 +27,10 @@ DATASETS: dict[str, Dataset] = {
         key=lambda dataset: FAMILIES.index(dataset.family),
     )
 }
+# Trained on in BLIP-2's first two stages, beside the captions of COCO.
+PRETRAINING: dict[str, Dataset] = {dataset.name: dataset for dataset in pretraining.DATASETS}
+
+ALL = DATASETS | PRETRAINING
 
 
 def get_dataset(name: str) -> Dataset:
@@ -31,22 +39,22 @@ def get_dataset(name: str) -> Dataset:
     Raises:
         ValueError: there is no such dataset; the message lists similar names.
     """
-    return lookup.find(DATASETS, name, "dataset")
+    return lookup.find(ALL, name, "dataset")
 
 
 def table(name: str | None = None) -> str:
     """Returns a text for people about one dataset, or about all where `name` is None.
 
-    It says whether InstructBLIP was trained on the dataset (held in) or only scored on it (held
-    out), and lists the annotation files of each split, the licence and where to get the files.
+    It says how the dataset is used (held in: InstructBLIP was trained on it; held out: only scored
+    on it; pre-training: BLIP-2, from which it starts, was trained on it), and lists the annotation
+    files of each split, the licence and where to get the files.
 
     Raises:
       ValueError: there is no dataset of that name.
     """
     lines = []
-    for dataset in DATASETS.values() if name is None else [get_dataset(name)]:
-        use = "held in" if dataset.held_in else "held out"
-        lines.append(f"{dataset.name}: {dataset.family}, {use}")
+    for dataset in ALL.values() if name is None else [get_dataset(name)]:
+        lines.append(f"{dataset.name}: {dataset.family}, {dataset.use}")
         for split, names in dataset.files.items():
             count = f"{dataset.counts[split]:,} records" if split in dataset.counts else ""
             again = " and ".join(dataset.rerelease.get(split, ()))

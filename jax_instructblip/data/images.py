@@ -18,7 +18,7 @@ import simplejpeg
 from PIL import ExifTags, Image
 
 from jax_instructblip import remote
-from jax_instructblip.files import address_problem
+from jax_instructblip.files import FileSlice, address_problem
 
 # Pillow warns above this size, too; decoding would take more than 250 MB.
 MAX_PIXELS = 89_478_485
@@ -42,7 +42,7 @@ _UPRIGHT = {
 }
 
 
-Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+Source = str | os.PathLike[str] | bytes | FileSlice | Image.Image | np.ndarray
 
 
 class ImageError(ValueError):
@@ -52,8 +52,8 @@ class ImageError(ValueError):
 def decode(source: Source, *, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Image.Image:
     """Returns an RGB image of 8 bits a channel.
 
-    `source` is a path, an address of an object store (`gs://...`), the bytes of an image file, a
-    PIL image or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+    `source` is a path, an address of an object store (`gs://...`), a member of a tar, the bytes of
+    an image file, a PIL image or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
 
     - `upright` applies the EXIF orientation (LAVIS does not apply it).
     - Of an animation the first frame is taken.
@@ -172,8 +172,8 @@ def _open(source: Source, files: contextlib.ExitStack) -> Image.Image:
         return _from_array(source)
     if isinstance(source, Image.Image):
         return source
-    if isinstance(source, bytes):
-        file = io.BytesIO(source)
+    if isinstance(source, bytes | FileSlice):
+        file = io.BytesIO(source if isinstance(source, bytes) else source.read())
     elif address := remote.address_of(source):
         folder, _, name = address.rpartition("/")
         content = remote.read(folder, name)
@@ -323,6 +323,8 @@ def _name(source: object) -> str:
         return f"image of {len(source)} bytes"
     if isinstance(source, Image.Image):
         return str(getattr(source, "filename", "") or "PIL image")
+    if isinstance(source, FileSlice):
+        return str(source)
     if isinstance(source, str | os.PathLike):
         return remote.address_of(source) or os.fspath(source)
     raise ImageError(

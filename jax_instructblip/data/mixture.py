@@ -62,10 +62,10 @@ class Source:
             wrong.append("it has no records")
         if self.weight < 0:
             wrong.append(f"weight is {self.weight}, expected 0 (by data.sampling) or more")
-        if self.templates and self.templates not in templates.TEMPLATES:
+        if self.templates not in ("", *templates.TEMPLATES, templates.CAPTION_PREFIX):
             wrong.append(
                 f"templates is {self.templates!r}, expected one of "
-                f"{', '.join(templates.TEMPLATES)} or nothing"
+                f"{', '.join(templates.TEMPLATES)}, {templates.CAPTION_PREFIX} or nothing"
             )
         if wrong:
             raise ValueError(f"source {self.name!r}: {'; '.join(wrong)}")
@@ -173,6 +173,19 @@ class Mixture:
         return "\n".join(lines)
 
 
+def split_caption(caption: str, rng: np.random.Generator) -> tuple[str, str]:
+    """Returns (prompt, answer): the beginning of a caption, and its rest, as BLIP-2 asks FlanT5.
+
+    The beginning ends behind a word that is drawn evenly from the first to the middle one. A
+    caption of one word is the answer, to no prompt.
+    """
+    words = caption.split()
+    if len(words) < 2:
+        return "", caption
+    count = int(rng.integers(1, len(words) // 2 + 1))
+    return " ".join(words[:count]), " ".join(words[count:])
+
+
 def instruct(
     record: Record,
     kind: str,
@@ -185,7 +198,8 @@ def instruct(
     Args:
       record: the record.
       kind: the list of `templates.TEMPLATES` from which a template is drawn evenly; "" uses the
-        record's prompt as it is. For `question_generation` question and answer change places.
+        record's prompt as it is. For `question_generation` question and answer change places;
+        `caption_prefix` splits the caption (`split_caption`).
       rng: draws the template and one of the distinct answers, evenly as LAVIS (the released code)
         does.
       tag: if not None, no template is used: the prompt is the tag, then the question. "" gives the
@@ -203,8 +217,10 @@ def instruct(
     turned = kind == "question_generation"
     if not kind:
         style = dataclasses.replace(style, processor="paper")
-    if kind == "caption":
+    if kind in templates.CAPTIONS:
         answer = style.caption(answer)
+    if kind == templates.CAPTION_PREFIX:
+        return split_caption(answer, rng)
     if tag is not None:
         bare = "{answer}" if turned else "{question}"
         prompt = f"{tag} {templates.format_prompt(bare, record, answer, style)}".strip()

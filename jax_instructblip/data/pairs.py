@@ -139,5 +139,5 @@ def image_id(record: Record) -> int:
     if isinstance(image, Image.Image):
         content = image.tobytes()
     else:
-        content = image if isinstance(image, bytes) else os.fsencode(image)
+        content = image if isinstance(image, bytes) else os.fsencode(str(image))
     return int.from_bytes(hashlib.sha256(content).digest()[:4], "little", signed=True)

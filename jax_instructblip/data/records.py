@@ -21,8 +21,9 @@ from PIL import Image
 
 from jax_instructblip import files
 from jax_instructblip.fields import text_problem
+from jax_instructblip.files import FileSlice
 
-ImageSource = str | bytes | Image.Image
+ImageSource = str | bytes | FileSlice | Image.Image
 
 _FIELDS = (
     *("id", "image", "images", "prompt", "answer", "answers", "task", "choices", "correct"),
@@ -38,7 +39,7 @@ _OTHERS = {
     **dict.fromkeys(("options", "candidates"), ["choices"]),
     **dict.fromkeys(("question_id", "image_id", "uid"), ["id"]),
 }
-_SINGLE = ("id", "prompt", "task", "split", "context")  # fields that are one text
+_SINGLE = ("id", "prompt", "task", "split", "context", "problem")  # fields that are one text
 
 
 LIST = (
@@ -62,7 +63,8 @@ class Record:
 
     Attributes:
       id: names the record within its dataset.
-      images: paths, encoded bytes or PIL images; frames of a video in the order of time.
+      images: paths, members of tars, encoded bytes or PIL images; frames of a video in the order of
+        time.
       prompt: the bare question, before an instruction template is put around it.
       answers: the right answers; where several annotators answered, one entry for each of them,
         equal ones repeated. Empty where no answer is known: such a record cannot be trained on.
@@ -75,6 +77,7 @@ class Record:
       history: earlier rounds of a dialogue, each a question and its answer.
       times: seconds of each image from the start of its video; empty for still images.
       blank: number of annotators who left the answer blank; they have no entry in `answers`.
+      problem: the reason why the original files have no usable record here; "" for a usable one.
     """
 
     id: str
@@ -90,6 +93,7 @@ class Record:
     history: tuple[tuple[str, str], ...] = ()
     times: tuple[float, ...] = ()
     blank: int = 0
+    problem: str = dataclasses.field(default="", repr=False)  # digests are of what is stored
 
     def __post_init__(self):
         problems = []
@@ -135,7 +139,7 @@ class Record:
             yield f"times has {len(self.times)} numbers for {len(self.images)} images"
 
     def text_problems(self) -> list[str]:
-        """Returns a complaint for each text that is too long or no UTF-8, and each impossible path.
+        """Returns `problem` and a complaint for each bad text (too long, no UTF-8) or path.
 
         Such a record can be made, so that it can be counted, but it can neither be trained on nor
         answered.
@@ -146,13 +150,14 @@ class Record:
         for index, turn in enumerate(self.history):
             named += [(f"history[{index}]", text) for text in turn]
         problems = [(name, text_problem(text)) for name, text in named]
+        reasons = [self.problem] if self.problem else []
         for index, image in enumerate(self.images):
             try:
                 # os.fsencode takes the lone surrogates in names of other encodings.
                 os.fsencode(image if isinstance(image, str) else "")
             except UnicodeEncodeError:
                 problems.append((f"images[{index}]", f"cannot be the name of a file: {image!r}"))
-        return [f"{name} {problem}" for name, problem in problems if problem]
+        return reasons + [f"{name} {problem}" for name, problem in problems if problem]
 
 
 def read_jsonl(

@@ -1,4 +1,4 @@
-"""Records from a path: a JSON-lines file, a prepared folder, or the built-in `shapes` dataset."""
+"""Records from a path: JSON lines, a prepared folder, tars, or the built-in `shapes` dataset."""
 
 import hashlib
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from jax_instructblip import stores
+from jax_instructblip.data import webdataset
 from jax_instructblip.data.prepare import builder, shards
 from jax_instructblip.data.records import Record, RecordError, read_jsonl
 from jax_instructblip.data.shapes import dataset
@@ -19,6 +20,7 @@ def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record],
 
     - a file of JSON lines; if no line has a `split`, all lines belong to every split;
     - a folder that `jax-instructblip prepare` wrote;
+    - a tar or a folder of tars with images and captions (`webdataset.py`), of every split;
     - the name of a built-in dataset (`shapes`), which is drawn and written first where it is
       absent.
 
@@ -40,10 +42,14 @@ def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record],
         records = cast(Sequence[Record], builder.open_folder(folder, split))
         content = (folder / shards.REPORT).read_bytes()
         return records, f"{hashlib.sha256(content).hexdigest()}-{split}"
+    if webdataset.holds_tars(Path(name)):
+        records = webdataset.open_tars(name, split=split)
+        return cast(Sequence[Record], records), records.digest()
     if not name.endswith((".jsonl", ".json")):
         raise ValueError(
             f"no records at {name!r}: expected a file of JSON lines (.jsonl), a folder that "
-            f"`jax-instructblip prepare` wrote, or one of {', '.join(dataset.DATASETS)}"
+            "`jax-instructblip prepare` wrote, a folder of tars (img2dataset), or one of "
+            f"{', '.join(dataset.DATASETS)}"
         )
     records = read_jsonl(name)
     splits = sorted({record.split for record in records})

@@ -65,12 +65,27 @@ DETAIL = (
     "A long image caption:",
 )
 
+# BLIP-2's fine-tunings have one prompt each (arXiv 2301.12597).
+BLIP2_CAPTION = ("a photo of",)
+BLIP2_QUESTION = ("Question: {question} Answer:",)
+# ScienceQA's, as the evaluation asks it: the hint belongs to the question.
+CHOICE_WITH_CONTEXT = ("Context: {context} Question: {question} Options: {options}. Answer:",)
+
+PLACEHOLDERS = ("question", "answer", "options", "context", "ocr", "history")
+
+# The name of a rule instead of a list: the caption's beginning is the prompt, its rest the answer.
+CAPTION_PREFIX = "caption_prefix"
+CAPTIONS = ("caption", "blip2_caption", CAPTION_PREFIX)  # the answer is a caption
+
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "caption": CAPTION,
     "detail": DETAIL,
     "question": QUESTION,
     "question_generation": QUESTION_GENERATION,
     "choice": CHOICE,
+    "choice_with_context": CHOICE_WITH_CONTEXT,
+    "blip2_caption": BLIP2_CAPTION,
+    "blip2_question": BLIP2_QUESTION,
 }
 
 

@@ -32,11 +32,12 @@ _TABLE_1 = {
         *(103.9, 71.6, 41.0, 50.9, 40.6, 42.5, 45.1, 53.7, 19.6, 61.0, 20.3, 10.3, 23.5),
     ),
 }
-# BLIP-2, table 2: zero-shot VQAv2 (val), OK-VQA (test), GQA (test-dev), ViT-g.
+# BLIP-2, table 2: zero-shot VQAv2 (val), OK-VQA (test), GQA (test-dev).
 _TABLE_2 = {
     "blip2-opt-2.7b": {"vqav2": 53.5, "okvqa": 31.7, "gqa": 34.6},
     "blip2-opt-6.7b": {"vqav2": 54.3, "okvqa": 36.4, "gqa": 36.4},
     "blip2-flan-t5-xl": {"vqav2": 63.1, "okvqa": 40.7, "gqa": 44.2},
+    "blip2-flan-t5-xl-vit-l": {"vqav2": 62.6, "okvqa": 39.4, "gqa": 44.4},
     "blip2-flan-t5-xxl": {"vqav2": 65.2, "okvqa": 45.9, "gqa": 44.7},
 }
 # Table 3, of models fine-tuned on COCO captions: CIDEr of NoCaps (val), and of COCO's test.

@@ -49,15 +49,16 @@ def family_task(
     *,
     digest: str = "",
     limit: int = 0,
+    prompt: str = "{question}",
 ) -> Task:
-    """Returns a task that asks the records' prompts as they are, scored by family.
+    """Returns a task that asks the records' prompts, by default as they are, scored by family.
 
     `name` is usually the split. `digest` identifies the content of the records. `limit` > 0 takes
     that many records, always the same ones.
     """
     if limit:
         records = Chosen(records, pick_numbers(len(records), limit))
-    protocol = Protocol(name, "{question}", split=name, metric=METRIC, decoding=config)
+    protocol = Protocol(name, prompt, split=name, metric=METRIC, decoding=config)
     return Task(protocol, name, records, digest, protocol.settings())
 
 

@@ -36,6 +36,7 @@ SHORT = {
     "blip2-opt-2.7b": "BLIP-2 OPT-2.7B",
     "blip2-opt-6.7b": "BLIP-2 OPT-6.7B",
     "blip2-flan-t5-xl": "BLIP-2 FlanT5-XL",
+    "blip2-flan-t5-xl-vit-l": "BLIP-2 FlanT5-XL, ViT-L",
     "blip2-flan-t5-xxl": "BLIP-2 FlanT5-XXL",
     "blip2-vicuna-7b": "BLIP-2 Vicuna-7B",
     "blip2-vicuna-13b": "BLIP-2 Vicuna-13B",

@@ -12,6 +12,7 @@ import numpy as np
 
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.prepare import builder, shards
+from jax_instructblip.data.prepare.pictures import with_frames
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import prepared_folder
@@ -63,7 +64,7 @@ class Task:
     def with_images(self, number: int) -> Record:
         """Returns record `number` with its images; for a video, with some of its frames."""
         record = self.records[number]
-        return shards.with_frames(record, VIDEO_FRAMES) if self.videos else record
+        return with_frames(record, VIDEO_FRAMES) if self.videos else record
 
     def without_images(self, number: int) -> Record:
         """Returns record `number` with "-" in place of each image."""

@@ -40,7 +40,8 @@ def check(records: Sequence[Record], path: str, split: str) -> None:
       MetricError: the dataset has no metric, no public answers, or its tools are missing.
     """
     name = dataset_name(path)
-    metric = BENCHMARKS[name].metric if name else families.METRIC
+    # Datasets of pre-training have no protocol; they are scored like a JSON-lines file.
+    metric = BENCHMARKS[name].metric if name in BENCHMARKS else families.METRIC
     some = [records[number] for number in pick_numbers(len(records), _LOOKED_AT)]
     try:
         if not metric:
@@ -65,6 +66,7 @@ def evaluate(
     max_new_tokens: int = 30,
     path: str = "",
     split: str = "",
+    prompt: str = "",
     style: TextStyle = PAPER,
     upright: bool = True,
     take_samples: Callable[[list[dict[str, Any]]], None] | None = None,
@@ -80,7 +82,8 @@ def evaluate(
       `accuracy/FAMILY` for each;
     - for BLIP-2's first stage: `recall`, the mean R@1 of both directions (`retrieval_scores`).
 
-    `limit` questions are asked; 0 means all. `take_samples` is called with a few prediction rows,
+    `limit` questions are asked; 0 means all. `prompt` replaces the protocol's prompt, or the bare
+    question of other records. `take_samples` is called with a few prediction rows,
     always of the same questions. `style` and `upright` should be those of training: how texts are
     worded, and whether photographs are rotated by EXIF. In a multi-process run each process calls
     this with the same records and gets the same numbers.
@@ -97,13 +100,19 @@ def evaluate(
         model.variant, params, text, dtype=model.dtype, mesh=mesh, silent=True
     )
     kind, size = model.variant.llm.kind, max(1, batch_size // blip.batch_shards)
-    if name := dataset_name(path) if path else "":
+    if path and (name := dataset_name(path)) in BENCHMARKS:
+        overrides = {"prompt": prompt} if prompt else {}
         task = open_task(
-            get_benchmark(name, model.variant.kind), Path(path), kind, split=split, limit=limit
+            *(get_benchmark(name, model.variant.kind), Path(path), kind),
+            split=split,
+            limit=limit,
+            overrides=overrides,
         )
     else:
         config = GenerationConfig(max_new_tokens=max_new_tokens)
-        task = families.family_task(split or "validation", records, config, limit=limit)
+        task = families.family_task(
+            split or "validation", records, config, limit=limit, prompt=prompt or "{question}"
+        )
     task = dataclasses.replace(task, style=style, upright=upright)
     questions = plan(task, blip.text, size)
     check_choices(task, questions.records)

@@ -18,13 +18,14 @@ from jax_instructblip.data.images import CROPS, decode
 from jax_instructblip.data.spec import IGNORE, Batch
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.fields import check, text_problem, whole
+from jax_instructblip.files import FileSlice
 from jax_instructblip.models.variants import Variant
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens of a padded text
 
 MOST_FRAMES = 1_024  # of a video; the memory of attention grows with their square
 
-Frame = str | os.PathLike | bytes | Image.Image | np.ndarray
+Frame = str | os.PathLike | bytes | FileSlice | Image.Image | np.ndarray
 Picture = Frame | Sequence[Frame]  # several frames, in order of time, are a video
 Example = dict[str, np.ndarray]
 

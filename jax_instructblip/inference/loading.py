@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from jax_instructblip import checkpoint, stores
 from jax_instructblip.checkpoint.step_meta import META, check_manifest, read_meta
 from jax_instructblip.conversion.hf_folder import convert_hf
+from jax_instructblip.conversion.positions import fit_positions, with_positions
 from jax_instructblip.conversion.stored_model import StoredModel, read_stored_model, tuned
 from jax_instructblip.files import read_json
 from jax_instructblip.models.variants import DTYPES, Variant
@@ -155,7 +156,9 @@ def read_params(
     trained = {} if source.step is None else _read_trained(source.step, source.variant, place)
 
     def place_frozen(path: str, array: Any) -> Any:
-        return None if path.partition("/")[0] in trained else place(path, array)
+        if path.partition("/")[0] in trained:
+            return None
+        return place(path, fit_positions(path, array, source.variant.vision))
 
     if source.leaves is None:
         # Shapes of a run's towers may differ from its base, whose hash was compared already.
@@ -255,7 +258,7 @@ def stored_model(source: Source) -> StoredModel:
     if source.step is None:
         return base
     changes = {"variant": source.variant, "facts": source.facts, "limits": source.limits}
-    return tuned(base, source.step / "trainable", title=str(source.step), **changes)
+    return with_positions(tuned(base, source.step / "trainable", title=str(source.step), **changes))
 
 
 def base_digest(source: Source) -> str:

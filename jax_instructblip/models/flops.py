@@ -68,7 +68,14 @@ def counted(function: Callable[..., Any], *arguments: Any) -> tuple[int, list[tu
 
 
 def analytic(
-    variant: Variant, batch: int, text: int, tokens: int, answer: int, *, samples_per_row: int = 1
+    variant: Variant,
+    batch: int,
+    text: int,
+    tokens: int,
+    answer: int,
+    *,
+    samples_per_row: int = 1,
+    trains_vision: bool = False,
 ) -> int:
     """FLOPs of one train step: ViT and language model frozen, Q-Former trained.
 
@@ -76,10 +83,10 @@ def analytic(
     targets; `samples_per_row` samples are packed into one row. Attention counts whole rows, the
     head all targets.
 
-    The ViT runs forward only; the Q-Former forward and backward, with gradients of its weights; the
-    language model forward and backward, without gradients of its weights. In the backward pass of
-    the cross-attention's keys and values only the weights' gradients count; the gradient for the
-    image norm before them is left out, under 1 % of the whole.
+    The ViT runs forward only, unless `trains_vision`; the Q-Former forward and backward, with
+    gradients of its weights; the language model forward and backward without them. Before a frozen
+    ViT, in the backward pass of the cross-attention's keys and values, only the weights' gradients
+    count. The gradient for the trained image norm before them is left out, under 1 % of the whole.
     """
     keys_values, qformer = _qformer(variant, batch, text)
     width = samples_per_row * (variant.visual_tokens + tokens)
@@ -87,7 +94,10 @@ def analytic(
     forward, attention = _language(variant.llm, rows, width, answers)
     # Forward and backward: frozen weights have no dW, so x 2; products of the attention x 3.
     llm = 2 * forward + 3 * attention
-    return _vision(variant, batch) + 3 * qformer - keys_values + llm
+    patches, vision = _vision(variant, batch)
+    if trains_vision:  # but for the gradient of the pixels
+        return 3 * vision - patches + 3 * qformer + llm
+    return vision + 3 * qformer - keys_values + llm
 
 
 def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) -> int:
@@ -100,7 +110,7 @@ def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) ->
     config, queries = variant.llm, variant.visual_tokens
     prompt = queries + tokens
     head = linear(rows, config.width, config.vocab)
-    read = _vision(variant, rows) + _qformer(variant, rows, text)[1]
+    read = _vision(variant, rows)[1] + _qformer(variant, rows, text)[1]
     if not isinstance(config, T5Config):
         weights = _decoder_weights(config)
         attention = lambda keys: config.layers * 2 * linear(rows, keys, config.width)
@@ -129,9 +139,11 @@ def linear(rows: int, *sizes: int) -> int:
     return 2 * rows * math.prod(sizes)
 
 
-def _vision(variant: Variant, rows: int) -> int:
+def _vision(variant: Variant, rows: int) -> tuple[int, int]:
+    """FLOPs of the forward pass: of the patch convolution, and of everything."""
     v = variant.vision
-    return linear(rows * (v.tokens - 1), v.patch_size**2 * 3, v.width) + v.layers * (
+    patches = linear(rows * (v.tokens - 1), v.patch_size**2 * 3, v.width)
+    return patches, patches + v.layers * (
         4 * linear(rows * v.tokens, v.width, v.width)
         + 2 * linear(rows * v.tokens, v.tokens, v.width)
         + 2 * linear(rows * v.tokens, v.width, v.mlp)

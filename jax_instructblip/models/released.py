@@ -15,6 +15,18 @@ from jax_instructblip.models.variants import (
 )
 
 _VIT_G = VisionConfig()
+CLIP_VIT_L = VisionConfig(
+    width=1024,
+    layers=23,
+    heads=16,
+    mlp=4096,
+    norm_eps=1e-5,
+    activation="quick_gelu",
+    pre_norm=True,
+    key_bias=True,
+    patch_bias=False,
+    align_corners=True,
+)
 
 
 def _instructblip(llm: LanguageConfig, vision: VisionConfig = _VIT_G, **fields: Any) -> Variant:
@@ -55,8 +67,13 @@ VARIANTS: dict[str, Variant] = {
     "instructblip-flan-t5-xxl": _instructblip(_FLAN_T5_XXL),
     "instructblip-vicuna-7b": _instructblip(_VICUNA_7B),
     "instructblip-vicuna-13b": _instructblip(_VICUNA_13B),
+    # Not released: BLIP-2's fine-tunings on questions, whose Q-Former reads them.
+    "instructblip-opt-2.7b": _instructblip(_OPT_2_7B),
+    "instructblip-opt-6.7b": _instructblip(_OPT_6_7B),
     "blip2-stage1": _blip2_stage1(),
+    "blip2-stage1-vit-l": _blip2_stage1(CLIP_VIT_L),
     "blip2-flan-t5-xl": _blip2(_FLAN_T5_XL),
+    "blip2-flan-t5-xl-vit-l": _blip2(_FLAN_T5_XL, CLIP_VIT_L),
     "blip2-flan-t5-xxl": _blip2(_FLAN_T5_XXL),
     "blip2-vicuna-7b": _blip2(_VICUNA_7B),
     "blip2-vicuna-13b": _blip2(_VICUNA_13B),

@@ -17,7 +17,10 @@ DTYPES = ("float32", "bfloat16", "float16")  # compute dtypes of a model
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the vision transformer; the defaults are EVA ViT-g/14 without its last block."""
+    """Sizes of the vision transformer; the defaults are EVA ViT-g/14 without its last block.
+
+    CLIP ViT-L/14 differs in the fields from `activation` on, too (`released.CLIP_VIT_L`).
+    """
 
     image_size: int = 224  # pixels a side
     patch_size: int = 14  # pixels a side
@@ -26,6 +29,12 @@ class VisionConfig:
     heads: int = 16
     mlp: int = 6144
     norm_eps: float = 1e-6
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    pre_norm: bool = False  # before the first block
+    key_bias: bool = False
+    patch_bias: bool = True
+    # Of the position table where it is resized to other images: the corners of both grids meet.
+    align_corners: bool = False
 
     @property
     def tokens(self) -> int:

@@ -1,8 +1,9 @@
-"""EVA ViT-g/14, the vision encoder: maps images to patch features.
+"""The vision encoder: maps images to patch features.
 
-The released network has 40 blocks. The features are the residual stream after block 39, so the last
-block, the final norm and the head are left out. The layer norm that follows is trained and
-therefore belongs to the Q-Former (`image_norm`).
+EVA ViT-g/14 and CLIP ViT-L/14 differ in fields of `VisionConfig` alone. The released networks have
+40 and 24 blocks. The features are the residual stream after block 39, or 23, so the last block, the
+final norm and the head are left out. The layer norm that follows is trained and therefore belongs
+to the Q-Former (`image_norm`).
 """
 
 from typing import Any
@@ -34,7 +35,7 @@ def normalise(images: UInt8[Array, "*B 3"] | Float[Array, "*B 3"]) -> Float[Arra
 
 
 class VisionBlock(nn.Module):
-    """A pre-norm block: attention without key bias, erf-GELU feed-forward."""
+    """A pre-norm block; the config says whether keys have a bias, and the activation."""
 
     config: VisionConfig
     dtype: Any
@@ -47,15 +48,15 @@ class VisionBlock(nn.Module):
             c.heads,
             c.width // c.heads,
             self.dtype,
-            biases=("query", "value", "out"),
+            biases=("query", *(("key",) if c.key_bias else ()), "value", "out"),
             bias_dtype=self.dtype,
             name="attention",
         )
         y = LayerNorm(c.norm_eps, name="attention_norm")(x)
         x = constrain(x + attention(y, y))
         y = LayerNorm(c.norm_eps, name="mlp_norm")(x)
-        x = x + Mlp(c.width, c.mlp, self.dtype, bias_dtype=self.dtype, name="mlp")(y)
-        return constrain(x), None
+        mlp = Mlp(c.width, c.mlp, self.dtype, c.activation, bias_dtype=self.dtype, name="mlp")
+        return constrain(x + mlp(y)), None
 
 
 class VisionTransformer(Network):
@@ -85,6 +86,7 @@ class VisionTransformer(Network):
             (c.patch_size, c.patch_size),
             strides=(c.patch_size, c.patch_size),
             padding="VALID",
+            use_bias=c.patch_bias,
             dtype=self.dtype,
             name="patch_embed",
         )(normalise(images).astype(self.dtype))
@@ -94,5 +96,7 @@ class VisionTransformer(Network):
         positions = self.param("pos_embed", small, (1, c.tokens, c.width)).astype(RESIDUAL)
         cls = jnp.broadcast_to(cls, (images.shape[0], 1, c.width))
         x = constrain(jnp.concatenate([cls, patches], axis=1) + positions)
+        if c.pre_norm:
+            x = LayerNorm(c.norm_eps, name="pre_norm")(x)
         layers = scan_layers(VisionBlock, c.layers, self.scan, call=0)(c, self.dtype, name="layers")
         return layers(x, None)[0]

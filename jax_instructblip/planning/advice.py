@@ -75,7 +75,7 @@ def _changes(job: Job, mesh: Mesh, topology: Topology) -> Iterator[tuple[str, Jo
     rows = job.batch // (sizes["data"] * sizes["fsdp"])
     if job.step == "train":
         dots, kept = "", job
-        for tower in ("llm", "qformer"):  # the larger one first
+        for tower in ("llm", *_trained_vision(job), "qformer"):  # the larger ones first
             if getattr(job.scans, tower).remat == "none":
                 dots += f" --config.model.remat.{tower}=dots"
                 kept = kept.with_remat(**{tower: "dots"})
@@ -84,6 +84,8 @@ def _changes(job: Job, mesh: Mesh, topology: Topology) -> Iterator[tuple[str, Jo
             if rows % parts == 0 and parts > job.accumulate:
                 changed = dataclasses.replace(kept, accumulate=parts)
                 yield f"--config.train.accumulate={parts}{dots}", changed, mesh
+        if _trained_vision(job) and job.scans.vision.remat != "full":
+            yield "--config.model.remat.vision=full", job.with_remat(vision="full"), mesh
         if job.scans.llm.remat != "full":
             yield "--config.model.remat.llm=full", job.with_remat(llm="full"), mesh
     for data, fsdp, tensor in meshes(job, topology):
@@ -94,6 +96,11 @@ def _changes(job: Job, mesh: Mesh, topology: Topology) -> Iterator[tuple[str, Jo
         if job.step == "train" and job.scans.llm.remat != "dots":
             what = f"--mesh {data},{fsdp},{tensor} --config.model.remat.llm=dots"
             yield what, job.with_remat(llm="dots"), other
+
+
+def _trained_vision(job: Job) -> tuple[str, ...]:
+    """Returns the vision tower's name if it is trained: a frozen one keeps nothing to recompute."""
+    return ("vision",) if "vision" in job.trainable else ()
 
 
 def _residuals(job: Job, mesh: Mesh) -> int:

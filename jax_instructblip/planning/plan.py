@@ -93,7 +93,13 @@ class Job:
         if self.step == "train":
             answer, shared = self.lengths["targets"], self.samples_per_row
             return flops.analytic(
-                self.variant, self.batch, text, tokens, answer, samples_per_row=shared
+                self.variant,
+                self.batch,
+                text,
+                tokens,
+                answer,
+                samples_per_row=shared,
+                trains_vision="vision" in self.trainable,
             )
         return flops.generation(self.variant, self.batch, text, tokens, self.new_tokens)
 

@@ -52,7 +52,8 @@ def make_report(
         "mesh": dict(chip_mesh.shape),
         "batch": job.batch,
         "lengths": dict(job.lengths),
-        "remat": {tower: getattr(job.scans, tower).remat for tower in ("qformer", "llm")},
+        "remat": {tower: getattr(job.scans, tower).remat for tower in ("vision", "qformer", "llm")},
+        "trainable": list(job.trainable),
         "accumulate": job.accumulate,
         "effort": effort,
         "memory": {
@@ -98,6 +99,8 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     work = f"{report['batch']} samples, {texts}"
     if report["step"] == "train":
         work += f"; remat of the language model: {report['remat']['llm']}"
+        if "vision" in report["trainable"]:
+            work += f", of the trained vision tower: {report['remat']['vision']}"
         work += f"; {report['accumulate']} part(s)"
     else:
         work += f"; {report['new_tokens']} new tokens"

@@ -44,6 +44,7 @@ FIELDS: dict[str, Field] = {
     "model.checkpoint": path(stored=True),
     "model.init": path(stored=True),
     "model.trainable": several(text()),
+    "model.image_size": whole(0, 4_096, unit="pixels a side; 0: as the checkpoint says"),
     "model.instruction_aware": flag(),
     "model.qformer_dropout": _DROPOUT,
     "model.llm_dropout": _DROPOUT,
@@ -91,12 +92,14 @@ FIELDS: dict[str, Field] = {
     "optimizer.b2": number(0, below=1),
     "optimizer.eps": number(above=0, at_most=1),
     "optimizer.weight_decay": number(0, 10, unit="times the learning rate"),
+    "optimizer.vision_layer_decay": number(above=0, at_most=1),
     "optimizer.clip_norm": number(0, unit="norm of the gradient; 0: not clipped"),
     "checkpoints.every": _STEPS,
     "checkpoints.keep": whole(1, unit="checkpoints"),
     "checkpoints.keep_every": whole(0, unit="steps; 0: none"),
     "validation.path": path(stored=True),
     "validation.split": text(),
+    "validation.prompt": text(),
     "validation.every": _STEPS,
     "validation.first": flag(),
     "validation.limit": whole(0, unit="questions; 0: all"),
@@ -119,7 +122,7 @@ SOURCE_FIELDS: dict[str, Field] = {
     "path": path(stored=True),
     "split": text(),
     "weight": number(0, unit="relative to the other weights; 0: by data.sampling"),
-    "templates": one_of("", *templates.TEMPLATES),
+    "templates": one_of("", *templates.TEMPLATES, templates.CAPTION_PREFIX),
 }
 
 
@@ -211,7 +214,25 @@ def _together(values: Mapping[str, Any]) -> Iterator[str]:
             "config.data.rand_augment is True, config.data.augment is False: crops alone are "
             "changed further; set config.data.augment, or leave it out"
         )
+    decay, trainable = right.get("optimizer.vision_layer_decay", 1), right.get("model.trainable")
+    if decay != 1 and trainable is not None and "vision" not in trainable:
+        yield (
+            f"config.optimizer.vision_layer_decay is {decay}, config.model.trainable is "
+            f"{trainable}: the vision tower is frozen; train it, or leave the decay at 1"
+        )
+    yield from _prompt_problems(right.get("validation.prompt", ""))
     free = [name for name in right if name.startswith("mesh.") and right[name] == -1]
     if len(free) > 1:
         names = " and ".join(f"config.{name}" for name in free)
         yield f"{names} are -1 (all devices that the others leave), which one of them may be"
+
+
+def _prompt_problems(prompt: str) -> Iterator[str]:
+    known = ", ".join(f"{{{name}}}" for name in templates.PLACEHOLDERS)
+    try:
+        unknown = sorted(templates.placeholders(prompt) - set(templates.PLACEHOLDERS))
+    except ValueError as error:
+        yield f"config.validation.prompt is {prompt!r:.60}: {error}; expected {known}"
+        return
+    if unknown:
+        yield f"config.validation.prompt has the placeholders {unknown}, expected some of {known}"

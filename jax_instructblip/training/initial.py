@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jax_instructblip import checkpoint
 from jax_instructblip.checkpoint import stored_leaf
+from jax_instructblip.conversion.positions import fit_positions, resize_note
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.loading import base_digest, read_params, read_source
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
@@ -61,7 +62,8 @@ def load_initial(
       init: a checkpoint, run or Hugging Face folder of the same sizes, or "".
       trainable: the top-level trees to train.
       fields: changes of the variant (`{"qformer.dropout": 0.0}`). With
-        `qformer.instruction_aware` False the text branch of the Q-Former is dropped.
+        `qformer.instruction_aware` False the text branch of the Q-Former is dropped;
+        with another `vision.image_size` the table of positions is resized.
       dtype: the dtype that the model will compute in; only checked here.
       frozen_dtype: the dtype of the frozen weights.
       mesh: if given, each leaf is put on the devices with the sharding of `parallel/rules.py`.
@@ -91,6 +93,7 @@ def load_initial(
         trains = path.partition("/")[0] in trainable
         if trains and init and path not in lacking:
             return None
+        array = fit_positions(path, array, variant.vision)
         floats = jnp.issubdtype(array.dtype, jnp.floating)
         dtype = array.dtype if not floats else (jnp.float32 if trains else frozen_dtype)
         return rules.place(path, array, mesh, dtype)
@@ -107,11 +110,13 @@ def load_initial(
             """Puts a trainable leaf of `init` on its devices as float32; None for other leaves."""
             if path.partition("/")[0] not in trainable:
                 return None
-            return rules.place(path, array, mesh, jnp.float32)
+            return rules.place(path, fit_positions(path, array, variant.vision), mesh, jnp.float32)
 
         own = {path: leaf for path, leaf in checkpoint.flatten(chosen).items() if path in lacking}
         chosen = partition(read_params(other, place_init, **processes), trainable)[0]
         chosen = checkpoint.unflatten({**checkpoint.flatten(chosen), **own})
+    starts = source if other is None or "vision" not in trainable else other
+    notes += filter(None, [resize_note(starts.variant.vision, variant.vision)])
     notes.append(f"{', '.join(trainable)} starts from: {init or source.folder}")
     if lacking:
         parts = ", ".join(sorted({path.split("/")[1] for path in lacking}))
@@ -137,7 +142,10 @@ def load_untuned(run: Mapping[str, Any], blip: InstructBlipPipeline) -> Instruct
         run["base"]["path"],
         init=run["config"]["model"]["init"],
         trainable=tuple(run["trainable"]),
-        fields={"qformer.instruction_aware": blip.variant.qformer.instruction_aware},
+        fields={
+            "qformer.instruction_aware": blip.variant.qformer.instruction_aware,
+            "vision.image_size": blip.variant.vision.image_size,
+        },
         frozen_dtype=blip.model.dtype,
     )
     text = TextProcessor.load(initial.folder, initial.variant)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 # Leaf names decide, not dimensions: biases stacked over layers have two. `temp`, a scalar, decays
@@ -90,6 +91,32 @@ def decays(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: names(path) in DECAYED, params)
 
 
+def rate_scales(params: Any, vision_layer_decay: float) -> Any:
+    """Returns the factor of each leaf's learning rate: a number, or [Y, 1, ...] for stacked layers.
+
+        patches, CLS, positions, the norm before the blocks     decay^(Y + 1)
+        block i of the Y blocks of the vision tower             decay^(Y - i)
+        everything else                                         1
+
+    The released code makes these groups (`lr_scale`), but its scheduler never multiplies by the
+    factor. Here it applies, as in the BLIP-2 paper.
+    """
+    if "vision" not in params:
+        return jax.tree.map(lambda leaf: 1.0, params)
+    layers = jax.tree.leaves(params["vision"]["layers"])[0].shape[0]
+    by_layer = vision_layer_decay ** np.arange(layers, 0, -1, dtype=np.float64)
+
+    def scale(path: Any, leaf: Any) -> Any:
+        names = [key.key for key in path]
+        if names[0] != "vision":
+            return 1.0
+        if "layers" not in names:
+            return vision_layer_decay ** (layers + 1)
+        return by_layer.astype(np.float32).reshape(layers, *[1] * (leaf.ndim - 1))
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
 def adamw(
     schedule: optax.Schedule,
     *,
@@ -97,9 +124,21 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.05,
+    vision_layer_decay: float = 1.0,
 ) -> optax.GradientTransformation:
     """Returns AdamW as in `torch.optim.AdamW`: decay is multiplied by the step's learning rate.
 
-    It does not clip gradients: `step.train_step` does, because it computes the norm anyway.
+    `vision_layer_decay` lowers the rate of the vision tower from its last layer to its first
+    (`rate_scales`); the state has the same form with any value. This does not clip gradients:
+    `step.train_step` does, because it computes the norm anyway.
     """
-    return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
+    plain = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
+    if vision_layer_decay == 1:
+        return plain
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = plain.update(updates, state, params)
+        scales = rate_scales(updates, vision_layer_decay)
+        return jax.tree.map(lambda leaf, scale: leaf * scale, updates, scales), state
+
+    return optax.GradientTransformation(plain.init, update)

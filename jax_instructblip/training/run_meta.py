@@ -4,6 +4,7 @@ from typing import Any
 
 from jax_instructblip import checkpoint
 from jax_instructblip.fields import dotted
+from jax_instructblip.models.variants import Variant
 
 Meta = dict[str, Any]
 
@@ -14,7 +15,7 @@ def compare_meta(folder: str, stored: Meta, wanted: Meta) -> None:
     All differences are listed; `folder` is the checkpoint's name in the message.
     """
     wrong = []
-    variant, expected = (dotted(meta["variant"]) for meta in (stored, wanted))
+    variant, expected = (_sizes(meta["variant"]) for meta in (stored, wanted))
     for name in sorted(variant.keys() | expected.keys()):
         if variant.get(name) != expected.get(name):
             wrong.append(
@@ -34,3 +35,11 @@ def compare_meta(folder: str, stored: Meta, wanted: Meta) -> None:
                 [f"{folder} does not continue this run; choose another workdir, or undo:", *wrong]
             )
         )
+
+
+def _sizes(variant: Any) -> dict[str, Any]:
+    """Returns a variant's fields by dotted name; fields added since have their defaults."""
+    try:
+        return dotted(Variant.from_dict(variant).to_dict())
+    except ValueError:
+        return dotted(variant)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from jax_instructblip import remote
 from jax_instructblip.atomic import unwritable
 from jax_instructblip.data.captions import CaptionTokenizer
-from jax_instructblip.data.datasets import DATASETS
+from jax_instructblip.data.datasets import ALL
 from jax_instructblip.data.mixture import Mixture, Source
 from jax_instructblip.data.pairs import PairBatches
 from jax_instructblip.data.records import Record
@@ -127,18 +127,24 @@ def read_scans(config: ConfigDict) -> Scans:
 
 
 def read_mixture(config: ConfigDict) -> Mixture:
-    """Opens all sources of `config.data`; raises a ValueError that lists all unusable ones."""
+    """Opens the sources of `config.data` that have a path.
+
+    Raises:
+        ValueError: some cannot be used, all of which are listed, or none has a path.
+    """
     sources, wrong = [], []
     for name, fields in sorted(config.data.sources.items()):
+        if not fields.path:
+            continue
         try:
             records, digest = open_records(fields.path, fields.split)
-            dataset = DATASETS.get(dataset_name(fields.path))
+            dataset = ALL.get(dataset_name(fields.path))
             family = dataset.family if dataset else ""
             sources.append(Source(name, records, digest, fields.weight, fields.templates, family))
         except (ValueError, OSError) as error:
             wrong.append(f"config.data.sources.{name}: {error}")
             continue
-        if dataset and not dataset.held_in and name not in config.data.allow_held_out:
+        if dataset and dataset.held_in is False and name not in config.data.allow_held_out:
             wrong.append(
                 f"config.data.sources.{name}: {dataset.name} is held out, to be evaluated without "
                 f"training on it; to train on it all the same, add {name!r} to "
@@ -217,7 +223,10 @@ def check_model(config: ConfigDict) -> None:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"config.model.{name}: {error}") from error
     base = sources["checkpoint"]
-    variant = base.variant.replace(**read_variant_fields(config))
+    try:
+        variant = base.variant.replace(**read_variant_fields(config))
+    except ValueError as error:
+        raise ValueError(f"config.model: {error}") from error
     try:
         partition(param_shapes(variant), tuple(config.model.trainable))
     except ValueError as error:
@@ -233,6 +242,8 @@ def check_model(config: ConfigDict) -> None:
 def read_variant_fields(config: ConfigDict) -> dict[str, Any]:
     """Returns the fields of the variant that `config.model` changes, by dotted name."""
     fields: dict[str, Any] = {}
+    if config.model.image_size:
+        fields["vision.image_size"] = config.model.image_size
     if not config.model.instruction_aware:
         fields["qformer.instruction_aware"] = False
     for tower in ("qformer", "llm"):
@@ -261,6 +272,7 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
         b2=settings.b2,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
+        vision_layer_decay=settings.vision_layer_decay,
     )
     return optimizer, schedule
 
@@ -307,6 +319,7 @@ def read_validation(
             max_new_tokens=settings.max_new_tokens,
             path=settings.path,
             split=settings.split,
+            prompt=settings.prompt,
             style=read_style(config),
             upright=config.data.exif,
             take_samples=take_samples,

@@ -8,6 +8,7 @@ import pytest
 
 from jax_instructblip import checkpoint
 from jax_instructblip.__main__ import main
+from jax_instructblip.conversion.positions import resize_positions
 from jax_instructblip.inference.loading import read_params, read_source
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.training.step_choice import METRIC
@@ -82,6 +83,19 @@ def test_a_merged_run_answers_within_its_limits_and_is_a_base_again(base, tmp_pa
     assert (tuned["step"], tuned["base_sha256"]) == (4, checkpoint.manifest_digest(base))
     again = write_run(tmp_path / "again", tmp_path / "out")
     np.testing.assert_array_equal(queries(again), queries(base) + np.float32(4) + np.float32(4))
+
+
+def test_a_run_on_images_of_another_size_has_resized_positions(base, tmp_path):
+    run = write_run(tmp_path / "run", base, **{"vision.image_size": 42})
+    before = dict(checkpoint.read_leaves(base))["vision/pos_embed"]
+    after = resize_positions(before, 3)
+    for verb in ("merge", "export"):
+        assert main([verb, str(run), "--out", str(tmp_path / verb)]) == 0
+    for folder in (run, tmp_path / "merge", tmp_path / "export"):
+        source = read_source(folder)
+        assert source.variant.vision.image_size == 42
+        params = read_params(source, lambda path, leaf: leaf)
+        np.testing.assert_array_equal(params["vision"]["pos_embed"], after)
 
 
 def test_an_export_says_what_transformers_does_otherwise(base, tmp_path, capsys):

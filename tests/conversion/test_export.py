@@ -202,6 +202,14 @@ def test_q_former_without_text_is_refused(tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+def test_an_image_tower_that_the_format_has_no_keys_for_is_refused(tmp_path):
+    fields = {"vision.pre_norm": True, "vision.activation": "quick_gelu"}
+    random_checkpoint(tmp_path / "ours", "tiny-t5", **fields)
+    with pytest.raises(ValueError, match="image tower is CLIP ViT-L"):
+        export_hf(tmp_path / "ours", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
 def test_damaged_checkpoint_leaves_no_export(tmp_path):
     ours = tmp_path / "ours"
     random_checkpoint(ours, "tiny-t5")

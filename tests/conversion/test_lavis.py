@@ -1,6 +1,8 @@
 """Original checkpoints (`.pth`): read as tensors alone, under the names of the original."""
 
+import dataclasses
 import os
+import re
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +14,7 @@ from tests.helpers import golden_blip2
 from tests.helpers.golden import GOLDEN
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
+from tests.helpers import clip  # noqa: E402
 
 SAVED = lambda case: GOLDEN / case / "weights.pth"
 IMAGE_TOWER = "visual_encoder."
@@ -153,3 +156,56 @@ def test_damaged_and_absent_files(tmp_path):
         lavis.open_lavis(tmp_path / "no.pth")
     with pytest.raises(OSError, match="folder"):
         lavis.open_lavis(tmp_path)
+
+
+@pytest.fixture
+def with_clip(original):
+    """A first stage behind CLIP's tower: its variant, all tensors behind EVA's, CLIP's."""
+    variant, whole = golden_blip2.variant(), original(golden_blip2.CASE)
+    variant = dataclasses.replace(variant, vision=clip.SIZES)
+    return variant, whole, clip.openai_tensors(clip.theirs())
+
+
+def trimmed(whole):
+    return {name: whole[name] for name in whole if not name.startswith(IMAGE_TOWER)}
+
+
+def test_a_model_behind_clip(with_clip, tmp_path):
+    variant, whole, tower = with_clip
+    files = [save(tmp_path / "trimmed.pth", {"model": trimmed(whole)})]
+    with pytest.raises(ConversionError, match="saved without its frozen towers") as error:
+        lavis.convert_lavis(lavis.read_files(files), variant, "trimmed.pth")
+    assert "give clip_vit_L.pth, too" in error.value.failures[0]
+    plan = lavis.convert_lavis(
+        lavis.read_files([*files, save(tmp_path / "clip_vit_L.pth", tower)]), variant, "two files"
+    )
+    leaves = dict(plan)
+    dropped = [name for name in plan.dropped if name.startswith(IMAGE_TOWER)]
+    assert len(dropped) == 12 + 3  # the last block, and what follows it
+    np.testing.assert_array_equal(leaves["vision/cls"][0, 0], tower["class_embedding"])
+    np.testing.assert_array_equal(leaves["vision/pos_embed"][0], tower["positional_embedding"])
+    bias = tower["transformer.resblocks.2.attn.in_proj_bias"].numpy().reshape(3, 4, 12)
+    for part, name in enumerate(("query", "key", "value")):
+        found = leaves[f"vision/layers/attention/{name}/bias"][2]
+        np.testing.assert_array_equal(found, bias[part])
+
+
+def test_the_other_image_tower_is_refused(with_clip, tmp_path):
+    behind_clip, whole, tower = with_clip
+    behind_eva, rest = golden_blip2.variant(), trimmed(whole)
+    eva_file = lavis.open_lavis(save(tmp_path / "whole.pth", {"model": whole}))
+    clip_file = lavis.read_files(
+        [save(tmp_path / "a.pth", {"model": rest}), save(tmp_path / "b.pth", tower)]
+    )
+    for variant, tensors, ours, other in (
+        (behind_eva, clip_file, "ViT-g", r"ViT-L .*as clip_vit_L\.pth"),
+        (behind_clip, eva_file, "ViT-L", r"ViT-g .*as eva_vit_g\.pth"),
+    ):
+        with pytest.raises(ConversionError, match=f"image tower is {ours}") as error:
+            lavis.convert_lavis(tensors, variant, "a.pth")
+        assert re.search(other, error.value.failures[0])
+    rest["ln_vision.weight"] = torch.ones(50)
+    narrow = lavis.open_lavis(save(tmp_path / "trimmed.pth", {"model": rest}))
+    with pytest.raises(ConversionError, match="image tower is ViT-g of width 48") as error:
+        lavis.convert_lavis(narrow, behind_eva, "trimmed.pth")
+    assert "ln_vision.weight is of features of width 50" in error.value.failures[0]

@@ -36,6 +36,21 @@ def test_templates_dress_the_prompt():
     assert all("red" in prompt for prompt in prompts)
 
 
+def test_a_caption_is_split_from_its_first_word_to_its_middle():
+    caption = "a red thing on green grass near"  # seven words
+    record = Record("a", (RED,), "", (caption,))
+    seen = collections.Counter()
+    for seed in range(300):
+        prompt, answer = instruct(record, "caption_prefix", np.random.default_rng(seed))
+        assert f"{prompt} {answer}" == caption
+        seen[len(prompt.split())] += 1
+    assert set(seen) == {1, 2, 3} and min(seen.values()) > 60
+    rng = np.random.default_rng(0)
+    assert instruct(Record("b", (RED,), "", ("red",)), "caption_prefix", rng) == ("", "red")
+    pair = Record("c", (RED,), "", ("red  grass",))
+    assert instruct(pair, "caption_prefix", rng) == ("red", "grass")
+
+
 STYLE, PLAIN = templates.TextStyle("lavis", "q_a"), templates.PAPER
 
 
@@ -44,6 +59,8 @@ STYLE, PLAIN = templates.TextStyle("lavis", "q_a"), templates.PAPER
     [
         ("question", "what is it, on the stop sign?", "A Dog (Brown)!"),
         ("caption", None, "a dog brown"),
+        ("blip2_caption", "a photo of", "a dog brown"),
+        ("blip2_question", "Question: what is it, on the stop sign? Answer:", "A Dog (Brown)!"),
         ("question_generation", "A Dog (Brown)!", "what is it, on the stop sign?"),
         ("", 'What is it, on the "STOP" sign?', "A Dog (Brown)!"),
     ],

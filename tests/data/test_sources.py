@@ -1,10 +1,12 @@
 import json
 
+import fsspec
 import pytest
 from PIL import Image
 
 from jax_instructblip.data.records import RecordError
 from jax_instructblip.data.sources import open_records
+from tests.helpers.tars import write_shards
 
 
 def write(folder, *splits):
@@ -43,3 +45,13 @@ def test_the_digest_is_of_content_and_split(tmp_path):
 def test_what_is_no_source_says_what_is():
     with pytest.raises(ValueError, match=r"no records at 'shape': .*\.jsonl.* shapes"):
         open_records("shape", "train")
+
+
+def test_tars_in_a_store_are_copied(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_INSTRUCTBLIP_STORES", str(tmp_path / "copies"))
+    folder = write_shards(tmp_path / "tars", (2, 1))
+    fsspec.filesystem("memory").put(str(folder), "/pairs/cc3m", recursive=True)
+    records, digest = open_records("memory://pairs/cc3m", "train")
+    assert digest == open_records(folder, "train")[1]
+    images = [record.images[0] for record in records]
+    assert len(images) == 3 and all(str(tmp_path / "copies") in image.path for image in images)

@@ -36,12 +36,12 @@ def prepared(tmp_path_factory):
     return folder / "data"
 
 
-def evaluate(base, path, split):
+def evaluate(base, path, split, **settings):
     blip = load(base)
     records, _ = open_records(path, split)
     model = {"model": blip.model, "params": blip.params, "text": blip.text}
     return validation.evaluate(
-        **model, records=records, limit=LIMIT, batch_size=8, path=str(path), split=split
+        **model, records=records, limit=LIMIT, batch_size=8, path=str(path), split=split, **settings
     )
 
 
@@ -77,8 +77,9 @@ def test_a_prepared_dataset_is_measured_by_its_own_metric(files, prepared, monke
             ]
         )
         asked.append((task.name, task.split, len(questions.units), size))
+        prompts.append(task.protocol.prompt)
 
-    path, asked = prepared / "iconqa", []
+    path, asked, prompts = prepared / "iconqa", [], []
     task = open_task(BENCHMARKS["iconqa"], path, "llama", limit=LIMIT)
     chosen = [task.without_images(number) for number in range(LIMIT)]
     monkeypatch.setattr(answering, "answer", best)
@@ -86,6 +87,8 @@ def test_a_prepared_dataset_is_measured_by_its_own_metric(files, prepared, monke
     right = [each.correct == number % 2 for number, each in enumerate(chosen)]
     assert found == dict.fromkeys(("accuracy", "score"), sum(right) / LIMIT)
     assert asked == [("iconqa", "test", 1, 8)]
+    assert evaluate(files[0], path, "test", prompt="Q: {question}") == found
+    assert prompts == [BENCHMARKS["iconqa"].prompt, "Q: {question}"]
 
 
 def test_what_no_metric_belongs_to_does_not_validate(files, prepared, tmp_path):

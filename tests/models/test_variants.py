@@ -32,6 +32,20 @@ def test_released_variants_have_the_published_sizes(name):
         assert path[-1].key in LEAF_NAMES
 
 
+def test_clip_vit_l_as_released():
+    """Its 23 of 24 blocks, with a norm before them and none behind."""
+    shapes = param_shapes(get_variant("blip2-stage1-vit-l"))
+    block = 4 * 1024**2 + 4 * 1024 + 2 * 4096 * 1024 + 4096 + 1024 + 4 * 1024
+    outside = 1024 + 257 * 1024 + 3 * 14 * 14 * 1024 + 2 * 1024
+    assert count(shapes["vision"]) == 23 * block + outside == 290_581_504
+    cross = shapes["qformer"]["layers"]["cross"]["cross_attention"]
+    assert cross["key"]["kernel"].shape == (6, 1024, 12, 64)
+    assert "bias" in shapes["vision"]["layers"]["attention"]["key"]
+    assert "bias" not in shapes["vision"]["patch_embed"]
+    second = param_shapes(get_variant("blip2-flan-t5-xl-vit-l"))
+    assert count(second["vision"]) == 290_581_504
+
+
 @pytest.mark.parametrize("kind", ["t5", "vicuna", "opt"])
 def test_layers_are_stacked_on_axis_0(kind):
     variant = get_variant(f"tiny-{kind}")

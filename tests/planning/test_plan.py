@@ -144,6 +144,16 @@ def test_the_smallest_change_that_would_do(refused):
     assert change(0.0) is None
 
 
+def test_a_trained_vision_tower_is_computed_again_first():
+    """Frozen it has no backward pass, and nothing is proposed for it."""
+    job, mesh = job_of(tiny_variant("llama")), make_mesh(1, 1, 1, jax.devices()[:1])
+    changes = lambda job: [what for what, _, _ in advice._changes(job, mesh, _chip(1e9))]
+    assert not any("remat.vision" in what for what in changes(job))
+    trained = changes(dataclasses.replace(job, trainable=("vision", "qformer")))
+    assert trained[1] == "--config.model.remat.llm=dots --config.model.remat.vision=dots"
+    assert "--config.model.remat.vision=full" in trained
+
+
 def test_a_sweep_begins_with_what_may_fit(refused):
     job, _, report = refused
     feasible = lambda share: advice.feasible_meshes(

@@ -32,6 +32,20 @@ def flat(tree, prefix=""):
             yield prefix + name, value
 
 
+def test_a_rate_by_layers_of_a_frozen_tower_is_refused():
+    fields = {"optimizer.vision_layer_decay": 0.95}
+    with pytest.raises(ValueError, match="vision_layer_decay is 0.95, .*the vision tower is froz"):
+        check_config(changed(fields))
+    check_config(changed({**fields, "model.trainable": ("vision", "qformer")}))
+
+
+@pytest.mark.parametrize("prompt", ["{querstion}?", "{question"])
+def test_a_prompt_of_validation_has_known_placeholders(prompt):
+    with pytest.raises(ValueError, match="config.validation.prompt .*{question}, {answer}"):
+        check_config(changed({"validation.prompt": prompt}))
+    check_config(changed({"validation.prompt": "Question: {question} Answer:"}))
+
+
 def test_every_field_of_the_common_config_has_a_row():
     names = {name for name, _ in flat(common.get_config().to_dict())} - {"data.sources"}
     assert names == set(FIELDS)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip import checkpoint
+from jax_instructblip.conversion.positions import resize_positions
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.training.initial import _fit, load_initial
 from tests.helpers.tiny import write_base
@@ -120,3 +121,25 @@ def test_fields_change_the_variant(base):
 def test_an_unknown_part_names_the_nearest(base):
     with pytest.raises(ValueError, match="did you mean 'qformer'"):
         load_initial(base, trainable=("qformr",))
+
+
+@pytest.mark.parametrize("trainable", [("qformer",), ("vision", "qformer")])
+def test_images_of_another_size_resize_the_positions_alone(base, trainable):
+    fields = {"vision.image_size": 70}
+    initial = load_initial(
+        base, fields=fields, trainable=trainable, init=base, frozen_dtype=jnp.float32
+    )
+    found = checkpoint.flatten({**initial.frozen, **initial.trainable})
+    ours = checkpoint.flatten(checkpoint.read_tree(base))
+    resized = resize_positions(ours.pop("vision/pos_embed"), 5)
+    np.testing.assert_array_equal(found.pop("vision/pos_embed"), resized)
+    for path, leaf in ours.items():
+        np.testing.assert_array_equal(found[path], leaf, err_msg=path)
+    assert initial.variant.vision.tokens == 26
+    (note,) = [each for each in initial.notes if "pos_embed" in each]
+    assert "images of 70 pixels a side, the base is of 28" in note
+
+
+def test_images_that_no_patches_fill_are_refused(base):
+    with pytest.raises(ValueError, match="image_size 71 is no multiple of patch_size 14"):
+        load_initial(base, fields={"vision.image_size": 71})

@@ -1,12 +1,24 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from jax_instructblip import checkpoint
+from jax_instructblip.conversion.engine import Rule
+from jax_instructblip.conversion.lavis import lavis_entries
 from jax_instructblip.models.released import get_variant
 from jax_instructblip.models.vlm import param_shapes
-from jax_instructblip.training.optimizer import adamw, decays, staircase_cosine, warmup_cosine
+from jax_instructblip.training.optimizer import (
+    adamw,
+    decays,
+    rate_scales,
+    staircase_cosine,
+    warmup_cosine,
+)
+from tests.helpers import golden, golden_blip2
 
 PAPER = dict(start=1e-8, peak=1e-5, end=0.0, warmup_steps=1_000, total_steps=60_000)
 
@@ -116,3 +128,66 @@ def test_equals_torch():
         np.testing.assert_allclose(
             params[name], parameter.detach().numpy(), atol=1e-6, err_msg=name
         )
+
+
+def test_the_groups_of_the_released_code(shared):
+    """Its file lists `lr_scale` and weight decay of every tensor of a first stage, decay 0.9."""
+    case = golden_blip2.CASE
+    listed = json.loads((golden.GOLDEN / case / "optimizer_groups.json").read_text())
+    groups = listed["weight_decay_0.05_lr_scale_0.9_unfrozen_vit"]
+    expected = {
+        name: (group["lr_scale"], group["weight_decay"] > 0)
+        for group in groups
+        for name in group["params"]
+    }
+    variant = golden_blip2.variant(case)
+    shapes = param_shapes(variant)
+    scales = checkpoint.flatten(rate_scales(shapes, 0.9))
+    decayed = checkpoint.flatten(decays(shapes))
+    compared = 0
+    for rule in (each for each in lavis_entries(variant) if isinstance(each, Rule)):
+        for layer, key in enumerate(rule.keys):
+            if key in expected:
+                scale = scales[rule.target]
+                found = scale[layer] if np.ndim(scale) else scale
+                assert np.squeeze(found) == pytest.approx(expected[key][0], rel=1e-6), key
+                assert decayed[rule.target] == expected[key][1], key
+                compared += 1
+    assert compared > 150
+
+
+def test_rates_of_stacked_layers():
+    """Adam's first update is the rate itself, whatever the gradient: the ratios are seen in it."""
+    decay, layers = 0.8, 3
+    random = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+    params = {
+        "vision": {
+            "cls": draw(1, 1, 4),
+            "pos_embed": draw(1, 5, 4),
+            "patch_embed": {"kernel": draw(2, 2, 3, 4), "bias": draw(4)},
+            "layers": {"mlp": {"in": {"kernel": draw(layers, 4, 6), "bias": draw(layers, 6)}}},
+        },
+        "qformer": {"layers": {"kernel": draw(2, 3, 3)}, "queries": draw(1, 2, 3)},
+    }
+    gradient = jax.tree.map(lambda leaf: jnp.sign(leaf) * (0.1 + jnp.abs(leaf)), params)
+    for weight_decay in (0.0, 0.1):
+        updates = {}
+        for rate in (1.0, decay):
+            optimizer = adamw(
+                lambda _: 1e-2, weight_decay=weight_decay, vision_layer_decay=rate, eps=1e-12
+            )
+            state = optimizer.init(params)
+            updates[rate], after = jax.jit(optimizer.update)(gradient, state, params)
+            assert jax.tree.structure(after) == jax.tree.structure(state)
+        ratio = jax.tree.map(lambda a, b: np.asarray(a / b), updates[decay], updates[1.0])
+        for layer in range(layers):
+            for leaf in jax.tree.leaves(ratio["vision"]["layers"]):
+                np.testing.assert_allclose(leaf[layer], decay ** (layers - layer), rtol=1e-5)
+        for name in ("cls", "pos_embed", "patch_embed"):
+            for leaf in jax.tree.leaves(ratio["vision"][name]):
+                np.testing.assert_allclose(leaf, decay ** (layers + 1), rtol=1e-5)
+        for leaf in jax.tree.leaves(ratio["qformer"]):
+            np.testing.assert_array_equal(leaf, 1.0)
+    plain = jax.tree.leaves(updates[1.0]["vision"]["layers"])
+    assert all((np.abs(leaf) > 5e-3).all() for leaf in plain)

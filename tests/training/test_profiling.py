@@ -45,15 +45,24 @@ def objective(variant, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize(
-    "name", ["instructblip-flan-t5-xl", "instructblip-vicuna-13b", "blip2-opt-6.7b"]
+    ("name", "parts", "side"),
+    [
+        ("instructblip-flan-t5-xl", ("qformer",), 224),
+        ("instructblip-vicuna-13b", ("qformer",), 224),
+        ("blip2-opt-6.7b", ("qformer",), 224),
+        ("blip2-opt-2.7b", ("vision", "qformer"), 364),
+        ("blip2-flan-t5-xl-vit-l", ("vision", "qformer"), 224),
+    ],
 )
-def test_the_products_of_a_full_size_step_are_the_analytic_ones(name):
-    variant, rows, text = get_variant(name), 2, 16
+def test_the_products_of_a_full_size_step_are_the_analytic_ones(name, parts, side):
+    variant, rows, text = get_variant(name).replace(**{"vision.image_size": side}), 2, 16
     batch = example_batch(variant, batch=rows, text=text, answer=text)
-    trainable, frozen = partition(param_shapes(variant), ("qformer",))
+    trainable, frozen = partition(param_shapes(variant), parts)
     use = profiling.Utilisation(objective(variant, jnp.bfloat16), 1e12)
     done = use.of_step(trainable, frozen, batch)
-    assert done == pytest.approx(flops.analytic(variant, rows, *[text] * 3), rel=0.01)
+    trains = "vision" in parts
+    expected = flops.analytic(variant, rows, *[text] * 3, trains_vision=trains)
+    assert done == pytest.approx(expected, rel=0.01)
     # In two seconds, on as many devices as there are.
     found = use.metrics(done, 2.0)
     share = done / 2 / (1e12 * jax.device_count())

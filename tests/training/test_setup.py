@@ -45,6 +45,16 @@ def test_a_prepared_folder_is_a_source(prepared):
     assert mixture.record(0)[1].task == "toy"
 
 
+def test_sources_without_a_path_are_left_out(prepared):
+    config = configure(prepared("vqav2"))
+    with config.unlocked():
+        config.data.sources.other = common.source("")
+    assert [source.name for source in read_mixture(config).sources] == ["mine"]
+    config.data.sources.mine.path = ""
+    with pytest.raises(ValueError, match="expected at least one"):
+        read_mixture(config)
+
+
 def test_held_out_datasets_are_not_trained_on_unless_named(prepared):
     path = prepared("gqa")
     with pytest.raises(ValueError, match="gqa is held out.*add .mine. to config.data.allow"):

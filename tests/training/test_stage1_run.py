@@ -5,6 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import jax_instructblip
 from configs import common
@@ -116,6 +117,31 @@ def test_a_run_loads_as_a_retriever_and_frozen_weights_are_the_bases(files, run)
     first, tuned = leaves(folder / "base"), leaves(run)
     moved = {name.partition("/")[0] for name in first if (first[name] != tuned[name]).any()}
     assert moved == set(PARTS)
+
+
+def test_fine_tuning_for_retrieval_trains_the_tower_on_larger_images(files, run, tmp_path):
+    """From a first stage; captions of one image are right for it, all of them."""
+    folder, _, _ = files
+    fields = {
+        "model.init": str(run),
+        "model.image_size": 42,
+        "model.trainable": ("vision", *PARTS),
+        "model.remat.vision": "full",
+        "train.steps": 1,
+        "train.pairs_by_image": True,
+        "optimizer.vision_layer_decay": 0.5,
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.warmup_steps": 0,
+    }
+    tuned = leaves(loop.run(config(files, tmp_path / "run", **fields)))
+    before = leaves(run)
+    moved = {name: np.abs(tuned[name] - before[name]) for name in before if "pos" not in name}
+    median = lambda name: np.median(moved[name], axis=tuple(range(1, moved[name].ndim)))
+    np.testing.assert_allclose(median("vision/layers/mlp/out/kernel"), [0.25e-3, 0.5e-3], rtol=0.05)
+    assert np.median(moved["heads/match/kernel"]) == pytest.approx(1e-3, rel=0.05)
+    assert tuned["vision/pos_embed"].shape[1] == 10
+    images = [Image.new("RGB", (30, 30), (200, 30, 30))] * 2
+    assert jax_instructblip.load(tmp_path / "run").itc(images, ["red"]).shape == (2, 1)
 
 
 def test_instruction_tuning_starts_from_it(files, run):

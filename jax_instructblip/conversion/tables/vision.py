@@ -1,13 +1,21 @@
-"""Conversion table of the vision tower: tensors of `vision_model.`, parameters of `vision/`."""
+"""Conversion tables of the vision tower: tensors of a file, parameters of `vision/`.
+
+`rules` has Hugging Face's names of EVA ViT-g (`vision_model.`), `openai_rules` those of CLIP ViT-L
+in OpenAI's file, below `visual_encoder.` as LAVIS has it.
+"""
+
+from collections.abc import Callable, Mapping
 
 from jax_instructblip.conversion.engine import Entry, Rule, Zeros
 from jax_instructblip.conversion.transforms import (
+    Transform,
     attention_bias,
     attention_in,
     attention_out,
     identity,
     linear,
     patches,
+    with_axes,
 )
 from jax_instructblip.models.variants import VisionConfig
 
@@ -15,6 +23,31 @@ NO_KEY_BIAS = (
     "the ViT was trained without a key bias, so this network has none; a folder whose key bias was "
     "trained cannot be held"
 )
+PARTS = ("query", "key", "value")  # of one tensor, in this order
+_BLOCK = {  # of Hugging Face
+    "attention/out/kernel": "self_attn.projection.weight",
+    "attention/out/bias": "self_attn.projection.bias",
+    "attention_norm/scale": "layer_norm1.weight",
+    "attention_norm/bias": "layer_norm1.bias",
+    "mlp_norm/scale": "layer_norm2.weight",
+    "mlp_norm/bias": "layer_norm2.bias",
+    "mlp/in/kernel": "mlp.fc1.weight",
+    "mlp/in/bias": "mlp.fc1.bias",
+    "mlp/out/kernel": "mlp.fc2.weight",
+    "mlp/out/bias": "mlp.fc2.bias",
+}
+_OPENAI_BLOCK = {
+    "attention/out/kernel": "attn.out_proj.weight",
+    "attention/out/bias": "attn.out_proj.bias",
+    "attention_norm/scale": "ln_1.weight",
+    "attention_norm/bias": "ln_1.bias",
+    "mlp_norm/scale": "ln_2.weight",
+    "mlp_norm/bias": "ln_2.bias",
+    "mlp/in/kernel": "mlp.c_fc.weight",
+    "mlp/in/bias": "mlp.c_fc.bias",
+    "mlp/out/kernel": "mlp.c_proj.weight",
+    "mlp/out/bias": "mlp.c_proj.bias",
+}
 
 
 def rules(config: VisionConfig) -> list[Entry]:
@@ -26,36 +59,61 @@ def rules(config: VisionConfig) -> list[Entry]:
         Rule(source + "patch_embedding.weight", target + "patch_embed/kernel", patches),
         Rule(source + "patch_embedding.bias", target + "patch_embed/bias", identity),
     ]
-    source, target = "vision_model.encoder.layers.{i}.", "vision/layers/"
-    layers, heads = range(config.layers), config.heads
-    attention = target + "attention/"
-    for part, name in enumerate(("query", "key", "value")):
-        entries.append(
-            Rule(
-                source + "self_attn.qkv.weight",
-                f"{attention}{name}/kernel",
-                attention_in(heads),
-                layers,
-                (part, 3),
-            )
-        )
+    source = "vision_model.encoder.layers.{i}."
     bias = source + "self_attn.qkv.bias"
-    entries += [
-        Rule(bias, attention + "query/bias", attention_bias(heads), layers, (0, 3)),
-        Zeros(bias, NO_KEY_BIAS, (1, 3), layers),
-        Rule(bias, attention + "value/bias", attention_bias(heads), layers, (2, 3)),
+    entries += _parts(config, source + "self_attn.qkv.weight", "kernel", attention_in)
+    entries += _parts(config, bias, "bias", attention_bias, without="key")
+    entries.append(Zeros(bias, NO_KEY_BIAS, (1, 3), range(config.layers)))
+    return entries + _block(config, source, _BLOCK)
+
+
+def openai_rules(config: VisionConfig) -> list[Entry]:
+    """Returns the rules for CLIP's tower, without the last block and what follows it."""
+    source, target = "visual_encoder.", "vision/"
+    entries: list[Entry] = [
+        Rule(source + "class_embedding", target + "cls", with_axes(2)),
+        Rule(source + "positional_embedding", target + "pos_embed", with_axes(1)),
+        Rule(source + "conv1.weight", target + "patch_embed/kernel", patches),
+        Rule(source + "ln_pre.weight", target + "pre_norm/scale", identity),
+        Rule(source + "ln_pre.bias", target + "pre_norm/bias", identity),
     ]
-    for theirs, ours, transform in (
-        ("self_attn.projection.weight", "attention/out/kernel", attention_out(heads)),
-        ("self_attn.projection.bias", "attention/out/bias", identity),
-        ("layer_norm1.weight", "attention_norm/scale", identity),
-        ("layer_norm1.bias", "attention_norm/bias", identity),
-        ("layer_norm2.weight", "mlp_norm/scale", identity),
-        ("layer_norm2.bias", "mlp_norm/bias", identity),
-        ("mlp.fc1.weight", "mlp/in/kernel", linear),
-        ("mlp.fc1.bias", "mlp/in/bias", identity),
-        ("mlp.fc2.weight", "mlp/out/kernel", linear),
-        ("mlp.fc2.bias", "mlp/out/bias", identity),
-    ):
-        entries.append(Rule(source + theirs, target + ours, transform, layers))
-    return entries
+    source += "transformer.resblocks.{i}."
+    entries += _parts(config, source + "attn.in_proj_weight", "kernel", attention_in)
+    entries += _parts(config, source + "attn.in_proj_bias", "bias", attention_bias)
+    return entries + _block(config, source, _OPENAI_BLOCK)
+
+
+def _parts(
+    config: VisionConfig,
+    source: str,
+    leaf: str,
+    transform: Callable[[int], Transform],
+    without: str = "",
+) -> list[Entry]:
+    """Returns the rules for a tensor that holds query, key and value one after another."""
+    return [
+        Rule(
+            source,
+            f"vision/layers/attention/{name}/{leaf}",
+            transform(config.heads),
+            range(config.layers),
+            (part, len(PARTS)),
+        )
+        for part, name in enumerate(PARTS)
+        if name != without
+    ]
+
+
+def _block(config: VisionConfig, source: str, names: Mapping[str, str]) -> list[Entry]:
+    """Returns the rules for the other tensors of a layer; `names` maps our leaf to their tensor."""
+    transforms = {"attention/out/kernel": attention_out(config.heads)}
+    transforms |= {"mlp/in/kernel": linear, "mlp/out/kernel": linear}
+    return [
+        Rule(
+            source + theirs,
+            f"vision/layers/{ours}",
+            transforms.get(ours, identity),
+            range(config.layers),
+        )
+        for ours, theirs in names.items()
+    ]

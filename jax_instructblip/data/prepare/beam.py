@@ -19,8 +19,9 @@ import tensorflow_datasets as tfds
 
 from jax_instructblip.data.images import ImageError
 from jax_instructblip.data.prepare import builder, shards
+from jax_instructblip.data.prepare.pictures import with_content
 from jax_instructblip.data.readers.dataset import Dataset
-from jax_instructblip.data.records import Record
+from jax_instructblip.data.records import Record, RecordError
 from jax_instructblip.data.video import VideoError
 
 GROUP = 1000  # records whose pictures share a digest in the report
@@ -113,7 +114,7 @@ def prepare_with_beam(
             if counts["left_out_count"] > max_missing * split.records:
                 raise shards.PrepareError(
                     f"{dataset.name} {split.name}: {counts['left_out_count']} of {split.records} "
-                    f"records have no usable image, more than {max_missing:.1%}; complete the "
+                    f"records cannot be used, more than {max_missing:.1%}; complete the "
                     "images, or raise --max_missing (without Beam the report names them)"
                 )
             report["splits"][split.name] = counts
@@ -128,8 +129,8 @@ def prepare_with_beam(
 def _rows(number: int, record: Record, *, frames: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (number, row of the builder) of a record, or nothing if its images cannot be used."""
     try:
-        usable = shards.with_frames(record, frames) if frames else shards.with_pixels(record)
-    except (ImageError, VideoError):
+        usable = with_content(record, frames)
+    except (RecordError, ImageError, VideoError):
         return
     yield number, builder.record_row(usable)
 

@@ -11,7 +11,6 @@ whose images `data/images.py` decodes.
 
 import contextlib
 import dataclasses
-import fcntl
 import io
 import itertools
 import logging
@@ -25,6 +24,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
+from jax_instructblip.atomic import locked
 from jax_instructblip.data.records import Record, RecordError
 
 BUILDER = "jax_instructblip_records"  # TFDS names the folder by the builder's class
@@ -251,14 +251,6 @@ def _file(image: Any) -> Any:
     image.save(buffer, "PNG")
     buffer.seek(0)
     return buffer
-
-
-@contextlib.contextmanager
-def locked(path: pathlib.Path) -> Iterator[None]:
-    """Lets one process at a time run the body; the lock (on a file) ends with a killed process."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from typing import Any
 
 from jax_instructblip.data.readers.annotations import AnnotationError
 from jax_instructblip.data.readers.dataset import Dataset
-from jax_instructblip.data.records import Record
+from jax_instructblip.data.records import ImageSource, Record
+from jax_instructblip.files import FileSlice
 from jax_instructblip.progress import Progress
 
 SAMPLED = 16  # pictures of a shard that are hashed; of the others only the size is
@@ -80,10 +81,7 @@ def survey(dataset: Dataset, raw: pathlib.Path, name: str, group: int) -> Split:
     chunk: list[Record] = []
     with Progress(dataset.counts.get(name), f"reading {dataset.name} {name}", "records") as line:
         for record in dataset.read(raw, name):
-            images = tuple(
-                os.path.relpath(image, raw) if isinstance(image, str) else str(image)
-                for image in record.images
-            )
+            images = tuple(_below(raw, image) for image in record.images)
             digest.update(repr(dataclasses.replace(record, images=images)).encode())
             count += 1
             chunk.append(record)
@@ -96,6 +94,13 @@ def survey(dataset: Dataset, raw: pathlib.Path, name: str, group: int) -> Split:
     if chunk:
         pictures.append(pictures_digest(chunk))
     return Split(name, count, digest.hexdigest(), group, tuple(pictures))
+
+
+def _below(raw: pathlib.Path, image: ImageSource) -> ImageSource:
+    """Returns the image with its path relative to `raw`; an image without a path as text."""
+    if isinstance(image, FileSlice):
+        return dataclasses.replace(image, path=os.path.relpath(image.path, raw))
+    return os.path.relpath(image, raw) if isinstance(image, str) else str(image)
 
 
 def pictures_digest(records: Sequence[Record]) -> str:
@@ -115,9 +120,12 @@ def pictures_digest(records: Sequence[Record]) -> str:
 def _picture(image: Any, content: bool) -> bytes:
     if isinstance(image, bytes):
         return hashlib.sha256(image).digest()
-    if not isinstance(image, str):
+    if not isinstance(image, str | FileSlice):
         return b"drawn"
     try:
+        if isinstance(image, FileSlice):
+            part = image.read()[:SAMPLED_BYTES] if content else b""
+            return f"{image.size};".encode() + hashlib.sha256(part).digest()
         size = os.stat(image).st_size
         if not content or not os.path.isfile(image):  # a pipe would block
             return f"{size};".encode()
@@ -145,7 +153,7 @@ def refuse_other(
       names: the splits that are asked for.
       read: surveys of splits in RAW; empty where RAW no longer exists.
       options: options that change what is stored, by the names of their flags.
-      max_missing: the fraction of a split's records that may lack a usable image.
+      max_missing: the fraction of a split's records that may lack a usable image or text.
       candidates: the shared candidates (answers that every record is ranked over) of the folder,
         and those of RAW.
     """

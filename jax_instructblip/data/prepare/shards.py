@@ -12,7 +12,6 @@ Records with a missing or damaged image are left out, counted and listed in the 
 
 import collections
 import concurrent.futures
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -25,8 +24,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, file_adapters, naming
 
 from jax_instructblip import processes
-from jax_instructblip.atomic import unwritable, write_file
-from jax_instructblip.data.images import ImageError, decode
+from jax_instructblip.atomic import locked, unwritable, write_file
+from jax_instructblip.data.images import ImageError
 from jax_instructblip.data.prepare import builder
 from jax_instructblip.data.prepare.identity import (
     PrepareError,
@@ -37,11 +36,12 @@ from jax_instructblip.data.prepare.identity import (
     refuse_other_draft,
     survey,
 )
+from jax_instructblip.data.prepare.pictures import with_content
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record, RecordError
-from jax_instructblip.data.video import VideoError, encode_frames
+from jax_instructblip.data.video import VideoError
 from jax_instructblip.fields import find_problems, mapping, text
-from jax_instructblip.files import ANNOTATION_LIMIT, read_json, require_file
+from jax_instructblip.files import ANNOTATION_LIMIT, read_json
 from jax_instructblip.progress import Progress
 
 VERSION = "1.1.0"  # of the stored layout; raise it with each change
@@ -49,7 +49,6 @@ REPORT = "prepared.json"
 _REPORT_FIELDS = {"name": text(), "options": mapping(), "splits": mapping()}
 CANDIDATES = "candidates.json"  # file of the answers that all records are ranked over
 VIDEO = "video QA"  # the family whose files are videos
-JPEG_QUALITY = 95  # of the frames of a video
 LISTED = 1000  # most left out records that the report lists for a split
 
 
@@ -73,7 +72,7 @@ def prepare(
       splits: the splits to prepare; by default all whose annotation files are in `raw`.
       workers: processes that read images and write shards; 0 uses this process alone.
       shard_size: number of records in a shard.
-      max_missing: the fraction of a split's records that may lack a usable image.
+      max_missing: the fraction of a split's records that may lack a usable image or text.
       frames: number of frames kept of each video, evenly spread over it.
 
     Raises:
@@ -102,7 +101,7 @@ def prepare(
     if is_done():
         return done
     draft.mkdir(parents=True, exist_ok=True)
-    with builder.locked(done.parent / ".lock"):
+    with locked(done.parent / ".lock"):
         if is_done():  # another process made it meanwhile
             return done
         _begin(draft, {**options, "splits": {split.name: split.digest for split in read}})
@@ -212,8 +211,8 @@ def _write_split(
         if left_out > allowed:
             worst = list(itertools.chain(*(each["left_out"] for each in notes.values())))
             raise PrepareError(
-                f"{dataset.name} {split.name}: {left_out} of {split.records} records have no "
-                f"usable image, more than {max_missing:.1%}; whole shards stay. The first:\n  "
+                f"{dataset.name} {split.name}: {left_out} of {split.records} records cannot be "
+                f"used, more than {max_missing:.1%}; whole shards stay. The first:\n  "
                 + "\n  ".join(f"{id}: {reason}" for id, reason in worst[:10])
                 + "\ncomplete the images, or raise --max_missing"
             )
@@ -254,9 +253,7 @@ def write_shard(path: pathlib.Path, records: Sequence[Record], frames: int = 0) 
     def rows() -> Iterator[tuple[int, bytes]]:
         for index, record in enumerate(records):
             try:
-                if problems := record.text_problems():
-                    raise RecordError("; ".join(problems), [])
-                usable = with_frames(record, frames) if frames else with_pixels(record)
+                usable = with_content(record, frames)
             except (RecordError, ImageError, VideoError) as error:
                 file = str(record.images[0])  # cut its folder, which differs by machine
                 left_out.append((record.id, str(error).replace(file, pathlib.Path(file).name)))
@@ -285,36 +282,6 @@ def write_shard(path: pathlib.Path, records: Sequence[Record], frames: int = 0) 
     temporary.replace(path)
     write_file(_note_path(path), json.dumps(note))
     return note
-
-
-def with_pixels(record: Record) -> Record:
-    """Returns the record with encoded images instead of paths; each is decoded once as a check.
-
-    Raises:
-        ImageError: an image is missing, damaged, or of no known kind.
-    """
-    images = []
-    for image in record.images:
-        if isinstance(image, str):
-            try:
-                require_file(image)  # reading a pipe could wait for ever
-                image = pathlib.Path(image).read_bytes()
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise ImageError(f"{pathlib.Path(image).name}: {reason}") from error
-        decode(image)
-        images.append(image)
-    return dataclasses.replace(record, images=tuple(images))
-
-
-def with_frames(record: Record, frames: int) -> Record:
-    """Returns the record of a video with JPEGs of `frames` of its frames, and their seconds.
-
-    Raises:
-        VideoError: the file is missing, damaged, too short, or has no video.
-    """
-    images, times = encode_frames(str(record.images[0]), frames, quality=JPEG_QUALITY)
-    return dataclasses.replace(record, images=images, times=times)
 
 
 def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:

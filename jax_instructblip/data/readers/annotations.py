@@ -129,7 +129,8 @@ def inside(raw: pathlib.Path, *parts: str, where: str = "") -> str:
 def pick_layout(raw: pathlib.Path, split: str, *layouts: Layout) -> tuple[int, list[pathlib.Path]]:
     """Returns (number, paths) of the first layout whose files for this split are all in `raw`.
 
-    A layout is one way in which a dataset was released: for each split the files that it needs.
+    A layout is one way in which a dataset was released: for each split the files that it needs. A
+    name may be a pattern (`*.tar`) that at least one file must match.
     """
     known = sorted(set().union(*layouts))
     if split not in known:
@@ -138,10 +139,9 @@ def pick_layout(raw: pathlib.Path, split: str, *layouts: Layout) -> tuple[int, l
     for number, layout in enumerate(layouts):
         if split not in layout:
             continue
-        paths = [raw / name for name in layout[split]]
-        absent = [path.relative_to(raw).as_posix() for path in paths if not path.exists()]
+        absent = [name for name in layout[split] if not any(raw.glob(name))]
         if not absent:
-            return number, paths
+            return number, [raw / name for name in layout[split]]
         missing.append(" and ".join(absent))
     raise AnnotationError(
         f"{raw} lacks files of split {split!r}: {', or else '.join(missing)}: "

@@ -21,6 +21,9 @@ FAMILIES = (
     "LLaVA-Instruct-150K",
 )
 
+# The family of the datasets of BLIP-2's first two stages (arXiv 2301.12597).
+PAIRS = "image-caption pairs"
+
 Reader = Callable[[pathlib.Path, str], Iterator[Record]]
 
 
@@ -30,14 +33,16 @@ class Dataset:
 
     Attributes:
       name: its name in configurations and folders.
-      family: the kind of task, one of `FAMILIES`.
-      held_in: True if InstructBLIP was trained on it, False if it was only evaluated.
+      family: the kind of task, one of `FAMILIES`, or `PAIRS`.
+      held_in: True if InstructBLIP was trained on it, False if it was only evaluated, None if only
+        the BLIP-2 that it starts from was trained on it.
       read: function of (raw, split) that yields the records of a split; `raw` is the folder that
         holds the original files.
-      files: for each split the annotation files that `read` needs, relative to `raw`.
+      files: for each split the annotation files that `read` needs, relative to `raw`; `*.tar`
+        is at least one tar.
       counts: expected number of records of a split, where it is known.
       templates: the list of `data/templates.py` from which training prompts are made; "" for a
-        dataset whose prompts are instructions already.
+        dataset whose prompts are instructions already, or that has none.
       licence: of annotations or images, as the source states it.
       source: where to get the files.
       notes: dead links, differences between releases, and what could not be verified.
@@ -53,7 +58,7 @@ class Dataset:
 
     name: str
     family: str
-    held_in: bool
+    held_in: bool | None
     read: Reader
     files: Mapping[str, tuple[str, ...]]
     counts: Mapping[str, int]
@@ -67,6 +72,13 @@ class Dataset:
     read_answers: Reader | None = None
     answer_files: tuple[Mapping[str, tuple[str, ...]], ...] = ()
 
+    @property
+    def use(self) -> str:
+        """The stage of training or evaluation that uses the dataset, in words."""
+        if self.held_in is None:
+            return "pre-training"
+        return "held in" if self.held_in else "held out"
+
     def present(self, raw: pathlib.Path) -> list[str]:
         """Returns the splits that `read` can read: `raw` has all files of one release."""
         return self._present(raw, (self.files, self.rerelease))
@@ -79,6 +91,6 @@ class Dataset:
         self, raw: pathlib.Path, layouts: tuple[Mapping[str, tuple[str, ...]], ...]
     ) -> list[str]:
         def there(layout: Mapping[str, tuple[str, ...]], split: str) -> bool:
-            return split in layout and all((raw / name).exists() for name in layout[split])
+            return split in layout and all(any(raw.glob(name)) for name in layout[split])
 
         return [split for split in self.files if any(there(each, split) for each in layouts)]

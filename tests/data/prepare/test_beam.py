@@ -47,7 +47,7 @@ def test_missing_images_are_left_out_or_end_the_run(tmp_path):
     record = next(iter(DATASETS["vsr"].read(raw, split)))
     pathlib.Path(str(record.images[0])).write_bytes(b"")
     settings = {"runner": "DirectRunner", "splits": (split,)}
-    with pytest.raises(PrepareError, match="records have no usable image"):
+    with pytest.raises(PrepareError, match="records cannot be used"):
         prepare_with_beam(DATASETS["vsr"], raw, out, max_missing=0.0, **settings)
     assert not [path for path in out.rglob("*") if path.is_file()]
     folder = prepare_with_beam(DATASETS["vsr"], raw, out, max_missing=1.0, **settings)

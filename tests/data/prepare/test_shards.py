@@ -97,7 +97,7 @@ def test_a_killed_run_is_taken_up_and_ends_with_the_same_bytes(raw, tmp_path):
 def test_few_missing_pictures_are_left_out_and_listed(raw, tmp_path):
     (raw / "1.png").unlink()
     (raw / "3.png").write_bytes((raw / "3.png").read_bytes()[:40])
-    with pytest.raises(shards.PrepareError, match=r"of 25 records have no usable image, more") as e:
+    with pytest.raises(shards.PrepareError, match=r"of 25 records cannot be used, more") as e:
         shards.prepare(TOY, raw, tmp_path / "out", shard_size=SIZE)
     assert "r1: " in str(e.value) and "raise --max_missing" in str(e.value)
 

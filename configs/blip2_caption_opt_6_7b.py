@@ -1,0 +1,10 @@
+"""BLIP-2 with OPT-6.7B, fine-tuned on COCO captions at 364 pixels (arXiv 2301.12597)."""
+
+from ml_collections import ConfigDict
+
+from configs import blip2_tuning
+
+
+def get_config() -> ConfigDict:
+    """Returns the config of the run."""
+    return blip2_tuning.caption("blip2_opt_6.7b", vision_layer_decay=0.95)

@@ -1,0 +1,21 @@
+"""Checkpoints of an earlier version continue a run where newer fields have their defaults."""
+
+import pytest
+
+from jax_instructblip.checkpoint import CheckpointError
+from jax_instructblip.training.run_meta import compare_meta
+from tests.helpers.tiny import tiny_variant
+
+
+def meta(variant):
+    return {"variant": variant, "trainable": ["qformer"], "base": {"sha256": "a", "path": "b"}}
+
+
+def test_a_field_that_an_earlier_version_lacks_has_its_default():
+    stored = tiny_variant("t5").to_dict()
+    for name in ("activation", "pre_norm", "key_bias", "patch_bias", "align_corners"):
+        del stored["vision"][name]
+    compare_meta("3", meta(stored), meta(tiny_variant("t5").to_dict()))
+    clip = tiny_variant("t5", **{"vision.pre_norm": True}).to_dict()
+    with pytest.raises(CheckpointError, match="vision.pre_norm is False, the run has True"):
+        compare_meta("3", meta(stored), meta(clip))
