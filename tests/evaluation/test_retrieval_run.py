@@ -21,6 +21,7 @@ from jax_instructblip.inference.retrieval import Retriever
 from tests.helpers.interpreter import run_python
 from tests.helpers.raw_layouts import write_all
 from tests.helpers.tiny import compile_cache, write_base
+from tests.parallel.test_processes import ended, start
 
 NAME = "flickr30k_retrieval"
 
@@ -167,6 +168,14 @@ def test_several_devices_find_the_same(stage1, data, whole, tmp_path):
     code = f"from jax_instructblip.__main__ import main\nassert main({arguments!r}) == 0"
     run_python(code, devices=4)
     assert result_of(tmp_path)["values"] == pytest.approx(result_of(whole)["values"])
+
+
+def test_two_processes_share_the_pairs(stage1, data, whole, tmp_path):
+    arguments = words(stage1, data, tmp_path, "--k=3", "--batch_size=8")
+    found = ended(start(2, 1, arguments))
+    assert [code for _, code in found] == [0, 0], "\n".join(said for said, _ in found)
+    name = f"predictions/{NAME}.jsonl"
+    assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.parametrize("datasets", ["coco_retrieval", "flickr30k_retrieval"])
