@@ -49,6 +49,8 @@ SMALL = {
     "--datasets gqa --data data --out": "--datasets gqa --limit 2 --data data --out",
     "configs/shapes_stage1.py": "configs/shapes_stage1.py --config.train.steps=2 "
     "--config.optimizer.warmup_steps=1 --config.validation.limit=4 --config.data.batch_size=4",
+    "configs/shapes_captions.py": "configs/shapes_captions.py --config.train.steps=2 "
+    "--config.optimizer.warmup_steps=1 --config.validation.limit=4 --config.data.batch_size=4",
     "--config.train.steps=40": "--config.train.steps=4",
     "--config.validation.every=20": "--config.validation.every=2",
     "--config.optimizer.warmup_steps=5": "--config.optimizer.warmup_steps=1",
