@@ -54,9 +54,9 @@ def vqa(name: str, vision_layer_decay: float) -> ConfigDict:
     """Returns the fine-tuning on VQAv2 and Visual Genome, whose Q-Former reads the question.
 
     It starts from `jax-instructblip backbones instruct`: a second stage, with the first stage's
-    half that reads texts. `data/visual_genome_questions.jsonl` has Visual Genome's questions as JSON
-    lines. `--config.data.sources.visual_genome_questions.path=` leaves them out; `train.steps` is
-    then 25,705, `optimizer.epoch_steps` 5,141.
+    half that reads texts. `data/visual_genome_questions.jsonl` has Visual Genome's questions, as
+    JSON lines; `--config.data.sources.visual_genome_questions.path=` leaves them out. Then
+    `train.steps` is 25,705 and `optimizer.epoch_steps` 5,141.
     """
     samples = VQAV2 + VISUAL_GENOME
     config = get_config(f"vqa/{name}", samples, batch_size=128, image_size=490)

@@ -100,6 +100,29 @@ def analytic(
     return vision + 3 * qformer - keys_values + llm
 
 
+def pairs(variant: Variant, batch: int, text: int, *, trains_vision: bool = False) -> int:
+    """FLOPs of one train step of BLIP-2's first stage on `batch` pairs with `text` ids a caption.
+
+    The Q-Former reads each image alone and each caption alone (ITC), three pairs per sample (ITM),
+    and each caption behind the queries (ITG). An image's cross-attention keys and values count once
+    for all of these. Similarities are of all pairs of the batch.
+    """
+    q = variant.qformer
+    keys_values = q.layers // 2 * 2 * linear(batch * variant.vision.tokens, q.vision_width, q.width)
+    read = _qformer_rows(variant, batch, q.queries, q.queries, q.queries)
+    read += _qformer_rows(variant, batch, text, text)
+    read += _qformer_rows(variant, 3 * batch, q.queries + text, q.queries + text, q.queries)
+    read += _qformer_rows(variant, batch, text, q.queries + text)
+    head = linear(batch * text, q.width, q.width + q.vocab)
+    read += head + linear(batch * (q.queries + 1), q.width, q.feature_width)
+    read += linear(3 * batch * q.queries, q.width, 2)
+    similarities = linear(batch * q.queries, batch, q.feature_width)
+    # Both similarities have a gradient for their own side alone: two products of each.
+    forward = 3 * (read + keys_values) + 2 * 2 * similarities
+    patches, vision = _vision(variant, batch)
+    return forward + (3 * vision - patches if trains_vision else vision - keys_values)
+
+
 def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) -> int:
     """FLOPs of generating `new` tokens for each of `rows` prompts with one image each.
 
@@ -150,22 +173,26 @@ def _vision(variant: Variant, rows: int) -> tuple[int, int]:
     )
 
 
+def _qformer_rows(variant: Variant, rows: int, own: int, seen: int, queries: int = 0) -> int:
+    """Forward FLOPs of rows of `own` tokens, `queries` of them, that attend to `seen` tokens.
+
+    Without the keys and values of the image.
+    """
+    q = variant.qformer
+    each = 4 * linear(rows * own, q.width, q.width) + 2 * linear(rows * own, q.width, q.mlp)
+    each += 2 * linear(rows * own, seen, q.width)
+    cross = 2 * linear(rows * queries, q.width, q.width)
+    cross += 2 * linear(rows * queries, variant.vision.tokens, q.width)
+    return q.layers * each + q.layers // 2 * cross
+
+
 def _qformer(variant: Variant, rows: int, text: int) -> tuple[int, int]:
     """FLOPs of the Q-Former's forward pass: (cross-attention keys and values alone, everything)."""
     q, patches = variant.qformer, variant.vision.tokens
     seen = q.queries + (text if q.instruction_aware else 0)
-    pairs = q.layers // 2
-    keys_values = pairs * 2 * linear(rows * patches, q.vision_width, q.width)
+    keys_values = q.layers // 2 * 2 * linear(rows * patches, q.vision_width, q.width)
     forward = keys_values + linear(rows * q.queries, q.width, q.llm_width)
-    forward += q.layers * (
-        4 * linear(rows * seen, q.width, q.width)
-        + 2 * linear(rows * seen, seen, q.width)
-        + 2 * linear(rows * seen, q.width, q.mlp)
-    )
-    forward += pairs * (
-        2 * linear(rows * q.queries, q.width, q.width)
-        + 2 * linear(rows * q.queries, patches, q.width)
-    )
+    forward += _qformer_rows(variant, rows, seen, seen, q.queries)
     return keys_values, forward
 
 

@@ -13,7 +13,8 @@ from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.planning import plan
 from jax_instructblip.planning.chips import GIB, Chip
-from jax_instructblip.planning.plan import Job, Report
+from jax_instructblip.planning.job import Job
+from jax_instructblip.planning.plan import Report
 from jax_instructblip.planning.topology import Topology
 from jax_instructblip.training.state import partition
 
@@ -75,27 +76,35 @@ def _changes(job: Job, mesh: Mesh, topology: Topology) -> Iterator[tuple[str, Jo
     rows = job.batch // (sizes["data"] * sizes["fsdp"])
     if job.step == "train":
         dots, kept = "", job
-        for tower in ("llm", *_trained_vision(job), "qformer"):  # the larger ones first
+        for tower in (*_language(job), *_trained_vision(job), "qformer"):  # the larger ones first
             if getattr(job.scans, tower).remat == "none":
                 dots += f" --config.model.remat.{tower}=dots"
                 kept = kept.with_remat(**{tower: "dots"})
                 yield dots.strip(), kept, mesh
         for parts in (2, 4, 8, 16):
-            if rows % parts == 0 and parts > job.accumulate:
+            # The first stage compares all pairs of a batch, which cannot be divided.
+            if _language(job) and rows % parts == 0 and parts > job.accumulate:
                 changed = dataclasses.replace(kept, accumulate=parts)
                 yield f"--config.train.accumulate={parts}{dots}", changed, mesh
         if _trained_vision(job) and job.scans.vision.remat != "full":
             yield "--config.model.remat.vision=full", job.with_remat(vision="full"), mesh
-        if job.scans.llm.remat != "full":
+        if not _language(job) and job.scans.qformer.remat != "full":
+            yield "--config.model.remat.qformer=full", job.with_remat(qformer="full"), mesh
+        if _language(job) and job.scans.llm.remat != "full":
             yield "--config.model.remat.llm=full", job.with_remat(llm="full"), mesh
     for data, fsdp, tensor in meshes(job, topology):
         if fsdp * tensor <= sizes["fsdp"] * sizes["tensor"]:
             continue
         other = make_mesh(data, fsdp, tensor, topology.devices)
         yield f"--mesh {data},{fsdp},{tensor}", job, other
-        if job.step == "train" and job.scans.llm.remat != "dots":
+        if _language(job) and job.step == "train" and job.scans.llm.remat != "dots":
             what = f"--mesh {data},{fsdp},{tensor} --config.model.remat.llm=dots"
             yield what, job.with_remat(llm="dots"), other
+
+
+def _language(job: Job) -> tuple[str, ...]:
+    """Returns the language model's name; BLIP-2's first stage has none."""
+    return () if job.variant.llm is None else ("llm",)
 
 
 def _trained_vision(job: Job) -> tuple[str, ...]:
@@ -209,10 +218,13 @@ def estimated_traffic(job: Job, batch: int, sizes: tuple[int, int, int]) -> floa
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     weights = count(shapes)
     trained = count(partition(shapes, job.trainable)[0]) if job.step == "train" else 0
-    llm, tokens = variant.llm, variant.visual_tokens + 256
-    layers = llm.encoder_layers + llm.decoder_layers if isinstance(llm, T5Config) else llm.layers
+    tokens = variant.visual_tokens + 256
+    largest: Any = variant.llm or variant.vision
+    layers = getattr(largest, "layers", 0)
+    if isinstance(largest, T5Config):
+        layers = largest.encoder_layers + largest.decoder_layers
     rows = batch / (data * fsdp)
     fetched = 2 * 2 * weights / tensor * (fsdp - 1) / fsdp
-    summed = 8 * 2 * rows * tokens * layers * llm.width * (tensor - 1) / tensor
+    summed = 8 * 2 * rows * tokens * layers * largest.width * (tensor - 1) / tensor
     gradients = 2 * 4 * trained / tensor * (data * fsdp - 1) / (data * fsdp)
     return fetched + summed + gradients

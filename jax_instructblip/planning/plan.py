@@ -1,8 +1,8 @@
 """Memory and FLOPs of a step, from its compiled program; needs neither weights nor the chips.
 
-`read_job` turns a config into a `Job`, `compile_job` a job and a mesh of (absent) devices into a
-`Report`. The program is the one that `train` runs, compiled for the same mesh and the same shapes:
-the longest rows that the config allows.
+`job.read_job` turns a config into a `Job`, `compile_job` a job and a mesh of (absent) devices into
+a `Report`. The program is the one that `train` runs, compiled for the same mesh and shapes: the
+longest rows that the config allows.
 """
 
 import dataclasses
@@ -11,33 +11,27 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 
 from jax_instructblip.data import spec
 from jax_instructblip.data.batch import round_up
 from jax_instructblip.inference import decode
 from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.inference.loading import read_source
 from jax_instructblip.models import flops
-from jax_instructblip.models.layers import Scans
-from jax_instructblip.models.released import VARIANTS
-from jax_instructblip.models.variants import Variant
-from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
+from jax_instructblip.models.blip2 import Blip2
+from jax_instructblip.models.vlm import VisionLanguageModel, model_of, param_shapes
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import batch_sharding, replicated
 from jax_instructblip.planning import hlo
 from jax_instructblip.planning.chips import EFFORTS
-from jax_instructblip.training import setup
-from jax_instructblip.training.config_fields import check_config
-from jax_instructblip.training.objective import LanguageObjective
+from jax_instructblip.planning.job import Job, check_rows, fit_rows
+from jax_instructblip.training.objective import LanguageObjective, Objective
+from jax_instructblip.training.pair_objective import PairObjective
 from jax_instructblip.training.state import TrainState, create_state, partition
 from jax_instructblip.training.step import compile_step
 
@@ -48,60 +42,6 @@ _REFUSALS = (
     re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
 )
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A step to compile: everything in a config that its program depends on.
-
-    Attributes:
-      step: "train", or "decode" (greedy answers to the prompts of a batch).
-      batch: samples, on all devices together.
-      samples_per_row: samples that share a row.
-      lengths: most tokens of a sample, by key: `qformer_tokens`, `tokens`; in training, `targets`.
-      skip_non_finite: a step with a non-finite loss changes nothing, so the old state is kept.
-      new_tokens: tokens of an answer ("decode").
-    """
-
-    variant: Variant
-    step: str
-    batch: int
-    samples_per_row: int
-    lengths: Mapping[str, int]
-    trainable: tuple[str, ...]
-    scans: Scans
-    dtype: Any
-    frozen_dtype: Any
-    optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
-    clip_norm: float | None
-    accumulate: int
-    skip_non_finite: bool
-    new_tokens: int
-
-    def with_remat(self, **towers: str) -> "Job":
-        """A copy with other remat policies, by tower: `with_remat(llm="full")`."""
-        scans = {
-            tower: dataclasses.replace(getattr(self.scans, tower), remat=remat)
-            for tower, remat in towers.items()
-        }
-        return dataclasses.replace(self, scans=dataclasses.replace(self.scans, **scans))
-
-    def floor(self) -> int:
-        """FLOPs of the matrix products that the step cannot do without, from the model's sizes."""
-        text, tokens = self.lengths["qformer_tokens"], self.lengths["tokens"]
-        if self.step == "train":
-            answer, shared = self.lengths["targets"], self.samples_per_row
-            return flops.analytic(
-                self.variant,
-                self.batch,
-                text,
-                tokens,
-                answer,
-                samples_per_row=shared,
-                trains_vision="vision" in self.trainable,
-            )
-        return flops.generation(self.variant, self.batch, text, tokens, self.new_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,92 +72,6 @@ class Report:
     program: hlo.Program | None
     flops: int
     seconds: Mapping[str, float]
-
-
-def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
-    """The step that a config (configs/common.py) runs, as a `Job`, for a model of this variant.
-
-    Raises:
-        ValueError: a field is wrong, or the step cannot be planned (pmap, BLIP-2's first stage).
-    """
-    check_config(config)
-    if variant.llm is None:
-        raise ValueError("plans are of models with a language model, not of BLIP-2's first stage")
-    if config.parallel.mode != "jit":
-        raise ValueError(
-            f"config.parallel.mode is {config.parallel.mode}: plans are of the program that jit "
-            "compiles for a mesh; under pmap each device holds all weights and moments"
-        )
-    optimizer, schedule = setup.make_optimizer(config)
-    train = step == "train"
-    limits = config.text
-    lengths = {"qformer_tokens": limits.qformer_limit, "tokens": limits.prompt_limit}
-    if train and variant.llm.encoder_decoder:
-        lengths["targets"] = limits.answer_limit
-    elif train:
-        lengths["targets"] = limits.answer_limit - 1
-        lengths["tokens"] += lengths["targets"]
-    return Job(
-        variant=variant.replace(**setup.read_variant_fields(config)),
-        step=step,
-        batch=config.data.batch_size if train else config.validation.batch_size,
-        samples_per_row=config.data.samples_per_row if train else 1,
-        lengths=lengths,
-        trainable=tuple(config.model.trainable),
-        scans=setup.read_scans(config),
-        dtype=jnp.dtype(config.model.dtype),
-        frozen_dtype=jnp.dtype(config.model.frozen_dtype),
-        optimizer=optimizer,
-        schedule=schedule,
-        clip_norm=config.optimizer.clip_norm or None,
-        accumulate=config.train.accumulate,
-        skip_non_finite=config.train.non_finite == "skip",
-        new_tokens=config.validation.max_new_tokens,
-    )
-
-
-def read_variant(config: ConfigDict) -> tuple[str, Variant]:
-    """Name and sizes of the model that a config trains; its weights need not exist.
-
-    The model is the folder `config.model.checkpoint`. If that is no folder, it is a released
-    model's name (`flan-t5-xl`); failing that, the last word of `config.workdir` is one.
-
-    Raises:
-        ValueError: neither names a known model.
-    """
-    name = config.model.checkpoint
-    if name and (Path(name).is_dir() or "shapes" in name):
-        return name, read_source(name).variant
-    words = [Path(word).name for word in (name, config.workdir) if word]
-    for word in words:
-        short = word.lower().replace("_", "-").removeprefix("instructblip-")
-        for known in VARIANTS:
-            if short in (known, known.removeprefix("instructblip-")):
-                return known, VARIANTS[known]
-    raise ValueError(
-        f"config.model.checkpoint is {name!r}, no folder and no name of a known model; give a "
-        f"folder or one of {', '.join(VARIANTS)}"
-    )
-
-
-def fit_rows(job: Job, mesh: Mesh) -> Job:
-    """The job with fewer samples per row, if a device has fewer in one accumulation step."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * job.accumulate
-    shared = max(1, min(job.samples_per_row, job.batch // parts))
-    return dataclasses.replace(job, samples_per_row=shared)
-
-
-def check_rows(job: Job, mesh: Mesh) -> None:
-    """Raises a ValueError if the batch does not divide over devices, accumulation and rows."""
-    job = fit_rows(job, mesh)
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    parts = devices * (job.accumulate if job.step == "train" else 1) * job.samples_per_row
-    if job.batch % parts:
-        rows = f", in rows of {job.samples_per_row} samples" if job.samples_per_row > 1 else ""
-        raise ValueError(
-            f"a batch of {job.batch} cannot be worked on in {job.accumulate} parts by data x fsdp "
-            f"= {devices} devices{rows}: it must be a multiple of {parts}"
-        )
 
 
 def compile_job(job: Job, mesh: Mesh, *, effort: float = EFFORTS["quick"]) -> Report:
@@ -336,6 +190,9 @@ def _place(tree: Any, mesh: Mesh) -> Any:
 
 def _batch(job: Job, rows: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a batch with the keys of `data/spec.py`, all samples of the greatest length."""
+    if job.variant.llm is None:
+        sizes = {"G": job.batch, "L": job.lengths["captions"]}
+        return _shapes(job, sizes, rows)
     shared = job.samples_per_row
     row_length = round_up if shared > 1 else lambda length: length  # as `TrainBatches` pads rows
     answer = row_length(shared * job.lengths.get("targets", 0))
@@ -348,6 +205,12 @@ def _batch(job: Job, rows: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
         "A": answer,
         "U": answer,
     }
+    return _shapes(job, sizes, rows)
+
+
+def _shapes(
+    job: Job, sizes: Mapping[str, int], rows: NamedSharding
+) -> dict[str, jax.ShapeDtypeStruct]:
     shapes = spec.shapes(job.variant, sizes, training=job.step == "train")
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
@@ -368,13 +231,21 @@ def job_function(job: Job, mesh: Mesh, arguments: tuple[Any, ...]) -> Any:
     return compile_step(
         like=state,
         mesh=mesh,
-        objective=LanguageObjective(VisionLanguageModel(job.variant, job.dtype, job.scans)),
+        objective=_objective(job),
         optimizer=job.optimizer,
         schedule=job.schedule,
         clip_norm=job.clip_norm,
         accumulate=job.accumulate,
         skip_non_finite=job.skip_non_finite,
     )
+
+
+def _objective(job: Job) -> Objective:
+    """The loss of the step: language, or the three terms of BLIP-2's first stage."""
+    model = model_of(job.variant, job.dtype, job.scans)
+    if isinstance(model, Blip2):
+        return PairObjective(model, job.pairs_by_image)
+    return LanguageObjective(model)
 
 
 def _compile(lowered: Any, effort: float) -> Any:

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.planning import advice, plan
 from jax_instructblip.planning.chips import EFFORTS, GIB
+from jax_instructblip.planning.job import read_job, read_variant
 from jax_instructblip.planning.topology import read_topology
 from jax_instructblip.training.config_fields import check_config
 
@@ -35,8 +36,8 @@ def make_report(
     """
     check_config(config)
     chips = read_topology(topology)
-    name, variant = plan.read_variant(config)
-    job = plan.read_job(config, variant, step)
+    name, variant = read_variant(config)
+    job = read_job(config, variant, step)
     sizes = _sizes(mesh) if mesh else dict(config.mesh)
     chip_mesh = make_mesh(**sizes, devices=chips.devices)
     report = plan.compile_job(job, chip_mesh, effort=EFFORTS[effort])
@@ -54,6 +55,7 @@ def make_report(
         "lengths": dict(job.lengths),
         "remat": {tower: getattr(job.scans, tower).remat for tower in ("vision", "qformer", "llm")},
         "trainable": list(job.trainable),
+        "has_llm": job.variant.llm is not None,
         "accumulate": job.accumulate,
         "effort": effort,
         "memory": {
@@ -98,7 +100,10 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield "  mesh         " + ", ".join(f"{name} {size}" for name, size in mesh.items())
     work = f"{report['batch']} samples, {texts}"
     if report["step"] == "train":
-        work += f"; remat of the language model: {report['remat']['llm']}"
+        if report["has_llm"]:
+            work += f"; remat of the language model: {report['remat']['llm']}"
+        else:
+            work += f"; remat of the Q-Former: {report['remat']['qformer']}"
         if "vision" in report["trainable"]:
             work += f", of the trained vision tower: {report['remat']['vision']}"
         work += f"; {report['accumulate']} part(s)"

@@ -10,8 +10,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jax_instructblip.files import read_json
-from jax_instructblip.planning import advice, plan
+from jax_instructblip.planning import advice
 from jax_instructblip.planning.chips import GIB
+from jax_instructblip.planning.job import read_job, read_variant
 from jax_instructblip.planning.topology import read_topology
 from jax_instructblip.training.config_fields import check_config
 from jax_instructblip.training.config_file import change_fields
@@ -48,13 +49,13 @@ def sweep(
     """
     check_config(config)
     chips = read_topology(topology)
-    _, variant = plan.read_variant(config)
+    _, variant = read_variant(config)
     field = "data.batch_size" if step == "train" else "validation.batch_size"
-    asked = plan.read_job(config, variant, step)
+    asked = read_job(config, variant, step)
     first = asked.batch
     reports, tried = [], []
     for batch in dict.fromkeys((first, first // 2, first * 2)):
-        job = plan.read_job(change_fields(config, {field: batch}), variant, step)
+        job = read_job(change_fields(config, {field: batch}), variant, step)
         tried += [(batch, sizes) for sizes in advice.feasible_meshes(job, chips)]
     if not tried:
         raise ValueError(

@@ -12,6 +12,7 @@ import jax
 from configs import common
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.planning import advice, plan
+from jax_instructblip.planning.job import read_job
 from jax_instructblip.planning.topology import read_topology
 from tests.helpers.multi_device import Setting
 
@@ -25,7 +26,7 @@ def job_of(variant, step="train", rows=16):
     config.data.batch_size = config.validation.batch_size = rows
     config.validation.max_new_tokens = 4
     config.text.qformer_limit, config.text.prompt_limit, config.text.answer_limit = 9, 9, 6
-    return plan.read_job(config, variant, step)
+    return read_job(config, variant, step)
 
 
 def held(tree) -> int:

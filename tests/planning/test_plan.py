@@ -5,13 +5,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import common, paper_vicuna_7b
+from configs import blip2_stage1, common, paper_vicuna_7b
 from jax_instructblip.data.batch import round_up
 from jax_instructblip.models.released import VARIANTS, get_variant
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.planning import advice, plan
 from jax_instructblip.planning.chips import CHIPS
+from jax_instructblip.planning.job import check_rows, read_job, read_variant
 from jax_instructblip.planning.topology import Topology
 from tests.helpers.interpreter import run_module
 from tests.helpers.planned import job_of
@@ -54,24 +55,24 @@ def test_names_of_released_models(name):
     short = name.removeprefix("instructblip-")
     for given in (name, short, f"base/{short.replace('-', '_')}"):
         config.model.checkpoint = given
-        assert plan.read_variant(config) == (name, VARIANTS[name])
+        assert read_variant(config) == (name, VARIANTS[name])
 
 
 def test_a_config_without_a_checkpoint_is_named_by_its_folder():
-    assert plan.read_variant(paper_vicuna_7b.get_config())[0] == "instructblip-vicuna-7b"
+    assert read_variant(paper_vicuna_7b.get_config())[0] == "instructblip-vicuna-7b"
 
 
 def test_a_model_of_no_known_name():
     config = common.get_config()
     config.model.checkpoint = "gpt"
     with pytest.raises(ValueError, match="'gpt', no folder and no name.*instructblip-vicuna-7b"):
-        plan.read_variant(config)
+        read_variant(config)
 
 
 def test_a_batch_that_does_not_divide():
     job = dataclasses.replace(job_of(tiny_variant("llama")), batch=9, accumulate=2)
     with pytest.raises(ValueError, match="batch of 9 .* in 2 parts .* multiple of 2"):
-        plan.check_rows(job, make_mesh(1, 1, 1, jax.devices()[:1]))
+        check_rows(job, make_mesh(1, 1, 1, jax.devices()[:1]))
 
 
 def test_a_plan_is_of_the_program_that_train_runs():
@@ -80,7 +81,7 @@ def test_a_plan_is_of_the_program_that_train_runs():
         config.update_from_flattened_dict(
             {"data.batch_size": 16, "data.samples_per_row": 8, "train.non_finite": "skip"}
         )
-    job = plan.read_job(config, tiny_variant("llama"))
+    job = read_job(config, tiny_variant("llama"))
     assert job.skip_non_finite
     _, _, batch, _ = plan.job_arguments(job, make_mesh(1, 1, 1, jax.devices()[:1]))
     widths = {name: batch[name].shape[1] for name in ("slots", "targets")}
@@ -91,7 +92,25 @@ def test_a_plan_is_of_the_program_that_train_runs():
     assert widths == {name: round_up(length) for name, length in row.items()}
     config.parallel.mode = "pmap"
     with pytest.raises(ValueError, match="parallel.mode is pmap: plans are of .* jit compiles"):
-        plan.read_job(config, tiny_variant("llama"))
+        read_job(config, tiny_variant("llama"))
+
+
+def test_a_first_stage_is_planned():
+    config = blip2_stage1.get_config()
+    name, variant = read_variant(config)
+    assert (name, variant) == ("blip2-stage1", VARIANTS["blip2-stage1"])
+    job = read_job(config, variant)
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    state, _, batch, _ = plan.job_arguments(job, mesh)
+    assert {each.shape[0] for each in batch.values()} == {1_680}
+    assert batch["captions"].shape == (1_680, 32) and "tokens" not in batch
+    assert set(state.params) == {"qformer", "heads"}
+    # What is proposed is what the first stage can do: no parts of a batch, no language model.
+    topology = Topology("none", jax.devices()[:1], None)
+    proposed = [what for what, *_ in advice._changes(job, mesh, topology)]
+    assert proposed == [f"--config.model.remat.qformer={remat}" for remat in ("dots", "full")]
+    with pytest.raises(ValueError, match="no language model: its step is train, found decode"):
+        read_job(config, variant, "decode")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +219,7 @@ def test_the_best_where_no_speed_is_known():
 def test_meshes_that_move_less_come_first():
     config = common.get_config()
     train, decode = (
-        plan.read_job(config, get_variant("instructblip-vicuna-7b"), step)
+        read_job(config, get_variant("instructblip-vicuna-7b"), step)
         for step in ("train", "decode")
     )
     traffic = lambda *sizes: advice.estimated_traffic(train, 128, sizes)

@@ -7,11 +7,13 @@ import pytest
 
 from jax_instructblip.data.spec import example_batch
 from jax_instructblip.models import flops
+from jax_instructblip.models.blip2 import Blip2
 from jax_instructblip.models.released import get_variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.training import profiling
 from jax_instructblip.training.metrics import Window
 from jax_instructblip.training.objective import LanguageObjective
+from jax_instructblip.training.pair_objective import PairObjective
 from jax_instructblip.training.state import partition
 from tests.helpers.tiny import tiny_variant
 
@@ -68,6 +70,24 @@ def test_the_products_of_a_full_size_step_are_the_analytic_ones(name, parts, sid
     share = done / 2 / (1e12 * jax.device_count())
     assert found["model_flops_utilisation"] == pytest.approx(share)
     assert found["model_tflops_per_second"] == pytest.approx(done / 2e12)
+
+
+@pytest.mark.parametrize("parts", [("qformer", "heads"), ("vision", "qformer", "heads")])
+def test_the_products_of_a_full_size_first_stage(parts):
+    """The match makes keys and values of an image three times, which the floor counts once.
+
+    Their gradient also goes to the trained image norm, which the floor leaves out.
+    """
+    variant, pairs, text = get_variant("blip2-stage1"), 8, 32
+    batch = example_batch(variant, batch=pairs, text=text)
+    trainable, frozen = partition(param_shapes(variant), parts)
+    model = Blip2(variant, jnp.bfloat16)
+    done = profiling.Utilisation(PairObjective(model), 1e12).of_step(trainable, frozen, batch)
+    vision, q = variant.vision, variant.qformer
+    keys_values = q.layers // 2 * 2 * flops.linear(pairs * vision.tokens, q.vision_width, q.width)
+    trains = "vision" in parts
+    floor = flops.pairs(variant, pairs, text, trains_vision=trains)
+    assert done == pytest.approx(floor + (9 if trains else 10) * keys_values, rel=0.003)
 
 
 def test_nothing_is_counted_against_an_unknown_peak():

@@ -5,6 +5,7 @@ import pytest
 
 from jax_instructblip.data import templates
 from jax_instructblip.planning import plan
+from jax_instructblip.planning.job import read_job, read_variant
 from jax_instructblip.training import setup
 from jax_instructblip.training.config_fields import check_config
 from jax_instructblip.training.config_file import load_config
@@ -36,7 +37,7 @@ def test_blip2s_numbers(name):
     assert found == BLIP2[name]
     assert "vision" in config.model.trainable and "llm" not in config.model.trainable
     task = name.partition("_")[0]
-    known, variant = plan.read_variant(config)
+    known, variant = read_variant(config)
     assert variant.kind == KINDS[task]
     assert variant.reads_instruction == (task == "vqa")
     assert ("vit-l" in known) == ("vit_l" in name)
@@ -62,7 +63,7 @@ def test_instructblips_tunings_leave_the_image_encoder_frozen(name):
 @pytest.mark.parametrize(("name", "tokens"), [("caption_opt_2_7b", 677), ("vqa_flan_t5_xl", 1226)])
 def test_plans_are_of_larger_images_and_a_trained_tower(name, tokens):
     config = load_config(f"configs/blip2_{name}.py")
-    job = plan.read_job(config, plan.read_variant(config)[1])
+    job = read_job(config, read_variant(config)[1])
     assert job.variant.vision.tokens == tokens and job.scans.vision.remat == "full"
     mesh = setup.make_mesh(1, 1, 1, jax.devices()[:1])
     state, frozen, batch, _ = plan.job_arguments(job, mesh)

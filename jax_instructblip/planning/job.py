@@ -1,0 +1,173 @@
+"""The step that a plan compiles: what its program depends on, read from a config."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jax_instructblip.inference.loading import read_source
+from jax_instructblip.models import flops
+from jax_instructblip.models.layers import Scans
+from jax_instructblip.models.released import VARIANTS
+from jax_instructblip.models.variants import Variant
+from jax_instructblip.training import setup
+from jax_instructblip.training.config_fields import check_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A step to compile: everything in a config that its program depends on.
+
+    Attributes:
+      step: "train", or "decode" (greedy answers to the prompts of a batch).
+      batch: samples, on all devices together.
+      samples_per_row: samples that share a row.
+      lengths: most tokens of a sample, by key: `qformer_tokens`, `tokens`; in training, `targets`;
+        of BLIP-2's first stage `captions` alone.
+      pairs_by_image: of the first stage, whether all captions of an image are positives.
+      skip_non_finite: a step with a non-finite loss changes nothing, so the old state is kept.
+      new_tokens: tokens of an answer ("decode").
+    """
+
+    variant: Variant
+    step: str
+    batch: int
+    samples_per_row: int
+    lengths: Mapping[str, int]
+    trainable: tuple[str, ...]
+    scans: Scans
+    dtype: Any
+    frozen_dtype: Any
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    clip_norm: float | None
+    accumulate: int
+    skip_non_finite: bool
+    new_tokens: int
+    pairs_by_image: bool = False
+
+    def with_remat(self, **towers: str) -> "Job":
+        """A copy with other remat policies, by tower: `with_remat(llm="full")`."""
+        scans = {
+            tower: dataclasses.replace(getattr(self.scans, tower), remat=remat)
+            for tower, remat in towers.items()
+        }
+        return dataclasses.replace(self, scans=dataclasses.replace(self.scans, **scans))
+
+    def floor(self) -> int:
+        """FLOPs of the matrix products that the step cannot do without, from the model's sizes."""
+        trains_vision = "vision" in self.trainable
+        if self.variant.llm is None:
+            captions = self.lengths["captions"]
+            return flops.pairs(self.variant, self.batch, captions, trains_vision=trains_vision)
+        text, tokens = self.lengths["qformer_tokens"], self.lengths["tokens"]
+        if self.step == "train":
+            answer, shared = self.lengths["targets"], self.samples_per_row
+            return flops.analytic(
+                self.variant,
+                self.batch,
+                text,
+                tokens,
+                answer,
+                samples_per_row=shared,
+                trains_vision=trains_vision,
+            )
+        return flops.generation(self.variant, self.batch, text, tokens, self.new_tokens)
+
+
+def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
+    """The step that a config (configs/common.py) runs, as a `Job`, for a model of this variant.
+
+    Raises:
+        ValueError: a field is wrong, or the step cannot be planned (pmap, answers of BLIP-2's first
+            stage).
+    """
+    check_config(config)
+    pairs = variant.llm is None
+    if pairs and step != "train":
+        raise ValueError(
+            f"a first stage of BLIP-2 has no language model: its step is train, found {step}"
+        )
+    if config.parallel.mode != "jit":
+        raise ValueError(
+            f"config.parallel.mode is {config.parallel.mode}: plans are of the program that jit "
+            "compiles for a mesh; under pmap each device holds all weights and moments"
+        )
+    optimizer, schedule = setup.make_optimizer(config)
+    train = step == "train"
+    limits = config.text
+    lengths = {"qformer_tokens": limits.qformer_limit, "tokens": limits.prompt_limit}
+    if pairs:
+        lengths = {"captions": limits.caption_limit}
+    elif train and variant.llm.encoder_decoder:
+        lengths["targets"] = limits.answer_limit
+    elif train:
+        lengths["targets"] = limits.answer_limit - 1
+        lengths["tokens"] += lengths["targets"]
+    return Job(
+        variant=variant.replace(**setup.read_variant_fields(config)),
+        step=step,
+        batch=config.data.batch_size if train else config.validation.batch_size,
+        samples_per_row=config.data.samples_per_row if train and not pairs else 1,
+        lengths=lengths,
+        trainable=tuple(config.model.trainable),
+        scans=setup.read_scans(config),
+        dtype=jnp.dtype(config.model.dtype),
+        frozen_dtype=jnp.dtype(config.model.frozen_dtype),
+        optimizer=optimizer,
+        schedule=schedule,
+        clip_norm=config.optimizer.clip_norm or None,
+        accumulate=config.train.accumulate,
+        skip_non_finite=config.train.non_finite == "skip",
+        new_tokens=config.validation.max_new_tokens,
+        pairs_by_image=config.train.pairs_by_image,
+    )
+
+
+def read_variant(config: ConfigDict) -> tuple[str, Variant]:
+    """Name and sizes of the model that a config trains; its weights need not exist.
+
+    The model is the folder `config.model.checkpoint`. If that is no folder, it is a released
+    model's name (`flan-t5-xl`); failing that, the last word of `config.workdir` is one.
+
+    Raises:
+        ValueError: neither names a known model.
+    """
+    name = config.model.checkpoint
+    if name and (Path(name).is_dir() or "shapes" in name):
+        return name, read_source(name).variant
+    words = [Path(word).name for word in (name, config.workdir) if word]
+    for word in words:
+        short = word.lower().replace("_", "-").removeprefix("instructblip-")
+        for known in VARIANTS:
+            if short in (known, known.removeprefix("instructblip-")):
+                return known, VARIANTS[known]
+    raise ValueError(
+        f"config.model.checkpoint is {name!r}, no folder and no name of a known model; give a "
+        f"folder or one of {', '.join(VARIANTS)}"
+    )
+
+
+def fit_rows(job: Job, mesh: Mesh) -> Job:
+    """The job with fewer samples per row, if a device has fewer in one accumulation step."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * job.accumulate
+    shared = max(1, min(job.samples_per_row, job.batch // parts))
+    return dataclasses.replace(job, samples_per_row=shared)
+
+
+def check_rows(job: Job, mesh: Mesh) -> None:
+    """Raises a ValueError if the batch does not divide over devices, accumulation and rows."""
+    job = fit_rows(job, mesh)
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = devices * (job.accumulate if job.step == "train" else 1) * job.samples_per_row
+    if job.batch % parts:
+        rows = f", in rows of {job.samples_per_row} samples" if job.samples_per_row > 1 else ""
+        raise ValueError(
+            f"a batch of {job.batch} cannot be worked on in {job.accumulate} parts by data x fsdp "
+            f"= {devices} devices{rows}: it must be a multiple of {parts}"
+        )
