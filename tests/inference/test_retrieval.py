@@ -42,10 +42,10 @@ def test_a_verb_that_asks_says_that_it_answers_nothing(files, words, tmp_path, c
     assert "is a first stage of BLIP-2" in error and error.count("\n") == 1
 
 
-def test_plans_are_of_other_models(files, capsys):
+def test_answers_of_a_first_stage_are_not_planned(files, capsys):
     words = ["plan", "--config", "configs/shapes_stage1.py", "--topology", "cpu:1"]
-    assert main([*words, f"--config.model.checkpoint={files[0]}"]) == 1
-    assert "not of BLIP-2's first stage" in capsys.readouterr().err
+    assert main([*words, "--step", "decode", f"--config.model.checkpoint={files[0]}"]) == 1
+    assert "its step is train, found decode" in capsys.readouterr().err
 
 
 def test_it_loads_as_a_retriever(files):
