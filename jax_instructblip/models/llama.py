@@ -126,11 +126,12 @@ class LlamaLayer(nn.Module):
 
     def _project(self, x, rotation):
         """Rotated queries and keys, and values, of the layer's input `x` [B, T, D]."""
-        y = self.attention_norm(x)
-        query, key = self.attention.query(y), self.attention.key(y)
+        y, attention = self.attention_norm(x), self.attention
+        # The order of these lines is that of the sums in the gradient of `y`.
+        key, value, query = attention.key(y), attention.value(y), attention.query(y)
         if self.config.key_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        return rotate(query, rotation), rotate(key, rotation), self.attention.value(y)
+        return rotate(query, rotation), rotate(key, rotation), value
 
     def _add(self, x, mixed):
         """The layer's output: `x` plus its attention's result `mixed`, plus the feed-forward."""

@@ -149,3 +149,21 @@ def test_sizes_of_the_language_model_are_those_of_its_folder(chain):
     found = open_language(folder / "llama").config
     stored = read_source(folder / "stage2_llama").variant.llm
     assert found == stored and dataclasses.asdict(found)["layers"] == 2
+
+
+@pytest.mark.parametrize("kind", ["llama3", "qwen2"])
+def test_a_newer_language_model_keeps_its_special_tokens_and_answers(chain, tmp_path, kind):
+    folder, _ = chain
+    model = write_language(tmp_path / kind, kind)
+    write_stage2(folder / "stage1", tmp_path / "out", llm=tmp_path / kind)
+    blip = jax_instructblip.load(tmp_path / "out")
+    llm, names = blip.variant.llm, blip.text.llm.convert_ids_to_tokens
+    assert llm.vocab == model.config.vocab_size and llm.tied_head == (kind == "qwen2")
+    pad = "<|end_of_text|>" if kind == "llama3" else "<|endoftext|>"
+    starts = "<|begin_of_text|>" if kind == "llama3" else "<|endoftext|>"
+    ends = "<|end_of_text|>" if kind == "llama3" else "<|im_end|>"
+    assert names([llm.bos_id, llm.eos_id, llm.pad_id]) == [starts, ends, pad]
+    example = blip.text.example("what color is it?", "red")
+    assert blip.text.decode(example["tokens"]) == "what color is it? red"
+    (answer,) = blip.generate([PHOTO], ["a photo of"], max_new_tokens=3)
+    assert 1 <= len(answer.tokens) <= 3

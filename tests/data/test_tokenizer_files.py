@@ -4,10 +4,14 @@ import os
 import shutil
 
 import pytest
+import tokenizers
 
+from jax_instructblip.conversion import hf_config
 from jax_instructblip.data import text
-from jax_instructblip.data.tokenizer_files import load_tokenizers
+from jax_instructblip.data.tokenizer_files import load_tokenizers, released_special, splits_bytes
 from tests.data.test_text import tiny_t5, variant
+from tests.helpers.language_folders import SPECIAL, make_bytes
+from tests.helpers.tiny import TEXT, tiny_variant
 
 
 def test_missing_tokenizer_names_folder_and_files(tmp_path):
@@ -49,3 +53,37 @@ def test_a_pipe_among_the_files_of_a_tokenizer_is_not_waited_for(shared, tmp_pat
         (tmp_path / "t5" / "tokenizer.model").write_bytes(b"another vocabulary")
     with pytest.raises(OSError, match=f"{name} is a pipe, expected a regular file"):
         load_tokenizers(tmp_path / "t5", files / "bert-base-uncased", "t5")
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_a_tokenizer_of_bytes_is_its_file_and_names_every_special_token(tmp_path, kind):
+    make_bytes(TEXT, **SPECIAL[kind]).save_pretrained(tmp_path)
+    assert splits_bytes(tmp_path) and not released_special(tmp_path, "llama")
+    llm, _ = load_tokenizers(tmp_path, None, "llama")
+    file = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for line in ("what color", " red  \n", "größer 猫", "<|im_end|>", ""):
+        ids = llm.backend_tokenizer.encode(line, add_special_tokens=False).ids
+        assert ids == file.encode(line).ids
+    ids = {f"{name}_id": getattr(llm, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    failures = []
+    assert hf_config.tokenizer_ids(tmp_path, failures) == ids and not failures
+    assert None not in ids.values() and (ids["bos_id"] == ids["eos_id"]) is False
+    if kind == "llama3":
+        assert ids["pad_id"] == ids["eos_id"]
+    else:
+        assert ids["bos_id"] == ids["pad_id"]
+
+
+def test_texts_of_bytes_have_the_space_in_the_answer(tmp_path):
+    make_bytes(TEXT, **SPECIAL["qwen2"]).save_pretrained(tmp_path)
+    llm, _ = load_tokenizers(tmp_path, None, "llama")
+    ids = {f"llm.{name}_id": getattr(llm, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    sizes = {"llm.vocab": len(llm), "qformer.instruction_aware": False, **ids}
+    reader = text.TextProcessor(tiny_variant("llama", **sizes), llm, None)
+    example = reader.example("what color is it? ", "größer 猫")
+    whole = llm.backend_tokenizer.encode("what color is it? größer 猫").ids
+    assert example["tokens"].tolist() == [ids["llm.bos_id"], *whole, ids["llm.eos_id"]]
+    assert reader.decode(example["tokens"]) == "what color is it? größer 猫" and reader.rewrites
+    assert reader.candidate("red").tolist() == llm.backend_tokenizer.encode(" red").ids
+    first = int(reader.llm.backend_tokenizer.encode("!").ids[0])
+    assert first == 0 and reader.decode([0]) == "!"  # an id like any other

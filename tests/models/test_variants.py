@@ -104,6 +104,26 @@ def test_towers_that_do_not_fit_are_all_listed():
         assert part in str(caught.value)
 
 
+def test_fields_of_llama_that_do_not_fit_are_named():
+    known = get_variant("tiny-vicuna")
+    with pytest.raises(ValueError, match="llm.heads 4 is no multiple of key_value_heads 3"):
+        known.replace(**{"llm.key_value_heads": 3})
+    with pytest.raises(ValueError, match="llm.head_width 5 is odd"):
+        known.replace(**{"llm.head_size": 5})
+    free = known.replace(**{"llm.heads": 5, "llm.head_size": 6})  # 64 is no multiple of 5
+    assert free.llm.head_width == 6 and free.llm.cached_heads == 5
+    assert known.replace(**{"llm.sliding_window": 7}).llm.longest_sample == 7
+
+
+def test_a_checkpoint_without_the_newer_fields_of_llama():
+    fields = get_variant("tiny-vicuna").to_dict()
+    for name in list(fields["llm"]):
+        if name.startswith(("key_", "rope_", "head_", "tied", "sliding")) and name != "rope_theta":
+            del fields["llm"][name]
+    assert "heads" in fields["llm"] and len(fields["llm"]) == 13
+    assert Variant.from_dict(fields) == get_variant("tiny-vicuna")
+
+
 def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'instructblip-vicuna-7b'"):
         get_variant("instructblip-vicuna7b")

@@ -113,6 +113,17 @@ def test_second_choices_are_taken_and_told():
     assert rules.remarks(shapes_of("instructblip-flan-t5-xl"), mesh_of(1, 2, 4)) == ([])
 
 
+def test_few_key_heads_are_split_by_width():
+    """Queries are split by heads over `tensor`; keys and values of two heads cannot be."""
+    variant = get_variant("tiny-vicuna").replace(**{"llm.key_value_heads": 2})
+    found = specs(param_shapes(variant)["llm"], mesh_of(1, 2, 4))
+    assert found["layers/attention/query/kernel"] == P(None, "fsdp", "tensor", None)
+    for name in ("key", "value"):
+        assert found[f"layers/attention/{name}/kernel"] == P(None, BOTH, None, None)
+    found = specs(param_shapes(variant)["llm"], mesh_of(1, 2, 2))
+    assert found["layers/attention/key/kernel"] == P(None, "fsdp", "tensor", None)
+
+
 def test_moments_lie_where_their_weights_do():
     state, _ = state_shapes(get_variant("instructblip-flan-t5-xl"), ("vision", "qformer"))
     found = specs(state, mesh_of(1, 8, 1))
