@@ -83,7 +83,33 @@ class Drop:
     same_as: str | None = None
 
 
-Entry = Rule | Zeros | Drop
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A source tensor that fills no leaf and must have fixed values; the export writes them.
+
+    Attributes:
+      source: its name.
+      values: "identity" [n, n] or "zeros" [n].
+      reason: what the error message says if it has others.
+      like: path of the leaf [n] that has its size and dtype.
+    """
+
+    source: str
+    values: str
+    reason: str
+    like: str
+
+    @property
+    def keys(self) -> list[str]:
+        """The name of the source tensor."""
+        return [self.source]
+
+    def make(self, size: int, dtype: np.dtype) -> np.ndarray:
+        """Returns the tensor for a leaf of that size and dtype."""
+        return np.eye(size, dtype=dtype) if self.values == "identity" else np.zeros(size, dtype)
+
+
+Entry = Rule | Zeros | Fixed | Drop
 
 
 def _keys(source: str, layers: range | None) -> list[str]:
@@ -168,6 +194,9 @@ def make_plan(
             for key in entry.keys:
                 parts[key].add(entry.part)
                 _check_zero(key, entry, tensors, failures)
+        elif isinstance(entry, Fixed):
+            parts[entry.source].add((0, 1))
+            _check_fixed(entry, tensors, expected, failures)
     for key, used in parts.items():
         if key in tensors and {k for k, _ in used} != set(range(next(iter(used))[1])):
             failures.append((key, f"only its parts {sorted(used)} are used"))
@@ -259,6 +288,21 @@ def _check_zero(
                 f"{np.max(np.abs(values)):.6g}: {entry.reason}",
             )
         )
+
+
+def _check_fixed(
+    entry: Fixed,
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, Any],
+    failures: list[tuple[str, str]],
+) -> None:
+    wanted = entry.make(expected[entry.like].shape[0], np.dtype(np.float32))
+    if entry.source not in tensors:
+        failures.append((entry.source, f"missing: expected {entry.values} {list(wanted.shape)}"))
+        return
+    values = tensors[entry.source].read().astype(np.float32)
+    if not np.array_equal(values, wanted):
+        failures.append((entry.source, f"expected {entry.values}, found others: {entry.reason}"))
 
 
 def _dropped(

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 from jax_instructblip import fields
 from jax_instructblip.atomic import atomic_folder, check_room, refuse_existing
 from jax_instructblip.conversion import hf_folder, transforms
-from jax_instructblip.conversion.engine import Drop, Entry, Rule, Zeros
+from jax_instructblip.conversion.engine import Drop, Entry, Fixed, Rule, Zeros
 from jax_instructblip.conversion.families import Family, family_of
 from jax_instructblip.conversion.hf_config import preprocessor, variant_of
 from jax_instructblip.conversion.safetensors import SHARD_BYTES, SHARD_SIZE, Writer
@@ -32,7 +32,12 @@ from jax_instructblip.conversion.stored_model import (
 from jax_instructblip.files import TOKENIZER_LIMIT, read_json
 from jax_instructblip.models.variants import QFormerConfig
 
-PROCESSORS = {"instructblip": "InstructBlipProcessor", "blip2": "Blip2Processor"}
+PROCESSORS = {
+    "instructblip": "InstructBlipProcessor",
+    "blip2": "Blip2Processor",
+    "llava": "LlavaProcessor",
+}
+IMAGE_TOKEN = "<image>"
 QFORMER_LIMIT = 128  # tokens of an instruction, as released
 DTYPES = {
     name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("bfloat16", "float16", "float32")
@@ -44,7 +49,7 @@ class _Group:
     """The tensors of one source name (one a layer) and the rules about their parts, in order."""
 
     keys: list[str]
-    entries: list[Rule | Zeros]  # in the order of the parts
+    entries: Sequence[Rule | Zeros | Fixed]  # in the order of the parts
     dtype: np.dtype
     shape: tuple[int, ...]
 
@@ -54,6 +59,8 @@ class _Group:
 
     def make(self, layer: int, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
         """Returns the tensor of one layer, assembled from the leaves (parameters) of its parts."""
+        if isinstance(self.entries[0], Fixed):
+            return self.entries[0].make(self.shape[0], self.dtype)
         tensor = np.zeros(self.shape, self.dtype)
         rows = self.shape[0] // len(self.entries) if self.shape else 0
         for part, entry in enumerate(self.entries):
@@ -74,9 +81,9 @@ def export_hf(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int], Any] | None = None,
 ) -> list[str]:
-    """Writes `out`, a Hugging Face folder of InstructBLIP or BLIP-2; returns notes for the user.
+    """Writes `out`, a Hugging Face folder of a generative model or a first stage; returns notes.
 
-    The notes are sentences about what the format cannot hold. Dtypes are kept.
+    The notes are sentences for the user about what the format cannot hold. Dtypes are kept.
 
     Args:
       model: a checkpoint folder of this package, or a `StoredModel`.
@@ -108,6 +115,8 @@ def export_hf(
     check_room(Path(out), model.nbytes)
     tied = bool(model.facts.get("tied_head")) and _head_is_tied(model)
     groups = _groups(family.rules(model.variant), model.manifest, tied, model.title)
+    prefixes: Mapping[str, str] = model.facts.get("prefixes", {})
+    groups = [dataclasses.replace(each, keys=_spelled(each.keys, prefixes)) for each in groups]
     specs = {key: (group.dtype, group.shape) for group in groups for key in group.keys}
     with atomic_folder(out) as temporary:
         writer = Writer(temporary, specs, shard_bytes)
@@ -120,17 +129,31 @@ def export_hf(
     return left_out + notes
 
 
+def _spelled(names: Iterable[str], prefixes: Mapping[str, str]) -> list[str]:
+    """Returns names of the tables as the folder had them from which the model was converted."""
+    spelled = []
+    for name in names:
+        ours = next((each for each in prefixes if name.startswith(each)), "")
+        spelled.append(prefixes.get(ours, "") + name.removeprefix(ours))
+    return spelled
+
+
 def _groups(
     entries: Iterable[Entry], manifest: Mapping[str, Any], leave_out_head: bool, title: str
 ) -> list[_Group]:
     by_source: dict[str, list[Rule | Zeros]] = defaultdict(list)
+    groups = []
     for entry in entries:
         if isinstance(entry, Drop):
+            continue
+        if isinstance(entry, Fixed):
+            leaf = manifest[entry.like]
+            size, dtype = leaf["shape"][0], DTYPES[leaf["dtype"]]
+            groups.append(_Group(entry.keys, [entry], dtype, entry.make(size, dtype).shape))
             continue
         if leave_out_head and isinstance(entry, Rule) and entry.target == "llm/head/kernel":
             continue
         by_source[f"{entry.source} {entry.layers}"].append(entry)
-    groups = []
     for parts in by_source.values():
         parts.sort(key=lambda entry: entry.part)
         rule = next(entry for entry in parts if isinstance(entry, Rule))
@@ -191,8 +214,10 @@ def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> l
         config = family.config(variant)
         config["dtype"] = _main_dtype(model.manifest)
         if variant.llm is not None:
-            config["image_token_index"] = _image_token(model.folder)
-            if config["image_token_index"] is None:
+            image = _image_token(model.folder)
+            if image is not None or variant.kind != "llava":  # its config.json allows no null
+                config["image_token_index"] = image
+            if image is None:
                 notes.append(
                     "the tokenizer has no <image> token: transformers needs one, and "
                     "image_token_index"
@@ -202,7 +227,15 @@ def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> l
     sides |= {name: facts[name] for name in hf_folder.SIDE_FILES if name in facts}
     if variant.kind in PROCESSORS:  # transformers puts that many image tokens before a prompt
         usual: dict[str, Any] = {"processor_class": PROCESSORS[variant.kind]}
-        usual["num_query_tokens"] = variant.qformer.queries
+        if isinstance(variant.bridge, QFormerConfig):
+            usual["num_query_tokens"] = variant.bridge.queries
+        else:
+            usual |= {
+                "patch_size": variant.vision.patch_size,
+                "vision_feature_select_strategy": "default",
+                "num_additional_image_tokens": 1,  # CLS
+                "image_token": IMAGE_TOKEN,
+            }
         sides["processor_config"] = usual | sides.get("processor_config", {})
     for name, document in {"config": config, **sides}.items():
         (out / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
@@ -261,4 +294,4 @@ def _image_token(folder: Path) -> int | None:
     if not path.is_file():
         return None
     tokens = read_json(path, dict, limit=TOKENIZER_LIMIT).get("added_tokens", [])
-    return next((token["id"] for token in tokens if token["content"] == "<image>"), None)
+    return next((token["id"] for token in tokens if token["content"] == IMAGE_TOKEN), None)

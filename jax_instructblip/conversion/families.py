@@ -15,16 +15,19 @@ from jax_instructblip.conversion.engine import Entry
 from jax_instructblip.conversion.sections import (
     BLIP2_ITM_QFORMER,
     BLIP2_QFORMER,
+    CLIP_VIT,
     EVA_VIT,
     OPT,
+    PROJECTOR,
     QFORMER,
     T5,
 )
-from jax_instructblip.conversion.tables import heads, llama, opt, qformer, t5, vision
+from jax_instructblip.conversion.tables import heads, llama, opt, projector, qformer, t5, vision
 from jax_instructblip.models.variants import (
     LanguageConfig,
     LlamaConfig,
     OptConfig,
+    ProjectorConfig,
     QFormerConfig,
     T5Config,
     Variant,
@@ -75,6 +78,8 @@ class Family:
       reads_instruction: True if the bridge reads the instruction beside the image.
       heads: function that returns the rules for heads on the bridge, where there is no language
         model.
+      prefixes: the beginnings of tensor names in the tables, each with those that other versions
+        of transformers write instead.
     """
 
     kind: str
@@ -88,6 +93,7 @@ class Family:
     constant: Callable[[Variant], Mapping[str, Any]]
     reads_instruction: bool
     heads: Callable[[Any], list[Entry]] = lambda bridge: []
+    prefixes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def towers(self, variant: Variant) -> list[tuple[Tower, Any]]:
         """Returns (tower, its sizes) for each tower of a variant."""
@@ -111,6 +117,14 @@ class Family:
             return [*entries, *self.heads(variant.bridge)]
         return [*entries, *language.rules(variant.llm, tied_head)]
 
+    def prefix(self, name: str) -> tuple[str, str]:
+        """Returns the beginning of a tensor's name in the tables, and in the file; "" for alike."""
+        for ours, others in self.prefixes.items():
+            for theirs in (ours, *others):
+                if name.startswith(theirs):
+                    return ours, theirs
+        return "", ""
+
     def sizes(self, variant: Variant) -> list[tuple[str, int, bool]]:
         """Returns (key, value, is_layers) of each size that the tensors' shapes or names show.
 
@@ -131,7 +145,8 @@ class Family:
         }
         for tower, sizes in self.towers(variant):
             keys = tower.section.write(sizes)
-            document[tower.section.name] = {"model_type": tower.model_type, **keys}
+            if tower.section.name:
+                document[tower.section.name] = {"model_type": tower.model_type, **keys}
         return document
 
 
@@ -155,6 +170,19 @@ LANGUAGES = {
 } | {
     name: Language(section, name, llama.rules, LlamaConfig, llama.HEAD)
     for name, section in llama_sections.SECTIONS.items()
+}
+
+
+# The beginnings of LLaVA's names: of the released folders, then of other versions of transformers.
+LLAVA_PREFIXES = {
+    "language_model.model.": ("model.language_model.",),
+    "language_model.lm_head.": ("lm_head.",),
+    "vision_tower.vision_model.": (
+        "model.vision_tower.vision_model.",
+        "model.vision_tower.",
+        "vision_tower.",
+    ),
+    "multi_modal_projector.": ("model.multi_modal_projector.",),
 }
 FAMILIES = (
     Family(
@@ -225,6 +253,19 @@ FAMILIES = (
         constant=lambda variant: {},
         reads_instruction=False,
         heads=heads.rules,
+    ),
+    Family(
+        kind="llava",
+        architecture="LlavaForConditionalGeneration",
+        model_type="llava",
+        top=PROJECTOR,
+        vision=Tower(CLIP_VIT, "clip_vision_model", vision.clip_rules, VisionConfig),
+        bridge=Tower(Section("", ()), "", projector.rules, ProjectorConfig),
+        languages={name: LANGUAGES[name] for name in llama_sections.SECTIONS},
+        link=lambda vision, llm: {"vision_width": vision.width, "llm_width": llm.width},
+        constant=lambda variant: {},
+        reads_instruction=False,
+        prefixes=LLAVA_PREFIXES,
     ),
 )
 

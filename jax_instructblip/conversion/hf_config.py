@@ -142,12 +142,24 @@ def has_tied_embeddings(config: Mapping[str, Any]) -> bool:
 
 
 def preprocessor(variant: Variant) -> dict[str, Any]:
-    """Returns the content of a preprocessor_config.json that describes our image preparation."""
+    """Returns the content of a preprocessor_config.json that describes our image preparation.
+
+    InstructBLIP and BLIP-2 squeeze the image into a square, LLaVA crops its middle.
+    """
     size = variant.vision.image_size
+    square = {"height": size, "width": size}
+    if variant.kind == "llava":
+        how: dict[str, Any] = {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": size},
+            "crop_size": square,
+            "do_center_crop": True,
+        }
+    else:
+        how = {"image_processor_type": "BlipImageProcessor", "size": square}
     return {
-        "image_processor_type": "BlipImageProcessor",
+        **how,
         "do_resize": True,
-        "size": {"height": size, "width": size},
         "resample": 3,  # PIL's bicubic
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -164,7 +176,7 @@ def check_preprocessor(folder: Path, variant: Variant) -> None:
     The keys are in preprocessor_config.json, or (transformers 5) in an object of
     processor_config.json.
     """
-    wanted = preprocessor(variant) | {"do_center_crop": False}
+    wanted = {"do_center_crop": False, "do_pad": False} | preprocessor(variant)
     del wanted["image_processor_type"]  # several image processors do the same
     failures = []
     for name in ("preprocessor_config.json", "processor_config.json"):

@@ -55,7 +55,7 @@ def convert_hf(folder: str | Path, variant: str | None = None) -> Conversion:
     family = family_of(described)
     if variant is not None:
         check_variant(folder, described, variant)
-    tensors = open_folder(folder)
+    tensors, prefixes = _respelled(folder, open_folder(folder), family)
     _check_sizes(folder, described, family, tensors)
     check_preprocessor(folder, described)
     language = family.language(described)
@@ -73,7 +73,30 @@ def convert_hf(folder: str | Path, variant: str | None = None) -> Conversion:
         f"the tensors of {folder} do not fit its config.json",
     )
     source = _source(folder, config, family, tensors, plan, tied_head)
+    if prefixes:
+        source["prefixes"] = prefixes
     return Conversion(described, source, plan)
+
+
+def _respelled(
+    folder: Path, tensors: Mapping[str, Tensor], family: Family
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors by their names in the tables, and the prefixes that were changed.
+
+    The latter are those of the tables, each with that of the folder. Raises a ConversionError if
+    two tensors have the same name in the tables.
+    """
+    names: dict[str, list[str]] = {}
+    prefixes: dict[str, str] = {}
+    for name in tensors:
+        ours, theirs = family.prefix(name)
+        names.setdefault(ours + name.removeprefix(theirs), []).append(name)
+        if ours != theirs:
+            prefixes[ours] = theirs
+    doubled = [" and ".join(each) for each in names.values() if len(each) > 1]
+    if doubled:
+        raise ConversionError(f"{folder} holds tensors twice, under names of two versions", doubled)
+    return {name: tensors[each[0]] for name, each in names.items()}, prefixes
 
 
 def _check_sizes(

@@ -40,6 +40,18 @@ def _write_vision(vision: VisionConfig) -> dict[str, Any]:
     return {}
 
 
+def _write_clip(vision: VisionConfig) -> dict[str, Any]:
+    """Returns no keys; raises a ValueError for a tower that is not CLIP's before its last block."""
+    clip = vision.pre_norm and vision.key_bias and not vision.patch_bias
+    if not clip or vision.unused_layers != 1 or not vision.post_norm:
+        raise ValueError(
+            "the image tower is not CLIP's with its last block and norm (pre_norm, key_bias, no "
+            "patch_bias, unused_layers 1, post_norm), which Hugging Face's LLaVA holds: "
+            "`jax-instructblip merge` writes a checkpoint of this package"
+        )
+    return {}
+
+
 EVA_VIT = Section(
     "vision_config",
     (
@@ -53,6 +65,56 @@ EVA_VIT = Section(
         Fixed("hidden_act", "gelu"),
         Fixed("qkv_bias", True),
         Pair(lambda values: {}, _write_vision),
+    ),
+)
+CLIP_VIT = Section(  # of LLaVA, whose features are those before the last block
+    "vision_config",
+    (
+        Fixed("model_type", "clip_vision_model"),
+        Key("hidden_size", "width", AXIS, 768),
+        Key("intermediate_size", "mlp", AXIS, 3072),
+        Key("num_hidden_layers", "layers", COUNT, 12),
+        Key("num_attention_heads", "heads", SIZE, 12),
+        Key("image_size", "image_size", SIZE, 224),
+        Key("patch_size", "patch_size", AXIS, 32),
+        Key("layer_norm_eps", "norm_eps", EPS, 1e-5),
+        Key("hidden_act", "activation", one_of("gelu", "quick_gelu"), "quick_gelu"),
+        Fixed("num_channels", 3),
+        Fixed("attention_dropout", 0.0),
+        Pair(
+            lambda values: {
+                "pre_norm": True,
+                "key_bias": True,
+                "patch_bias": False,
+                "unused_layers": 1,
+                "post_norm": True,
+            },
+            _write_clip,
+        ),
+    ),
+)
+
+
+def _read_projector(values: Values) -> dict[str, Any]:
+    activations = one_of(*PROJECTOR_LAYERS)
+    activation = values.checked("projector_hidden_act", activations, "gelu")
+    return {"layers": PROJECTOR_LAYERS[activation]}
+
+
+# `linear` is no activation: the second of the two layers that the format has must then be the
+# identity (`tables/projector.py`).
+PROJECTOR_LAYERS = {"linear": 1, "gelu": 2}
+PROJECTOR = Section(
+    "",
+    (
+        Pair(
+            _read_projector,
+            lambda bridge: {"projector_hidden_act": "linear" if bridge.layers == 1 else "gelu"},
+            {"projector_hidden_act": "gelu"},
+        ),
+        Fixed("vision_feature_layer", -2),
+        Fixed("vision_feature_select_strategy", "default"),
+        Fixed("multimodal_projector_bias", True),
     ),
 )
 _TABLES = (  # the embeddings of a Q-Former that reads texts

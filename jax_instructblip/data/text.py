@@ -336,7 +336,8 @@ class TextProcessor:
 
     def _wrong_limits(self) -> list[str]:
         wrong = []
-        positions = self.variant.qformer.max_positions
+        reads = self.variant.reads_instruction
+        positions = self.variant.qformer.max_positions if reads else None
         for name, least, most in (
             ("qformer_limit", 3, positions),
             ("prompt_limit", 1, None),

@@ -169,7 +169,7 @@ def _vision(variant: Variant, rows: int) -> tuple[int, int]:
     """FLOPs of the forward pass: of the patch convolution, and of everything."""
     v = variant.vision
     patches = linear(rows * (v.tokens - 1), v.patch_size**2 * 3, v.width)
-    return patches, patches + v.layers * (
+    return patches, patches + v.computed_layers * (
         4 * linear(rows * v.tokens, v.width, v.width)
         + 2 * linear(rows * v.tokens, v.tokens, v.width)
         + 2 * linear(rows * v.tokens, v.width, v.mlp)

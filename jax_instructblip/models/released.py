@@ -8,6 +8,7 @@ from jax_instructblip.models.variants import (
     LanguageConfig,
     LlamaConfig,
     OptConfig,
+    ProjectorConfig,
     QFormerConfig,
     T5Config,
     Variant,
@@ -29,6 +30,17 @@ CLIP_VIT_L = VisionConfig(
 )
 
 
+# With the last block and the norm behind it, which LLaVA's files hold.
+_LLAVA_VIT = dataclasses.replace(
+    CLIP_VIT_L, layers=24, unused_layers=1, post_norm=True, align_corners=False
+)
+
+
+def _llava(llm: LlamaConfig, layers: int, image_size: int) -> Variant:
+    vision = dataclasses.replace(_LLAVA_VIT, image_size=image_size)
+    return Variant("llava", vision, ProjectorConfig(vision.width, llm.width, layers), llm)
+
+
 def _instructblip(llm: LanguageConfig, vision: VisionConfig = _VIT_G, **fields: Any) -> Variant:
     qformer = QFormerConfig(vision_width=vision.width, llm_width=llm.width, **fields)
     return Variant("instructblip", vision, qformer, llm)
@@ -40,6 +52,10 @@ _FLAN_T5_XL = T5Config(
 _FLAN_T5_XXL = dataclasses.replace(_FLAN_T5_XL, width=4096, heads=64, mlp=10240)
 _VICUNA_7B = LlamaConfig(width=4096, heads=32, mlp=11008, layers=32)
 _VICUNA_13B = LlamaConfig(width=5120, heads=40, mlp=13824, layers=40)
+# As in Hugging Face's folders: 32,064 rows, of which `<image>` is 32000 and the padding 32001.
+_LLAVA_7B = dataclasses.replace(_VICUNA_7B, vocab=32064, bos_id=1, pad_id=32001)
+_LLAVA_13B = dataclasses.replace(_VICUNA_13B, vocab=32064, bos_id=1, pad_id=32001)
+_VICUNA_1_5: dict[str, Any] = dict(max_positions=4096, norm_eps=1e-5)  # of Llama 2
 _OPT_2_7B = OptConfig(width=2560, heads=32, mlp=10240, layers=32)
 _OPT_6_7B = OptConfig(width=4096, heads=32, mlp=16384, layers=32)
 
@@ -83,6 +99,10 @@ VARIANTS: dict[str, Variant] = {
     "blip2-flan-t5-xl-coco": _blip2(_FLAN_T5_XL, _VIT_G_COCO),
     "blip2-opt-2.7b-coco": _blip2(_OPT_2_7B, _VIT_G_COCO),
     "blip2-opt-6.7b-coco": _blip2(_OPT_6_7B, _VIT_G_COCO),
+    "llava-7b": _llava(_LLAVA_7B, 1, 224),
+    "llava-13b": _llava(_LLAVA_13B, 1, 224),
+    "llava-1.5-7b": _llava(dataclasses.replace(_LLAVA_7B, **_VICUNA_1_5), 2, 336),
+    "llava-1.5-13b": _llava(dataclasses.replace(_LLAVA_13B, **_VICUNA_1_5), 2, 336),
     "tiny-stage1": _blip2_stage1(_TINY_VISION, 24, **_TINY_QFORMER),
     "tiny-t5": _instructblip(
         T5Config(width=64, head_width=16, heads=4, mlp=160, encoder_layers=3, decoder_layers=2),

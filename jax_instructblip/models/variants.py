@@ -42,11 +42,18 @@ class VisionConfig:
     patch_bias: bool = True
     # Of the position table where it is resized to other images: the corners of both grids meet.
     align_corners: bool = False
+    unused_layers: int = 0  # the last blocks, which are stored and not computed (LLaVA)
+    post_norm: bool = False  # behind all blocks: stored and not computed (LLaVA)
 
     @property
     def tokens(self) -> int:
         """The number of tokens of one image: its patches and CLS."""
         return (self.image_size // self.patch_size) ** 2 + 1
+
+    @property
+    def computed_layers(self) -> int:
+        """The number of blocks that features pass through."""
+        return self.layers - self.unused_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +252,10 @@ class Variant:
             wrong.append(f"qformer.layers {bridge.layers} is odd: layers come in pairs")
         if isinstance(bridge, ProjectorConfig) and bridge.layers not in (1, 2):
             wrong.append(f"projector.layers is {bridge.layers}, expected 1 or 2")
+        if not vision.computed_layers > 0:
+            wrong.append(
+                f"vision.unused_layers {vision.unused_layers} is not below layers {vision.layers}"
+            )
         if vision.image_size % vision.patch_size:
             wrong.append(
                 f"vision.image_size {vision.image_size} is no multiple of "

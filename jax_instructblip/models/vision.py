@@ -3,7 +3,8 @@
 EVA ViT-g/14 and CLIP ViT-L/14 differ in fields of `VisionConfig` alone. The released networks have
 40 and 24 blocks. The features are the residual stream after block 39, or 23, so the last block, the
 final norm and the head are left out. The layer norm that follows is trained and therefore belongs
-to the Q-Former (`image_norm`).
+to the Q-Former (`image_norm`). LLaVA's files hold the last block and the final norm all the same:
+these are parameters below `unused`, so that a file can be written again, and are never computed.
 """
 
 from typing import Any
@@ -98,5 +99,23 @@ class VisionTransformer(Network):
         x = constrain(jnp.concatenate([cls, patches], axis=1) + positions)
         if c.pre_norm:
             x = LayerNorm(c.norm_eps, name="pre_norm")(x)
-        layers = scan_layers(VisionBlock, c.layers, self.scan, call=0)(c, self.dtype, name="layers")
-        return layers(x, None)[0]
+        make = scan_layers(VisionBlock, c.computed_layers, self.scan, call=0)
+        x = make(c, self.dtype, name="layers")(x, None)[0]
+        if self.is_initializing() and (c.unused_layers or c.post_norm):
+            Unused(c, self.dtype, name="unused")(x)
+        return x
+
+
+class Unused(nn.Module):
+    """The last blocks and the norm, stored behind the features; runs only to make parameters."""
+
+    config: VisionConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        c = self.config
+        if c.unused_layers:
+            make = scan_layers(VisionBlock, c.unused_layers, Scan(), call=0)
+            x = make(c, self.dtype, name="layers")(x, None)[0]
+        return LayerNorm(c.norm_eps, name="norm")(x) if c.post_norm else x

@@ -66,6 +66,8 @@ RULES = (
     Rule(r"((query|text)_)?mlp/(gate|in)/kernel", P("fsdp", "tensor")),
     Rule(r"((query|text)_)?mlp/out/kernel", P("tensor", "fsdp")),
     Rule(r"((image|text)_)?projection/kernel", P("fsdp", "tensor")),
+    Rule(r"projector/in/kernel", P("fsdp", "tensor")),
+    Rule(r"projector/out/kernel", P("tensor", "fsdp")),
     Rule(r"caption/in/kernel", P("fsdp", "tensor")),
     Rule(r"match/kernel", P()),  # two columns
     # FlanT5 has 32128 = 2^7 x 251 words, Vicuna 32001 and BERT 30523, both odd.

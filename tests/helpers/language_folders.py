@@ -72,7 +72,7 @@ SIZES: dict[str, dict[str, Any]] = {
 def write_language(folder: Path, kind: str, **sizes: Any) -> Any:
     """Writes the folder; returns the torch model. LLaMA's has no padding token, as Vicuna's."""
     torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
-    tokenizer = _tokenizer(kind)
+    tokenizer = tokenizer_of(kind)
     config, model = MODELS[kind]
     torch.manual_seed(0)
     made = getattr(transformers, model)(config(vocab_size=len(tokenizer), **SIZES[kind] | sizes))
@@ -93,7 +93,8 @@ def enliven(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _tokenizer(kind: str) -> Any:
+def tokenizer_of(kind: str) -> Any:
+    """The tokenizer of a released model of that kind, which knows `TEXT`."""
     if kind in ("t5", "opt"):
         return {"t5": make_t5, "opt": make_opt}[kind](TEXT)
     if kind in SPECIAL:

@@ -222,7 +222,7 @@ def test_a_released_model_is_known_by_kind_and_sizes_alone(name):
         changed = variant.towers[tower]
         double = 2 * value or 7
         object.__setattr__(changed := dataclasses.replace(changed), size, double)
-        attribute = "bridge" if tower == "qformer" else tower
+        attribute = "bridge" if tower == variant.bridge.key else tower
         other = dataclasses.replace(variant)
         object.__setattr__(other, attribute, changed)
         assert released_name(other) == "", field

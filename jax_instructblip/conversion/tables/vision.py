@@ -1,12 +1,13 @@
 """Conversion tables of the vision tower: tensors of a file, parameters of `vision/`.
 
 `rules` has Hugging Face's names of EVA ViT-g (`vision_model.`), `openai_rules` those of CLIP ViT-L
-in OpenAI's file, below `visual_encoder.` as LAVIS has it.
+in OpenAI's file, below `visual_encoder.` as LAVIS has it, `clip_rules` those of CLIP in Hugging
+Face's folders of LLaVA, which store all blocks and the norm behind them.
 """
 
 from collections.abc import Callable, Mapping
 
-from jax_instructblip.conversion.engine import Entry, Rule, Zeros
+from jax_instructblip.conversion.engine import Drop, Entry, Rule, Zeros
 from jax_instructblip.conversion.transforms import (
     Transform,
     attention_bias,
@@ -36,6 +37,15 @@ _BLOCK = {  # of Hugging Face
     "mlp/out/kernel": "mlp.fc2.weight",
     "mlp/out/bias": "mlp.fc2.bias",
 }
+_CLIP_BLOCK = {
+    **{name: key.replace("projection", "out_proj") for name, key in _BLOCK.items()},
+    **{
+        f"attention/{name}/{leaf}": f"self_attn.{name[0]}_proj.{kind}"
+        for name in PARTS
+        for leaf, kind in (("kernel", "weight"), ("bias", "bias"))
+    },
+}
+CLIP_PREFIX = "vision_tower.vision_model."
 _OPENAI_BLOCK = {
     "attention/out/kernel": "attn.out_proj.weight",
     "attention/out/bias": "attn.out_proj.bias",
@@ -83,6 +93,28 @@ def openai_rules(config: VisionConfig) -> list[Entry]:
     return entries + _block(config, source, _OPENAI_BLOCK)
 
 
+def clip_rules(config: VisionConfig) -> list[Entry]:
+    """Returns the rules for CLIP's whole tower in a folder of LLaVA; the unused part as well."""
+    source, target = CLIP_PREFIX + "embeddings.", "vision/"
+    entries: list[Entry] = [
+        Rule(source + "class_embedding", target + "cls", with_axes(2)),
+        Rule(source + "position_embedding.weight", target + "pos_embed", with_axes(1)),
+        Rule(source + "patch_embedding.weight", target + "patch_embed/kernel", patches),
+        Drop(source + "position_ids", "the numbers 0, 1, 2 ...: no weight"),
+    ]
+    # "layrn" is their spelling.
+    norms = {"pre_layrnorm": "pre_norm", "post_layernorm": "unused/norm"}
+    entries += [
+        Rule(f"{CLIP_PREFIX}{theirs}.{kind}", f"{target}{ours}/{leaf}", identity)
+        for theirs, ours in norms.items()
+        for kind, leaf in (("weight", "scale"), ("bias", "bias"))
+    ]
+    used, source = config.computed_layers, CLIP_PREFIX + "encoder.layers.{i}."
+    entries += _block(config, source, _CLIP_BLOCK, range(used))
+    unused = range(used, config.layers)
+    return entries + _block(config, source, _CLIP_BLOCK, unused, target + "unused/layers/")
+
+
 def _parts(
     config: VisionConfig,
     source: str,
@@ -104,16 +136,29 @@ def _parts(
     ]
 
 
-def _block(config: VisionConfig, source: str, names: Mapping[str, str]) -> list[Entry]:
-    """Returns the rules for the other tensors of a layer; `names` maps our leaf to their tensor."""
+def _block(
+    config: VisionConfig,
+    source: str,
+    names: Mapping[str, str],
+    layers: range | None = None,
+    target: str = "vision/layers/",
+) -> list[Entry]:
+    """Returns the rules for the other tensors of a layer; `names` maps our leaf to their tensor.
+
+    `layers` are the numbers of the layers whose leaves lie below `target`, by default all.
+    """
+    layers = range(config.layers) if layers is None else layers
     transforms = {"attention/out/kernel": attention_out(config.heads)}
     transforms |= {"mlp/in/kernel": linear, "mlp/out/kernel": linear}
+    for name in PARTS:
+        transforms[f"attention/{name}/kernel"] = attention_in(config.heads)
+        transforms[f"attention/{name}/bias"] = attention_bias(config.heads)
     return [
         Rule(
             source + theirs,
-            f"vision/layers/{ours}",
+            f"{target}{ours}",
             transforms.get(ours, identity),
-            range(config.layers),
+            layers,
         )
         for ours, theirs in names.items()
     ]
