@@ -15,6 +15,7 @@ from jax_instructblip.models.variants import (
     LanguageConfig,
     LlamaConfig,
     OptConfig,
+    ProjectorConfig,
     T5Config,
     Variant,
 )
@@ -77,18 +78,18 @@ def analytic(
     samples_per_row: int = 1,
     trains_vision: bool = False,
 ) -> int:
-    """FLOPs of one train step: ViT and language model frozen, Q-Former trained.
+    """FLOPs of one train step: ViT and language model frozen, the bridge trained.
 
     A sample has `text` tokens for the Q-Former, `tokens` for the language model and `answer`
     targets; `samples_per_row` samples are packed into one row. Attention counts whole rows, the
     head all targets.
 
-    The ViT runs forward only, unless `trains_vision`; the Q-Former forward and backward, with
+    The ViT runs forward only, unless `trains_vision`; the bridge forward and backward, with
     gradients of its weights; the language model forward and backward without them. Before a frozen
-    ViT, in the backward pass of the cross-attention's keys and values, only the weights' gradients
+    ViT, in the backward pass of the products that read its patches, only the weights' gradients
     count. The gradient for the trained image norm before them is left out, under 1 % of the whole.
     """
-    keys_values, qformer = _qformer(variant, batch, text)
+    first, bridge = _bridge(variant, batch, text)
     width = samples_per_row * (variant.visual_tokens + tokens)
     rows, answers = batch // samples_per_row, samples_per_row * answer
     forward, attention = _language(variant.llm, rows, width, answers)
@@ -96,8 +97,8 @@ def analytic(
     llm = 2 * forward + 3 * attention
     patches, vision = _vision(variant, batch)
     if trains_vision:  # but for the gradient of the pixels
-        return 3 * vision - patches + 3 * qformer + llm
-    return vision + 3 * qformer - keys_values + llm
+        return 3 * vision - patches + 3 * bridge + llm
+    return vision + 3 * bridge - first + llm
 
 
 def pairs(variant: Variant, batch: int, text: int, *, trains_vision: bool = False) -> int:
@@ -133,7 +134,7 @@ def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) ->
     config, queries = variant.llm, variant.visual_tokens
     prompt = queries + tokens
     head = linear(rows, config.width, config.vocab)
-    read = _vision(variant, rows)[1] + _qformer(variant, rows, text)[1]
+    read = _vision(variant, rows)[1] + _bridge(variant, rows, text)[1]
     if not isinstance(config, T5Config):
         weights = _decoder_weights(config)
         inner = config.heads * config.head_width
@@ -189,8 +190,15 @@ def _qformer_rows(variant: Variant, rows: int, own: int, seen: int, queries: int
     return q.layers * each + q.layers // 2 * cross
 
 
-def _qformer(variant: Variant, rows: int, text: int) -> tuple[int, int]:
-    """FLOPs of the Q-Former's forward pass: (cross-attention keys and values alone, everything)."""
+def _bridge(variant: Variant, rows: int, text: int) -> tuple[int, int]:
+    """FLOPs of the bridge's forward pass: (products that read the patches alone, everything).
+
+    In a Q-Former the former are the keys and values of the cross-attention.
+    """
+    if isinstance(variant.bridge, ProjectorConfig):
+        p, vectors = variant.bridge, rows * variant.visual_tokens
+        first = linear(vectors, p.vision_width, p.llm_width)
+        return first, first + (p.layers - 1) * linear(vectors, p.llm_width, p.llm_width)
     q, patches = variant.qformer, variant.vision.tokens
     seen = q.queries + (text if q.instruction_aware else 0)
     keys_values = q.layers // 2 * 2 * linear(rows * patches, q.vision_width, q.width)
