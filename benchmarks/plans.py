@@ -29,6 +29,8 @@ CONFIGS = {
     "xxl": "configs/paper_flan_t5_xxl.py",
     "7b": "configs/paper_vicuna_7b.py",
     "13b": "configs/paper_vicuna_13b.py",
+    "stage1": "configs/blip2_stage1.py",
+    "retrieval": "configs/blip2_retrieval_vit_g.py",
     "caption_2.7b": "configs/blip2_caption_opt_2_7b.py",
     "caption_6.7b": "configs/blip2_caption_opt_6_7b.py",
     "vqa_2.7b": "configs/blip2_vqa_opt_2_7b.py",
@@ -85,6 +87,8 @@ CASES = (
     Case("scaling", "7b", "v5e:8x8", "4,16,1", (batch(512),)),
     Case("scaling", "7b", "v5e:8x8", "8,1,8", (batch(64),)),
     Case("scaling", "7b", "v5p:4x8x8", "2,128,1", (batch(2048),)),
+    Case("tuning", "stage1", "v5e:4x4", "16,1,1", ("--config.model.remat.qformer=full",)),
+    Case("tuning", "retrieval", "v5e:4x4", "1,16,1", ("--config.model.remat.qformer=full",)),
     Case("tuning", "caption_2.7b", "v5e:4x4", "1,16,1"),
     Case("tuning", "caption_6.7b", "v5e:4x4", "1,16,1"),
     Case("tuning", "vqa_xl", "v5e:4x4", "1,16,1"),
@@ -147,13 +151,21 @@ NAMES = {
     "blip2-opt-2.7b": "OPT-2.7B",
     "blip2-opt-6.7b": "OPT-6.7B",
     "instructblip-opt-2.7b": "OPT-2.7B",
+    "blip2-stage1": "ViT-g",
+}
+TASKS = {
+    "blip2_stage1": "first stage",
+    "blip2_retrieval": "retrieval",
+    "blip2_caption": "captions",
+    "blip2_vqa": "questions",
 }
 
 
 def paper_row(row: dict[str, Any], task: str = "") -> str:
     """Returns a Markdown table row about one of the paper's training runs."""
     gib, bounds = row["gib"], row["bounds_s"]
-    more = "; `model.remat.qformer=dots`" if row["remat_qformer"] == "dots" else ""
+    again = row["remat_qformer"]
+    more = "" if again == "none" else f"; `model.remat.qformer={again}`"
     cells = (
         f"{NAMES[row['model']]}{task}, {row['batch']}",
         row["topology"],
@@ -168,8 +180,8 @@ def paper_row(row: dict[str, Any], task: str = "") -> str:
 
 
 def tuning_row(row: dict[str, Any]) -> str:
-    """Returns a row about one of BLIP-2's fine-tunings, whose vision tower is trained."""
-    task = "captions" if "blip2_caption" in row["command"] else "questions"
+    """Returns a row about BLIP-2's first stage, or a fine-tuning that trains the vision tower."""
+    task = next(task for config, task in TASKS.items() if config in row["command"])
     return paper_row(row, f", {task}")
 
 

@@ -46,6 +46,7 @@ INSTEAD = {
 SMALL = {
     "--datasets gqa,vsr": "--datasets gqa,vsr --limit 2",
     "gqa --data data --predictions": "gqa --limit 2 --data data --predictions",
+    "--datasets flickr30k_retrieval": "--datasets flickr30k_retrieval --limit 2",
     "--datasets gqa --data data --out": "--datasets gqa --limit 2 --data data --out",
     "configs/shapes_stage1.py": "configs/shapes_stage1.py --config.train.steps=2 "
     "--config.optimizer.warmup_steps=1 --config.validation.limit=4 --config.data.batch_size=4",
@@ -107,7 +108,7 @@ def prepared(tmp_path_factory):
     for name in ("flan-t5-xl", "path/to/checkpoint"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(EMBEDDED / "shapes_t5", folder / name)
-    write_all(folder / "downloads", ["vqav2", "gqa", "vsr"])
+    write_all(folder / "downloads", ["vqav2", "gqa", "vsr", "flickr30k"])
     write_shards(folder / "downloads" / "cc3m", (6, 4))
     binaries = folder / "bin"
     binaries.mkdir()

@@ -6,9 +6,10 @@ evaluate --compare A B                                              samples that
 evaluate --list                                                     datasets, prompts, settings
 evaluate --checkpoint RUN                                           exact match by task family
 
-`--datasets held_out` is all 13 of the paper's table 1. DIR of --data is what `jax-instructblip
-prepare` wrote, or the original files. An interrupted evaluation is resumed; finished datasets are
-not answered again. Several processes share the questions.
+`--datasets held_out` is all 13 of the paper's table 1; a first stage of BLIP-2 is measured on
+coco_retrieval and flickr30k_retrieval. DIR of --data is what `jax-instructblip prepare` wrote, or
+the original files. An interrupted evaluation is resumed; finished datasets are not answered again.
+Several processes share the questions.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import shlex
 from pathlib import Path
 
 from jax_instructblip.commands.flags import check_flags
-from jax_instructblip.evaluation.protocol import BENCHMARKS, table
+from jax_instructblip.evaluation.blip2_protocols import NAMES as DATASETS
+from jax_instructblip.evaluation.blip2_protocols import full_table
 from jax_instructblip.evaluation.settings import DECODING, MODES, NAMES, PLACES, SHOWING
 from jax_instructblip.inference.generation_config import add_flags
 from jax_instructblip.models.variants import DTYPES
@@ -32,7 +34,7 @@ def main(argv: list[str]) -> int:
         if getattr(args, kind):
             _refuse_others(parser, args, kind)
     if args.list:
-        print(table())
+        print(full_table())
         return 0
     if args.compare:
         from jax_instructblip.evaluation.compare import describe
@@ -71,12 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", help="a Hugging Face folder, a converted one, a run, or an embedded name")
     add("--list", action="store_true", help="print datasets, prompts, settings; then end")
-    add("--datasets", help=f"with commas: held_out, {', '.join(BENCHMARKS)}")
+    add("--datasets", help=f"with commas: held_out, {', '.join(DATASETS)}")
     add("--data", help="see above; of families a JSON-lines file or `shapes` (default: the run's)")
     add("--split", help="other than the paper's (of families one or more; default: test splits)")
     add("--limit", type=int, default=0, help="questions of each, always the same (default: all)")
     add("--out", type=Path, help="folder to write to (of families by default the run)")
-    add("--batch_size", type=int, help="questions at once, of datasets on each device (8)")
+    add(
+        "--batch_size",
+        type=int,
+        help="at once, of datasets on each device (8; 128 pairs)",
+    )
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two --out, or predictions")
     add("--predictions", type=Path, help="JSON lines with id, and text or scores; or a VQA tool's")
     add(
@@ -90,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--candidates", type=Path, metavar="FILE", help="one a line, of msvd_qa and msrvtt_qa")
     add_flags(group, *DECODING, unset=True)
     add("--length_normalise", action="store_true", default=None, help="of a ranking: mean, not sum")
+    add("--k", type=int, help="of a retrieval: the nearest that are re-ranked (128)")
+    add("--itm_only", action="store_true", default=None, help="of a retrieval: without similarity")
     group = parser.add_argument_group("how records are shown, where paper and released code differ")
     add = group.add_argument
     add(

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from jax_instructblip import remote, stores
-from jax_instructblip.evaluation import suite
+from jax_instructblip.evaluation import retrieval_run, suite
+from jax_instructblip.evaluation.blip2_protocols import RETRIEVAL, get_benchmark
 from jax_instructblip.evaluation.metrics.dialogue_scores import read_relevance
 from jax_instructblip.evaluation.placement import choose_mesh
-from jax_instructblip.evaluation.protocol import HELD_OUT, get_benchmark
+from jax_instructblip.evaluation.protocol import HELD_OUT
 from jax_instructblip.evaluation.settings import Settings
 from jax_instructblip.evaluation.task import Task, open_task
 from jax_instructblip.files import read_entries
@@ -21,7 +22,9 @@ from jax_instructblip.inference.loading import (
     weights_digest,
 )
 from jax_instructblip.inference.pipeline import READERS
+from jax_instructblip.inference.pipeline import load as load_any
 from jax_instructblip.inference.pipeline import load_pipeline as load
+from jax_instructblip.inference.retrieval import PAIRS
 
 BATCH_SIZE = 8  # questions that each device answers at once
 
@@ -37,21 +40,25 @@ def answer_benchmarks(settings: Settings, command: str = "") -> dict[str, Any]:
       OSError: there is no checkpoint, or the output folder cannot be written.
     """
     assert settings.checkpoint is not None and settings.out is not None
-    size = BATCH_SIZE if settings.batch_size is None else settings.batch_size
     with suite.agreed():
-        check_batch_size(size)
         source = read_source(settings.checkpoint)
-        require_kind(source, READERS)
-        tasks = open_tasks(settings, source.variant.llm.kind)
+        variant = source.variant
+        answers = variant.llm is not None
+        size = settings.batch_size or (BATCH_SIZE if answers else PAIRS)
+        check_batch_size(size)
+        if answers:
+            require_kind(source, READERS)
+        tasks = open_tasks(settings, variant.llm.kind if answers else "", variant.kind)
         dtype = read_dtype(settings.dtype).name
-        mesh = choose_mesh(source.variant, dtype, fsdp=settings.fsdp, tensor=settings.tensor)
+        mesh = choose_mesh(variant, dtype, fsdp=settings.fsdp, tensor=settings.tensor)
         settings.out.mkdir(parents=True, exist_ok=True)  # fails now if it cannot be written
     with suite.agreed():
-        blip = load(settings.checkpoint, mesh=mesh, dtype=dtype)
+        blip = (load if answers else load_any)(settings.checkpoint, mesh=mesh, dtype=dtype)
         blip.silent = True  # the suite shows the progress
     weights = weights_digest(source)
     model = {"checkpoint": settings.checkpoint, "weights": weights, "dtype": dtype}
-    finished = suite.run(blip, tasks, settings.out, model=model, size=size, limit=settings.limit)
+    run: Any = suite.run if answers else retrieval_run.run
+    finished = run(blip, tasks, settings.out, model=model, size=size, limit=settings.limit)
     return suite.finish(settings.out, finished, model, command)
 
 
@@ -65,6 +72,11 @@ def score_predictions(settings: Settings, command: str = "") -> dict[str, Any]:
       ValueError: more than one dataset is named.
     """
     assert settings.predictions is not None and settings.out is not None
+    if compared := [name for name in settings.datasets if name in RETRIEVAL]:
+        raise ValueError(
+            f"--predictions: {', '.join(compared)} is scored from the similarities of all pairs, "
+            "not from answers: give --checkpoint of a first stage of BLIP-2"
+        )
     tasks = open_tasks(settings, "t5")
     if len(tasks) != 1:
         raise ValueError(f"--predictions is of one dataset, --datasets names {len(tasks)}")
@@ -75,18 +87,18 @@ def score_predictions(settings: Settings, command: str = "") -> dict[str, Any]:
     return suite.finish(settings.out, [finished], model, command)
 
 
-def open_tasks(settings: Settings, llm: str) -> list[Task]:
-    """Opens the datasets of `settings` as tasks, with settings for a language model kind `llm`.
+def open_tasks(settings: Settings, llm: str, kind: str = "instructblip") -> list[Task]:
+    """Opens the datasets of `settings` as tasks, for a model `kind` with a language model `llm`.
 
-    `llm` is a `variant.llm.kind` such as "t5". The name `held_out` stands for all held-out datasets
-    of the paper's table 1.
+    `llm` is a `variant.llm.kind` such as "t5", "" for a first stage of BLIP-2. The name `held_out`
+    stands for all held-out datasets of the paper's table 1.
 
     Raises:
       ValueError: lists unknown and unusable datasets, or settings that no dataset uses.
     """
     assert settings.data is not None
     names = [n for name in settings.datasets for n in (HELD_OUT if name == "held_out" else (name,))]
-    benchmarks = [get_benchmark(name) for name in dict.fromkeys(names)]
+    benchmarks = [get_benchmark(name, kind) for name in dict.fromkeys(names)]
     changed = settings.overrides()
     overrides = dict(changed)
     if settings.prompt is not None:
@@ -104,7 +116,7 @@ def open_tasks(settings: Settings, llm: str) -> list[Task]:
         try:
             task = open_task(
                 benchmark,
-                _folder(settings.data, benchmark.name),
+                _folder(settings.data, benchmark.dataset),
                 llm,
                 split=settings.split or "",
                 limit=settings.limit,

@@ -11,7 +11,7 @@ released code counts one more, the token that decoding starts from.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax_instructblip import lookup
@@ -25,14 +25,28 @@ GENERATE = (
     *("max_new_tokens", "min_new_tokens", "length_rule"),
 )
 RANK = ("length_normalise",)
+RETRIEVE = ("k", "itm_only")
 
+# The models that papers have numbers of, and what reports call them.
+SHORT = {
+    "instructblip-flan-t5-xl": "FlanT5-XL",
+    "instructblip-flan-t5-xxl": "FlanT5-XXL",
+    "instructblip-vicuna-7b": "Vicuna-7B",
+    "instructblip-vicuna-13b": "Vicuna-13B",
+    "blip2-opt-2.7b": "BLIP-2 OPT-2.7B",
+    "blip2-opt-6.7b": "BLIP-2 OPT-6.7B",
+    "blip2-flan-t5-xl": "BLIP-2 FlanT5-XL",
+    "blip2-flan-t5-xl-vit-l": "BLIP-2 FlanT5-XL, ViT-L",
+    "blip2-flan-t5-xxl": "BLIP-2 FlanT5-XXL",
+    "blip2-vicuna-7b": "BLIP-2 Vicuna-7B",
+    "blip2-vicuna-13b": "BLIP-2 Vicuna-13B",
+    "blip2-opt-2.7b-coco": "BLIP-2 OPT-2.7B, COCO",
+    "blip2-opt-6.7b-coco": "BLIP-2 OPT-6.7B, COCO",
+    "blip2-flan-t5-xl-coco": "BLIP-2 FlanT5-XL, COCO",
+    "blip2-stage1-coco": "BLIP-2 ViT-g, COCO",
+}
 # InstructBLIP (arXiv 2305.06500), table 1: zero-shot results, in percent, of these models.
-MODELS = (
-    "instructblip-flan-t5-xl",
-    "instructblip-flan-t5-xxl",
-    "instructblip-vicuna-7b",
-    "instructblip-vicuna-13b",
-)
+MODELS = tuple(name for name in SHORT if name.startswith("instructblip"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +65,13 @@ class Protocol:
         choices themselves are ranked.
       decoding: settings of generation; in a ranking, used only if it is overridden to generate.
       llama: settings that replace those of `decoding` for decoder-only models (LLaMA, OPT).
+      prompts: prompts that replace `prompt`, by kind of language model ("opt").
+      retrieval: True if images and captions are matched with each other (`Retriever.rank`).
+      k: in a retrieval, the number of nearest candidates that are re-ranked by the match.
+      itm_only: in a retrieval, score by the logit of the match without the similarity.
       length_normalise: in a ranking, divide each score by its number of tokens.
-      paper: InstructBLIP's published results in percent, by model name.
+      paper: published results in percent, by model name.
+      paper_values: published results of values besides the headline, by model name and value.
       notes: remarks on what is unknown or deviates.
     """
 
@@ -65,13 +84,20 @@ class Protocol:
     words: tuple[tuple[str, ...], ...] = ()
     decoding: GenerationConfig = GenerationConfig()  # noqa: RUF009 (frozen)
     llama: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    retrieval: bool = False
+    k: int = 0
+    itm_only: bool = False
     length_normalise: bool = False
     paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    paper_values: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
     def mode(self) -> str:
-        """The way of answering, "ranked" or "generated"."""
+        """The way of answering, "ranked", "generated" or "retrieved"."""
+        if self.retrieval:
+            return "retrieved"
         return "ranked" if self.ranking else "generated"
 
     def config(self, llm: str = "t5") -> GenerationConfig:
@@ -79,12 +105,12 @@ class Protocol:
         return self.decoding if llm == "t5" else self.decoding.replace(**self.llama)
 
     def settings(self, llm: str = "t5") -> dict[str, Any]:
-        """Returns keyword arguments of `blip.rank` if `ranking`, else of `blip.generate`.
+        """Returns keyword arguments of `blip.rank` if `ranking` or `retrieval`, else `generate`.
 
         `llm` is the kind of the language model, as in `config`.
         """
-        if self.ranking:
-            return {name: getattr(self, name) for name in RANK}
+        if self.ranking or self.retrieval:
+            return {name: getattr(self, name) for name in (RANK if self.ranking else RETRIEVE)}
         config = self.config(llm)
         return {name: getattr(config, name) for name in GENERATE} | config.changed()
 
@@ -97,7 +123,9 @@ class Protocol:
         Raises:
           ValueError: a setting of generation has an invalid value.
         """
-        own = {name: fields[name] for name in ("prompt", "ranking", *RANK) if name in fields}
+        names = RETRIEVE if self.retrieval else ("prompt", "ranking", *RANK)
+        own = {"prompt": self.prompts.get(llm, self.prompt), "prompts": {}}
+        own |= {name: fields[name] for name in names if name in fields}
         config = self.config(llm)
         if not fields.get("ranking", self.ranking):
             config = config.replace(**{name: fields[name] for name in GENERATE if name in fields})
@@ -267,34 +295,34 @@ def get_protocol(name: str) -> Protocol:
     return lookup.find(PROTOCOLS, name, "protocol")
 
 
-def get_benchmark(name: str) -> Protocol:
-    """Returns the protocol of a benchmark; a ValueError suggests similar names if unknown."""
-    return lookup.find(BENCHMARKS, name, "dataset")
+def table(rows: Mapping[str, Protocol] = PROTOCOLS) -> str:
+    """Formats protocols for printing: prompt, split, way of answering, metric."""
+    return "\n".join(line for name, row in rows.items() for line in _described(name, row))
 
 
-def table() -> str:
-    """Formats all protocols for printing: prompt, split, way of answering, metric."""
-    lines = []
-    for name, row in PROTOCOLS.items():
-        scored = f"scored by {row.metric}" if row.metric else "not scored"
-        split = (row.split or "any split") if row.dataset else "for every day"
-        lines.append(f"{name}: {split}, {row.mode}, {scored}")
-        lines.append(f"  prompt: {row.prompt!r}")
-        settings = {kind: row.settings(kind) for kind in ("t5", "llama")}
-        for kind, values in settings.items():
-            if kind == "t5" or values != settings["t5"]:
-                said = ", ".join(f"{field} {value}" for field, value in values.items())
-                lines.append(f"  {'settings' if kind == 't5' else 'with a LLaMA'}: {said}")
-        if row.words:
-            lines.append(f"  ranked: {'; '.join(' or '.join(words) for words in row.words)}")
-        if row.paper:
-            numbers = ", ".join(f"{model} {value}" for model, value in row.paper.items())
-            lines.append(f"  paper: {numbers}")
-        lines += [f"  note: {note}" for note in row.notes]
-    return "\n".join(lines)
+def _described(name: str, row: Protocol) -> Iterator[str]:
+    scored = f"scored by {row.metric}" if row.metric else "not scored"
+    split = (row.split or "any split") if row.dataset else "for every day"
+    yield f"{name}: {split}, {row.mode}, {scored}"
+    if row.prompt:
+        yield f"  prompt: {row.prompt!r}"
+    for kind, prompt in row.prompts.items():
+        yield f"  of {kind}: {prompt!r}"
+    settings = {kind: row.settings(kind) for kind in ("t5", "llama")}
+    for kind, values in settings.items():
+        if kind == "t5" or values != settings["t5"]:
+            said = ", ".join(f"{field} {value}" for field, value in values.items())
+            yield f"  {'settings' if kind == 't5' else 'with a LLaMA'}: {said}"
+    if row.words:
+        yield f"  ranked: {'; '.join(' or '.join(words) for words in row.words)}"
+    if row.paper:
+        numbers = ", ".join(f"{model} {value}" for model, value in row.paper.items())
+        yield f"  paper: {numbers}"
+    for note in row.notes:
+        yield f"  note: {note}"
 
 
 def paper_model(variant: Variant) -> str:
-    """Returns the name of the paper's model with these sizes; "" if there is none."""
+    """Returns the name of the published model with these sizes; "" if there is none."""
     name = released_name(variant)
-    return name if name in MODELS else ""
+    return name if name in SHORT else ""

@@ -9,7 +9,7 @@ import numpy as np
 from jax_instructblip.data.captions import CaptionTokenizer
 from jax_instructblip.data.pairs import image_id
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation.metrics.retrieval import recalls
+from jax_instructblip.evaluation.metrics.retrieval import BACK, FORTH, mean_recall, recalls
 from jax_instructblip.inference.retrieval import CANDIDATES, Retriever
 from jax_instructblip.models.blip2 import Blip2
 
@@ -42,17 +42,17 @@ def retrieval_scores(
     blip = Retriever(model.variant, params, text, dtype=model.dtype, silent=True)
     images = list(pictures.values())
     near = blip.itc(images, captions)
-    ranking = blip.rank(images, captions, k=CANDIDATES)
+    ranking = blip.rank(images, captions, k=CANDIDATES, near=near)
     values = {}
     for prefix, forth, back in (
         ("", ranking.image_to_text, ranking.text_to_image),
         ("itc/", near, near.T),
     ):
         for name, scores, truth in (
-            ("image_to_text", forth, right),
-            ("text_to_image", back, right.T),
+            (FORTH, forth, right),
+            (BACK, back, right.T),
         ):
             for rank, value in recalls(scores, truth).items():
                 values[f"{prefix}{name}/{rank}"] = value
-    recall = (values["image_to_text/r1"] + values["text_to_image/r1"]) / 2
+    recall = mean_recall(values)
     return {"recall": recall, **values, "score": recall}

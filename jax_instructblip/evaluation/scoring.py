@@ -99,6 +99,7 @@ def summarise(
         "left_out": dict(scores.left_out) if scores else {},
         "paper": paper,
         "paper_model": model,
+        "paper_values": dict(task.protocol.paper_values.get(model, {})),
         "gap": values[main] - paper[model] if main and model in paper else None,
         "prompts_cut_for_the_qformer": cut,
         "problems": [f"{row.id}: {row.problem}" for row in rows if row.problem],

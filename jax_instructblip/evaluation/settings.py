@@ -16,12 +16,13 @@ DECODING = (
     *("num_beams", "length_penalty", "repetition_penalty", "max_new_tokens", "min_new_tokens"),
     "length_rule",
 )
-OVERRIDES = (*DECODING, "length_normalise")
+OVERRIDES = (*DECODING, "length_normalise", "k", "itm_only")
 MODES = ("rank", "generate")
 _DEVICES = whole(1, 1_000_000, unit="devices")
 NUMBERS = {
     "batch_size": whole(1, 65_536, unit="questions", optional=True),
     "fsdp": _DEVICES,
+    "k": whole(1, unit="candidates", optional=True),
     "limit": whole(0, unit="questions; 0: all"),
     "tensor": _DEVICES,
 }
@@ -45,7 +46,7 @@ _ANSWERING = (
     "no_baselines",
     *OVERRIDES,
 )
-_OF_DATASETS = ("prompt", "mode", "candidates", "relevance", "length_normalise")
+_OF_DATASETS = ("prompt", "mode", "candidates", "relevance", "length_normalise", "k", "itm_only")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Settings:
       split: a split other than the paper's; for families one or more, separated by commas, by
         default the test splits.
       limit: number of questions per dataset, always the same ones; 0: all.
-      batch_size: questions answered at once; for datasets, on each device.
+      batch_size: questions, in a retrieval pairs, at once; for datasets, on each device.
       predictions: a file of existing answers to be scored.
       relevance: a file of Visual Dialog's dense annotations, for NDCG.
       no_baselines: for families, skip the baselines `blind` (black images) and `before` (training).
@@ -79,6 +80,8 @@ class Settings:
       num_beams, length_penalty, repetition_penalty, max_new_tokens, min_new_tokens, length_rule: as
         in `GenerationConfig`.
       length_normalise: in a ranking, score by the mean log-probability per token, not the sum.
+      k: in a retrieval, the number of nearest candidates that are re-ranked.
+      itm_only: in a retrieval, score by the logit of the match alone.
       dtype: of weights and computation; by default bfloat16, on a CPU float32.
       fsdp: number of devices that split the weights, each with its own questions.
       tensor: number of devices that split the weights and share every question.
@@ -108,6 +111,8 @@ class Settings:
     min_new_tokens: int | None = None
     length_rule: str | None = None
     length_normalise: bool | None = None
+    k: int | None = None
+    itm_only: bool | None = None
     dtype: str | None = None
     fsdp: int = 1
     tensor: int = 1

@@ -281,7 +281,7 @@ def _ask(
         "questions": questions.digest,
     }
     store = Store(destination.folder, name, {**facts, **stands}, process)
-    done = _begin(store, first, destination.replace)
+    done = begin_store(store, first, destination.replace)
     say(describe(task, name, len(questions.records), len(done)))
     left = count_left(questions, done)
     total = left if together else -(-left // jax.process_count())
@@ -339,7 +339,7 @@ def _scored(
     return rows, scores, reason
 
 
-def _begin(store: Store, first: bool, replace: bool) -> dict[str, Prediction]:
+def begin_store(store: Store, first: bool, replace: bool = False) -> dict[str, Prediction]:
     """Returns the rows already in the store, by id, after all processes have seen them."""
     problem: Exception | None = None
     if first:

@@ -13,6 +13,7 @@ from jax_instructblip.data.sources import dataset_name
 from jax_instructblip.data.templates import PAPER, TextStyle
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import answering, families
+from jax_instructblip.evaluation.blip2_protocols import get_benchmark
 from jax_instructblip.evaluation.grouping import plan
 from jax_instructblip.evaluation.metrics import caption_scores
 from jax_instructblip.evaluation.metrics.metric import MetricError
@@ -102,7 +103,10 @@ def evaluate(
     if path and (name := dataset_name(path)) in BENCHMARKS:
         overrides = {"prompt": prompt} if prompt else {}
         task = open_task(
-            *(BENCHMARKS[name], Path(path), kind), split=split, limit=limit, overrides=overrides
+            *(get_benchmark(name, model.variant.kind), Path(path), kind),
+            split=split,
+            limit=limit,
+            overrides=overrides,
         )
     else:
         config = GenerationConfig(max_new_tokens=max_new_tokens)

@@ -1,36 +1,55 @@
 """Retrieval with BLIP-2's first stage: features, similarities (ITC), and matching (ITM).
 
     blip = jax_instructblip.load("blip2-itm-vit-g")
-    blip.itc(images, texts)                 similarities [N, M]: one pass per image and per text
-    blip.itm(images, texts)                 match logits [N, 2] of pairs: one pass per pair
-    blip.rank(images, texts, k=128)         both directions: the k nearest by ITC, re-ranked by ITM
+    blip.itc(images, texts)                 similarities [N, M], cheap: one pass an image and a text
+    blip.itm(images, texts)                 match logits [N, 2] of pairs, one pass a pair
+    blip.rank(images, texts, k=128)         both ways: the k nearest by ITC, re-ranked by ITM
 
-The keys and values of an image's patches do not depend on the text, so a re-ranking computes them
-once for all texts of an image.
+Features come in three forms, of Q queries an image and of the [CLS] of a text:
+
+    form          image_features   text_features
+    "raw"         [N, Q, D]        [M, D]          outputs of the Q-Former (D 768)
+    "projected"   [N, Q, E]        [M, E]          in the space that both share (E 256)
+    "normalised"  [N, Q, E]        [M, E]          the same, of length 1: a product is a cosine
+
+The keys and values of an image's patches do not depend on the text: a re-ranking computes them once
+an image. On a mesh rows are split over the devices of `data` and `fsdp`.
 """
 
+import contextlib
+import functools
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
 
 from jax_instructblip.data.captions import RETRIEVAL_LIMIT, CaptionTokenizer
-from jax_instructblip.fields import check, whole
+from jax_instructblip.fields import check, flag, one_of, whole
+from jax_instructblip.inference import matching
+from jax_instructblip.inference import retrieval_programs as programs
 from jax_instructblip.inference.answers import Answer
 from jax_instructblip.inference.batching import Frame, check_batch_size, pixels
 from jax_instructblip.inference.captioning import generate_captions
+from jax_instructblip.inference.feature_forms import FORMS
 from jax_instructblip.inference.generation_config import GenerationConfig, configured
 from jax_instructblip.inference.loading import Source, load_params
+from jax_instructblip.inference.matching import ABSENT as ABSENT
+from jax_instructblip.inference.streaming import one_ahead
 from jax_instructblip.models.blip2 import Blip2
+from jax_instructblip.models.layers import BATCH_AXES
 from jax_instructblip.models.released import released_name
 from jax_instructblip.models.variants import Variant
+from jax_instructblip.parallel.mesh import batch_sharding, replicated
 from jax_instructblip.progress import Progress
 
-IMAGES, TEXTS, PAIRS = 16, 128, 128  # default batch sizes
-CANDIDATES = 128  # pairs per image or text that are re-ranked, as released for fine-tuning
-ABSENT = -100.0  # score of pairs that were not re-ranked, as released
+IMAGES, TEXTS, PAIRS = 16, 128, 128  # at once, of each device
+CANDIDATES = 128  # that are re-ranked, as released for retrieval fine-tuning
 
 
 class Ranking(NamedTuple):
@@ -50,72 +69,96 @@ class Retriever:
         text: CaptionTokenizer,
         *,
         dtype: Any = jnp.float32,
+        mesh: Mesh | None = None,
         silent: bool = False,
         source: Source | None = None,
     ):
-        """Takes parameters that are on their device already; `load` reads them from a folder."""
-        self.variant, self.params, self.text = variant, params, text
+        """The retriever of parameters that are on their devices already; `load` reads a folder."""
+        self.variant, self.params, self.text, self.mesh = variant, params, text, mesh
         self.silent, self.source = silent, source  # silent: no progress lines
         self.model = Blip2(variant, jnp.dtype(dtype))
         apply = lambda method: jax.jit(
             lambda params, *each: self.model.apply({"params": params}, *each, method=method)
         )
-        self._image_features = apply(_features)
-        self._text_features = apply(Blip2.text_features)
-        self._encode_image = apply(Blip2.encode_image)
-        self._match = apply(Blip2.match_logits)
+        self._image_features = {
+            form: apply(functools.partial(programs.features_of_images, form=form)) for form in FORMS
+        }
+        self._text_features = {
+            form: apply(functools.partial(programs.features_of_texts, form=form)) for form in FORMS
+        }
+        self._pair_features = apply(programs.features_of_pairs)
+        self._pair_logits = apply(programs.match_images)
+        self._image_kv = apply(programs.kv_of_images)
+        self._match = apply(programs.match_kv)
+        self._near = jax.jit(programs.similarities)
 
     @classmethod
-    def of(cls, source: Source, dtype: Any, mesh: Any = None) -> "Retriever":
-        """Reads the weights of `source` and returns its retriever.
+    def of(cls, source: Source, dtype: Any, mesh: Mesh | None = None) -> "Retriever":
+        """The retriever of a folder that was looked at already.
 
-        Raises a ValueError for a `mesh`: this model runs on one device.
+        Raises:
+            ValueError: `mesh` is of several processes, each of which has all results.
         """
-        if mesh is not None:
-            raise ValueError("a first-stage model works on one device: leave out mesh")
+        if mesh is not None and getattr(mesh, "is_multi_process", False):
+            raise ValueError(
+                "a first-stage model works on the devices of one process: give a mesh of "
+                "jax.local_devices()"
+            )
         text = CaptionTokenizer.load(source.folder, source.variant, RETRIEVAL_LIMIT)
-        params = load_params(source, dtype)
-        return cls(source.variant, params, text, dtype=dtype, source=source)
+        params = load_params(source, dtype, mesh)
+        return cls(source.variant, params, text, dtype=dtype, mesh=mesh, source=source)
 
     def __repr__(self) -> str:
         name = released_name(self.variant) or "a first-stage model of its own size"
         folder = f", {self.source.folder}" if self.source else ""
         return f"{type(self).__name__}({name}, {self.model.dtype}{folder})"
 
-    def image_features(self, images: Sequence[Frame], *, batch_size: int = IMAGES) -> np.ndarray:
-        """Normalised features [N, Q, E] float32 of the images: one vector for each query."""
+    def image_features(
+        self, images: Sequence[Frame], *, form: str = "normalised", batch_size: int = IMAGES
+    ) -> np.ndarray:
+        """Features float32 of the images, one for each query: [N, Q, E], or [N, Q, D] if raw."""
+        check({"form": form}, {"form": one_of(*FORMS)})
         batches = ((rows, self._pixels(rows)) for rows in _batches(images, batch_size, "images"))
-        run = lambda x: self._image_features(self.params, x)
-        return self._gather(run, batches, len(images), "looking", "images")
+        return self._gather(
+            self._image_features[form], batches, len(images), batch_size, "looking", "images"
+        )
 
-    def text_features(self, texts: Sequence[str], *, batch_size: int = TEXTS) -> np.ndarray:
-        """Normalised features [M, E] float32 of the texts."""
+    def text_features(
+        self, texts: Sequence[str], *, form: str = "normalised", batch_size: int = TEXTS
+    ) -> np.ndarray:
+        """Features float32 of the texts, those of their [CLS]: [M, E], or [M, D] if raw."""
+        check({"form": form}, {"form": one_of(*FORMS)})
         ids, valid, _ = self.text.encode(texts)
-        places = _batches(range(len(ids)), batch_size, "texts")
-        batches = ((rows, (ids[rows], valid[rows])) for rows in map(list, places))
-        run = lambda each: self._text_features(self.params, *each)
-        return self._gather(run, batches, len(ids), "reading", "texts")
+        parts = _batches(range(len(ids)), batch_size, "texts")
+        batches = ((rows, (ids[rows], valid[rows])) for rows in map(list, parts))
+        run = lambda params, each: self._text_features[form](params, *each)
+        return self._gather(run, batches, len(ids), batch_size, "reading", "texts")
+
+    def pair_features(
+        self, images: Sequence[Frame], texts: Sequence[str], *, batch_size: int = PAIRS
+    ) -> np.ndarray:
+        """Raw features [N, Q, D] float32 of each image together with the text beside it."""
+        return self._of_pairs(self._pair_features, images, texts, batch_size)
 
     def itc(self, images: Sequence[Frame], texts: Sequence[str]) -> np.ndarray:
-        """Similarities [N, M] float32: the largest cosine between a text and an image's queries."""
-        return similarities(self.image_features(images), self.text_features(texts))
+        """Similarities [N, M] float32: cosines of each text and its nearest query of each image."""
+        self.text.encode(texts)  # what is no text is told before images are looked at
+        return self.similarities(self.image_features(images), self.text_features(texts))
+
+    def similarities(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        """Cosines [N, M] float32 of texts [M, E] and the nearest query of images [N, Q, E]."""
+        texts = self._on_devices(np.asarray(texts, np.float32), whole=True)
+        parts = _batches(np.asarray(images, np.float32), IMAGES, "images")
+        run = lambda _, part: self._near(part, texts)
+        return self._gather(
+            run, ((part, part) for part in parts), len(images), IMAGES, "comparing", "images"
+        )
 
     def itm(
         self, images: Sequence[Frame], texts: Sequence[str], *, batch_size: int = PAIRS
     ) -> np.ndarray:
-        """Logits [N, 2] float32 of (no match, match) for image i and text i."""
-        if len(images) != len(texts):
-            raise ValueError(f"{len(images)} images and {len(texts)} texts: give as many of both")
-        ids, valid, _ = self.text.encode(texts)
-        places = _batches(range(len(ids)), batch_size, "pairs")
-
-        def batches() -> Iterator[tuple[Sequence[int], Any]]:
-            for rows in map(list, places):
-                shown = self._pixels([images[row] for row in rows])
-                yield rows, (self._encode_image(self.params, shown), ids[rows], valid[rows])
-
-        run = lambda each: self._match(self.params, *each)
-        return self._gather(run, batches(), len(ids), "matching", "pairs")
+        """Logits [N, 2] float32 of (no match, match) of each image with the text beside it."""
+        return self._of_pairs(self._pair_logits, images, texts, batch_size)
 
     def rank(
         self,
@@ -125,26 +168,42 @@ class Retriever:
         k: int = CANDIDATES,
         itm_only: bool = False,
         batch_size: int = PAIRS,
+        near: np.ndarray | None = None,
     ) -> Ranking:
         """Scores of each image's k nearest texts, and of each text's k nearest images.
 
-        A score is the logit of a match plus the similarity, as in LAVIS; with `itm_only` the logit
-        alone.
+        A score is the logit of the match plus the similarity, as released; with `itm_only` the
+        logit alone. Of images or texts that are equally near the first are taken.
+
+        Args:
+          images: pictures, as in `load(...).generate`.
+          texts: texts, each compared with each image.
+          k: candidates that are re-ranked; all of them where there are fewer.
+          itm_only: leave out the similarity.
+          batch_size: pairs that are matched at once, on each device.
+          near: similarities [N, M], where `itc` was called before.
 
         Raises:
             ValueError: there are no images or texts, or `k` is not a whole number of at least 1.
         """
-        check({"k": k}, {"k": whole(1)})
+        check({"k": k, "itm_only": itm_only}, {"k": whole(1), "itm_only": flag()})
         check_batch_size(batch_size)
-        near = self.itc(images, texts)
-        nearest = {"image": _nearest(near, k), "text": _nearest(near.T, k)}
-        wanted = np.zeros(near.shape, bool)
-        np.put_along_axis(wanted, nearest["image"], True, axis=1)
-        np.put_along_axis(wanted.T, nearest["text"], True, axis=1)
-        scores = self._match_wanted(images, texts, wanted, batch_size)
-        if not itm_only:
-            scores = scores + near
-        return Ranking(_keep(scores, nearest["image"]), _keep(scores.T, nearest["text"]))
+        if near is None:
+            near = self.itc(images, texts)
+        of_images, of_texts = matching.nearest(near, k), matching.nearest(near.T, k)
+        matches = np.full(near.shape, ABSENT, np.float32)
+        chosen = matching.pairs(of_images, of_texts)
+
+        def take(number: int, logits: np.ndarray) -> None:
+            matches[number, chosen[number]] = logits
+
+        self.match(images, texts, chosen, take, batch_size=batch_size)
+
+        def ranked(columns: np.ndarray, near: np.ndarray, matches: np.ndarray) -> np.ndarray:
+            own, logits = (np.take_along_axis(each, columns, axis=1) for each in (near, matches))
+            return matching.spread(matching.rerank(columns, own, logits, itm_only), near.shape[1])
+
+        return Ranking(ranked(of_images, near, matches), ranked(of_texts, near.T, matches.T))
 
     def generate(
         self,
@@ -179,78 +238,140 @@ class Retriever:
             silent=self.silent,
         )
 
-    def _match_wanted(
-        self, images: Sequence[Frame], texts: Sequence[str], wanted: np.ndarray, size: int
-    ) -> np.ndarray:
-        """Match logits [N, M] of the pairs where `wanted` is True, `ABSENT` elsewhere.
+    def match(
+        self,
+        images: Sequence[Frame],
+        texts: Sequence[str],
+        chosen: Sequence[np.ndarray],
+        take: Callable[[int, np.ndarray], None],
+        *,
+        numbers: Sequence[int] | None = None,
+        batch_size: int = PAIRS,
+        done: int = 0,
+    ) -> None:
+        """Gives `take` the number of each image, and its logits [t] with its chosen texts.
 
-        Each image is encoded once, and matched with `size` texts at a time.
+        Args:
+          images: all of them, of which those of `numbers` are opened, a few at a time.
+          texts: all of them.
+          chosen: of each image the numbers [t] of the texts that it is matched with.
+          take: called with the float32 logits of an image as soon as all of them are there.
+          numbers: the images that are matched; by default all.
+          batch_size: pairs that are matched at once, on each device.
+          done: pairs that were matched before, for the line of progress.
         """
+        check_batch_size(batch_size)
         ids, valid, _ = self.text.encode(texts)
-        scores = np.full(wanted.shape, ABSENT, np.float32)
-        size = min(size, len(ids))
-        with Progress(int(wanted.sum()), "matching", "pairs", silent=self.silent) as progress:
-            for number, row in enumerate(wanted):
-                patches = self._encode_image(self.params, self._pixels([images[number]]))
-                chosen = np.flatnonzero(row)
-                for start in range(0, len(chosen), size):
-                    part = chosen[start : start + size]
-                    padded = np.pad(part, (0, size - len(part)), mode="edge")
-                    logits = self._match(self.params, patches, ids[padded], valid[padded])
-                    scores[number, part] = np.asarray(logits)[: len(part), 1]
-                    progress.update(len(part))
-        return scores
+        numbers = range(len(images)) if numbers is None else numbers
+        counts = [len(chosen[number]) for number in numbers]
+        size = matching.block_size(counts, batch_size)
+        groups = max(1, batch_size // size) * self.batch_shards  # blocks at once
+        total = sum(counts) + done
+        line = Progress(total, "matching", "pairs", done=done, compiles=True, silent=self.silent)
+        pending = self._blocks(images, chosen, numbers, size, groups, ids, valid)
+        parts: dict[int, list[np.ndarray]] = {}
+        with self._mesh(), line as progress:
+            for blocks, logits in one_ahead(pending):
+                scores = np.asarray(logits, np.float32)[:, 1].reshape(groups, size)
+                for block, row in zip(blocks, scores, strict=False):
+                    part = parts.setdefault(block.image, [])
+                    part.append(row[: len(block.texts)])
+                    if sum(map(len, part)) == len(chosen[block.image]):
+                        take(block.image, np.concatenate(parts.pop(block.image)))
+                progress.update(sum(len(block.texts) for block in blocks))
+
+    def _blocks(
+        self,
+        images: Sequence[Frame],
+        chosen: Sequence[np.ndarray],
+        numbers: Sequence[int],
+        size: int,
+        groups: int,
+        ids: np.ndarray,
+        valid: np.ndarray,
+    ) -> Iterator[tuple[list[matching.Block], jax.Array]]:
+        """Blocks and their logits; the keys of an image's patches are computed once."""
+        at_once = IMAGES * self.batch_shards
+        for start in range(0, len(numbers), at_once):
+            some = list(numbers[start : start + at_once])
+            shown = _pad(self._pixels([images[number] for number in some]), at_once)
+            kv = self._image_kv(self.params, self._on_devices(shown))
+            blocks = list(matching.plan_blocks(some, chosen, size))
+            for first in range(0, len(blocks), groups):
+                part = blocks[first : first + groups]
+                index = np.array([some.index(block.image) for block in part], np.int32)
+                rows = np.stack([_pad(block.texts, size) for block in part])
+                rows = _pad(rows, groups).reshape(-1)
+                given = (_pad(index, groups), ids[rows], valid[rows])
+                yield part, self._match(self.params, kv, *map(self._on_devices, given))
+
+    def _of_pairs(
+        self, run: Callable[..., Any], images: Sequence[Frame], texts: Sequence[str], size: int
+    ) -> np.ndarray:
+        if len(images) != len(texts):
+            raise ValueError(f"{len(images)} images and {len(texts)} texts: give as many of both")
+        ids, valid, _ = self.text.encode(texts)
+        parts = map(list, _batches(range(len(ids)), size, "pairs"))
+        batches = (
+            (rows, (self._pixels([images[row] for row in rows]), ids[rows], valid[rows]))
+            for rows in parts
+        )
+        call = lambda params, each: run(params, *each)
+        return self._gather(call, batches, len(ids), size, "matching", "pairs")
 
     def _pixels(self, images: Sequence[Frame]) -> np.ndarray:
         return pixels(list(images), self.variant.vision.image_size)
 
     def _gather(
         self,
-        run: Callable[[Any], jax.Array],
+        run: Callable[[Any, Any], jax.Array],
         batches: Iterator[tuple[Sequence[Any], Any]],
         count: int,
+        size: int,
         label: str,
         unit: str,
     ) -> np.ndarray:
-        """Concatenates the results of `run` on all batches, the padding of the last one removed."""
-        found, size = [], 0
-        with Progress(count, label, unit, compiles=True, silent=self.silent) as progress:
-            for rows, batch in batches:
-                size = size or len(rows)
-                padded = jax.tree.map(lambda leaf, n=size: _pad(leaf, n), batch)
-                found.append(np.asarray(run(padded), np.float32)[: len(rows)])
-                progress.update(len(rows))
-        return np.concatenate(found)
+        """The results of all batches, the last one padded to the size of the others.
+
+        The images of a batch are opened while the devices compute the one before.
+        """
+        size = min(size, count)
+        size += -size % self.batch_shards
+        pad = lambda leaf: self._on_devices(_pad(leaf, size))
+        results = []
+        line = Progress(count, label, unit, compiles=True, silent=self.silent)
+        pending = ((len(rows), run(self.params, jax.tree.map(pad, each))) for rows, each in batches)
+        with self._mesh(), line as progress:
+            for rows, result in one_ahead(pending):
+                results.append(np.asarray(result, np.float32)[:rows])
+                progress.update(rows)
+        return np.concatenate(results)
+
+    @property
+    def batch_shards(self) -> int:
+        """The number of shards that the devices split a batch into."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+    def _mesh(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _on_devices(self, leaf: np.ndarray, whole: bool = False) -> Any:
+        """The leaf split by rows, or `whole` on every device."""
+        if self.mesh is None:
+            return leaf
+        return jax.device_put(leaf, (replicated if whole else batch_sharding)(self.mesh))
 
 
-def _features(model: Blip2, images: jax.Array) -> jax.Array:
-    return model.image_features(model.encode_image(images))[0]
-
-
-def similarities(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Similarities [N, M] of images [N, Q, E] and texts [M, E]: the largest cosine over queries."""
-    return np.stack([(image @ texts.T).max(axis=0) for image in images])
-
-
-def _batches(items: Sequence[Any], size: int, unit: str) -> Iterator[Sequence[Any]]:
+def _batches(items: Any, size: int, unit: str) -> Iterator[Sequence[Any]]:
     check_batch_size(size)
+    if isinstance(items, str | bytes | os.PathLike | Image.Image):
+        raise ValueError(f"{unit} is a {type(items).__name__}, expected a list of them")
     if not len(items):
         raise ValueError(f"there are no {unit}")
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _pad(leaf: Any, size: int) -> Any:
-    """Appends copies of the last row to `leaf`, so that it has `size` rows."""
+def _pad(leaf: np.ndarray, size: int) -> np.ndarray:
+    """The leaf with copies of its last row up to `size` of them."""
     lacking = size - leaf.shape[0]
-    return leaf if not lacking else jnp.concatenate([leaf, *[leaf[-1:]] * lacking])
-
-
-def _nearest(scores: np.ndarray, k: int) -> np.ndarray:
-    """Column indices [R, min(k, C)] of each row's highest scores; of equal scores the first."""
-    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
-
-
-def _keep(scores: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    kept = np.full(scores.shape, ABSENT, np.float32)
-    np.put_along_axis(kept, columns, np.take_along_axis(scores, columns, axis=1), axis=1)
-    return kept
+    return leaf if not lacking else np.concatenate([leaf, np.repeat(leaf[-1:], lacking, axis=0)])

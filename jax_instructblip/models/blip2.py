@@ -123,9 +123,37 @@ class Blip2(Network):
         x = self.qformer.read_text(tokens, valid, train)
         return normalise(self.heads.text_projection(x[:, 0]))
 
+    def image_kv(self, patches: Float[Array, "G P Dv"]) -> Any:
+        """Keys and values of the patches in every layer that looks: `match_logits` takes them."""
+        return self.qformer.image_kv(patches)
+
+    def raw_features(self, patches: Float[Array, "B P Dv"]) -> Float[Array, "B Q D"]:
+        """Outputs of the queries that saw the image alone, before any projection."""
+        return self.qformer.read_image(patches)[0]
+
+    def raw_text_features(
+        self, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"]
+    ) -> Float[Array, "B D"]:
+        """The output of each text's `[CLS]`, before any projection."""
+        return self.qformer.read_text(tokens, valid)[:, 0]
+
+    def pair_features(
+        self, patches: Float[Array, "G P Dv"], tokens: Int[Array, "B L"], valid: Bool[Array, "B L"]
+    ) -> Float[Array, "B Q D"]:
+        """Outputs of the queries that saw an image and a text together."""
+        return self.qformer.read_both(patches, tokens, valid)
+
+    def project_image(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
+        """Raw features of images in the space that both share, not normalised."""
+        return self.heads.image_projection(x)
+
+    def project_text(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
+        """Raw features of texts in the space that both share, not normalised."""
+        return self.heads.text_projection(x)
+
     def match_logits(
         self,
-        patches: Float[Array, "G P Dv"],
+        patches: Any,
         tokens: Int[Array, "B L"],
         valid: Bool[Array, "B L"],
         train: bool = False,
@@ -133,7 +161,7 @@ class Blip2(Network):
         """Float32 logits of (no match, match) for image-text pairs; `valid` is False on padding.
 
         There may be k texts per image, B = G x k: the first k texts are paired with image 0, and so
-        on.
+        on. Instead of patches [G, P, Dv] the result of `image_kv` can be given.
         """
         x = self.qformer.read_both(patches, tokens, valid, train)
         return self.heads.match(x).astype(jnp.float32).mean(axis=1)

@@ -77,7 +77,7 @@ class QFormerLayer(nn.Module):
         x: Float[Array, "B T D"],
         past: KeyValue | None,
         mask: Bool[Array, "#B 1 #T S"] | None,
-        image: Float[Array, "G P Dv"] | None,
+        image: Float[Array, "G P Dv"] | KeyValue | None,
         queries: int,
         train: bool,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
@@ -85,7 +85,7 @@ class QFormerLayer(nn.Module):
 
         The first `queries` positions of `x` are queries, the others text; either may be absent.
         Keys and values in `past` are put before those of `x`. There may be several rows of `x` per
-        image.
+        image, and instead of an image the result of `image_kv`.
         """
         dropout = functools.partial(self.drop, deterministic=not train)
         attention = self.attention
@@ -97,9 +97,11 @@ class QFormerLayer(nn.Module):
         x = self.attention_norm(constrain(x + dropout(attention.out(mixed))))
         first, text = x[:, :queries], x[:, queries:]
         if image is not None and self.cross:
-            # Rows that share an image lie beside each other: its keys are made once for all.
-            rows = first.reshape(image.shape[0], -1, first.shape[-1])
-            y = self.cross_attention(rows, image, dropout=dropout)
+            kv = image if isinstance(image, dict) else self.image_kv(image)
+            # Texts about one image are adjacent rows, so its keys and values serve all of them.
+            rows = first.reshape(kv["key"].shape[0], -1, first.shape[-1])
+            query = self.cross_attention.query(rows)
+            y = self.cross_attention.out(attend(query, kv["key"], kv["value"], dropout=dropout))
             y = y.reshape(first.shape)
             first = self.cross_attention_norm(constrain(first + dropout(y)))
         if queries:
@@ -109,6 +111,11 @@ class QFormerLayer(nn.Module):
             y = self.text_mlp(text)
             text = self.text_mlp_norm(constrain(text + dropout(y)))
         return constrain(jnp.concatenate([first, text], axis=1)), own
+
+    def image_kv(self, image: Float[Array, "G P Dv"]) -> KeyValue:
+        """Keys and values of the image's patches in the layer's cross-attention."""
+        attention = self.cross_attention
+        return {"key": attention.key(image), "value": attention.value(image)}
 
     def step(
         self, x: Float[Array, "B R D"], cache: Any, prefix_mask: Bool[Array, "B 1 1 S"], view: Any
@@ -134,12 +141,19 @@ class QFormerPair(nn.Module):
         self.plain = QFormerLayer(self.config, self.dtype, cross=False)
 
     def __call__(self, x, past, mask, image, queries, return_kv, train):
-        """Runs both layers; `past` and the second result hold each layer's tree by its name."""
-        kept = {}
+        """Runs both layers; `past` and the second result hold each layer's tree by its name.
+
+        Instead of `image`, `past["image"]` may hold the image's keys and values (`cross_kv`).
+        """
+        past, kept = past or {}, {}
+        image = past.get("image", image)
         for name in PAIR:
-            own = None if past is None else past[name]
-            x, kept[name] = getattr(self, name)(x, own, mask, image, queries, train)
+            x, kept[name] = getattr(self, name)(x, past.get(name), mask, image, queries, train)
         return x, kept if return_kv else None
+
+    def cross_kv(self, carry, _, image):
+        """Returns (carry, keys and values of the image)."""
+        return carry, self.cross.image_kv(image)
 
     def step(self, x, cache, prefix_mask, view):
         """Runs both layers on one text token per row; the second result is for `cache.append`."""
@@ -174,7 +188,7 @@ class QFormer(Network):
             self.text_embed, self.position_embed = embed(c.vocab), embed(c.max_positions)
         self.embed_norm = LayerNorm(c.norm_eps)
         self.drop = Dropout(c.dropout)
-        layers = scan_layers(QFormerPair, c.layers // 2, self.scan, call=5, step=2)
+        layers = scan_layers(QFormerPair, c.layers // 2, self.scan, call=5, step=2, cross_kv=1)
         self.layers = layers(c, self.dtype)
         if c.llm_width:
             self.projection = Dense((c.llm_width,), self.dtype)
@@ -210,6 +224,14 @@ class QFormer(Network):
         image = self.image_norm(patches)
         return self._run(self._queries(image.shape[0]), None, None, image, return_kv, train)
 
+    def image_kv(self, patches: Float[Array, "G P Dv"]) -> KeyValue:
+        """Keys and values [Y, G, P, N, K] of patches in each of the Y layers with cross-attention.
+
+        `read_both` takes them in place of the patches, for any number of texts.
+        """
+        image = self.image_norm(patches)
+        return self.layers.cross_kv(jnp.zeros((), self.dtype), None, image)[1]
+
     def read_text(
         self, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"], train: bool = False
     ) -> Float[Array, "B L D"]:
@@ -218,7 +240,7 @@ class QFormer(Network):
 
     def read_both(
         self,
-        patches: Float[Array, "G P Dv"],
+        patches: Float[Array, "G P Dv"] | KeyValue,
         tokens: Int[Array, "B L"],
         valid: Bool[Array, "B L"],
         train: bool = False,
@@ -226,15 +248,20 @@ class QFormer(Network):
         """Outputs of the queries, which see the image and the text; the text sees them, too.
 
         There may be k texts per image, B = G x k: the first k texts belong to image 0, and so on.
+        Instead of patches the result of `image_kv` can be given.
         Queries have no position embedding, text positions start at 0, and one layer norm covers
         both.
         """
-        image = self.image_norm(patches)
+        past, image = None, None
+        if isinstance(patches, dict):
+            past = {"image": patches}
+        else:
+            image = self.image_norm(patches)
         queries = self._queries(tokens.shape[0])
         x = jnp.concatenate([queries, self.embed_text(tokens)], axis=1)
         ones = jnp.ones(queries.shape[:2], bool)
         mask = padding_mask(jnp.concatenate([ones, valid], axis=1))
-        return self._run(x, None, mask, image, False, train)[0][:, : self.config.queries]
+        return self._run(x, past, mask, image, False, train)[0][:, : self.config.queries]
 
     def write_text(
         self,
@@ -297,6 +324,7 @@ class QFormer(Network):
 
         Returns the outputs and, with `return_kv`, the keys and values of every layer, else None.
         """
-        queries = 0 if image is None else self.config.queries
+        sees = image is not None or "image" in (past or {})
+        queries = self.config.queries if sees else 0
         x = self.drop(self.embed_norm(x), deterministic=not flags[-1])
         return self.layers(x, past, mask, image, queries, *flags)

@@ -57,6 +57,8 @@ def _blip2_stage1(vision: VisionConfig = _VIT_G, features: int = 256, **fields: 
     return Variant("blip2_stage1", vision, QFormerConfig(**fields), none)
 
 
+# What was fine-tuned on COCO sees larger images.
+_VIT_G_COCO = VisionConfig(image_size=364)
 _TINY_VISION = VisionConfig(image_size=56, width=88, layers=4, heads=4, mlp=384)
 _TINY_QFORMER: dict[str, Any] = dict(width=48, layers=4, heads=4, mlp=192, queries=8)
 
@@ -77,6 +79,10 @@ VARIANTS: dict[str, Variant] = {
     "blip2-vicuna-13b": _blip2(_VICUNA_13B),
     "blip2-opt-2.7b": _blip2(_OPT_2_7B),
     "blip2-opt-6.7b": _blip2(_OPT_6_7B),
+    "blip2-stage1-coco": _blip2_stage1(_VIT_G_COCO),
+    "blip2-flan-t5-xl-coco": _blip2(_FLAN_T5_XL, _VIT_G_COCO),
+    "blip2-opt-2.7b-coco": _blip2(_OPT_2_7B, _VIT_G_COCO),
+    "blip2-opt-6.7b-coco": _blip2(_OPT_6_7B, _VIT_G_COCO),
     "tiny-stage1": _blip2_stage1(_TINY_VISION, 24, **_TINY_QFORMER),
     "tiny-t5": _instructblip(
         T5Config(width=64, head_width=16, heads=4, mlp=160, encoder_layers=3, decoder_layers=2),

@@ -177,7 +177,10 @@ class T5Stack(nn.Module):
         return dropout(self.norm(x))
 
     def cross_kv(self, encoded):
-        """Keys and values of the encoder output for the cross-attention of all layers."""
+        """Keys and values of the encoder output for the cross-attention of every decoder layer.
+
+        Stacked over layers, or a tuple of one tree per layer if they are unstacked.
+        """
         return self.layers.cross_kv(jnp.zeros((), self.dtype), None, encoded)[1]
 
     def step(self, x, cache):

@@ -88,6 +88,8 @@ def _changes(job: Job, mesh: Mesh, topology: Topology) -> Iterator[tuple[str, Jo
                 yield f"--config.train.accumulate={parts}{dots}", changed, mesh
         if _trained_vision(job) and job.scans.vision.remat != "full":
             yield "--config.model.remat.vision=full", job.with_remat(vision="full"), mesh
+        if not _language(job) and job.scans.qformer.remat != "full":
+            yield "--config.model.remat.qformer=full", job.with_remat(qformer="full"), mesh
         if _language(job) and job.scans.llm.remat != "full":
             yield "--config.model.remat.llm=full", job.with_remat(llm="full"), mesh
     for data, fsdp, tensor in meshes(job, topology):

@@ -136,8 +136,9 @@ def match_triples(
     """Returns match logits [B, 3, 2] of three pairs per sample.
 
     In this order: image and caption, negative image and caption, image and negative caption.
-    `images_of` and `texts_of` [B] are the indices of the negatives. The three pairs of a sample are
-    adjacent rows, so that no row moves to another device.
+    `patches` [B, P, Dv], `tokens` and `valid` [B, L] are those of the global batch, `images_of` and
+    `texts_of` [B] the indices in it of each sample's negatives, which come from other devices. The
+    three pairs of a sample are adjacent rows, so that all else stays on its device.
     """
     three = lambda *each: jnp.stack(each, axis=1).reshape(-1, *each[0].shape[1:])
     logits = model.match_logits(

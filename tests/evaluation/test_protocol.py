@@ -4,13 +4,13 @@ import pytest
 
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.templates import placeholders
+from jax_instructblip.evaluation.blip2_protocols import get_benchmark
 from jax_instructblip.evaluation.metrics.table import METRICS
 from jax_instructblip.evaluation.protocol import (
     BENCHMARKS,
     HELD_OUT,
     MODELS,
     PROTOCOLS,
-    get_benchmark,
     get_protocol,
     paper_model,
     table,

@@ -79,6 +79,7 @@ def test_activations():
         "gelu_new": 0.5 * x * (1 + tanh),
         "relu": np.maximum(x, 0),
         "silu": x / (1 + np.exp(-x)),
+        "quick_gelu": x / (1 + np.exp(-1.702 * x)),
     }
     assert set(expected) == set(layers.ACTIVATIONS)
     for name, values in expected.items():

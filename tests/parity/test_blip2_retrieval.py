@@ -1,16 +1,14 @@
 """Retrieval beside the original's values, and beside transformers."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import jax_instructblip
 from jax_instructblip.data.captions import CaptionTokenizer
-from jax_instructblip.inference import retrieval
 from jax_instructblip.inference.retrieval import ABSENT, Retriever
-from jax_instructblip.models.blip2 import Blip2, image_to_text
+from jax_instructblip.models.blip2 import Blip2
 from tests.conversion.test_export import assert_same_tensors, load_in_transformers
 from tests.helpers import golden, golden_blip2
 from tests.helpers.golden_blip2 import assert_close
@@ -60,6 +58,12 @@ def test_features_scores_and_ranking_are_the_originals(blip, found, given, image
     assert_close(features, found["extract_features/image/image_embeds_proj"], LIMIT)
     of_texts = blip.text_features(texts)
     assert_close(of_texts, found["extract_features/text/text_embeds_proj"][:, 0], LIMIT)
+    raw = blip.image_features(images, form="raw")
+    assert_close(raw, found["extract_features/image/image_embeds"], LIMIT)
+    raw = blip.text_features(texts, form="raw")
+    assert_close(raw, found["extract_features/text/text_embeds"][:, 0], LIMIT)
+    both = blip.pair_features(images, texts)
+    assert_close(both, found["extract_features/multimodal/multimodal_embeds"], LIMIT)
     assert_close(blip.itm(images, texts)[:, 1], found["compute_itm"], LIMIT)
     for number in range(3):
         pair = images[number : number + 1], texts[number : number + 1]
@@ -158,10 +162,3 @@ def test_there_and_back_no_bit_changes(folder, tmp_path):
     texts = ["a red dog", "birds"]
     first, again = (jax_instructblip.load(each).text_features(texts) for each in (folder, ours))
     assert (first == again).all()
-
-
-def test_similarities_on_the_host_are_the_models(blip, given, images):
-    texts = [str(each) for each in given["text_input"]]
-    features, of_texts = blip.image_features(images), blip.text_features(texts)
-    on_device = image_to_text(jnp.asarray(features), jnp.asarray(of_texts))
-    assert_close(on_device, retrieval.similarities(features, of_texts), 1e-6)

@@ -108,7 +108,7 @@ def test_a_first_stage_is_planned():
     # What is proposed is what the first stage can do: no parts of a batch, no language model.
     topology = Topology("none", jax.devices()[:1], None)
     proposed = [what for what, *_ in advice._changes(job, mesh, topology)]
-    assert proposed == ["--config.model.remat.qformer=dots"]
+    assert proposed == [f"--config.model.remat.qformer={remat}" for remat in ("dots", "full")]
     with pytest.raises(ValueError, match="no language model: its step is train, found decode"):
         read_job(config, variant, "decode")
 

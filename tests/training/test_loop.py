@@ -240,17 +240,19 @@ def test_validation_chooses_the_best_checkpoint(files, tmp_path, capsys):
         max_new_tokens,
         path,
         split,
+        prompt,
         style,
         upright,
         take_samples,
     ):
-        assert style == templates.PAPER and upright
+        assert style == templates.PAPER and upright and prompt == "{question}!"
         seen.append((sorted(params), len(records), limit, batch_size, max_new_tokens))
         take_samples([{"id": "a", "prompt": "what|?", "answers": ("red",), "text": f"{len(seen)}"}])
         return {"cider": 0.5, "score": next(scores), "color": 0.5}
 
     fields = {"validation.path": str(files[1]), "validation.every": 1, "validation.limit": 7}
     fields |= {"checkpoints.keep": 1, "validation.max_new_tokens": 5}
+    fields |= {"validation.prompt": "{question}!"}
     workdir = run(make_config(files, tmp_path / "run", **fields), evaluate=evaluate)
     assert seen == [(["llm", "qformer", "vision"], 12, 7, 64, 5)] * 5
     measured = [line for line in read_metrics(workdir) if "validation/score" in line]

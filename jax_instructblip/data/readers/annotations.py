@@ -100,7 +100,11 @@ def read_csv(path: pathlib.Path, columns: Iterable[str]) -> Iterator[tuple[str, 
 
 
 def field(row: dict[str, Any], name: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """Returns `row[name]`, which must be of type `kind` (str, int, float, list, dict)."""
+    """Returns `row[name]`, which must be of type `kind` (str, int, float, list, dict).
+
+    Raises:
+        AnnotationError: the field is missing or of another type; the message begins with `where`.
+    """
     if name not in row:
         raise AnnotationError(
             f"{where}: no field {name!r}; found {', '.join(map(str, row)) or 'none'}: "

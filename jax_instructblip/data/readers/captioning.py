@@ -57,6 +57,7 @@ class _Image(NamedTuple):
     path: str
     captions: tuple[str, ...]
     ocr: tuple[str, ...] = ()
+    group: str = ""  # of the images that are scored apart, too
 
 
 def read_coco_caption(raw: pathlib.Path, split: str) -> Iterator[Record]:
@@ -93,6 +94,8 @@ def read_web_capfilt(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 def read_nocaps(raw: pathlib.Path, split: str) -> Iterator[Record]:
     """Yields NoCaps; its test captions are not public, and some copies of val have none either.
+
+    An image's domain, if the file has it, is part of its task: `nocaps/in-domain`.
 
     Images below `raw`: `val/0013ea2087020901.jpg`.
     """
@@ -146,7 +149,7 @@ def _dressed(task: str, split: str, images: Iterable[_Image]) -> Iterator[Record
                 images=(image.path,),
                 prompt="",
                 answers=answers,
-                task=task,
+                task=f"{task}/{image.group}" if image.group else task,
                 split=split,
                 ocr=image.ocr,
             )
@@ -173,7 +176,8 @@ def _coco(raw: pathlib.Path, path: pathlib.Path, folder: str) -> Iterator[_Image
         name = text_of(row, "file_name", where)
         captioned = {"captions": captions.get(image, [])}
         said = () if hidden else texts_of(captioned, "captions", f"{path}: image {image}")
-        yield _Image(image, inside(raw, folder, name, where=where), said)
+        domain = field(row, "domain", str, where) if "domain" in row else ""
+        yield _Image(image, inside(raw, folder, name, where=where), said, group=domain)
     stray = sorted(captions.keys() - shown)
     if stray:
         raise AnnotationError(

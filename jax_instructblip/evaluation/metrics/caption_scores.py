@@ -41,7 +41,8 @@ def score_captions(
     """Returns CIDEr (that is, CIDEr-D, as usually reported), BLEU-1 to 4 and ROUGE-L.
 
     CIDEr weighs each word by the number of images whose references have it. So it depends on the
-    set of records: score whole splits. For a single image it is 0.
+    set of records: score whole splits. For a single image it is 0. Records of tasks such as
+    `nocaps/in-domain` also get `cider/in-domain`, CIDEr of these records alone.
 
     Args:
       responses: the captions.
@@ -80,7 +81,21 @@ def score_captions(
         for name, (value, of_each) in zip(names, score(references, candidates), strict=True):
             values[name] = float(value)
             samples[name] = tuple(map(float, of_each))
+    for group, names in _groups(pairs).items():
+        parts = ({name: each[name] for name in names} for each in (references, candidates))
+        value, of_each = next(_cider(*parts))
+        values[f"cider/{group}"] = float(value)
+        samples[f"cider/{group}"] = tuple(map(float, of_each))
     return Scores(values, samples, tuple(notes), left_out)
+
+
+def _groups(pairs: Sequence[tuple[Response, Record]]) -> dict[str, list[str]]:
+    """The ids of each group of records: `in-domain` of those whose task is `nocaps/in-domain`."""
+    groups: dict[str, list[str]] = {}
+    for _, record in pairs:
+        if group := record.task.partition("/")[2]:
+            groups.setdefault(group, []).append(record.id)
+    return dict(sorted(groups.items()))
 
 
 def tokenise_stanford(captions: Sequence[str]) -> list[str]:

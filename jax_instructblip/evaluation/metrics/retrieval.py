@@ -1,8 +1,11 @@
 """Recall at k of retrieval: the share of queries with a right candidate among the k best."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 RANKS = (1, 5, 10)
+FORTH, BACK = "image_to_text", "text_to_image"
 
 
 def recalls(scores: np.ndarray, right: np.ndarray) -> dict[str, float]:
@@ -20,6 +23,19 @@ def recalls(scores: np.ndarray, right: np.ndarray) -> dict[str, float]:
     if lacking := np.flatnonzero(~right.any(axis=1)).tolist():
         raise ValueError(f"{len(lacking)} queries have no right candidate: {lacking[:10]}")
     order = np.argsort(-scores, axis=1, kind="stable")
-    ranked = np.take_along_axis(right, order, axis=1)
-    best = ranked.argmax(axis=1)  # rank of the best right candidate, from 0
-    return {f"r{k}": float((best < k).mean()) for k in RANKS}
+    hits = hits_at(np.take_along_axis(right, order, axis=1))
+    return {name: float(each.mean()) for name, each in hits.items()}
+
+
+def hits_at(ranked: np.ndarray) -> dict[str, np.ndarray]:
+    """`r1`, `r5` and `r10` of each query [Q] float64, 0 or 1.
+
+    `ranked` [Q, K] bool tells whether the candidates of a query, best first, are right; one that is
+    not among them is not found.
+    """
+    return {f"r{rank}": ranked[:, :rank].any(axis=1).astype(float) for rank in RANKS}
+
+
+def mean_recall(values: Mapping[str, float]) -> float:
+    """The mean of both ways' R@1, one number for a model."""
+    return (values[f"{FORTH}/r1"] + values[f"{BACK}/r1"]) / 2

@@ -12,18 +12,15 @@ import numpy as np
 from jax_instructblip.data.records import Record
 from jax_instructblip.evaluation import families
 from jax_instructblip.evaluation.predictions import Prediction
-from jax_instructblip.evaluation.protocol import MODELS
+from jax_instructblip.evaluation.protocol import SHORT
 from jax_instructblip.evaluation.reports import curves, page
 from jax_instructblip.evaluation.scoring import COUNTS
 
 SHOWN = 12  # most samples per dataset with a right answer, and with a wrong one
 CANDIDATES = 5  # best candidates shown per sample of a ranking
 PROBLEMS = 10  # most problems listed per dataset
-PAPER = (
-    "Numbers of the paper (arXiv 2305.06500, table 1) are in percent, as ours; the gap is to the \
-model of the same sizes."
-)
-SHORT = dict(zip(MODELS, ("FlanT5-XL", "FlanT5-XXL", "Vicuna-7B", "Vicuna-13B"), strict=True))
+PAPER = "Numbers of the papers (arXiv 2305.06500, table 1; 2301.12597, tables 2, 3 and 5) are in \
+percent, as ours; the gap is to the model of the same sizes."
 
 Open = Callable[[int], Record]  # record number -> record with its images
 Samples = Mapping[str, tuple[Open, Sequence[Prediction]]]
@@ -113,21 +110,21 @@ def _tables(result: Mapping[str, Any]) -> Iterator[tuple[list[str], list[list[st
         head, rows = families.by_family(result)
         yield head, [[row[0], str(row[1]), *(f"{share:.1%}" for share in row[2:])] for row in rows]
         return
-    errors = result["standard_errors"]
-    yield (
-        ["metric", "value", "standard error"],
-        [
-            [*each, f"{errors[each[0]]:.2f}" if each[0] in errors else "-"]
-            for each in _values(result)
-        ],
-    )
+    head, columns = ["metric", "value", "standard error"], [result["standard_errors"]]
+    if published := result.get("paper_values"):
+        head.append("paper")
+        columns.append({result["metric"]: result["paper"][result["paper_model"]], **published})
+    shown = lambda name: [f"{each[name]:.2f}" if name in each else "-" for each in columns]
+    yield head, [[*each, *shown(each[0])] for each in _values(result)]
 
 
 def _table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    head = ["dataset", "split", "records", "metric", "ours", *SHORT.values(), "gap"]
+    models = [name for name in SHORT if any(name in each["paper"] for each in results.values())]
+    names = [SHORT[name] for name in models]
+    head = ["dataset", "split", "records", "metric", "ours", *names, "gap"]
     rows = []
     for name, result in results.items():
-        paper = [result["paper"].get(model) for model in MODELS]
+        paper = [result["paper"].get(model) for model in models]
         value, gap = result["value"], result["gap"]
         rows.append(
             [
@@ -145,8 +142,13 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = []
     if "settings" in result:
         settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
-        facts += [("prompt", repr(result["prompt"])), (result["mode"], settings)]
-        facts.append(("at once", f"{result['batch_size']} questions a device"))
+        if result["prompt"]:
+            facts.append(("prompt", repr(result["prompt"])))
+        unit = "pairs" if result["mode"] == "retrieved" else "questions"
+        facts += [
+            (result["mode"], settings),
+            ("at once", f"{result['batch_size']} {unit} a device"),
+        ]
     if shown := _shown(result):
         facts.append(("shown", shown))
     if "candidates" in result:

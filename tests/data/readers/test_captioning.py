@@ -364,3 +364,18 @@ def test_captions_that_are_not_utf8(tmp_path):
     (tmp_path / "nocaps_val.json").write_bytes('[{"image": "é.jpg"}]'.encode("latin-1"))
     with pytest.raises(AnnotationError, match="nocaps_val.json is not UTF-8"):
         list(read_nocaps(tmp_path, "val"))
+
+
+def test_the_domain_of_a_nocaps_image_stands_behind_its_name(tmp_path):
+    images = [row | {"domain": "near-domain"} for row in NOCAPS["images"]]
+    write(tmp_path, nocaps_val_4500_captions=NOCAPS | {"images": images})
+    (record,) = read_nocaps(tmp_path, "val")
+    assert record.task == "nocaps/near-domain"
+    images = [{"id": 0, "file_name": "0013.jpg"}]
+    write(tmp_path, nocaps_val_4500_captions=NOCAPS | {"images": images})
+    (record,) = read_nocaps(tmp_path, "val")
+    assert record.task == "nocaps"
+    images = [row | {"domain": 3} for row in NOCAPS["images"]]
+    write(tmp_path, nocaps_val_4500_captions=NOCAPS | {"images": images})
+    with pytest.raises(AnnotationError, match=r"images\[0\].*domain"):
+        list(read_nocaps(tmp_path, "val"))

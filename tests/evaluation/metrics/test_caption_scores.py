@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -158,3 +159,22 @@ def test_lines_that_are_lost_are_told(monkeypatch):
     assert tokenise_stanford(["a."]) == ["a"]
     with pytest.raises(MetricError, match="made 1 lines of 2 captions and ended with 0"):
         tokenise_stanford(["a", "b"])
+
+
+def test_each_domain_is_scored_by_its_own_references(captioned):
+    """CIDEr of a domain is that of its records alone: words are weighed by their references."""
+    responses, records = captioned("coco-caption_fakecap_x_val2017")
+    kinds = ("in-domain", "out-domain")
+    records = [
+        dataclasses.replace(each, task=f"nocaps/{kinds[number % 2]}")
+        for number, each in enumerate(records)
+    ]
+    scores = score_captions(responses, records, java=False)
+    for number, kind in enumerate(kinds):
+        some = records[number::2]
+        ids = {each.id for each in some}
+        alone = score_captions([each for each in responses if each.id in ids], some, java=False)
+        assert scores.values[f"cider/{kind}"] == pytest.approx(alone.values["cider"])
+        assert scores.values[f"cider/{kind}"] != pytest.approx(scores.values["cider"])
+    assert next(iter(scores.values)) == "cider"
+    assert scores.standard_errors()["cider/in-domain"] > 0

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jax_instructblip.evaluation.metrics.retrieval import recalls
+from jax_instructblip.evaluation.metrics.retrieval import hits_at, mean_recall, recalls
 
 
 def test_recalls_by_hand():
@@ -32,3 +32,13 @@ def test_of_equal_scores_the_first_is_nearer():
 def test_what_cannot_be_scored_is_said(scores, right, message):
     with pytest.raises(ValueError, match=message):
         recalls(scores, right)
+
+
+def test_what_is_not_among_the_candidates_is_not_found():
+    ranked = np.array([[False, True], [False, False], [True, False]])
+    hits = hits_at(ranked)
+    assert hits["r1"].tolist() == [0, 0, 1] and hits["r10"].tolist() == [1, 0, 1]
+
+
+def test_one_number_for_both_ways():
+    assert mean_recall({"image_to_text/r1": 0.5, "text_to_image/r1": 0.2}) == pytest.approx(0.35)

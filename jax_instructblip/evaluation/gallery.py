@@ -1,0 +1,105 @@
+"""The images and captions of a retrieval, with what belongs together."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_instructblip.data.records import Record
+from jax_instructblip.evaluation.answering import THREADS
+from jax_instructblip.evaluation.metrics.metric import MetricError, listed
+from jax_instructblip.evaluation.task import Task
+from jax_instructblip.inference.batching import pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Gallery:
+    """All images of a task and all captions, each of which belongs to one image.
+
+    A caption that two images share stands twice, as in the released evaluation.
+
+    Attributes:
+      records: of each image, "-" in its place.
+      captions: as the model reads them, image by image.
+      owner: [M] int32, the image of each caption.
+      names: of each caption, `IMAGE:NUMBER`.
+      digest: stands for the records.
+    """
+
+    records: list[Record]
+    captions: list[str]
+    owner: np.ndarray
+    names: list[str]
+    digest: str
+
+
+def read_gallery(task: Task) -> Gallery:
+    """The images and captions of the task's records.
+
+    Raises:
+      MetricError: a record has no caption, an empty one, or not one image; all are named.
+    """
+    records = [task.without_images(number) for number in range(len(task.records))]
+    digest = hashlib.sha256(task.digest.encode())
+    captions, owner, names = [], [], []
+    for number, record in enumerate(records):
+        digest.update(repr(record).encode())
+        for place, answer in enumerate(record.answers):
+            captions.append(task.style.caption(answer))
+            owner.append(number)
+            names.append(f"{record.id}:{place}")
+    empty = [name for name, text in zip(names, captions, strict=True) if not text.strip()]
+    problems = [
+        listed("images have no caption", [each.id for each in records if not each.answers]),
+        listed("records are not of one image", [r.id for r in records if len(r.images) != 1]),
+        listed("captions are empty as they are written", empty),
+    ]
+    if any(problems) or not records:
+        said = "; ".join(filter(None, problems)) or "there are no records"
+        raise MetricError(f"{task.name} ({task.split}) cannot be compared: {said}")
+    return Gallery(records, captions, np.array(owner, np.int32), names, digest.hexdigest())
+
+
+class Pictures(Sequence[np.ndarray]):
+    """The images of a task as the model sees them [S, S, 3] uint8, opened when they are needed."""
+
+    def __init__(self, task: Task, side: int):
+        self._task, self._side = task, side
+
+    def __len__(self) -> int:
+        return len(self._task.records)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One image, or a list of those of a slice, which threads open together."""
+        if not isinstance(index, slice):
+            return self._open(index)
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(self._open, range(len(self))[index]))
+
+    def _open(self, number: int) -> np.ndarray:
+        task, record = self._task, self._task.without_images(number)
+        try:
+            images = task.with_images(number).images
+            return pixels(images, self._side, task.crop, task.upright)[0]
+        except ValueError as error:
+            raise ValueError(
+                f"{task.name}: the image of {record.id} cannot be used, and every caption is "
+                f"compared with it: {error}"
+            ) from error
+
+
+class Queries(Sequence[Record]):
+    """The record of each query: all images, then the image of each caption."""
+
+    def __init__(self, records: Sequence[Record], owner: np.ndarray):
+        self._records, self._owner = records, owner
+
+    def __len__(self) -> int:
+        return len(self._records) + len(self._owner)
+
+    def __getitem__(self, index: Any) -> Any:
+        count = len(self._records)
+        return self._records[index if index < count else int(self._owner[index - count])]

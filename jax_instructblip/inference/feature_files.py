@@ -1,0 +1,241 @@
+"""Features of many images on disk, in shards, so that an interrupted export is resumed.
+
+    OUT/features.json              what the features are of: weights, list of images, form, dtype
+    OUT/00000-of-00012.npz         one shard: arrays with a row per image, or
+    OUT/00000-of-00012.arrayrecord a record per image: the bytes of an `.npz` with its arrays
+
+    id             [n] names: the path in the folder, or the id of the JSON line
+    image          [n, Q, E] float32; [n, Q, D] if raw; of a generative model [n, F * Q, Dl], the
+                   visual vectors that its language model reads after the image and the prompt
+    text           [m, E] float32 of each caption (first stage and JSON lines with answers)
+    text_of        [m] row of the image that the caption belongs to
+    caption        [m] the captions
+    prompt         [n] of a generative model
+
+A shard appears completely or not at all.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_instructblip.atomic import write_file
+from jax_instructblip.data.images import ImageError
+from jax_instructblip.data.readers.named_files import PICTURES
+from jax_instructblip.data.records import Record, read_jsonl
+from jax_instructblip.fields import check, one_of, whole
+from jax_instructblip.files import read_json, require_file
+from jax_instructblip.inference.feature_forms import FORMATS, FORMS, SHARD
+from jax_instructblip.inference.generation_config import BATCH_SIZE
+from jax_instructblip.inference.loading import read_dtype, read_source, weights_digest
+from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
+from jax_instructblip.inference.retrieval import Retriever
+from jax_instructblip.progress import Progress
+
+FACTS = "features.json"
+
+Arrays = dict[str, np.ndarray]
+
+
+def write_features(
+    checkpoint: str | os.PathLike,
+    images: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    form: str | None = None,
+    prompt: str | None = None,
+    dtype: Any = None,
+    batch_size: int = BATCH_SIZE,
+    shard_size: int = SHARD,
+    file_format: str = "npz",
+) -> Path:
+    """Writes the features of all images to shards in `out`; finished shards are kept.
+
+    Args:
+      checkpoint: a first stage of BLIP-2, or a model that answers; any folder or name for `load`.
+      images: a folder of images, searched with its subfolders, or a JSON-lines file of records.
+      out: the folder of the shards; one of an interrupted export is resumed.
+      form: of a first stage, "raw", "projected" or "normalised" (default).
+      prompt: of a folder and a model that answers, the prompt for all images.
+      dtype: of weights and computation; by default bfloat16, on a CPU float32.
+      batch_size: images at once.
+      shard_size: images per shard.
+      file_format: "npz" or "arrayrecord".
+
+    Returns:
+      The folder `out`.
+
+    Raises:
+      ValueError: a setting does not fit the checkpoint, there are no images, one of them cannot be
+        used (`ImageError`), or `out` has features of another checkpoint or list.
+      OSError: a file cannot be read or written.
+    """
+    out, images = Path(out), Path(images)
+    check(
+        {"format": file_format, "shard_size": shard_size},
+        {"format": one_of(*FORMATS), "shard_size": whole(1)},
+    )
+    source = read_source(checkpoint)
+    first_stage = source.variant.llm is None
+    _check_settings(images, first_stage, form, prompt)
+    records = _read_records(images, prompt or "", first_stage)
+    count = -(-len(records) // shard_size)
+    blip = None
+    facts = {
+        "weights": weights_digest(source),
+        "images": _list_digest(records),
+        "count": len(records),
+        "form": (form or FORMS[-1]) if first_stage else "visual vectors",
+        "dtype": read_dtype(dtype).name,
+        "shard_size": shard_size,
+        "format": file_format,
+    }
+    _begin(out, facts)
+    names = [out / f"{number:05d}-of-{count:05d}.{file_format}" for number in range(count)]
+    left = [number for number, path in enumerate(names) if not path.is_file()]
+    shard = lambda number: records[number * shard_size : (number + 1) * shard_size]
+    done = len(records) - sum(len(shard(number)) for number in left)
+    with Progress(len(records), "features", "images", done=done, compiles=True) as progress:
+        for number in left:
+            if blip is None:  # if everything is there, no weights are read
+                blip = load(checkpoint, dtype=dtype)
+                blip.silent = True
+            arrays = _arrays(blip, shard(number), facts["form"], batch_size)
+            _write(names[number], arrays, file_format)
+            progress.update(len(shard(number)))
+    return out
+
+
+def read_shard(path: str | os.PathLike) -> Arrays:
+    """Returns the arrays of an `.npz` shard; those of a record of an ArrayRecord file as well."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _check_settings(images: Path, first_stage: bool, form: str | None, prompt: str | None) -> None:
+    problems = []
+    if form is not None and not first_stage:
+        problems.append("form: only a first stage of BLIP-2 has several forms")
+    if form not in (None, *FORMS):
+        problems.append(f"form is {form!r}, expected one of {', '.join(FORMS)}")
+    if prompt is not None and first_stage:
+        problems.append("prompt: a first stage of BLIP-2 reads none")
+    elif prompt is not None and not images.is_dir():
+        problems.append("prompt: JSON lines have prompts of their own")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _read_records(images: Path, prompt: str, first_stage: bool) -> list[Record]:
+    if not images.is_dir():
+        require_file(images)
+        records = read_jsonl(images, need_answers=False, allow_empty_prompt=True)
+    else:
+        paths = [path for path in images.rglob("*") if path.suffix.lower() in PICTURES]
+        records = [
+            Record(path.relative_to(images).as_posix(), (str(path),), prompt, ())
+            for path in sorted(paths)
+        ]
+        if not records:
+            raise ValueError(
+                f"{images} has no images: expected files that end in {', '.join(sorted(PICTURES))}"
+            )
+    most = 1 if first_stage else len(records[0].images)
+    wrong = [record.id for record in records if len(record.images) != most]
+    if wrong:
+        raise ValueError(
+            f"{images}: {len(wrong)} records do not have {most} image{'s' * (most > 1)}, such as "
+            f"{wrong[0]!r}: export records with different numbers of images separately"
+        )
+    return records
+
+
+def _list_digest(records: Sequence[Record]) -> str:
+    """Returns a sha256 of ids, texts, and the sizes and times of the image files."""
+    digest = hashlib.sha256()
+    for record in records:
+        files = [os.stat(image) for image in record.images if isinstance(image, str)]
+        stands = [(each.st_size, each.st_mtime_ns) for each in files]
+        digest.update(repr((record.id, record.prompt, record.answers, stands)).encode())
+    return digest.hexdigest()
+
+
+def _begin(out: Path, facts: dict[str, Any]) -> None:
+    """Writes the facts, or compares them with those of an interrupted export."""
+    path = out / FACTS
+    if path.is_file():
+        recorded = read_json(path, dict)
+        wrong = [
+            f"{name} was {recorded.get(name)!r}, now {value!r}"
+            for name, value in facts.items()
+            if recorded.get(name) != value
+        ]
+        if wrong:
+            title = f"{out} has features of something else:"
+            raise ValueError("\n  ".join([title, *wrong, "choose another folder"]))
+    elif out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"{out} exists and has no {FACTS}: choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(facts, indent=1) + "\n")
+    for left in out.glob("*.tmp"):
+        left.unlink()
+
+
+def _arrays(
+    blip: Retriever | InstructBlipPipeline, records: Sequence[Record], form: str, size: int
+) -> Arrays:
+    """Returns the arrays of one shard."""
+    names = np.array([record.id for record in records])
+    try:
+        if not isinstance(blip, Retriever):
+            prompts = [record.prompt for record in records]
+            vectors = blip.features([record.images for record in records], prompts, size)
+            return {"id": names, "prompt": np.array(prompts), "image": vectors}
+        images = [record.images[0] for record in records]
+        arrays = {"id": names, "image": blip.image_features(images, form=form, batch_size=size)}
+    except ImageError as error:
+        raise ValueError(
+            f"{error}; finished shards stay: mend or remove the image (then choose another out)"
+        ) from error
+    captions = [caption for record in records for caption in record.answers]
+    if captions:
+        owners = [row for row, record in enumerate(records) for _ in record.answers]
+        arrays["text"] = blip.text_features(captions, form=form, batch_size=size)
+        arrays |= {"text_of": np.array(owners, np.int32), "caption": np.array(captions)}
+    return arrays
+
+
+def _write(path: Path, arrays: Arrays, file_format: str) -> None:
+    """Writes a shard beside its place, then renames it."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    if file_format == "npz":
+        temporary.write_bytes(_packed(arrays))
+    else:
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")
+        for row in range(len(arrays["id"])):
+            writer.write(_packed(_row(arrays, row)))
+        writer.close()
+    temporary.replace(path)
+
+
+def _row(arrays: Arrays, row: int) -> Arrays:
+    """Returns the arrays of one image, with its captions."""
+    own = {name: arrays[name][row] for name in ("id", "prompt", "image") if name in arrays}
+    if "text" in arrays:
+        chosen = arrays["text_of"] == row
+        own |= {name: arrays[name][chosen] for name in ("text", "caption")}
+    return own
+
+
+def _packed(arrays: Arrays) -> bytes:
+    data = io.BytesIO()
+    np.savez(data, **arrays)  # pyright: ignore[reportArgumentType]
+    return data.getvalue()
