@@ -291,7 +291,6 @@ class ConversationProcessor:
                 self._fill(writer, template.between if index else "")
                 self._fill(writer, template.user, text=text, system=header)
                 self._fill(writer, template.mark, learned=learns_marks)
-                writer.flush()  # an answer begins behind the same tokens as in generation
                 header = ""
             else:
                 self._fill(writer, template.answer + template.stop, learned=True, text=text)

@@ -3,6 +3,7 @@
 import pytest
 
 from jax_instructblip.data.chat_templates import CHAT_TEMPLATES, get_chat_template
+from jax_instructblip.data.tokenizer_files import load_qformer_tokenizer
 from tests.helpers.chat_tokenizers import CONTROL, chat_tokenizer
 
 
@@ -20,6 +21,14 @@ def test_a_template_of_another_tokenizer_is_refused(template, kind, reason):
     with pytest.raises(ValueError, match=reason.replace("|", r"\|")) as error:
         get_chat_template(template, chat_tokenizer(kind))
     assert str(error.value).startswith(message)
+
+
+def test_a_template_whose_texts_a_tokenizer_cannot_write_is_refused(shared):
+    bert = load_qformer_tokenizer(shared / "data" / "tokenizers" / "bert-base-uncased")
+    problems = CHAT_TEMPLATES["plain"].problems(bert)
+    assert problems == ["the text '\\n' of the template reads back as ''"]
+    problems = CHAT_TEMPLATES["v1"].problems(bert)
+    assert "the text 'USER: ' of the template reads back as 'user :'" in problems
 
 
 def test_an_unknown_template_is_refused_with_a_near_name():
