@@ -13,11 +13,15 @@ trained. `conversation.py` turns them into token ids.
 
 import dataclasses
 import re
+from typing import TYPE_CHECKING
 
 from jax_instructblip import lookup
-from jax_instructblip.data.tokenizer_files import Tokenizer
+
+if TYPE_CHECKING:  # a verb's --help reads this table, and imports nothing slow
+    from jax_instructblip.data.tokenizer_files import Tokenizer
 
 START, TEXT, SYSTEM, IMAGES = "{start}", "{text}", "{system}", "{images}"
+LIMIT = 2048  # slots of a sample, text tokens and visual vectors, in LLaVA's recipes
 PLACEHOLDERS = (START, TEXT, SYSTEM, IMAGES)
 
 _SYSTEM_V0 = (
@@ -73,7 +77,7 @@ class ChatTemplate:
         marks = "|".join(map(re.escape, (*PLACEHOLDERS, *self.tokens)))
         return [part for part in re.split(f"({marks})", text) if part]
 
-    def problems(self, tokenizer: Tokenizer) -> list[str]:
+    def problems(self, tokenizer: "Tokenizer") -> list[str]:
         """Returns the reasons why the template is of another tokenizer; none where it fits."""
         control = tokenizer.get_added_vocab()
         problems = [
@@ -91,7 +95,8 @@ class ChatTemplate:
             ]
             ids = tokenizer.backend_tokenizer.encode(part, add_special_tokens=False).ids
             again = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
-            if again.split() != part.split() or (not ids and part.strip(" ")):
+            lines = (again.count("\n"), part.count("\n"))
+            if again.split() != part.split() or lines[0] != lines[1]:
                 problems.append(f"the text {part!r} of the template reads back as {again!r}")
         return list(dict.fromkeys(problems))
 
@@ -164,7 +169,7 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
 }
 
 
-def get_chat_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
+def get_chat_template(name: str, tokenizer: "Tokenizer") -> ChatTemplate:
     """Returns the row of that name.
 
     Raises:

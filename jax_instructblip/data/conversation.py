@@ -17,12 +17,13 @@ examples are those of `batch.py`, for decoder-only language models.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jax_instructblip.data.chat_templates import (
     IMAGES,
+    LIMIT,
     START,
     SYSTEM,
     TEXT,
@@ -31,12 +32,12 @@ from jax_instructblip.data.chat_templates import (
 from jax_instructblip.data.piece_encoder import PieceEncoder, PieceWriter
 from jax_instructblip.data.records import Record, RecordError
 from jax_instructblip.data.spec import IGNORE
+from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.data.tokenizer_files import Tokenizer
 from jax_instructblip.fields import text_problem
 
 IMAGE = "<image>"
 USER, ASSISTANT = "user", "assistant"
-LIMIT = 2048  # slots of a sample, text tokens and visual vectors, in LLaVA's recipes
 
 # Order of images and question in the first turn. "drawn" is one of "first" and "last", evenly, as
 # LLaVA's first instructions were written.
@@ -201,6 +202,23 @@ class ConversationProcessor:
         if isinstance(tokenizer.bos_token_id, int):
             self._control[START] = tokenizer.bos_token_id
 
+    @classmethod
+    def for_model(
+        cls, text: TextProcessor, template: str, **options: Any
+    ) -> "ConversationProcessor":
+        """Returns the processor of a model; `options` are arguments of the constructor.
+
+        Raises:
+            ValueError: the language model is an encoder-decoder, or as the constructor.
+        """
+        llm = text.variant.llm
+        if llm.encoder_decoder:
+            raise ValueError(
+                f"the chat template {template!r} needs a decoder-only language model, {llm.kind} "
+                "is an encoder-decoder: use a model with LLaMA, OPT or another of that kind"
+            )
+        return cls(text.llm, template, visual_tokens=text.variant.visual_tokens, **options)
+
     def example(self, conversation: Conversation) -> dict[str, np.ndarray]:
         """Returns a training example without images; all arrays are int32.
 
@@ -286,7 +304,10 @@ class ConversationProcessor:
         # Without a system message, nothing may stand before the opening that could predict it.
         self._fill(writer, template.opening, learned=learns_marks and bool(system))
         for index, (speaker, text) in enumerate(turns):
-            writer.turn = index + 1
+            # The first question is of one text with the system message. An answer begins on its
+            # own, as in generation, where the prompt before it is all that there is.
+            if index:
+                writer.start_turn(index + 1)
             if speaker == USER:
                 self._fill(writer, template.between if index else "")
                 self._fill(writer, template.user, text=text, system=header)

@@ -50,9 +50,8 @@ class PieceWriter:
     Attributes:
       tokens: the ids.
       targets: the same id where it is learned, else IGNORE.
-      turns: for each id the value of `turn` when it was written.
+      turns: for each id the number of its turn, 1 for the first.
       image_at: for each image the index of the id before which it stands.
-      turn: number of the current turn.
     """
 
     def __init__(self, pieces: PieceEncoder, *, legacy: bool):
@@ -61,9 +60,14 @@ class PieceWriter:
         self.targets: list[int] = []
         self.turns: list[int] = []
         self.image_at: list[int] = []
-        self.turn = 1
+        self._turn = 1
         self._pieces, self._legacy = pieces, legacy
         self._text, self._learned, self._first = "", False, True
+
+    def start_turn(self, number: int) -> None:
+        """Starts a turn; its text is encoded on its own."""
+        self.flush()
+        self._turn = number
 
     def text(self, text: str, learned: bool) -> None:
         """Appends a text, in which no control token is recognised."""
@@ -94,7 +98,7 @@ class PieceWriter:
     def _append(self, ids: Sequence[int], learned: bool) -> None:
         self.tokens += ids
         self.targets += ids if learned else [IGNORE] * len(ids)
-        self.turns += [self.turn] * len(ids)
+        self.turns += [self._turn] * len(ids)
 
 
 def _plain(written: str) -> Backend:

@@ -54,7 +54,7 @@ def test_only_an_older_tokenizer_puts_a_space_behind_a_control_token(llama, lega
     writer.text("ER", False)
     writer.text(" a", True)
     writer.control(2, True)
-    writer.turn = 2
+    writer.start_turn(2)
     writer.text("USER", False)
     writer.image(())
     writer.text("USER", False)
