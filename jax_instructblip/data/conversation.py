@@ -16,7 +16,7 @@ examples are those of `batch.py`, for decoder-only language models.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,6 +191,7 @@ class ConversationProcessor:
         own = self.template.legacy
         self._legacy = legacy if own is None else own
         self._pieces = PieceEncoder(tokenizer)
+        self._instruct: Callable[[str], dict[str, np.ndarray]] | None = None
         control = tokenizer.get_added_vocab()
         if missing := [mark for mark in image_marks or () if mark not in control]:
             raise ValueError(
@@ -217,14 +218,21 @@ class ConversationProcessor:
                 f"the chat template {template!r} needs a decoder-only language model, {llm.kind} "
                 "is an encoder-decoder: use a model with LLaMA, OPT or another of that kind"
             )
-        return cls(text.llm, template, visual_tokens=text.variant.visual_tokens, **options)
+        processor = cls(text.llm, template, visual_tokens=text.variant.visual_tokens, **options)
+        if text.variant.reads_instruction:
+            processor._instruct = text.prompt
+        return processor
 
-    def example(self, conversation: Conversation) -> dict[str, np.ndarray]:
+    def example(
+        self, conversation: Conversation, room: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         """Returns a training example without images; all arrays are int32.
 
-        Its keys are `tokens`, `targets`, `image_at` and `truncated` [3]. A sample of more than
+        Its keys are `tokens`, `targets`, `image_at`, `truncated` [3], and `qformer_tokens` for a
+        Q-Former that reads the instruction, which is the first question. A sample of more than
         `limit` slots loses tokens on its right; the second of `truncated` is 1 if they are of a
-        question, the third if they are of an answer.
+        question, the third if they are of an answer. With `room`, another example, its numbers of
+        slots and targets are the limits instead.
 
         Raises:
             ValueError: the conversation cannot be used, or has no target or not all of its images
@@ -232,32 +240,37 @@ class ConversationProcessor:
         """
         encoded = self.encode(conversation, answered=True)
         tokens, targets = _int32(encoded.tokens), _int32(encoded.targets)
-        at = _int32(encoded.image_at)
-        images_before = np.searchsorted(at, np.arange(len(tokens)), side="right")
-        slots = np.arange(len(tokens)) + images_before * self.visual_tokens
-        kept = int(np.searchsorted(slots, self.limit))
-        ends = at + self.visual_tokens * (1 + np.arange(len(at)))
-        total = len(tokens) + self.visual_tokens * len(at)
-        size = f"{len(tokens)} tokens and {len(at)} images of {self.visual_tokens}"
-        if (behind := np.flatnonzero(ends > self.limit)).size:
+        at, visual = _int32(encoded.image_at), self.visual_tokens
+        limit, most = self.limit, len(tokens)
+        if room is not None:
+            limit = len(room["tokens"]) + visual * len(room["image_at"])
+            most = int((room["targets"] != IGNORE).sum())
+        learned = targets != IGNORE
+        index = np.arange(len(tokens))
+        slots = index + visual * np.searchsorted(at, index, side="right")
+        kept = int(((slots < limit) & (np.cumsum(learned) <= most)).sum())
+        ends = at + visual * (1 + np.arange(len(at)))
+        size = f"{len(tokens)} tokens and {len(at)} images of {visual}"
+        if (behind := np.flatnonzero((ends > limit) | (at > kept))).size:
             raise ValueError(
                 f"conversation {conversation.id!r}: image {behind[0] + 1} of {len(at)} ends at "
-                f"slot {ends[behind[0]]}, beyond the limit of {self.limit} ({size}): shorten the "
+                f"slot {ends[behind[0]]}, beyond the limit of {limit} ({size}): shorten the "
                 "text before it or raise the limit"
             )
-        lost = targets[kept:] != IGNORE
-        if not (targets[:kept] != IGNORE).any():
+        if not learned[:kept].any():
             raise ValueError(
-                f"conversation {conversation.id!r} has no target in its first {self.limit} of "
-                f"{total} slots ({size}): there is nothing to learn from. Shorten its first "
-                "question or raise the limit"
+                f"conversation {conversation.id!r} has no target in its first {limit} of "
+                f"{len(tokens) + visual * len(at)} slots ({size}): there is nothing to learn "
+                "from. Shorten its first question or raise the limit"
             )
-        truncated = [False, bool((~lost).any()), bool(lost.any())]
-        kept_arrays = {"tokens": tokens[:kept], "targets": targets[:kept]}
-        return kept_arrays | {"image_at": at, "truncated": _int32(truncated)}
+        instruction, cut = self._instruction(conversation)
+        lost = learned[kept:]
+        truncated = [cut, bool((~lost).any()), bool(lost.any())]
+        text = {"tokens": tokens[:kept], "targets": targets[:kept], **instruction}
+        return text | {"image_at": at, "truncated": _int32(truncated)}
 
     def prompt(self, conversation: Conversation) -> dict[str, np.ndarray]:
-        """Returns an example for inference: `tokens`, which are not cut, `image_at`, `truncated`.
+        """Returns an example for inference: that of `example` without targets, and not cut.
 
         The conversation ends with a question, the tokens with the template's mark of an answer.
 
@@ -265,8 +278,14 @@ class ConversationProcessor:
             ValueError: the conversation cannot be used; the message names it.
         """
         encoded = self.encode(conversation, answered=False)
-        arrays = {"tokens": encoded.tokens, "image_at": encoded.image_at, "truncated": [0, 0, 0]}
-        return {name: _int32(values) for name, values in arrays.items()}
+        instruction, cut = self._instruction(conversation)
+        text = {"tokens": _int32(encoded.tokens), **instruction}
+        return text | {"image_at": _int32(encoded.image_at), "truncated": _int32([cut, 0, 0])}
+
+    def fingerprint(self) -> str:
+        """Returns a text of all settings that change the tokens of a conversation."""
+        settings = (self.template, self.system, self.limit, self._legacy, self._image_marks)
+        return repr((*settings, self.visual_tokens))
 
     def encode(self, conversation: Conversation, *, answered: bool) -> Encoded:
         """Returns the tokens of a conversation that ends with an answer or with a question.
@@ -281,6 +300,14 @@ class ConversationProcessor:
             raise RecordError(f"conversation {conversation.id!r} cannot be used:", problems)
         system = self.system if conversation.system is None else conversation.system
         return self._write(conversation.turns, system)
+
+    def _instruction(self, conversation: Conversation) -> tuple[dict[str, np.ndarray], bool]:
+        """Returns ({"qformer_tokens": ids}, True if it was cut), or ({}, False) without such."""
+        if self._instruct is None:
+            return {}, False
+        question = conversation.turns[0].text.replace(IMAGE, "").strip()
+        example = self._instruct(question)
+        return {"qformer_tokens": example["qformer_tokens"]}, bool(example["truncated"][0])
 
     def _caption_problems(self, conversation: Conversation) -> Iterator[str]:
         """Yields the reasons why the template, which reads images alone, does not suit it."""

@@ -38,6 +38,12 @@ class PieceEncoder:
         self._first = _plain(written)
         self._inner = self._first if bare is None else _plain(json.dumps(bare))
 
+    def __setstate__(self, state: dict) -> None:
+        """Restores a copy for another process; a pickled tokenizer forgets one setting."""
+        self.__dict__.update(state)
+        for backend in (self._first, self._inner):
+            backend.encode_special_tokens = True
+
     def encode(self, text: str, *, first: bool) -> list[int]:
         """Returns the ids of a part, in which no control token is recognised."""
         backend = self._first if first else self._inner
