@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # a verb's --help reads this table, and imports nothing slow
 
 START, TEXT, SYSTEM, IMAGES = "{start}", "{text}", "{system}", "{images}"
 LIMIT = 2048  # slots of a sample, text tokens and visual vectors, in LLaVA's recipes
+# Order of images and question in the first turn. "drawn" is one of "first" and "last", evenly, as
+# LLaVA's first instructions were written.
+ORDERS = ("written", "first", "last", "drawn")
 PLACEHOLDERS = (START, TEXT, SYSTEM, IMAGES)
 
 _SYSTEM_V0 = (

@@ -24,6 +24,7 @@ import numpy as np
 from jax_instructblip.data.chat_templates import (
     IMAGES,
     LIMIT,
+    ORDERS,
     START,
     SYSTEM,
     TEXT,
@@ -38,10 +39,6 @@ from jax_instructblip.fields import text_problem
 
 IMAGE = "<image>"
 USER, ASSISTANT = "user", "assistant"
-
-# Order of images and question in the first turn. "drawn" is one of "first" and "last", evenly, as
-# LLaVA's first instructions were written.
-ORDERS = ("written", "first", "last", "drawn")
 
 
 class Turn(NamedTuple):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jax_instructblip.data.batch import collate, lay_slots
-from jax_instructblip.data.chat_templates import CHAT_TEMPLATES
-from jax_instructblip.data.conversation import ORDERS, Conversation, ConversationProcessor, Turn
+from jax_instructblip.data.chat_templates import CHAT_TEMPLATES, ORDERS
+from jax_instructblip.data.conversation import Conversation, ConversationProcessor, Turn
 from jax_instructblip.data.records import Record, RecordError
 from jax_instructblip.data.spec import IGNORE
 from jax_instructblip.data.tokenizer_files import load_tokenizers
