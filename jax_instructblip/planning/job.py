@@ -104,6 +104,9 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
     lengths = {"qformer_tokens": limits.qformer_limit, "tokens": limits.prompt_limit}
     if pairs:
         lengths = {"captions": limits.caption_limit}
+    elif train and config.chat.template:
+        tokens = max(config.chat.limit - variant.visual_tokens, 1)  # with one image
+        lengths |= {"tokens": tokens, "targets": tokens}
     elif train and variant.llm.encoder_decoder:
         lengths["targets"] = limits.answer_limit
     elif train:

@@ -90,6 +90,9 @@ def test_a_plan_is_of_the_program_that_train_runs():
         "targets": 8 * job.lengths["targets"],
     }
     assert widths == {name: round_up(length) for name, length in row.items()}
+    config.chat.template, config.chat.limit = "v1", 99
+    lengths = read_job(config, tiny_variant("llama")).lengths
+    assert lengths["tokens"] + job.variant.visual_tokens == 99
     config.parallel.mode = "pmap"
     with pytest.raises(ValueError, match="parallel.mode is pmap: plans are of .* jit compiles"):
         read_job(config, tiny_variant("llama"))
