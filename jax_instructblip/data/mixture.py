@@ -208,7 +208,7 @@ def instruct(
         without `kind`.
 
     Raises:
-      ValueError: the record has no answer.
+      ValueError: the record has no answer, or a caption of which the style leaves nothing.
     """
     if not record.answers:
         raise ValueError("it has no answer")
@@ -218,7 +218,7 @@ def instruct(
     if not kind:
         style = dataclasses.replace(style, processor="paper")
     if kind in templates.CAPTIONS:
-        answer = style.caption(answer)
+        answer = style.training_caption(answer)
     if kind == templates.CAPTION_PREFIX:
         return split_caption(answer, rng)
     if tag is not None:

@@ -318,7 +318,7 @@ class Variant:
             wrong.append(f"qformer.layers {bridge.layers} is odd: layers come in pairs")
         if isinstance(bridge, ProjectorConfig) and bridge.layers not in (1, 2):
             wrong.append(f"projector.layers is {bridge.layers}, expected 1 or 2")
-        if vision.image_size % vision.patch_size:
+        if vision.image_size < 1 or vision.image_size % vision.patch_size:
             wrong.append(
                 f"vision.image_size {vision.image_size} is no multiple of "
                 f"patch_size {vision.patch_size}"
