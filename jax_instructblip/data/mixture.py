@@ -235,14 +235,14 @@ def instruct(
         without `kind`.
 
     Raises:
-      ValueError: the record has no answer.
+      ValueError: the record has no answer, or a caption of which the style leaves nothing.
     """
     answer = draw_answer(record, rng)
     turned = kind == "question_generation"
     if not kind:
         style = dataclasses.replace(style, processor="paper")
     if kind in templates.CAPTIONS:
-        answer = style.caption(answer)
+        answer = style.training_caption(answer)
     if kind == templates.CAPTION_PREFIX:
         return split_caption(answer, rng)
     if tag is not None:

@@ -113,7 +113,7 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
         lengths["targets"] = limits.answer_limit - 1
         lengths["tokens"] += lengths["targets"]
     return Job(
-        variant=variant.replace(**setup.read_variant_fields(config)),
+        variant=setup.change_variant(variant, config),
         step=step,
         batch=config.data.batch_size if train else config.validation.batch_size,
         samples_per_row=config.data.samples_per_row if train and not pairs else 1,

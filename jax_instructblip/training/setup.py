@@ -242,10 +242,7 @@ def check_model(config: ConfigDict) -> None:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"config.model.{name}: {error}") from error
     base = sources["checkpoint"]
-    try:
-        variant = base.variant.replace(**read_variant_fields(config))
-    except ValueError as error:
-        raise ValueError(f"config.model: {error}") from error
+    variant = change_variant(base.variant, config)
     try:
         partition(param_shapes(variant), tuple(config.model.trainable))
     except ValueError as error:
@@ -263,6 +260,14 @@ def check_model(config: ConfigDict) -> None:
             f"config.chat.template is {config.chat.template!r}: in the first stage there are "
             "captions, and no conversations; leave it empty"
         )
+
+
+def change_variant(variant: Variant, config: ConfigDict) -> Variant:
+    """Returns the variant with the fields that `config.model` changes; a ValueError names it."""
+    try:
+        return variant.replace(**read_variant_fields(config))
+    except ValueError as error:
+        raise ValueError(f"config.model: {error}") from error
 
 
 def read_variant_fields(config: ConfigDict) -> dict[str, Any]:
