@@ -98,6 +98,7 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
             f"config.parallel.mode is {config.parallel.mode}: plans are of the program that jit "
             "compiles for a mesh; under pmap each device holds all weights and moments"
         )
+    setup.check_samples_per_row(config, variant)
     optimizer, schedule = setup.make_optimizer(config)
     train = step == "train"
     limits = config.text
@@ -116,7 +117,7 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
         variant=setup.change_variant(variant, config),
         step=step,
         batch=config.data.batch_size if train else config.validation.batch_size,
-        samples_per_row=config.data.samples_per_row if train and not pairs else 1,
+        samples_per_row=config.data.samples_per_row if train else 1,
         lengths=lengths,
         trainable=tuple(config.model.trainable),
         scans=setup.read_scans(config),

@@ -247,11 +247,7 @@ def check_model(config: ConfigDict) -> None:
         partition(param_shapes(variant), tuple(config.model.trainable))
     except ValueError as error:
         raise ValueError(f"config.model.trainable: {error}") from error
-    if variant.llm is None and config.data.samples_per_row > 1:
-        raise ValueError(
-            f"config.data.samples_per_row is {config.data.samples_per_row}: in the first stage "
-            "each pair has a row of its own, 1"
-        )
+    check_samples_per_row(config, variant)
     text = read_text(config, base.folder, variant)
     if isinstance(text, TextProcessor):
         read_chat(config, text)
@@ -268,6 +264,15 @@ def change_variant(variant: Variant, config: ConfigDict) -> Variant:
         return variant.replace(**read_variant_fields(config))
     except ValueError as error:
         raise ValueError(f"config.model: {error}") from error
+
+
+def check_samples_per_row(config: ConfigDict, variant: Variant) -> None:
+    """Raises a ValueError if pairs of the first stage are to share a row."""
+    if variant.llm is None and config.data.samples_per_row > 1:
+        raise ValueError(
+            f"config.data.samples_per_row is {config.data.samples_per_row}: in the first stage "
+            "each pair has a row of its own, 1"
+        )
 
 
 def read_variant_fields(config: ConfigDict) -> dict[str, Any]:
