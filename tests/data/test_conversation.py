@@ -358,6 +358,15 @@ def test_the_limit_counts_every_image():
         processor("llama3", limit=13).example(conversation)
 
 
+def test_an_image_behind_the_last_target_that_fits_is_refused():
+    own = processor("llama3")
+    room = own.example(talk("<image>" + "a " * 60, "b"))
+    conversation = talk("<image>a", "b" * 30, "<image>c", "d", images=2)
+    assert len(own.example(conversation)["image_at"]) == 2
+    with pytest.raises(ValueError, match="image 2 of 2 ends at slot"):
+        own.example(conversation, room)
+
+
 def test_the_order_of_question_and_images_is_drawn_from_seed_and_step():
     rng = lambda step: np.random.default_rng([3, step])
     conversation = talk("What?\n<image>", "a", "<image> and?", "b", images=2)
