@@ -25,7 +25,8 @@ from jax_instructblip.files import (
 )
 
 PACKAGE = Path(files.__file__).parent
-NO_FILES = {"backbones/tokenizers.py", "training/loop.py"}  # texts of libraries
+# Texts of libraries.
+NO_FILES = {"data/piece_encoder.py", "backbones/tokenizers.py", "training/loop.py"}
 
 
 def deep(levels: int, left: str = "[", right: str = "]") -> str:
