@@ -61,6 +61,15 @@ def get_config() -> ConfigDict:
     config.data.ahead = 4  # batches made before they are asked for, at least one a thread
     config.data.workers = 0  # processes that make batches; 0: threads of this one
 
+    config.chat = ConfigDict()
+    config.chat.template = ""  # of conversations: "v1", "llama3", "chatml" ...; "": prompt, answer
+    config.chat.limit = 2_048  # tokens and visual vectors of a conversation
+    # Text behind a control token gets a space, as the first LLaMA tokenizers had it; False: as the
+    # tokenizer's folder says with `"legacy": false`.
+    config.chat.legacy = True
+    # Of the first question's images and text: as they are written, "first", "last", or "drawn".
+    config.chat.image_order = "written"
+
     config.text = ConfigDict()
     config.text.qformer_limit = 128  # tokens of the instruction that the Q-Former reads
     config.text.prompt_limit = 128  # tokens of the instruction that the language model reads

@@ -76,8 +76,8 @@ def set_aside(path: Path, word: str = "aside") -> Path:
 def refuse_existing(folder: str | os.PathLike) -> None:
     """Raises FileExistsError if `folder` exists and is not empty.
 
-    Also raises a ValueError for the current working directory, which must not be replaced by a
-    renamed folder, and for names that cannot be encoded.
+    Also raises an OSError if it cannot be made, and a ValueError for the current working directory,
+    which must not be replaced by a renamed folder, and for names that cannot be encoded.
     """
     folder = local_path(folder)
     if folder.absolute() == Path.cwd():
@@ -88,6 +88,8 @@ def refuse_existing(folder: str | os.PathLike) -> None:
         raise FileExistsError(
             f"{folder} exists and is not overwritten: remove it, or choose another folder"
         )
+    if problem := unwritable(folder):
+        raise OSError(f"{folder} cannot be made: {problem}; choose another folder")
 
 
 def unwritable(folder: str | os.PathLike) -> str:

@@ -104,6 +104,8 @@ def test_what_cannot_be_written_to_is_told_before_anything_is_made(tmp_path, mon
     assert atomic.unwritable(tmp_path / "new" / "run") == ""
     (tmp_path / "file").write_text("")
     assert atomic.unwritable(tmp_path / "file" / "run") == f"{tmp_path / 'file'} is a file"
+    with pytest.raises(OSError, match="file is a file; choose another"):
+        refuse_existing(tmp_path / "file" / "run")
     # Of a read-only disk; what permissions say does not bind the superuser.
     monkeypatch.setattr(atomic.os, "access", lambda place, how: place != tmp_path)
     assert atomic.unwritable(tmp_path / "new").startswith(f"{tmp_path} cannot be written to")

@@ -4,15 +4,16 @@ vision of A, Q-Former of B, language model of C --write_joined--> OUT
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jax_instructblip import checkpoint, stores
+from jax_instructblip import checkpoint, remote, stores
 from jax_instructblip.atomic import check_room
-from jax_instructblip.conversion.engine import Plan
+from jax_instructblip.conversion.engine import Plan, is_finite
 from jax_instructblip.conversion.stored_model import write_sides
 from jax_instructblip.data.captions import CaptionTokenizer
 from jax_instructblip.data.text import TextProcessor
@@ -20,7 +21,6 @@ from jax_instructblip.inference.loading import Source, stored_model
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.progress import count_bytes
-from jax_instructblip.remote import is_remote
 
 Leaves = Iterable[tuple[str, np.ndarray]]
 
@@ -28,21 +28,24 @@ Leaves = Iterable[tuple[str, np.ndarray]]
 class Part(NamedTuple):
     """Parameters that come from one place: a model, or a random initialisation."""
 
-    origin: str  # a folder, or "random": what is printed and written into config.json
+    origin: str  # a folder, an address, or "random": what is printed and written into config.json
     nbytes: int
     leaves: Leaves
 
 
-def part_of(source: Source, chosen: Callable[[str], bool]) -> Part:
-    """Returns the parameters of a model for whose paths `chosen` is true, to be read one by one."""
-    origin = str(source.step or source.folder)
+def part_of(source: Source, chosen: Callable[[str], bool], path: str | os.PathLike[str]) -> Part:
+    """Returns the parameters of a model for whose paths `chosen` is true, to be read one by one.
+
+    `path` is the one by which `source` was read: an address stands for its copy on this machine.
+    """
+    origin = remote.address_of(path) or str(source.step or source.folder)
     if isinstance(source.leaves, Plan):
         plan = source.leaves
-        paths = [path for path in plan.leaves if chosen(path)]
-        nbytes = sum(plan.leaves[path].nbytes for path in paths)
-        return Part(origin, nbytes, ((path, plan.make(path)) for path in paths))
+        names = [name for name in plan.leaves if chosen(name)]
+        nbytes = sum(plan.leaves[name].nbytes for name in names)
+        return Part(origin, nbytes, ((name, plan.make(name)) for name in names))
     model = stored_model(source)
-    manifest = {path: model.manifest[path] for path in sorted(model.manifest) if chosen(path)}
+    manifest = {name: model.manifest[name] for name in sorted(model.manifest) if chosen(name)}
     return Part(origin, checkpoint.manifest_bytes(manifest), model.read(manifest))
 
 
@@ -77,12 +80,15 @@ def write_joined(
     expected = checkpoint.flatten(param_shapes(variant))
     nbytes = sum(part.nbytes for part in parts.values())
     shapes: dict[str, tuple[int, ...]] = {}
+    not_finite: list[str] = []
 
     def leaves() -> Iterator[tuple[str, np.ndarray]]:
         with count_bytes(nbytes, "writing") as count:
             for part in parts.values():
                 for path, array in part.leaves:
                     shapes[path], size = array.shape, array.nbytes
+                    if not is_finite(array):
+                        not_finite.append(f"{path} of {part.origin}")
                     yield path, array
                     del array  # the next leaf is made while no name holds this one
                     count(size, path)
@@ -110,4 +116,6 @@ def write_joined(
     print(f"{title}: {nbytes / 1e9:.2f} GB")
     for name, part in parts.items():
         print(f"  {name}: {part.origin}")
-    return title if is_remote(out) else folder
+    if not_finite:
+        print(f"warning: NaN or infinity in {', '.join(not_finite)}", file=sys.stderr)
+    return title if remote.is_remote(out) else folder

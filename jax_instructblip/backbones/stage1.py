@@ -63,7 +63,7 @@ def write_stage1(
         for path, leaf in checkpoint.flatten(init_params(variant, jax.random.key(seed))).items()
         if not path.startswith("vision/")
     }
-    parts = {"vision tower": part_of(source, lambda path: path.startswith("vision/"))}
+    parts = {"vision tower": part_of(source, lambda path: path.startswith("vision/"), base)}
     if bert is not None:
         folder = stores.input_path(bert, "bert")
         of_bert = bert_leaves(open_folder(folder), variant.qformer, str(folder))

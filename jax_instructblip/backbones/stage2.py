@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_instructblip import checkpoint
+from jax_instructblip import checkpoint, remote
 from jax_instructblip.backbones.joining import Part, part_of, part_of_arrays, write_joined
 from jax_instructblip.conversion.language_folder import is_language_folder, open_language
 from jax_instructblip.conversion.stored_model import copy_tokenizers
@@ -68,9 +68,11 @@ def write_stage2(
     variant = Variant("blip2", first.variant.vision, qformer, config)
     expected = checkpoint.flatten(param_shapes(variant))
     parts = {
-        "vision tower": part_of(first, lambda path: path.startswith("vision/")),
+        "vision tower": part_of(first, lambda path: path.startswith("vision/"), stage1),
         "Q-Former": part_of(
-            first, lambda path: path.startswith("qformer/") and path in expected.keys()
+            first,
+            lambda path: path.startswith("qformer/") and path in expected.keys(),
+            stage1,
         ),
         "projection": part_of_arrays("random", _projection(qformer, seed)),
         "language model": language,
@@ -113,8 +115,8 @@ def write_instruct(
     own = checkpoint.flatten(param_shapes(second.variant)).keys()
     lacking = checkpoint.flatten(param_shapes(variant)).keys() - own
     parts = {
-        "vision tower, Q-Former and language model": part_of(second, lambda path: True),
-        "text half of the Q-Former": part_of(first, lambda path: path in lacking),
+        "vision tower, Q-Former and language model": part_of(second, lambda path: True, stage2),
+        "text half of the Q-Former": part_of(first, lambda path: path in lacking, text_from),
     }
 
     def copy(folder: Path) -> None:
@@ -141,10 +143,10 @@ def _language(
     """Returns a language model's sizes, its parameters and a function that copies its tokenizer."""
     folder = resolve_checkpoint(path)
     if is_language_folder(folder):
-        language = open_language(folder)
+        language, title = open_language(folder), remote.address_of(path) or str(folder)
         for note in language.notes:
-            print(f"{folder}: {note}")
-        part = Part(str(folder), language.nbytes, language)
+            print(f"{title}: {note}")
+        part = Part(title, language.nbytes, language)
         return language.config, part, lambda out: language.copy_tokenizer(out / "tokenizer")
     source = read_source(path)
     llm = source.variant.llm
@@ -153,7 +155,7 @@ def _language(
             f"{source.step or source.folder} is a model of kind {source.variant.kind}, which has "
             "no language model: expected a Hugging Face folder of one, or a checkpoint with one"
         )
-    part = part_of(source, lambda path: path.startswith("llm/"))
+    part = part_of(source, lambda name: name.startswith("llm/"), path)
     plain = dataclasses.replace(
         source.variant,
         kind="blip2",

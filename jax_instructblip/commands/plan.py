@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from jax_instructblip.atomic import write_file
+from jax_instructblip.atomic import unwritable, write_file
 from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.commands.train import read_config
 from jax_instructblip.planning.chips import EFFORTS, known
@@ -21,6 +21,8 @@ def main(argv: list[str]) -> int:
     flags, rest = _parser().parse_known_args(argv)
     check_flags(flags, stores=("config",))
     config = read_config(rest)
+    if flags.json is not None and (problem := unwritable(flags.json.parent)):
+        raise OSError(f"--json is {flags.json}: {problem}; choose another file")
     common = {"step": flags.step, "effort": flags.effort}
     if flags.sweep:
         from jax_instructblip.planning.sweep import sweep
@@ -34,6 +36,7 @@ def main(argv: list[str]) -> int:
         fits = result["fits"]
         print("\n".join(lines(result)))
     if flags.json is not None:
+        flags.json.parent.mkdir(parents=True, exist_ok=True)
         write_file(flags.json, json.dumps(result, indent=1) + "\n")
     return 0 if fits else 1
 

@@ -10,7 +10,7 @@ needs an embedding, and the activation of FlanT5 (GELU by erf, whatever its conf
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,21 @@ import numpy as np
 from jax_instructblip import checkpoint
 from jax_instructblip.conversion.engine import Plan, make_plan
 from jax_instructblip.conversion.families import LANGUAGES, Language, with_own_head
-from jax_instructblip.conversion.hf_config import TOKENIZER_FILES, read_json
+from jax_instructblip.conversion.hf_config import (
+    TOKENIZER_FILES,
+    find_family,
+    quantisation_problems,
+    read_json,
+)
 from jax_instructblip.conversion.safetensors import (
     INDEX,
     SINGLE,
     ConversionError,
     Tensor,
     open_folder,
+    read_index,
 )
-from jax_instructblip.conversion.torch_files import open_pth
+from jax_instructblip.conversion.torch_files import merge_files, open_pth
 from jax_instructblip.data.tokenizer_files import (
     SETTINGS,
     load_tokenizers,
@@ -47,6 +53,7 @@ PREFIX = "language_model."  # of the tables' names, which are those of a whole m
 BIN, BIN_INDEX = "pytorch_model*.bin", "pytorch_model.bin.index.json"
 EMBED, HEAD = "llm/embed/embedding", "llm/head/kernel"  # the leaves with a row for each token
 _WORD = "model."  # before the names of a decoder that has its head
+IMAGE_SECTIONS = {"vision_config", "qformer_config"}  # of config.json of an image-text model
 END_OF_CAPTION = "\n"  # ends every text of BLIP-2 with OPT
 
 
@@ -98,9 +105,15 @@ class LanguageFolder:
 
 
 def is_language_folder(folder: Path) -> bool:
-    """Tells whether a folder's config.json is that of a known language model alone."""
+    """Tells whether a folder's config.json is of a language model alone, perhaps an unknown one.
+
+    Others are those of this package, which name no architecture, and of an image-text model.
+    """
     path = folder / "config.json"
-    return path.is_file() and read_json(path).get("model_type") in LANGUAGES
+    document = read_json(path) if path.is_file() else {}
+    return bool(document.keys() & {"model_type", "architectures"}) and not (
+        find_family(document) or IMAGE_SECTIONS & document.keys()
+    )
 
 
 def open_language(folder: str | Path) -> LanguageFolder:
@@ -121,6 +134,7 @@ def open_language(folder: str | Path) -> LanguageFolder:
         )
     language = LANGUAGES[kind]
     fields, failures = language.section.read({language.section.name: document})
+    failures += quantisation_problems(document)
     if failures:
         raise ConversionError(f"{folder}/config.json cannot be held", failures)
     tensors = _tensors(folder, language)
@@ -142,29 +156,31 @@ def _tensors(folder: Path, language: Language) -> dict[str, Tensor]:
         tensors: dict[str, Any] = dict(open_folder(folder))
     else:
         tensors = _bin_tensors(folder)
-    # Saved without its head, a model's names lack their first word.
+    # Saved as the inner model, possibly with its head, a model's names lack their first word.
     bare = bool(tensors) and not any(name.startswith(_WORD) for name in tensors)
     word = _WORD if bare and language.config is not T5Config else ""
-    return {f"{PREFIX}{word}{name}": tensor for name, tensor in tensors.items()}
+    named = lambda name: PREFIX + ("" if PREFIX + name == language.head else word) + name
+    return {named(name): tensor for name, tensor in tensors.items()}
 
 
 def _bin_tensors(folder: Path) -> dict[str, Any]:
     """Returns the tensors of `pytorch_model.bin`, or of all shards that its index lists."""
     paths = sorted(folder.glob(BIN))
     if (folder / BIN_INDEX).is_file():
-        listed = read_json(folder / BIN_INDEX).get("weight_map")
-        names = set(listed.values()) if isinstance(listed, Mapping) else set()
-        lacking = sorted(str(name) for name in names - {path.name for path in paths})
-        if lacking:
+        names, present = set(read_index(folder / BIN_INDEX).values()), {path.name for path in paths}
+        if lacking := sorted(names - present):
             raise ConversionError(f"{folder} lacks files of its index", lacking)
+        if surplus := sorted(present - names):
+            raise ConversionError(
+                f"{folder} has weights of two models: remove these or {BIN_INDEX}, which does not "
+                "name them",
+                surplus,
+            )
     if not paths:
         raise ConversionError(
             f"{folder} holds no weights", [f"expected {SINGLE}, {INDEX} or {BIN}"]
         )
-    tensors: dict[str, Any] = {}
-    for path in paths:
-        tensors |= open_pth(path)
-    return tensors
+    return merge_files(map(open_pth, paths))
 
 
 def _leaf_shapes(config: LanguageConfig) -> dict[str, Any]:
@@ -185,6 +201,16 @@ def _as_released(folder: Path, config: LanguageConfig) -> tuple[LanguageConfig, 
     """Returns the sizes with BLIP-2's changes, and a sentence about each change."""
     special = released_special(folder, config.kind)
     tokenizer, _ = load_tokenizers(folder, None, config.kind, special=special)
+    extra = {getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    surplus = [id_ for id_ in tokenizer.get_vocab().values() if id_ >= config.vocab]
+    if surplus := set(surplus) - extra:
+        raise ConversionError(
+            f"the tokenizer of {folder} is of another model",
+            [
+                f"it has ids up to {max(surplus)}, config.json a vocab_size of {config.vocab}: "
+                "get both from one release"
+            ],
+        )
     changes: dict[str, Any] = {}
     notes = []
     if isinstance(config, T5Config):

@@ -19,7 +19,7 @@ from jax_instructblip.conversion.engine import Drop, Entry, Plan, Rule, Zeros, m
 from jax_instructblip.conversion.families import LANGUAGES
 from jax_instructblip.conversion.safetensors import ConversionError
 from jax_instructblip.conversion.tables import heads, qformer, vision
-from jax_instructblip.conversion.torch_files import TorchTensor, open_pth
+from jax_instructblip.conversion.torch_files import TorchTensor, merge_files, open_pth
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import param_shapes
 
@@ -88,7 +88,7 @@ class _ImageTower:
         return [Drop(VISION + name, reason) for name in (*last, *self.after)]
 
 
-VISION = "visual_encoder."
+VISION, MODEL = "visual_encoder.", "Qformer."
 _VIT_G = _ImageTower(
     "ViT-g",
     "eva_vit_g.pth",
@@ -184,23 +184,29 @@ def open_lavis(path: Path) -> dict[str, TorchTensor]:
 
 
 def read_files(paths: Sequence[Path]) -> dict[str, TorchTensor]:
-    """Returns the tensors of several files by name; where two have the same name, the later file's.
+    """Returns the tensors of several files by name, in any order of the files.
 
     Together they can make a model of a checkpoint that was saved without its frozen towers.
+
+    Raises:
+        ConversionError: a file cannot be read, or two have different values for one tensor: a
+            checkpoint that was trained with its image tower has the tower's own weights.
     """
-    tensors: dict[str, TorchTensor] = {}
-    for path in paths:
-        tensors |= open_lavis(path)
-    return tensors
+    return merge_files(map(open_lavis, paths))
 
 
 def _refuse_trimmed(tensors: Iterable[str], variant: Variant, title: str, apart: bool) -> None:
-    """Raises a ConversionError if a whole tower is missing, since LAVIS saves frozen ones apart.
+    """Raises a ConversionError if a whole part is missing, since LAVIS saves frozen towers apart.
 
     With `apart`, the language model may be missing.
     """
     begins = lambda word: any(name.startswith(word) for name in tensors)
     lacking, tower = [], _image_tower(variant)
+    if not begins(MODEL):
+        raise ConversionError(
+            f"{title} has no Q-Former",
+            [f"{MODEL}*, which the model's own file has, such as blip2_pretrained.pth: give it"],
+        )
     if not begins(VISION + tower.blocks):
         lacking.append(f"{VISION}*, the image tower: give {tower.file}, too")
     if variant.llm is not None and not apart:

@@ -121,7 +121,7 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def _open_shards(folder: Path) -> dict[str, Tensor]:
-    index = _read_index(folder / INDEX)
+    index = read_index(folder / INDEX)
     tensors: dict[str, Tensor] = {}
     unread: dict[str, str] = {}
     failures: list[str] = []
@@ -162,7 +162,7 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
     """Returns the file name of each tensor, from the index."""
     title = f"{path} is damaged"
     try:

@@ -1,11 +1,14 @@
 """PyTorch files (`.pth`, `.bin`): tensors by name, and nothing else.
 
 A pickle may hold code. `torch.load(weights_only=True)` runs none, and refuses what is no tensor.
-torch itself is an extra, imported when the first file is opened.
+torch itself is an extra, imported when the first file is opened. Files of before torch 1.6, which
+are no zip archives, cannot be mapped: they are read whole.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,13 @@ import numpy as np
 from jax_instructblip.conversion.safetensors import ConversionError
 from jax_instructblip.files import require_file
 
+_CODE = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message about an object that is no tensor
+LFS_POINTER = b"version https://git-lfs"  # the start of a file that git has not fetched
+
 
 @dataclasses.dataclass(frozen=True)
 class TorchTensor:
-    """One tensor of a `.pth` file, mapped into memory."""
+    """One tensor of a `.pth` file, mapped into memory if the file is a zip archive."""
 
     file: Path
     tensor: Any
@@ -43,7 +49,7 @@ class TorchTensor:
         """Returns the tensor, or piece `part` of `parts` equal ones along axis 0, as an array."""
         import torch
 
-        rows = self.tensor
+        rows = self.tensor.detach()
         if parts > 1:
             size = self.shape[0] // parts
             rows = rows[part * size : (part + 1) * size]
@@ -67,14 +73,99 @@ def open_pth(path: Path) -> dict[str, TorchTensor]:
         ) from error
     require_file(path)
     try:
-        stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        stored = torch.load(
+            path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True
+        )
     except Exception as error:  # pickle, zip and torch have errors of their own
-        first = str(error).strip().splitlines()[0]
-        raise ConversionError(
-            f"{path} cannot be read as tensors alone (nothing in it was run)", [first[:300]]
-        ) from error
+        title = f"{path} cannot be read as tensors alone (nothing in it was run)"
+        raise ConversionError(title, [_reason(path, error)]) from error
     stored = stored.get("model", stored) if isinstance(stored, Mapping) else stored
-    wrong = not isinstance(stored, Mapping) or not stored
-    if wrong or not all(isinstance(each, torch.Tensor) for each in stored.values()):
-        raise ConversionError(f"{path} holds no tensors by name", ["expected a state_dict"])
+    others = _others(stored, torch.Tensor)
+    if others:
+        raise ConversionError(
+            f"{path} holds no tensors by name",
+            [
+                f"found {others}; expected a state_dict, or one below the key `model`: "
+                "torch.save(model.state_dict(), NAME) writes it"
+            ],
+        )
+    unread = [
+        f"{name} is {kind}, expected an array"
+        for name, tensor in stored.items()
+        if (kind := _unreadable(tensor))
+    ]
+    if unread:
+        raise ConversionError(f"{path} holds tensors that cannot be read", unread)
     return {str(name): TorchTensor(path, tensor) for name, tensor in stored.items()}
+
+
+def merge_files(files: Iterable[Mapping[str, TorchTensor]]) -> dict[str, TorchTensor]:
+    """Returns the tensors of several files by name.
+
+    Raises:
+        ConversionError: a name has different values in two files.
+    """
+    tensors: dict[str, TorchTensor] = {}
+    differing: dict[tuple[Path, Path], list[str]] = {}
+    for file in files:
+        for name in file.keys() & tensors.keys():
+            one, other = tensors[name], file[name]
+            if not _equal(one, other):
+                differing.setdefault((one.file, other.file), []).append(name)
+        tensors |= file
+    if differing:
+        raise ConversionError(
+            "files have different values for the same tensors: give those of one model",
+            [
+                f"{one} and {other}: {len(names)} tensors, such as {min(names)}"
+                for (one, other), names in differing.items()
+            ],
+        )
+    return tensors
+
+
+def _equal(one: TorchTensor, other: TorchTensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    raw = lambda tensor: tensor.read().reshape(-1).view(np.uint8)
+    return np.array_equal(raw(one), raw(other))
+
+
+def _unreadable(tensor: Any) -> str:
+    """Returns the kind of a tensor whose numbers are no plain array; "" for a plain one."""
+    if tensor.is_meta:
+        return "without data (device meta)"
+    return "" if str(tensor.layout) == "torch.strided" else f"sparse ({tensor.layout})"
+
+
+def _others(stored: Any, tensor: type) -> str:
+    """Returns a description of what is no dict of tensors; "" for such a dict."""
+    if not isinstance(stored, Mapping):
+        return f"a {type(stored).__name__}"
+    if not stored:
+        return "nothing"
+    wrong = [
+        f"{str(key):.60} ({type(each).__name__})"
+        for key, each in stored.items()
+        if not isinstance(each, tensor)
+    ]
+    return ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if wrong[5:] else "")
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Returns a line about a file that torch cannot load; torch's own advice is to run its code."""
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if not start:
+        return "it is empty: get it again"
+    if start == LFS_POINTER:
+        return "it is a pointer of git-lfs, not the file itself: run `git lfs pull`"
+    if not start.startswith((b"PK", b"\x80")):  # a zip archive; a pickle, as before torch 1.6
+        return f"it is no file of PyTorch, for it begins with {start!r}: get it again"
+    if code := _CODE.search(str(error)):
+        return (
+            f"it holds {code[1]}, no tensor: take it to torch.save(model.state_dict(), NAME) "
+            "where it is trusted"
+        )
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{first[:200]}: is it damaged? Get it again"

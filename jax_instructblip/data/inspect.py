@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jax_instructblip.data.batch import IGNORE
+from jax_instructblip.data.conversation import IMAGE, Conversation, ConversationProcessor
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.models.variants import T5Config
 
@@ -61,6 +62,28 @@ def token_rows(example: Mapping[str, np.ndarray], text: TextProcessor) -> dict[s
     else:
         learned = (example["targets"] != IGNORE).tolist()
         rows["LLM reads"] = list(zip(pieces, learned, strict=True))
+    return rows
+
+
+def turn_rows(
+    conversation: Conversation, chat: ConversationProcessor, kept: int
+) -> dict[str, Pieces]:
+    """Returns the first `kept` tokens of a training conversation by turn, and their ids.
+
+    The titles are `user 1`, `assistant 2` ... and `ids`, with the number of the turn as well; an
+    image is `<image>`.
+    """
+    encoded = chat.encode(conversation, answered=True)
+    rows: dict[str, Pieces] = {}
+    pieces = chat.tokenizer.convert_ids_to_tokens(encoded.tokens[:kept])
+    images = collections.Counter(encoded.image_at)
+    for index, piece in enumerate(pieces):
+        number, learned = encoded.turns[index], encoded.targets[index] != IGNORE
+        title = f"{conversation.turns[number - 1].speaker} {number}"
+        for name, text in ((title, piece), (f"ids {number}", str(encoded.tokens[index]))):
+            row = rows.setdefault(name, [])
+            row += [(IMAGE, False)] * images[index]
+            row.append((text, learned))
     return rows
 
 

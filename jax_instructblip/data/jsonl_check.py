@@ -1,18 +1,28 @@
-"""Checks a JSON-lines file as training would read it: bad lines, and token counts of good ones."""
+"""Checks a file of samples as training would read it: bad lines, and token counts of good ones."""
 
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
 from jax_instructblip import stores
+from jax_instructblip.data.conversation import Conversation, ConversationProcessor
 from jax_instructblip.data.images import ImageError, decode
-from jax_instructblip.data.inspect import histogram, render, token_counts, token_rows
+from jax_instructblip.data.inspect import (
+    Pieces,
+    histogram,
+    render,
+    token_counts,
+    token_rows,
+    turn_rows,
+)
+from jax_instructblip.data.llava_json import holds_conversations, scan_llava_json
 from jax_instructblip.data.records import Record, scan_jsonl
 from jax_instructblip.data.text import TRUNCATED, TextProcessor
 from jax_instructblip.progress import Progress
@@ -33,7 +43,9 @@ class Findings:
       cut: number of samples whose instruction, prompt and answer (`TRUNCATED`) lost tokens.
       unknown: "instruction", "prompt" or "answer" -> (line number, text) of each sample whose text
         has characters that the tokenizer does not know.
-      samples: the first good lines: line number, record and its first sample in tokens.
+      samples: the first good lines: line number, record, and the token sequences of its first
+        sample by their titles.
+      unit: what is a sample, "answer" or "conversation".
     """
 
     bad: dict[int, list[str]]
@@ -41,7 +53,8 @@ class Findings:
     lengths: dict[str, list[int]]
     cut: np.ndarray  # [3]
     unknown: dict[str, list[tuple[int, str]]]
-    samples: list[tuple[int, Record, Mapping[str, np.ndarray]]]
+    samples: list[tuple[int, Record, Mapping[str, Pieces]]]
+    unit: str = "answer"
 
     @property
     def usable(self) -> bool:
@@ -49,16 +62,33 @@ class Findings:
         return self.good > 0 and not self.bad
 
 
-def examine(file: str | os.PathLike, text: TextProcessor, samples: int) -> Findings:
+def examine(
+    file: str | os.PathLike,
+    text: TextProcessor,
+    samples: int,
+    chat: ConversationProcessor | None = None,
+) -> Findings:
     """Returns the findings about a file: reads all lines, opens all images, tokenizes all answers.
 
-    `samples` is the number of good lines that are kept in `Findings.samples`.
+    `samples` is the number of good lines that are kept in `Findings.samples`. With `chat` each line
+    is a conversation, and the file may be of LLaVA's layout, whose rows then count as lines.
+
+    Raises:
+        ValueError: the file has conversations, but there is no `chat`.
     """
+    path = stores.input_rows(file)
+    talks = holds_conversations(path)
+    if talks and chat is None:
+        raise ValueError(
+            f"{file} has whole conversations: name the chat template that writes them (--template)"
+        )
+    scan = scan_llava_json if talks else scan_jsonl
     cut, unknown = np.zeros(len(TRUNCATED), np.int64), {name: [] for name in TRUNCATED}
     findings = Findings({}, 0, collections.defaultdict(list), cut, unknown, [])
+    findings.unit = "answer" if chat is None else "conversation"
     records: dict[int, Record] = {}
     with Progress(None, "reading", "lines") as progress:
-        for line, record, reasons in scan_jsonl(stores.input_rows(file)):
+        for line, record, reasons in scan(path):
             progress.update()
             if record is None:
                 findings.bad[line] = reasons
@@ -70,36 +100,55 @@ def examine(file: str | os.PathLike, text: TextProcessor, samples: int) -> Findi
             progress.update()
             reasons = record.text_problems()
             reasons += [unreadable[path] for path in map(str, record.images) if path in unreadable]
+            samples_of_line = [] if reasons else list(_samples(record, text, chat))
             examples = []
-            for answer in record.answers if not reasons else ():
+            for _, _, tokenize in samples_of_line:
                 try:
-                    examples.append(text.example(record.prompt, answer))
+                    examples.append(tokenize())
                 except ValueError as error:
                     reasons.append(str(error))
             if reasons:
                 findings.bad[line] = list(dict.fromkeys(reasons))
                 continue
             findings.good += 1
-            read = TRUNCATED[:2] if text.variant.reads_instruction else TRUNCATED[1:2]
-            asked = {name: text.has_unknown(name, record.prompt) for name in read}
-            for answer in record.answers:
-                lacking = asked | {"answer": text.has_unknown("answer", answer)}
-                for name in filter(lacking.get, TRUNCATED):
-                    shown = answer if name == "answer" else record.prompt
-                    findings.unknown[name].append((line, shown))
+            reads_instruction = text.variant.reads_instruction and chat is None
+            read = TRUNCATED[:2] if reads_instruction else TRUNCATED[1:2]
+            for prompt, answer, _ in samples_of_line:
+                texts = dict.fromkeys(read, prompt) | {"answer": answer}
+                for name, value in texts.items():
+                    if text.has_unknown(name, value):
+                        findings.unknown[name].append((line, value))
             for example in examples:
                 findings.cut += example["truncated"]
                 for name, count in token_counts(example).items():
                     findings.lengths[name].append(count)
             if len(findings.samples) < samples:
-                findings.samples.append((line, record, examples[0]))
+                if chat is None:
+                    rows = token_rows(examples[0], text)
+                else:
+                    talk = Conversation.from_record(record)
+                    rows = turn_rows(talk, chat, len(examples[0]["tokens"]))
+                findings.samples.append((line, record, rows))
     return findings
+
+
+def _samples(
+    record: Record, text: TextProcessor, chat: ConversationProcessor | None
+) -> Iterator[tuple[str, str, Callable[[], Mapping[str, np.ndarray]]]]:
+    """Yields (prompt, answer, function that returns the example) of each sample of a record."""
+    if chat is None:
+        for answer in record.answers:
+            yield record.prompt, answer, functools.partial(text.example, record.prompt, answer)
+        return
+    talk = Conversation.from_record(record)
+    questions, answers = (" ".join(turn.text for turn in talk.turns[k::2]) for k in (0, 1))
+    yield questions, answers, functools.partial(chat.example, talk)
 
 
 def describe(file: pathlib.Path, findings: Findings, text: TextProcessor) -> Iterator[str]:
     """Yields the lines of the report about `findings`."""
-    answers = "; each answer is a sample" if findings.good else ""
-    yield f"{file}: {findings.good} good lines, {len(findings.bad)} bad{answers}"
+    samples = f"; each {findings.unit} is a sample" if findings.good else ""
+    yield f"{file}: {findings.good} good lines, {len(findings.bad)} bad{samples}"
     yield from _bad_lines(file, findings.bad)
     if not findings.bad and not findings.good:
         yield f"  {file} holds no records, expected one JSON object a line"
@@ -121,9 +170,9 @@ def describe(file: pathlib.Path, findings: Findings, text: TextProcessor) -> Ite
                 yield f"  and {len(where) - _SHOWN} more"
     if findings.samples:
         yield "\nsamples, the loss asks for the tokens in [brackets]:"
-    for line, record, example in findings.samples:
+    for line, record, rows in findings.samples:
         yield f"  {file.name}:{line}  {', '.join(map(str, record.images))}"
-        for name, pieces in token_rows(example, text).items():
+        for name, pieces in rows.items():
             yield f"    {name:<14}  {render(pieces)}"
 
 

@@ -16,6 +16,7 @@ import grain
 import numpy as np
 
 from jax_instructblip.data import templates
+from jax_instructblip.data.conversation import Conversation
 from jax_instructblip.data.records import Record
 
 # Weight of a source of n records: "sqrt" is the paper's rule, which it compares with the others.
@@ -163,6 +164,24 @@ class Mixture:
         tag = INSTRUCTIONS[self.instructions](source)
         return instruct(record, source.templates, rng, tag, self.style)
 
+    def converse(
+        self, source: Source, record: Record, rng: np.random.Generator, order: str = "written"
+    ) -> Conversation:
+        """Returns the conversation of a record of `source`, its images in `order` (`ORDERS`).
+
+        A source without templates keeps all rounds of a dialogue, and one of the distinct answers
+        to its last question. With templates, prompt and answer of `instruct` are the only round.
+
+        Raises:
+            ValueError: the record has no answer.
+        """
+        if source.templates:
+            prompt, answer = self.instruct(source, record, rng)
+            record = dataclasses.replace(record, prompt=prompt, answers=(answer,), history=())
+        else:
+            record = dataclasses.replace(record, answers=(draw_answer(record, rng),))
+        return Conversation.from_record(record).ordered(order, rng)
+
     def table(self) -> str:
         """Returns the sources with their sizes and shares as a table for people."""
         width = max(6, *(len(source.name) for source in self.sources))
@@ -184,6 +203,14 @@ def split_caption(caption: str, rng: np.random.Generator) -> tuple[str, str]:
         return "", caption
     count = int(rng.integers(1, len(words) // 2 + 1))
     return " ".join(words[:count]), " ".join(words[count:])
+
+
+def draw_answer(record: Record, rng: np.random.Generator) -> str:
+    """Returns one of the distinct answers, drawn evenly; a ValueError if there is none."""
+    if not record.answers:
+        raise ValueError("it has no answer")
+    distinct = tuple(dict.fromkeys(record.answers))
+    return distinct[int(rng.integers(len(distinct)))]
 
 
 def instruct(
@@ -208,17 +235,14 @@ def instruct(
         without `kind`.
 
     Raises:
-      ValueError: the record has no answer.
+      ValueError: the record has no answer, or a caption of which the style leaves nothing.
     """
-    if not record.answers:
-        raise ValueError("it has no answer")
-    distinct = tuple(dict.fromkeys(record.answers))
-    answer = distinct[int(rng.integers(len(distinct)))]
+    answer = draw_answer(record, rng)
     turned = kind == "question_generation"
     if not kind:
         style = dataclasses.replace(style, processor="paper")
     if kind in templates.CAPTIONS:
-        answer = style.caption(answer)
+        answer = style.training_caption(answer)
     if kind == templates.CAPTION_PREFIX:
         return split_caption(answer, rng)
     if tag is not None:

@@ -120,14 +120,15 @@ class PairBatches:
         """Returns one of the record's distinct captions, drawn evenly, in the mixture's text style.
 
         Raises:
-            ValueError: the record has no caption, or one with characters that cannot be encoded.
+            ValueError: the record has no caption, or one with characters that cannot be encoded or
+                of which the style leaves nothing.
         """
         if problems := record.text_problems():
             raise ValueError("; ".join(problems))
         distinct = tuple(dict.fromkeys(record.answers))
         if not distinct:
             raise ValueError("it has no caption (answer)")
-        return self.mixture.style.caption(distinct[int(rng.integers(len(distinct)))])
+        return self.mixture.style.training_caption(distinct[int(rng.integers(len(distinct)))])
 
 
 def image_id(record: Record) -> int:

@@ -64,7 +64,7 @@ class Record:
     Attributes:
       id: names the record within its dataset.
       images: paths, members of tars, encoded bytes or PIL images; frames of a video in the order of
-        time.
+        time. Only a conversation may have none.
       prompt: the bare question, before an instruction template is put around it.
       answers: the right answers; where several annotators answered, one entry for each of them,
         equal ones repeated. Empty where no answer is known: such a record cannot be trained on.
@@ -113,8 +113,8 @@ class Record:
             raise RecordError(f"record {self.id!r} is not usable:", problems)
 
     def _problems(self) -> Iterator[str]:
-        if not self.images:
-            yield "images is empty, expected at least one"
+        if not self.images and not self.prompt.strip():
+            yield "images and prompt are empty, expected an image or a text"
         for index, image in enumerate(self.images):
             if not isinstance(image, ImageSource):
                 kind = files.kind_of(image)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from jax_instructblip import stores
-from jax_instructblip.data import webdataset
+from jax_instructblip.data import llava_json, webdataset
 from jax_instructblip.data.prepare import builder, shards
 from jax_instructblip.data.records import Record, RecordError, read_jsonl
 from jax_instructblip.data.shapes import dataset
@@ -19,6 +19,7 @@ def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record],
     `path` is one of:
 
     - a file of JSON lines; if no line has a `split`, all lines belong to every split;
+    - a JSON list of whole conversations in LLaVA's layout (`llava_json.py`), of every split;
     - a folder that `jax-instructblip prepare` wrote;
     - a tar or a folder of tars with images and captions (`webdataset.py`), of every split;
     - the name of a built-in dataset (`shapes`), which is drawn and written first where it is
@@ -51,7 +52,10 @@ def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record],
             "`jax-instructblip prepare` wrote, a folder of tars (img2dataset), or one of "
             f"{', '.join(dataset.DATASETS)}"
         )
-    records = read_jsonl(name)
+    if llava_json.holds_conversations(name):
+        records = llava_json.read_llava_json(name)
+    else:
+        records = read_jsonl(name)
     splits = sorted({record.split for record in records})
     if splits != [""]:
         records = [record for record in records if record.split == split]

@@ -120,6 +120,15 @@ class TextStyle:
         """Returns a caption that is to be generated, as the style writes it."""
         return process_caption(text) if self.processor == "lavis" else text
 
+    def training_caption(self, text: str) -> str:
+        """Returns a caption as the style writes it; raises a ValueError if nothing is left."""
+        caption = self.caption(text)
+        if not caption.strip():
+            raise ValueError(
+                f"of its caption {text!r:.60} the style {self.processor} leaves nothing"
+            )
+        return caption
+
     def history(self, rounds: tuple[tuple[str, str], ...]) -> str:
         """Returns the earlier rounds of a dialogue (question, answer) on one line."""
         marks = ("q: ", "a: ") if self.dialogue == "q_a" else ("", "")

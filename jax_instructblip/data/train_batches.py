@@ -17,6 +17,7 @@ import numpy as np
 
 from jax_instructblip.data import images
 from jax_instructblip.data.batch import bucket, collate, deal, round_up
+from jax_instructblip.data.conversation import ConversationProcessor
 from jax_instructblip.data.mixture import Mixture, Source, digest_of
 from jax_instructblip.data.rand_augment import rand_augment
 from jax_instructblip.data.records import Record
@@ -52,6 +53,8 @@ class TrainBatches:
         rand_augment: bool = False,
         upright: bool = True,
         rows: np.ndarray | None = None,
+        chat: ConversationProcessor | None = None,
+        image_order: str = "written",
     ):
         """Takes the samples of `mixture`, tokenized by `text`, `batch_size` to a global batch.
 
@@ -71,6 +74,8 @@ class TrainBatches:
           rand_augment: also apply RandAugment (`rand_augment.py`) after the crop.
           upright: apply the EXIF orientation, as in `images.decode`.
           rows: numbers of this host's rows in the global batch; None means all.
+          chat: writes samples as conversations; None means as prompt and answer.
+          image_order: with `chat`, the order of images and question, one of `ORDERS`.
 
         Raises:
           ValueError: `samples_per_row` does not divide the batch.
@@ -79,13 +84,13 @@ class TrainBatches:
             raise ValueError(
                 f"{samples_per_row} samples a row do not divide a batch of {batch_size}"
             )
-        self.mixture, self.text = mixture, text
+        self.mixture, self.text, self.chat, self.image_order = mixture, text, chat, image_order
         self.batch_size, self.steps = batch_size, steps
         self.samples_per_row, self.row_count = samples_per_row, batch_size // samples_per_row
         size = text.variant.vision.image_size
         self.prepare = ImagePreparation(size, augment, min_decode_ratio, rand_augment, upright)
         self.rows = np.arange(self.row_count) if rows is None else rows
-        self.buckets = {name: _cut(buckets, limit) for name, limit in _limits(text).items()}
+        self.buckets = {name: _cut(buckets, limit) for name, limit in _limits(text, chat).items()}
         self.replacements = Replacements()
 
     def __len__(self) -> int:
@@ -140,6 +145,7 @@ class TrainBatches:
             for name in ("images", "slots", "targets")
         }
         longest = lambda name: bucket(max(s[name] for s in sizes), self.buckets[name], name)
+        sums["images"] = max(sums["images"], 1)  # a batch of texts alone has an unused image
         lengths = {"images": sums["images"], "qformer_tokens": longest("qformer_tokens")}
         if self.samples_per_row > 1:
             return lengths | {name: round_up(sums[name]) for name in ("slots", "targets")}
@@ -160,7 +166,8 @@ class TrainBatches:
         A run refuses to resume with another one. Packing is not part of it, since it changes the
         rows of a batch, but not the samples in it.
         """
-        return digest_of([self.mixture.fingerprint(), self.batch_size])
+        chat = [] if self.chat is None else [self.chat.fingerprint(), self.image_order]
+        return digest_of([self.mixture.fingerprint(), self.batch_size, *chat])
 
     def _text(
         self, position: int, attempt: int = 0, room: Example | None = None
@@ -180,8 +187,12 @@ class TrainBatches:
                 if problems := record.text_problems():
                     raise ValueError("; ".join(problems))
                 rng = self.mixture.rng(position, attempt, use="text")
-                prompt, answer = self.mixture.instruct(source, record, rng)
-                example = self.text.example(prompt, answer, room)
+                if self.chat is None:
+                    prompt, answer = self.mixture.instruct(source, record, rng)
+                    example = self.text.example(prompt, answer, room)
+                else:
+                    talk = self.mixture.converse(source, record, rng, self.image_order)
+                    example = self.chat.example(talk, room)
                 self._check_positions(record, example)
                 return attempt, record, example
             except ValueError as error:
@@ -216,6 +227,8 @@ class TrainBatches:
 
     def _pixels(self, record: Record, position: int, attempt: int) -> np.ndarray:
         """Returns pixels [n, H, W, 3] uint8; all frames of a video get the same random crop."""
+        if not record.images:
+            return np.zeros((0, self.prepare.size, self.prepare.size, 3), np.uint8)
         rng = lambda: self.mixture.rng(position, attempt, use="image")
         return np.stack([self.prepare(source, rng()) for source in record.images])
 
@@ -272,8 +285,10 @@ def _fits(size: Mapping[str, int], room: Mapping[str, int]) -> bool:
     return all(size[name] <= room[name] for name in room)
 
 
-def _limits(text: TextProcessor) -> dict[str, int]:
+def _limits(text: TextProcessor, chat: ConversationProcessor | None) -> dict[str, int]:
     """Returns the largest number of tokens of each text of a sample, by its key in an example."""
+    if chat is not None:
+        return {"qformer_tokens": text.qformer_limit, "tokens": chat.limit, "targets": chat.limit}
     limits = {"qformer_tokens": text.qformer_limit, "tokens": text.prompt_limit}
     if text.variant.llm.encoder_decoder:
         return limits | {"targets": text.answer_limit}

@@ -97,6 +97,14 @@ class TarRecords:
             problem=problem,
         )
 
+    def hopeless(self) -> str:
+        """Returns key and problem of the first entry if no entry is a pair; else ""."""
+        tables = [self._rows(number) for number in range(len(self._tars))]
+        if any((table["problem"] == b"").any() for table in tables):
+            return ""
+        first = next(table for table in tables if len(table))[0]
+        return f"{_text(first['key'])}: {_text(first['problem'])}"
+
     def digest(self) -> str:
         """Hashes the names of the tars and the keys, offsets and sizes of all entries."""
         digest = hashlib.sha256()
@@ -150,6 +158,11 @@ def open_tars(path: str | os.PathLike[str], *, task: str = "", split: str = "") 
     records = TarRecords(list(zip(tars, indexes, strict=True)), task=task, split=split)
     if not len(records):
         raise ValueError(f"{path}: no entry in {len(tars)} tars; expected KEY.jpg and KEY.txt")
+    if reason := records.hopeless():
+        raise ValueError(
+            f"{path}: no entry of {len(tars)} tars is a pair, KEY.jpg followed by KEY.txt or "
+            f"KEY.json; the first: {reason}"
+        )
     return records
 
 
@@ -158,7 +171,7 @@ def _index(tar: pathlib.Path, home: pathlib.Path) -> pathlib.Path:
     status, expected = files.require_file(tar), _expected(tar)
     name = f"{status.st_size}-{status.st_mtime_ns}-{expected}.npy"
     path = home / tar.name / name
-    if path.is_file():
+    if path.is_file() and _is_index(path):
         return path
     path.parent.mkdir(exist_ok=True)
     for other in path.parent.iterdir():  # of an older state of the tar, or of a killed run
@@ -168,6 +181,14 @@ def _index(tar: pathlib.Path, home: pathlib.Path) -> pathlib.Path:
         np.save(file, scan_tar(tar, expected), allow_pickle=False)
     temporary.replace(path)
     return path
+
+
+def _is_index(path: pathlib.Path) -> bool:
+    """Tells whether a file can be read as an index; one that lost its content (no power) cannot."""
+    try:
+        return np.load(path, mmap_mode="r").dtype.names == _Row._fields
+    except (ValueError, EOFError, OSError):
+        return False
 
 
 def _expected(tar: pathlib.Path) -> int:

@@ -7,8 +7,8 @@ to a power of two, or to `batch_size` if there are more questions than that.
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from PIL import Image
@@ -97,6 +97,20 @@ def pair_inputs(images: Sequence[Picture] | Frame, prompts: Sequence[str] | str)
 def check_batch_size(batch_size: int) -> None:
     """Raises a ValueError if `batch_size` is not a whole number from 1 to 65,536."""
     check({"batch_size": batch_size}, {"batch_size": whole(1, 65_536, unit="questions")})
+
+
+def check_images_listed(images: Any) -> None:
+    """Raises a ValueError if `images` is no list (tuple, array [N, H, W, C]) of at least one image.
+
+    One image alone is refused: the rows of an array and the letters of a path would pass for many.
+    """
+    several = hasattr(images, "__len__") and hasattr(images, "__getitem__")
+    if isinstance(images, np.ndarray):
+        several = images.ndim == 4 or images.dtype == object
+    if not several or isinstance(images, str | bytes | Mapping):
+        raise ValueError(f"images is a {type(images).__name__}, expected a list of them")
+    if not len(images):
+        raise ValueError("there are no images")
 
 
 def make_batches(

@@ -6,7 +6,7 @@ The loops are those of every generative model (`decode.py`, `beam_search.py`).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,12 @@ import numpy as np
 from jax_instructblip.data.captions import CaptionTokenizer
 from jax_instructblip.fields import check, whole
 from jax_instructblip.inference.answers import Answer, best_answer, check_finite
-from jax_instructblip.inference.batching import Frame, check_batch_size, pixels
+from jax_instructblip.inference.batching import (
+    Frame,
+    check_batch_size,
+    check_images_listed,
+    pixels,
+)
 from jax_instructblip.inference.beam_search import beam_tokens
 from jax_instructblip.inference.decode import generate_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
@@ -35,6 +40,8 @@ def generate_captions(
     batch_size: int,
     dtype: Any,
     silent: bool = False,
+    on_devices: Callable[[np.ndarray], Any] = lambda rows: rows,
+    multiple: int = 1,
 ) -> list[Answer]:
     """Returns a caption of each image, in order.
 
@@ -47,6 +54,8 @@ def generate_captions(
       batch_size: images that are captioned at once.
       dtype: the compute dtype.
       silent: no progress line.
+      on_devices: puts the rows of an array on the devices that compute them.
+      multiple: the number of parts into which the devices split a batch.
 
     Raises:
       ValueError: the model has no caption head, there are no images, an image cannot be used, or
@@ -57,8 +66,7 @@ def generate_captions(
             "this first stage has no caption head, which Hugging Face's format leaves out: convert "
             "the original file (blip2_pretrained.pth), or train a first stage"
         )
-    if not len(images):
-        raise ValueError("there are no images")
+    check_images_listed(images)
     check_batch_size(batch_size)
     most = variant.qformer.max_positions  # [DEC] has one, the last token none
     check({"max_new_tokens": config.max_new_tokens}, {"max_new_tokens": whole(1, most)})
@@ -71,6 +79,7 @@ def generate_captions(
     )
     model = Blip2(variant, dtype, vocabulary=vocabulary)
     size, key, answers = min(batch_size, len(images)), seed_key(config.seed), []
+    size += -size % multiple
     with Progress(len(images), "captioning", "images", compiles=True, silent=silent) as progress:
         for start in range(0, len(images), size):
             rows = np.minimum(np.arange(start, start + size), len(images) - 1)
@@ -80,10 +89,13 @@ def generate_captions(
                 "slots": np.full((size, 1), -1, np.int32),
                 "segments": np.ones((size, 1), np.int32),
             }
+            batch = {name: on_devices(leaf) for name, leaf in batch.items()}
             if config.num_beams > 1:
                 generated = beam_tokens(model, params, batch, config)
             else:
-                generated = generate_tokens(model, params, batch, row_keys(key, rows), config)
+                generated = generate_tokens(
+                    model, params, batch, row_keys(key, on_devices(rows)), config
+                )
             generated, count = jax.device_get(generated), min(size, len(images) - start)
             answers += [
                 best_answer(text, generated, row, config.num_return_sequences)

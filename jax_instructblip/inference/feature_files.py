@@ -19,18 +19,20 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jax_instructblip.atomic import write_file
+from jax_instructblip.atomic import unwritable, write_file
 from jax_instructblip.data.images import ImageError
 from jax_instructblip.data.readers.named_files import PICTURES
-from jax_instructblip.data.records import Record, read_jsonl
+from jax_instructblip.data.records import Record, RecordError, read_jsonl
 from jax_instructblip.fields import check, one_of, whole
 from jax_instructblip.files import read_json, require_file
+from jax_instructblip.inference.batching import check_batch_size
 from jax_instructblip.inference.feature_forms import FORMATS, FORMS, SHARD
 from jax_instructblip.inference.generation_config import BATCH_SIZE
 from jax_instructblip.inference.loading import read_dtype, read_source, weights_digest
@@ -81,6 +83,9 @@ def write_features(
         {"format": file_format, "shard_size": shard_size},
         {"format": one_of(*FORMATS), "shard_size": whole(1)},
     )
+    check_batch_size(batch_size)
+    if problem := unwritable(out):
+        raise OSError(f"{out} cannot be written to: {problem}; choose another folder")
     source = read_source(checkpoint)
     first_stage = source.variant.llm is None
     _check_settings(images, first_stage, form, prompt)
@@ -98,7 +103,7 @@ def write_features(
     }
     _begin(out, facts)
     names = [out / f"{number:05d}-of-{count:05d}.{file_format}" for number in range(count)]
-    left = [number for number, path in enumerate(names) if not path.is_file()]
+    left = [number for number, path in enumerate(names) if not _is_whole(path)]
     shard = lambda number: records[number * shard_size : (number + 1) * shard_size]
     done = len(records) - sum(len(shard(number)) for number in left)
     with Progress(len(records), "features", "images", done=done, compiles=True) as progress:
@@ -137,7 +142,7 @@ def _read_records(images: Path, prompt: str, first_stage: bool) -> list[Record]:
         require_file(images)
         records = read_jsonl(images, need_answers=False, allow_empty_prompt=True)
     else:
-        paths = [path for path in images.rglob("*") if path.suffix.lower() in PICTURES]
+        paths = [path for path in images.rglob("*") if _is_picture(path)]
         records = [
             Record(path.relative_to(images).as_posix(), (str(path),), prompt, ())
             for path in sorted(paths)
@@ -146,6 +151,11 @@ def _read_records(images: Path, prompt: str, first_stage: bool) -> list[Record]:
             raise ValueError(
                 f"{images} has no images: expected files that end in {', '.join(sorted(PICTURES))}"
             )
+    problems = [
+        f"{record.id}: {problem}" for record in records for problem in record.text_problems()
+    ]
+    if problems:
+        raise RecordError(f"{images}: texts cannot be used:", problems)
     most = 1 if first_stage else len(records[0].images)
     wrong = [record.id for record in records if len(record.images) != most]
     if wrong:
@@ -154,6 +164,17 @@ def _read_records(images: Path, prompt: str, first_stage: bool) -> list[Record]:
             f"{wrong[0]!r}: export records with different numbers of images separately"
         )
     return records
+
+
+def _is_picture(path: Path) -> bool:
+    """Tells whether a path is of an image, by its name; not the `._NAME` that macOS adds."""
+    named = path.suffix.lower() in PICTURES and not path.name.startswith("._")
+    return named and not path.is_dir()  # a link to nothing is an error, not left out
+
+
+def _is_whole(path: Path) -> bool:
+    """Tells whether a shard is there; an `.npz` that lost its end (no power) is not."""
+    return path.is_file() and (path.suffix != ".npz" or zipfile.is_zipfile(path))
 
 
 def _list_digest(records: Sequence[Record]) -> str:
@@ -178,8 +199,9 @@ def _begin(out: Path, facts: dict[str, Any]) -> None:
         ]
         if wrong:
             title = f"{out} has features of something else:"
-            raise ValueError("\n  ".join([title, *wrong, "choose another folder"]))
-    elif out.is_dir() and any(out.iterdir()):
+            hint = "images is a digest of names, texts, and the sizes and times of files"
+            raise ValueError("\n  ".join([title, *wrong, f"choose another folder ({hint})"]))
+    elif out.is_dir() and any(each.name != f"{FACTS}.tmp" for each in out.iterdir()):
         raise FileExistsError(f"{out} exists and has no {FACTS}: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(facts, indent=1) + "\n")

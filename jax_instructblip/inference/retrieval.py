@@ -19,7 +19,6 @@ an image. On a mesh rows are split over the devices of `data` and `fsdp`.
 import contextlib
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -27,14 +26,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
 from jax_instructblip.data.captions import RETRIEVAL_LIMIT, CaptionTokenizer
 from jax_instructblip.fields import check, flag, one_of, whole
 from jax_instructblip.inference import matching
 from jax_instructblip.inference import retrieval_programs as programs
 from jax_instructblip.inference.answers import Answer
-from jax_instructblip.inference.batching import Frame, check_batch_size, pixels
+from jax_instructblip.inference.batching import (
+    Frame,
+    check_batch_size,
+    check_images_listed,
+    pixels,
+)
 from jax_instructblip.inference.captioning import generate_captions
 from jax_instructblip.inference.feature_forms import FORMS
 from jax_instructblip.inference.generation_config import GenerationConfig, configured
@@ -118,6 +121,7 @@ class Retriever:
     ) -> np.ndarray:
         """Features float32 of the images, one for each query: [N, Q, E], or [N, Q, D] if raw."""
         check({"form": form}, {"form": one_of(*FORMS)})
+        check_images_listed(images)
         batches = ((rows, self._pixels(rows)) for rows in _batches(images, batch_size, "images"))
         return self._gather(
             self._image_features[form], batches, len(images), batch_size, "looking", "images"
@@ -227,16 +231,19 @@ class Retriever:
             ValueError: the checkpoint has no caption head (Hugging Face's format lacks it), there
                 are no images, one of them cannot be used, or a setting is out of its range.
         """
-        return generate_captions(
-            self.variant,
-            self.params,
-            self.text,
-            images,
-            configured(config, settings),
-            batch_size=batch_size,
-            dtype=self.model.dtype,
-            silent=self.silent,
-        )
+        with self._mesh():
+            return generate_captions(
+                self.variant,
+                self.params,
+                self.text,
+                images,
+                configured(config, settings),
+                batch_size=batch_size,
+                dtype=self.model.dtype,
+                silent=self.silent,
+                on_devices=self._on_devices,
+                multiple=self.batch_shards,
+            )
 
     def match(
         self,
@@ -308,6 +315,7 @@ class Retriever:
     def _of_pairs(
         self, run: Callable[..., Any], images: Sequence[Frame], texts: Sequence[str], size: int
     ) -> np.ndarray:
+        check_images_listed(images)
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts: give as many of both")
         ids, valid, _ = self.text.encode(texts)
@@ -364,8 +372,6 @@ class Retriever:
 
 def _batches(items: Any, size: int, unit: str) -> Iterator[Sequence[Any]]:
     check_batch_size(size)
-    if isinstance(items, str | bytes | os.PathLike | Image.Image):
-        raise ValueError(f"{unit} is a {type(items).__name__}, expected a list of them")
     if not len(items):
         raise ValueError(f"there are no {unit}")
     return (items[start : start + size] for start in range(0, len(items), size))

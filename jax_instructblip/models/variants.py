@@ -256,7 +256,7 @@ class Variant:
             wrong.append(
                 f"vision.unused_layers {vision.unused_layers} is not below layers {vision.layers}"
             )
-        if vision.image_size % vision.patch_size:
+        if vision.image_size < 1 or vision.image_size % vision.patch_size:
             wrong.append(
                 f"vision.image_size {vision.image_size} is no multiple of "
                 f"patch_size {vision.patch_size}"

@@ -98,22 +98,26 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
             f"config.parallel.mode is {config.parallel.mode}: plans are of the program that jit "
             "compiles for a mesh; under pmap each device holds all weights and moments"
         )
+    setup.check_samples_per_row(config, variant)
     optimizer, schedule = setup.make_optimizer(config)
     train = step == "train"
     limits = config.text
     lengths = {"qformer_tokens": limits.qformer_limit, "tokens": limits.prompt_limit}
     if pairs:
         lengths = {"captions": limits.caption_limit}
+    elif train and config.chat.template:
+        tokens = max(config.chat.limit - variant.visual_tokens, 1)  # with one image
+        lengths |= {"tokens": tokens, "targets": tokens}
     elif train and variant.llm.encoder_decoder:
         lengths["targets"] = limits.answer_limit
     elif train:
         lengths["targets"] = limits.answer_limit - 1
         lengths["tokens"] += lengths["targets"]
     return Job(
-        variant=variant.replace(**setup.read_variant_fields(config)),
+        variant=setup.change_variant(variant, config),
         step=step,
         batch=config.data.batch_size if train else config.validation.batch_size,
-        samples_per_row=config.data.samples_per_row if train and not pairs else 1,
+        samples_per_row=config.data.samples_per_row if train else 1,
         lengths=lengths,
         trainable=tuple(config.model.trainable),
         scans=setup.read_scans(config),

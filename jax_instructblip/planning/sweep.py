@@ -58,10 +58,13 @@ def sweep(
         job = read_job(change_fields(config, {field: batch}), variant, step)
         tried += [(batch, sizes) for sizes in advice.feasible_meshes(job, chips)]
     if not tried:
+        hints = ["--config.model.remat.llm=full", "--config.train.accumulate=2"]
+        if variant.llm is None:  # its pairs are compared within a whole batch
+            hints = ["--config.model.remat.qformer=full"]
         raise ValueError(
             f"no mesh of {len(chips.devices)} chips holds this model and what a step keeps, or "
-            f"none divides a batch of {first}: take more chips, another batch, "
-            "--config.model.remat.llm=full or --config.train.accumulate=2"
+            f"none divides a batch of {first}: take more chips, another batch, or "
+            f"{' or '.join(hints)}"
         )
     # The config's batch size first; then meshes with the least estimated traffic.
     tried.sort(

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jax_instructblip.data import mixture, templates, text_processors
+from jax_instructblip.data.chat_templates import CHAT_TEMPLATES, ORDERS
 from jax_instructblip.fields import (
     MOST_SECONDS,
     Field,
@@ -68,6 +69,10 @@ FIELDS: dict[str, Field] = {
     "data.allow_held_out": several(text()),
     "data.ahead": whole(1, 1_024, unit="batches"),
     "data.workers": whole(0, 1_024, unit="processes"),
+    "chat.template": one_of("", *CHAT_TEMPLATES),
+    "chat.limit": whole(1, _TOKENS, unit="tokens and visual vectors"),
+    "chat.legacy": flag(),
+    "chat.image_order": one_of(*ORDERS),
     "text.qformer_limit": whole(3, _TOKENS, unit="tokens"),
     "text.prompt_limit": whole(1, _TOKENS, unit="tokens"),
     "text.answer_limit": whole(2, _TOKENS, unit="tokens"),

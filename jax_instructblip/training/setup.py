@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from jax_instructblip import remote
 from jax_instructblip.atomic import unwritable
 from jax_instructblip.data.captions import CaptionTokenizer
+from jax_instructblip.data.conversation import ConversationProcessor
 from jax_instructblip.data.datasets import ALL
 from jax_instructblip.data.mixture import Mixture, Source
 from jax_instructblip.data.pairs import PairBatches
@@ -187,7 +188,25 @@ def read_batches(
     if isinstance(text, CaptionTokenizer):
         return PairBatches(mixture, text, **settings)
     buckets = tuple(config.data.buckets)
+    settings |= dict(chat=read_chat(config, text), image_order=config.chat.image_order)
     return TrainBatches(mixture, text, samples_per_row=samples_per_row, buckets=buckets, **settings)
+
+
+def read_chat(config: ConfigDict, text: TextProcessor) -> ConversationProcessor | None:
+    """Returns the writer of conversations by `config.chat`, None where it names no template.
+
+    Raises:
+        ValueError: the template is of another tokenizer than the model's.
+    """
+    chat = config.chat
+    if not chat.template:
+        return None
+    try:
+        return ConversationProcessor.for_model(
+            text, chat.template, limit=chat.limit, legacy=chat.legacy
+        )
+    except ValueError as error:
+        raise ValueError(f"config.chat.template: {error}") from error
 
 
 def read_text(
@@ -223,20 +242,37 @@ def check_model(config: ConfigDict) -> None:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"config.model.{name}: {error}") from error
     base = sources["checkpoint"]
-    try:
-        variant = base.variant.replace(**read_variant_fields(config))
-    except ValueError as error:
-        raise ValueError(f"config.model: {error}") from error
+    variant = change_variant(base.variant, config)
     try:
         partition(param_shapes(variant), tuple(config.model.trainable))
     except ValueError as error:
         raise ValueError(f"config.model.trainable: {error}") from error
+    check_samples_per_row(config, variant)
+    text = read_text(config, base.folder, variant)
+    if isinstance(text, TextProcessor):
+        read_chat(config, text)
+    elif config.chat.template:
+        raise ValueError(
+            f"config.chat.template is {config.chat.template!r}: in the first stage there are "
+            "captions, and no conversations; leave it empty"
+        )
+
+
+def change_variant(variant: Variant, config: ConfigDict) -> Variant:
+    """Returns the variant with the fields that `config.model` changes; a ValueError names it."""
+    try:
+        return variant.replace(**read_variant_fields(config))
+    except ValueError as error:
+        raise ValueError(f"config.model: {error}") from error
+
+
+def check_samples_per_row(config: ConfigDict, variant: Variant) -> None:
+    """Raises a ValueError if pairs of the first stage are to share a row."""
     if variant.llm is None and config.data.samples_per_row > 1:
         raise ValueError(
             f"config.data.samples_per_row is {config.data.samples_per_row}: in the first stage "
             "each pair has a row of its own, 1"
         )
-    read_text(config, base.folder, variant)
 
 
 def read_variant_fields(config: ConfigDict) -> dict[str, Any]:

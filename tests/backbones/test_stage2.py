@@ -1,13 +1,16 @@
 """Bases of the second stage and of instruction tuning: whose leaves they hold, what is refused."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 import jax_instructblip
-from jax_instructblip import checkpoint
+from jax_instructblip import checkpoint, remote
 from jax_instructblip.__main__ import main
 from jax_instructblip.backbones.stage1 import write_stage1
 from jax_instructblip.backbones.stage2 import write_instruct, write_stage2
@@ -132,6 +135,30 @@ def test_what_cannot_be_joined_is_refused_and_leaves_nothing(chain, tmp_path):
     assert not out.exists()
     with pytest.raises(FileExistsError):
         write_stage2(folder / "stage1", folder / "stage2_t5", llm=folder / "t5")
+
+
+def test_what_is_told_and_written_of_an_address_is_the_address(chain, capsys):
+    folder, _ = chain
+    remote.put(folder / "stage1", "memory://joined/stage1", last="config.json")
+    remote.put(folder / "t5", "memory://joined/t5", last="config.json")
+    out = write_stage2("memory://joined/stage1", folder / "far", llm="memory://joined/t5")
+    assert read_config(Path(out))["source"]["Q-Former"] == "memory://joined/stage1"
+    assert read_config(Path(out))["source"]["language model"] == "memory://joined/t5"
+    assert "memory://joined/t5: activation" in capsys.readouterr().out
+
+
+def test_numbers_that_are_not_finite_are_told(chain, tmp_path, capsys):
+    folder, models = chain
+    shutil.copytree(folder / "opt", tmp_path / "opt")
+    state = models["opt"].state_dict()
+    name = "model.decoder.final_layer_norm.weight"
+    tensors = {name: state[name] * float("nan")}
+    tensors = {
+        each: tensors.get(each, state[each]).clone() for each in state if "lm_head" not in each
+    }
+    save_file(tensors, tmp_path / "opt" / "model.safetensors")
+    write_stage2(folder / "stage1", tmp_path / "out", llm=tmp_path / "opt")
+    assert "NaN or infinity in llm/norm/scale of " in capsys.readouterr().err
 
 
 def test_a_damaged_language_model_leaves_nothing(chain, tmp_path):

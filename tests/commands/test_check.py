@@ -216,3 +216,66 @@ def test_a_file_whose_characters_are_known_tells_of_none(checkpoint, data, capsy
     for kind in ("t5", "llama"):
         assert main(["check", str(write(data, GOOD)), "--checkpoint", checkpoint(kind)]) == 0
     assert "does not know" not in capsys.readouterr().out
+
+
+TALK = [
+    {"from": "human", "value": "<image>\nWhat is this?"},
+    {"from": "gpt", "value": "A cat."},
+    {"from": "human", "value": "Sure?"},
+    {"from": "gpt", "value": "Yes."},
+]
+
+
+def check_talk(checkpoint, data, *flags, kind="llama"):
+    path = data / "talk.json"
+    rows = [{"image": "a.png", "conversations": TALK}, {"conversations": TALK[2:]}]
+    path.write_text(json.dumps([*rows, {"image": "a.png", "conversations": TALK[2:]}]))
+    return main(["check", str(path), "--checkpoint", checkpoint(kind), *flags])
+
+
+def test_conversations_are_shown_by_turn_with_ids_and_targets(checkpoint, data, capsys):
+    assert check_talk(checkpoint, data, "--template", "v1") == 1
+    said = capsys.readouterr().out.splitlines()
+    path = data / "talk.json"
+    assert said[0] == f"{path}: 2 good lines, 1 bad; each conversation is a sample"
+    assert said[1] == (
+        f"  {path}:3: it has 1 images, but 0 <image> in its questions: each image needs one"
+    )
+    first = said.index(f"  talk.json:1  {data / 'a.png'}")
+    shown = {line[:18].strip(): line[20:] for line in said[first + 1 : first + 9]}
+    assert shown["user 1"].endswith("▁US ER : ▁ <image> ▁ <0x0A> What ▁is ▁this ? ▁A SS IST ANT :")
+    assert shown["ids 1"].endswith(
+        "29901 29871 <image> 29871 13 5618 338 445 29973 319 1799 9047 13566 29901"
+    )
+    assert shown["assistant 2"] == "[▁A ▁cat . </s>]"
+    assert shown["ids 2"] == "[319 6635 29889 2]"
+    assert shown["user 3"] == "▁US ER : ▁Sure ? ▁A SS IST ANT :"
+    assert shown["assistant 4"] == "[▁Yes . </s>]"
+
+
+def test_conversations_that_are_cut_are_told(checkpoint, data, capsys):
+    check_talk(checkpoint, data, "--template", "v1", "--limit", "65")
+    said = capsys.readouterr().out
+    for name in ("prompt", "answer"):
+        assert f"1 of 2 samples lose tokens of their {name} to its limit" in said
+    first, _, second = said.partition("talk.json:2")
+    assert "assistant 2     [▁A ▁cat . </s>]" in first and "assistant 4" not in first
+    assert "assistant 2     [▁Yes . </s>]" in second
+
+
+def test_lines_are_conversations_of_one_round_too(checkpoint, data, capsys):
+    path = write(data, GOOD)
+    flags = ("--checkpoint", checkpoint("llama"), "--template", "v1")
+    assert main(["check", str(path), *flags]) == 0
+    said = capsys.readouterr().out
+    assert "<image> ▁ <0x0A> What ▁is ▁on ▁the ▁table ?" in said
+    assert "assistant 2     [▁a ▁cup </s>]" in said
+
+
+def test_conversations_need_a_template_of_a_decoder_only_model(checkpoint, data, capsys):
+    assert check_talk(checkpoint, data) == 1
+    assert "name the chat template that writes them (--template)" in capsys.readouterr().err
+    assert check_talk(checkpoint, data, "--template", "v1", kind="t5") == 1
+    assert "'v1' needs a decoder-only language model, t5 is an" in capsys.readouterr().err
+    assert check_talk(checkpoint, data, "--template", "chatml") == 1
+    assert "it has no control token '<|im_start|>'" in capsys.readouterr().err

@@ -191,6 +191,38 @@ def test_a_setting_that_does_not_fit_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_no_picture_is_left_out(stage1, photos, tmp_path, capsys):
+    (photos / "album.jpg").mkdir()
+    (photos / "._0.png").write_bytes(b"of macOS")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "features.json.tmp").write_text("{")  # of an export that was killed at its start
+    assert main(words(stage1, photos, out)) == 0
+    (part,) = map(read_shard, shards(out))
+    assert len(part["id"]) == 5
+    (tmp_path / "file").write_text("")
+    assert main(words(stage1, photos, tmp_path / "file" / "out")) == 1
+    assert "file is a file; choose another folder" in capsys.readouterr().err
+
+
+def test_a_shard_without_its_end_is_written_again(stage1, photos, tmp_path):
+    out = tmp_path / "out"
+    assert main(words(stage1, photos, out)) == 0
+    whole = shards(out)[0].read_bytes()
+    shards(out)[0].write_bytes(whole[:200])
+    assert main(words(stage1, photos, out)) == 0
+    assert len(shards(out)[0].read_bytes()) == len(whole)
+
+
+def test_texts_that_cannot_be_used_are_told_with_their_line(stage1, lines, tmp_path, capsys):
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    rows[1]["answers"] = ["\ud800"]
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(words(stage1, lines, tmp_path / "out")) == 1
+    assert "row 1: answers[0] cannot be written as UTF-8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_no_list_of_images_is_said(stage1, photos, lines, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(words(stage1, tmp_path / "empty", tmp_path / "out")) == 1

@@ -34,7 +34,7 @@ def words(tmp_path_factory):
 
 def test_prints_and_writes_a_plan(words, tmp_path, capsys):
     jax.devices()  # the number of devices stays what it is
-    path = tmp_path / "plan.json"
+    path = tmp_path / "new" / "plan.json"
     assert main([*words, "--topology", "cpu:1", "--json", str(path)]) == 0
     text, found = capsys.readouterr().out, json.loads(path.read_text())
     assert "train step on cpu:1, 1 chips" in text and "verdict: " in text
@@ -61,6 +61,14 @@ def test_mistakes_are_said(words, more, message, capsys):
     jax.devices()
     assert main([*words, *more]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_where_a_plan_goes_is_looked_at_before_it_is_made(words, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    more = ["--topology", "cpu:1", "--json", str(tmp_path / "file" / "plan.json")]
+    assert main([*words, *more]) == 1
+    printed = capsys.readouterr()
+    assert "file is a file; choose another file" in printed.err and not printed.out
 
 
 def test_a_sweep_recommends_one_and_survives_those_that_fail(words, monkeypatch, tmp_path, capsys):

@@ -66,7 +66,7 @@ def test_other_folders_are_refused(tmp_path):
     config = tmp_path / "t5" / "config.json"
     document = json.loads(config.read_text())
     config.write_text(json.dumps(document | {"model_type": "gpt2"}))
-    assert not is_language_folder(tmp_path / "t5")
+    assert is_language_folder(tmp_path / "t5")  # though an unknown one
     with pytest.raises(ConversionError, match="no language model that is known(.|\n)*'gpt2'"):
         open_language(tmp_path / "t5")
     config.write_text(json.dumps(document | {"feed_forward_proj": "relu"}))
@@ -84,3 +84,55 @@ def test_a_tokenizer_that_is_missing(tmp_path):
         (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match="tokenizer is missing"):
         open_language(tmp_path)
+
+
+def test_files_that_two_models_left_are_not_mixed(tmp_path):
+    """An index names its files; without one, files must agree about a tensor that both have."""
+    model = write_language(tmp_path, "llama")
+    state = model.state_dict()
+    to_bin(tmp_path, state, 2)
+    torch.save({name: leaf * 0 for name, leaf in state.items()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConversionError, match=r"two models(.|\n)*pytorch_model\.bin"):
+        open_language(tmp_path)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": 3}))
+    with pytest.raises(ConversionError, match="no readable weight_map"):
+        open_language(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": ["x"]}}))
+    with pytest.raises(ConversionError, match="tensors have no file name"):
+        open_language(tmp_path)
+    index.unlink()
+    with pytest.raises(ConversionError, match="different values for the same tensors"):
+        open_language(tmp_path)
+
+
+def test_a_head_beside_names_without_their_first_word(tmp_path):
+    model = write_language(tmp_path, "llama")
+    expected = dict(open_language(tmp_path))
+    to_bin(tmp_path, {n.removeprefix("model."): leaf for n, leaf in model.state_dict().items()})
+    for path, leaf in open_language(tmp_path):
+        np.testing.assert_array_equal(leaf, expected[path])
+
+
+def test_configurations_that_are_refused(tmp_path):
+    model = write_language(tmp_path, "llama")
+    config = tmp_path / "config.json"
+    document = json.loads(config.read_text())
+    for changes, message in (
+        ({"model_type": ["llama"]}, "no language model that is known"),
+        ({"model_type": None}, r"model_type is None; supported: llama"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+    ):
+        config.write_text(json.dumps(document | changes))
+        assert is_language_folder(tmp_path)
+        with pytest.raises(ConversionError, match=message):
+            open_language(tmp_path)
+    state = {name: leaf.clone() for name, leaf in model.state_dict().items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = state[name][:100]
+    to_bin(tmp_path, state)
+    config.write_text(json.dumps(document | {"vocab_size": 100}))
+    with pytest.raises(ConversionError, match=r"is of another model(.|\n)*vocab_size of 100"):
+        open_language(tmp_path)
+    config.write_text(json.dumps({"model_type": "llava", "vision_config": {}}))
+    assert not is_language_folder(tmp_path)

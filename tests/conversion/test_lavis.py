@@ -209,3 +209,24 @@ def test_the_other_image_tower_is_refused(with_clip, tmp_path):
     with pytest.raises(ConversionError, match="image tower is ViT-g of width 48") as error:
         lavis.convert_lavis(narrow, behind_eva, "trimmed.pth")
     assert "ln_vision.weight is of features of width 50" in error.value.failures[0]
+
+
+def test_two_files_with_other_values_of_a_tensor(tmp_path):
+    """A model that was trained with its tower has the tower's own weights."""
+    tuned = save(
+        tmp_path / "a.pth", {"model": {f"{IMAGE_TOWER}x": torch.ones(2), "b": torch.ones(3)}}
+    )
+    tower = save(tmp_path / "b.pth", {f"{IMAGE_TOWER}x": torch.zeros(2)})
+    for files in ([tuned, tower], [tower, tuned]):
+        with pytest.raises(ConversionError, match=r"different values(.|\n)*1 tensors"):
+            lavis.read_files(files)
+    assert lavis.read_files([tuned, tuned]).keys() == {f"{IMAGE_TOWER}x", "b"}
+
+
+def test_a_tower_without_its_model(original, tmp_path):
+    whole = original(golden_blip2.CASE)
+    tower = {name: whole[name] for name in whole if name.startswith(IMAGE_TOWER)}
+    with pytest.raises(ConversionError, match=r"no Q-Former(.|\n)*blip2_pretrained\.pth"):
+        lavis.convert_lavis(
+            lavis.open_lavis(save(tmp_path / "a.pth", tower)), golden_blip2.variant(), "a.pth"
+        )

@@ -51,6 +51,13 @@ def test_a_caption_is_split_from_its_first_word_to_its_middle():
     assert instruct(pair, "caption_prefix", rng) == ("red", "grass")
 
 
+@pytest.mark.parametrize("kind", templates.CAPTIONS)
+def test_a_caption_of_which_a_style_leaves_nothing_is_not_trained_on(kind):
+    record = Record("a", (RED,), "", ("!!!",))
+    with pytest.raises(ValueError, match=r"of its caption .!!!. the style lavis leaves nothing"):
+        instruct(record, kind, np.random.default_rng(0), style=templates.TextStyle("lavis"))
+
+
 STYLE, PLAIN = templates.TextStyle("lavis", "q_a"), templates.PAPER
 
 

@@ -87,6 +87,9 @@ def test_the_released_text_processor_is_a_style(text):
     shouting = [record(n, 'A RED "DOG"!') for n in (1, 2)]
     batch = batches(text, shouting, style=TextStyle("lavis"))[0]
     assert {text.decode(row) for row in batch["captions"]} == {"a red dog"}
+    pairs = [record(1, "a dog"), record(2, "!!!"), record(3, "two birds")]
+    batch = batches(text, pairs, style=TextStyle("lavis"), batch_size=6)[0]
+    assert {text.decode(row) for row in batch["captions"]} == {"a dog", "two birds"}
 
 
 def test_what_cannot_be_used_is_replaced_and_counted(text, caplog):

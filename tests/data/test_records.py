@@ -159,9 +159,9 @@ def test_missing_file_is_an_os_error(folder):
 
 def test_record_lists_all_that_is_wrong_with_it():
     with pytest.raises(RecordError) as error:
-        Record("r1", (), "What?", ("", 3), choices=(" ",))
+        Record("r1", (), " ", ("", 3), choices=(" ",))
     assert error.value.problems == [
-        "images is empty, expected at least one",
+        "images and prompt are empty, expected an image or a text",
         "answers[0] is empty",
         "answers[1] is int 3, expected text",
         "choices[0] is empty",

@@ -190,6 +190,24 @@ def test_damaged_counts_and_empty_folders(tmp_path):
         open_tars(tmp_path / "none")
 
 
+def test_tars_without_one_pair(tmp_path):
+    """Files in alphabetical order of their endings are no neighbours."""
+    files = [(f"{n}.{ending}", b"x") for ending in ("jpg", "txt") for n in (1, 2)]
+    write_tar(tmp_path / "apart/0.tar", files)
+    with pytest.raises(ValueError, match=r"is a pair, KEY\.jpg followed(.|\n)*1: no caption"):
+        open_tars(tmp_path / "apart")
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged"])
+def test_an_index_that_lost_its_content_is_made_again(tmp_path, content):
+    folder = write_shards(tmp_path / "tars", (2,))
+    records = open_tars(folder)
+    before, index = list(records), records._tars[0][1]
+    index.unlink()
+    index.write_bytes(content)
+    assert list(open_tars(folder)) == before
+
+
 def test_an_image_that_is_gone_since_the_index_was_made(tmp_path):
     folder = write_shards(tmp_path / "tars", (2,))
     record = open_tars(folder)[1]

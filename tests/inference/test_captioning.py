@@ -1,5 +1,8 @@
 """Captions of a first stage through its retriever: batches, settings, and what is refused."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -7,6 +10,7 @@ import jax_instructblip
 from jax_instructblip.backbones.stage1 import write_stage1
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.retrieval import Retriever
+from tests.helpers.interpreter import run_python
 from tests.helpers.tiny import COLORS, write_base
 
 PHOTOS = [Image.new("RGB", (40, 30), color) for color in COLORS.values()]
@@ -44,9 +48,26 @@ def test_settings_are_those_of_answers(blip):
     assert one[0].tokens != one[1].tokens
 
 
+def test_two_devices_caption_as_one_does(blip):
+    code = f"""
+    import jax_instructblip, numpy as np
+    from jax_instructblip.parallel.mesh import make_mesh
+    blip = jax_instructblip.load({str(blip.source.folder)!r}, mesh=make_mesh(2))
+    images = list(np.full((3, 30, 40, 3), np.arange(3)[:, None, None, None] * 90, np.uint8))
+    print([each.tokens for each in blip.generate(images, num_beams=2, max_new_tokens=3)])
+    """
+    images = list(np.full((3, 30, 40, 3), np.arange(3)[:, None, None, None] * 90, np.uint8))
+    alone = blip.generate(images, num_beams=2, max_new_tokens=3)
+    assert run_python(code, devices=2).splitlines()[-1] == str([each.tokens for each in alone])
+
+
 def test_what_cannot_be_captioned(blip):
     with pytest.raises(ValueError, match="there are no images"):
         blip.generate([])
+    for one in (PHOTOS[0], "a.jpg", Path("a.jpg"), b"a", None, np.zeros((9, 9, 3), np.uint8)):
+        for call in (blip.generate, blip.image_features, lambda each: blip.itm(each, ["a"])):
+            with pytest.raises(ValueError, match=r"images is a \w+, expected a list of them"):
+                call(one)
     positions = blip.variant.qformer.max_positions
     with pytest.raises(ValueError, match=f"max_new_tokens is {positions + 1}, expected"):
         blip.generate(PHOTOS, max_new_tokens=positions + 1)

@@ -10,7 +10,7 @@ from jax_instructblip.data.batch import round_up
 from jax_instructblip.models.released import VARIANTS, get_variant
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel.mesh import make_mesh
-from jax_instructblip.planning import advice, plan
+from jax_instructblip.planning import advice, plan, sweep
 from jax_instructblip.planning.chips import CHIPS
 from jax_instructblip.planning.job import check_rows, read_job, read_variant
 from jax_instructblip.planning.topology import Topology
@@ -90,12 +90,15 @@ def test_a_plan_is_of_the_program_that_train_runs():
         "targets": 8 * job.lengths["targets"],
     }
     assert widths == {name: round_up(length) for name, length in row.items()}
+    config.chat.template, config.chat.limit = "v1", 99
+    lengths = read_job(config, tiny_variant("llama")).lengths
+    assert lengths["tokens"] + job.variant.visual_tokens == 99
     config.parallel.mode = "pmap"
     with pytest.raises(ValueError, match="parallel.mode is pmap: plans are of .* jit compiles"):
         read_job(config, tiny_variant("llama"))
 
 
-def test_a_first_stage_is_planned():
+def test_a_first_stage_is_planned(monkeypatch):
     config = blip2_stage1.get_config()
     name, variant = read_variant(config)
     assert (name, variant) == ("blip2-stage1", VARIANTS["blip2-stage1"])
@@ -111,6 +114,18 @@ def test_a_first_stage_is_planned():
     assert proposed == [f"--config.model.remat.qformer={remat}" for remat in ("dots", "full")]
     with pytest.raises(ValueError, match="no language model: its step is train, found decode"):
         read_job(config, variant, "decode")
+    with monkeypatch.context() as patch:
+        patch.setattr(advice, "feasible_meshes", lambda job, chips: [])
+        with pytest.raises(
+            ValueError, match=r"another batch, or --config\.model\.remat\.qformer=f"
+        ):
+            sweep.sweep(config, [], "cpu:1")
+    config.data.samples_per_row = 2
+    with pytest.raises(ValueError, match="samples_per_row is 2: in the first stage each pair"):
+        read_job(config, variant)
+    config.data.samples_per_row, config.model.image_size = 1, 225
+    with pytest.raises(ValueError, match=r"config\.model: .*image_size 225 is no multiple"):
+        read_job(config, variant)
 
 
 @pytest.mark.parametrize(

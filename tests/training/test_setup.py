@@ -8,8 +8,10 @@ import pytest
 from configs import common
 from jax_instructblip.data.prepare import shards
 from jax_instructblip.data.sources import open_records
+from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.inference.loading import read_source
 from jax_instructblip.training import loop
-from jax_instructblip.training.setup import check_model, read_mixture, read_workdir
+from jax_instructblip.training.setup import check_model, read_chat, read_mixture, read_workdir
 from tests.helpers.toy_data import COUNT, TOY, write_raw
 
 
@@ -80,6 +82,11 @@ def test_unknown_rules_are_refused(prepared, field, value):
             r"config.model.trainable: cannot train \['qformr'\].* did you mean 'qformer'",
         ),
         ({"text.qformer_limit": 1_000}, "qformer_limit is 1000, expected at least 3 and at most"),
+        ({"chat.template": "v1"}, "config.chat.template: the chat template 'v1' needs a decoder-"),
+        (
+            {"chat.template": "chatml", "model.checkpoint": "shapes_llama"},
+            "config.chat.template: .* of another tokenizer .*'<|im_start|>'".replace("|", r"\|"),
+        ),
     ],
 )
 def test_what_the_model_has_not_is_named_before_weights_are_read(fields, message):
@@ -89,6 +96,19 @@ def test_what_the_model_has_not_is_named_before_weights_are_read(fields, message
     config.update_from_flattened_dict(fields)
     with pytest.raises((ValueError, OSError), match=message):
         check_model(config)
+
+
+def test_conversations_are_written_as_the_config_says():
+    config = common.get_config()
+    variant = read_source("shapes_llama").variant
+    text = TextProcessor.load(read_source("shapes_llama").folder, variant)
+    assert read_chat(config, text) is None
+    config.update_from_flattened_dict({"chat.template": "v1", "chat.limit": 99})
+    chat = read_chat(config, text)
+    assert chat is not None and (chat.name, chat.limit) == ("v1", 99)
+    config.chat.legacy = False
+    newer = read_chat(config, text)
+    assert newer is not None and newer.fingerprint() != chat.fingerprint()
 
 
 def test_a_folder_for_traces_that_cannot_be_written_is_named(tmp_path):

@@ -164,6 +164,7 @@ def test_what_cannot_be_trained_so_is_said(files, tmp_path):
         ({"data.batch_size": 1}, "batch_size is 1: a pair is compared with the others"),
         ({"train.accumulate": 2}, "each pair is compared with all others"),
         ({"data.samples_per_row": 2}, "samples_per_row is 2: in the first stage each pair"),
+        ({"chat.template": "v1"}, "chat.template is 'v1': in the first stage there are captions"),
         ({"text.caption_limit": 2}, "caption_limit is 2, expected at least 3"),
         ({"model.trainable": ("llm",)}, "llm"),
     ):
