@@ -14,7 +14,7 @@ from jax_instructblip import files
 from jax_instructblip.conversion.config_keys import equal
 from jax_instructblip.conversion.families import FAMILIES, Family
 from jax_instructblip.conversion.safetensors import DEQUANTISE, ConversionError
-from jax_instructblip.data.tokenizer_files import splits_bytes, unnamed_special
+from jax_instructblip.data.byte_tokenizers import splits_bytes, unnamed_special
 from jax_instructblip.files import kind_of
 from jax_instructblip.models.released import get_variant, released_name, size_differences
 from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, LlamaConfig, Variant

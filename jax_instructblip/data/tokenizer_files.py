@@ -1,15 +1,20 @@
 """Loads the tokenizers of a model from a checkpoint folder or from bare vocabulary files."""
 
-import json
 import os
 import pathlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import transformers
 
+from jax_instructblip.data.byte_tokenizers import (
+    BYTES,
+    UNNAMED,
+    splits_bytes,
+    unnamed_special,
+)
 from jax_instructblip.data.sentencepiece_bpe import split_as_sentencepiece
-from jax_instructblip.files import TOKENIZER_LIMIT, read_json, require_file
+from jax_instructblip.files import require_file
 
 # Concrete classes, because AutoTokenizer imports torch if it is installed, and guesses the class.
 _CLASSES = {
@@ -38,18 +43,8 @@ RELEASED_SPECIAL = {
     },
 }
 
-# The texts of special tokens that a tokenizer of bytes may have without naming them: the first one
-# in its vocabulary is taken. Qwen starts no text; `<|endoftext|>` is the bos of its config.json.
-_UNNAMED = {
-    "bos": ("<|begin_of_text|>", "<|endoftext|>", "<s>"),
-    "eos": ("<|end_of_text|>", "<|endoftext|>", "</s>"),
-    "pad": ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>"),
-}
-
 # Optional files beside the vocabulary that transformers reads.
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-
-_BYTES = "ByteLevel"  # the part of a tokenizer.json that splits and joins bytes
 
 Tokenizer = transformers.PreTrainedTokenizerFast
 if TYPE_CHECKING:  # so that callers need not check for None
@@ -106,7 +101,7 @@ def load_tokenizers(
         special = released_special(llm_folder, kind) if bare else {}
     if kind == "llama" and splits_bytes(llm_folder):
         llm = _read(Tokenizer, llm_folder, "language model's", **special)
-        named = {name: getattr(llm, f"{name}_token") for name in _UNNAMED}
+        named = {name: getattr(llm, f"{name}_token") for name in UNNAMED}
         for name, token in unnamed_special(named, llm.get_vocab()).items():
             setattr(llm, f"{name}_token", token)
         return _without_limits(llm), cast(Any, qformer)
@@ -116,43 +111,15 @@ def load_tokenizers(
     return _without_limits(llm), cast(Any, qformer)
 
 
-def splits_bytes(folder: str | os.PathLike[str]) -> bool:
-    """Tells whether the tokenizer.json of a folder is of a tokenizer of bytes, as Llama 3's.
-
-    False without the file. Llama 1 and 2 and most of Mistral's have a SentencePiece model instead.
-    """
-    path = pathlib.Path(folder) / "tokenizer.json"
-    try:
-        document = read_json(path, dict, limit=TOKENIZER_LIMIT) if path.exists() else {}
-    except (OSError, ValueError):
-        return False  # whoever reads the tokenizer complains
-    return _BYTES in json.dumps([document.get("decoder"), document.get("pre_tokenizer")])
-
-
 def decodes_bytes(tokenizer: Tokenizer) -> bool:
     """Tells whether a tokenizer that was read is one of bytes."""
-    return _BYTES in repr(tokenizer.backend_tokenizer.decoder)
+    return BYTES in repr(tokenizer.backend_tokenizer.decoder)
 
 
 def released_special(folder: str | os.PathLike[str], kind: str) -> Mapping[str, str]:
     """Returns the special tokens that the released models set on the tokenizer of a folder."""
     own = kind == "llama" and splits_bytes(folder)
     return {} if own else RELEASED_SPECIAL[kind]
-
-
-def unnamed_special(named: Mapping[str, str | None], vocab: Collection[str]) -> dict[str, str]:
-    """Returns the texts of bos, eos and pad that a tokenizer of bytes does not name, by name.
-
-    `named` has those that it does name. A text without padding token is padded with its end token.
-    """
-    texts = {
-        name: next((text for text in texts if text in vocab), None)
-        for name, texts in _UNNAMED.items()
-        if not named.get(name)
-    }
-    if "pad" in texts and texts["pad"] is None:
-        texts["pad"] = named.get("eos") or texts.get("eos")
-    return {name: text for name, text in texts.items() if text is not None}
 
 
 def load_qformer_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:

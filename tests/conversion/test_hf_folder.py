@@ -143,7 +143,7 @@ def test_wrong_variant_for_the_folder(flan):
     ("config", "found"),
     [
         ({"architectures": ["BlipForQuestionAnswering"]}, "BlipForQuestionAnswering"),
-        ({"architectures": [], "model_type": "llava"}, "llava"),
+        ({"architectures": [], "model_type": "llava_next"}, "llava_next"),
         ({"architectures": None}, "None"),
     ],
 )

@@ -8,7 +8,8 @@ import tokenizers
 
 from jax_instructblip.conversion import hf_config
 from jax_instructblip.data import text
-from jax_instructblip.data.tokenizer_files import load_tokenizers, released_special, splits_bytes
+from jax_instructblip.data.byte_tokenizers import splits_bytes
+from jax_instructblip.data.tokenizer_files import load_tokenizers, released_special
 from tests.data.test_text import tiny_t5, variant
 from tests.helpers.language_folders import SPECIAL, make_bytes
 from tests.helpers.tiny import TEXT, tiny_variant
