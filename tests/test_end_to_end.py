@@ -42,10 +42,8 @@ def photographs(shared, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(
-    "variant",
-    ["instructblip-vicuna-7b", pytest.param("instructblip-flan-t5-xl", marks=pytest.mark.full)],
-)
+@pytest.mark.full  # a minute each; tests/parity/test_tuned_run.py goes the same way
+@pytest.mark.parametrize("variant", ["instructblip-vicuna-7b", "instructblip-flan-t5-xl"])
 def test_convert_train_resume_answer(forge, photographs, tmp_path, capsys, variant):
     base, run = str(tmp_path / "base"), tmp_path / "run"
     assert main(["convert", str(forge(variant)), "--out", base]) == 0

@@ -63,7 +63,7 @@ def resumed(folder, like, meta):
     return leaves, jax.random.key_data(key).tolist(), found
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(500, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [4, pytest.param(500, marks=pytest.mark.full)])
 def test_a_flipped_bit_is_noticed_or_changes_nothing(saved, count, monkeypatch):
     monkeypatch.setattr(orbax_leaves, "SETTLE_SECONDS", 0.0)
     folder, like, meta = saved

@@ -162,6 +162,7 @@ def test_two_processes_make_the_curve_of_one(alone, together):
             np.testing.assert_allclose(together[1][path], leaf, rtol=0, atol=100 * TOLERANCE)
 
 
+@pytest.mark.full
 def test_split_weights_are_read_and_saved_in_parts(files, alone, tmp_path):
     split = {"mesh.data": 1, "mesh.fsdp": 2, "train.steps": 4, "checkpoints.every": 2}
     found, said = run(files, tmp_path / "run", 2, 1, **split)
