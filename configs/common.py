@@ -64,9 +64,6 @@ def get_config() -> ConfigDict:
     config.chat = ConfigDict()
     config.chat.template = ""  # of conversations: "v1", "llama3", "chatml" ...; "": prompt, answer
     config.chat.limit = 2_048  # tokens and visual vectors of a conversation
-    # Text behind a control token gets a space, as the first LLaMA tokenizers had it; False: as the
-    # tokenizer's folder says with `"legacy": false`.
-    config.chat.legacy = True
     # Of the first question's images and text: as they are written, "first", "last", or "drawn".
     config.chat.image_order = "written"
 

@@ -1,4 +1,4 @@
-"""Makes one checkpoint of parts of several; one parameter is read and written at a time.
+"""Makes one checkpoint of parts of several models, one parameter at a time.
 
 vision of A, Q-Former of B, language model of C --write_joined--> OUT
 """
@@ -36,7 +36,8 @@ class Part(NamedTuple):
 def part_of(source: Source, chosen: Callable[[str], bool], path: str | os.PathLike[str]) -> Part:
     """Returns the parameters of a model for whose paths `chosen` is true, to be read one by one.
 
-    `path` is the one by which `source` was read: an address stands for its copy on this machine.
+    `path` is where `source` was read from. If it is an address in a store, it becomes the origin;
+    else the folder does.
     """
     origin = remote.address_of(path) or str(source.step or source.folder)
     if isinstance(source.leaves, Plan):
@@ -66,8 +67,8 @@ def write_joined(
       out: the folder to make, or its address in a store; it must not exist, and appears when all
         is written.
       variant: the sizes of the whole model.
-      parts: by what each is called in what is printed.
-      copy_tokenizers: is called with the folder to put the tokenizers into.
+      parts: the parameters by the name of the part, which is printed with its origin.
+      copy_tokenizers: puts the tokenizers into the folder that it is called with.
 
     Returns:
       The folder `out`, or its address.

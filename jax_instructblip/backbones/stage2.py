@@ -47,7 +47,7 @@ def write_stage2(
       out: the folder to make, or its address in a store; it must not exist.
       llm: a Hugging Face folder of a language model (FlanT5, OPT, LLaMA or Vicuna), or any
         checkpoint that has one.
-      seed: of the random projection to the language model's width.
+      seed: the seed of the random projection to the language model's width.
 
     Returns:
       The folder `out`, or its address.
@@ -91,8 +91,8 @@ def write_instruct(
     Args:
       stage2: a checkpoint or a run of the second stage; all its weights are taken.
       out: the folder to make, or its address in a store; it must not exist.
-      text_from: the first stage whose embeddings and text feed-forwards the Q-Former gets, which
-        a second stage lacks, with its BERT tokenizer.
+      text_from: the first stage that gives the parts which a second stage lacks: the Q-Former's
+        text embeddings and text feed-forwards, and BERT's tokenizer.
 
     Returns:
       The folder `out`, or its address.
@@ -160,7 +160,7 @@ def _language(
         source.variant,
         kind="blip2",
         bridge=dataclasses.replace(source.variant.qformer, instruction_aware=False),
-    )  # of which the language model's tokenizer alone is copied
+    )  # a variant that has no tokenizer but the language model's
     return llm, part, lambda out: copy_tokenizers(source.folder, out, plain)
 
 

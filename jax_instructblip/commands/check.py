@@ -7,7 +7,6 @@ LLaVA's layout. The exit code is 1 if any line is bad.
 
 import argparse
 import pathlib
-from typing import Any
 
 from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.data.chat_templates import CHAT_TEMPLATES, LIMIT
@@ -40,15 +39,12 @@ def main(argv: list[str]) -> int:
     check_flags(flags, stores=("file", "checkpoint"))
     from jax_instructblip.data.conversation import ConversationProcessor
     from jax_instructblip.data.jsonl_check import describe, examine
-    from jax_instructblip.data.piece_encoder import reads_as_legacy
     from jax_instructblip.inference.text_loading import load_text
 
     text = load_text(flags.checkpoint)
     chat = None
     if flags.template:
-        legacy = reads_as_legacy(text.llm.name_or_path)
-        options: dict[str, Any] = dict(limit=flags.limit, legacy=legacy)
-        chat = ConversationProcessor.for_model(text, flags.template, **options)
+        chat = ConversationProcessor.for_model(text, flags.template, limit=flags.limit)
     findings = examine(flags.file, text, flags.samples, chat)
     for line in describe(flags.file, findings, text):
         print(line)

@@ -8,7 +8,7 @@ JSON-lines file; its answers are taken as captions.
 import argparse
 from pathlib import Path
 
-from jax_instructblip.commands.flags import add_dtype, check_flags
+from jax_instructblip.commands.flags import add_checkpoint, add_dtype, check_flags
 from jax_instructblip.inference.feature_forms import FORMATS, FORMS, SHARD
 from jax_instructblip.inference.generation_config import BATCH_SIZE
 
@@ -38,12 +38,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_checkpoint(parser)
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        help="a Hugging Face folder, a converted one, a run, or an embedded name (shapes_t5)",
-    )
     add("--images", required=True, type=Path, help="a folder of images, or a JSON-lines file")
     add("--out", required=True, type=Path, help="folder of the shards")
     add("--form", choices=FORMS, help="of a first stage (default: normalised)")

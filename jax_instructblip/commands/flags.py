@@ -33,6 +33,15 @@ NUMBERS: dict[str, Field] = {
 TEXTS = ("prompt",)
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Adds `--checkpoint`, which is required."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="a Hugging Face folder, a converted one, a run, or an embedded name (shapes_t5)",
+    )
+
+
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """Adds `--dtype` to the parser."""
     parser.add_argument(

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from jax_instructblip.commands.flags import add_dtype, check_flags
+from jax_instructblip.commands.flags import add_checkpoint, add_dtype, check_flags
 from jax_instructblip.files import json_line
 from jax_instructblip.inference.generation_config import (
     BATCH_SIZE,
@@ -71,12 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_checkpoint(parser)
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        help="a Hugging Face folder, a converted one, a run, or an embedded name (shapes_t5)",
-    )
     add("--image", required=True, nargs="+", action="extend", metavar="FILE", help="one or more")
     add("--prompt", required=True, action="append", help="the question; may be given again")
     names = (name for name in HELP if name != "length_rule")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jax_instructblip import stores
-from jax_instructblip.commands.flags import add_dtype, check_flags
+from jax_instructblip.commands.flags import add_checkpoint, add_dtype, check_flags
 from jax_instructblip.files import json_line, read_entries
 from jax_instructblip.inference.generation_config import BATCH_SIZE
 
@@ -56,12 +56,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_checkpoint(parser)
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        help="a Hugging Face folder, a converted one, a run, or an embedded name (shapes_t5)",
-    )
     add("--image", required=True, nargs="+", action="extend", metavar="FILE", help="one or more")
     add("--prompt", required=True, action="append", help="the question; may be given again")
     add("--candidates", required=True, metavar="A,B,C or @FILE", help="the same for all questions")

@@ -67,8 +67,6 @@ def convert(
                     f"{given} is converted whole",
                     [f"{' and '.join(apart)} go with original files (.pth): leave them out"],
                 )
-            if not (variant is None or isinstance(variant, str)):
-                variant = released_name(variant)
             folder = stores.input_path(given, "folder")
             found = hf_folder.convert_hf(folder, variant)
             copy = lambda partial: copy_tokenizers(folder, partial, found.variant)
@@ -117,7 +115,7 @@ def _write(
     for key, reason in leaves.dropped.items():
         print(f"left out {key}: {reason}")
     if source["tied_head"]:
-        print("the folder has no lm_head: filled from the tied embedding")
+        print("the folder has no lm_head: the head is the token embedding")
     for tokenizer in absent:
         print(f"warning: no {tokenizer} in {name}: the checkpoint cannot answer", file=sys.stderr)
     if not_finite:

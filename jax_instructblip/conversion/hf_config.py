@@ -213,13 +213,15 @@ def _is_near(found: Any, wanted: Any) -> bool:
     return math.isclose(found, wanted, rel_tol=1e-4)
 
 
-def check_variant(folder: Path, variant: Variant, name: str) -> None:
-    """Raises a ConversionError if `variant` has not the sizes of the released model `name`."""
-    differences = size_differences(variant, get_variant(name))
+def check_variant(folder: Path, variant: Variant, expected: str | Variant) -> None:
+    """Raises a ConversionError if `variant` has other sizes than `expected` (or that name)."""
+    named = isinstance(expected, str)
+    differences = size_differences(variant, get_variant(expected) if named else expected)
     if differences:
         fits = released_name(variant)
         hint = f"it fits {fits}" if fits else "no released variant has its sizes"
-        raise ConversionError(f"{folder} is not {name}; {hint}", differences)
+        other = expected if named else "of the variant that was asked for"
+        raise ConversionError(f"{folder} is not {other}; {hint}", differences)
 
 
 def read_json(path: Path) -> Any:

@@ -41,7 +41,7 @@ class Conversion(NamedTuple):
     leaves: Plan
 
 
-def convert_hf(folder: str | Path, variant: str | None = None) -> Conversion:
+def convert_hf(folder: str | Path, variant: str | Variant | None = None) -> Conversion:
     """Returns the conversion of a Hugging Face folder: all is checked, but no weight is read yet.
 
     `variant` is the name of a released model whose sizes the folder must have.

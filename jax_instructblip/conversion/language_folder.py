@@ -5,7 +5,7 @@
 The conversion tables are those of whole models, where every name begins with `language_model.`.
 BLIP-2 and InstructBLIP change three things of a language model before they freeze it: the special
 tokens of its tokenizer (`released_special`), the size of its vocabulary if a new padding token
-needs an embedding, and the activation of FlanT5 (GELU by erf, whatever its config.json says).
+needs an embedding, and the activation of FlanT5 (GELU by erf in place of its tanh form).
 """
 
 import dataclasses
@@ -107,7 +107,8 @@ class LanguageFolder:
 def is_language_folder(folder: Path) -> bool:
     """Tells whether a folder's config.json is of a language model alone, perhaps an unknown one.
 
-    Others are those of this package, which name no architecture, and of an image-text model.
+    False for a checkpoint of this package, whose config.json names no architecture, and for an
+    image-text model.
     """
     path = folder / "config.json"
     document = read_json(path) if path.is_file() else {}
@@ -151,7 +152,7 @@ def open_language(folder: str | Path) -> LanguageFolder:
 
 
 def _tensors(folder: Path, language: Language) -> dict[str, Tensor]:
-    """Returns the folder's tensors under the names of the tables: `language_model.` and theirs."""
+    """Returns the folder's tensors under the tables' names, which begin with `language_model.`."""
     if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
         tensors: dict[str, Any] = dict(open_folder(folder))
     else:
@@ -198,7 +199,7 @@ def _tokenizer_files(folder: Path, kind: str) -> list[Path]:
 
 
 def _as_released(folder: Path, config: LanguageConfig) -> tuple[LanguageConfig, list[str]]:
-    """Returns the sizes with BLIP-2's changes, and a sentence about each change."""
+    """Returns the config with BLIP-2's changes, and a sentence about each change."""
     special = released_special(folder, config.kind)
     tokenizer, _ = load_tokenizers(folder, None, config.kind, special=special)
     extra = {getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}

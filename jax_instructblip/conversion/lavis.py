@@ -65,8 +65,8 @@ class _ImageTower:
       file: the file with the tower alone, whose tensors lack the prefix `visual_encoder.`.
       blocks: the prefix of the names of its blocks.
       attention: a tensor of a block that the other tower does not have.
-      block: all tensors of a block.
-      after: the tensors that follow the blocks; they and the last block are not converted.
+      block: the names of all tensors of a block.
+      after: the names of the tensors behind the blocks; like the last block, not converted.
     """
 
     name: str
@@ -143,7 +143,7 @@ def convert_lavis(
     """Returns a plan that makes a variant's parameters from tensors under LAVIS's names.
 
     Args:
-        tensors: by LAVIS's names.
+        tensors: the tensors by LAVIS's names.
         variant: the sizes of the model.
         title: names the files in errors.
         apart: whether the language model comes from elsewhere. The plan then makes no parameters of

@@ -1,7 +1,7 @@
 """The text_config of LLaMA and its relatives: Mistral, Qwen 2 and Qwen 3.
 
-All fill one dataclass of sizes, `LlamaConfig`, whose fields say in what they differ. Their keys
-have the same names, but other defaults; some have keys of their own.
+Each of these sections of config.json fills the same dataclass of sizes, `LlamaConfig`. Most of
+their keys have the same names, but other defaults; some models have keys of their own.
 """
 
 from collections.abc import Mapping
@@ -158,7 +158,10 @@ def _section(
     key_heads: int | None = 32,
     head_width: int | None = None,
 ) -> Section:
-    """Returns the section of one model; the arguments are the defaults of transformers."""
+    """Returns the section of one model.
+
+    `rows` are for keys that this model alone has; the other arguments are transformers' defaults.
+    """
     heads = {"num_key_value_heads": key_heads, "head_dim": head_width}
     return Section(
         "text_config",
@@ -181,7 +184,7 @@ def _section(
 
 
 def _has(field: str) -> Pair:
-    """Returns the row of a feature that the model always has, so that the format has no key."""
+    """Returns a row that sets `field` to True and has no key: the model always has the feature."""
     return Pair(lambda values: {field: True}, lambda llm: {})
 
 

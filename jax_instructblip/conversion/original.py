@@ -60,7 +60,6 @@ class Original(NamedTuple):
     variant: Variant
     source: dict[str, Any]  # facts of the files, for our config.json
     leaves: OriginalLeaves
-    llm: Path | None  # the folder of the language model, with its tokenizer
     bert: Path | None  # the folder of the Q-Former's tokenizer
 
     def copy_tokenizers(self, out: Path) -> list[str]:
@@ -140,7 +139,7 @@ def read_original(
     if language is not None:
         source |= {"language_model": str(language.folder), "changes": list(language.notes)}
     leaves = OriginalLeaves(plan, language)
-    return Original(sizes, source, leaves, language.folder if language else None, found)
+    return Original(sizes, source, leaves, found)
 
 
 def _with_language(sizes: Variant, language: LanguageFolder) -> Variant:

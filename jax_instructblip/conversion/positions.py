@@ -19,7 +19,7 @@ A = -0.75  # the parameter of the cubic kernel in PyTorch; PIL and JAX have -0.5
 
 
 def cubic_weights(size: int, new_size: int, *, align_corners: bool = False) -> np.ndarray:
-    """Returns the weights [new_size, size] of the old points in each new one, float32.
+    """Returns float32 weights [new_size, size]: each new point is a weighted sum of old points.
 
     Points beyond the border have the value of the border. Each row sums to 1.
     """
@@ -63,7 +63,7 @@ def resize_positions(
 
 
 def fit_positions(path: str, array: Any, vision: VisionConfig) -> Any:
-    """Returns a leaf of a checkpoint for a tower of this size; only the positions may change."""
+    """Returns a checkpoint's leaf as it is; the position table is resized to fit `vision`."""
     if path != PATH or tuple(array.shape[1:2]) == (vision.tokens,):
         return array
     side = vision.image_size // vision.patch_size
@@ -82,7 +82,7 @@ def resize_note(old: VisionConfig, new: VisionConfig) -> str:
 
 
 def with_positions(model: StoredModel) -> StoredModel:
-    """Returns `model` with positions for its own variant, if those on disk are of its base."""
+    """Returns `model`, whose position table is resized if the one on disk has another size."""
     entry, vision = model.manifest[PATH], model.variant.vision
     if entry["shape"][1] == vision.tokens:
         return model

@@ -139,7 +139,7 @@ def _unreadable(tensor: Any) -> str:
 
 
 def _others(stored: Any, tensor: type) -> str:
-    """Returns a description of what is no dict of tensors; "" for such a dict."""
+    """Returns a description of the content if it is no dict of tensors, else ""."""
     if not isinstance(stored, Mapping):
         return f"a {type(stored).__name__}"
     if not stored:
@@ -153,7 +153,10 @@ def _others(stored: Any, tensor: type) -> str:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Returns a line about a file that torch cannot load; torch's own advice is to run its code."""
+    """Returns a line about a file that torch cannot load.
+
+    torch's own message is not passed on whole: it advises to run the code in the file.
+    """
     with path.open("rb") as file:
         start = file.read(len(LFS_POINTER))
     if not start:

@@ -24,7 +24,8 @@ UNNAMED = {
 def splits_bytes(folder: str | os.PathLike[str]) -> bool:
     """Tells whether the tokenizer.json of a folder is of a tokenizer of bytes, as Llama 3's.
 
-    False without the file. Llama 1 and 2 and most of Mistral's have a SentencePiece model instead.
+    False if the file is missing or cannot be read. Llama 1 and 2 and most of Mistral's have a
+    SentencePiece model instead.
     """
     path = pathlib.Path(folder) / "tokenizer.json"
     try:
@@ -35,9 +36,10 @@ def splits_bytes(folder: str | os.PathLike[str]) -> bool:
 
 
 def unnamed_special(named: Mapping[str, str | None], vocab: Collection[str]) -> dict[str, str]:
-    """Returns the texts of bos, eos and pad that a tokenizer of bytes does not name, by name.
+    """Returns texts for those of `bos`, `eos` and `pad` that a tokenizer of bytes does not name.
 
-    `named` has those that it does name. A text without padding token is padded with its end token.
+    `named` maps each of these to the text that the tokenizer's files name, if any. The results are
+    taken from `vocab`; if it has no padding token, `pad` is the text of `eos`.
     """
     texts = {
         name: next((text for text in texts if text in vocab), None)

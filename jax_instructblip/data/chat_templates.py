@@ -45,12 +45,12 @@ class ChatTemplate:
       answer: an answer; `{text}` is its text.
       stop: the end of an answer, at which generation stops. Answer and stop are learned.
       system: how the system message `{system}` is written, unless it is empty.
-      message: the system message of conversations that bring none.
+      message: the system message of conversations that have none of their own.
       opening: text before the first question.
       between: text between an answer and the next question.
       end: text behind the last answer.
       tokens: the control tokens in these texts, each of which the tokenizer must have.
-      start: what comes first; `{start}` is the tokenizer's own start token, if it has one.
+      start: the first text of all; `{start}` is the tokenizer's own start token, if it has one.
       learns_marks: whether `opening`, `mark` and `end` are learned as well.
       legacy: the answer of `reads_as_legacy` for all tokenizers of this template; None leaves it
         to their folders.
@@ -72,16 +72,16 @@ class ChatTemplate:
 
     @property
     def reads_questions(self) -> bool:
-        """Tells whether the text of a question is read, and not its images alone."""
+        """Tells whether the model gets the text of a question, and not only its images."""
         return TEXT in self.user
 
     def split(self, text: str) -> list[str]:
-        """Returns `text`, one of the fields, cut at control tokens and placeholders, all kept."""
+        """Splits a field into control tokens, placeholders and the texts between them."""
         marks = "|".join(map(re.escape, (*PLACEHOLDERS, *self.tokens)))
         return [part for part in re.split(f"({marks})", text) if part]
 
     def problems(self, tokenizer: "Tokenizer") -> list[str]:
-        """Returns the reasons why the template is of another tokenizer; none where it fits."""
+        """Returns the reasons why the template does not fit the tokenizer; [] if it fits."""
         control = tokenizer.get_added_vocab()
         problems = [
             f"it has no control token {token!r}" for token in self.tokens if token not in control
@@ -173,11 +173,10 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
 
 
 def get_chat_template(name: str, tokenizer: "Tokenizer") -> ChatTemplate:
-    """Returns the row of that name.
+    """Returns the template of that name, which must fit the tokenizer.
 
     Raises:
-        ValueError: there is no such template, or it is of another tokenizer; the message lists
-            those that fit.
+        ValueError: there is no such template, or it does not fit; the message lists those that do.
     """
     template = lookup.find(CHAT_TEMPLATES, name, "chat template")
     if problems := template.problems(tokenizer):

@@ -8,11 +8,11 @@ r"""Turns a conversation about images into token ids and the targets of the loss
     image_at                   ^ the image's vectors go before this token
 
 Ids and targets grow together, turn by turn: every part of the text is encoded once, as learned or
-as not learned. A search for the answers in finished ids, as other programs do, goes wrong silently
-where a part alone is split otherwise than in the whole.
+as not learned. Other programs search the finished ids for the answers. That fails silently where
+the tokenizer splits an answer alone differently from the same answer in the whole text.
 
-`<image>` in a question is the mark of an image. Templates are rows of `chat_templates.py`. The
-examples are those of `batch.py`, for decoder-only language models.
+`<image>` in a question marks the place of an image. Templates are rows of `chat_templates.py`.
+Examples have the layout that `batch.py` describes, for decoder-only language models.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from jax_instructblip.data.chat_templates import (
     TEXT,
     get_chat_template,
 )
-from jax_instructblip.data.piece_encoder import PieceEncoder, PieceWriter
+from jax_instructblip.data.piece_encoder import PieceEncoder, PieceWriter, reads_as_legacy
 from jax_instructblip.data.records import Record, RecordError
 from jax_instructblip.data.spec import IGNORE
 from jax_instructblip.data.text import TextProcessor
@@ -53,7 +53,7 @@ class Conversation:
     """The turns of a user and an assistant about some images.
 
     Attributes:
-      id: names it in errors.
+      id: the name of the conversation in errors.
       turns: the user speaks first, then they take turns. In training the assistant speaks last, in
         a prompt the user.
       images: number of its images; as many `<image>` stand in the questions, in the same order.
@@ -70,7 +70,7 @@ class Conversation:
         """Returns the conversation of a record: its history, then its question and first answer.
 
         Without an answer the result is a prompt. If no question has an `<image>`, all images stand
-        before the first.
+        before the first question.
         """
         rounds = [*record.history, (record.prompt, *record.answers[:1])]
         texts = [text for each in rounds for text in each]
@@ -82,11 +82,11 @@ class Conversation:
         return _with_images(conversation, len(record.images), "first")
 
     def ordered(self, order: str, rng: np.random.Generator) -> "Conversation":
-        """Returns it with the images of the first question before it or behind it.
+        """Returns the conversation with the first question's images before or behind its text.
 
         Args:
           order: one of `ORDERS`; "written" changes nothing.
-          rng: draws the order where it is "drawn"; a function of seed and step.
+          rng: generator for the order "drawn", which takes "first" or "last", evenly.
 
         Raises:
           ValueError: `order` is unknown.
@@ -99,7 +99,10 @@ class Conversation:
         return self if order == "written" else _with_images(self, count, order)
 
     def problems(self, *, answered: bool) -> Iterator[str]:
-        """Yields the reasons why it cannot be used, with or without an answer at its end."""
+        """Yields the reasons why the conversation cannot be used.
+
+        It must end with an answer if `answered`, else with a question.
+        """
         if not self.turns:
             yield "it has no turns, expected a question" + " and an answer" * answered
         for index, (speaker, text) in enumerate(self.turns):
@@ -138,7 +141,7 @@ class Encoded(NamedTuple):
     Attributes:
       tokens: ids of the text.
       targets: the same id where it is learned, else IGNORE.
-      turns: the turn that each token belongs to, 1 for the first and what stands before it.
+      turns: for each token the number of its turn, 1 for the first and all that precedes it.
       image_at: for each image the index of the token before which it stands.
     """
 
@@ -169,7 +172,8 @@ class ConversationProcessor:
           template: key of `CHAT_TEMPLATES`.
           visual_tokens: number of vectors that an image becomes.
           limit: most slots of a training sample, text tokens and visual vectors together.
-          legacy: as `reads_as_legacy` says of the tokenizer's folder, where the template does not.
+          legacy: the answer of `reads_as_legacy` for the tokenizer's folder; a template with an
+            answer of its own ignores it.
           system: the system message of conversations without one; None means the template's.
           image_marks: control tokens before and behind each image, such as `<im_start>` and
             `<im_end>`.
@@ -206,6 +210,8 @@ class ConversationProcessor:
     ) -> "ConversationProcessor":
         """Returns the processor of a model; `options` are arguments of the constructor.
 
+        `legacy` is as the tokenizer's folder says (`reads_as_legacy`), unless it is given.
+
         Raises:
             ValueError: the language model is an encoder-decoder, or as the constructor.
         """
@@ -215,6 +221,7 @@ class ConversationProcessor:
                 f"the chat template {template!r} needs a decoder-only language model, {llm.kind} "
                 "is an encoder-decoder: use a model with LLaMA, OPT or another of that kind"
             )
+        options.setdefault("legacy", reads_as_legacy(text.llm.name_or_path))
         processor = cls(text.llm, template, visual_tokens=text.variant.visual_tokens, **options)
         if text.variant.reads_instruction:
             processor._instruct = text.prompt
@@ -227,9 +234,9 @@ class ConversationProcessor:
 
         Its keys are `tokens`, `targets`, `image_at`, `truncated` [3], and `qformer_tokens` for a
         Q-Former that reads the instruction, which is the first question. A sample of more than
-        `limit` slots loses tokens on its right; the second of `truncated` is 1 if they are of a
-        question, the third if they are of an answer. With `room`, another example, its numbers of
-        slots and targets are the limits instead.
+        `limit` slots loses tokens on its right. `truncated` has a 1 for each text that was cut: the
+        Q-Former's instruction, tokens that are not learned (questions), learned ones (answers). If
+        `room` is given, the limits are that example's numbers of slots and targets instead.
 
         Raises:
             ValueError: the conversation cannot be used, or has no target or not all of its images
@@ -267,9 +274,10 @@ class ConversationProcessor:
         return text | {"image_at": at, "truncated": _int32(truncated)}
 
     def prompt(self, conversation: Conversation) -> dict[str, np.ndarray]:
-        """Returns an example for inference: that of `example` without targets, and not cut.
+        """Returns an example for inference: as `example`, without `targets` and without `limit`.
 
-        The conversation ends with a question, the tokens with the template's mark of an answer.
+        The conversation ends with a question, the tokens with the template's mark of an answer. The
+        Q-Former's instruction may still be cut.
 
         Raises:
             ValueError: the conversation cannot be used; the message names it.
@@ -288,7 +296,7 @@ class ConversationProcessor:
         """Returns the tokens of a conversation that ends with an answer or with a question.
 
         Raises:
-            RecordError: it cannot be used; all reasons are listed.
+            RecordError: the conversation cannot be used; all reasons are listed.
         """
         problems = list(conversation.problems(answered=answered))
         if not self.template.reads_questions and not problems:
@@ -299,7 +307,10 @@ class ConversationProcessor:
         return self._write(conversation.turns, system)
 
     def _instruction(self, conversation: Conversation) -> tuple[dict[str, np.ndarray], bool]:
-        """Returns ({"qformer_tokens": ids}, True if it was cut), or ({}, False) without such."""
+        """Returns the Q-Former's instruction and True if it was cut.
+
+        The instruction is {"qformer_tokens": ids}, or {} for a Q-Former that reads none.
+        """
         if self._instruct is None:
             return {}, False
         question = conversation.turns[0].text.replace(IMAGE, "").strip()
@@ -307,7 +318,7 @@ class ConversationProcessor:
         return {"qformer_tokens": example["qformer_tokens"]}, bool(example["truncated"][0])
 
     def _caption_problems(self, conversation: Conversation) -> Iterator[str]:
-        """Yields the reasons why the template, which reads images alone, does not suit it."""
+        """Yields the reasons why a template without questions cannot write the conversation."""
         if len(conversation.turns) > 2:
             yield (
                 f"it has {len(conversation.turns)} turns, but the template {self.name!r} reads no "
@@ -328,8 +339,8 @@ class ConversationProcessor:
         # Without a system message, nothing may stand before the opening that could predict it.
         self._fill(writer, template.opening, learned=learns_marks and bool(system))
         for index, (speaker, text) in enumerate(turns):
-            # The first question is of one text with the system message. An answer begins on its
-            # own, as in generation, where the prompt before it is all that there is.
+            # The first question and the system message are encoded as one text. An answer is
+            # encoded apart from the question, as in generation, where the prompt ends before it.
             if index:
                 writer.start_turn(index + 1)
             if speaker == USER:
@@ -356,12 +367,12 @@ class ConversationProcessor:
                     if index:
                         writer.image(self._image_marks)
                     writer.text(piece if part == TEXT else "", learned)
-            elif part != START:  # which a tokenizer without one does not write
+            elif part != START:  # left out: the tokenizer has no start token
                 writer.text(system if part == SYSTEM else part, learned)
 
 
 def _with_images(conversation: Conversation, count: int, order: str) -> Conversation:
-    """Returns it with `count` images before its first question ("first") or behind it ("last")."""
+    """Returns a copy with `count` images before ("first") or behind ("last") the first question."""
     speaker, text = conversation.turns[0]
     marks = "\n".join([IMAGE] * count)
     bare = text.replace(IMAGE, "").strip() if count else text

@@ -58,7 +58,7 @@ def read_llava_json(
 def scan_llava_json(
     path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None
 ) -> Iterator[tuple[int, Record | None, list[str]]]:
-    """Yields `(row, record, reasons)` of each row, the first being 1; arguments as above.
+    """Yields `(row, record, reasons)` for each row, from row 1 on, as `read_llava_json` reads it.
 
     A good row has a record and no reasons; a bad row has None as its record.
     """
@@ -80,7 +80,7 @@ def scan_llava_json(
 
 
 def holds_conversations(path: str | os.PathLike[str]) -> bool:
-    """Tells whether a file is a JSON list with `conversations`, and not of JSON lines."""
+    """Tells whether a file is a JSON list with `conversations`, by its first 64 KiB."""
     files.require_file(path)
     with pathlib.Path(path).open("rb") as file:
         start = file.read(_START).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -88,7 +88,7 @@ def holds_conversations(path: str | os.PathLike[str]) -> bool:
 
 
 def _record(fields: Any, name: str, folder: pathlib.Path) -> Record:
-    """Returns the record of a row; `name` is its id where it has none."""
+    """Returns the record of a row; `name` is the id for a row without one."""
     problems: list[str] = []
     if not isinstance(fields, dict):
         raise RecordError(name, [f"found {files.kind_of(fields)}, expected an object {{...}}"])
@@ -109,7 +109,7 @@ def _record(fields: Any, name: str, folder: pathlib.Path) -> Record:
 
 
 def _images(value: Any, folder: pathlib.Path, problems: list[str]) -> tuple[str, ...]:
-    """Returns the paths of a row's images; adds a complaint for each that is none."""
+    """Returns the paths of a row's images; adds a problem for each that is not a file."""
     names = value if isinstance(value, list) else [value]
     paths = []
     for index, name in enumerate(names):
@@ -127,7 +127,7 @@ def _images(value: Any, folder: pathlib.Path, problems: list[str]) -> tuple[str,
 
 
 def _turns(said: Any, problems: list[str]) -> tuple[Turn, ...]:
-    """Returns the turns of a row; adds a complaint for each that cannot be read."""
+    """Returns the turns in a row's `conversations`; adds a problem for each unreadable one."""
     if not isinstance(said, list):
         problems.append(f"conversations is {files.kind_of(said)}, expected a list of turns")
         return ()

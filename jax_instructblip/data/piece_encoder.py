@@ -1,4 +1,4 @@
-"""Token ids of a text in parts, equal to those of the whole text.
+"""Encodes a text in parts, so that no part gets a space or control token that the text has not.
 
 SentencePiece puts a space in front of every text that it is given. A part in the middle of a text
 must not get one, and control tokens (`</s>`) must come from the template alone: a user who writes
@@ -21,8 +21,8 @@ def reads_as_legacy(folder: str | os.PathLike[str]) -> bool:
     """Tells whether text behind a control token is a new text, which gets a space in front.
 
     The first LLaMA tokenizers of transformers did so, and Vicuna and LLaVA were trained with them;
-    a tokenizer folder of the newer kind says `"legacy": false`. The tokenizers that transformers 5
-    loads do not tell, and when it saves one, the entry is lost.
+    a tokenizer folder of the newer kind says `"legacy": false`. Without this entry the answer is
+    True, also for a folder that transformers 5 has saved, for it drops the entry.
     """
     settings = pathlib.Path(folder) / "tokenizer_config.json"
     return not settings.is_file() or read_json(settings, dict).get("legacy") is not False
@@ -39,7 +39,7 @@ class PieceEncoder:
         self._inner = self._first if bare is None else _plain(json.dumps(bare))
 
     def __setstate__(self, state: dict) -> None:
-        """Restores a copy for another process; a pickled tokenizer forgets one setting."""
+        """Restores a copy for another process; pickling loses `encode_special_tokens`."""
         self.__dict__.update(state)
         for backend in (self._first, self._inner):
             backend.encode_special_tokens = True
@@ -51,7 +51,7 @@ class PieceEncoder:
 
 
 class PieceWriter:
-    """Grows ids and targets together; neighbouring texts of one kind are encoded as one text.
+    """Collects ids and targets; neighbouring texts, both learned or both not, are encoded as one.
 
     Attributes:
       tokens: the ids.
@@ -61,7 +61,7 @@ class PieceWriter:
     """
 
     def __init__(self, pieces: PieceEncoder, *, legacy: bool):
-        """Starts empty; `legacy` is as `reads_as_legacy` says."""
+        """Starts without ids; `legacy` is the answer of `reads_as_legacy`."""
         self.tokens: list[int] = []
         self.targets: list[int] = []
         self.turns: list[int] = []
@@ -88,7 +88,7 @@ class PieceWriter:
         self._first = starts or self._legacy
 
     def image(self, marks: Sequence[int]) -> None:
-        """Marks an image, between two control tokens where `marks` has two."""
+        """Notes the place of an image; `marks` are the control tokens around it, or none."""
         self.flush()
         self._append(marks[:1], learned=False)
         self.image_at.append(len(self.tokens))
@@ -109,7 +109,7 @@ class PieceWriter:
 
 def _plain(written: str) -> Backend:
     backend = Backend.from_str(written)
-    backend.encode_special_tokens = True  # as ordinary text
+    backend.encode_special_tokens = True  # control tokens are read as ordinary text
     return backend
 
 

@@ -94,7 +94,7 @@ DIALOGUES = ("plain", "q_a")
 
 @dataclasses.dataclass(frozen=True)
 class TextStyle:
-    """How the texts of records are written, where the paper and its released code differ.
+    """The writing of records' texts, in the points where paper and released code differ.
 
     Attributes:
       processor: "paper" leaves questions and captions as they are; "lavis" writes them in lower

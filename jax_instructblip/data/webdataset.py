@@ -106,7 +106,7 @@ class TarRecords:
         return f"{_text(first['key'])}: {_text(first['problem'])}"
 
     def digest(self) -> str:
-        """Hashes the names of the tars and the keys, offsets and sizes of all entries."""
+        """Returns a sha256 of the names of the tars and the rows of their indexes."""
         digest = hashlib.sha256()
         for number, (tar, _) in enumerate(self._tars):
             digest.update(tar.name.encode(errors="surrogateescape"))
@@ -139,7 +139,7 @@ def open_tars(path: str | os.PathLike[str], *, task: str = "", split: str = "") 
 
     Raises:
         FileNotFoundError: there is no tar.
-        ValueError: no tar has an entry, or a `_stats.json` is damaged.
+        ValueError: no entry is an image with a caption, or a `_stats.json` is damaged.
     """
     path = pathlib.Path(path).absolute()
     tars = sorted(path.glob(TARS)) if path.is_dir() else [path]
@@ -184,7 +184,7 @@ def _index(tar: pathlib.Path, home: pathlib.Path) -> pathlib.Path:
 
 
 def _is_index(path: pathlib.Path) -> bool:
-    """Tells whether a file can be read as an index; one that lost its content (no power) cannot."""
+    """Tells whether a file can be read as an index; one that a power cut emptied cannot."""
     try:
         return np.load(path, mmap_mode="r").dtype.names == _Row._fields
     except (ValueError, EOFError, OSError):
@@ -251,14 +251,17 @@ def _members(tar: pathlib.Path) -> tuple[list[tarfile.TarInfo], str]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Returns the key `a/000` and extension `.seg.png` of `a/000.seg.png`; "" of hidden files."""
+    """Splits `a/000.seg.png` into key `a/000` and extension `.seg.png`; hidden files: key ""."""
     folder, _, file = name.removeprefix("./").rpartition("/")
     stem, dot, ending = file.partition(".")
     return posixpath.join(folder, stem) if stem else "", dot + ending.lower()
 
 
 def _row(key: str, members: list[tarfile.TarInfo], again: bool) -> _Row:
-    """Returns the row of an entry, with a `problem` if it is not a pair."""
+    """Returns the row of an entry, with a `problem` if it is not a pair.
+
+    `again` tells that an earlier entry of the tar has the same key.
+    """
     endings = [_split(member.name)[1] for member in members]
     places = dict(zip(endings, members, strict=True))
     pictures = [ending for ending in endings if ending in PICTURES]

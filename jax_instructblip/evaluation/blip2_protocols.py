@@ -1,7 +1,7 @@
 """BLIP-2's protocols: retrieval of its first stage, and the prompts of its second.
 
-A benchmark is chosen by the checkpoint's kind: of a second stage GQA is asked as BLIP-2's paper
-(arXiv 2301.12597, section 4) asks it, of InstructBLIP as InstructBLIP's.
+The row of a benchmark depends on the checkpoint's kind: a second stage is asked GQA as in BLIP-2's
+paper (arXiv 2301.12597, section 4), an InstructBLIP model as in InstructBLIP's paper.
 
     get_benchmark("gqa", "blip2").prompts        -> {"opt": "Question: {question} Answer:"}
     get_benchmark("coco_retrieval", "blip2_stage1").k    -> 128
@@ -62,7 +62,7 @@ _ASKED: dict[str, Any] = {
     "decoding": GenerationConfig(num_beams=5, length_penalty=-1.0, max_new_tokens=10),
     "llama": {},
 }
-# Of captions the released configurations say 8 to 30 ids, of which one stands before new tokens.
+# The released configurations for captions say 8 to 30 ids, one of which precedes the new tokens.
 _CAPTIONED: dict[str, Any] = {
     "prompt": "a photo of",
     "decoding": GenerationConfig(num_beams=5, max_new_tokens=30, min_new_tokens=7),
@@ -78,7 +78,7 @@ _NOTES = {
 
 
 def _paper(name: str) -> dict[str, float]:
-    """All papers' numbers of one benchmark, by model; BLIP-2's own before InstructBLIP's."""
+    """Published numbers of one benchmark, by model; BLIP-2's paper overrules InstructBLIP's."""
     numbers: dict[str, float] = {}
     if name in HELD_OUT:
         place = HELD_OUT.index(name)
@@ -93,7 +93,7 @@ def _paper(name: str) -> dict[str, float]:
 
 
 def _row(protocol: Protocol) -> Protocol:
-    """A benchmark as BLIP-2's second stage is asked."""
+    """The row for BLIP-2's second stage, from the row for InstructBLIP."""
     name, changes = protocol.name, {}
     if protocol.prompt == _QUESTION:
         changes = {"prompts": _ASKED["prompts"]} if protocol.ranking else _ASKED
@@ -147,15 +147,15 @@ NAMES = (*BENCHMARKS, *RETRIEVAL)
 
 
 def benchmarks_of(kind: str) -> Mapping[str, Protocol]:
-    """The benchmarks of checkpoints of that kind."""
+    """The rows, by name, for checkpoints of that kind (`variant.kind`)."""
     return BY_KIND.get(kind, BENCHMARKS)
 
 
 def get_benchmark(name: str, kind: str = "instructblip") -> Protocol:
-    """The row of a dataset, as a checkpoint of that kind is measured on it.
+    """The row of a benchmark for checkpoints of that kind.
 
     Raises:
-      ValueError: there is none of that name, or it is of checkpoints of another kind.
+      ValueError: no benchmark has that name, or it is only for checkpoints of another kind.
     """
     rows = benchmarks_of(kind)
     if name in NAMES and name not in rows:
@@ -178,7 +178,7 @@ def _other_kind(retrieval: bool, kind: str) -> str:
 
 
 def full_table() -> str:
-    """All protocols for people, those of BLIP-2 where they differ."""
+    """A printable table of all protocols; BLIP-2's second stage only where it differs."""
     others = {
         name: row
         for name, row in SECOND_STAGE.items()

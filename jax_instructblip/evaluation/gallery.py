@@ -1,4 +1,4 @@
-"""The images and captions of a retrieval, with what belongs together."""
+"""The images and captions of a retrieval, and which caption belongs to which image."""
 
 import concurrent.futures
 import dataclasses
@@ -22,11 +22,11 @@ class Gallery:
     A caption that two images share stands twice, as in the released evaluation.
 
     Attributes:
-      records: of each image, "-" in its place.
-      captions: as the model reads them, image by image.
-      owner: [M] int32, the image of each caption.
-      names: of each caption, `IMAGE:NUMBER`.
-      digest: stands for the records.
+      records: one for each image, with "-" in place of the image.
+      captions: the texts as the model reads them, image by image.
+      owner: [M] int32, the number of each caption's image.
+      names: `ID:NUMBER` for each caption: the id of its record, its number among its captions.
+      digest: a sha256 of the records.
     """
 
     records: list[Record]
@@ -40,7 +40,7 @@ def read_gallery(task: Task) -> Gallery:
     """The images and captions of the task's records.
 
     Raises:
-      MetricError: a record has no caption, an empty one, or not one image; all are named.
+      MetricError: there are no records, or one has no caption, an empty one, or not one image.
     """
     records = [task.without_images(number) for number in range(len(task.records))]
     digest = hashlib.sha256(task.digest.encode())
@@ -64,7 +64,7 @@ def read_gallery(task: Task) -> Gallery:
 
 
 class Pictures(Sequence[np.ndarray]):
-    """The images of a task as the model sees them [S, S, 3] uint8, opened when they are needed."""
+    """The images of a task as the model sees them, [S, S, 3] uint8, opened when asked for."""
 
     def __init__(self, task: Task, side: int):
         self._task, self._side = task, side
@@ -73,7 +73,7 @@ class Pictures(Sequence[np.ndarray]):
         return len(self._task.records)
 
     def __getitem__(self, index: Any) -> Any:
-        """One image, or a list of those of a slice, which threads open together."""
+        """One image, or for a slice a list of images, which several threads open."""
         if not isinstance(index, slice):
             return self._open(index)
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
@@ -92,7 +92,7 @@ class Pictures(Sequence[np.ndarray]):
 
 
 class Queries(Sequence[Record]):
-    """The record of each query: all images, then the image of each caption."""
+    """The record of each query; queries are all images, then all captions."""
 
     def __init__(self, records: Sequence[Record], owner: np.ndarray):
         self._records, self._owner = records, owner

@@ -1,7 +1,7 @@
-"""Results of a retrieval on disk: what a run that was ended has matched, and what is finished.
+"""Results of a retrieval on disk: logits of an interrupted run, and finished candidates.
 
 OUT/predictions/NAME.partial/matches-*.npz    logits of some images with their texts
-OUT/predictions/NAME.npz                      of each query its candidates, similarities, logits
+OUT/predictions/NAME.npz                      candidates of each query, similarities, logits
 """
 
 import io
@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-KEPT_PAIRS = 65_536  # that are matched before they are written
+KEPT_PAIRS = 65_536  # pairs in memory before they are written
 
 
 class Candidates(NamedTuple):
-    """Of each query the k nearest, nearest first, with both scores."""
+    """The k nearest candidates of each of R queries, nearest first, with both scores."""
 
     columns: np.ndarray  # [R, k] int32
     near: np.ndarray  # [R, k] float32, similarities
@@ -33,12 +33,12 @@ class MatchStore:
         self._columns: list[np.ndarray] = []
 
     def done(self, chosen: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
-        """The logits of each image that was matched with just its chosen texts."""
+        """The logits of each image that was matched with exactly its chosen texts."""
         found: dict[int, np.ndarray] = {}
         for path in sorted(self.partial.glob("matches-*.npz")):
             arrays = _read(path)
             if arrays is None or set(arrays) != {"numbers", "counts", "columns", "logits"}:
-                path.unlink(missing_ok=True)  # of a disk that was full
+                path.unlink(missing_ok=True)  # damaged, as by a full disk
                 continue
             ends = np.cumsum(arrays["counts"])[:-1]
             parts = (np.split(arrays[name], ends) for name in ("columns", "logits"))

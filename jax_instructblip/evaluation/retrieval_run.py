@@ -3,8 +3,8 @@
     images, captions --features--> similarities [N, M] --k nearest of each query--> pairs
     pairs --match--> logits --plus the similarity--> each query's candidates, best first
 
-Several processes compute the features each, and share the pairs; process 0 puts them together. What
-was matched is kept on the disk, so that a run that was ended goes on.
+If there are several processes, each computes all features and a share of the pairs, and process 0
+puts the results together. Logits are kept on the disk, so that an interrupted run goes on.
 """
 
 import dataclasses
@@ -47,11 +47,11 @@ def run(
 ) -> list[Finished]:
     """The result of every task; empty in all processes but the first.
 
-    The arguments are those of `suite.run`; `size` counts pairs.
+    The arguments are those of `suite.run`; `size` is the number of pairs at once on each device.
 
     Raises:
-      MetricError: records have no captions, or not one image.
-      ValueError: an image cannot be opened, or results in `out` are of something else.
+      MetricError: a record has no caption, or not exactly one image.
+      ValueError: an image cannot be opened, or `out` has results of another model or task.
     """
     finished = []
     first = jax.process_index() == 0
@@ -136,7 +136,7 @@ def _finish(
     forth: Candidates,
     back: Candidates,
 ) -> Finished:
-    """Scores, rows and the result of one task."""
+    """The result of one task; its rows are written to the store."""
     itm_only = task.settings["itm_only"]
     owner, numbers = gallery.owner, np.arange(len(gallery.records))[:, None]
     right = {
@@ -170,7 +170,7 @@ def _rows(
     ranked: Mapping[str, matching.Ranked],
     samples: Mapping[str, Sequence[float]],
 ) -> list[Prediction]:
-    """A row of each image, which looks for captions, then one of each caption."""
+    """One row for each image as a query for captions, then one for each caption as a query."""
     ids = [record.id for record in gallery.records]
     prompts = {FORTH: [""] * len(ids), BACK: gallery.captions}
     names = {FORTH: gallery.names, BACK: ids}

@@ -49,7 +49,7 @@ class Finished(NamedTuple):
 
 
 class Destination(NamedTuple):
-    """Where answers are written, and the facts that identify them.
+    """The folder that answers are written to, and the facts that identify them.
 
     Attributes:
       folder: the folder of the prediction files.

@@ -53,13 +53,13 @@ def generate_captions(
       config: how to decode. LAVIS has 3 beams, 9 to 29 new tokens ([DEC] counts in its 10 to 30).
       batch_size: images that are captioned at once.
       dtype: the compute dtype.
-      silent: no progress line.
+      silent: True shows no progress line.
       on_devices: puts the rows of an array on the devices that compute them.
       multiple: the number of parts into which the devices split a batch.
 
     Raises:
-      ValueError: the model has no caption head, there are no images, an image cannot be used, or
-        scores are not finite.
+      ValueError: the model has no caption head, there are no images, an image cannot be used,
+        `max_new_tokens` exceeds the Q-Former's positions, or scores are not finite.
     """
     if not variant.qformer.caption_head:
         raise ValueError(

@@ -2,15 +2,16 @@
 
     OUT/features.json              what the features are of: weights, list of images, form, dtype
     OUT/00000-of-00012.npz         one shard: arrays with a row per image, or
-    OUT/00000-of-00012.arrayrecord a record per image: the bytes of an `.npz` with its arrays
+    OUT/00000-of-00012.arrayrecord a record per image: the bytes of an `.npz` with its arrays,
+                                   without the axis n and without `text_of`
 
     id             [n] names: the path in the folder, or the id of the JSON line
     image          [n, Q, E] float32; [n, Q, D] if raw; of a generative model [n, F * Q, Dl], the
-                   visual vectors that its language model reads after the image and the prompt
-    text           [m, E] float32 of each caption (first stage and JSON lines with answers)
+                   visual vectors of F images that the Q-Former gives its language model
+    text           [m, E] float32 of each caption, [m, D] if raw (first stage, lines with answers)
     text_of        [m] row of the image that the caption belongs to
     caption        [m] the captions
-    prompt         [n] of a generative model
+    prompt         [n] the prompts (generative model)
 
 A shard appears completely or not at all.
 """
@@ -63,10 +64,10 @@ def write_features(
       checkpoint: a first stage of BLIP-2, or a model that answers; any folder or name for `load`.
       images: a folder of images, searched with its subfolders, or a JSON-lines file of records.
       out: the folder of the shards; one of an interrupted export is resumed.
-      form: of a first stage, "raw", "projected" or "normalised" (default).
-      prompt: of a folder and a model that answers, the prompt for all images.
-      dtype: of weights and computation; by default bfloat16, on a CPU float32.
-      batch_size: images at once.
+      form: "raw", "projected" or "normalised" (default); for a first stage alone.
+      prompt: the prompt for all images of a folder; for a model that answers alone.
+      dtype: the dtype of weights and computation; by default bfloat16, on a CPU float32.
+      batch_size: images that are computed at once.
       shard_size: images per shard.
       file_format: "npz" or "arrayrecord".
 
@@ -75,8 +76,8 @@ def write_features(
 
     Raises:
       ValueError: a setting does not fit the checkpoint, there are no images, one of them cannot be
-        used (`ImageError`), or `out` has features of another checkpoint or list.
-      OSError: a file cannot be read or written.
+        used (`ImageError`), or `out` has features of another checkpoint, list or setting.
+      OSError: a file cannot be read or written, or `out` has other files than features.
     """
     out, images = Path(out), Path(images)
     check(
@@ -118,7 +119,7 @@ def write_features(
 
 
 def read_shard(path: str | os.PathLike) -> Arrays:
-    """Returns the arrays of an `.npz` shard; those of a record of an ArrayRecord file as well."""
+    """Returns the arrays of an `.npz` shard, or of one ArrayRecord record as an `io.BytesIO`."""
     with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
 
@@ -173,7 +174,7 @@ def _is_picture(path: Path) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    """Tells whether a shard is there; an `.npz` that lost its end (no power) is not."""
+    """Tells whether a shard is complete; an `.npz` that a power cut has shortened is not."""
     return path.is_file() and (path.suffix != ".npz" or zipfile.is_zipfile(path))
 
 
@@ -188,7 +189,7 @@ def _list_digest(records: Sequence[Record]) -> str:
 
 
 def _begin(out: Path, facts: dict[str, Any]) -> None:
-    """Writes the facts, or compares them with those of an interrupted export."""
+    """Writes `features.json`; raises a ValueError if an earlier export there has other facts."""
     path = out / FACTS
     if path.is_file():
         recorded = read_json(path, dict)
@@ -234,7 +235,7 @@ def _arrays(
 
 
 def _write(path: Path, arrays: Arrays, file_format: str) -> None:
-    """Writes a shard beside its place, then renames it."""
+    """Writes a shard under a temporary name, then renames it."""
     temporary = path.with_name(f"{path.name}.tmp")
     if file_format == "npz":
         temporary.write_bytes(_packed(arrays))

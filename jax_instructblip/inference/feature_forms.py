@@ -1,4 +1,4 @@
-"""Names of forms and files of features; without JAX, for flags."""
+"""Names of the forms and file formats of features, for flags: imports no JAX."""
 
 FORMS = ("raw", "projected", "normalised")  # of a first stage's features
 FORMATS = ("npz", "arrayrecord")  # of shards

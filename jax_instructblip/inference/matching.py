@@ -43,7 +43,11 @@ def nearest(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def pairs(of_images: np.ndarray, of_texts: np.ndarray) -> list[np.ndarray]:
-    """The texts, in order, of each image: its nearest [N, k], and those it is nearest to [M, k]."""
+    """The numbers of the texts that each image is matched with, in ascending order.
+
+    They are its nearest texts, `of_images` [N, k], and the texts that have it among their nearest
+    images, `of_texts` [M, k].
+    """
     counts = np.zeros((len(of_images), len(of_texts)), bool)
     np.put_along_axis(counts, of_images, True, axis=1)
     np.put_along_axis(counts.T, of_texts, True, axis=1)
@@ -51,7 +55,10 @@ def pairs(of_images: np.ndarray, of_texts: np.ndarray) -> list[np.ndarray]:
 
 
 def block_size(counts: Sequence[int], most: int) -> int:
-    """Texts of a block: the largest power of two whose padding wastes little, up to `most`."""
+    """Texts of a block: the largest power of two up to `most` that pads by at most a tenth.
+
+    `counts` has the number of texts of each image.
+    """
     total, size = sum(counts), 1
     while 2 * size <= most:
         padded = sum(-(-count // (2 * size)) for count in counts) * 2 * size
@@ -62,16 +69,16 @@ def block_size(counts: Sequence[int], most: int) -> int:
 
 
 def plan_blocks(numbers: Sequence[int], texts: Sequence[np.ndarray], size: int) -> Iterator[Block]:
-    """The texts of these images in blocks of `size`, image by image."""
+    """The texts of the images `numbers` in blocks of at most `size`, image by image."""
     for number in numbers:
         for start in range(0, len(texts[number]), size):
             yield Block(number, texts[number][start : start + size])
 
 
 def rerank(columns: np.ndarray, near: np.ndarray, matches: np.ndarray, itm_only: bool) -> Ranked:
-    """The candidates `columns` by the logit of their match plus their similarity, all [R, k].
+    """The candidates `columns`, sorted by match logit plus similarity `near`; arrays are [R, k].
 
-    With `itm_only` by the logit alone. Of equal scores the nearer comes first.
+    With `itm_only` they are sorted by the logit alone. Of equal scores the nearer comes first.
     """
     scores = matches if itm_only else matches + near
     order = np.argsort(-scores, axis=1, kind="stable")
@@ -79,7 +86,7 @@ def rerank(columns: np.ndarray, near: np.ndarray, matches: np.ndarray, itm_only:
 
 
 def spread(ranked: Ranked, count: int) -> np.ndarray:
-    """Scores [R, count] of all candidates, `ABSENT` where one was not re-ranked."""
+    """Scores [R, count] of all texts or images, `ABSENT` where one was not re-ranked."""
     scores = np.full((len(ranked.columns), count), ABSENT, np.float32)
     np.put_along_axis(scores, ranked.columns, ranked.scores, axis=1)
     return scores

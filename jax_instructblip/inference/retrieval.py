@@ -51,8 +51,8 @@ from jax_instructblip.models.variants import Variant
 from jax_instructblip.parallel.mesh import batch_sharding, replicated
 from jax_instructblip.progress import Progress
 
-IMAGES, TEXTS, PAIRS = 16, 128, 128  # at once, of each device
-CANDIDATES = 128  # that are re-ranked, as released for retrieval fine-tuning
+IMAGES, TEXTS, PAIRS = 16, 128, 128  # at once; in `match` on each device, else on all together
+CANDIDATES = 128  # re-ranked for each query, as released for retrieval fine-tuning
 
 
 class Ranking(NamedTuple):
@@ -76,7 +76,7 @@ class Retriever:
         silent: bool = False,
         source: Source | None = None,
     ):
-        """The retriever of parameters that are on their devices already; `load` reads a folder."""
+        """A retriever from parameters that are on their devices; `load` makes one from a folder."""
         self.variant, self.params, self.text, self.mesh = variant, params, text, mesh
         self.silent, self.source = silent, source  # silent: no progress lines
         self.model = Blip2(variant, jnp.dtype(dtype))
@@ -97,10 +97,10 @@ class Retriever:
 
     @classmethod
     def of(cls, source: Source, dtype: Any, mesh: Mesh | None = None) -> "Retriever":
-        """The retriever of a folder that was looked at already.
+        """The retriever of a `source` that `read_source` has returned.
 
         Raises:
-            ValueError: `mesh` is of several processes, each of which has all results.
+            ValueError: `mesh` is of several processes; a retriever works on the devices of one.
         """
         if mesh is not None and getattr(mesh, "is_multi_process", False):
             raise ValueError(
@@ -141,16 +141,16 @@ class Retriever:
     def pair_features(
         self, images: Sequence[Frame], texts: Sequence[str], *, batch_size: int = PAIRS
     ) -> np.ndarray:
-        """Raw features [N, Q, D] float32 of each image together with the text beside it."""
+        """Raw features [N, Q, D] float32 of image i together with text i."""
         return self._of_pairs(self._pair_features, images, texts, batch_size)
 
     def itc(self, images: Sequence[Frame], texts: Sequence[str]) -> np.ndarray:
-        """Similarities [N, M] float32: cosines of each text and its nearest query of each image."""
+        """Similarities [N, M] float32: cosines of each text and each image's nearest query."""
         self.text.encode(texts)  # what is no text is told before images are looked at
         return self.similarities(self.image_features(images), self.text_features(texts))
 
     def similarities(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-        """Cosines [N, M] float32 of texts [M, E] and the nearest query of images [N, Q, E]."""
+        """Cosines [N, M] float32 of texts [M, E] and the nearest query of each image [N, Q, E]."""
         texts = self._on_devices(np.asarray(texts, np.float32), whole=True)
         parts = _batches(np.asarray(images, np.float32), IMAGES, "images")
         run = lambda _, part: self._near(part, texts)
@@ -161,7 +161,7 @@ class Retriever:
     def itm(
         self, images: Sequence[Frame], texts: Sequence[str], *, batch_size: int = PAIRS
     ) -> np.ndarray:
-        """Logits [N, 2] float32 of (no match, match) of each image with the text beside it."""
+        """Logits [N, 2] float32 of (no match, match) of image i with text i."""
         return self._of_pairs(self._pair_logits, images, texts, batch_size)
 
     def rank(
@@ -177,15 +177,15 @@ class Retriever:
         """Scores of each image's k nearest texts, and of each text's k nearest images.
 
         A score is the logit of the match plus the similarity, as released; with `itm_only` the
-        logit alone. Of images or texts that are equally near the first are taken.
+        logit alone. If several candidates are equally near, the first of them are taken.
 
         Args:
-          images: pictures, as in `load(...).generate`.
+          images: paths, bytes of image files, PIL images or uint8 arrays [H, W, 3].
           texts: texts, each compared with each image.
           k: candidates that are re-ranked; all of them where there are fewer.
-          itm_only: leave out the similarity.
+          itm_only: True leaves out the similarity.
           batch_size: pairs that are matched at once, on each device.
-          near: similarities [N, M], where `itc` was called before.
+          near: similarities [N, M] that `itc` has returned; None computes them.
 
         Raises:
             ValueError: there are no images or texts, or `k` is not a whole number of at least 1.
@@ -219,7 +219,8 @@ class Retriever:
     ) -> list[Answer]:
         """Captions of the images, in order, by the first stage alone (ITG).
 
-        Greedy by default; LAVIS has `num_beams=3, min_new_tokens=9, max_new_tokens=29`.
+        Greedy by default; LAVIS has `num_beams=3, min_new_tokens=9, max_new_tokens=29,
+        length_rule="transformers4.26"`.
 
         Args:
             images: paths, bytes of image files, PIL images or uint8 arrays [H, W, 3].
@@ -256,16 +257,16 @@ class Retriever:
         batch_size: int = PAIRS,
         done: int = 0,
     ) -> None:
-        """Gives `take` the number of each image, and its logits [t] with its chosen texts.
+        """Matches each image with its chosen texts; calls `take` with its number and logits [t].
 
         Args:
-          images: all of them, of which those of `numbers` are opened, a few at a time.
-          texts: all of them.
-          chosen: of each image the numbers [t] of the texts that it is matched with.
+          images: all images; those in `numbers` are opened, a few at a time.
+          texts: all texts.
+          chosen: for each of all images the numbers [t] of the texts that it is matched with.
           take: called with the float32 logits of an image as soon as all of them are there.
           numbers: the images that are matched; by default all.
           batch_size: pairs that are matched at once, on each device.
-          done: pairs that were matched before, for the line of progress.
+          done: the number of pairs that were matched before, for the progress line.
         """
         check_batch_size(batch_size)
         ids, valid, _ = self.text.encode(texts)
@@ -297,7 +298,10 @@ class Retriever:
         ids: np.ndarray,
         valid: np.ndarray,
     ) -> Iterator[tuple[list[matching.Block], jax.Array]]:
-        """Blocks and their logits; the keys of an image's patches are computed once."""
+        """Blocks and their logits; an image's keys and values are computed once.
+
+        `size` is the texts of a block, `groups` the blocks at once.
+        """
         at_once = IMAGES * self.batch_shards
         for start in range(0, len(numbers), at_once):
             some = list(numbers[start : start + at_once])
@@ -364,7 +368,7 @@ class Retriever:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _on_devices(self, leaf: np.ndarray, whole: bool = False) -> Any:
-        """The leaf split by rows, or `whole` on every device."""
+        """The array on the devices: split by rows, or with `whole` a copy on each."""
         if self.mesh is None:
             return leaf
         return jax.device_put(leaf, (replicated if whole else batch_sharding)(self.mesh))
@@ -378,6 +382,6 @@ def _batches(items: Any, size: int, unit: str) -> Iterator[Sequence[Any]]:
 
 
 def _pad(leaf: np.ndarray, size: int) -> np.ndarray:
-    """The leaf with copies of its last row up to `size` of them."""
+    """The array with its last row repeated until it has `size` rows."""
     lacking = size - leaf.shape[0]
     return leaf if not lacking else np.concatenate([leaf, np.repeat(leaf[-1:], lacking, axis=0)])

@@ -1,4 +1,4 @@
-"""Methods of the first stage that a `Retriever` compiles, each from inputs to results."""
+"""Functions of the first stage that a `Retriever` compiles, each from inputs to results."""
 
 from typing import Any
 
@@ -46,6 +46,6 @@ def match_kv(model: Blip2, kv: Any, index: Any, ids: Any, valid: Any) -> jax.Arr
 
 
 def similarities(images: jax.Array, texts: jax.Array) -> jax.Array:
-    """Similarities [N, M] in float32 products, on every machine."""
+    """Similarities [N, M] of features, with float32 products on every kind of device."""
     with jax.default_matmul_precision("highest"):
         return image_to_text(images, texts)

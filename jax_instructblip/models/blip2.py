@@ -124,7 +124,7 @@ class Blip2(Network):
         return normalise(self.heads.text_projection(x[:, 0]))
 
     def image_kv(self, patches: Float[Array, "G P Dv"]) -> Any:
-        """Keys and values of the patches in every layer that looks: `match_logits` takes them."""
+        """Keys and values of the patches in all cross-attention layers, for `match_logits`."""
         return self.qformer.image_kv(patches)
 
     def raw_features(self, patches: Float[Array, "B P Dv"]) -> Float[Array, "B Q D"]:

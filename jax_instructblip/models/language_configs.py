@@ -35,8 +35,8 @@ class T5Config:
 class LlamaConfig:
     """Sizes of a LLaMA-like model: RMSNorm, rotary positions, SwiGLU.
 
-    The defaults are those of Vicuna v1.1 (LLaMA-1). Llama 2 and 3, Mistral, Qwen 2 and Qwen 3
-    differ in fields, from `key_value_heads` on in structure.
+    The defaults are those of Vicuna v1.1 (LLaMA-1). Other values give Llama 2 and 3, Mistral, Qwen
+    2 and Qwen 3; the fields from `key_value_heads` on change the structure.
     """
 
     width: int
@@ -51,7 +51,7 @@ class LlamaConfig:
     bos_id: int = 2  # the released InstructBLIP sets bos = eos = unk = </s>
     eos_id: int = 2
     pad_id: int = 32000
-    key_value_heads: int = 0  # each serves heads / key_value_heads queries; 0: one a query head
+    key_value_heads: int = 0  # each serves heads / key_value_heads query heads; 0: as many as heads
     head_size: int = 0  # width of one head; 0: width / heads
     key_bias: bool = False  # Qwen 2: queries, keys and values have a bias
     key_norm: bool = False  # Qwen 3: an RMS norm on each head of the queries and of the keys
@@ -74,12 +74,15 @@ class LlamaConfig:
 
     @property
     def cached_heads(self) -> int:
-        """The number of key heads, which is that of the value heads: those that a cache holds."""
+        """The number of key heads, equal to that of value heads: the heads that a cache holds."""
         return self.key_value_heads or self.heads
 
     @property
     def longest_sample(self) -> int:
-        """Most slots of a sample: the positions, or the sliding window, which is not computed."""
+        """Most slots of a sample: the positions, or a smaller sliding window.
+
+        Attention within a window is not implemented, so a sample must fit into it.
+        """
         return min(self.max_positions, self.sliding_window or self.max_positions)
 
 

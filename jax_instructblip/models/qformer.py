@@ -141,9 +141,10 @@ class QFormerPair(nn.Module):
         self.plain = QFormerLayer(self.config, self.dtype, cross=False)
 
     def __call__(self, x, past, mask, image, queries, return_kv, train):
-        """Runs both layers; `past` and the second result hold each layer's tree by its name.
+        """Runs both layers; returns their output, and their keys and values or None.
 
-        Instead of `image`, `past["image"]` may hold the image's keys and values (`cross_kv`).
+        `past` and the second result map a layer's name (`PAIR`) to keys and values of its
+        self-attention. `past["image"]` may hold the result of `cross_kv` instead of `image`.
         """
         past, kept = past or {}, {}
         image = past.get("image", image)

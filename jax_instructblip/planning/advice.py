@@ -30,7 +30,7 @@ class Change:
 
 
 def verdict(job: Job, mesh: Mesh, topology: Topology, report: Report) -> tuple[bool, str]:
-    """Whether a step fits into a chip's memory, and a sentence about it.
+    """Returns (fits, sentence): whether a step fits into a chip's memory, and why.
 
     If the step does not fit, the sentence says what to change. The memory of CPUs is not known, so
     there everything fits.

@@ -61,7 +61,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a program moves between devices, and its estimated time, as read from its text.
+    """Traffic between devices and estimated time of a program, as read from its text.
 
     Attributes:
       collectives: the instructions that move data between devices.

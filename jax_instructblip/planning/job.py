@@ -25,11 +25,11 @@ class Job:
 
     Attributes:
       step: "train", or "decode" (greedy answers to the prompts of a batch).
-      batch: samples, on all devices together.
+      batch: samples of a step, on all devices together.
       samples_per_row: samples that share a row.
       lengths: most tokens of a sample, by key: `qformer_tokens`, `tokens`; in training, `targets`;
         of BLIP-2's first stage `captions` alone.
-      pairs_by_image: of the first stage, whether all captions of an image are positives.
+      pairs_by_image: True if all captions of an image are positives (first stage).
       skip_non_finite: a step with a non-finite loss changes nothing, so the old state is kept.
       new_tokens: tokens of an answer ("decode").
     """
@@ -60,7 +60,7 @@ class Job:
         return dataclasses.replace(self, scans=dataclasses.replace(self.scans, **scans))
 
     def floor(self) -> int:
-        """FLOPs of the matrix products that the step cannot do without, from the model's sizes."""
+        """The fewest FLOPs that the step needs: its matrix products, by the model's sizes."""
         trains_vision = "vision" in self.trainable
         if self.variant.llm is None:
             captions = self.lengths["captions"]
@@ -136,11 +136,11 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
 def read_variant(config: ConfigDict) -> tuple[str, Variant]:
     """Name and sizes of the model that a config trains; its weights need not exist.
 
-    The model is the folder `config.model.checkpoint`. If that is no folder, it is a released
-    model's name (`flan-t5-xl`); failing that, the last word of `config.workdir` is one.
+    The model is the folder or embedded model `config.model.checkpoint`. If there is none, the last
+    part of that path is a released model's name (`flan-t5-xl`), or else that of `config.workdir`.
 
     Raises:
-        ValueError: neither names a known model.
+        ValueError: neither path names a known model.
     """
     name = config.model.checkpoint
     if name and (Path(name).is_dir() or "shapes" in name):

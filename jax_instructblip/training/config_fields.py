@@ -71,7 +71,6 @@ FIELDS: dict[str, Field] = {
     "data.workers": whole(0, 1_024, unit="processes"),
     "chat.template": one_of("", *CHAT_TEMPLATES),
     "chat.limit": whole(1, _TOKENS, unit="tokens and visual vectors"),
-    "chat.legacy": flag(),
     "chat.image_order": one_of(*ORDERS),
     "text.qformer_limit": whole(3, _TOKENS, unit="tokens"),
     "text.prompt_limit": whole(1, _TOKENS, unit="tokens"),

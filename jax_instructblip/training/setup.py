@@ -202,9 +202,7 @@ def read_chat(config: ConfigDict, text: TextProcessor) -> ConversationProcessor 
     if not chat.template:
         return None
     try:
-        return ConversationProcessor.for_model(
-            text, chat.template, limit=chat.limit, legacy=chat.legacy
-        )
+        return ConversationProcessor.for_model(text, chat.template, limit=chat.limit)
     except ValueError as error:
         raise ValueError(f"config.chat.template: {error}") from error
 

@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
+import jax_instructblip
 from jax_instructblip import atomic, checkpoint
 from jax_instructblip.__main__ import main
+from jax_instructblip.models.released import VARIANTS
 from jax_instructblip.models.variants import Variant
 from tests.helpers.hf_folders import bits, copy, tensors
 
@@ -55,6 +57,11 @@ def test_wrong_variant_and_wrong_folder_are_one_error(forge, tmp_path, capsys):
     assert main(words) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "is not tiny-vicuna; it fits tiny-t5" in error
+    wider = VARIANTS["tiny-t5"].replace(**{"qformer.mlp": 64})
+    with pytest.raises(
+        ValueError, match=r"not of the variant that was asked for(.|\n)*qformer\.mlp"
+    ):
+        jax_instructblip.convert(forge(FLAN, "bfloat16"), out, variant=wider)
     assert main(["convert", str(tmp_path), "--out", str(out)]) == 1
     assert "config.json cannot be read" in capsys.readouterr().err
     assert main(["export", str(tmp_path), "--out", str(out)]) == 1
@@ -130,7 +137,7 @@ def test_tied_head_and_dropped_tensors_are_reported(forge, tmp_path, capsys):
     assert main(["convert", str(folder), "--out", str(tmp_path / "ours")]) == 0
     out = capsys.readouterr().out
     assert "left out qformer.embeddings.position_ids: a buffer" in out
-    assert "filled from the tied embedding" in out
+    assert "the head is the token embedding" in out
 
 
 @pytest.mark.parametrize(

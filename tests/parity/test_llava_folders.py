@@ -107,7 +107,7 @@ def test_greedy_tokens_of_twenty_prompts(pair):
 
 
 def test_gradients_of_the_projector(pair):
-    """Of the sum of squared logits, which every slot takes part in."""
+    """The loss is the sum of squared logits, which depends on every slot."""
     rows, images = draw_conversations(3, pair.variant.llm.vocab, pair.image)
     batch = jax.tree.map(jnp.asarray, batch_of(rows, images, pair.image))
     model = VisionLanguageModel(pair.variant)

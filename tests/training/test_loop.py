@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -124,9 +123,7 @@ def test_train_4_is_train_2_and_resume_2_in_a_new_process(files, tmp_path):
         f"get_config = lambda: ConfigDict({config.to_dict()!r}).lock()\n"
     )
     words = [f"--config={path}"]
-    first = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(INTERRUPTED), *words], timeout=600
-    )
+    first = subprocess.run([sys.executable, "-c", INTERRUPTED, *words], timeout=600)
     assert first.returncode == 9
     parts = tmp_path / "parts"
     assert os.listdir(parts / "checkpoints") == ["2"]

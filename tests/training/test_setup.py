@@ -1,6 +1,8 @@
 """The data that a configuration may train on."""
 
 import dataclasses
+import json
+import shutil
 import types
 
 import pytest
@@ -98,7 +100,7 @@ def test_what_the_model_has_not_is_named_before_weights_are_read(fields, message
         check_model(config)
 
 
-def test_conversations_are_written_as_the_config_says():
+def test_conversations_are_written_as_config_and_tokenizer_say(tmp_path):
     config = common.get_config()
     variant = read_source("shapes_llama").variant
     text = TextProcessor.load(read_source("shapes_llama").folder, variant)
@@ -106,8 +108,10 @@ def test_conversations_are_written_as_the_config_says():
     config.update_from_flattened_dict({"chat.template": "v1", "chat.limit": 99})
     chat = read_chat(config, text)
     assert chat is not None and (chat.name, chat.limit) == ("v1", 99)
-    config.chat.legacy = False
-    newer = read_chat(config, text)
+    shutil.copytree(read_source("shapes_llama").folder, tmp_path / "newer")
+    path = tmp_path / "newer" / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "legacy": False}))
+    newer = read_chat(config, TextProcessor.load(tmp_path / "newer", variant))
     assert newer is not None and newer.fingerprint() != chat.fingerprint()
 
 
