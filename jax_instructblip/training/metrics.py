@@ -4,13 +4,13 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from jax_instructblip.atomic import write_file
 from jax_instructblip.data import loader
@@ -56,7 +56,7 @@ class MetricsWriter:
         if answers or self._answers.exists():
             write_file(self._answers, "".join(map(_json_line, answers)))
         self._file = path.open("a", buffering=1)  # line-buffered, so that a kill loses no line
-        self._board = SummaryWriter(str(Path(folder) / FOLDER), purge_step=start + 1)
+        self._board = _open_board(Path(folder) / FOLDER, purge_step=start + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Appends the numbers of one step."""
@@ -235,3 +235,19 @@ class Window:
         values |= {names[name]: count for name, count in self._counts.items() if count}
         self.restart()
         return values
+
+
+def _open_board(folder: Path, purge_step: int) -> Any:
+    """Returns the writer of TensorBoard files, a `tensorboardX.SummaryWriter`.
+
+    tensorboardX imports torch wherever that is installed, which takes two seconds; only torch's own
+    tensors need it. While tensorboardX is imported, torch is hidden.
+    """
+    hidden = {} if "torch" in sys.modules else {"torch": None}
+    sys.modules.update(hidden)  # type: ignore[arg-type]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    return SummaryWriter(str(folder), purge_step=purge_step)

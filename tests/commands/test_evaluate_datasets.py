@@ -115,6 +115,7 @@ def alone(arguments):
     return said
 
 
+@pytest.mark.full
 def test_two_processes_with_four_devices_each_write_the_same(base, data, whole, settings, tmp_path):
     arguments = ["evaluate", *words(base, data, tmp_path / "out", SHARED, *settings)]
     found = ended(start(2, 4, arguments))

@@ -163,6 +163,7 @@ def test_a_killed_run_goes_on_where_it_stopped(stage1, data, whole, tmp_path, mo
     assert not list((tmp_path / "predictions").glob("*.partial"))
 
 
+@pytest.mark.full
 def test_several_devices_find_the_same(stage1, data, whole, tmp_path):
     arguments = words(stage1, data, tmp_path, "--k=3", "--batch_size=8", "--fsdp=2")
     code = f"from jax_instructblip.__main__ import main\nassert main({arguments!r}) == 0"

@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from jax_instructblip.training.metrics import (
     ANSWERS,
     FILE,
@@ -8,6 +10,7 @@ from jax_instructblip.training.metrics import (
     read_answers,
     read_metrics,
 )
+from tests.helpers.interpreter import run_python
 
 
 def steps(folder):
@@ -94,3 +97,15 @@ def test_damaged_lines_are_set_aside_and_counted(tmp_path):
 
 def test_no_file_is_no_lines(tmp_path):
     assert read_metrics(tmp_path) == []
+
+
+def test_a_board_is_opened_without_torch(tmp_path):
+    """tensorboardX would import it, for two seconds of every training."""
+    pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
+    found = run_python(f"""
+        import sys
+        from jax_instructblip.training.metrics import MetricsWriter
+        MetricsWriter({str(tmp_path)!r}).close()
+        print("tensorboardX" in sys.modules, "torch" in sys.modules)
+    """)
+    assert found.split() == ["True", "False"]

@@ -21,7 +21,7 @@ def compiled_once(tmp_path_factory):
         yield
 
 
-@pytest.mark.parametrize("shared", [1, 2])
+@pytest.mark.parametrize("shared", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_run_learns_and_its_model_answers(files, tmp_path, shared):
     fields = {"data.samples_per_row": shared, "model.llm_dropout": 0.0}
     whole = run(make_config(files, tmp_path / "whole", **{"train.steps": 20, **fields}))

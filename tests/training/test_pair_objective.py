@@ -83,7 +83,7 @@ batch = {
 }
 objective = PairObjective(Blip2(variant), by_image=True)
 found, program = {}, ""
-for sizes in ((1, 1, 1), (4, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2)):
+for sizes in ((1, 1, 1), (4, 1, 1), (8, 1, 1), (2, 2, 2)):
     count = int(np.prod(sizes))
     mesh = make_mesh(*sizes, jax.devices()[:count])
     trained, frozen = partition(params, ("qformer", "heads"))
@@ -122,7 +122,7 @@ def test_losses_and_gradients_do_not_depend_on_the_mesh(meshes):
     value, itc, itm, itg, _ = meshes["(1, 1, 1)"]
     assert value == pytest.approx(itc + itm + itg, abs=1e-5) and meshes["moved"] > 1
     assert min(itc, itm, itg) > 0.1
-    for sizes in ("(4, 1, 1)", "(8, 1, 1)", "(2, 4, 1)", "(2, 2, 2)"):
+    for sizes in ("(4, 1, 1)", "(8, 1, 1)", "(2, 2, 2)"):
         *values, far = meshes[sizes]
         assert values == pytest.approx([value, itc, itm, itg], abs=1e-5), sizes
         assert far < 1e-5 * meshes["moved"], sizes  # the largest entry of the gradient

@@ -33,7 +33,8 @@ def shapes_of(variant, trainable=("qformer",), **sizes):
     return chosen, frozen, batch, jax.eval_shape(lambda: jax.random.key(0))
 
 
-@pytest.mark.parametrize("kind", [pytest.param("llama", marks=pytest.mark.full), "t5"])
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_gradients_are_the_same(kind):
     """With dropout on: the same is dropped the second time."""
     variant = tiny_variant(kind, **{"qformer.dropout": 0.3, "llm.dropout": 0.3})

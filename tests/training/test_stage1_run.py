@@ -119,6 +119,7 @@ def test_a_run_loads_as_a_retriever_and_frozen_weights_are_the_bases(files, run)
     assert moved == set(PARTS)
 
 
+@pytest.mark.full
 def test_fine_tuning_for_retrieval_trains_the_tower_on_larger_images(files, run, tmp_path):
     """From a first stage; captions of one image are right for it, all of them."""
     folder, _, _ = files

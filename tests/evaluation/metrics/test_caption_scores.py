@@ -76,6 +76,7 @@ def test_recorded_scores(captioned, golden, name, java):
     assert ("no Java" in " ".join(scores.notes)) is not java
 
 
+@pytest.mark.full
 def test_recorded_scores_of_degenerate_captions_on_the_whole_split(captioned, golden):
     responses, records = captioned("degenerate_val2017")
     check(score_captions(responses, records, java=False), golden["degenerate_val2017"], records)
