@@ -57,6 +57,7 @@ SLOW = (
     "tensorflow_datasets",
     "grain",
     "matplotlib",
+    "openai",
 )
 SLOW += ("ml_collections",)
 
