@@ -11,6 +11,7 @@ from jax_instructblip.files import kind_of, parse_json
 RETRY_AFTER_LIMIT = 600.0  # seconds; a longer wait that a server asks for is cut to this
 _OVERLOAD = (408, 409, 425, 429)  # and all of 500 and above
 _REFUSED = (400, 413, 422)  # this request alone cannot be answered
+_LIMITS = ("max_tokens", "max_completion_tokens")  # names of the limit of an answer
 _REASON_LIMIT = 300  # characters of a server's own message
 
 
@@ -75,6 +76,7 @@ class Client:
             max_retries=0,
         )
         self.url = str(self._client.base_url)
+        self._limit = _LIMITS[0]
 
     async def send(self, messages: Sequence[Mapping[str, str]]) -> Reply:
         """Sends one request and returns the reply.
@@ -84,12 +86,12 @@ class Client:
           RefusedError: the request itself is refused.
           EndpointError: no request can be answered.
         """
-        openai, settings = self._openai, self._settings
+        openai, settings, limit = self._openai, self._settings, self._limit
         body: dict[str, Any] = {
             "model": settings.model,
             "messages": list(messages),
             "temperature": settings.temperature,
-            "max_tokens": settings.answer_tokens,
+            limit: settings.answer_tokens,
         }
         try:
             # The library's own limit is of each read: a server that trickles would hold it forever.
@@ -99,6 +101,10 @@ class Client:
         except (TimeoutError, openai.APITimeoutError):
             raise TransientError(f"no complete answer in {settings.timeout:g} seconds") from None
         except openai.APIStatusError as error:
+            # Servers know one name of the limit or both; the newer models of OpenAI refuse the old.
+            if error.status_code == 400 and limit == _LIMITS[0] and _LIMITS[1] in error.message:
+                self._limit = _LIMITS[1]
+                return await self.send(messages)
             raise _status_error(error) from None
         except openai.APIConnectionError as error:
             raise TransientError(f"no connection: {error.__cause__ or error}") from None
@@ -137,7 +143,7 @@ def _retry_after(header: str | None) -> float:
 def _reply(content: bytes) -> Reply:
     """Returns the reply in the body of an answer; raises a TransientError if it is none."""
     try:
-        body = parse_json(content)
+        body = parse_json(content, allow_nan=True)  # servers add log-probabilities and the like
     except ValueError as error:
         raise TransientError(f"the body of the answer is {error}") from None
     choices = body.get("choices") if isinstance(body, dict) else None

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import threading
 
 import pytest
 
@@ -36,7 +37,7 @@ def start(tmp_path, monkeypatch):
 
     def start(texts, server=None, **changes):
         requests = [Request(each, ({"role": "user", "content": each},)) for each in texts]
-        with chat_server(reply, name=question, **(server or {})) as running:
+        with chat_server(**{"answer": reply, "name": question, **(server or {})}) as running:
             start.server = running
             settings = dataclasses.replace(SETTINGS, endpoint=running.url, **changes)
             return ask(requests, settings, tmp_path / "j.jsonl", {"p": 1}, is_usable)
@@ -48,9 +49,9 @@ TEXTS = [f"q{number}" for number in range(24)]
 
 
 def test_every_request_is_answered_once_whatever_fails(start):
-    """Of the first 24 requests half fail, in all ways in turn."""
-    fault = lambda n: FAULTS[n // 2 % len(FAULTS)] if n % 2 == 0 and n < 24 else GOOD
-    outcome = start(TEXTS, {"fault": fault}, timeout=1.5, attempts=10)
+    """Every second request fails in another way, until all ways are through."""
+    fault = lambda n: FAULTS[n // 2] if n % 2 == 0 and n // 2 < len(FAULTS) else GOOD
+    outcome = start(TEXTS, {"fault": fault}, timeout=4.0)
     assert list(outcome.answers) == TEXTS and not outcome.missing
     assert outcome.answers["q7"] == "about q7"
     log = start.server.log
@@ -64,8 +65,15 @@ def test_every_request_is_answered_once_whatever_fails(start):
 
 
 def test_as_many_requests_as_allowed_run_at_once(start):
-    start(TEXTS, {"delay": 0.02}, concurrency=5)
-    assert start.server.most == 5
+    """A request is answered when four are there."""
+    barrier = threading.Barrier(4)
+
+    def answer(messages):
+        barrier.wait(60)
+        return reply(messages)
+
+    start(TEXTS, {"answer": answer}, timeout=60.0)
+    assert start.server.most == 4
 
 
 def test_what_is_sent(start):
@@ -78,6 +86,13 @@ def test_what_is_sent(start):
             "max_tokens": 20,
         }
     ]
+
+
+def test_the_newer_name_of_the_limit_is_taken_where_the_older_is_refused(start):
+    refusal = "400 use 'max_completion_tokens' instead of 'max_tokens'"
+    start(["a", "b"], {"fault": lambda n: GOOD if n else refusal}, concurrency=1)
+    sent = [body.keys() & {"max_tokens", "max_completion_tokens"} for body in start.server.bodies]
+    assert sent == [{"max_tokens"}, {"max_completion_tokens"}, {"max_completion_tokens"}]
 
 
 def test_unusable_answers_are_given_up_and_tried_again_with_more_attempts(start):

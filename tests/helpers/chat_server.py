@@ -15,8 +15,9 @@ TOKENS = 42  # of a request and its answer
 class ChatServer(http.server.ThreadingHTTPServer):
     """Answers chat requests with `answer(messages)`.
 
-    `fault(n)` says what becomes of the n-th request, from 0 on: GOOD or one of FAULTS. `log` has
-    for each request what it was about (`name(messages)`) and what became of it.
+    `fault(n)` says what becomes of the n-th request, from 0 on: GOOD, one of FAULTS, or an HTTP
+    status and a message. `log` has for each request what it was about (`name(messages)`) and what
+    became of it.
     """
 
     daemon_threads = True
@@ -66,9 +67,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if what == "silence":
             self.server.closing.wait(self.server.silence)
             self.close_connection = True
-        elif what.isdigit():
+        elif what[:3].isdigit():
             error = {"error": {"message": f"stub {what}", "code": None}}
-            self._send(int(what), json.dumps(error))
+            self._send(int(what[:3]), json.dumps(error))
         elif what == "no json":
             self._send(200, '{"choices": [{"message": {"content": "It')
         else:
