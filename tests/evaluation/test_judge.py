@@ -1,5 +1,6 @@
 """The judge of LLaVA-Bench: its messages, its scores, reviews that fail, and a run that goes on."""
 
+import dataclasses
 import json
 
 import pytest
@@ -87,6 +88,21 @@ def test_the_published_files_make_the_published_messages(shared):
             f"[Assistant 1]\n{text}\n\n[End of Assistant 1]\n\n"
             f"[Assistant 2]\n{text}\n\n[End of Assistant 2]\n\n[System]\n{rule['prompt']}\n\n"
         )
+
+
+def test_published_answers_in_the_wild_are_read(shared, files):
+    answers = shared / "data/llava/eval/llava-bench-in-the-wild/answers/llava-v1.5-13b.jsonl"
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    questions = [
+        {"question_id": row["question_id"], "image": "0.jpg", "text": row["prompt"]} for row in rows
+    ]
+    inputs = files(60, questions=[{**each, "category": "conv"} for each in questions])
+    rules = shared / "data/llava/review/rule.json"
+    cases = make_cases(dataclasses.replace(inputs, answers=answers, rules=rules))
+    assert len(cases) == 60
+    for case, row in zip(cases, rows, strict=True):
+        assert case.model == (row["text"], row["answer_id"])
+        assert f"[Assistant 2]\n{row['text']}\n\n[End" in case.request.messages[1]["content"]
 
 
 def test_without_boxes_the_rules_in_the_wild_hold(files):
