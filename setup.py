@@ -40,6 +40,7 @@ EXTRAS = {
     "gpu": ["jax[cuda12]>=0.10"],  # CUDA 12 runs on older drivers (525) than CUDA 13 does (580)
     "tpu": ["jax[tpu]>=0.10"],  # libtpu; also compiles for a TPU on a machine without one
     "eval": ["pycocoevalcap>=1.2"],  # CIDEr, BLEU, ROUGE and METEOR as the papers count them
+    "judge": ["openai>=3.57"],  # asks chat endpoints: instruction data, the judge of LLaVA-Bench
     "gcs": ["gcsfs>=2024.6"],  # runs, checkpoints and data in gs://
     "s3": ["s3fs>=2024.6"],  # likewise in s3://
     "video": ["av>=18"],  # frames of videos, by FFmpeg, which its wheels bring along
@@ -52,6 +53,7 @@ EXTRAS = {
         "pytest-xdist>=3.8",  # tests on several cores
         "beartype>=0.22",  # checks the shapes of models/ while tests run
         "av>=18",  # the tests of data/video.py
+        "openai>=3.57",  # the tests of endpoint/ and of what asks through it
         "s3fs>=2024.6",  # the tests of stores.py, beside the server of the next line
         "moto[s3]>=5",  # an S3 server on this machine, with flask
         "flask>=3",
@@ -98,7 +100,7 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["jax_instructblip", "jax_instructblip.*"]),
     # `embedded` holds shipped checkpoints: nested folders whose file names Orbax chooses, some of
     # them hidden, which `**` alone leaves out.
-    package_data={"jax_instructblip": ["embedded/**", "embedded/**/.*", "**/*.json"]},
+    package_data={"jax_instructblip": ["embedded/**", "embedded/**/.*", "**/*.json", "**/*.txt"]},
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["jax-instructblip = jax_instructblip.__main__:main"]},

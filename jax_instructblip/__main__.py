@@ -1,6 +1,6 @@
 """The command line `jax-instructblip VERB ...`, or `python -m jax_instructblip VERB ...`.
 
-VERB is a module of `jax_instructblip.commands`; only this module is imported.
+VERB is a module of `jax_instructblip.commands`, `-` in place of `_`; only this module is imported.
 """
 
 import ast
@@ -26,7 +26,7 @@ _PACKAGE = Path(__file__).parent
 def find_verbs() -> dict[str, Path]:
     """Returns verb -> file for all modules of `commands` that define `main`."""
     files = {
-        module.name: Path(folder, f"{module.name}.py")
+        module.name.replace("_", "-"): Path(folder, f"{module.name}.py")
         for folder in commands.__path__
         for module in pkgutil.iter_modules([folder])
     }
@@ -101,7 +101,7 @@ def _run(words: list[str]) -> int:
         return 2
     tpu_compiler.set_flags()  # this and the next line must run before a verb imports JAX
     program_cache.set_default()
-    return importlib.import_module(f"{commands.__name__}.{verb}").main(rest)
+    return importlib.import_module(f"{commands.__name__}.{verbs[verb].stem}").main(rest)
 
 
 def _sentence(error: Exception) -> str:

@@ -25,6 +25,7 @@ LAYERS = {
     "tpu_compiler": 0,
     "program_cache": 0,
     "stores": 1,
+    "endpoint": 1,
     "data": 2,
     "checkpoint": 2,
     "parallel": 2,

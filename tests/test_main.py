@@ -37,6 +37,12 @@ def test_runs_the_verb_with_the_words_after_it(verbs, capsys):
     assert capsys.readouterr().out == "['--loud', 'you']\n"
 
 
+def test_a_verb_of_two_words_has_a_hyphen(verbs, capsys):
+    verbs(say_it="print(argv); return 0")
+    assert cli.main(["say-it", "loud"]) == 0 and cli.main(["say_it"]) == 2
+    assert capsys.readouterr().out == "['loud']\n"
+
+
 def test_help_lists_every_verb_without_importing_one(verbs, tmp_path, capsys):
     verbs(greet="return 0", wave="return 0")
     with (tmp_path / "wave.py").open("a") as module:
@@ -57,6 +63,7 @@ SLOW = (
     "tensorflow_datasets",
     "grain",
     "matplotlib",
+    "openai",
 )
 SLOW += ("ml_collections",)
 

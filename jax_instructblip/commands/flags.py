@@ -4,9 +4,14 @@ This module is no verb: it has no `main`.
 """
 
 import argparse
+import dataclasses
+import sys
 from collections.abc import Sequence
 
 from jax_instructblip.conversion.safetensors import SHARD_SIZE
+from jax_instructblip.endpoint import settings as endpoint
+from jax_instructblip.endpoint.asking import preview
+from jax_instructblip.endpoint.journal import Request
 from jax_instructblip.evaluation import settings
 from jax_instructblip.fields import MOST_SECONDS, Field, find_problems, number, text_problem, whole
 from jax_instructblip.files import find_addresses
@@ -15,6 +20,7 @@ from jax_instructblip.models.variants import DTYPES
 # Allowed values by flag name: a flag means the same in every verb.
 NUMBERS: dict[str, Field] = {
     **settings.NUMBERS,
+    **endpoint.NUMBERS,
     "frames": whole(1, 1_024, unit="of a video"),
     "max_missing": number(0, 1, unit="part of the records"),
     "process": whole(0, special=(-1,)),
@@ -60,6 +66,61 @@ def add_step(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of a run: the checkpoint of the highest validation/score",
     )
+
+
+def add_endpoint(
+    parser: argparse.ArgumentParser, temperature: float, *, required: bool = True
+) -> None:
+    """Adds the flags of `EndpointSettings` and `--dry_run`.
+
+    `temperature` is a default; `required` tells whether `--model` is.
+    """
+    of = endpoint.EndpointSettings
+    group = parser.add_argument_group(
+        "the endpoint",
+        f"Any OpenAI-compatible one; the environment variable {endpoint.KEY} holds its key.",
+    )
+    add = group.add_argument
+    add("--model", required=required, help="the name under which the endpoint knows it")
+    add("--endpoint", default="", metavar="URL", help="as http://localhost:8000/v1 (OpenAI's)")
+    add("--temperature", type=float, default=temperature, help="of sampling (%(default)s)")
+    add("--answer_tokens", type=int, default=of.answer_tokens, help="of one answer (%(default)s)")
+    add("--max_tokens", type=int, default=of.max_tokens, help="of the whole run (0: no limit)")
+    add("--concurrency", type=int, default=of.concurrency, help="requests at once (%(default)s)")
+    add("--timeout", type=float, default=of.timeout, help="seconds for an answer (%(default)s)")
+    add(
+        "--attempts",
+        type=int,
+        default=of.attempts,
+        help="answers to a request, until one is usable (%(default)s)",
+    )
+    add(
+        "--retries",
+        type=int,
+        default=of.retries,
+        help="failures in a row of one request that do not end the run (%(default)s)",
+    )
+    add(
+        "--backoff",
+        type=float,
+        default=of.backoff,
+        help="seconds to wait after a failure; doubled after each further one (%(default)s)",
+    )
+    add("--dry_run", action="store_true", help="print the requests as JSON lines; send nothing")
+
+
+def read_endpoint(flags: argparse.Namespace) -> endpoint.EndpointSettings:
+    """Returns the settings that the flags of `add_endpoint` give."""
+    names = [field.name for field in dataclasses.fields(endpoint.EndpointSettings)]
+    return endpoint.EndpointSettings(**{name: getattr(flags, name) for name in names})
+
+
+def print_requests(requests: Sequence[Request], settings: endpoint.EndpointSettings) -> None:
+    """Prints requests to stdout, an estimate of their tokens to stderr."""
+    lines, summary = preview(requests, settings)
+    for line in lines:
+        print(line)
+    print(summary, file=sys.stderr)
 
 
 def without_accelerator() -> None:

@@ -15,12 +15,16 @@ from tests.helpers.bucket import bucket
 ADDRESS = "s3://bucket/x"
 STORE = "memory://bucket/x"
 ASK = ["--image", "a.png", "--prompt", "what?"]
+JUDGE = ["judge", "--contexts", "a", "--reference", "a", "--answers", "a", "--rules", "a"]
+JUDGE += ["--model", "m", "--questions"]
 REFUSED = [  # read from a disk, or written to one
     ["backbones", "towers", ADDRESS],
     ["backbones", "merge", "a", ADDRESS, "c"],
     ["backbones", "merge", "a", "b", ADDRESS],
     ["features", "--checkpoint", "a", "--images", ADDRESS, "--out", "a"],
     ["features", "--checkpoint", "a", "--images", "a", "--out", ADDRESS],
+    ["instruct-data", "a.jsonl", "--model", "m", "--out", ADDRESS],
+    [*JUDGE, "a", "--out", ADDRESS],
     ["plan", "--config", "a.py", "--topology", "cpu:1", "--json", ADDRESS],
     ["prepare", "vsr", "--raw", ADDRESS, "--out", "a"],
     ["train", "--config", "a.py", "--profile", ADDRESS],
@@ -38,6 +42,9 @@ READ = [
     ["features", "--checkpoint", ADDRESS, "--images", "a", "--out", "a"],
     ["generate", "--checkpoint", ADDRESS, *ASK],
     ["generate", "--checkpoint", "shapes_t5", "--image", ADDRESS, "--prompt", "what?"],
+    ["instruct-data", ADDRESS, "--model", "m", "--out", "a"],
+    [*JUDGE, ADDRESS, "--out", "a"],
+    ["judge", "--reviews", ADDRESS],
     ["merge", ADDRESS, "--out", "a"],
     ["plan", "--config", ADDRESS, "--topology", "cpu:1"],
     ["rank", "--checkpoint", ADDRESS, *ASK, "--candidates", "a,b"],
