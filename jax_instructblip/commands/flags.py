@@ -5,8 +5,10 @@ This module is no verb: it has no `main`.
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from jax_instructblip.conversion.safetensors import SHARD_SIZE
+from jax_instructblip.data.chat_templates import CHAT_TEMPLATES
 from jax_instructblip.evaluation import settings
 from jax_instructblip.fields import MOST_SECONDS, Field, find_problems, number, text_problem, whole
 from jax_instructblip.files import find_addresses
@@ -48,6 +50,15 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         help="of weights and computing (default: bfloat16, on a CPU float32)",
+    )
+
+
+def add_template(parser: Any) -> None:
+    """Adds `--template` to the parser or group."""
+    parser.add_argument(
+        "--template",
+        choices=tuple(CHAT_TEMPLATES),
+        help="chat template to ask the model by (default: its own; LLaVA has one)",
     )
 
 
