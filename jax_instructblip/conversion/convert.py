@@ -16,8 +16,9 @@ from jax_instructblip.conversion.original import Original, original_files, read_
 from jax_instructblip.conversion.safetensors import ConversionError
 from jax_instructblip.conversion.stored_model import copy_tokenizers, write_sides
 from jax_instructblip.data.captions import CaptionTokenizer
-from jax_instructblip.data.chat_text import load_text_processor
+from jax_instructblip.data.chat_text import ChatTextProcessor
 from jax_instructblip.data.input_format import InputFormat
+from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.models.released import released_name
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.progress import count_bytes
@@ -64,7 +65,8 @@ def convert(
             original = read_original(files, variant, llm=llm, bert=bert)
             name = " + ".join(map(str, files))
             asked = _asked_by(original.variant, original.input_format, template)
-            _write(original, asked, original.copy_tokenizers, name, target, title)
+            copy = original.copy_tokenizers
+            _write(original, (asked, template), copy, name, target, title)
         else:
             (given,) = [source] if isinstance(source, str | os.PathLike) else source
             if apart := [name for name, path in {"llm": llm, "bert": bert}.items() if path]:
@@ -77,20 +79,23 @@ def convert(
             copy = lambda partial: copy_tokenizers(folder, partial, found.variant)
             asked = _asked_by(found.variant, found.input_format, template)
             # A foreign tokenizer is refused before anything is written.
-            _tokenizer_problem(folder, found.variant, asked)
-            _write(found, asked, copy, str(folder), target, title)
+            _tokenizer_problem(folder, found.variant, asked, template)
+            _write(found, (asked, template), copy, str(folder), target, title)
     return title if is_remote(out) else target
 
 
 def _write(
     conversion: Conversion | Original,
-    asked: InputFormat,
+    asked: tuple[InputFormat, str | None],
     copy: Callable[[Path], list[str]],
     name: str,
     out: Path,
     title: str,
 ) -> None:
-    """Writes the checkpoint folder, and prints what is in it and what it lacks."""
+    """Writes the checkpoint folder, and prints what is in it and what it lacks.
+
+    `asked` is how the model is asked, and the chat template if one was chosen.
+    """
     described, source, leaves = conversion[:3]
     check_room(out, leaves.nbytes)
     absent: list[str] = []
@@ -98,10 +103,10 @@ def _write(
     not_finite: list[str] = []
 
     def add(partial: Path) -> None:
-        write_sides(partial, described, source, {}, asked)
+        write_sides(partial, described, source, {}, asked[0])
         absent.extend(copy(partial))
         if not absent:
-            unread.append(_tokenizer_problem(partial, described, asked))
+            unread.append(_tokenizer_problem(partial, described, *asked))
 
     with count_bytes(leaves.nbytes, "converting") as count:
 
@@ -145,17 +150,29 @@ def _asked_by(variant: Variant, usual: InputFormat, template: str | None) -> Inp
     return usual.with_template(template)
 
 
-def _tokenizer_problem(folder: Path, variant: Variant, asked: InputFormat) -> str:
-    """Returns a sentence about missing tokenizers, "" if there are none missing.
+def _tokenizer_problem(
+    folder: Path, variant: Variant, asked: InputFormat, template: str | None
+) -> str:
+    """Returns a sentence about why a folder's tokenizers cannot be asked by, "" if they can.
+
+    They are missing, or the usual chat template is of another tokenizer.
 
     Raises:
-        ValueError: a tokenizer is damaged or of another model, or of another chat template.
+        ValueError: a tokenizer is damaged or of another model, or does not fit the `template` that
+            was chosen.
     """
     try:
         if variant.llm is None:
             CaptionTokenizer.load(folder, variant)
-        else:
-            load_text_processor(folder, variant, asked)
+            return ""
+        text = TextProcessor.load(folder, variant, input_format=asked)
     except FileNotFoundError as error:
         return str(error)
+    try:
+        if asked.template:
+            ChatTextProcessor.of(text)
+    except ValueError as error:
+        if template is not None:
+            raise
+        return f"{error}; name another one (--template), else"
     return ""

@@ -37,7 +37,7 @@ def table_of(*ids, sequence=()):
 def model():
     params = random_params(VARIANT, seed=3)
     model = VisionLanguageModel(VARIANT)
-    return model, params, to_answer(make_batch(VARIANT, ROWS))
+    return model, *jax.tree.map(jnp.asarray, (params, to_answer(make_batch(VARIANT, ROWS))))
 
 
 def generate(model, config, table=None, rows=None):
