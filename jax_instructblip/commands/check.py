@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--limit",
         type=int,
+        default=argparse.SUPPRESS,
         help="of a conversation: most tokens and visual vectors (default: the model's, or 2048)",
     )
     flags = parser.parse_args(argv)
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
     text = load_text(flags.checkpoint, flags.template)
     chat = None
     if isinstance(text, ChatTextProcessor):
-        chat = text.chat if flags.limit is None else text.with_limit(flags.limit).chat
+        chat = text.with_limit(flags.limit).chat if "limit" in flags else text.chat
     findings = examine(flags.file, text, flags.samples, chat)
     for line in describe(flags.file, findings, text):
         print(line)

@@ -77,7 +77,7 @@ def _template(tokenizer: Path, config: Mapping[str, Any]) -> str:
         if tokens.keys() >= set(CHAT_TEMPLATES[name].tokens):
             return name
     section = config.get("text_config") or {}
-    return _BY_FAMILY.get(section.get("model_type"), _USUAL)
+    return _BY_FAMILY.get(str(section.get("model_type")), _USUAL)
 
 
 def _image_crop(variant: Variant, facts: Mapping[str, Any]) -> str:

@@ -105,7 +105,7 @@ def resize_padded(image: Image.Image, size: int) -> np.ndarray:
     """
     side = max(image.size)
     square = Image.new("RGB", (side, side), PADDING)
-    square.paste(image, tuple((side - each) // 2 for each in image.size))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return resize_squash(square, size)
 
 

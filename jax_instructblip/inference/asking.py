@@ -61,7 +61,7 @@ def stream_files(
     questions = _check(checkpoint, images, prompts)
     blip = load(checkpoint, dtype=dtype, template=template)
     for question in questions:
-        image, prompt = question.frames[0], question.prompt
+        image, prompt = question.frames[0], str(question.prompt)
         yield image, prompt, blip.stream(image, prompt, config)
 
 

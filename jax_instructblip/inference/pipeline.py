@@ -376,7 +376,9 @@ class InstructBlipPipeline(BatchRunner):
 
 
 # The class that `load` returns, by the kind of model.
-READERS = dict.fromkeys(("instructblip", "blip2", "llava"), InstructBlipPipeline)
+READERS: dict[str, type[InstructBlipPipeline]] = dict.fromkeys(
+    ("instructblip", "blip2", "llava"), InstructBlipPipeline
+)
 
 
 @functools.partial(jax.jit, static_argnums=0)
