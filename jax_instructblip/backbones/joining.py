@@ -16,6 +16,7 @@ from jax_instructblip.atomic import check_room
 from jax_instructblip.conversion.engine import Plan, is_finite
 from jax_instructblip.conversion.stored_model import write_sides
 from jax_instructblip.data.captions import CaptionTokenizer
+from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.loading import Source, stored_model
 from jax_instructblip.models.variants import Variant
@@ -106,7 +107,8 @@ def write_joined(
             raise ValueError(
                 "\n  ".join([f"these parts make no whole model ({len(wrong)}):", *wrong])
             )
-        write_sides(partial, variant, {name: part.origin for name, part in parts.items()}, {})
+        origins = {name: part.origin for name, part in parts.items()}
+        write_sides(partial, variant, origins, {}, InputFormat())
         copy_tokenizers(partial)
         reader = CaptionTokenizer if variant.llm is None else TextProcessor
         reader.load(partial, variant)

@@ -27,6 +27,7 @@ _FIELDS = _NEEDED | {
     "score": number(optional=True),
     "data": mapping(),
     "text": mapping(),
+    "input_format": mapping(),
     _MANIFESTS: mapping(),
 }
 _BASE = {"path": text(), "sha256": text(), "name": text()}

@@ -1,15 +1,14 @@
 """Reads a file of your own data as training would, and reports every bad line.
 
 Opens every image, counts tokens, and shows a few samples with the loss's target tokens in
-[brackets]. With --template every line is a conversation; the file may then be a JSON list in
-LLaVA's layout. The exit code is 1 if any line is bad.
+[brackets]. With --template, and for a model with a chat template, every line is a conversation; the
+file may then be a JSON list in LLaVA's layout. The exit code is 1 if any line is bad.
 """
 
 import argparse
 import pathlib
 
-from jax_instructblip.commands.flags import check_flags
-from jax_instructblip.data.chat_templates import CHAT_TEMPLATES, LIMIT
+from jax_instructblip.commands.flags import add_template, check_flags
 
 
 def main(argv: list[str]) -> int:
@@ -24,27 +23,23 @@ def main(argv: list[str]) -> int:
         help="whose tokenizers count: a folder, a run or an embedded name (default: %(default)s)",
     )
     parser.add_argument("--samples", type=int, default=5, help="how many to show (default: 5)")
-    parser.add_argument(
-        "--template",
-        choices=tuple(CHAT_TEMPLATES),
-        help="chat template: shows the turns of conversations, with ids",
-    )
+    add_template(parser)
     parser.add_argument(
         "--limit",
         type=int,
-        default=LIMIT,
-        help="with --template: most tokens and visual vectors of a sample (default: %(default)s)",
+        default=argparse.SUPPRESS,
+        help="of a conversation: most tokens and visual vectors (default: the model's, or 2048)",
     )
     flags = parser.parse_args(argv)
     check_flags(flags, stores=("file", "checkpoint"))
-    from jax_instructblip.data.conversation import ConversationProcessor
+    from jax_instructblip.data.chat_text import ChatTextProcessor
     from jax_instructblip.data.jsonl_check import describe, examine
     from jax_instructblip.inference.text_loading import load_text
 
-    text = load_text(flags.checkpoint)
+    text = load_text(flags.checkpoint, flags.template)
     chat = None
-    if flags.template:
-        chat = ConversationProcessor.for_model(text, flags.template, limit=flags.limit)
+    if isinstance(text, ChatTextProcessor):
+        chat = text.with_limit(flags.limit).chat if "limit" in flags else text.chat
     findings = examine(flags.file, text, flags.samples, chat)
     for line in describe(flags.file, findings, text):
         print(line)

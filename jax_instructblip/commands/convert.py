@@ -9,7 +9,7 @@ model's file together with its towers' files, and name the model:
 import argparse
 from pathlib import Path
 
-from jax_instructblip.commands.flags import check_flags, without_accelerator
+from jax_instructblip.commands.flags import add_template, check_flags, without_accelerator
 from jax_instructblip.models.released import VARIANTS
 
 
@@ -38,10 +38,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--bert", type=Path, help="with .pth files: a folder with bert-base-uncased's tokenizer"
     )
+    add_template(parser)
     args = parser.parse_args(argv)
     check_flags(args, stores=("source", "out", "llm", "bert"))
     without_accelerator()
     from jax_instructblip import convert
 
-    convert(args.source, args.out, variant=args.variant, llm=args.llm, bert=args.bert)
+    apart = {"llm": args.llm, "bert": args.bert}
+    convert(args.source, args.out, variant=args.variant, template=args.template, **apart)
     return 0

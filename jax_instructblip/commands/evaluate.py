@@ -16,7 +16,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from jax_instructblip.commands.flags import check_flags
+from jax_instructblip.commands.flags import add_template, check_flags
 from jax_instructblip.evaluation.blip2_protocols import NAMES as DATASETS
 from jax_instructblip.evaluation.blip2_protocols import full_table
 from jax_instructblip.evaluation.settings import DECODING, MODES, NAMES, PLACES, SHOWING
@@ -109,9 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--image_crop",
         choices=SHOWING["image_crop"],
-        help="(squash) center: the middle, not squashed",
+        help="(the model's own) center: the middle, not squashed",
     )
     add("--ignore_exif", action="store_true", help="photographs are not turned upright")
+    add_template(group)
     group = parser.add_argument_group("where the model lies")
     add = group.add_argument
     add("--dtype", choices=DTYPES, help="(bfloat16, on a CPU float32)")

@@ -7,8 +7,10 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jax_instructblip.conversion.safetensors import SHARD_SIZE
+from jax_instructblip.data.chat_templates import CHAT_TEMPLATES
 from jax_instructblip.endpoint import settings as endpoint
 from jax_instructblip.endpoint.asking import preview
 from jax_instructblip.endpoint.journal import Request
@@ -54,6 +56,15 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         help="of weights and computing (default: bfloat16, on a CPU float32)",
+    )
+
+
+def add_template(parser: Any) -> None:
+    """Adds `--template` to the parser or group."""
+    parser.add_argument(
+        "--template",
+        choices=tuple(CHAT_TEMPLATES),
+        help="chat template to ask the model by (default: its own; LLaVA has one)",
     )
 
 

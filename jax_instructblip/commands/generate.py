@@ -9,7 +9,12 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from jax_instructblip.commands.flags import add_checkpoint, add_dtype, check_flags
+from jax_instructblip.commands.flags import (
+    add_checkpoint,
+    add_dtype,
+    add_template,
+    check_flags,
+)
 from jax_instructblip.files import json_line
 from jax_instructblip.inference.generation_config import (
     BATCH_SIZE,
@@ -35,7 +40,8 @@ def main(argv: list[str]) -> int:
     from jax_instructblip.inference.asking import answer_files
 
     asked = (flags.checkpoint, flags.image, flags.prompt, config)
-    for row in answer_files(*asked, dtype=flags.dtype, batch_size=flags.batch_size):
+    how = {"dtype": flags.dtype, "template": flags.template, "batch_size": flags.batch_size}
+    for row in answer_files(*asked, **how):
         for line in [json_line(row)] if flags.json else _lines(row):
             print(line)
     return 0
@@ -46,7 +52,8 @@ def _stream(flags: argparse.Namespace, config: GenerationConfig) -> int:
     from jax_instructblip.inference.asking import stream_files
 
     asked = (flags.checkpoint, flags.image, flags.prompt, config)
-    for image, prompt, pieces in stream_files(*asked, dtype=flags.dtype):
+    how = {"dtype": flags.dtype, "template": flags.template}
+    for image, prompt, pieces in stream_files(*asked, **how):
         print(f"image:            {image}\nprompt:           {prompt}")
         print("answer:           ", end="", flush=True)
         for piece in pieces:
@@ -77,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", required=True, action="append", help="the question; may be given again")
     names = (name for name in HELP if name != "length_rule")
     add_flags(parser, *names)
+    add_template(parser)
     add_dtype(parser)
     add("--batch_size", type=int, default=BATCH_SIZE, help="asked at once (default: %(default)s)")
     add("--stream", action="store_true", help="print each token as soon as it is chosen; no beams")

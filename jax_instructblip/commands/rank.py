@@ -9,7 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from jax_instructblip import stores
-from jax_instructblip.commands.flags import add_checkpoint, add_dtype, check_flags
+from jax_instructblip.commands.flags import (
+    add_checkpoint,
+    add_dtype,
+    add_template,
+    check_flags,
+)
 from jax_instructblip.files import json_line, read_entries
 from jax_instructblip.inference.generation_config import BATCH_SIZE
 
@@ -26,6 +31,7 @@ def main(argv: list[str]) -> int:
         top=flags.top,
         length_normalise=flags.length_normalise,
         dtype=flags.dtype,
+        template=flags.template,
         batch_size=flags.batch_size,
     )
     for row in rows:
@@ -67,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="score by the mean of the tokens' log-probabilities; by default their sum",
     )
+    add_template(parser)
     add_dtype(parser)
     add("--batch_size", type=int, default=BATCH_SIZE, help="ranked at once (default: %(default)s)")
     add("--json", action="store_true", help="print one JSON object a line")

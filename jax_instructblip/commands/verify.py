@@ -9,7 +9,7 @@ least one question was asked and all were answered as published.
 import argparse
 from pathlib import Path
 
-from jax_instructblip.commands.flags import add_dtype, check_flags
+from jax_instructblip.commands.flags import add_dtype, add_template, check_flags
 from jax_instructblip.evaluation.published import FACTS
 
 
@@ -20,7 +20,11 @@ def main(argv: list[str]) -> int:
     from jax_instructblip.evaluation.verification import verify
 
     outcome = verify(
-        flags.checkpoint, flags.image, facts=flags.facts, model=flags.model, dtype=flags.dtype
+        *(flags.checkpoint, flags.image),
+        facts=flags.facts,
+        model=flags.model,
+        dtype=flags.dtype,
+        template=flags.template,
     )
     return int(not outcome.agrees)
 
@@ -36,5 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--image", nargs="+", action="extend", default=[], metavar="NAME=FILE", help="one or more")
     add("--facts", type=Path, default=FACTS, help="a file of other published answers")
     add("--model", help="which of the models in the facts it is (default: by its sizes)")
+    add_template(parser)
     add_dtype(parser)
     return parser

@@ -14,8 +14,10 @@ from jax_instructblip.conversion.engine import is_finite
 from jax_instructblip.conversion.hf_folder import Conversion
 from jax_instructblip.conversion.original import Original, original_files, read_original
 from jax_instructblip.conversion.safetensors import ConversionError
-from jax_instructblip.conversion.stored_model import copy_tokenizers
+from jax_instructblip.conversion.stored_model import copy_tokenizers, write_sides
 from jax_instructblip.data.captions import CaptionTokenizer
+from jax_instructblip.data.chat_text import ChatTextProcessor
+from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.models.released import released_name
 from jax_instructblip.models.variants import Variant
@@ -30,6 +32,7 @@ def convert(
     variant: str | Variant | None = None,
     llm: str | os.PathLike[str] | None = None,
     bert: str | os.PathLike[str] | None = None,
+    template: str | None = None,
 ) -> Path | str:
     """Converts a Hugging Face folder, or `.pth` files of LAVIS, to a checkpoint folder.
 
@@ -46,6 +49,8 @@ def convert(
       llm: with `.pth` files, the Hugging Face folder of the language model.
       bert: with `.pth` files, a folder with the tokenizer of bert-base-uncased, for a Q-Former that
         reads text.
+      template: the chat template that the model is asked by (a key of `CHAT_TEMPLATES`); by default
+        that of its language model for LLaVA, and none for others.
 
     Returns:
       The folder `out`, or its address.
@@ -59,7 +64,9 @@ def convert(
         if files := original_files(source):
             original = read_original(files, variant, llm=llm, bert=bert)
             name = " + ".join(map(str, files))
-            _write(original, original.copy_tokenizers, name, target, title)
+            asked = _asked_by(original.variant, original.input_format, template)
+            copy = original.copy_tokenizers
+            _write(original, (asked, template), copy, name, target, title)
         else:
             (given,) = [source] if isinstance(source, str | os.PathLike) else source
             if apart := [name for name, path in {"llm": llm, "bert": bert}.items() if path]:
@@ -70,19 +77,25 @@ def convert(
             folder = stores.input_path(given, "folder")
             found = hf_folder.convert_hf(folder, variant)
             copy = lambda partial: copy_tokenizers(folder, partial, found.variant)
-            _tokenizer_problem(folder, found.variant)  # a foreign one: before anything is written
-            _write(found, copy, str(folder), target, title)
+            asked = _asked_by(found.variant, found.input_format, template)
+            # A foreign tokenizer is refused before anything is written.
+            _tokenizer_problem(folder, found.variant, asked, template)
+            _write(found, (asked, template), copy, str(folder), target, title)
     return title if is_remote(out) else target
 
 
 def _write(
     conversion: Conversion | Original,
+    asked: tuple[InputFormat, str | None],
     copy: Callable[[Path], list[str]],
     name: str,
     out: Path,
     title: str,
 ) -> None:
-    """Writes the checkpoint folder, and prints what is in it and what it lacks."""
+    """Writes the checkpoint folder, and prints what is in it and what it lacks.
+
+    `asked` is how the model is asked, and the chat template if one was chosen.
+    """
     described, source, leaves = conversion[:3]
     check_room(out, leaves.nbytes)
     absent: list[str] = []
@@ -90,10 +103,10 @@ def _write(
     not_finite: list[str] = []
 
     def add(partial: Path) -> None:
-        checkpoint.write_config(partial, {"variant": described.to_dict(), "source": source})
+        write_sides(partial, described, source, {}, asked[0])
         absent.extend(copy(partial))
         if not absent:
-            unread.append(_tokenizer_problem(partial, described))
+            unread.append(_tokenizer_problem(partial, described, *asked))
 
     with count_bytes(leaves.nbytes, "converting") as count:
 
@@ -128,15 +141,38 @@ def _write(
         print(f"warning: {problem}: the checkpoint cannot answer", file=sys.stderr)
 
 
-def _tokenizer_problem(folder: Path, variant: Variant) -> str:
-    """Returns a sentence about missing tokenizers, "" if there are none missing.
+def _asked_by(variant: Variant, usual: InputFormat, template: str | None) -> InputFormat:
+    """Returns how a model is asked: as usual, or by the chat template that was chosen."""
+    if template is not None and variant.llm is None:
+        raise ValueError(
+            f"template is {template!r}, but a first stage of BLIP-2 is asked nothing: leave it out"
+        )
+    return usual.with_template(template)
+
+
+def _tokenizer_problem(
+    folder: Path, variant: Variant, asked: InputFormat, template: str | None
+) -> str:
+    """Returns a sentence about why a folder's tokenizers cannot be asked by, "" if they can.
+
+    They are missing, or the usual chat template is of another tokenizer.
 
     Raises:
-        ValueError: a tokenizer is damaged or of another model.
+        ValueError: a tokenizer is damaged or of another model, or does not fit the `template` that
+            was chosen.
     """
-    reader = TextProcessor if variant.llm is not None else CaptionTokenizer
     try:
-        reader.load(folder, variant)
+        if variant.llm is None:
+            CaptionTokenizer.load(folder, variant)
+            return ""
+        text = TextProcessor.load(folder, variant, input_format=asked)
     except FileNotFoundError as error:
         return str(error)
+    try:
+        if asked.template:
+            ChatTextProcessor.of(text)
+    except ValueError as error:
+        if template is not None:
+            raise
+        return f"{error}; name another one (--template), else"
     return ""

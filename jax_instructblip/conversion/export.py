@@ -23,6 +23,7 @@ from jax_instructblip.conversion import hf_folder, transforms
 from jax_instructblip.conversion.engine import Drop, Entry, Fixed, Rule, Zeros
 from jax_instructblip.conversion.families import Family, family_of
 from jax_instructblip.conversion.hf_config import preprocessor, variant_of
+from jax_instructblip.conversion.input_formats import changed_image_settings, lost_input_format
 from jax_instructblip.conversion.safetensors import SHARD_BYTES, SHARD_SIZE, Writer
 from jax_instructblip.conversion.stored_model import (
     StoredModel,
@@ -223,8 +224,9 @@ def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> l
                     "image_token_index"
                 )
     notes += _losses(model, family, config)
-    sides = {"preprocessor_config": preprocessor(variant)}
+    sides = {"preprocessor_config": preprocessor(variant, model.input_format.image_crop)}
     sides |= {name: facts[name] for name in hf_folder.SIDE_FILES if name in facts}
+    sides |= changed_image_settings(variant, model.input_format, sides)
     if variant.kind in PROCESSORS:  # transformers puts that many image tokens before a prompt
         usual: dict[str, Any] = {"processor_class": PROCESSORS[variant.kind]}
         if isinstance(variant.bridge, QFormerConfig):
@@ -237,6 +239,7 @@ def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> l
                 "image_token": IMAGE_TOKEN,
             }
         sides["processor_config"] = usual | sides.get("processor_config", {})
+    notes += lost_input_format(variant, model.input_format, out, {"config": config, **sides})
     for name, document in {"config": config, **sides}.items():
         (out / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
     return notes

@@ -146,22 +146,25 @@ def has_tied_embeddings(config: Mapping[str, Any]) -> bool:
     return {**defaults, **section}["tie_word_embeddings"] is not False
 
 
-def preprocessor(variant: Variant) -> dict[str, Any]:
+def preprocessor(variant: Variant, image_crop: str = "") -> dict[str, Any]:
     """Returns the content of a preprocessor_config.json that describes our image preparation.
 
-    InstructBLIP and BLIP-2 squeeze the image into a square, LLaVA crops its middle.
+    `image_crop` is a name in `images.CROPS`; by default InstructBLIP and BLIP-2 squeeze the image
+    into a square, and LLaVA crops its middle.
     """
     size = variant.vision.image_size
     square = {"height": size, "width": size}
-    if variant.kind == "llava":
-        how: dict[str, Any] = {
+    image_crop = image_crop or ("clip" if variant.kind == "llava" else "squash")
+    how: dict[str, Any] = {"image_processor_type": "BlipImageProcessor", "size": square}
+    if image_crop != "squash":
+        how = {
             "image_processor_type": "CLIPImageProcessor",
             "size": {"shortest_edge": size},
             "crop_size": square,
             "do_center_crop": True,
         }
-    else:
-        how = {"image_processor_type": "BlipImageProcessor", "size": square}
+    if image_crop == "pad":
+        how |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
     return {
         **how,
         "do_resize": True,
@@ -179,7 +182,7 @@ def check_preprocessor(folder: Path, variant: Variant) -> None:
     """Raises a ConversionError if a folder prepares images in another way than this package.
 
     The keys are in preprocessor_config.json, or (transformers 5) in an object of
-    processor_config.json.
+    processor_config.json. LLaVA's may ask for padding (`do_pad`) or not.
     """
     wanted = {"do_center_crop": False, "do_pad": False} | preprocessor(variant)
     del wanted["image_processor_type"]  # several image processors do the same
@@ -191,9 +194,10 @@ def check_preprocessor(folder: Path, variant: Variant) -> None:
         if not isinstance(document, Mapping):
             failures.append(f"{name}: image_processor is {kind_of(document)}, expected an object")
             continue
+        pads = variant.kind == "llava" and document.get("do_pad") is True
         failures += [
             f"{name}: {key} is {document[key]!r:.60}; supported: {value!r}"
-            for key, value in wanted.items()
+            for key, value in (wanted | {"do_pad": pads}).items()
             if document.get(key) is not None and not _is_near(document[key], value)
         ]
     if failures:
@@ -240,14 +244,41 @@ def tokenizer_ids(folder: Path, failures: list[str]) -> dict[str, int]:
     released id) applies. Complaints are appended to `failures`.
     """
     bytewise = splits_bytes(folder)
-    documents = {
+    documents = _tokenizer_documents(folder)
+    settings, special = documents["tokenizer_config.json"], documents["special_tokens_map.json"]
+    wrong: list[str] = []
+    known = ({} if bytewise else SENTENCEPIECE_IDS) | _listed_tokens(documents, wrong)
+    named: dict[str, str | None] = {}
+    for name in ("bos", "eos", "pad"):
+        token = settings.get(f"{name}_token") or special.get(f"{name}_token")
+        content = token.get("content") if isinstance(token, Mapping) else token
+        if content is not None and not isinstance(content, str):
+            wrong.append(f"{name}_token is {token!r:.60}, expected a token's text")
+        else:
+            named[name] = content
+    if bytewise:
+        named |= unnamed_special(named, known)
+    failures += wrong
+    return {f"{name}_id": known[text] for name, text in named.items() if text in known}
+
+
+def control_tokens(folder: Path) -> dict[str, int]:
+    """Returns the tokens that a tokenizer's files list beside its pieces, with their ids."""
+    return _listed_tokens(_tokenizer_documents(folder), [])
+
+
+def _tokenizer_documents(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns the objects in a tokenizer's JSON files, by their names; {} for a missing file."""
+    return {
         name: read_json(folder / name) if (folder / name).is_file() else {}
         for name in TOKENIZER_FILES
         if name.endswith(".json")
     }
-    settings, special = documents["tokenizer_config.json"], documents["special_tokens_map.json"]
-    known = {} if bytewise else dict(SENTENCEPIECE_IDS)
-    wrong: list[str] = []
+
+
+def _listed_tokens(documents: Mapping[str, Any], wrong: list[str]) -> dict[str, int]:
+    """Returns the tokens that a tokenizer's files list, with their ids; complains to `wrong`."""
+    known: dict[str, int] = {}
 
     def add(file: str, token: Any, id_: Any) -> None:
         """Notes a token and its id, which is a number or (as a key of an object) its digits."""
@@ -264,7 +295,7 @@ def tokenizer_ids(folder: Path, failures: list[str]) -> dict[str, int]:
             add("tokenizer.json", token, token.get("id") if isinstance(token, Mapping) else None)
     else:
         wrong.append(f"tokenizer.json: added_tokens is {kind_of(listed)}, expected a list")
-    decoder = settings.get("added_tokens_decoder") or {}
+    decoder = documents["tokenizer_config.json"].get("added_tokens_decoder") or {}
     if isinstance(decoder, Mapping):
         for id_, token in decoder.items():
             add("tokenizer_config.json", token, id_)
@@ -274,15 +305,4 @@ def tokenizer_ids(folder: Path, failures: list[str]) -> dict[str, int]:
         )
     for content, id_ in documents["added_tokens.json"].items():
         add("added_tokens.json", content, id_)
-    named: dict[str, str | None] = {}
-    for name in ("bos", "eos", "pad"):
-        token = settings.get(f"{name}_token") or special.get(f"{name}_token")
-        content = token.get("content") if isinstance(token, Mapping) else token
-        if content is not None and not isinstance(content, str):
-            wrong.append(f"{name}_token is {token!r:.60}, expected a token's text")
-        else:
-            named[name] = content
-    if bytewise:
-        named |= unnamed_special(named, known)
-    failures += wrong
-    return {f"{name}_id": known[text] for name, text in named.items() if text in known}
+    return known

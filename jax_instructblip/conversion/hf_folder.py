@@ -18,12 +18,14 @@ from jax_instructblip.conversion.hf_config import (
     read_json,
     variant_of,
 )
+from jax_instructblip.conversion.input_formats import usual_input_format
 from jax_instructblip.conversion.safetensors import (
     ConversionError,
     Tensor,
     fingerprint,
     open_folder,
 )
+from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import param_shapes
 
@@ -39,6 +41,7 @@ class Conversion(NamedTuple):
     variant: Variant
     source: dict[str, Any]  # facts of the folder, for our config.json
     leaves: Plan
+    input_format: InputFormat  # how prompts and images are put to the model
 
 
 def convert_hf(folder: str | Path, variant: str | Variant | None = None) -> Conversion:
@@ -75,7 +78,7 @@ def convert_hf(folder: str | Path, variant: str | Variant | None = None) -> Conv
     source = _source(folder, config, family, tensors, plan, tied_head)
     if prefixes:
         source["prefixes"] = prefixes
-    return Conversion(described, source, plan)
+    return Conversion(described, source, plan, usual_input_format(described, folder, source))
 
 
 def _respelled(
@@ -152,7 +155,7 @@ def read_hf(
     No checkpoint is written. `place(path, array)` returns what is kept of each parameter (on a
     device, in another dtype), as in `checkpoint.read_tree`. Raises as `convert_hf`.
     """
-    variant, _, leaves = convert_hf(folder)
+    variant, _, leaves, _ = convert_hf(folder)
     kept = {}
     for path, array in leaves:
         kept[path] = array if place is None else place(path, array)

@@ -23,6 +23,7 @@ from jax_instructblip.conversion.lavis import convert_lavis, read_files
 from jax_instructblip.conversion.safetensors import ConversionError
 from jax_instructblip.conversion.stored_model import tokenizers
 from jax_instructblip.conversion.torch_files import TorchTensor
+from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.data.tokenizer_files import load_qformer_tokenizer
 from jax_instructblip.models.released import get_variant, size_differences
 from jax_instructblip.models.variants import Variant
@@ -61,6 +62,7 @@ class Original(NamedTuple):
     source: dict[str, Any]  # facts of the files, for our config.json
     leaves: OriginalLeaves
     bert: Path | None  # the folder of the Q-Former's tokenizer
+    input_format: InputFormat = InputFormat()  # how prompts and images are put to the model
 
     def copy_tokenizers(self, out: Path) -> list[str]:
         """Copies the tokenizers to folders in `out`; returns the names of those not given."""

@@ -15,6 +15,8 @@ import numpy as np
 from jax_instructblip import checkpoint
 from jax_instructblip.atomic import check_room
 from jax_instructblip.conversion.hf_config import TOKENIZER_FILES
+from jax_instructblip.conversion.input_formats import usual_input_format
+from jax_instructblip.data.input_format import KEY, InputFormat
 from jax_instructblip.models.variants import Variant
 
 TOKENIZERS = ("tokenizer", "qformer_tokenizer")  # folders of a checkpoint
@@ -34,6 +36,7 @@ class StoredModel:
       manifest: shape and dtype of each leaf (parameter), by path.
       read: function of leaf paths that yields (path, array) in that order, and compares hashes.
       limits: the limits of tokens with which it was tuned (fields of `TextProcessor`).
+      input_format: how prompts and images are put to it.
     """
 
     title: str
@@ -43,6 +46,7 @@ class StoredModel:
     manifest: Mapping[str, Mapping[str, Any]]
     read: Callable[[Iterable[str]], Leaves]
     limits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    input_format: InputFormat = InputFormat()
 
     @property
     def nbytes(self) -> int:
@@ -55,16 +59,22 @@ def read_stored_model(folder: Path) -> StoredModel:
     config = checkpoint.read_config(folder)
     try:
         variant = Variant.from_dict(config.get("variant", {}))
+        facts = config.get("source", {})
+        if KEY in config:
+            input_format = InputFormat.from_dict(config[KEY])
+        else:
+            input_format = usual_input_format(variant, folder / TOKENIZERS[0], facts)
     except ValueError as error:
         raise checkpoint.CheckpointError(f"{folder}/config.json is damaged: {error}") from error
     return StoredModel(
         str(folder),
         variant,
-        config.get("source", {}),
+        facts,
         folder,
         checkpoint.read_manifest(folder),
         lambda paths: checkpoint.read_leaves(folder, paths),
         config.get("text", {}),
+        input_format,
     )
 
 
@@ -72,7 +82,7 @@ def tuned(base: StoredModel, trainable: Path, **changes: Any) -> StoredModel:
     """Returns `base` with the parameters of the checkpoint folder `trainable` in place of its own.
 
     Each top-level tree that `trainable` has (such as `qformer`) is replaced as a whole. `changes`
-    are other fields of `StoredModel` to replace: title, variant, facts, limits.
+    are other fields of `StoredModel` to replace: title, variant, facts, limits, input_format.
     """
     changed = checkpoint.read_manifest(trainable)
     trees = {path.partition("/")[0] for path in changed}
@@ -104,18 +114,26 @@ def write_checkpoint(
             progress(size)
 
     def add(partial: Path) -> None:
-        write_sides(partial, model.variant, model.facts, model.limits)
+        write_sides(partial, model.variant, model.facts, model.limits, model.input_format)
         copy_tokenizers(model.folder, partial, model.variant)
 
     checkpoint.write_tree(out, leaves(), extra=add)
 
 
 def write_sides(
-    folder: Path, variant: Variant, facts: Mapping[str, Any], limits: Mapping[str, int]
+    folder: Path,
+    variant: Variant,
+    facts: Mapping[str, Any],
+    limits: Mapping[str, int],
+    input_format: InputFormat,
 ) -> None:
     """Writes the config.json of a checkpoint folder."""
-    text = {"text": dict(limits)} if limits else {}
-    checkpoint.write_config(folder, {"variant": variant.to_dict(), "source": facts, **text})
+    document: dict[str, Any] = {"variant": variant.to_dict(), "source": facts}
+    if limits:
+        document["text"] = dict(limits)
+    if input_format != InputFormat():
+        document[KEY] = input_format.to_dict()
+    checkpoint.write_config(folder, document)
 
 
 def tokenizers(variant: Variant) -> tuple[str, ...]:

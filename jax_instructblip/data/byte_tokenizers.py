@@ -49,3 +49,15 @@ def unnamed_special(named: Mapping[str, str | None], vocab: Collection[str]) -> 
     if "pad" in texts and texts["pad"] is None:
         texts["pad"] = named.get("eos") or texts.get("eos")
     return {name: text for name, text in texts.items() if text is not None}
+
+
+def letter_bytes() -> dict[str, int]:
+    """Returns the byte that each letter of a piece of bytes stands for, as GPT-2 spells them.
+
+    Printable characters of Latin-1 stand for themselves, and the letters from U+0100 on for the
+    other bytes in order.
+    """
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    letters = {chr(byte): byte for byte in plain}
+    return letters | {chr(256 + index): byte for index, byte in enumerate(others)}

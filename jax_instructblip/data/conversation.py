@@ -16,6 +16,7 @@ Examples have the layout that `batch.py` describes, for decoder-only language mo
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -76,10 +77,13 @@ class Conversation:
         texts = [text for each in rounds for text in each]
         speakers = (USER, ASSISTANT)
         turns = tuple(Turn(speakers[index % 2], text) for index, text in enumerate(texts))
-        conversation = cls(record.id, turns, len(record.images))
-        if any(IMAGE in text for text in texts[::2]):
-            return conversation
-        return _with_images(conversation, len(record.images), "first")
+        return cls(record.id, turns, len(record.images)).placed()
+
+    def placed(self) -> "Conversation":
+        """Returns a copy with all images before the first question, if no question has an image."""
+        if not self.turns or any(IMAGE in turn.text for turn in self.turns[::2]):
+            return self
+        return _with_images(self, self.images, "first")
 
     def ordered(self, order: str, rng: np.random.Generator) -> "Conversation":
         """Returns the conversation with the first question's images before or behind its text.
@@ -224,7 +228,7 @@ class ConversationProcessor:
         options.setdefault("legacy", reads_as_legacy(text.llm.name_or_path))
         processor = cls(text.llm, template, visual_tokens=text.variant.visual_tokens, **options)
         if text.variant.reads_instruction:
-            processor._instruct = text.prompt
+            processor._instruct = functools.partial(TextProcessor.prompt, text)
         return processor
 
     def example(
@@ -287,6 +291,12 @@ class ConversationProcessor:
         text = {"tokens": _int32(encoded.tokens), **instruction}
         return text | {"image_at": _int32(encoded.image_at), "truncated": _int32([cut, 0, 0])}
 
+    def candidate(self, answer: str) -> list[int]:
+        """Returns the ids of an answer without its stop, as they follow those of any prompt."""
+        turns = (Turn(USER, IMAGE), Turn(ASSISTANT, answer))
+        before = len(self._write(turns[:1], "").tokens)
+        return self._write(turns, "", stopped=False).tokens[before:]
+
     def fingerprint(self) -> str:
         """Returns a text of all settings that change the tokens of a conversation."""
         settings = (self.template, self.system, self.limit, self._legacy, self._image_marks)
@@ -327,10 +337,10 @@ class ConversationProcessor:
         if not conversation.images:
             yield f"it has no image, but the template {self.name!r} reads nothing else"
 
-    def _write(self, turns: Sequence[Turn], system: str) -> Encoded:
-        """Returns the tokens of the turns, each written by the fields of the template."""
+    def _write(self, turns: Sequence[Turn], system: str, *, stopped: bool = True) -> Encoded:
+        """Returns the tokens of the turns, written by the template; answers may lack their stop."""
         template, writer = self.template, PieceWriter(self._pieces, legacy=self._legacy)
-        learns_marks = template.learns_marks
+        learns_marks, answer = template.learns_marks, template.answer + template.stop * stopped
         header = template.system.replace(SYSTEM, system) if system else ""
         self._fill(writer, template.start)
         if SYSTEM not in template.user:
@@ -349,8 +359,8 @@ class ConversationProcessor:
                 self._fill(writer, template.mark, learned=learns_marks)
                 header = ""
             else:
-                self._fill(writer, template.answer + template.stop, learned=True, text=text)
-        if turns[-1].speaker == ASSISTANT:
+                self._fill(writer, answer, learned=True, text=text)
+        if turns[-1].speaker == ASSISTANT and stopped:
             self._fill(writer, template.end, learned=learns_marks)
         writer.flush()
         return Encoded(writer.tokens, writer.targets, writer.turns, writer.image_at)

@@ -10,7 +10,7 @@ import io
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,12 @@ from PIL import ExifTags, Image
 
 from jax_instructblip import remote
 from jax_instructblip.files import FileSlice, address_problem
+from jax_instructblip.models.variants import IMAGE_MEAN
 
 # Pillow warns above this size, too; decoding would take more than 250 MB.
 MAX_PIXELS = 89_478_485
+
+PADDING = tuple(int(255 * value) for value in IMAGE_MEAN)  # RGB around a padded image
 
 # Formats that run other programs (EPS), are containers, or hold no photographs are left out.
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -82,15 +85,46 @@ def resize_center_crop(image: Image.Image, size: int) -> np.ndarray:
     The shorter side is scaled to `size` first. Bicubic with antialiasing, as `clip_image_eval` of
     LAVIS.
     """
+    return _center_crop(image, size, round)
+
+
+def resize_clip_crop(image: Image.Image, size: int) -> np.ndarray:
+    """Returns pixels [size, size, 3] uint8 of the middle square, as transformers prepares CLIP's.
+
+    It is up to one pixel further to the left or top than that of `resize_center_crop`, where the
+    margins are odd. LLaVA v1 prepares images so.
+    """
+    return _center_crop(image, size, math.floor)
+
+
+def resize_padded(image: Image.Image, size: int) -> np.ndarray:
+    """Returns pixels [size, size, 3] uint8 of the whole image in the middle of a square.
+
+    The square around it has the mean color of CLIP's images. Bicubic with antialiasing, as LLaVA
+    v1.5 prepares images.
+    """
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), PADDING)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return resize_squash(square, size)
+
+
+def _center_crop(image: Image.Image, size: int, to_whole: Callable[[float], int]) -> np.ndarray:
+    """Scales the shorter side to `size` and crops; `to_whole` rounds the left and top margins."""
     short = min(image.size)
     width, height = (size * each // short for each in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)
+    left, top = to_whole((width - size) / 2), to_whole((height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-# The two ways to prepare an image for evaluation, by the name that settings use.
-CROPS = {"squash": resize_squash, "center": resize_center_crop}
+# The ways to prepare an image without chance, by the name that settings use.
+CROPS = {
+    "squash": resize_squash,
+    "center": resize_center_crop,
+    "clip": resize_clip_crop,
+    "pad": resize_padded,
+}
 
 
 def random_resized_crop_flip(

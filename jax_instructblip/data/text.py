@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import decoders
 
+from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.data.spec import IGNORE
 from jax_instructblip.data.tokenizer_files import (
     MaybeTokenizer,
@@ -45,7 +46,7 @@ TRUNCATED = ("instruction", "prompt", "answer")
 # Placeholders of images in the prompts of other programs; here an image has no token in the text.
 _PLACEHOLDERS = ("<image>", "<video>")
 
-_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # a piece of SentencePiece that is one byte
 
 
 class Limits(NamedTuple):
@@ -69,6 +70,7 @@ class TextProcessor:
       answer_limit: most ids of a training answer, end token included. As in LAVIS, for LLaMA and
         OPT this limit also counts a `</s>` before the answer that is then dropped, so that one id
         less is kept; an answer that is cut has no end token there, while T5's keeps it.
+      input_format: how prompts and images are put to the model; `chat_text.py` reads its template.
     """
 
     variant: Variant
@@ -77,6 +79,7 @@ class TextProcessor:
     qformer_limit: int = 128
     prompt_limit: int = 128
     answer_limit: int = 256
+    input_format: InputFormat = InputFormat()
 
     def __post_init__(self):
         wrong = [*self._wrong_ids(), *self._wrong_limits()]
@@ -85,15 +88,15 @@ class TextProcessor:
 
     @classmethod
     def load(
-        cls, folder: str | os.PathLike[str], variant: Variant, **limits: int
+        cls, folder: str | os.PathLike[str], variant: Variant, **fields: Any
     ) -> "TextProcessor":
         """Returns the processor of a checkpoint folder, either of this package or of Hugging Face.
 
-        `limits` are `qformer_limit`, `prompt_limit` and `answer_limit`.
+        `fields` are the limits and `input_format`.
         """
         llm, qformer = tokenizer_folders(folder)
         qformer = qformer if variant.reads_instruction else None
-        return cls(variant, *load_tokenizers(llm, qformer, variant.llm.kind), **limits)
+        return cls(variant, *load_tokenizers(llm, qformer, variant.llm.kind), **fields)
 
     def example(
         self,
@@ -121,12 +124,12 @@ class TextProcessor:
             return self._t5_example(self.variant.llm, prompt, answer, limits)
         return self._decoder_example(self.variant.llm, prompt, answer, limits, learn_start)
 
-    def prompt(self, prompt: str) -> dict[str, np.ndarray]:
+    def prompt(self, prompt: str, images: int = 1) -> dict[str, np.ndarray]:
         """Returns an example for inference, without images and targets; all arrays are int32.
 
         Its keys are `tokens`, which are not cut, `qformer_tokens` if the Q-Former reads text, and
         `truncated` [3] as in `example`. Only the first of these three, that of the instruction for
-        the Q-Former, can be 1.
+        the Q-Former, can be 1. The number of `images`, all before the text, changes nothing.
         """
         llm = self.variant.llm
         ids = self._llm_ids(prompt)
@@ -183,6 +186,11 @@ class TextProcessor:
         pieces = self.llm.convert_ids_to_tokens(ids, skip_special_tokens=True)
         # A model may have more embeddings than its tokenizer has ids; such an id has no piece.
         return _join_pieces([piece for piece in pieces if piece is not None]).strip()
+
+    stop_text = ""  # the text that ends an answer, beside the end token
+
+    def stop_table(self) -> np.ndarray | None:
+        """Returns None: the end token is all that ends an answer."""
 
     @property
     def rewrites(self) -> bool:
@@ -358,7 +366,7 @@ def _join_pieces(pieces: Sequence[str]) -> str:
     """
     data = bytearray()
     for piece in pieces:
-        byte = _BYTE_PIECE.fullmatch(piece)
+        byte = BYTE_PIECE.fullmatch(piece)
         data += bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
     text = ""
     while data:

@@ -53,7 +53,9 @@ def answer_benchmarks(settings: Settings, command: str = "") -> dict[str, Any]:
         mesh = choose_mesh(variant, dtype, fsdp=settings.fsdp, tensor=settings.tensor)
         settings.out.mkdir(parents=True, exist_ok=True)  # fails now if it cannot be written
     with suite.agreed():
-        blip = (load if answers else load_any)(settings.checkpoint, mesh=mesh, dtype=dtype)
+        blip = (load if answers else load_any)(
+            settings.checkpoint, mesh=mesh, dtype=dtype, template=settings.template
+        )
         blip.silent = True  # the suite shows the progress
     weights = weights_digest(source)
     model = {"checkpoint": settings.checkpoint, "weights": weights, "dtype": dtype}

@@ -74,7 +74,7 @@ def measure_families(
         task = families.family_task(split, records, config, digest=digest, limit=settings.limit)
         tasks.append(dataclasses.replace(task, **settings.showing()))
     out.mkdir(parents=True, exist_ok=True)  # fails now if it cannot be written
-    blip = load(settings.checkpoint, dtype=settings.dtype)
+    blip = load(settings.checkpoint, dtype=settings.dtype, template=settings.template)
     weights = weights_digest(blip.source or read_source(settings.checkpoint))
     model = {"checkpoint": settings.checkpoint, "weights": weights, "data": data}
     model["dtype"] = str(blip.model.dtype)

@@ -83,7 +83,7 @@ class Pictures(Sequence[np.ndarray]):
         task, record = self._task, self._task.without_images(number)
         try:
             images = task.with_images(number).images
-            return pixels(images, self._side, task.crop, task.upright)[0]
+            return pixels(images, self._side, task.crop or "squash", task.upright)[0]
         except ValueError as error:
             raise ValueError(
                 f"{task.name}: the image of {record.id} cannot be used, and every caption is "

@@ -108,7 +108,7 @@ def plan(
                 if choices not in known:
                     known[choices] = make_plan(lists).sizes
                 sizes[number] = known[choices]
-            examples[number] = text.prompt(prompts[-1])
+            examples[number] = text.prompt(prompts[-1], len(record.images))
             shapes[number] = _shape(text, examples[number], len(record.images), reserve)
             cut += int(examples[number]["truncated"][0])
         except ValueError as error:
@@ -168,7 +168,7 @@ def _shape(text: TextProcessor, example: Example, frames: int, reserve: int) -> 
 
     `reserve` tokens are kept free for the answer; a ValueError if the prompt is too long.
     """
-    count, limit = len(example["tokens"]), prompt_limit(text.variant, frames, reserve)
+    count, limit = len(example["tokens"]), prompt_limit(text, frames, reserve)
     if count > limit:
         raise ValueError(f"the prompt has {count} tokens, the model holds {limit}: shorten it")
     longest = max(count, len(example.get("qformer_tokens", ())))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_instructblip.data import images, templates, text_processors
+from jax_instructblip.data import chat_templates, images, templates, text_processors
 from jax_instructblip.fields import find_problems, whole
 from jax_instructblip.files import find_addresses, local_path
 from jax_instructblip.remote import address_of
@@ -29,11 +29,12 @@ NUMBERS = {
 
 PLACES = ("checkpoint", "data", "out", "predictions", "candidates", "relevance")  # may be addresses
 _PATHS = ("out", "predictions", "candidates", "relevance")
-# Ways to show records in which the paper and the released code differ.
+# Ways to show records in which the paper and the released code differ, and chat templates.
 SHOWING = {
     "text_processor": text_processors.PROCESSORS,
     "dialogue": templates.DIALOGUES,
     "image_crop": tuple(images.CROPS),
+    "template": tuple(chat_templates.CHAT_TEMPLATES),
 }
 _ANSWERING = (
     *SHOWING,
@@ -72,7 +73,7 @@ class Settings:
       text_processor, dialogue: "lavis" and "q_a" format questions and dialogues as the released
         code does (`templates.TextStyle`).
       image_crop: "center" crops the middle of an image, as the released evaluation of COCO and
-        OK-VQA does; by default the whole image is squashed to a square.
+        OK-VQA does, "clip" and "pad" as LLaVA does; by default as the model's own images are.
       ignore_exif: do not rotate photographs as their EXIF data say.
       prompt: with placeholders `{question} {options} {context} {ocr} {history} {answer}`.
       mode: "rank" to rank candidates, "generate" to generate answers.
@@ -82,6 +83,7 @@ class Settings:
       length_normalise: in a ranking, score by the mean log-probability per token, not the sum.
       k: in a retrieval, the number of nearest candidates that are re-ranked.
       itm_only: in a retrieval, score by the logit of the match alone.
+      template: the chat template to ask the model by; by default its own.
       dtype: of weights and computation; by default bfloat16, on a CPU float32.
       fsdp: number of devices that split the weights, each with its own questions.
       tensor: number of devices that split the weights and share every question.
@@ -113,6 +115,7 @@ class Settings:
     length_normalise: bool | None = None
     k: int | None = None
     itm_only: bool | None = None
+    template: str | None = None
     dtype: str | None = None
     fsdp: int = 1
     tensor: int = 1
@@ -183,8 +186,7 @@ class Settings:
     def showing(self) -> dict[str, Any]:
         """Returns the `Task` fields about showing records: `style`, `crop` and `upright`."""
         style = templates.TextStyle(self.text_processor or "paper", self.dialogue or "plain")
-        crop = self.image_crop or "squash"
-        return {"style": style, "crop": crop, "upright": not self.ignore_exif}
+        return {"style": style, "crop": self.image_crop or "", "upright": not self.ignore_exif}
 
     def overrides(self) -> dict[str, Any]:
         """Returns the decoding and ranking settings that are not None, by name."""

@@ -106,7 +106,8 @@ def run(
         out / PREDICTIONS, model["weights"], model["dtype"], size, limit, replace
     )
     finished = []
-    for task in tasks:
+    for each in tasks:
+        task = each.asked_of(blip.text.input_format)
         line = Progress(len(task.records), f"reading {task.name}", "records", silent=not first)
         with agreed(), line:
             questions = grouping.plan(task, blip.text, size, line.update)
@@ -114,11 +115,11 @@ def run(
         store = _ask(blip, task, questions, destination, task.name, say)
         baseline_stores = {}
         if task.protocol.metric == families.METRIC:
-            for each in baselines:
-                beside_it = destination._replace(folder=out / BASELINES, weights=each.weights)
-                other = dataclasses.replace(task, black=each.black)
-                name = f"{task.name}.{each.name}"
-                baseline_stores[each.name] = _ask(each.blip, other, questions, beside_it, name, say)
+            for base in baselines:
+                beside_it = destination._replace(folder=out / BASELINES, weights=base.weights)
+                other = dataclasses.replace(task, black=base.black)
+                name = f"{task.name}.{base.name}"
+                baseline_stores[base.name] = _ask(base.blip, other, questions, beside_it, name, say)
         with agreed():
             if first:
                 paper = paper_model(blip.variant)
@@ -243,6 +244,8 @@ def describe(task: Task, name: str, count: int, done: int = 0) -> str:
         f"  prompt: {facts['prompt']!r}" + (", black images" if task.black else ""),
         f"  {facts['mode']}: {settings}",
     ]
+    if task.chat:
+        lines.append(f"  chat template: {task.chat['template']}")
     if task.candidates:
         lines.append(f"  candidates: {len(task.candidates)}")
     return "\n".join(lines)

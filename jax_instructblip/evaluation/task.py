@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from jax_instructblip.data.datasets import DATASETS
+from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.data.prepare import builder, shards
 from jax_instructblip.data.prepare.pictures import with_frames
 from jax_instructblip.data.readers.dataset import Dataset
@@ -39,8 +40,9 @@ class Task:
       relevance: Visual Dialog's relevance of candidates, by record id (`read_relevance`).
       black: show black images, to measure what can be guessed from the question alone.
       style: how questions and dialogues are worded.
-      crop: how images are cropped, a name of `images.CROPS`.
+      crop: how images are cropped, a name of `images.CROPS`; "" means as the model's are.
       upright: rotate photographs as their EXIF data say.
+      chat: the input format of a model that is asked by a chat template, as `asked_of` sets it.
     """
 
     protocol: Protocol
@@ -53,13 +55,19 @@ class Task:
     relevance: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     black: bool = False
     style: TextStyle = PAPER
-    crop: str = "squash"
+    crop: str = ""
     upright: bool = True
+    chat: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The protocol's name, used in files and results."""
         return self.protocol.name
+
+    def asked_of(self, form: InputFormat) -> "Task":
+        """Returns the task as it is put to a model with that input format."""
+        chat = form.to_dict() if form.template else {}
+        return dataclasses.replace(self, crop=self.crop or form.image_crop, chat=chat)
 
     def with_images(self, number: int) -> Record:
         """Returns record `number` with its images; for a video, with some of its frames."""
@@ -97,8 +105,10 @@ class Task:
             facts["images"] = "black"
         if self.style != PAPER:
             facts["style"] = dataclasses.asdict(self.style)
-        if self.crop != "squash":
+        if self.crop not in ("", "squash"):
             facts["crop"] = self.crop
+        if self.chat:
+            facts["chat"] = dict(self.chat)
         if not self.upright:
             facts["exif"] = "ignored"
         if self.protocol.ranking and self.protocol.words:

@@ -71,6 +71,7 @@ def verify(
     facts: str | os.PathLike = FACTS,
     model: str | None = None,
     dtype: Any = None,
+    template: str | None = None,
     say: Say = SAY,
 ) -> Outcome:
     """Asks a checkpoint all published questions about the given images; returns the counts.
@@ -81,6 +82,7 @@ def verify(
       facts: a JSON file of published answers, in the format of `published.py`.
       model: the released model's name; by default determined by the checkpoint's sizes.
       dtype: of weights and computation, as `load` accepts it.
+      template: the chat template to ask the model by; by default its own.
       say: prints each line of the result as soon as it is known.
 
     Raises:
@@ -101,7 +103,8 @@ def verify(
     for name in {entry.image for entry in asked}:
         if not is_published_file(pictures[name], paths[name]):
             say(f"note: {paths[name]} is not the file that was published as {name}")
-    matching = _ask(load(checkpoint, dtype=dtype), asked, paths, say) if asked else 0
+    settings: dict[str, Any] = {"dtype": dtype, "template": template}
+    matching = _ask(load(checkpoint, **settings), asked, paths, say) if asked else 0
     missing = [entry for entry in mine if entry.image not in paths]
     for line in _not_run(missing, pictures):
         say(line)

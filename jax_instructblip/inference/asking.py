@@ -23,6 +23,7 @@ def answer_files(
     config: GenerationConfig,
     *,
     dtype: Any = None,
+    template: str | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> list[Row]:
     """Answers questions about image files; returns one dict per question, in order.
@@ -31,7 +32,7 @@ def answer_files(
     errors are those of `load_pipeline` and `InstructBlipPipeline.generate`.
     """
     questions = _check(checkpoint, images, prompts)
-    blip = load(checkpoint, dtype=dtype)
+    blip = load(checkpoint, dtype=dtype, template=template)
     answers = blip.generate(images, prompts, config, batch_size=batch_size)
     return [
         {
@@ -54,12 +55,13 @@ def stream_files(
     config: GenerationConfig,
     *,
     dtype: Any = None,
+    template: str | None = None,
 ) -> Iterator[tuple[Any, str, Iterator[str]]]:
     """Yields (image, prompt, pieces of the answer) for each question, one after the other."""
     questions = _check(checkpoint, images, prompts)
-    blip = load(checkpoint, dtype=dtype)
+    blip = load(checkpoint, dtype=dtype, template=template)
     for question in questions:
-        image, prompt = question.frames[0], question.prompt
+        image, prompt = question.frames[0], str(question.prompt)
         yield image, prompt, blip.stream(image, prompt, config)
 
 
@@ -72,6 +74,7 @@ def rank_files(
     top: int,
     length_normalise: bool = False,
     dtype: Any = None,
+    template: str | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> list[Row]:
     """Ranks candidate answers to questions about image files; returns one dict per question.
@@ -80,7 +83,7 @@ def rank_files(
     probability. Arguments and errors are those of `load_pipeline` and `InstructBlipPipeline.rank`.
     """
     questions = _check(checkpoint, images, prompts, candidates)
-    blip = load(checkpoint, dtype=dtype)
+    blip = load(checkpoint, dtype=dtype, template=template)
     scores = blip.rank(
         images, prompts, candidates, length_normalise=length_normalise, batch_size=batch_size
     )

@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 
 from jax_instructblip.data.batch import collate, compact
+from jax_instructblip.data.chat_text import ChatTextProcessor, Prompt, prompt_problem
+from jax_instructblip.data.conversation import Conversation
 from jax_instructblip.data.images import CROPS, decode
 from jax_instructblip.data.spec import IGNORE, Batch
 from jax_instructblip.data.text import TextProcessor
@@ -31,14 +33,14 @@ Example = dict[str, np.ndarray]
 
 
 class Question(NamedTuple):
-    """A prompt and the frames that it is about; a still image has one frame.
+    """A prompt and the frames or images that it is about; a still image has one frame.
 
     Prepared inputs are used as they are: `frames` may be the array that `pixels` returns, `example`
     the tokens that `TextProcessor.prompt` returns.
     """
 
     frames: tuple[Frame, ...] | np.ndarray
-    prompt: str
+    prompt: Prompt
     example: Example | None = None
 
 
@@ -53,23 +55,30 @@ class QuestionBatch(NamedTuple):
     batch: Batch
 
 
-def pair_inputs(images: Sequence[Picture] | Frame, prompts: Sequence[str] | str) -> list[Question]:
+def pair_inputs(images: Any, prompts: Any, *, chat: bool = False) -> list[Question]:
     """Pairs images with prompts in order; a single image or prompt goes with all of the others.
 
-    A single image or prompt need not be in a list. A ValueError for empty lists, counts that do not
-    match, prompts that are no text, and videos of different lengths.
+    A single image or prompt need not be in a list. With `chat` a prompt may be a conversation, and
+    prompts may have different numbers of images; None is no image.
+
+    Raises:
+        ValueError: lists are empty, counts do not match, prompts are no text (or conversation), or
+            videos have different lengths.
     """
-    images = [images] if isinstance(images, Frame) else images
-    prompts = [prompts] if isinstance(prompts, str) else prompts
+    images = [images] if isinstance(images, Frame) or (chat and images is None) else images
+    prompts = [prompts] if isinstance(prompts, str | Conversation) else prompts
     for name, inputs in (("images", images), ("prompts", prompts)):
         if not isinstance(inputs, list | tuple):
             kind = type(inputs).__name__
             raise ValueError(f"{name} is a {kind}, expected a list of them, or a single one")
         if not inputs:
             raise ValueError(f"{name} is empty: there is nothing to answer")
-    if wrong := [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]:
+    if chat:
+        problems = [(i, prompt_problem(prompt)) for i, prompt in enumerate(prompts)]
+    elif wrong := [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]:
         raise ValueError(f"prompts must be strings; those at {wrong} are not")
-    problems = [(i, text_problem(prompt)) for i, prompt in enumerate(prompts)]
+    else:
+        problems = [(i, text_problem(prompt)) for i, prompt in enumerate(prompts)]
     if wrong := [f"prompt {i} {problem}" for i, problem in problems if problem]:
         raise ValueError("; ".join(wrong))
     if len(images) != len(prompts) and 1 not in (len(images), len(prompts)):
@@ -77,21 +86,25 @@ def pair_inputs(images: Sequence[Picture] | Frame, prompts: Sequence[str] | str)
             f"{len(images)} images and {len(prompts)} prompts do not match: give as many of both, "
             "or one of either for all of the other"
         )
-    pictures = [
-        tuple(each) if isinstance(each, list | tuple) else (cast(Frame, each),) for each in images
-    ]
+    pictures = [_frames(each, chat) for each in images]
     lengths = [len(frames) for frames in pictures]
-    if len(set(lengths)) > 1 or 0 in lengths:
+    if not chat and (len(set(lengths)) > 1 or 0 in lengths):
         raise ValueError(
             "all images of a call need the same number of frames (a still image is one), at least "
             f"one; found, in order, {lengths}"
         )
-    if lengths[0] > MOST_FRAMES:
-        raise ValueError(f"a video has {lengths[0]} frames, at most {MOST_FRAMES} are read")
+    if max(lengths) > MOST_FRAMES:
+        raise ValueError(f"a video has {max(lengths)} frames, at most {MOST_FRAMES} are read")
     count = max(len(pictures), len(prompts))
     if len(pictures) == 1:
         pictures = pictures * count
     return [Question(*each) for each in zip(pictures, itertools.cycle(prompts), strict=False)]
+
+
+def _frames(picture: Any, chat: bool) -> tuple[Frame, ...]:
+    if chat and picture is None:
+        return ()
+    return tuple(picture) if isinstance(picture, list | tuple) else (cast(Frame, picture),)
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -126,20 +139,22 @@ def make_batches(
     Everything but the images is checked before the first batch; they are opened batch by batch.
 
     Args:
-        text: the tokenizers.
-        questions: at least one; all have the same number of frames.
+        text: the tokenizers, and how images are prepared.
+        questions: at least one.
         batch_size: the most questions in a batch.
         multiple: a batch's number of rows is rounded up to a multiple of this, the number of
             shards into which devices split a batch.
         reserve: number of new tokens that must fit after each prompt.
 
     Raises:
-        ValueError: `batch_size` is out of range, or a prompt is too long.
+        ValueError: `batch_size` is out of range, a prompt is too long or cannot be used.
         ImageError: an image cannot be used.
     """
     check_batch_size(batch_size)
-    examples = [question.example or text.prompt(question.prompt) for question in questions]
-    _check_lengths(text, examples, len(questions[0].frames), reserve)
+    prompt: Any = text.prompt  # that of a chat takes conversations, too
+    examples = [each.example or prompt(each.prompt, len(each.frames)) for each in questions]
+    _check_lengths(text, questions, examples, reserve)
+    side, crop = text.variant.vision.image_size, text.input_format.image_crop
     one_picture = multiple == 1 and all(each.frames is questions[0].frames for each in questions)
     image, frames = np.zeros(0, np.uint8), None
     for start in range(0, len(questions), batch_size):
@@ -148,7 +163,7 @@ def make_batches(
         for row in rows:
             if questions[row].frames is not frames:  # one image of many prompts is opened once
                 frames = questions[row].frames
-                image = pixels(frames, text.variant.vision.image_size)
+                image = pixels(frames, side, crop)
             padded.append({"images": image, **examples[row]})
         few = 1 << (len(rows) - 1).bit_length()
         size = batch_size if len(questions) > batch_size else min(few, batch_size)
@@ -167,11 +182,13 @@ def make_batches(
         yield QuestionBatch(numbers, len(rows), batch)
 
 
-def prompt_limit(variant: Variant, frames: int, reserve: int) -> int:
+def prompt_limit(text: TextProcessor, frames: int, reserve: int) -> int:
     """Most tokens of a prompt about `frames` frames, if `reserve` new tokens must fit after it."""
-    if variant.llm.longest_sample is None:
-        return LENGTHS[-1]
-    return min(LENGTHS[-1], variant.llm.longest_sample - frames * variant.visual_tokens - reserve)
+    visual, positions = frames * text.variant.visual_tokens, text.variant.llm.longest_sample
+    limit = LENGTHS[-1]
+    if text.input_format.template:
+        limit = min(limit, text.input_format.limit - visual)
+    return limit if positions is None else min(limit, positions - visual - reserve)
 
 
 def check_reserve(variant: Variant, frames: int, reserve: int) -> None:
@@ -253,6 +270,8 @@ def pixels(
     """
     if isinstance(frames, np.ndarray):
         return frames
+    if not frames:
+        return np.zeros((0, size, size, 3), np.uint8)
     return np.stack([CROPS[crop](decode(frame, upright=upright), size) for frame in frames])
 
 
@@ -265,25 +284,48 @@ def _common_length(text: TextProcessor, examples: Sequence[Example]) -> dict[str
     both = ("tokens", "qformer_tokens")
     longest = max(len(each[name]) for each in examples for name in both if name in each)
     length = next(size for size in LENGTHS if size >= longest)
-    visual = len(examples[0]["images"]) * text.variant.visual_tokens
-    return {"slots": (visual + length,), "qformer_tokens": (min(length, text.qformer_limit),)}
+    most = max(len(each["images"]) for each in examples)
+    return {
+        "images": (max(most, 1),),  # a batch of texts alone has an unused image
+        "slots": (most * text.variant.visual_tokens + length,),
+        "qformer_tokens": (min(length, text.qformer_limit),),
+    }
 
 
 def _check_lengths(
-    text: TextProcessor, examples: Sequence[Example], frames: int, reserve: int
+    text: TextProcessor, questions: Sequence[Question], examples: Sequence[Example], reserve: int
 ) -> None:
-    """Raises a ValueError for prompts that are too long; warns if the Q-Former truncates any."""
-    check_reserve(text.variant, frames, reserve)
-    limit = prompt_limit(text.variant, frames, reserve)
-    visual_tokens = frames * text.variant.visual_tokens
+    """Raises a ValueError for prompts that are too long; warns of texts that are not read."""
+    log, wrong = logging.getLogger(__name__), []
+    counts = [len(question.frames) for question in questions]
     lengths = [len(example["tokens"]) for example in examples]
-    if wrong := [f"prompt {i} has {n}" for i, n in enumerate(lengths) if n > limit]:
-        raise ValueError(
-            f"a prompt may have {limit} tokens (beside {visual_tokens} of the image and {reserve} "
-            f"of the answer): {', '.join(wrong)}; shorten it"
-        )
+    for frames in sorted(set(counts)):
+        visual = frames * text.variant.visual_tokens
+        chat = text.input_format
+        if chat.template and visual >= chat.limit:
+            wrong.append(
+                f"{frames} images take {visual} slots, and a prompt has at most {chat.limit} in "
+                "all: ask about fewer images"
+            )
+            continue
+        check_reserve(text.variant, frames, reserve)
+        limit = prompt_limit(text, frames, reserve)
+        asked = [i for i, count in enumerate(counts) if count == frames]
+        if long := [f"prompt {i} has {lengths[i]}" for i in asked if lengths[i] > limit]:
+            wrong.append(
+                f"a prompt may have {limit} tokens (beside {visual} of the image and {reserve} of "
+                f"the answer): {', '.join(long)}; shorten it"
+            )
+    if wrong:
+        raise ValueError("; ".join(wrong))
     if cut := sum(int(example["truncated"][0]) for example in examples):
-        logging.getLogger(__name__).warning(
+        log.warning(
             "%d of %d prompts have more than %d tokens: the Q-Former reads their ends alone",
             *(cut, len(examples), text.qformer_limit),
         )
+    if isinstance(text, ChatTextProcessor) and not text.chat.template.reads_questions:
+        if unread := sum(1 for each in questions if each.prompt and each.example is None):
+            log.warning(
+                "%d of %d prompts have a text, which the chat template %s leaves out",
+                *(unread, len(examples), text.input_format.template),
+            )

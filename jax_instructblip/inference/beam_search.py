@@ -3,7 +3,7 @@
 A running row is one of the K unfinished answers (beams) of a sample. A step continues them:
 
     K running rows of a sample --decode_step--> scores [K, V] --the 2K best--> candidates
-        candidates with eos, among the first K  -->  answers, of which the K best are kept
+        those that end, among the first K       -->  answers, of which the K best are kept
         the K best others                       -->  the running rows of the next step
 
 The prompt is read once, by one row, and its part of the cache is never repeated. Only the cache of
@@ -26,7 +26,8 @@ included, two values of `GenerationConfig.length_rule` differ in
 and "transformers4.26" is "released" but for the last line, where it has n. They differ
 because transformers 4.33 counts an id before the first new one (T5's start id, or an id that is
 never read) and leaves eos out. Settings are arguments of the program: new values do not recompile
-it.
+it. With a table of stops (`stops.py`) several tokens may end a row: then the K best others are
+chosen among the tokens that do not.
 """
 
 import functools
@@ -36,11 +37,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_instructblip.inference import stops
 from jax_instructblip.inference.generation_config import EARLY_STOPPING, GenerationConfig
 from jax_instructblip.inference.sampling import (
     TracedSettings,
     best_of_rows,
-    first_eos,
     process_logits,
     seen_ids,
 )
@@ -87,6 +88,7 @@ class _State(NamedTuple):
     seen: jax.Array  # [B, K, V] ids that the repetition penalty counts
     done: jax.Array  # [B]
     answers: Answers
+    stop: stops.States  # [B, K] of the running rows
     cache: Any  # the language model's, its tail with K rows
 
 
@@ -95,14 +97,17 @@ def beam_tokens(
     params: dict[str, Any],
     batch: dict[str, Any],
     config: GenerationConfig,
+    table: stops.Table = None,
 ) -> dict[str, jax.Array]:
     """The K = `config.num_beams` best answers to every row of `batch`, the best one first.
 
-        tokens    [B, K, max_new_tokens]  int32    padding (the variant's pad_id) after eos
+        tokens    [B, K, max_new_tokens]  int32    padding (the variant's pad_id) after the end
         lengths   [B, K]                  int32    number of tokens before padding, eos included
-        logprobs  [B, K, max_new_tokens]  float32  of the model itself; 0 after eos
+        logprobs  [B, K, max_new_tokens]  float32  of the model itself; 0 after the end
         scores    [B, K]                  float32  the values by which answers are ranked
         steps     []                      int32    number of steps that the longest search needed
+
+    A row ends with eos, or by a `table` of stops.
 
     `early_stopping`: True ends a sample's search at K answers. The other values end it when no
     unfinished answer can beat them: False assumes its current length (a guess, as length_penalty >
@@ -123,7 +128,7 @@ def beam_tokens(
         jnp.asarray(config.length_rule != "transformers5"),
     )
     chosen = TracedSettings.of(config)
-    return _search(model, max_new_tokens, num_beams, params, batch, chosen, search)
+    return _search(model, max_new_tokens, num_beams, params, batch, chosen, search, table)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -135,8 +140,10 @@ def _search(
     batch: dict[str, Any],
     settings: TracedSettings,
     search: Search,
+    table: stops.Table,
 ) -> dict[str, jax.Array]:
     ids, variables = model.vocabulary, {"params": params}
+    choose = functools.partial(_choose, ids.eos_id, table, settings, search)
 
     def unfinished(state: _State) -> jax.Array:
         return (state.step < max_new_tokens) & ~state.done.all()
@@ -145,19 +152,19 @@ def _search(
         cache = reorder_beams(state.cache, state.parents)
         newest = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=2, keepdims=False)
         logits, cache = model.apply(variables, newest, cache, method="decode_step")
-        return _choose(ids.eos_id, settings, search, state._replace(cache=cache), logits)
+        return choose(state._replace(cache=cache), logits)
 
     # The last token is never fed back, so the tail needs one slot less.
     tail = max(max_new_tokens - 1, 1)
     logits, cache = model.apply(variables, batch, tail, method="prefill")
-    state = _initial(ids, num_beams, max_new_tokens, batch, settings, cache)
+    state = _initial(ids, num_beams, max_new_tokens, batch, settings, table, cache)
     logits = jnp.broadcast_to(logits, state.seen.shape)
-    state = _choose(ids.eos_id, settings, search, state, logits)
+    state = choose(state, logits)
     state = jax.lax.while_loop(unfinished, advance, state)
     answers = _with_the_cut_off(search, state)
     return {
         "tokens": answers.tokens,
-        "lengths": first_eos(answers.tokens, ids.eos_id),
+        "lengths": stops.lengths(table, ids.eos_id, answers.tokens),
         "logprobs": answers.logprobs,
         "scores": answers.scores,
         "steps": state.step,
@@ -170,6 +177,7 @@ def _initial(
     length: int,
     batch: dict[str, Any],
     settings: TracedSettings,
+    table: stops.Table,
     cache: Any,
 ) -> _State:
     """The state before the first token: K empty rows, of which only the first is continued."""
@@ -188,29 +196,41 @@ def _initial(
         seen=jnp.broadcast_to(seen, (size, beams, ids.vocab)),
         done=jnp.zeros(size, bool),
         answers=Answers(jnp.full((size, beams), -jnp.inf), tokens, logprobs),
+        stop=stops.first_states(table, (size, beams)),
         cache=expand_beams(cache, beams),
     )
 
 
 def _choose(
-    eos_id: int, settings: TracedSettings, search: Search, state: _State, logits: jax.Array
+    eos_id: int,
+    table: stops.Table,
+    settings: TracedSettings,
+    search: Search,
+    state: _State,
+    logits: jax.Array,
 ) -> _State:
     """The state one token longer; the new tokens are chosen by `logits` [B, K, V]."""
     beams, vocab = logits.shape[1:]
     logprobs = jax.nn.log_softmax(logits)
-    scores = process_logits(logprobs, state.seen, state.step, eos_id, settings)
-    totals, indices = best_of_rows(scores + state.sums[..., None], 2 * beams)
-    logprob = _take(logprobs.reshape(len(logits), beams * vocab), indices)
-    candidates = _Candidates(totals, indices // vocab, indices % vocab, logprob)
-    ends = candidates.token == eos_id  # of at most K: each row has one eos
+    ending = stops.ends(table, eos_id, state.stop, logits.shape)
+    scores = process_logits(logprobs, state.seen, state.step, ending, settings)
+    sums = scores + state.sums[..., None]
+    candidates = _best_candidates(sums, logprobs, 2 * beams)
+    behind = _states_behind(table, state, candidates)
+    ends = stops.have_ended(table, eos_id, behind, candidates.token)
 
     first = jax.tree.map(lambda leaf: leaf[:, :beams], candidates)
     counts = ends[:, :beams] & ~state.done[:, None]
     ended = jnp.where(counts, first.total / search.weights[state.step], -jnp.inf)
     answers = _best(state.answers, Answers(ended, *_longer(state, first)))
 
-    ranks = jnp.argsort(ends, axis=1, stable=True)[:, :beams]
-    others = jax.tree.map(lambda leaf: _take(leaf, ranks), candidates)
+    if table is None:  # at most K of the candidates end: each row has one eos
+        ranks = jnp.argsort(ends, axis=1, stable=True)[:, :beams]
+        others = jax.tree.map(lambda leaf: _take(leaf, ranks), candidates)
+        are_first = ranks < beams
+    else:
+        others = _best_candidates(jnp.where(ending, -jnp.inf, sums), logprobs, beams)
+        are_first = jnp.arange(beams)[None] < (~ends[:, :beams]).sum(axis=1, keepdims=True)
     tokens, chances = _longer(state, others)
     newest = jax.nn.one_hot(others.token, vocab, dtype=bool)
     state = state._replace(
@@ -218,13 +238,29 @@ def _choose(
         tokens=tokens,
         logprobs=chances,
         sums=others.total,
-        first=ranks < beams,
+        first=are_first,
         parents=others.parent,
         seen=_take(state.seen, others.parent) | newest,
         answers=answers,
+        stop=_states_behind(table, state, others),
     )
-    best = jnp.where(search.released, totals[:, 0], others.total[:, 0])
+    best = jnp.where(search.released, candidates.total[:, 0], others.total[:, 0])
     return state._replace(done=state.done | _cannot_better(search, state, best))
+
+
+def _best_candidates(sums: jax.Array, logprobs: jax.Array, count: int) -> _Candidates:
+    """The `count` best candidates of each sample by their `sums` `[B, K, V]`, best one first."""
+    vocab = sums.shape[-1]
+    totals, indices = best_of_rows(sums, count)
+    logprob = _take(logprobs.reshape(len(sums), -1), indices)
+    return _Candidates(totals, indices // vocab, indices % vocab, logprob)
+
+
+def _states_behind(table: stops.Table, state: _State, candidates: _Candidates) -> stops.States:
+    """The states `[B, C]` of candidates in the table of stops."""
+    if table is None:
+        return None
+    return stops.next_states(table, _take(state.stop, candidates.parent), candidates.token)
 
 
 def _longer(state: _State, candidates: _Candidates) -> tuple[jax.Array, jax.Array]:

@@ -1,11 +1,12 @@
 """Greedy decoding and sampling: the whole loop from prompt to tokens is one compiled program.
 
     prefill --logits--> choose --token--> [ decode_step --logits--> choose --token--> ] ... eos
-                                            `lax.while_loop`, until every row has its eos
+                                            `lax.while_loop`, until every row has ended
 
 Parameters and sampling settings are arguments of the program, so new values do not recompile it. It
 is compiled again for another shape of the batch, for another `max_new_tokens` (the length of the
-cache's tail), and separately for greedy decoding and for sampling.
+cache's tail), and separately for greedy decoding and for sampling, with and without a table of
+stops (`stops.py`).
 
 `stream_tokens` compiles the two parts of the loop, `_start` and `_advance`, as separate programs,
 so that each token is available as soon as it is chosen.
@@ -19,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_instructblip.inference import stops
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.sampling import (
     TracedSettings,
     argmax,
-    first_eos,
     process_logits,
     sample,
     seen_ids,
@@ -36,10 +37,11 @@ class _State(NamedTuple):
 
     step: jax.Array  # [] number of new tokens so far
     token: jax.Array  # [B, R] the newest token
-    done: jax.Array  # [B, R] True for rows with eos
+    done: jax.Array  # [B, R] True for rows that have ended
     seen: jax.Array  # [B, R, V] ids that the repetition penalty counts
     tokens: jax.Array  # [B, R, T]
     logprobs: jax.Array  # [B, R, T]
+    stop: stops.States  # [B, R]
     cache: Any  # the language model's
 
 
@@ -49,13 +51,16 @@ def generate_tokens(
     batch: dict[str, Any],
     keys: jax.Array,
     config: GenerationConfig,
+    table: stops.Table = None,
 ) -> dict[str, jax.Array]:
     """Generates tokens for every row of `batch`, with the log-probability of each.
 
-        tokens    [B, 1, max_new_tokens]  int32    padding (the variant's pad_id) after eos
+        tokens    [B, 1, max_new_tokens]  int32    padding (the variant's pad_id) after the end
         lengths   [B, 1]                  int32    number of tokens before padding, eos included
-        logprobs  [B, 1, max_new_tokens]  float32  0 after eos
+        logprobs  [B, 1, max_new_tokens]  float32  0 after the end
         steps     []                      int32    number of steps that the longest row needed
+
+    A row ends with eos, or by a `table` of stops.
 
     Unless `config` samples, each token is the best one. Otherwise it is drawn after `temperature`,
     `top_k` (ties with the k-th stay) and `top_p` (the smallest set of best tokens whose
@@ -67,7 +72,7 @@ def generate_tokens(
     are the model's own probabilities, not those of the truncated distribution.
     """
     chosen = TracedSettings.of(config)
-    return _decode(model, config.max_new_tokens, config.sample, params, batch, keys, chosen)
+    return _decode(model, config.max_new_tokens, config.sample, params, batch, keys, chosen, table)
 
 
 def stream_tokens(
@@ -76,16 +81,18 @@ def stream_tokens(
     batch: dict[str, Any],
     keys: jax.Array,
     config: GenerationConfig,
+    table: stops.Table = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields tokens and log-probabilities, each `[B]`, of every step until all rows have their eos.
+    """Yields tokens and log-probabilities, each `[B]`, of every step until all rows have ended.
 
     Arguments and values are those of `generate_tokens`. The device computes one step ahead.
     """
     chosen = TracedSettings.of(config)
     max_new_tokens, do_sample = config.max_new_tokens, config.sample
-    newest, done, state = _first(model, max_new_tokens, do_sample, params, batch, keys, chosen)
+    prompt = params, batch, keys, chosen, table
+    newest, done, state = _first(model, max_new_tokens, do_sample, *prompt)
     for _ in range(max_new_tokens - 1):
-        coming, ended, state = _next(model, do_sample, params, keys, chosen, state)
+        coming, ended, state = _next(model, do_sample, params, keys, chosen, table, state)
         yield jax.device_get(newest)
         if np.all(done):
             return
@@ -102,16 +109,17 @@ def _decode(
     batch: dict[str, Any],
     keys: jax.Array,
     settings: TracedSettings,
+    table: stops.Table,
 ) -> dict[str, jax.Array]:
     def unfinished(state: _State) -> jax.Array:
         return (state.step < max_new_tokens) & ~state.done.all()
 
-    advance = functools.partial(_advance, model, do_sample, params, keys, settings)
-    state = _start(model, max_new_tokens, do_sample, params, batch, keys, settings)
+    advance = functools.partial(_advance, model, do_sample, params, keys, settings, table)
+    state = _start(model, max_new_tokens, do_sample, params, batch, keys, settings, table)
     state = jax.lax.while_loop(unfinished, advance, state)
     return {
         "tokens": state.tokens,
-        "lengths": first_eos(state.tokens, model.vocabulary.eos_id),
+        "lengths": stops.lengths(table, model.vocabulary.eos_id, state.tokens),
         "logprobs": state.logprobs,
         "steps": state.step,
     }
@@ -122,13 +130,13 @@ def _first(*arguments: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array, _St
     return _newest(_start(*arguments))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
 def _next(*arguments: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array, _State]:
     return _newest(_advance(*arguments))
 
 
 def _newest(state: _State) -> tuple[tuple[jax.Array, jax.Array], jax.Array, _State]:
-    """Each row's (newest token, its log-probability), the mask of rows with eos, the state."""
+    """Each row's (newest token, its log-probability), the mask of ended rows, the state."""
     logprob = jax.lax.dynamic_index_in_dim(state.logprobs[:, 0], state.step - 1, 1, keepdims=False)
     return (state.token[:, 0], logprob), state.done, state
 
@@ -141,6 +149,7 @@ def _start(
     batch: dict[str, Any],
     keys: jax.Array,
     settings: TracedSettings,
+    table: stops.Table,
 ) -> _State:
     """The state of the loop after the prompt is read and the first token is chosen."""
     ids = model.vocabulary
@@ -155,9 +164,10 @@ def _start(
         seen=seen_ids(ids, batch, settings.prompt_counts)[:, None],
         tokens=jnp.full((*rows, max_new_tokens), ids.pad_id, jnp.int32),
         logprobs=jnp.zeros((*rows, max_new_tokens), jnp.float32),
+        stop=stops.first_states(table, rows),
         cache=cache,
     )
-    return _choose(model, do_sample, keys, settings, state, logits)
+    return _choose(model, do_sample, keys, settings, table, state, logits)
 
 
 def _advance(
@@ -166,12 +176,13 @@ def _advance(
     params: dict[str, Any],
     keys: jax.Array,
     settings: TracedSettings,
+    table: stops.Table,
     state: _State,
 ) -> _State:
     """The state of the loop after one more token."""
     variables = {"params": params}
     logits, cache = model.apply(variables, state.token, state.cache, method="decode_step")
-    return _choose(model, do_sample, keys, settings, state._replace(cache=cache), logits)
+    return _choose(model, do_sample, keys, settings, table, state._replace(cache=cache), logits)
 
 
 def _choose(
@@ -179,12 +190,14 @@ def _choose(
     do_sample: bool,
     keys: jax.Array,
     settings: TracedSettings,
+    table: stops.Table,
     state: _State,
     logits: jax.Array,
 ) -> _State:
     """The state of the loop with the next token added, chosen from `logits` `[B, R, V]`."""
     ids = model.vocabulary
-    scores = process_logits(logits, state.seen, state.step, ids.eos_id, settings)
+    ends = stops.ends(table, ids.eos_id, state.stop, logits.shape)
+    scores = process_logits(logits, state.seen, state.step, ends, settings)
     if do_sample:
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, state.step)
         token = jax.vmap(sample, in_axes=(0, 0, None))(now, scores, settings)
@@ -193,11 +206,13 @@ def _choose(
     token = jnp.where(state.done, ids.pad_id, token).astype(jnp.int32)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[..., None], axis=-1)
     logprob = jnp.where(state.done, 0.0, logprob[..., 0])
+    stop = stops.next_states(table, state.stop, token)
     return state._replace(
         step=state.step + 1,
         token=token,
-        done=state.done | (token == ids.eos_id),
+        done=state.done | stops.have_ended(table, ids.eos_id, stop, token),
         seen=state.seen | jax.nn.one_hot(token, logits.shape[-1], dtype=bool),
         tokens=state.tokens.at[..., state.step].set(token),
         logprobs=state.logprobs.at[..., state.step].set(logprob),
+        stop=stop,
     )

@@ -7,7 +7,7 @@
 
     id             [n] names: the path in the folder, or the id of the JSON line
     image          [n, Q, E] float32; [n, Q, D] if raw; of a generative model [n, F * Q, Dl], the
-                   visual vectors of F images that the Q-Former gives its language model
+                   visual vectors of F images that the bridge gives its language model
     text           [m, E] float32 of each caption, [m, D] if raw (first stage, lines with answers)
     text_of        [m] row of the image that the caption belongs to
     caption        [m] the captions
@@ -102,6 +102,8 @@ def write_features(
         "shard_size": shard_size,
         "format": file_format,
     }
+    if (crop := source.input_format.image_crop) != "squash":
+        facts["image_crop"] = crop
     _begin(out, facts)
     names = [out / f"{number:05d}-of-{count:05d}.{file_format}" for number in range(count)]
     left = [number for number, path in enumerate(names) if not _is_whole(path)]

@@ -28,6 +28,7 @@ from jax_instructblip.checkpoint.step_meta import META, check_manifest, read_met
 from jax_instructblip.conversion.hf_folder import convert_hf
 from jax_instructblip.conversion.positions import fit_positions, with_positions
 from jax_instructblip.conversion.stored_model import StoredModel, read_stored_model, tuned
+from jax_instructblip.data.input_format import KEY, InputFormat
 from jax_instructblip.files import read_json
 from jax_instructblip.models.variants import DTYPES, Variant
 from jax_instructblip.models.vlm import DECODERS, param_shapes, unstack_decoder
@@ -62,6 +63,7 @@ class Source:
       step: of a run, its folder `checkpoints/<step>`, whose weights replace those of `folder`.
       limits: the recorded limits of tokens of each text (fields of TextProcessor), or {}.
       facts: the origin of the weights, which config.json has as `source`.
+      input_format: how prompts and images are put to the model.
     """
 
     folder: Path
@@ -70,6 +72,7 @@ class Source:
     step: Path | None = None
     limits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    input_format: InputFormat = InputFormat()
 
 
 def read_dtype(dtype: Any) -> np.dtype:
@@ -131,11 +134,12 @@ def read_source(path: str | os.PathLike) -> Source:
     if (folder / checkpoint.MANIFEST).is_file():
         model = read_stored_model(folder)
         limits = _check_limits(folder, model.limits)
-        return Source(folder, model.variant, limits=limits, facts=model.facts)
+        asked = {"facts": model.facts, "input_format": model.input_format}
+        return Source(folder, model.variant, limits=limits, **asked)
     config = read_json(folder / "config.json", dict) if (folder / "config.json").is_file() else {}
     if "architectures" in config or "model_type" in config:
-        variant, facts, leaves = convert_hf(folder)
-        return Source(folder, variant, leaves, facts=facts)
+        variant, facts, leaves, asked = convert_hf(folder)
+        return Source(folder, variant, leaves, facts=facts, input_format=asked)
     names = ", ".join(sorted(each.name for each in folder.iterdir())[:12]) or "nothing"
     raise ValueError(
         f"{folder} is of no known kind: found {names}; expected {', '.join(KINDS[:-1])} or "
@@ -197,7 +201,17 @@ def _run_source(step: Path) -> Source:
         "trained_sha256": checkpoint.manifest_digest(step / "trainable"),
     }
     facts = {**base.facts, "tuned": tuning}
-    return dataclasses.replace(base, variant=variant, step=step, limits=limits, facts=facts)
+    asked = _check_input_format(step, meta, base.input_format)
+    changes: dict[str, Any] = {"limits": limits, "facts": facts, "input_format": asked}
+    return dataclasses.replace(base, variant=variant, step=step, **changes)
+
+
+def _check_input_format(step: Path, meta: Mapping[str, Any], base: InputFormat) -> InputFormat:
+    """Returns the input format of a run's step; that of its base if an older run did not say it."""
+    try:
+        return InputFormat.from_dict(meta[KEY]) if KEY in meta else base
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{step / META} is damaged: {error}") from error
 
 
 def _check_limits(folder: Path, limits: Any) -> Mapping[str, int]:
@@ -257,7 +271,9 @@ def stored_model(source: Source) -> StoredModel:
     base = read_stored_model(source.folder)
     if source.step is None:
         return base
-    changes = {"variant": source.variant, "facts": source.facts, "limits": source.limits}
+    changes = {
+        name: getattr(source, name) for name in ("variant", "facts", "limits", "input_format")
+    }
     return with_positions(tuned(base, source.step / "trainable", title=str(source.step), **changes))
 
 

@@ -5,25 +5,25 @@ for answer in blip.generate(["a.jpg", "b.jpg"], ["What is in the picture?"]):
     print(answer.text, answer.logprob)
 """
 
-import contextlib
 import functools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jax_instructblip.data import spec
+from jax_instructblip.data.chat_text import ChatTextProcessor, Prompt
 from jax_instructblip.data.spec import Batch
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.fields import check, flag
 from jax_instructblip.inference.answers import Answer, best_answer, check_finite
+from jax_instructblip.inference.batch_runner import BatchRunner
 from jax_instructblip.inference.batching import (
     Frame,
     Picture,
@@ -59,17 +59,20 @@ from jax_instructblip.inference.ranking import (
 from jax_instructblip.inference.retrieval import Retriever
 from jax_instructblip.inference.sampling import row_keys, seed_key
 from jax_instructblip.inference.saving import save_checkpoint
-from jax_instructblip.inference.streaming import one_ahead, pieces
-from jax_instructblip.models.layers import BATCH_AXES, Scan, Scans
+from jax_instructblip.inference.streaming import pieces
+from jax_instructblip.inference.text_loading import text_of
+from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.released import released_name
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import VisionLanguageModel, is_unstacked
-from jax_instructblip.parallel.mesh import batch_sharding
-from jax_instructblip.progress import Progress
 
 
 def load(
-    path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None
+    path: str | os.PathLike,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    *,
+    template: str | None = None,
 ) -> "InstructBlipPipeline":
     """Loads the model at `path`; for BLIP-2's first stage, the result is a `Retriever`.
 
@@ -81,27 +84,42 @@ def load(
         processes, each makes the same calls with the same questions, and gets all answers.
       dtype: the dtype of weights and computation; by default bfloat16, on a CPU float32. Norms,
         softmax and logits are always float32. float16 is refused for T5, where it overflows.
+      template: the chat template to ask the model by, a key of `chat_templates.CHAT_TEMPLATES`; by
+        default its own. LLaVA has one, other models where they were tuned with it.
     """
     dtype, source = read_dtype(dtype), read_source(path)
     if source.variant.llm is None:
+        if template is not None:
+            raise ValueError(
+                f"template is {template!r}, but {path} is a first stage of BLIP-2, which is asked "
+                "nothing: leave it out"
+            )
         return cast(Any, Retriever.of(source, dtype, mesh))
-    return load_pipeline(path, mesh, dtype)
+    return load_pipeline(path, mesh, dtype, template=template)
 
 
 def load_pipeline(
-    path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None
+    path: str | os.PathLike,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    *,
+    template: str | None = None,
 ) -> "InstructBlipPipeline":
     """Loads the model at `path` as `load` does; a ValueError for BLIP-2's first stage."""
     dtype, source = read_dtype(dtype), read_source(path)
     reader = require_kind(source, READERS)
     # Binding makes the model refuse a dtype now, before gigabytes are read.
     _ = VisionLanguageModel(source.variant, dtype).bind({}).vision
-    text = TextProcessor.load(source.folder, source.variant, **source.limits)
+    text = text_of(source, template)
     params = load_params(source, dtype, mesh)
     return reader(source.variant, params, text, dtype=dtype, mesh=mesh, source=source)
 
 
-class InstructBlipPipeline:
+Images = Sequence[Picture | None] | Frame | None
+Prompts = Sequence[Prompt] | Prompt
+
+
+class InstructBlipPipeline(BatchRunner):
     """A model with its parameters and tokenizers: answers, rankings, features, logits.
 
     Texts and batches are padded to few sizes (`batching.py`), so that compiled programs are reused.
@@ -134,8 +152,8 @@ class InstructBlipPipeline:
 
     def generate(
         self,
-        images: Sequence[Picture] | Frame,
-        prompts: Sequence[str] | str,
+        images: Images,
+        prompts: Prompts,
         config: GenerationConfig | None = None,
         *,
         batch_size: int = BATCH_SIZE,
@@ -146,6 +164,10 @@ class InstructBlipPipeline:
         One image serves many prompts, and one prompt many images; otherwise their counts are equal.
         Each image is a path, the bytes of an image file, a PIL image or a uint8 array [H, W, 3]; a
         list of these is a video. All videos of a call have the same length.
+
+        A model with a chat template (LLaVA) takes a list as several images. They stand before the
+        question, or where it has `<image>`. Their numbers may differ; [] or None is no image. A
+        prompt may also be a `Conversation`, or a list of its turns, whose last one is a question.
 
         Decoding is greedy, or with `num_beams` > 1 a beam search. With any of `temperature`,
         `top_p` and `top_k` tokens are drawn; an answer then depends on `seed` and on its index in
@@ -161,24 +183,25 @@ class InstructBlipPipeline:
 
         Raises:
           ValueError: no images or no prompts, counts that do not match, a setting out of its range,
-            a prompt too long for the model, an image that cannot be used (`ImageError`), scores
-            that are not finite.
+            a prompt too long for the model, an image that cannot be used (`ImageError`), or has no
+            place in its prompt or two, scores that are not finite.
         """
         config = configured(config, settings)
         check_batch_size(batch_size)
-        return self.answer(pair_inputs(images, prompts), config, batch_size)
+        return self.answer(self._pair(images, prompts), config, batch_size)
 
     def answer(
         self, questions: Sequence[Question], config: GenerationConfig, batch_size: int = BATCH_SIZE
     ) -> list[Answer]:
-        """Answers questions made by `pair_inputs`, all with the same number of frames."""
+        """Answers questions made by `pair_inputs`."""
         key = seed_key(config.seed)
 
         def decode(batch: Batch, rows: np.ndarray) -> dict[str, jax.Array]:
             if config.num_beams > 1:
-                return beam_tokens(self.model, self.params, batch, config)
+                return beam_tokens(self.model, self.params, batch, config, self._stop_table)
             keys = row_keys(key, self._on_devices(rows))
-            return generate_tokens(self.model, self.params, batch, keys, config)
+            table = self._stop_table
+            return generate_tokens(self.model, self.params, batch, keys, config, table)
 
         results = self._run("answering", decode, questions, batch_size, config.max_new_tokens)
         answers = [
@@ -192,8 +215,8 @@ class InstructBlipPipeline:
 
     def stream(
         self,
-        image: Picture,
-        prompt: str,
+        image: Picture | None,
+        prompt: Prompt,
         config: GenerationConfig | None = None,
         **settings: Any,
     ) -> Iterator[str]:
@@ -208,12 +231,13 @@ class InstructBlipPipeline:
             raise ValueError(
                 f"num_beams is {config.num_beams}, but a stream has no beams: expected 1"
             )
-        questions = pair_inputs([image], [prompt])
+        questions = self._pair([image], [prompt])
         only = next(make_batches(self.text, questions, 1, self.batch_shards, config.max_new_tokens))
         keys = row_keys(seed_key(config.seed), self._on_devices(only.rows))
         batch = self._on_devices(only.batch)
-        steps = stream_tokens(self.model, self.params, batch, keys, config)
-        return pieces(self.text.decode, self._first_row(steps), rewrites=self.text.rewrites)
+        steps = stream_tokens(self.model, self.params, batch, keys, config, self._stop_table)
+        tokens, text = self._first_row(steps), self.text
+        return pieces(text.decode, tokens, rewrites=text.rewrites, stop=text.stop_text)
 
     def _first_row(self, steps: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[int]:
         while True:
@@ -227,8 +251,8 @@ class InstructBlipPipeline:
 
     def rank(
         self,
-        images: Sequence[Picture] | Frame,
-        prompts: Sequence[str] | str,
+        images: Images,
+        prompts: Prompts,
         candidates: Sequence[str] | Sequence[Sequence[str]],
         length_normalise: bool = False,
         batch_size: int = BATCH_SIZE,
@@ -237,7 +261,7 @@ class InstructBlipPipeline:
         """Scores `[B, C]` float32 of every candidate answer to each question; the best is largest.
 
         A score is the natural log-probability of the candidate after the image and the prompt: the
-        sum over its tokens, for T5 with the closing eos, for LLaMA without one (as in LAVIS). A
+        sum over its tokens, for T5 with the closing eos, for others without one (as in LAVIS). A
         softmax over the candidates gives probabilities. Common beginnings of candidates are
         computed once: long lists of short answers cost little more than their distinct beginnings.
 
@@ -257,7 +281,7 @@ class InstructBlipPipeline:
         """
         check_batch_size(batch_size)
         check({"length_normalise": length_normalise}, {"length_normalise": flag()})
-        questions = pair_inputs(images, prompts)
+        questions = self._pair(images, prompts)
         lists = tokenise(self.text, candidates, len(questions))
         if same := same_tokens(check_candidates(candidates, len(questions)), lists):
             logging.getLogger(__name__).warning("%s", describe_same(same))
@@ -298,21 +322,36 @@ class InstructBlipPipeline:
         return scores
 
     def features(
-        self, images: Sequence[Picture], prompts: Sequence[str], batch_size: int = BATCH_SIZE
+        self, images: Images, prompts: Prompts, batch_size: int = BATCH_SIZE
     ) -> np.ndarray:
         """The visual vectors that the language model reads, `[B, F*Q, Dl]` float32.
 
         They are the Q-Former's query outputs for each image under its prompt, projected to the
-        width of the language model, frame after frame. `images` and `prompts` are as in `generate`.
+        width of the language model, frame after frame; in LLaVA the projected patches, whatever the
+        prompt. `images` and `prompts` are as in `generate`, and all prompts have as many images.
         """
         check_batch_size(batch_size)
+        questions = self._pair(images, prompts)
+        if len(counts := {len(question.frames) for question in questions}) > 1 or 0 in counts:
+            raise ValueError(
+                f"prompts with {sorted(counts)} images have no features of one shape: ask for them "
+                "in calls of their own"
+            )
 
         def compute(batch: Batch, rows: np.ndarray) -> jax.Array:
             del rows
             return _visual_prompt(self.model, self.params, batch)
 
-        results = self._run("looking", compute, pair_inputs(images, prompts), batch_size)
+        results = self._run("looking", compute, questions, batch_size)
         return np.concatenate([vectors[:count].astype(np.float32) for vectors, count in results])
+
+    def _pair(self, images: Any, prompts: Any) -> list[Question]:
+        return pair_inputs(images, prompts, chat=isinstance(self.text, ChatTextProcessor))
+
+    @functools.cached_property
+    def _stop_table(self) -> np.ndarray | None:
+        """The table that finds the ends of answers (`stops.py`); None where eos alone ends them."""
+        return self.text.stop_table()
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes a checkpoint folder that `load` reads; the weights keep their dtype."""
@@ -335,58 +374,11 @@ class InstructBlipPipeline:
         with self._mesh():
             return np.asarray(_logits(self.model, self.params, self._on_devices(batch)))
 
-    def _run(
-        self,
-        label: str,
-        compute: Callable[[Batch, np.ndarray], Any],
-        questions: Sequence[Question],
-        batch_size: int,
-        reserve: int = 0,
-    ) -> list[tuple[Any, int]]:
-        """Applies `compute(batch, row numbers)` to all batches; returns (result, real rows)."""
-        batches = make_batches(self.text, questions, batch_size, self.batch_shards, reserve)
-        pending = ((compute(self._on_devices(b.batch), b.rows), b.count) for b in batches)
-        results = []
-        line = Progress(len(questions), label, "questions", compiles=True, silent=self.silent)
-        # Processes that talk to each other do one thing at a time, in the same order.
-        ready = pending if self._spans else one_ahead(pending)
-        with self._mesh(), line as progress:
-            for result, count in ready:
-                results.append((self._fetch(result), count))
-                progress.update(count)
-        return results
-
-    def _fetch(self, result: Any) -> Any:
-        """The whole result as numpy arrays, even if other processes hold parts of it."""
-        if not self._spans:
-            return jax.device_get(result)
-        return multihost_utils.process_allgather(result, tiled=True)
-
-    @property
-    def _spans(self) -> bool:
-        """True if other processes work on the same batches."""
-        return self.mesh is not None and self.mesh.is_multi_process
-
-    @property
-    def batch_shards(self) -> int:
-        """The number of parts into which the mesh splits a batch."""
-        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
-
-    def _mesh(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
-    def _on_devices(self, batch: Any) -> Any:
-        """Splits the arrays of a batch by rows over the mesh; every process has the whole batch."""
-        if self.mesh is None:
-            return batch
-        sharding = batch_sharding(self.mesh)
-        return jax.tree.map(
-            lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__), batch
-        )
-
 
 # The class that `load` returns, by the kind of model.
-READERS = {"instructblip": InstructBlipPipeline, "blip2": InstructBlipPipeline}
+READERS: dict[str, type[InstructBlipPipeline]] = dict.fromkeys(
+    ("instructblip", "blip2", "llava"), InstructBlipPipeline
+)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -73,16 +73,16 @@ def penalise(scores: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Arra
 
 
 def process_logits(
-    scores: jax.Array, seen: jax.Array, step: jax.Array, eos_id: int, settings: TracedSettings
+    scores: jax.Array, seen: jax.Array, step: jax.Array, ends: jax.Array, settings: TracedSettings
 ) -> jax.Array:
-    """Applies the repetition penalty to scores `[B, R, V]`; eos too early becomes -inf.
+    """Applies the repetition penalty to scores `[B, R, V]`; an end too early becomes -inf.
 
-    `seen` is the mask of penalised ids, `step` the number of new tokens so far; eos is too early
-    before `min_new_tokens`.
+    `seen` is the mask of penalised ids, `step` the number of new tokens so far, `ends` the mask of
+    the ids that end an answer, which is too early before `min_new_tokens`.
     """
     scores = penalise(scores, seen, settings.repetition_penalty)
     early = step < settings.min_new_tokens
-    return jnp.where(early & (_places(scores) == eos_id), -jnp.inf, scores)
+    return jnp.where(early & ends, -jnp.inf, scores)
 
 
 def argmax(scores: jax.Array) -> jax.Array:
@@ -124,13 +124,6 @@ def best_of_rows(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     # Without the barrier XLA joins slices of these results with those above, and sorts all.
     values, picked = jax.lax.optimization_barrier((values, picked))
     return values, jnp.take_along_axis(indices, picked, axis=1)
-
-
-def first_eos(tokens: jax.Array, eos_id: int) -> jax.Array:
-    """The length of each row of `tokens` `[..., T]`, first eos included; T without eos."""
-    is_eos = tokens == eos_id
-    length = jnp.argmax(is_eos, axis=-1) + 1
-    return jnp.where(is_eos.any(axis=-1), length, tokens.shape[-1]).astype(jnp.int32)
 
 
 def sample(key: jax.Array, scores: jax.Array, settings: TracedSettings) -> jax.Array:

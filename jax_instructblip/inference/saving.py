@@ -44,7 +44,8 @@ def save_checkpoint(
 
     def add(partial: Path) -> None:
         limits = {name: getattr(text, name) for name in LIMITS}
-        write_sides(partial, variant, {} if source is None else source.facts, limits)
+        facts = {} if source is None else source.facts
+        write_sides(partial, variant, facts, limits, text.input_format)
         if source is None:
             text.llm.save_pretrained(partial / "tokenizer")
             if text.qformer is not None:

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from jax_instructblip import checkpoint
 from jax_instructblip.checkpoint import stored_leaf
 from jax_instructblip.conversion.positions import fit_positions, resize_note
-from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.data.chat_text import load_text_processor
+from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.inference.loading import base_digest, read_params, read_source
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.models.variants import Variant
@@ -35,6 +36,7 @@ class Initial:
         its manifest.
       folder: the folder of the base, which has the tokenizers.
       notes: one sentence each about where the weights came from, to be shown to the user.
+      input_format: how prompts and images are put to the base.
     """
 
     variant: Variant
@@ -43,6 +45,7 @@ class Initial:
     base: dict[str, str]
     folder: Path
     notes: tuple[str, ...]
+    input_format: InputFormat = InputFormat()
 
 
 def load_initial(
@@ -130,7 +133,8 @@ def load_initial(
             f"({', '.join(sorted({_branch(path) for path in dropped}))})"
         )
     where = {"name": os.fspath(base), "path": str(source.folder.absolute()), "sha256": digest}
-    return Initial(variant, kept, frozen, where, source.folder, tuple(notes))
+    asked = source.input_format
+    return Initial(variant, kept, frozen, where, source.folder, tuple(notes), asked)
 
 
 def load_untuned(run: Mapping[str, Any], blip: InstructBlipPipeline) -> InstructBlipPipeline:
@@ -148,7 +152,7 @@ def load_untuned(run: Mapping[str, Any], blip: InstructBlipPipeline) -> Instruct
         },
         frozen_dtype=blip.model.dtype,
     )
-    text = TextProcessor.load(initial.folder, initial.variant)
+    text = load_text_processor(initial.folder, initial.variant, blip.text.input_format)
     dtype = jnp.dtype(blip.model.dtype)
     return InstructBlipPipeline(
         initial.variant, initial.frozen | initial.trainable, text, dtype=dtype

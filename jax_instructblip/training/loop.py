@@ -33,7 +33,6 @@ from jax_instructblip.atomic import write_file
 from jax_instructblip.data import loader
 from jax_instructblip.data.pairs import PairBatches
 from jax_instructblip.data.train_batches import TrainBatches
-from jax_instructblip.inference.loading import LIMITS
 from jax_instructblip.models.vlm import model_of
 from jax_instructblip.parallel import peers
 from jax_instructblip.parallel.cluster import Preemption, Watchdog, agree
@@ -44,6 +43,7 @@ from jax_instructblip.training.checkpoints import Checkpoints, Meta
 from jax_instructblip.training.initial import Initial, load_initial
 from jax_instructblip.training.metrics import MetricsWriter, Window, read_metrics
 from jax_instructblip.training.non_finite import NonFiniteGuard
+from jax_instructblip.training.run_meta import text_facts
 from jax_instructblip.training.state import TrainState, create_state
 from jax_instructblip.training.step import Metrics, Step, compile_step
 from jax_instructblip.training.workdir import Workdir
@@ -189,7 +189,7 @@ class _Run:
             "variant": initial.variant.to_dict(),
             "trainable": sorted(initial.trainable),
             "base": initial.base,
-            "text": {n: getattr(batches.text, n) for n in LIMITS if hasattr(batches.text, n)},
+            **text_facts(batches.text),
         }
         self.document = {"kind": "run", **self.meta, "config": json.loads(config.to_json())}
 

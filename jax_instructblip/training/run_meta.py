@@ -1,12 +1,24 @@
-"""Compares a checkpoint's `meta.json` with the current run: model, trained parts, frozen base."""
+"""The fields of a checkpoint's `meta.json`: those about texts, and how they differ from a run."""
 
 from typing import Any
 
 from jax_instructblip import checkpoint
+from jax_instructblip.data.captions import CaptionTokenizer
+from jax_instructblip.data.input_format import KEY
+from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.fields import dotted
+from jax_instructblip.inference.loading import LIMITS
 from jax_instructblip.models.variants import Variant
 
 Meta = dict[str, Any]
+
+
+def text_facts(text: TextProcessor | CaptionTokenizer) -> Meta:
+    """Returns the limits of token lengths of a run, and how prompts and images are put to it."""
+    facts: Meta = {"text": {name: getattr(text, name) for name in LIMITS if hasattr(text, name)}}
+    if isinstance(text, TextProcessor):
+        facts[KEY] = text.input_format.to_dict()
+    return facts
 
 
 def compare_meta(folder: str, stored: Meta, wanted: Meta) -> None:

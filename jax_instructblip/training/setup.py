@@ -4,6 +4,7 @@ Errors that depend on devices or files are raised here; those of single fields a
 `config_fields.py`.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from ml_collections import ConfigDict
 from jax_instructblip import remote
 from jax_instructblip.atomic import unwritable
 from jax_instructblip.data.captions import CaptionTokenizer
-from jax_instructblip.data.conversation import ConversationProcessor
+from jax_instructblip.data.chat_text import ChatTextProcessor
 from jax_instructblip.data.datasets import ALL
+from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.data.mixture import Mixture, Source
 from jax_instructblip.data.pairs import PairBatches
 from jax_instructblip.data.records import Record
@@ -184,38 +186,48 @@ def read_batches(
         upright=config.data.exif,
         rows=rows,
     )
-    text = read_text(config, initial.folder, initial.variant)
+    text = read_text(config, initial.folder, initial.variant, initial.input_format)
     if isinstance(text, CaptionTokenizer):
         return PairBatches(mixture, text, **settings)
     buckets = tuple(config.data.buckets)
-    settings |= dict(chat=read_chat(config, text), image_order=config.chat.image_order)
+    chat = text.chat if isinstance(text, ChatTextProcessor) else None
+    settings |= dict(chat=chat, image_order=config.chat.image_order)
     return TrainBatches(mixture, text, samples_per_row=samples_per_row, buckets=buckets, **settings)
 
 
-def read_chat(config: ConfigDict, text: TextProcessor) -> ConversationProcessor | None:
-    """Returns the writer of conversations by `config.chat`, None where it names no template.
+def read_input_format(config: ConfigDict, base: InputFormat) -> InputFormat:
+    """Returns how the tuned model will be asked: as it is trained, by `config.chat`.
 
-    Raises:
-        ValueError: the template is of another tokenizer than the model's.
+    `base` is the format of the model to tune, whose images are prepared in the same way. Its system
+    message and image marks are kept if the template is its own.
     """
     chat = config.chat
-    if not chat.template:
-        return None
-    try:
-        return ConversationProcessor.for_model(text, chat.template, limit=chat.limit)
-    except ValueError as error:
-        raise ValueError(f"config.chat.template: {error}") from error
+    return dataclasses.replace(base.with_template(chat.template), limit=chat.limit)
 
 
 def read_text(
-    config: ConfigDict, folder: Path, variant: Variant
+    config: ConfigDict, folder: Path, variant: Variant, base: InputFormat
 ) -> TextProcessor | CaptionTokenizer:
-    """Loads the tokenizers in a checkpoint `folder`, with the token limits of `config.text`."""
+    """Loads the tokenizers in a checkpoint `folder`, with the token limits of `config.text`.
+
+    If `config.chat` names a template, the result writes conversations by it. `base` is the input
+    format of the model to tune.
+
+    Raises:
+        ValueError: a tokenizer is damaged or of another model, or the template of another one.
+    """
     limits = dict(config.text)
     caption_limit = limits.pop("caption_limit")
     if variant.llm is None:
         return CaptionTokenizer.load(folder, variant, caption_limit)
-    return TextProcessor.load(folder, variant, **limits)
+    asked = read_input_format(config, base)
+    text = TextProcessor.load(folder, variant, input_format=asked, **limits)
+    if not asked.template:
+        return text
+    try:
+        return ChatTextProcessor.of(text)
+    except ValueError as error:
+        raise ValueError(f"config.chat.template: {error}") from error
 
 
 def make_objective(config: ConfigDict, model: VisionLanguageModel | Blip2) -> Objective:
@@ -246,10 +258,8 @@ def check_model(config: ConfigDict) -> None:
     except ValueError as error:
         raise ValueError(f"config.model.trainable: {error}") from error
     check_samples_per_row(config, variant)
-    text = read_text(config, base.folder, variant)
-    if isinstance(text, TextProcessor):
-        read_chat(config, text)
-    elif config.chat.template:
+    text = read_text(config, base.folder, variant, base.input_format)
+    if isinstance(text, CaptionTokenizer) and config.chat.template:
         raise ValueError(
             f"config.chat.template is {config.chat.template!r}: in the first stage there are "
             "captions, and no conversations; leave it empty"

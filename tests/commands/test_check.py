@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -270,6 +271,15 @@ def test_lines_are_conversations_of_one_round_too(checkpoint, data, capsys):
     said = capsys.readouterr().out
     assert "<image> ▁ <0x0A> What ▁is ▁on ▁the ▁table ?" in said
     assert "assistant 2     [▁a ▁cup </s>]" in said
+    own = shutil.copytree(checkpoint("llama"), data / "own")  # its template is stored
+    config = json.loads((own / "config.json").read_text())
+    form = {"template": "v1", "limit": 65}
+    (own / "config.json").write_text(json.dumps(config | {"input_format": form}))
+    assert main(["check", str(path), "--checkpoint", str(own)]) == 0
+    shorter = capsys.readouterr().out
+    assert "<image> ▁ <0x0A> What ▁is ▁on ▁the ▁table ?" in shorter and "lose tokens" in shorter
+    assert main(["check", str(path), "--checkpoint", str(own), "--limit", "2048"]) == 0
+    assert capsys.readouterr().out == said.replace(checkpoint("llama"), str(own))
 
 
 def test_conversations_need_a_template_of_a_decoder_only_model(checkpoint, data, capsys):

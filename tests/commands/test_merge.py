@@ -9,6 +9,7 @@ import pytest
 from jax_instructblip import checkpoint
 from jax_instructblip.__main__ import main
 from jax_instructblip.conversion.positions import resize_positions
+from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.inference.loading import read_params, read_source
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.training.step_choice import METRIC
@@ -42,6 +43,7 @@ def write_run(folder, base, steps=(2, 4), metrics=(), **fields):
                 "sha256": checkpoint.manifest_digest(base),
             },
             "text": LIMITS,
+            "input_format": {"image_crop": "center"},
         }
         (place / "meta.json").write_text(json.dumps(meta))
     lines = [{"step": step, METRIC: value} for step, value in metrics]
@@ -79,9 +81,15 @@ def test_a_merged_run_answers_within_its_limits_and_is_a_base_again(base, tmp_pa
     assert main(["merge", str(run), "--out", str(tmp_path / "out")]) == 0
     source = read_source(tmp_path / "out")
     assert (dict(source.limits), source.variant.qformer.dropout) == (LIMITS, 0.25)
+    assert source.input_format == read_source(run).input_format == InputFormat(image_crop="center")
+    assert read_source(base).input_format == InputFormat()
     tuned = source.facts["tuned"]
     assert (tuned["step"], tuned["base_sha256"]) == (4, checkpoint.manifest_digest(base))
     again = write_run(tmp_path / "again", tmp_path / "out")
+    path = again / "checkpoints" / "2" / "meta.json"
+    path.write_text(path.read_text().replace('"center"', '"middle"'))
+    with pytest.raises(ValueError, match=r"meta.json is damaged: .* image_crop is 'middle'"):
+        read_source(path.parent)
     np.testing.assert_array_equal(queries(again), queries(base) + np.float32(4) + np.float32(4))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from transformers.models.llava import image_processing_pil_llava
 
 from jax_instructblip.data import images
 from jax_instructblip.data.images import (
@@ -275,3 +276,16 @@ def test_evaluation_pixels_are_pillow_bit_for_bit(photos, info):
         np.testing.assert_array_equal(found, expected, name)
         checked += 1
     assert checked > 40
+
+
+@pytest.mark.parametrize("size", [(40, 40), (45, 40), (43, 40), (61, 33), (33, 61), (90, 31)])
+@pytest.mark.parametrize("crop", ["clip", "pad"])
+def test_llava_sees_the_pixels_of_transformers(crop, size):
+    """The middle (LLaVA v1), or all on a square of the mean color (v1.5)."""
+    processor = image_processing_pil_llava.LlavaImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, do_pad=crop == "pad"
+    )
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+    plain = dict(do_rescale=False, do_normalize=False, return_tensors="np")
+    expected = processor(image, **plain).pixel_values[0].transpose(1, 2, 0)
+    np.testing.assert_array_equal(images.CROPS[crop](image, 28), expected)

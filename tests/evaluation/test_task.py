@@ -4,6 +4,7 @@ import json
 import pytest
 
 from jax_instructblip.data.datasets import DATASETS
+from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.data.prepare import shards
 from jax_instructblip.data.templates import TextStyle
 from jax_instructblip.evaluation.metrics.metric import MetricError
@@ -91,6 +92,11 @@ def test_how_records_are_shown_is_what_is_asked_and_noted_where_it_is_not_usual(
     facts = shown.facts()
     assert facts["style"] == {"processor": "lavis", "dialogue": "q_a"}
     assert facts["crop"] == "center" and facts["exif"] == "ignored"
+    usual = task.asked_of(InputFormat())
+    assert usual.crop == "squash" and usual.facts() == task.facts()
+    padded = InputFormat("v1", image_crop="pad")
+    assert shown.asked_of(padded).facts() == {**facts, "chat": padded.to_dict()}
+    assert task.asked_of(padded).crop == "pad"
     told = record(1, prompt='Is "IT" so?')
     assert shown.prompt(told) == "is it so?" and task.prompt(told) == 'Is "IT" so?'
 

@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image
 
+from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.data.records import Record
 from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.evaluation.task import Task
@@ -13,10 +14,12 @@ from tests.helpers.tiny import tiny_variant
 class Text:
     """A token a word, of which the Q-Former reads eight; words with `<` are refused."""
 
+    input_format = InputFormat()
+
     def __init__(self, variant):
         self.variant = variant
 
-    def prompt(self, prompt):
+    def prompt(self, prompt, images=1):
         if "<" in prompt:
             raise ValueError(f"{prompt!r} has a <")
         words = np.arange(len(prompt.split()), dtype=np.int32)

@@ -93,13 +93,13 @@ def enliven(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def tokenizer_of(kind: str) -> Any:
-    """The tokenizer of a released model of that kind, which knows `TEXT`."""
+def tokenizer_of(kind: str, text: list[str] = TEXT) -> Any:
+    """The tokenizer of a released model of that kind, which knows these texts."""
     if kind in ("t5", "opt"):
-        return {"t5": make_t5, "opt": make_opt}[kind](TEXT)
+        return {"t5": make_t5, "opt": make_opt}[kind](text)
     if kind in SPECIAL:
-        return make_bytes(TEXT, **SPECIAL[kind])
-    return _as_llama_has_it(make_llama(TEXT))
+        return make_bytes(text, **SPECIAL[kind])
+    return _as_llama_has_it(make_llama(text))
 
 
 # The special tokens of released tokenizers of bytes; Llama 3 names no padding, Qwen no start.

@@ -23,26 +23,28 @@ VISION: dict[str, Any] = dict(
 SPARE = 5  # rows of the vocabulary behind those of the tokenizer
 
 
-def write_llava(folder: Path, kind: str, linear: bool, **changes: Any) -> Any:
+def write_llava(
+    folder: Path, kind: str, linear: bool, tokenizer: Any = None, positions: int = 128
+) -> Any:
     """Writes the folder of a LLaVA with a language model of this kind; returns the torch model.
 
-    `linear` is LLaVA v1's projector: two layers, of which the second changes nothing. `changes` are
-    of config.json.
+    `linear` is LLaVA v1's projector: two layers, of which the second changes nothing. `tokenizer`
+    is by default that of the kind; the language model has that many `positions`.
     """
     torch = pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
-    tokenizer = tokenizer_of(kind)
+    tokenizer = tokenizer or tokenizer_of(kind)
     tokenizer.add_tokens(["<image>", "<pad>"], special_tokens=True)
     tokenizer.pad_token = "<pad>"
     image = tokenizer.convert_tokens_to_ids("<image>")
     text, _ = MODELS[kind]
+    sizes = SIZES[kind] | {"max_position_embeddings": positions}
     torch.manual_seed(1)
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**VISION),
-        text_config=text(vocab_size=len(tokenizer) + SPARE, **SIZES[kind]),
+        text_config=text(vocab_size=len(tokenizer) + SPARE, **sizes),
         image_token_index=image,
         image_seq_length=PATCHES,
         projector_hidden_act="linear" if linear else "gelu",
-        **changes,
     )
     model = transformers.LlavaForConditionalGeneration(config).eval()
     enliven(model, folder)

@@ -11,7 +11,6 @@ from jax_instructblip.inference.decode import generate_tokens, stream_tokens
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.sampling import (
     TracedSettings,
-    first_eos,
     penalise,
     sample,
     truncate,
@@ -212,11 +211,6 @@ def test_penalise():
     scores = jnp.array([[2.0, -2.0, 3.0, -3.0]])
     seen = jnp.array([[True, True, False, False]])
     assert penalise(scores, seen, 2.0).tolist() == [[1.0, -4.0, 3.0, -3.0]]
-
-
-def test_first_eos():
-    tokens = jnp.array([[5, 1, 1], [1, 0, 0], [5, 5, 5], [5, 5, 1]])
-    assert first_eos(tokens, 1).tolist() == [2, 1, 3, 3]
 
 
 LOG_CHANCES = np.log([[0.5, 0.3, 0.15, 0.05]]).astype(np.float32)

@@ -101,3 +101,22 @@ def test_scores_that_are_not_finite_are_an_error(folder):
     spoil_logits(broken.params["llm"], np.nan)
     with pytest.raises(ValueError, match=r"questions \[0\] are not finite"):
         list(broken.stream(picture(), QUESTION))
+
+
+def test_the_beginning_of_a_stop_is_held_back_until_it_is_none():
+    """The stop is a text, which `decode` cuts off."""
+
+    def decode(ids):
+        return bytes(ids).decode().partition("###")[0].strip()
+
+    for text, parts in {
+        "a #b ##c": ["a", " #b", " ##c"],
+        "a\n###": ["a"],
+        "ab ##": ["a", "b", " ##"],
+        "###": [],
+        "# ###": ["#"],
+    }.items():
+        for rewrites in (False, True):
+            found = list(pieces(decode, text.encode(), rewrites=rewrites, stop="###"))
+            assert "".join(found) == decode(text.encode())
+            assert rewrites or found == parts

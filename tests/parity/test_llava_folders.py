@@ -264,7 +264,7 @@ def test_what_is_not_llava_is_refused_by_name(linear, tmp_path, section, key, va
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"do_pad": True}, "do_pad is True; supported: False"),
+        ({"do_pad": "yes"}, "do_pad is 'yes'; supported: False"),
         ({"do_center_crop": False}, "do_center_crop is False; supported: True"),
         ({"size": {"height": 28, "width": 28}}, "size is .*; supported: {'shortest_edge': 28}"),
     ],

@@ -3,8 +3,10 @@
 import pytest
 
 from jax_instructblip.checkpoint import CheckpointError
-from jax_instructblip.training.run_meta import compare_meta
-from tests.helpers.tiny import tiny_variant
+from jax_instructblip.data.input_format import InputFormat
+from jax_instructblip.inference.text_loading import load_text
+from jax_instructblip.training.run_meta import compare_meta, text_facts
+from tests.helpers.tiny import tiny_variant, write_base
 
 
 def meta(variant):
@@ -19,3 +21,10 @@ def test_a_field_that_an_earlier_version_lacks_has_its_default():
     clip = tiny_variant("t5", **{"vision.pre_norm": True}).to_dict()
     with pytest.raises(CheckpointError, match="vision.pre_norm is False, the run has True"):
         compare_meta("3", meta(stored), meta(clip))
+
+
+def test_a_run_says_how_its_model_is_asked(tmp_path):
+    text = load_text(write_base(tmp_path / "base", "llama"), template="v1")
+    facts = text_facts(text)
+    assert facts["text"] == {"qformer_limit": 128, "prompt_limit": 128, "answer_limit": 256}
+    assert InputFormat.from_dict(facts["input_format"]) == InputFormat("v1")

@@ -8,12 +8,13 @@ import types
 import pytest
 
 from configs import common
+from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.data.prepare import shards
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.loading import read_source
 from jax_instructblip.training import loop
-from jax_instructblip.training.setup import check_model, read_chat, read_mixture, read_workdir
+from jax_instructblip.training.setup import check_model, read_mixture, read_text, read_workdir
 from tests.helpers.toy_data import COUNT, TOY, write_raw
 
 
@@ -102,17 +103,20 @@ def test_what_the_model_has_not_is_named_before_weights_are_read(fields, message
 
 def test_conversations_are_written_as_config_and_tokenizer_say(tmp_path):
     config = common.get_config()
-    variant = read_source("shapes_llama").variant
-    text = TextProcessor.load(read_source("shapes_llama").folder, variant)
-    assert read_chat(config, text) is None
+    source = read_source("shapes_llama")
+    read = lambda folder, base: read_text(config, folder, source.variant, base)
+    assert type(read(source.folder, InputFormat())) is TextProcessor
     config.update_from_flattened_dict({"chat.template": "v1", "chat.limit": 99})
-    chat = read_chat(config, text)
-    assert chat is not None and (chat.name, chat.limit) == ("v1", 99)
+    text = read(source.folder, InputFormat("v0", "Be brief.", image_crop="pad"))
+    assert text.input_format == InputFormat("v1", image_crop="pad", limit=99)
+    chat = text.chat
+    assert (chat.name, chat.limit) == ("v1", 99)
+    assert read(source.folder, InputFormat("v1", "Be brief.")).chat.system == "Be brief."
     shutil.copytree(read_source("shapes_llama").folder, tmp_path / "newer")
     path = tmp_path / "newer" / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "legacy": False}))
-    newer = read_chat(config, TextProcessor.load(tmp_path / "newer", variant))
-    assert newer is not None and newer.fingerprint() != chat.fingerprint()
+    newer = read(tmp_path / "newer", InputFormat()).chat
+    assert newer.fingerprint() != chat.fingerprint()
 
 
 def test_a_folder_for_traces_that_cannot_be_written_is_named(tmp_path):
