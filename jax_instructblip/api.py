@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jax_instructblip import stores
-from jax_instructblip.evaluation import benchmarks, validation
+from jax_instructblip.evaluation import benchmarks, beside, validation
 from jax_instructblip.evaluation.family_accuracies import TunedRun, measure_families
 from jax_instructblip.evaluation.reports import curves
 from jax_instructblip.evaluation.settings import Settings
@@ -96,8 +96,8 @@ def evaluate(
         `predictions="answers.jsonl"`, `num_beams=1`.
 
     Returns:
-      The content of `out/results.json`, whose `datasets` has the result of each; {} in all
-      processes except process 0.
+      The content of `out/results.json`, whose `datasets` has the result of each (with `beside` the
+      results by way and model); {} in all processes except process 0.
 
     Raises:
       ValueError: an unknown or invalid setting, one that has no effect with the others, records
@@ -115,7 +115,8 @@ def evaluate(
                         f"out is {address}, but several processes need a folder that they all see: "
                         "mount the bucket, or start one process"
                     )
-                return benchmarks.answer_benchmarks(local, command)
+                answer = beside.answer_beside if local.beside else benchmarks.answer_benchmarks
+                return answer(local, command)
         return measure_families(local, _tuned_run(str(local.checkpoint)), command)
 
 

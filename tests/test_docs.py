@@ -41,6 +41,10 @@ INSTEAD = {
     "jax-instructblip train --config configs/blip2_": "jax-instructblip train --help # ",
     "jax-instructblip train --config configs/tuning_": "jax-instructblip train --help # ",
     "jax-instructblip evaluate --checkpoint runs/flan_t5_xl --datasets held_out": "true",
+    # LLaVA's benchmarks, and several models in one table: tests/evaluation runs these.
+    "jax-instructblip evaluate --checkpoint llava-1.5-7b": "jax-instructblip evaluate --help # ",
+    "jax-instructblip evaluate --checkpoint flan-t5-xl --beside": "true",
+    "jax-instructblip prepare scienceqa_qcm": "jax-instructblip prepare --help # ",
 }
 # Words that are changed wherever they stand.
 SMALL = {

@@ -2,6 +2,7 @@
 
 evaluate --checkpoint DIR --datasets gqa,vsr --data DIR --out DIR   benchmarks, by their protocols
 evaluate --datasets gqa --predictions FILE --data DIR --out DIR     scores of existing answers
+evaluate --checkpoint A --beside B C --datasets gqa --data DIR --out DIR   several, in one table
 evaluate --compare A B                                              samples that differ
 evaluate --list                                                     datasets, prompts, settings
 evaluate --checkpoint RUN                                           exact match by task family
@@ -14,11 +15,13 @@ Several processes share the questions.
 
 import argparse
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jax_instructblip.commands.flags import add_template, check_flags
-from jax_instructblip.evaluation.blip2_protocols import NAMES as DATASETS
-from jax_instructblip.evaluation.blip2_protocols import full_table
+from jax_instructblip.evaluation.by_kind import NAMES as DATASETS
+from jax_instructblip.evaluation.by_kind import full_table
 from jax_instructblip.evaluation.settings import DECODING, MODES, NAMES, PLACES, SHOWING
 from jax_instructblip.inference.generation_config import add_flags
 from jax_instructblip.models.variants import DTYPES
@@ -29,7 +32,7 @@ def main(argv: list[str]) -> int:
     """Evaluates as the flags say; returns 1 if a dataset could not be scored, else 0."""
     parser = _parser()
     args = parser.parse_args(argv)
-    check_flags(args, stores=(*PLACES, "compare"))
+    check_flags(args, stores=(*PLACES, "beside", "compare"))
     for kind in ("list", "compare"):
         if getattr(args, kind):
             _refuse_others(parser, args, kind)
@@ -52,7 +55,21 @@ def main(argv: list[str]) -> int:
         joined=joined(cluster, *limits),
         command=shlex.join(["jax-instructblip", "evaluate", *argv]),
     )
-    return int(any(each["unscored"] for each in results.get("datasets", {}).values()))
+    return int(any(map(_failed, _entries(results.get("datasets", {})))))
+
+
+def _entries(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the entries of all datasets, however deep: with --beside each has several."""
+    for each in results.values():
+        if "unscored" in each:
+            yield each
+        else:
+            yield from _entries(each)
+
+
+def _failed(result: dict[str, Any]) -> bool:
+    """Returns True if a dataset should have a score and has none; a judge's comes later."""
+    return bool(result["unscored"]) and not result["judged"]
 
 
 def _refuse_others(parser: argparse.ArgumentParser, args: argparse.Namespace, kind: str) -> None:
@@ -72,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", help="a Hugging Face folder, a converted one, a run, or an embedded name")
+    add("--beside", nargs="+", default=(), metavar="CHECKPOINT", help="others, asked the same")
     add("--list", action="store_true", help="print datasets, prompts, settings; then end")
     add("--datasets", help=f"with commas: held_out, {', '.join(DATASETS)}")
     add("--data", help="see above; of families a JSON-lines file or `shapes` (default: the run's)")

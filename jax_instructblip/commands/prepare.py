@@ -3,6 +3,7 @@
 prepare DATASET --raw DIR --out OUT    reads the original files in DIR, writes OUT/DATASET/VERSION
 prepare --list                         every dataset: family, splits, files, counts, licence, source
 prepare DATASET --raw DIR --preview --out PAGE.html    20 samples as pictures, and text lengths
+prepare scienceqa_qcm --raw DIR --conversations --out FILE.json    a file in LLaVA's layout
 """
 
 import argparse
@@ -31,10 +32,16 @@ def main(argv: list[str]) -> int:
         parser.error(f"expected {' and '.join(['DATASET'] * (flags.dataset is None) + missing)}")
     dataset = datasets.get_dataset(flags.dataset)
     splits = flags.split.split(",") if flags.split else []
-    if address_of(flags.out) and (flags.preview or flags.beam_runner):
+    if address_of(flags.out) and (flags.preview or flags.conversations or flags.beam_runner):
         raise ValueError(
-            f"out is {address_of(flags.out)}: a page, and what Beam makes, is written to a disk"
+            f"out is {address_of(flags.out)}: a page, conversations, and what Beam makes, are "
+            "written to a disk"
         )
+    if flags.conversations:
+        from jax_instructblip.data.prepare.conversations import write_conversations
+
+        print(write_conversations(dataset, flags.raw, flags.out, splits, flags.max_missing))
+        return 0
     if flags.preview:
         from jax_instructblip.evaluation.reports.samples import preview
         from jax_instructblip.inference.text_loading import load_text
@@ -84,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
         "--list", action="store_true", help="print the table, or of DATASET alone, and end"
     )
     parser.add_argument("--preview", action="store_true", help="write a page, prepare nothing")
+    parser.add_argument(
+        "--conversations",
+        action="store_true",
+        help="write one split (default: train) as a JSON list in LLaVA's layout, to FILE.json",
+    )
     parser.add_argument("--raw", type=pathlib.Path, help="folder of its original files and images")
     parser.add_argument(
         "--out", type=pathlib.Path, help="folder of prepared datasets, or its address in a store"

@@ -1,6 +1,7 @@
 """The tables of all known datasets, joined from the modules of `data/readers`.
 
-`DATASETS` are those of InstructBLIP, `PRETRAINING` those that BLIP-2 is trained on before it.
+`DATASETS` are those of InstructBLIP, `PRETRAINING` those that BLIP-2 is trained on before it,
+`EVALUATION` the benchmarks of LLaVA beside them.
 """
 
 from jax_instructblip import lookup
@@ -8,10 +9,13 @@ from jax_instructblip.data.readers import (
     captioning,
     choices,
     dialogue,
+    llava_bench,
     memes,
+    pope,
     pretraining,
     reading,
     reasoning,
+    scienceqa,
     video_qa,
     vqa,
 )
@@ -29,8 +33,14 @@ DATASETS: dict[str, Dataset] = {
 }
 # Trained on in BLIP-2's first two stages, beside the captions of COCO.
 PRETRAINING: dict[str, Dataset] = {dataset.name: dataset for dataset in pretraining.DATASETS}
+# The benchmarks that LLaVA is measured on; InstructBLIP's own `scienceqa` is in `DATASETS`.
+EVALUATION: dict[str, Dataset] = {
+    dataset.name: dataset
+    for module in (scienceqa, pope, llava_bench)
+    for dataset in module.DATASETS
+}
 
-ALL = DATASETS | PRETRAINING
+ALL = DATASETS | PRETRAINING | EVALUATION
 
 
 def get_dataset(name: str) -> Dataset:

@@ -86,8 +86,9 @@ def _start(
 
 def _open(task: Task, number: int, side: int) -> tuple[np.ndarray | None, str]:
     """Returns the pixels `[F, S, S, 3]` of a record's F images, or None and the reason."""
-    if task.black:
-        return _black(len(task.without_images(number).images), side), ""
+    count = len(task.without_images(number).images)
+    if task.black or not count:
+        return _black(count, side), ""
     try:
         return batching.pixels(task.with_images(number).images, side, task.crop, task.upright), ""
     except ValueError as error:

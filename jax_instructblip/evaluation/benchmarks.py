@@ -5,17 +5,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jax_instructblip import remote, stores
 from jax_instructblip.evaluation import retrieval_run, suite
-from jax_instructblip.evaluation.blip2_protocols import RETRIEVAL, get_benchmark
+from jax_instructblip.evaluation.blip2_protocols import RETRIEVAL
+from jax_instructblip.evaluation.by_kind import get_benchmark
 from jax_instructblip.evaluation.metrics.dialogue_scores import read_relevance
 from jax_instructblip.evaluation.placement import choose_mesh
-from jax_instructblip.evaluation.protocol import HELD_OUT
+from jax_instructblip.evaluation.protocol import HELD_OUT, Protocol
 from jax_instructblip.evaluation.settings import Settings
 from jax_instructblip.evaluation.task import Task, open_task
 from jax_instructblip.files import read_entries
 from jax_instructblip.inference.batching import check_batch_size
 from jax_instructblip.inference.loading import (
+    Source,
     read_dtype,
     read_source,
     require_kind,
@@ -25,6 +29,7 @@ from jax_instructblip.inference.pipeline import READERS
 from jax_instructblip.inference.pipeline import load as load_any
 from jax_instructblip.inference.pipeline import load_pipeline as load
 from jax_instructblip.inference.retrieval import PAIRS
+from jax_instructblip.models.variants import Variant
 
 BATCH_SIZE = 8  # questions that each device answers at once
 
@@ -41,27 +46,72 @@ def answer_benchmarks(settings: Settings, command: str = "") -> dict[str, Any]:
     """
     assert settings.checkpoint is not None and settings.out is not None
     with suite.agreed():
-        source = read_source(settings.checkpoint)
-        variant = source.variant
-        answers = variant.llm is not None
+        model = Model.of(settings.checkpoint, settings)
+        tasks = open_tasks(settings, model.llm, model.variant.kind)
+        settings.out.mkdir(parents=True, exist_ok=True)  # fails now if it cannot be written
+    blip, facts = model.load()
+    run: Any = suite.run if model.llm else retrieval_run.run
+    finished = run(blip, tasks, settings.out, model=facts, size=model.size, limit=settings.limit)
+    return suite.finish(settings.out, finished, facts, command)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A checkpoint that is to be measured, and where its weights will lie.
+
+    Attributes:
+      checkpoint: its path or name.
+      source: the checkpoint, without its weights.
+      size: questions (pairs of a first stage of BLIP-2) that each device takes at once.
+      dtype: the name of the dtype of weights and computation.
+      mesh: the devices; None for one.
+      template: the chat template to ask the model by; None for its own.
+    """
+
+    checkpoint: str
+    source: Source
+    size: int
+    dtype: str
+    mesh: Mesh | None
+    template: str | None = None
+
+    @classmethod
+    def of(cls, checkpoint: str, settings: Settings) -> "Model":
+        """Returns the checkpoint as `settings` place it; reads no weights.
+
+        Raises:
+          ValueError: the model does not fit the devices, or a setting is out of range.
+          OSError: there is no checkpoint.
+        """
+        source = read_source(checkpoint)
+        answers = source.variant.llm is not None
         size = settings.batch_size or (BATCH_SIZE if answers else PAIRS)
         check_batch_size(size)
         if answers:
             require_kind(source, READERS)
-        tasks = open_tasks(settings, variant.llm.kind if answers else "", variant.kind)
         dtype = read_dtype(settings.dtype).name
-        mesh = choose_mesh(variant, dtype, fsdp=settings.fsdp, tensor=settings.tensor)
-        settings.out.mkdir(parents=True, exist_ok=True)  # fails now if it cannot be written
-    with suite.agreed():
-        blip = (load if answers else load_any)(
-            settings.checkpoint, mesh=mesh, dtype=dtype, template=settings.template
-        )
-        blip.silent = True  # the suite shows the progress
-    weights = weights_digest(source)
-    model = {"checkpoint": settings.checkpoint, "weights": weights, "dtype": dtype}
-    run: Any = suite.run if answers else retrieval_run.run
-    finished = run(blip, tasks, settings.out, model=model, size=size, limit=settings.limit)
-    return suite.finish(settings.out, finished, model, command)
+        mesh = choose_mesh(source.variant, dtype, fsdp=settings.fsdp, tensor=settings.tensor)
+        return cls(checkpoint, source, size, dtype, mesh, settings.template)
+
+    @property
+    def variant(self) -> Variant:
+        """The sizes of the model."""
+        return self.source.variant
+
+    @property
+    def llm(self) -> str:
+        """The kind of the language model; "" for a first stage of BLIP-2, which has none."""
+        return "" if self.variant.llm is None else self.variant.llm.kind
+
+    def load(self) -> tuple[Any, dict[str, str]]:
+        """Returns the loaded model, and the facts that identify it in results."""
+        with suite.agreed():
+            blip = (load if self.llm else load_any)(
+                self.checkpoint, mesh=self.mesh, dtype=self.dtype, template=self.template
+            )
+            blip.silent = True  # the suite shows the progress
+        weights = weights_digest(self.source)
+        return blip, {"checkpoint": self.checkpoint, "weights": weights, "dtype": self.dtype}
 
 
 def score_predictions(settings: Settings, command: str = "") -> dict[str, Any]:
@@ -98,9 +148,23 @@ def open_tasks(settings: Settings, llm: str, kind: str = "instructblip") -> list
     Raises:
       ValueError: lists unknown and unusable datasets, or settings that no dataset uses.
     """
-    assert settings.data is not None
+    rows = [get_benchmark(name, kind) for name in benchmark_names(settings)]
+    return open_benchmarks(settings, rows, llm)
+
+
+def benchmark_names(settings: Settings) -> list[str]:
+    """Returns the names of the benchmarks of `settings`, each once."""
     names = [n for name in settings.datasets for n in (HELD_OUT if name == "held_out" else (name,))]
-    benchmarks = [get_benchmark(name, kind) for name in dict.fromkeys(names)]
+    return list(dict.fromkeys(names))
+
+
+def open_benchmarks(settings: Settings, benchmarks: Sequence[Protocol], llm: str) -> list[Task]:
+    """Opens protocols as tasks, with `settings` applied, for a language model kind `llm`.
+
+    Raises:
+      ValueError: lists unusable datasets, or settings that no dataset uses.
+    """
+    assert settings.data is not None
     changed = settings.overrides()
     overrides = dict(changed)
     if settings.prompt is not None:

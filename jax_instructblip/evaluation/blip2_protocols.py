@@ -1,21 +1,15 @@
 """BLIP-2's protocols: retrieval of its first stage, and the prompts of its second.
 
-The row of a benchmark depends on the checkpoint's kind: a second stage is asked GQA as in BLIP-2's
-paper (arXiv 2301.12597, section 4), an InstructBLIP model as in InstructBLIP's paper.
-
-    get_benchmark("gqa", "blip2").prompts        -> {"opt": "Question: {question} Answer:"}
-    get_benchmark("coco_retrieval", "blip2_stage1").k    -> 128
+A second stage is asked GQA as in BLIP-2's paper (arXiv 2301.12597, section 4), an InstructBLIP
+model as in InstructBLIP's paper; `by_kind.py` joins the rows of all kinds.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jax_instructblip import lookup
-from jax_instructblip.evaluation.protocol import BENCHMARKS, HELD_OUT, PROTOCOLS, Protocol, table
+from jax_instructblip.evaluation.protocol import BENCHMARKS, HELD_OUT, Protocol
 from jax_instructblip.inference.generation_config import GenerationConfig
-
-KINDS = ("instructblip", "blip2", "blip2_stage1")
 
 # InstructBLIP (arXiv 2305.06500), table 1, of BLIP-2: zero-shot, in the order of `HELD_OUT`.
 _TABLE_1 = {
@@ -129,7 +123,11 @@ def _retrieval(name: str, dataset: str, *notes: str) -> Protocol:
     )
 
 
-SECOND_STAGE: dict[str, Protocol] = {name: _row(row) for name, row in BENCHMARKS.items()}
+def second_stage_rows(rows: Mapping[str, Protocol]) -> dict[str, Protocol]:
+    """Returns the rows for BLIP-2's second stage, by name, from those for InstructBLIP."""
+    return {name: _row(row) for name, row in rows.items()}
+
+
 RETRIEVAL: dict[str, Protocol] = {
     row.name: row
     for row in (
@@ -139,54 +137,3 @@ RETRIEVAL: dict[str, Protocol] = {
         ),
     )
 }
-BY_KIND: Mapping[str, Mapping[str, Protocol]] = {
-    "blip2": SECOND_STAGE,
-    "blip2_stage1": RETRIEVAL,
-}
-NAMES = (*BENCHMARKS, *RETRIEVAL)
-
-
-def benchmarks_of(kind: str) -> Mapping[str, Protocol]:
-    """The rows, by name, for checkpoints of that kind (`variant.kind`)."""
-    return BY_KIND.get(kind, BENCHMARKS)
-
-
-def get_benchmark(name: str, kind: str = "instructblip") -> Protocol:
-    """The row of a benchmark for checkpoints of that kind.
-
-    Raises:
-      ValueError: no benchmark has that name, or it is only for checkpoints of another kind.
-    """
-    rows = benchmarks_of(kind)
-    if name in NAMES and name not in rows:
-        raise ValueError(f"{name} {_other_kind(name in RETRIEVAL, kind)}")
-    return lookup.find(rows, name, "dataset")
-
-
-def _other_kind(retrieval: bool, kind: str) -> str:
-    if retrieval:
-        return (
-            f"compares images with captions, and the checkpoint is of kind {kind}, which answers: "
-            "give a first stage of BLIP-2 (blip2-itm-vit-g-coco, or a run of "
-            "configs/blip2_stage1.py)"
-        )
-    return (
-        "asks about images, and the checkpoint is a first stage of BLIP-2, which compares images "
-        f"and texts and answers nothing: measure it on {' or '.join(RETRIEVAL)}, or give a model "
-        "that answers"
-    )
-
-
-def full_table() -> str:
-    """A printable table of all protocols; BLIP-2's second stage only where it differs."""
-    others = {
-        name: row
-        for name, row in SECOND_STAGE.items()
-        if row != dataclasses.replace(BENCHMARKS[name], notes=row.notes)
-    }
-    return "\n".join(
-        [
-            *(table(PROTOCOLS), "", "of a first stage of BLIP-2:", "", table(RETRIEVAL)),
-            *("", "of a second stage of BLIP-2:", "", table(others)),
-        ]
-    )

@@ -24,7 +24,7 @@ from jax_instructblip.evaluation.task import Task
 _LAYOUTS: dict[str, dict[str, str]] = {
     "question_id": {
         **{"question_id": "id", "answer": "text", "text": "text", "prompt": "prompt"},
-        **dict.fromkeys(("answer_id", "model_id", "metadata"), ""),
+        **dict.fromkeys(("answer_id", "category", "image", "metadata", "model_id"), ""),
     },
     "image_id": {"image_id": "id", "caption": "text"},
 }

@@ -99,6 +99,7 @@ def plan(
             problems[number] = str(error)
             continue
         try:
+            _check_images(text, record)
             reserve = longest or task.settings.get("max_new_tokens", 0)
             if task.protocol.ranking and not longest:
                 choices = task.choices(record)
@@ -153,6 +154,12 @@ def places(load: Sequence[Unit], size: int, devices: int) -> Iterator[tuple[int,
         for position in range(size):
             real = index < len(load) and position < len(unit.rows)
             yield unit.rows[min(position, len(unit.rows) - 1)], real
+
+
+def _check_images(text: TextProcessor, record: Record) -> None:
+    """Raises a ValueError if the record has no image, and the model needs one."""
+    if not record.images and text.variant.kind != "llava":
+        raise ValueError(f"it has no image, which a model of kind {text.variant.kind} needs")
 
 
 def _has_one_list(task: Task) -> bool:

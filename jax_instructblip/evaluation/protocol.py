@@ -44,6 +44,7 @@ SHORT = {
     "blip2-opt-6.7b-coco": "BLIP-2 OPT-6.7B, COCO",
     "blip2-flan-t5-xl-coco": "BLIP-2 FlanT5-XL, COCO",
     "blip2-stage1-coco": "BLIP-2 ViT-g, COCO",
+    "llava-1.5-13b": "LLaVA-1.5-13B",
 }
 # InstructBLIP (arXiv 2305.06500), table 1: zero-shot results, in percent, of these models.
 MODELS = tuple(name for name in SHORT if name.startswith("instructblip"))
@@ -69,6 +70,7 @@ class Protocol:
       retrieval: True if images and captions are matched with each other (`Retriever.rank`).
       k: in a retrieval, the number of nearest candidates that are re-ranked by the match.
       itm_only: in a retrieval, score by the logit of the match without the similarity.
+      judged: True if a judge compares the answers, which are written in a form that judges read.
       length_normalise: in a ranking, divide each score by its number of tokens.
       paper: published results in percent, by model name.
       paper_values: published results of values besides the headline, by model name and value.
@@ -88,6 +90,7 @@ class Protocol:
     retrieval: bool = False
     k: int = 0
     itm_only: bool = False
+    judged: bool = False
     length_normalise: bool = False
     paper: Mapping[str, float] = dataclasses.field(default_factory=dict)
     paper_values: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
@@ -302,6 +305,7 @@ def table(rows: Mapping[str, Protocol] = PROTOCOLS) -> str:
 
 def _described(name: str, row: Protocol) -> Iterator[str]:
     scored = f"scored by {row.metric}" if row.metric else "not scored"
+    scored = "scored by a judge" if row.judged else scored
     split = (row.split or "any split") if row.dataset else "for every day"
     yield f"{name}: {split}, {row.mode}, {scored}"
     if row.prompt:

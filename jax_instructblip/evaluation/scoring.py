@@ -5,15 +5,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_instructblip.data.records import Record
-from jax_instructblip.evaluation.metrics.choice_scores import class_scores
+from jax_instructblip.evaluation import judged_answers
+from jax_instructblip.evaluation.metrics.choice_scores import COUNTS, class_scores
 from jax_instructblip.evaluation.metrics.dialogue_scores import score_ndcg
 from jax_instructblip.evaluation.metrics.metric import Metric, MetricError, Response, Scores
 from jax_instructblip.evaluation.metrics.table import get_metric
 from jax_instructblip.evaluation.predictions import Prediction
 from jax_instructblip.evaluation.task import Task
 
-COUNTS = ("mean_rank", "true_positives", "false_positives", "true_negatives", "false_negatives")
 NO_METRIC = "nothing is scored: no metric belongs to this dataset"
+JUDGED = "a judge compares its answers, which are in {}"
 HIDDEN = "the right answers of this split are not public: hand in the predictions where they are"
 
 
@@ -38,7 +39,9 @@ def score(
     """
     metric = metric_of(task, full=full)
     if metric is None:
-        return list(rows), None, NO_METRIC
+        judged = task.protocol.judged
+        reason = JUDGED.format(judged_answers.file_of(task)) if judged else NO_METRIC
+        return list(rows), None, reason
     by_id = {row.id: row for row in rows}
     scored = [record for record in records if is_known(record, metric[0])]
     if not scored:
@@ -62,8 +65,13 @@ def score(
 
 
 def percent(name: str, value: float) -> float:
-    """Converts a metric's fraction to percent, except for the counts and ranks in `COUNTS`."""
-    return value if name in COUNTS else 100 * value
+    """Converts a metric's fraction to percent, except for counts and ranks."""
+    return value if name == "mean_rank" or is_count(name) else 100 * value
+
+
+def is_count(name: str) -> bool:
+    """Returns True if the value `name`, or `NAME/KIND`, is a whole number of records."""
+    return name.partition("/")[0] in COUNTS
 
 
 def summarise(
@@ -96,6 +104,7 @@ def summarise(
         "values": values,
         "standard_errors": {name: percent(name, value) for name, value in errors.items()},
         "unscored": reason,
+        "judged": task.protocol.judged,
         "left_out": dict(scores.left_out) if scores else {},
         "paper": paper,
         "paper_model": model,
@@ -109,7 +118,8 @@ def summarise(
 
 def is_known(record: Record, metric: str) -> bool:
     """Returns True if the record has a right answer of the kind that `metric` needs."""
-    return record.correct >= 0 if metric in ("accuracy", "auroc", "mrr") else bool(record.answers)
+    by_choice = metric in ("accuracy", "auroc", "mrr", "science_qa")
+    return record.correct >= 0 if by_choice else bool(record.answers)
 
 
 def _response(task: Task, row: Prediction) -> Response:

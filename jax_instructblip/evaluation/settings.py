@@ -40,6 +40,7 @@ _ANSWERING = (
     *SHOWING,
     "ignore_exif",
     "checkpoint",
+    "beside",
     "batch_size",
     "dtype",
     "fsdp",
@@ -47,7 +48,9 @@ _ANSWERING = (
     "no_baselines",
     *OVERRIDES,
 )
-_OF_DATASETS = ("prompt", "mode", "candidates", "relevance", "length_normalise", "k", "itm_only")
+_OF_DATASETS = (
+    *("prompt", "mode", "candidates", "relevance", "length_normalise", "k", "itm_only", "beside"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Settings:
     Attributes:
       checkpoint: a Hugging Face folder, a converted folder, a run, or the name of an embedded
         checkpoint. It, `data` and all files and folders may be object-store addresses (`gs://...`).
+      beside: other checkpoints that answer the same questions, for one table of all.
       datasets: names of benchmarks; () for families.
       data: folder of prepared or original datasets; for families a JSON-lines file or `shapes`, by
         default what the run was validated on.
@@ -90,6 +94,7 @@ class Settings:
     """
 
     checkpoint: str | None = None
+    beside: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
     data: str | None = None
     out: Path | None = None
@@ -138,6 +143,7 @@ class Settings:
                 values[name] = (
                     path if name in _PATHS else address_of(path) or os.fspath(values[name])
                 )
+        values["beside"] = _places(values.get("beside"), "beside")
         if unknown := [name for name in values if name not in NAMES]:
             raise ValueError("; ".join(map(_hint, unknown)))
         settings = cls(datasets=tuple(datasets or ()), **values)
@@ -192,6 +198,14 @@ class Settings:
         """Returns the decoding and ranking settings that are not None, by name."""
         overrides = {name: getattr(self, name) for name in OVERRIDES}
         return {name: value for name, value in overrides.items() if value is not None}
+
+
+def _places(value: Any, name: str) -> tuple[str, ...]:
+    """Returns a list of paths or object-store addresses; None is an empty one."""
+    if not isinstance(value, list | tuple | None):
+        raise ValueError(f"{name} is {value!r:.60}, expected a list of checkpoints")
+    places = (address_of(each) or local_path(each, name) for each in value or ())
+    return tuple(os.fspath(each) for each in places)
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Settings))

@@ -18,7 +18,13 @@ from typing import Any, NamedTuple
 import jax
 
 from jax_instructblip.atomic import write_file
-from jax_instructblip.evaluation import external_answers, families, grouping, scoring
+from jax_instructblip.evaluation import (
+    external_answers,
+    families,
+    grouping,
+    judged_answers,
+    scoring,
+)
 from jax_instructblip.evaluation.answering import Share, answer, count_left
 from jax_instructblip.evaluation.families import Baseline
 from jax_instructblip.evaluation.metrics.metric import Scores
@@ -177,7 +183,7 @@ def write(
     metrics: Sequence[Mapping[str, float]] = (),
     answers: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Writes `results.json`, `report.html` and `report.md` to `out`.
+    """Writes `results.json`, `report.html` and `report.md` to `out`, and answers for judges.
 
     Args:
       out: the output folder.
@@ -200,6 +206,10 @@ def write(
         "datasets": results,
     }
     write_file(out / RESULTS, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    name = Path(str(model.get("checkpoint") or model.get("predictions") or "")).name
+    for each in finished:
+        if each.task.protocol.judged:
+            judged_answers.write_answers(out, each.task, each.rows, name)
     samples = {each.task.name: (each.task.with_images, each.rows) for each in finished}
     page, text = (out / name for name in REPORTS)
     report.write_html(page, model, results, samples, metrics, answers)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from jax_instructblip.data.datasets import DATASETS
+from jax_instructblip.data.datasets import get_dataset
 from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.data.prepare import builder, shards
 from jax_instructblip.data.prepare.pictures import with_frames
@@ -162,7 +162,7 @@ def open_task(
     Raises:
       ValueError: records, the split or the list of candidates are missing.
     """
-    dataset = DATASETS[protocol.dataset]
+    dataset = get_dataset(protocol.dataset)
     split = split or protocol.split or next(iter(dataset.files))
     records, digest, shared_candidates, videos = _open(dataset, data, split, scoring)
     protocol = protocol.override(overrides or {}, llm)

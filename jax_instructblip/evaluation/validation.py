@@ -13,12 +13,11 @@ from jax_instructblip.data.sources import dataset_name
 from jax_instructblip.data.templates import PAPER, TextStyle
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation import answering, families
-from jax_instructblip.evaluation.blip2_protocols import get_benchmark
+from jax_instructblip.evaluation.by_kind import INSTRUCTBLIP, get_benchmark
 from jax_instructblip.evaluation.grouping import plan
 from jax_instructblip.evaluation.metrics import caption_scores
 from jax_instructblip.evaluation.metrics.metric import MetricError
 from jax_instructblip.evaluation.predictions import Prediction
-from jax_instructblip.evaluation.protocol import BENCHMARKS
 from jax_instructblip.evaluation.retrieval_scores import retrieval_scores
 from jax_instructblip.evaluation.scoring import HIDDEN, NO_METRIC, is_known, score
 from jax_instructblip.evaluation.task import check_choices, open_task, pick_numbers
@@ -41,7 +40,7 @@ def check(records: Sequence[Record], path: str, split: str) -> None:
     """
     name = dataset_name(path)
     # Datasets of pre-training have no protocol; they are scored like a JSON-lines file.
-    metric = BENCHMARKS[name].metric if name in BENCHMARKS else families.METRIC
+    metric = INSTRUCTBLIP[name].metric if name in INSTRUCTBLIP else families.METRIC
     some = [records[number] for number in pick_numbers(len(records), _LOOKED_AT)]
     try:
         if not metric:
@@ -100,7 +99,7 @@ def evaluate(
         model.variant, params, text, dtype=model.dtype, mesh=mesh, silent=True
     )
     kind, size = model.variant.llm.kind, max(1, batch_size // blip.batch_shards)
-    if path and (name := dataset_name(path)) in BENCHMARKS:
+    if path and (name := dataset_name(path)) in INSTRUCTBLIP:
         overrides = {"prompt": prompt} if prompt else {}
         task = open_task(
             *(get_benchmark(name, model.variant.kind), Path(path), kind),

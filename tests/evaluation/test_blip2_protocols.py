@@ -7,11 +7,11 @@ import pytest
 from jax_instructblip.commands import evaluate
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.evaluation import benchmarks
-from jax_instructblip.evaluation.blip2_protocols import (
+from jax_instructblip.evaluation.blip2_protocols import RETRIEVAL
+from jax_instructblip.evaluation.by_kind import (
+    BY_KIND,
+    INSTRUCTBLIP,
     NAMES,
-    RETRIEVAL,
-    SECOND_STAGE,
-    benchmarks_of,
     full_table,
     get_benchmark,
 )
@@ -21,6 +21,7 @@ from tests.helpers.fake_pipeline import FakePipeline
 from tests.helpers.raw_layouts import write_all
 from tests.helpers.tiny import write_base
 
+SECOND_STAGE = BY_KIND["blip2"]
 SHORT_ANSWER = "Question: {question} Short answer:"
 
 
@@ -48,8 +49,7 @@ def test_captions_are_asked_for_as_a_photo(name):
 
 def test_instructblip_is_asked_as_before():
     assert all(get_benchmark(name) is BENCHMARKS[name] for name in BENCHMARKS)
-    assert benchmarks_of("llava") is BENCHMARKS
-    assert list(SECOND_STAGE) == list(BENCHMARKS)
+    assert list(SECOND_STAGE) == list(INSTRUCTBLIP)
     vsr = SECOND_STAGE["vsr"]  # what BLIP-2's paper does not ask stays
     assert (vsr.prompt, vsr.decoding) == (BENCHMARKS["vsr"].prompt, BENCHMARKS["vsr"].decoding)
 
@@ -67,7 +67,7 @@ def test_published_numbers_are_those_of_the_papers():
     for name in HELD_OUT:
         four = [model for model in paper[name] if model in VARIANTS and "opt" not in model]
         assert len([model for model in four if not model.endswith(("coco", "vit-l"))]) == 4
-    rows = [*SECOND_STAGE.values(), *RETRIEVAL.values(), *BENCHMARKS.values()]
+    rows = [*SECOND_STAGE.values(), *RETRIEVAL.values(), *INSTRUCTBLIP.values()]
     named = {model for row in rows for model in (*row.paper, *row.paper_values)}
     assert named == set(SHORT) <= set(VARIANTS)
     assert all(paper_model(VARIANTS[name]) == name for name in SHORT)

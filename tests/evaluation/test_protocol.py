@@ -4,7 +4,7 @@ import pytest
 
 from jax_instructblip.data.datasets import DATASETS
 from jax_instructblip.data.templates import placeholders
-from jax_instructblip.evaluation.blip2_protocols import get_benchmark
+from jax_instructblip.evaluation.by_kind import get_benchmark
 from jax_instructblip.evaluation.metrics.table import METRICS
 from jax_instructblip.evaluation.protocol import (
     BENCHMARKS,

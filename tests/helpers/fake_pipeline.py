@@ -31,7 +31,10 @@ class Text:
 
 
 class FakePipeline:
-    """Answers with the brightness of the first frame; ranks by how near candidates come to it."""
+    """Answers with the brightness of the first frame; ranks by how near candidates come to it.
+
+    A question without an image is answered as if it had a black one.
+    """
 
     mesh, silent, source = None, True, None
 
@@ -41,7 +44,7 @@ class FakePipeline:
 
     def answer(self, questions, config, batch_size):
         self._check(questions, batch_size, config)
-        values = [int(each.frames[0].max()) for each in questions]
+        values = [_brightness(each) for each in questions]
         return [Answer(str(value), (1,), -0.5) for value in values]
 
     def rank_tokens(self, questions, lists, *, batch_size, pad_to, **settings):
@@ -49,7 +52,7 @@ class FakePipeline:
         lists = lists if len(lists) > 1 else lists * len(questions)
         scores = np.full((len(questions), max(map(len, lists))), -np.inf, np.float32)
         for row, (question, ids) in enumerate(zip(questions, lists, strict=True)):
-            value = int(question.frames[0].max())
+            value = _brightness(question)
             scores[row, : len(ids)] = [-abs(value - (sum(each) - 1)) / 7 for each in ids]
         return scores
 
@@ -58,6 +61,10 @@ class FakePipeline:
         assert len({len(each.frames) for each in questions}) == 1
         assert all(len(each.example["tokens"]) == len(each.prompt.split()) for each in questions)
         self.calls.append(([each.prompt for each in questions], batch_size, settings))
+
+
+def _brightness(question):
+    return int(question.frames[0].max()) if len(question.frames) else 0
 
 
 def record(value, words=3, **fields):

@@ -255,8 +255,10 @@ def write_shard(path: pathlib.Path, records: Sequence[Record], frames: int = 0) 
             try:
                 usable = with_content(record, frames)
             except (RecordError, ImageError, VideoError) as error:
-                file = str(record.images[0])  # cut its folder, which differs by machine
-                left_out.append((record.id, str(error).replace(file, pathlib.Path(file).name)))
+                said = str(error)
+                for file in map(str, record.images[:1]):  # cut its folder: it differs by machine
+                    said = said.replace(file, pathlib.Path(file).name)
+                left_out.append((record.id, said))
                 continue
             example: Any = serializer.get_tf_example(
                 features.encode_example(builder.record_row(usable))

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from jax_instructblip.data.records import Record
 
@@ -25,6 +26,7 @@ FAMILIES = (
 PAIRS = "image-caption pairs"
 
 Reader = Callable[[pathlib.Path, str], Iterator[Record]]
+Conversations = Callable[[pathlib.Path, str, pathlib.Path], Iterator[dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,9 @@ class Dataset:
       read_answers: like `read`, but its records can only be scored, not asked: a file that prompts
         need (with OCR words, say) may be missing.
       answer_files: one mapping for each layout that `read_answers` knows: for each split its files.
+      conversations: function of (raw, split, folder) that yields the records of a split as rows of
+        LLaVA's layout (`data/llava_json.py`), images relative to `folder`; None if there is no such
+        form.
     """
 
     name: str
@@ -71,6 +76,7 @@ class Dataset:
     candidate_files: tuple[str, ...] = ()
     read_answers: Reader | None = None
     answer_files: tuple[Mapping[str, tuple[str, ...]], ...] = ()
+    conversations: Conversations | None = None
 
     @property
     def use(self) -> str:

@@ -19,6 +19,7 @@ from jax_instructblip.evaluation.metrics.metric import (
 # Answers that count as equal: a model may say yes to a statement with the choices true and false.
 _SAME = {"yes": "true", "no": "false"}
 POSITIVE = ("true", "yes")  # choices that are the positive class of AUROC
+COUNTS = ("true_positives", "false_positives", "true_negatives", "false_negatives")
 
 
 def score_accuracy(responses: Sequence[Response], records: Sequence[Record]) -> Scores:
@@ -109,14 +110,36 @@ def score_yes_no(responses: Sequence[Response], records: Sequence[Record]) -> Sc
     By name: `f1`, `accuracy`, `precision`, `recall`, `yes_ratio` (the share of "yes" answers),
     `true_positives` and the like. A generated answer counts as "no" if its first sentence has the
     word "no" or "not", and as "yes" otherwise, even if empty (as in LLaVA's scorer).
+
+    If the records are of several kinds of questions (`DATASET/KIND` is their task), each kind has
+    its own values (`f1/KIND`); those without a kind are then means over the kinds, as published,
+    and sums of the counts.
     """
     pairs = align(responses, records)
     said = np.array([_says_yes(response.text) for response, _ in pairs])
     true = np.array([_truth(record) for _, record in pairs])
+    of_kind: dict[str, list[int]] = {}
+    for number, (_, record) in enumerate(pairs):
+        of_kind.setdefault(record.task.partition("/")[2], []).append(number)
+    values = {kind: _yes_no_values(said[rows], true[rows]) for kind, rows in of_kind.items()}
+    samples = {"accuracy": tuple((said == true).astype(float).tolist())}
+    if len(values) == 1:
+        return Scores(next(iter(values.values())), samples)
+    joined: dict[str, float] = {}
+    for name in next(iter(values.values())):
+        of_kinds = [each[name] for each in values.values()]
+        joined[name] = math.fsum(of_kinds) if name in COUNTS else mean(of_kinds)
+    for kind, of_one in sorted(values.items()):
+        joined |= {f"{name}/{kind}": value for name, value in of_one.items()}
+    return Scores(joined, samples)
+
+
+def _yes_no_values(said: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Returns the values of `score_yes_no`, by name, of one kind of questions."""
     hits, right = int((said & true).sum()), said == true
     precision = hits / said.sum() if said.any() else 0.0
     recall = hits / true.sum() if true.any() else 0.0
-    values = {
+    return {
         "f1": float(2 * precision * recall / (precision + recall)) if hits else 0.0,
         "accuracy": float(right.mean()),
         "precision": float(precision),
@@ -127,7 +150,6 @@ def score_yes_no(responses: Sequence[Response], records: Sequence[Record]) -> Sc
         "true_negatives": float((~said & ~true).sum()),
         "false_negatives": float((~said & true).sum()),
     }
-    return Scores(values, {"accuracy": tuple(right.astype(float).tolist())})
 
 
 def with_choices(

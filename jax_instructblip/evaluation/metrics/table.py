@@ -18,6 +18,10 @@ from jax_instructblip.evaluation.metrics.exact_match import (
     score_families,
 )
 from jax_instructblip.evaluation.metrics.metric import Metric
+from jax_instructblip.evaluation.metrics.science_scores import (
+    named_letter,
+    score_science_qa,
+)
 from jax_instructblip.evaluation.metrics.vqa_scores import (
     RULES,
     score_direct_answer,
@@ -38,6 +42,7 @@ METRICS: dict[str, Metric] = {
     "ivqa_accuracy": score_ivqa,
     "mrr": score_ranks,
     **{name: functools.partial(score_vqa, headline=name) for name in RULES},
+    "science_qa": score_science_qa,
     "yes_no": score_yes_no,
 }
 
@@ -45,6 +50,7 @@ _NORMALISED: dict[str, Callable[[str], str]] = {
     **dict.fromkeys((*RULES, "exact_match", "ivqa_accuracy"), vqa_text.normalise),
     "vqa_accuracy_evalai": vqa_text.normalise_evalai,
     **dict.fromkeys(("accuracy", "auroc", "family_accuracy"), normalise),
+    "science_qa": named_letter,
     "cider": lambda text: penn_treebank.tokenise([text])[0],
 }
 

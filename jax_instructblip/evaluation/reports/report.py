@@ -14,7 +14,7 @@ from jax_instructblip.evaluation import families
 from jax_instructblip.evaluation.predictions import Prediction
 from jax_instructblip.evaluation.protocol import SHORT
 from jax_instructblip.evaluation.reports import curves, page
-from jax_instructblip.evaluation.scoring import COUNTS
+from jax_instructblip.evaluation.scoring import is_count
 
 SHOWN = 12  # most samples per dataset with a right answer, and with a wrong one
 CANDIDATES = 5  # best candidates shown per sample of a ranking
@@ -181,7 +181,7 @@ def _shown(result: Mapping[str, Any]) -> str:
 
 def _values(result: Mapping[str, Any]) -> list[list[str]]:
     return [
-        [name, f"{value:.0f}" if name in COUNTS[1:] else f"{value:.2f}"]
+        [name, f"{value:.0f}" if is_count(name) else f"{value:.2f}"]
         for name, value in result["values"].items()
     ]
 

@@ -6,9 +6,9 @@ import string
 import pytest
 
 from jax_instructblip.data.records import Record
+from jax_instructblip.evaluation.by_kind import INSTRUCTBLIP
 from jax_instructblip.evaluation.metrics.metric import MetricError, Response
 from jax_instructblip.evaluation.metrics.table import METRICS, get_metric
-from jax_instructblip.evaluation.protocol import BENCHMARKS
 
 COUNT = 24
 WORDS = ("red", "two dogs", "a Cup.", "it's", "blue/green", "1,000", "on the table", "Tom's house")
@@ -28,7 +28,7 @@ def make(name, rng, perfect):
         if name == "cider":
             # Words of their own, so that each counts in full.
             answers = (" ".join(f"{letter}{number}x" for letter in string.ascii_lowercase[:9]),)
-        elif name in ("accuracy", "auroc", "mrr"):
+        elif name in ("accuracy", "auroc", "mrr", "science_qa"):
             choices = ("yes", "no") if name == "auroc" else WORDS[: 3 + number % 5]
             correct = number % 2 if name == "auroc" else rng.randrange(len(choices))
             answers = (choices[correct],)
@@ -52,9 +52,9 @@ def make(name, rng, perfect):
 
 
 def test_every_dataset_names_a_metric_that_there_is():
-    named = {row.metric for row in BENCHMARKS.values()} - {""}
+    named = {row.metric for row in INSTRUCTBLIP.values()} - {""}
     assert named <= set(METRICS)
-    others = {"captions", "family_accuracy", "vqa_accuracy", "yes_no"}
+    others = {"captions", "family_accuracy", "vqa_accuracy"}
     assert set(METRICS) - named == others
 
 

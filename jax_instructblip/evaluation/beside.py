@@ -1,0 +1,161 @@
+"""Measures several checkpoints beside each other: same images, prompts and candidates, one table.
+
+OUT/WAY/MODEL/     the evaluation of one checkpoint, answered in one way: results.json, predictions/
+OUT/results.json   the results of all, by dataset, way and model
+OUT/beside.html    their table, and answers side by side; beside.md is the table alone
+
+The ways of answering a dataset are those of `WAYS` that make sense for it. The prompt is that of
+`--prompt`, or the benchmark's own for InstructBLIP, but a question is asked as it stands.
+"""
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jax_instructblip.atomic import write_file
+from jax_instructblip.evaluation import suite
+from jax_instructblip.evaluation.benchmarks import Model, benchmark_names, open_benchmarks
+from jax_instructblip.evaluation.by_kind import get_benchmark
+from jax_instructblip.evaluation.llava_protocols import SHORT_ANSWER
+from jax_instructblip.evaluation.metrics.table import RANKED
+from jax_instructblip.evaluation.protocol import BENCHMARKS, Protocol
+from jax_instructblip.evaluation.reports import beside_page
+from jax_instructblip.evaluation.settings import Settings
+from jax_instructblip.evaluation.suite import Finished
+from jax_instructblip.evaluation.task import Task
+from jax_instructblip.files import read_json
+
+GENERATE, SHORT, RANK = "generate", "short", "rank"
+WAYS = {
+    GENERATE: "answers are generated",
+    SHORT: f"the same, and the prompt ends with {SHORT_ANSWER!r}",
+    RANK: "candidates are ranked",
+}
+PAGES = ("beside.html", "beside.md")
+KIND = "beside"
+_QUESTION = BENCHMARKS["gqa"].prompt
+_LONG = ("", "cider")  # metrics of answers that are no single word or phrase
+
+Results = dict[str, dict[str, dict[str, Any]]]  # dataset -> way -> model -> entry
+
+
+def answer_beside(settings: Settings, command: str = "") -> dict[str, Any]:
+    """Answers and scores the datasets of `settings` with each checkpoint, in each way.
+
+    Returns the content of `results.json`, in which `command` is recorded; {} in all processes
+    except process 0. What an interrupted run answered is used again.
+
+    Raises:
+      ValueError: a dataset or checkpoint cannot be evaluated.
+      OSError: there is no checkpoint, or the output folder cannot be written.
+    """
+    assert settings.checkpoint is not None and settings.out is not None
+    out, models, tasks = settings.out, {}, {}
+    with suite.agreed():
+        for name, checkpoint in _names([settings.checkpoint, *settings.beside]).items():
+            models[name] = Model.of(checkpoint, settings)
+            if not models[name].llm:
+                raise ValueError(
+                    f"--beside: {checkpoint} is a first stage of BLIP-2, which answers nothing: "
+                    "measure it by itself"
+                )
+        for name, model in models.items():
+            tasks[name] = open_ways(settings, model.llm)
+        out.mkdir(parents=True, exist_ok=True)
+    results: Results = {}
+    answered: dict[str, dict[tuple[str, str], Finished]] = {}
+    for name, model in models.items():
+        blip, facts = model.load()
+        for way, of_way in tasks[name].items():
+            folder, sizes = out / way / name, {"size": model.size, "limit": settings.limit}
+            finished = suite.run(blip, of_way, folder, model=facts, **sizes)
+            suite.finish(folder, finished, facts, command)
+            for each in finished:
+                entry = {"checkpoint": model.checkpoint, **each.result}
+                results.setdefault(each.task.name, {}).setdefault(way, {})[name] = entry
+                answered.setdefault(each.task.name, {})[way, name] = each
+        del blip  # before the next one is loaded
+    if jax.process_index():
+        return {}
+    document = {
+        "format": suite.FORMAT,
+        "kind": KIND,
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": suite.versions(),
+        "checkpoints": {name: model.checkpoint for name, model in models.items()},
+        "ways": WAYS,
+        "datasets": results,
+    }
+    write_file(out / suite.RESULTS, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    page, text = (out / name for name in PAGES)
+    beside_page.write_html(page, document, answered)
+    write_file(text, beside_page.markdown(document))
+    print("\n".join(beside_page.lines(document)))
+    print(f"side by side: {page}")
+    return read_json(out / suite.RESULTS, dict, allow_nan=True)
+
+
+def open_ways(settings: Settings, llm: str) -> dict[str, list[Task]]:
+    """Opens the datasets of `settings` for a language model kind; returns the tasks of each way.
+
+    `settings.mode` leaves out the ways that generate, or those that rank.
+
+    Raises:
+      ValueError: lists unusable datasets, or settings that no dataset uses.
+    """
+    names = benchmark_names(settings)
+    plain = dataclasses.replace(settings, prompt=None, mode=None)
+    rows = [
+        (way, protocol)
+        for name in names
+        for way, protocol in _ways(get_benchmark(name), settings.prompt, settings.mode)
+    ]
+    tasks = open_benchmarks(plain, [protocol for _, protocol in rows], llm)
+    by_way: dict[str, list[Task]] = {}
+    for (way, _), task in zip(rows, tasks, strict=True):
+        if way != RANK or _has_candidates(task):
+            by_way.setdefault(way, []).append(task)
+    lacking = set(names) - {task.name for of_way in by_way.values() for task in of_way}
+    if lacking:
+        raise ValueError(
+            f"{', '.join(sorted(lacking))} cannot be answered with --mode {settings.mode}: leave "
+            "it out"
+        )
+    return by_way
+
+
+def _ways(protocol: Protocol, prompt: str | None, mode: str | None) -> list[tuple[str, Protocol]]:
+    """Returns (way, protocol) for each way in which a benchmark may be answered."""
+    if prompt is None:
+        prompt = "{question}" if protocol.prompt == _QUESTION else protocol.prompt
+    ways = []
+    if mode != "rank" and protocol.metric not in RANKED:
+        ways.append((GENERATE, prompt, False))
+        if protocol.metric not in _LONG:
+            ways.append((SHORT, f"{prompt}\n{SHORT_ANSWER}", False))
+    if mode != "generate":
+        ways.append((RANK, prompt, True))
+    return [
+        (way, dataclasses.replace(protocol, prompt=text, prompts={}, ranking=ranking))
+        for way, text, ranking in ways
+    ]
+
+
+def _has_candidates(task: Task) -> bool:
+    return bool(task.protocol.words or task.candidates or task.without_images(0).choices)
+
+
+def _names(checkpoints: Sequence[str]) -> dict[str, str]:
+    """Returns each checkpoint by a name of its own: the last part of its path, numbered if used."""
+    named: dict[str, str] = {}
+    for checkpoint in checkpoints:
+        stem = Path(checkpoint).name or "model"
+        uses = sum(Path(each).name == stem for each in named.values())
+        named[f"{stem}-{uses + 1}" if uses else stem] = checkpoint
+    return named

@@ -1,0 +1,149 @@
+import json
+import shutil
+
+import pytest
+
+from jax_instructblip.__main__ import main
+from jax_instructblip.evaluation import benchmarks, beside
+from jax_instructblip.evaluation.beside import open_ways
+from jax_instructblip.evaluation.llava_protocols import SHORT_ANSWER
+from jax_instructblip.evaluation.settings import Settings
+from jax_instructblip.inference.pipeline import Answer
+from tests.data.readers.test_llava_bench import ROW, write
+from tests.helpers.fake_pipeline import FakePipeline
+from tests.helpers.raw_layouts import write_all
+from tests.helpers.tiny import write_base
+
+
+class Talker(FakePipeline):
+    """Answers at length."""
+
+    def answer(self, questions, config, batch_size):
+        self._check(questions, batch_size, config)
+        return [Answer(f"Well, {each.prompt}", (1,), -0.5) for each in questions]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    base = write_base(folder / "base", "t5")
+    return base, shutil.copytree(base, folder / "another" / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    raws = write_all(folder, ["gqa", "iconqa"])
+    image = next((raws["gqa"] / "images").iterdir())
+    (folder / "llava_bench_wild" / "images").mkdir(parents=True)
+    shutil.copy(image, folder / "llava_bench_wild/images/001.jpg")
+    write(folder / "llava_bench_wild/questions.jsonl", ROW)
+    return folder
+
+
+@pytest.fixture
+def models(bases, monkeypatch):
+    """The loaded models, by path."""
+    loaded = {}
+
+    def load(path, **fields):
+        kind = Talker if "another" in str(path) else FakePipeline
+        return loaded.setdefault(str(path), kind())
+
+    monkeypatch.setattr(benchmarks, "load", load)
+    return loaded
+
+
+def words(bases, data, out, *more):
+    given = {"checkpoint": bases[0], "data": data, "out": out, "limit": 4, "batch_size": 2}
+    first = ["evaluate", *(f"--{name}={value}" for name, value in given.items())]
+    return [*first, "--beside", str(bases[1]), *more]
+
+
+def test_checkpoints_are_asked_the_same_in_every_way(bases, data, tmp_path, models, capsys):
+    given = words(bases, data, tmp_path, "--datasets", "gqa,iconqa,llava_bench_wild")
+    assert main(given) == 0
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["checkpoints"] == {"base": str(bases[0]), "base-2": str(bases[1])}
+    results = document["datasets"]
+    ways = {name: list(by_way) for name, by_way in results.items()}
+    assert ways["gqa"] == ["generate", "short"]
+    assert ways["iconqa"] == ["generate", "short", "rank"]
+    assert ways["llava_bench_wild"] == ["generate"]
+    gqa = results["gqa"]
+    assert gqa["generate"]["base"]["prompt"] == "{question}"
+    assert gqa["short"]["base"]["prompt"] == f"{{question}}\n{SHORT_ANSWER}"
+    # Images, prompts, settings and candidates are the same for both.
+    first, second = models.values()
+    assert first.calls == second.calls and len(first.calls) > 4
+    for by_way in results.values():
+        for by_model in by_way.values():
+            one, two = ({**each, "checkpoint": ""} for each in by_model.values())
+            assert (one["prompt"], one["settings"]) == (two["prompt"], two["settings"])
+    ranked = [
+        (tmp_path / f"rank/{name}/predictions/iconqa.jsonl").read_text()
+        for name in ("base", "base-2")
+    ]
+    assert ranked[0] == ranked[1]  # both rank by the images
+    said = capsys.readouterr().out
+    table = (tmp_path / "beside.md").read_text()
+    value = f"{results['iconqa']['rank']['base']['value']:.2f}"
+    row = next(line for line in table.splitlines() if line.startswith("| iconqa | rank |"))
+    assert row.split(" | ")[4].startswith(value) and "accuracy | 4" in row
+    assert "| llava_bench_wild | generate | - | 1 | not scored | not scored |" in table
+    assert "llava_bench_wild, generate: NOT SCORED, a judge compares" in table
+    assert "dataset           answered  metric" in said
+    page = (tmp_path / "beside.html").read_text()
+    assert page.index("<h2>llava_bench_wild") < page.index("<h2>gqa")  # long answers first
+    assert "<b>generate</b>: <span" not in page and "Well, What is it?" in page
+    assert (tmp_path / "generate/base-2/answers/llava_bench_wild.jsonl").is_file()
+    # What is answered already is not asked again.
+    for model in models.values():
+        model.calls.clear()
+    assert main(given) == 0 and not any(model.calls for model in models.values())
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["datasets"] == results
+
+
+@pytest.mark.parametrize(
+    ("names", "fields", "expected"),
+    [
+        ("gqa,iconqa", {"mode": "rank"}, "gqa cannot be answered with --mode rank"),
+        ("iconqa", {"mode": "rank"}, {"rank": ["{options}?"]}),
+        ("iconqa", {"mode": "generate"}, ["generate", "short"]),
+    ],
+)
+def test_the_mode_leaves_out_ways(data, names, fields, expected):
+    settings = Settings.of(
+        checkpoint="a", datasets=names, data=data, out="out", prompt="{options}?", **fields
+    )
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            open_ways(settings, "t5")
+        return
+    found = open_ways(settings, "t5")
+    assert list(found) == list(expected)
+    assert found[list(expected)[0]][0].protocol.prompt == "{options}?"
+
+
+def test_settings_that_no_way_uses_are_refused(data):
+    given = {"checkpoint": "a", "data": data, "out": "out"}
+    settings = Settings.of(datasets="gqa", k=3, **given)
+    with pytest.raises(ValueError, match="--k: not used by gqa"):
+        open_ways(settings, "t5")
+    used = Settings.of(datasets="iconqa", length_normalise=True, num_beams=1, **given)
+    assert open_ways(used, "t5")["rank"][0].settings == {"length_normalise": True}
+    with pytest.raises(ValueError, match="--beside: only used with --datasets"):
+        Settings.of(checkpoint="a", beside=["b"])
+    with pytest.raises(ValueError, match="beside is 'b', expected a list of checkpoints"):
+        Settings.of(datasets="gqa", beside="b", **given)
+
+
+def test_a_first_stage_answers_nothing(bases, data, tmp_path, monkeypatch, capsys):
+    class Stage:
+        llm = ""
+
+    monkeypatch.setattr(beside.Model, "of", lambda *args: Stage())
+    assert main(words(bases, data, tmp_path / "out", "--datasets", "gqa")) == 1
+    assert "is a first stage of BLIP-2, which answers nothing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
