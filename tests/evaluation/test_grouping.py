@@ -5,6 +5,7 @@ from PIL import Image
 
 from jax_instructblip.evaluation.grouping import LOAD_UNITS, loads, places, plan
 from jax_instructblip.inference.ranking import Sizes, make_plan, tokenise
+from jax_instructblip.models.released import get_variant
 from tests.helpers.fake_pipeline import Text, make_task, record
 from tests.helpers.tiny import tiny_variant
 
@@ -40,6 +41,16 @@ def test_what_cannot_be_asked_is_a_problem_of_the_record():
     assert [unit.rows for unit in found.units] == [(0,)]
     assert "has a <" in found.problems[1]
     assert found.problems[2] == "the prompt has 3000 tokens, the model holds 2048: shorten it"
+
+
+def test_a_question_without_an_image_is_asked_of_llava_alone():
+    task = make_task("gqa", [record(1), record(2, images=())])
+    found = plan(task, TEXT, 2)
+    assert found.problems == {1: "it has no image, which a model of kind instructblip needs"}
+    assert found.prompts == ["how how how"] * 2
+    found = plan(task, Text(get_variant("llava-7b")), 2)
+    assert not found.problems
+    assert [(unit.group.frames, unit.rows) for unit in found.units] == [(0, (1,)), (1, (0,))]
 
 
 def test_a_prompt_may_be_as_long_as_llamas_positions_allow():

@@ -37,7 +37,7 @@ def test_answers_are_written_for_a_judge(words, tmp_path, capsys):
     path = tmp_path / "out/answers/llava_bench_wild.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     problem = rows[2].pop("metadata")["problem"]
-    assert "8 bytes" in problem
+    assert "not an image that can be read" in problem
     common = {"prompt": "What is it?", "model_id": "base"}
     good = {"metadata": {}, **common}
     assert rows == [
