@@ -5,7 +5,8 @@ OUT/results.json   the results of all, by dataset, way and model
 OUT/beside.html    their table, and answers side by side; beside.md is the table alone
 
 The ways of answering a dataset are those of `WAYS` that make sense for it. The prompt is that of
-`--prompt`, or the benchmark's own for InstructBLIP, but a question is asked as it stands.
+`--prompt`, or the benchmark's own for InstructBLIP; where answers are generated, without the words
+at its end that ask for a short answer.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ WAYS = {
 PAGES = ("beside.html", "beside.md")
 KIND = "beside"
 _QUESTION = BENCHMARKS["gqa"].prompt
+_CUES = (" Short answer:", " Answer:")  # ends of prompts
 _LONG = ("", "cider")  # metrics of answers that are no single word or phrase
 
 Results = dict[str, dict[str, dict[str, Any]]]  # dataset -> way -> model -> entry
@@ -132,19 +134,27 @@ def open_ways(settings: Settings, llm: str) -> dict[str, list[Task]]:
 
 def _ways(protocol: Protocol, prompt: str | None, mode: str | None) -> list[tuple[str, Protocol]]:
     """Returns (way, protocol) for each way in which a benchmark may be answered."""
-    if prompt is None:
-        prompt = "{question}" if protocol.prompt == _QUESTION else protocol.prompt
+    bare = _without_cue(protocol.prompt) if prompt is None else prompt
     ways = []
     if mode != "rank" and protocol.metric not in RANKED:
-        ways.append((GENERATE, prompt, False))
+        ways.append((GENERATE, bare, False))
         if protocol.metric not in _LONG:
-            ways.append((SHORT, f"{prompt}\n{SHORT_ANSWER}", False))
+            ways.append((SHORT, f"{bare}\n{SHORT_ANSWER}", False))
     if mode != "generate":
-        ways.append((RANK, prompt, True))
+        ways.append((RANK, prompt or protocol.prompt, True))
     return [
         (way, dataclasses.replace(protocol, prompt=text, prompts={}, ranking=ranking))
         for way, text, ranking in ways
     ]
+
+
+def _without_cue(prompt: str) -> str:
+    """Returns the prompt without the cue at its end; of a bare question, the question alone."""
+    if prompt == _QUESTION:
+        return "{question}"
+    for cue in _CUES:
+        prompt = prompt.removesuffix(cue)
+    return prompt
 
 
 def _has_candidates(task: Task) -> bool:

@@ -73,6 +73,9 @@ def test_checkpoints_are_asked_the_same_in_every_way(bases, data, tmp_path, mode
     gqa = results["gqa"]
     assert gqa["generate"]["base"]["prompt"] == "{question}"
     assert gqa["short"]["base"]["prompt"] == f"{{question}}\n{SHORT_ANSWER}"
+    options = "Question: {question} Options: {options}."
+    assert results["iconqa"]["generate"]["base"]["prompt"] == options
+    assert results["iconqa"]["rank"]["base"]["prompt"] == f"{options} Short answer:"
     # Images, prompts, settings and candidates are the same for both.
     first, second = models.values()
     assert first.calls == second.calls and len(first.calls) > 4
