@@ -13,6 +13,7 @@ from jax_instructblip.evaluation.answering import Share, answer, count_left
 from jax_instructblip.evaluation.grouping import loads, plan
 from jax_instructblip.inference import batching as batching
 from jax_instructblip.inference.pipeline import load
+from jax_instructblip.models.released import get_variant
 from tests.helpers.compile_counter import count_compiles
 from tests.helpers.fake_pipeline import FakePipeline, make_task, record
 from tests.helpers.tiny import write_base
@@ -122,6 +123,17 @@ def test_the_middle_of_an_image_may_be_shown_and_photographs_be_left_as_they_lie
     assert seen["squash", False][0].min() > 200 and seen["squash", False][:, 0].min() == 0
     assert seen["squash", True][0].min() == 0 and seen["squash", True].max() == 255
     assert seen["center", True].max() == seen["center", False].max() == 0
+
+
+def test_llava_is_asked_without_an_image_too():
+    blip = FakePipeline()
+    blip.variant = blip.text.variant = get_variant("llava-7b")
+    task = make_task("gqa", [record(3), record(4, images=()), record(5)])
+    rows = []
+    answer(blip, task, plan(task, blip.text, 2), size=2, take=rows.extend)
+    assert {row.id: (row.text, row.problem) for row in rows} == {
+        **{"r3": ("3", ""), "r4": ("0", ""), "r5": ("5", "")},
+    }
 
 
 def test_what_is_done_is_not_asked_again():

@@ -7,7 +7,7 @@ import pytest
 
 from jax_instructblip.__main__ import main
 from jax_instructblip.data.datasets import EVALUATION
-from jax_instructblip.evaluation.by_kind import BY_KIND, INSTRUCTBLIP, get_benchmark
+from jax_instructblip.evaluation.by_kind import BY_KIND, INSTRUCTBLIP, full_table, get_benchmark
 from jax_instructblip.evaluation.llava_protocols import ADDED, SHORT_ANSWER
 from jax_instructblip.evaluation.metrics.table import METRICS
 from jax_instructblip.evaluation.protocol import BENCHMARKS
@@ -49,6 +49,13 @@ def test_other_rows_of_llava_differ_in_decoding_alone():
             *(other.prompt, other.ranking, other.words),
         )
     assert get_benchmark("gqa") is INSTRUCTBLIP["gqa"] is BENCHMARKS["gqa"]
+
+
+def test_the_list_has_them():
+    text = full_table()
+    assert "pope: test, generated, scored by yes_no" in text
+    assert "llava_bench_wild: test, generated, scored by a judge" in text
+    assert SHORT_ANSWER in text[text.index("\nof LLaVA:\n") :]
 
 
 def scored(out, *words):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -6,6 +7,7 @@ from PIL import Image
 from jax_instructblip.__main__ import main
 from jax_instructblip.data.datasets import get_dataset
 from jax_instructblip.data.llava_json import read_llava_json
+from jax_instructblip.data.prepare import builder, shards
 from jax_instructblip.data.prepare.conversations import write_conversations
 from jax_instructblip.data.prepare.identity import PrepareError
 from tests.data.readers.test_scienceqa import PROBLEM, write
@@ -38,6 +40,20 @@ def test_the_file_is_read_as_conversations(raw, tmp_path, capsys):
     assert [len(record.images) for record in records] == [1, 0, 1]
     assert records[0].answers == ("A map shows places. Rome is above. The answer is B.",)
     assert records[0].prompt.endswith("(B) Rome\n<image>")
+
+
+def test_problems_without_an_image_are_prepared_too(raw, tmp_path):
+    dataset = get_dataset("scienceqa_qcm")
+    folder = shards.prepare(dataset, raw, tmp_path / "data", splits=["train"], workers=0)
+    stored = list(builder.open_folder(folder, "train"))
+    read = list(dataset.read(raw, "train"))
+    assert [len(record.images) for record in stored] == [1, 0, 1]
+    assert [dataclasses.replace(record, images=()) for record in stored] == [
+        dataclasses.replace(record, images=()) for record in read
+    ]
+    unreadable = dataclasses.replace(read[1], prompt="a\udce4")
+    note = shards.write_shard(tmp_path / "a", [unreadable, read[1]])
+    assert [name for name, _ in note["left_out"]] == ["5"] and note["records"] == 1
 
 
 def test_missing_images_are_left_out_up_to_a_share(raw, tmp_path):
