@@ -29,7 +29,7 @@ tbody tr:last-child { border-top: 1px solid #888; font-weight: 600 }
 .right { border-left: 6px solid #54a24b } .wrong { border-left: 6px solid #e45756 }
 table.plain { margin: .8em 0 }
 table.plain tbody tr:last-child { border-top: none; font-weight: inherit }
-td.left { text-align: left } .wide { overflow-x: auto }
+td.left { text-align: left; vertical-align: top } .wide { overflow-x: auto }
 .note { color: #666; font-size: 13px } img.curve { max-width: 100% }
 """
 
