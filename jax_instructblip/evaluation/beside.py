@@ -98,7 +98,7 @@ def answer_beside(settings: Settings, command: str = "") -> dict[str, Any]:
     page, text = (out / name for name in PAGES)
     beside_page.write_html(page, document, answered)
     write_file(text, beside_page.markdown(document))
-    print("\n".join(beside_page.lines(document)))
+    print("\n".join([*beside_page.lines(document), *beside_page.shortcomings(document)]))
     print(f"side by side: {page}")
     return read_json(out / suite.RESULTS, dict, allow_nan=True)
 

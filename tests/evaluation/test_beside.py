@@ -1,9 +1,11 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from jax_instructblip.__main__ import main
+from jax_instructblip.data.readers.choices import read_iconqa
 from jax_instructblip.evaluation import benchmarks, beside
 from jax_instructblip.evaluation.beside import open_ways
 from jax_instructblip.evaluation.llava_protocols import SHORT_ANSWER
@@ -35,6 +37,8 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     raws = write_all(folder, ["gqa", "iconqa"])
     image = next((raws["gqa"] / "images").iterdir())
+    damaged = next(read_iconqa(raws["iconqa"], "test")).images[0]
+    Path(damaged).write_bytes(b"no image")
     (folder / "llava_bench_wild" / "images").mkdir(parents=True)
     shutil.copy(image, folder / "llava_bench_wild/images/001.jpg")
     write(folder / "llava_bench_wild/questions.jsonl", ROW)
@@ -62,6 +66,7 @@ def words(bases, data, out, *more):
 
 def test_checkpoints_are_asked_the_same_in_every_way(bases, data, tmp_path, models, capsys):
     given = words(bases, data, tmp_path, "--datasets", "gqa,iconqa,llava_bench_wild")
+    given[given.index("--limit=4")] = "--limit=15"  # all, the one with a damaged image too
     assert main(given) == 0
     document = json.loads((tmp_path / "results.json").read_text())
     assert document["checkpoints"] == {"base": str(bases[0]), "base-2": str(bases[1])}
@@ -92,10 +97,12 @@ def test_checkpoints_are_asked_the_same_in_every_way(bases, data, tmp_path, mode
     table = (tmp_path / "beside.md").read_text()
     value = f"{results['iconqa']['rank']['base']['value']:.2f}"
     row = next(line for line in table.splitlines() if line.startswith("| iconqa | rank |"))
-    assert row.split(" | ")[4].startswith(value) and "accuracy | 4" in row
+    assert row.split(" | ")[4].startswith(value) and "accuracy | 15" in row
     assert "| llava_bench_wild | generate | - | 1 | not scored | not scored |" in table
     assert "llava_bench_wild, generate: NOT SCORED, a judge compares" in table
     assert "dataset           answered  metric" in said
+    for text in (said, table):
+        assert "iconqa, rank, base-2: 1 of 15 could not be asked, and count as wrong" in text
     page = (tmp_path / "beside.html").read_text()
     assert page.index("<h2>llava_bench_wild") < page.index("<h2>gqa")  # long answers first
     assert "<b>generate</b>: <span" not in page and "Well, What is it?" in page

@@ -72,22 +72,35 @@ def _metric(runs: Mapping[tuple[str, str], Finished]) -> str:
     return next(iter(runs.values())).task.protocol.metric
 
 
-def _remarks(document: Mapping[str, Any]) -> list[str]:
-    """Returns the meaning of each way, its prompts, and the reason of each missing score."""
-    used: dict[str, dict[str, str]] = {}
-    reasons = []
+def shortcomings(document: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each missing score, and for questions that could not be asked."""
+    found = []
     for name, by_way in document["datasets"].items():
         for way, by_model in by_way.items():
             some = next(iter(by_model.values()))
-            used.setdefault(way, {})[name] = some["prompt"]
             if some["unscored"]:
-                reasons.append(f"{name}, {way}: NOT SCORED, {some['unscored']}")
+                found.append(f"{name}, {way}: NOT SCORED, {some['unscored']}")
+            found += [
+                f"{name}, {way}, {model}: {len(entry['problems'])} of {entry['count']} could not "
+                "be asked, and count as wrong"
+                for model, entry in by_model.items()
+                if entry["problems"]
+            ]
+    return found
+
+
+def _remarks(document: Mapping[str, Any]) -> list[str]:
+    """Returns the meaning of each way with its prompts, and the shortcomings."""
+    used: dict[str, dict[str, str]] = {}
+    for name, by_way in document["datasets"].items():
+        for way, by_model in by_way.items():
+            used.setdefault(way, {})[name] = next(iter(by_model.values()))["prompt"]
     ways = [
         f"{way}: {document['ways'][way]}; "
         + ", ".join(f"{name} {prompt!r}" for name, prompt in prompts.items())
         for way, prompts in used.items()
     ]
-    return [*ways, *dict.fromkeys(reasons)]
+    return [*ways, *shortcomings(document)]
 
 
 def _side_by_side(runs: Mapping[tuple[str, str], Finished], models: list[str]) -> str:
