@@ -170,6 +170,8 @@ class Settings:
         if self.datasets and self.predictions:
             wrong = changed & set(_ANSWERING)
             why = "not used with --predictions: nothing is answered, what is there is scored"
+        elif self.datasets and self.beside and self.template:
+            wrong, why = {"template"}, "not used with --beside: each model is asked by its own"
         elif self.datasets:
             wrong, why = changed & {"no_baselines"}, "only used without --datasets"
         else:

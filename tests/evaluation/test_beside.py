@@ -145,6 +145,8 @@ def test_settings_that_no_way_uses_are_refused(data):
     assert open_ways(used, "t5")["rank"][0].settings == {"length_normalise": True}
     with pytest.raises(ValueError, match="--beside: only used with --datasets"):
         Settings.of(checkpoint="a", beside=["b"])
+    with pytest.raises(ValueError, match="--template: not used with --beside"):
+        Settings.of(datasets="gqa", beside=["b"], template="v1", **given)
     with pytest.raises(ValueError, match="beside is 'b', expected a list of checkpoints"):
         Settings.of(datasets="gqa", beside="b", **given)
 
