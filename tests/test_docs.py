@@ -35,6 +35,7 @@ INSTEAD = {
     "export PROJECT=my-project": "export TPU_POD=1 PROJECT=my-project",
     "hf download": "true",
     "jax-instructblip convert": "true",  # the folder is not there: tests/commands converts one
+    "jax-instructblip export llava": "true",  # likewise: tests/conversion exports one
     "jax-instructblip verify": "jax-instructblip verify --help",
     "jax-instructblip plan": "jax-instructblip plan --help",  # libtpu: tests/commands/test_plan.py
     "jax-instructblip train --config configs/paper_": "jax-instructblip train --help # ",

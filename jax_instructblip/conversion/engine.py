@@ -205,7 +205,7 @@ def make_plan(
     for path in expected.keys() - ruled:
         failures.append((path, f"no rule fills this leaf of shape {list(expected[path].shape)}"))
     if failures:
-        raise ConversionError(title, _collapsed(failures))
+        raise ConversionError(title, collapse(failures))
     return Plan({path: leaves[path] for path in sorted(leaves)}, dropped, tensors)
 
 
@@ -342,7 +342,7 @@ def _equal(a: Tensor, b: Tensor | None) -> bool:
     return np.array_equal(a.read().view(np.uint8), b.read().view(np.uint8))
 
 
-def _collapsed(failures: list[tuple[str, str]]) -> list[str]:
+def collapse(failures: list[tuple[str, str]]) -> list[str]:
     """Returns failures as lines, one for all layers: `layers.{0,1,2}.mlp.fc1.weight: missing`."""
     groups: dict[tuple[str, ...], list[list[str]]] = defaultdict(list)
     for name, text in failures:

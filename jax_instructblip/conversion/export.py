@@ -1,30 +1,27 @@
 """Exports a checkpoint of this package as a Hugging Face folder that transformers loads, bit-equal.
 
-The conversion rules run backward: each tensor of the format is put together from the parameters
-that its parts filled. A part that filled none (the ViT's key bias) is written as zeros.
+`assembly.py` makes the tensors; here are the small files beside them.
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jax_instructblip import fields
 from jax_instructblip.atomic import atomic_folder, check_room, refuse_existing
-from jax_instructblip.conversion import hf_folder, transforms
-from jax_instructblip.conversion.engine import Drop, Entry, Fixed, Rule, Zeros
+from jax_instructblip.conversion import hf_folder
+from jax_instructblip.conversion.assembly import make_groups, write_tensors
 from jax_instructblip.conversion.families import Family, family_of
 from jax_instructblip.conversion.hf_config import preprocessor, variant_of
 from jax_instructblip.conversion.input_formats import changed_image_settings, lost_input_format
-from jax_instructblip.conversion.safetensors import SHARD_BYTES, SHARD_SIZE, Writer
+from jax_instructblip.conversion.safetensors import SHARD_BYTES, SHARD_SIZE
 from jax_instructblip.conversion.stored_model import (
     StoredModel,
     read_stored_model,
@@ -40,39 +37,6 @@ PROCESSORS = {
 }
 IMAGE_TOKEN = "<image>"
 QFORMER_LIMIT = 128  # tokens of an instruction, as released
-DTYPES = {
-    name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("bfloat16", "float16", "float32")
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Group:
-    """The tensors of one source name (one a layer) and the rules about their parts, in order."""
-
-    keys: list[str]
-    entries: Sequence[Rule | Zeros | Fixed]  # in the order of the parts
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def rules(self) -> list[Rule]:
-        return [entry for entry in self.entries if isinstance(entry, Rule)]
-
-    def make(self, layer: int, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Returns the tensor of one layer, assembled from the leaves (parameters) of its parts."""
-        if isinstance(self.entries[0], Fixed):
-            return self.entries[0].make(self.shape[0], self.dtype)
-        tensor = np.zeros(self.shape, self.dtype)
-        rows = self.shape[0] // len(self.entries) if self.shape else 0
-        for part, entry in enumerate(self.entries):
-            if isinstance(entry, Rule):
-                leaf = leaves[entry.target]
-                leaf = leaf if entry.layers is None else leaf[layer]
-                target = (
-                    tensor[part * rows : (part + 1) * rows] if len(self.entries) > 1 else tensor
-                )
-                transforms.copy(target, entry.transform.backward(leaf))
-        return tensor
 
 
 def export_hf(
@@ -115,17 +79,12 @@ def export_hf(
     refuse_existing(out)
     check_room(Path(out), model.nbytes)
     tied = bool(model.facts.get("tied_head")) and _head_is_tied(model)
-    groups = _groups(family.rules(model.variant), model.manifest, tied, model.title)
+    entries = family.rules(model.variant)
+    groups = make_groups(entries, model.manifest, model.title, leave_out_head=tied)
     prefixes: Mapping[str, str] = model.facts.get("prefixes", {})
     groups = [dataclasses.replace(each, keys=_spelled(each.keys, prefixes)) for each in groups]
-    specs = {key: (group.dtype, group.shape) for group in groups for key in group.keys}
     with atomic_folder(out) as temporary:
-        writer = Writer(temporary, specs, shard_bytes)
-        for key, tensor in _tensors(model, groups):
-            writer.write(key, tensor)
-            if progress is not None:
-                progress(tensor.nbytes)
-        writer.close()
+        write_tensors(model, groups, temporary, shard_bytes, progress)
         notes = _write_sides(model, family, temporary, tied)
     return left_out + notes
 
@@ -137,50 +96,6 @@ def _spelled(names: Iterable[str], prefixes: Mapping[str, str]) -> list[str]:
         ours = next((each for each in prefixes if name.startswith(each)), "")
         spelled.append(prefixes.get(ours, "") + name.removeprefix(ours))
     return spelled
-
-
-def _groups(
-    entries: Iterable[Entry], manifest: Mapping[str, Any], leave_out_head: bool, title: str
-) -> list[_Group]:
-    by_source: dict[str, list[Rule | Zeros]] = defaultdict(list)
-    groups = []
-    for entry in entries:
-        if isinstance(entry, Drop):
-            continue
-        if isinstance(entry, Fixed):
-            leaf = manifest[entry.like]
-            size, dtype = leaf["shape"][0], DTYPES[leaf["dtype"]]
-            groups.append(_Group(entry.keys, [entry], dtype, entry.make(size, dtype).shape))
-            continue
-        if leave_out_head and isinstance(entry, Rule) and entry.target == "llm/head/kernel":
-            continue
-        by_source[f"{entry.source} {entry.layers}"].append(entry)
-    for parts in by_source.values():
-        parts.sort(key=lambda entry: entry.part)
-        rule = next(entry for entry in parts if isinstance(entry, Rule))
-        leaf = manifest[rule.target]
-        inner = tuple(leaf["shape"]) if rule.layers is None else tuple(leaf["shape"])[1:]
-        first, *rest = rule.transform.source_shape(inner) or (1,)
-        shape = (first * len(parts), *rest) if inner else ()
-        dtypes = {manifest[e.target]["dtype"] for e in parts if isinstance(e, Rule)}
-        if len(dtypes) > 1:
-            raise ValueError(
-                f"{rule.source} is made of leaves of different dtypes {sorted(dtypes)} in {title}: "
-                "convert or merge it again"
-            )
-        groups.append(_Group(rule.keys, parts, DTYPES[dtypes.pop()], shape))
-    return groups
-
-
-def _tensors(model: StoredModel, groups: list[_Group]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, tensor) in the order of the groups; memory holds the leaves of one group."""
-    wanted = [rule.target for group in groups for rule in group.rules]
-    leaves = model.read(wanted)
-    for group in groups:
-        group_leaves = dict(itertools.islice(leaves, len(group.rules)))
-        for layer, key in enumerate(group.keys):
-            yield key, group.make(layer, group_leaves)
-        del group_leaves  # free them before the next group is read
 
 
 def _head_is_tied(model: StoredModel) -> bool:

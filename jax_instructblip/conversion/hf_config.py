@@ -13,8 +13,10 @@ from typing import Any
 from jax_instructblip import files
 from jax_instructblip.conversion.config_keys import equal
 from jax_instructblip.conversion.families import FAMILIES, Family
+from jax_instructblip.conversion.llava_config import is_original, later_version
 from jax_instructblip.conversion.safetensors import DEQUANTISE, ConversionError
 from jax_instructblip.data.byte_tokenizers import splits_bytes, unnamed_special
+from jax_instructblip.data.special_tokens import RELEASED_SPECIAL
 from jax_instructblip.files import kind_of
 from jax_instructblip.models.released import get_variant, released_name, size_differences
 from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, LlamaConfig, Variant
@@ -37,6 +39,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     if "format" in config and "variant" in config:
         raise ConversionError(
             f"{folder} is converted already", [f"found a checkpoint folder, expected {wanted}"]
+        )
+    if later := later_version(config):
+        raise ConversionError(f"{folder} holds a model that is not supported", later)
+    if is_original(config):
+        raise ConversionError(
+            f"{folder} holds original LLaVA, whose image tower is not in it",
+            ["`jax-instructblip convert FOLDER --vision CLIP_FOLDER` makes a checkpoint of both"],
         )
     if find_family(config) is None:
         named = config.get("architectures") or config.get("model_type")
@@ -89,7 +98,7 @@ def _variant(folder: Path, config: Mapping[str, Any], failures: list[str]) -> Va
         fields[name], wrong = section.read(config)
         failures += wrong
     llama = bool(kind) and family.languages[kind].config is LlamaConfig
-    ids = tokenizer_ids(folder, failures) if llama else {}
+    ids = tokenizer_ids(folder, failures, family.kind) if llama else {}
     if failures or kind is None:
         return None
     for name, id_ in ids.items():
@@ -236,21 +245,31 @@ def read_json(path: Path) -> Any:
         raise ConversionError(f"{path} cannot be read", [str(error)]) from error
 
 
-def tokenizer_ids(folder: Path, failures: list[str]) -> dict[str, int]:
+def tokenizer_ids(
+    folder: Path,
+    failures: list[str],
+    released: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, int]:
     """Returns `bos_id`, `eos_id` and `pad_id` from the tokenizer's files in a folder.
 
     The text_config of released folders has 0, 1 and -1, from LLaMA's first port, which are wrong
     here. An id that the files do not tell is left out, so that the default of `LlamaConfig` (the
-    released id) applies. Complaints are appended to `failures`.
+    released id) applies; of LLaVA (`released`) it is that of the token in `RELEASED_SPECIAL`.
+    `settings` are taken in place of tokenizer_config.json. Complaints are appended to `failures`.
     """
     bytewise = splits_bytes(folder)
     documents = _tokenizer_documents(folder)
-    settings, special = documents["tokenizer_config.json"], documents["special_tokens_map.json"]
+    if settings is not None:
+        documents["tokenizer_config.json"] = dict(settings)
+    stated, special = documents["tokenizer_config.json"], documents["special_tokens_map.json"]
+    usual = RELEASED_SPECIAL["llava"] if released == "llava" and not bytewise else {}
     wrong: list[str] = []
     known = ({} if bytewise else SENTENCEPIECE_IDS) | _listed_tokens(documents, wrong)
     named: dict[str, str | None] = {}
     for name in ("bos", "eos", "pad"):
-        token = settings.get(f"{name}_token") or special.get(f"{name}_token")
+        key = f"{name}_token"
+        token = stated.get(key) or special.get(key) or usual.get(key)
         content = token.get("content") if isinstance(token, Mapping) else token
         if content is not None and not isinstance(content, str):
             wrong.append(f"{name}_token is {token!r:.60}, expected a token's text")

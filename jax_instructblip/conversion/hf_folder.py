@@ -59,7 +59,7 @@ def convert_hf(folder: str | Path, variant: str | Variant | None = None) -> Conv
     if variant is not None:
         check_variant(folder, described, variant)
     tensors, prefixes = _respelled(folder, open_folder(folder), family)
-    _check_sizes(folder, described, family, tensors)
+    check_sizes(folder, described, family, tensors)
     check_preprocessor(folder, described)
     language = family.language(described)
     tied_head = False
@@ -102,9 +102,7 @@ def _respelled(
     return {name: tensors[each[0]] for name, each in names.items()}, prefixes
 
 
-def _check_sizes(
-    folder: Path, variant: Variant, family: Family, tensors: Mapping[str, Tensor]
-) -> None:
+def check_sizes(folder: Path, variant: Variant, family: Family, tensors: Mapping[str, Any]) -> None:
     """Raises a ConversionError if a size in config.json exceeds every axis of the tensors.
 
     It does so before arrays of such a size are built.

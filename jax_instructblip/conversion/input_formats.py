@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_instructblip.conversion.hf_config import control_tokens, preprocessor
+from jax_instructblip.conversion.llava_config import MARKS, RATIOS
 from jax_instructblip.data.chat_templates import CHAT_TEMPLATES
 from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.models.variants import Variant
@@ -19,8 +20,8 @@ def usual_input_format(variant: Variant, tokenizer: Path, facts: Mapping[str, An
     """Returns the input format of a model without a record of it.
 
     Only LLaVA has a chat template: that of its language model. Its images are prepared as the
-    Hugging Face folder says from which it comes, else as released: v1 (a linear projector) takes
-    the middle of an image, v1.5 pads it to a square.
+    folder says from which it comes, else as released: v1 (a linear projector) takes the middle of
+    an image, v1.5 pads it to a square.
 
     Args:
       variant: the model.
@@ -30,7 +31,9 @@ def usual_input_format(variant: Variant, tokenizer: Path, facts: Mapping[str, An
     if variant.kind != "llava":
         return InputFormat()
     return InputFormat(
-        _template(tokenizer, facts.get("config", {})), image_crop=_image_crop(variant, facts)
+        _template(tokenizer, facts.get("config", {})),
+        image_marks=MARKS if facts.get("mm_use_im_start_end") else None,
+        image_crop=_image_crop(variant, facts),
     )
 
 
@@ -81,6 +84,8 @@ def _template(tokenizer: Path, config: Mapping[str, Any]) -> str:
 
 
 def _image_crop(variant: Variant, facts: Mapping[str, Any]) -> str:
+    if crop := RATIOS.get(facts.get("image_aspect_ratio", "")):  # of original LLaVA
+        return crop
     stated = dict(facts.get("preprocessor_config", {}))
     stated |= facts.get("processor_config", {}).get("image_processor") or {}
     if stated.get("do_pad"):

@@ -25,15 +25,9 @@ from jax_instructblip.conversion.hf_config import (
     quantisation_problems,
     read_json,
 )
-from jax_instructblip.conversion.safetensors import (
-    INDEX,
-    SINGLE,
-    ConversionError,
-    Tensor,
-    open_folder,
-    read_index,
-)
-from jax_instructblip.conversion.torch_files import merge_files, open_pth
+from jax_instructblip.conversion.safetensors import ConversionError, Tensor
+from jax_instructblip.conversion.token_rows import with_mean_rows
+from jax_instructblip.conversion.weight_files import open_weights
 from jax_instructblip.data.tokenizer_files import (
     SETTINGS,
     load_tokenizers,
@@ -50,7 +44,6 @@ from jax_instructblip.models.variants import (
 from jax_instructblip.models.vlm import param_shapes
 
 PREFIX = "language_model."  # of the tables' names, which are those of a whole model
-BIN, BIN_INDEX = "pytorch_model*.bin", "pytorch_model.bin.index.json"
 EMBED, HEAD = "llm/embed/embedding", "llm/head/kernel"  # the leaves with a row for each token
 _WORD = "model."  # before the names of a decoder that has its head
 IMAGE_SECTIONS = {"vision_config", "qformer_config"}  # of config.json of an image-text model
@@ -81,15 +74,11 @@ class LanguageFolder:
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yields each parameter's path and array, reading one at a time.
 
-        Rows added for special tokens hold the mean of the other rows: the logit of a mean is never
-        the largest one, so such a token is never generated.
+        Rows added for special tokens are those of `with_mean_rows`.
         """
         for path, array in self.plan:
-            axis = {EMBED: 0, HEAD: 1}.get(path)
-            lacking = 0 if axis is None else self.config.vocab - array.shape[axis]
-            if axis is not None and lacking > 0:
-                mean = array.mean(axis=axis, keepdims=True, dtype=np.float32).astype(array.dtype)
-                array = np.concatenate([array, *[mean] * lacking], axis=axis)
+            if path in (EMBED, HEAD):
+                array = with_mean_rows(array, self.config.vocab, axis=int(path == HEAD))
             yield path, array
             del array  # the next leaf is made while no name holds this one
 
@@ -138,7 +127,7 @@ def open_language(folder: str | Path) -> LanguageFolder:
     failures += quantisation_problems(document)
     if failures:
         raise ConversionError(f"{folder}/config.json cannot be held", failures)
-    tensors = _tensors(folder, language)
+    tensors = language_tensors(folder, language)
     config = with_own_head(language.config(**fields), language.head in tensors)
     tied = {**language.section.defaults, **document}["tie_word_embeddings"] is not False
     plan = make_plan(
@@ -151,37 +140,14 @@ def open_language(folder: str | Path) -> LanguageFolder:
     return LanguageFolder(folder, changed, plan, tuple(notes))
 
 
-def _tensors(folder: Path, language: Language) -> dict[str, Tensor]:
+def language_tensors(folder: Path, language: Language) -> dict[str, Tensor]:
     """Returns the folder's tensors under the tables' names, which begin with `language_model.`."""
-    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
-        tensors: dict[str, Any] = dict(open_folder(folder))
-    else:
-        tensors = _bin_tensors(folder)
+    tensors = open_weights(folder)
     # Saved as the inner model, possibly with its head, a model's names lack their first word.
     bare = bool(tensors) and not any(name.startswith(_WORD) for name in tensors)
     word = _WORD if bare and language.config is not T5Config else ""
     named = lambda name: PREFIX + ("" if PREFIX + name == language.head else word) + name
     return {named(name): tensor for name, tensor in tensors.items()}
-
-
-def _bin_tensors(folder: Path) -> dict[str, Any]:
-    """Returns the tensors of `pytorch_model.bin`, or of all shards that its index lists."""
-    paths = sorted(folder.glob(BIN))
-    if (folder / BIN_INDEX).is_file():
-        names, present = set(read_index(folder / BIN_INDEX).values()), {path.name for path in paths}
-        if lacking := sorted(names - present):
-            raise ConversionError(f"{folder} lacks files of its index", lacking)
-        if surplus := sorted(present - names):
-            raise ConversionError(
-                f"{folder} has weights of two models: remove these or {BIN_INDEX}, which does not "
-                "name them",
-                surplus,
-            )
-    if not paths:
-        raise ConversionError(
-            f"{folder} holds no weights", [f"expected {SINGLE}, {INDEX} or {BIN}"]
-        )
-    return merge_files(map(open_pth, paths))
 
 
 def _leaf_shapes(config: LanguageConfig) -> dict[str, Any]:

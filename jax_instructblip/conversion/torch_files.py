@@ -1,4 +1,4 @@
-"""PyTorch files (`.pth`, `.bin`): tensors by name, and nothing else.
+"""Reads and writes PyTorch files (`.pth`, `.bin`): tensors by name, and nothing else.
 
 A pickle may hold code. `torch.load(weights_only=True)` runs none, and refuses what is no tensor.
 torch itself is an extra, imported when the first file is opened. Files of before torch 1.6, which
@@ -97,6 +97,28 @@ def open_pth(path: Path) -> dict[str, TorchTensor]:
     if unread:
         raise ConversionError(f"{path} holds tensors that cannot be read", unread)
     return {str(name): TorchTensor(path, tensor) for name, tensor in stored.items()}
+
+
+def save_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays by name to a new file, as `torch.save` writes a state_dict; dtypes are kept.
+
+    Raises:
+        ConversionError: torch is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ConversionError(
+            f"{path.name} is a PyTorch file", ["writing it takes torch: pip install -e '.[torch]'"]
+        ) from error
+    tensors = {}
+    for name, array in arrays.items():
+        array = np.ascontiguousarray(array)
+        if array.dtype == ml_dtypes.bfloat16:
+            tensors[name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        else:
+            tensors[name] = torch.from_numpy(array)
+    torch.save(tensors, path)
 
 
 def merge_files(files: Iterable[Mapping[str, TorchTensor]]) -> dict[str, TorchTensor]:

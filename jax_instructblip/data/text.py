@@ -96,7 +96,9 @@ class TextProcessor:
         """
         llm, qformer = tokenizer_folders(folder)
         qformer = qformer if variant.reads_instruction else None
-        return cls(variant, *load_tokenizers(llm, qformer, variant.llm.kind), **fields)
+        released = variant.kind if variant.kind == "llava" else None
+        both = load_tokenizers(llm, qformer, variant.llm.kind, released=released)
+        return cls(variant, *both, **fields)
 
     def example(
         self,

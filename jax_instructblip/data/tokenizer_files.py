@@ -14,6 +14,7 @@ from jax_instructblip.data.byte_tokenizers import (
     unnamed_special,
 )
 from jax_instructblip.data.sentencepiece_bpe import split_as_sentencepiece
+from jax_instructblip.data.special_tokens import RELEASED_SPECIAL
 from jax_instructblip.files import require_file
 
 # Concrete classes, because AutoTokenizer imports torch if it is installed, and guesses the class.
@@ -24,24 +25,6 @@ _CLASSES = {
 }
 _SENTENCEPIECE = ("tokenizer.json", "tokenizer.model", "spiece.model")
 _FILES = {"t5": _SENTENCEPIECE, "llama": _SENTENCEPIECE, "opt": ("tokenizer.json", "vocab.json")}
-
-# The special tokens that LAVIS sets, for a folder that has only a vocabulary. A LLaMA-like model
-# whose tokenizer splits bytes (Llama 3, Qwen) keeps its own.
-RELEASED_SPECIAL = {
-    "t5": {},
-    "llama": {
-        "bos_token": "</s>",
-        "eos_token": "</s>",
-        "unk_token": "</s>",
-        "pad_token": "[PAD]",
-    },
-    "opt": {
-        "bos_token": "</s>",
-        "eos_token": "</s>",
-        "unk_token": "</s>",
-        "pad_token": "<pad>",
-    },
-}
 
 # Optional files beside the vocabulary that transformers reads.
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -71,6 +54,7 @@ def load_tokenizers(
     kind: str,
     *,
     special: Mapping[str, str] | None = None,
+    released: str | None = None,
 ) -> tuple[Tokenizer, MaybeTokenizer]:
     """Returns the tokenizers of the language model and of the Q-Former.
 
@@ -83,6 +67,7 @@ def load_tokenizers(
       special: special tokens by name (`{'bos_token': '</s>'}`). By default they are those of the
         folder's tokenizer_config.json, or without such a file those of the released model. Those
         that a tokenizer of bytes lacks are `unnamed_special`.
+      released: the released model in `RELEASED_SPECIAL`, by default `kind`.
 
     Raises:
       FileNotFoundError: a tokenizer has no files.
@@ -98,7 +83,7 @@ def load_tokenizers(
     qformer = None if qformer_folder is None else load_qformer_tokenizer(qformer_folder)
     if special is None:
         bare = not (llm_folder / "tokenizer_config.json").exists()
-        special = released_special(llm_folder, kind) if bare else {}
+        special = released_special(llm_folder, released or kind) if bare else {}
     if kind == "llama" and splits_bytes(llm_folder):
         llm = _read(Tokenizer, llm_folder, "language model's", **special)
         named = {name: getattr(llm, f"{name}_token") for name in UNNAMED}
@@ -117,8 +102,11 @@ def decodes_bytes(tokenizer: Tokenizer) -> bool:
 
 
 def released_special(folder: str | os.PathLike[str], kind: str) -> Mapping[str, str]:
-    """Returns the special tokens that the released models set on the tokenizer of a folder."""
-    own = kind == "llama" and splits_bytes(folder)
+    """Returns the special tokens that the released models set on the tokenizer of a folder.
+
+    `kind` is a key of `RELEASED_SPECIAL`.
+    """
+    own = kind in ("llama", "llava") and splits_bytes(folder)
     return {} if own else RELEASED_SPECIAL[kind]
 
 

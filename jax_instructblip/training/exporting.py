@@ -1,17 +1,25 @@
-"""Writes a checkpoint or run as a transformers folder, or merges a run with its frozen base."""
+"""Writes a checkpoint or run in another layout, or merges a run with its frozen base."""
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from jax_instructblip import stores
 from jax_instructblip.conversion.export import export_hf
+from jax_instructblip.conversion.layouts import LAYOUTS
+from jax_instructblip.conversion.llava_export import export_original, export_projector
 from jax_instructblip.conversion.safetensors import SHARD_BYTES
 from jax_instructblip.conversion.stored_model import tokenizers, write_checkpoint
+from jax_instructblip.fields import check, one_of
 from jax_instructblip.inference.loading import read_source, stored_model
 from jax_instructblip.progress import count_bytes
 from jax_instructblip.remote import is_remote
 from jax_instructblip.training.step_choice import choose_step
+
+_WRITERS: dict[str, Callable[..., list[str]]] = dict(
+    zip(LAYOUTS, (export_hf, export_original, export_projector), strict=True)
+)
 
 
 def export(
@@ -20,11 +28,12 @@ def export(
     *,
     step: int | None = None,
     best: bool = False,
+    format: str = "hf",
     shard_bytes: int = SHARD_BYTES,
 ) -> Path | str:
-    """Exports a checkpoint folder or a tuned run to a folder that stock transformers loads.
+    """Exports a checkpoint folder or a tuned run to Hugging Face's or original LLaVA's layout.
 
-    Prints the size to stdout, and to stderr what the transformers format cannot express.
+    Prints the size to stdout, and to stderr what the layout cannot express.
 
     Args:
       path: a checkpoint folder of this package, a run, or the name of an embedded checkpoint.
@@ -32,6 +41,8 @@ def export(
         and appears only when everything is written.
       step: for a run, the step to export; by default the newest.
       best: for a run, export the step with the best validation score.
+      format: "hf" for a folder that stock transformers loads, "original" for one of original
+        LLaVA, "projector" for its `mm_projector.bin` alone.
       shard_bytes: the largest size of one safetensors file.
 
     Returns:
@@ -41,12 +52,20 @@ def export(
       ValueError: the format cannot express the model, or the run has no such step.
       OSError: `out` exists, there is nothing at `path`, or the disk has too little room.
     """
+    check({"format": format}, {"format": one_of(*LAYOUTS)})
     with stores.output_folder(out) as (target, title):
         folder, chosen = choose_step(path, step=step, best=best)
         model = stored_model(read_source(folder))
+        written = 0
         with count_bytes(model.nbytes, "exporting") as count:
-            notes = export_hf(model, target, shard_bytes=shard_bytes, progress=count)
-    print(f"{title}: {model.nbytes / 1e9:.2f} GB in Hugging Face's layout")
+
+            def counted(size: int) -> None:
+                nonlocal written
+                written += size
+                count(size)
+
+            notes = _WRITERS[format](model, target, shard_bytes=shard_bytes, progress=counted)
+    print(f"{title}: {written / 1e9:.2f} GB in {LAYOUTS[format]}")
     if chosen:
         print(f"tuned: {chosen}")
     for note in notes:

@@ -135,7 +135,7 @@ def test_what_is_missing_or_too_much_is_said(files, tmp_path, capsys):
     assert "--llm" in str(error.value)
     with pytest.raises(ValueError, match=r"expected one Hugging Face folder, or original files"):
         jax_instructblip.convert([paths[0], tmp_path], out, variant=variant)
-    with pytest.raises(ValueError, match=r"go with original files \(\.pth\)"):
+    with pytest.raises(ValueError, match=r"goes with original files \(\.pth, mm_projector\.bin\)"):
         jax_instructblip.convert(tmp_path / "llm", out, llm=tmp_path / "llm")
     with pytest.raises(FileNotFoundError, match=r"gone\.pth"):
         jax_instructblip.convert(tmp_path / "gone.pth", out, variant=variant)
