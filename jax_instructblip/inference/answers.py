@@ -16,8 +16,9 @@ class Answer:
     """The answer to one question.
 
     Attributes:
-      text: the words, without special tokens and outer white space.
-      tokens: the new ids alone; the last one is eos unless `max_new_tokens` cut the answer off.
+      text: the words up to the end, without special tokens and outer white space.
+      tokens: the new ids alone; the last one is eos unless `max_new_tokens` cut the answer off. A
+        chat template may end an answer with another token, or with the tokens of a text (`###`).
       logprob: the sum of `logprobs`.
       logprobs: the natural log-probability of each of `tokens` (eos included) under the model
         itself, before temperature, top-k, top-p and penalties.

@@ -85,7 +85,7 @@ class GenerationConfig:
     Attributes:
       max_new_tokens: most tokens of an answer, eos included and prompt excluded. Another value
         compiles another program.
-      min_new_tokens: eos is impossible before this many tokens.
+      min_new_tokens: no answer ends before this many tokens.
       do_sample: draw tokens instead of taking the best; None means True if temperature, top_k or
         top_p is given.
       num_beams: running answers of a beam search; 1 is greedy. Not together with drawing.
