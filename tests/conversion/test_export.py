@@ -19,7 +19,7 @@ FLAN, VICUNA = "instructblip-flan-t5-xl", "instructblip-vicuna-7b"
 
 
 def convert(folder, out):
-    variant, source, leaves = hf_folder.convert_hf(folder)
+    variant, source, leaves, _ = hf_folder.convert_hf(folder)
 
     def extra(temporary):
         checkpoint.write_config(temporary, {"variant": variant.to_dict(), "source": source})
