@@ -30,7 +30,7 @@ def test_a_config_that_is_written_is_read_again(name, tmp_path):
         # Without a tokenizer the ids are the defaults.
         fields |= {f"llm.{key}": getattr(LlamaConfig, key) for key in ("bos_id", "pad_id")}
         if variant.kind == "llava":
-            fields |= {"llm.pad_id": 0}  # released: padded with <unk>
+            fields |= {"llm.bos_id": 1, "llm.pad_id": 0}  # LLaMA's own <s> and <unk>
     if variant.llm is not None:
         fields |= {"llm.dropout": 0.2}
         fields |= {} if variant.llm.kind == "opt" else {"llm.norm_eps": 1e-4}  # it has no such key
