@@ -3,7 +3,8 @@
 python -m benchmarks.plans [--only TEXT] [--again] [--list | --tables]
 
 Needs libtpu (extra `tpu`), a few gigabytes of memory, and one to three minutes per plan. Writes
-`plan_paper.json`, `plan_tuning.json`, `plan_scaling.json` and `plan_decode.json` to `results`.
+`plan_paper.json`, `plan_tuning.json`, `plan_scaling.json`, `plan_llava.json` and
+`plan_decode.json` to `results`.
 Plans that are there already are kept unless `--again` is given. `--tables` prints the results in
 the format of `launch/README.md`.
 """
@@ -35,6 +36,8 @@ CONFIGS = {
     "caption_6.7b": "configs/blip2_caption_opt_6_7b.py",
     "vqa_2.7b": "configs/blip2_vqa_opt_2_7b.py",
     "vqa_xl": "configs/blip2_vqa_flan_t5_xl.py",
+    "llava_1": "configs/llava_pretrain.py",
+    "llava_2": "configs/llava_finetune.py",
 }
 
 
@@ -60,6 +63,12 @@ def batch(size: int) -> str:
     return f"--config.data.batch_size={size}"
 
 
+def named(checkpoint: str) -> str:
+    """Returns the flag that names a released model."""
+    return f"--config.model.checkpoint={checkpoint}"
+
+
+SHORT = "--config.chat.limit=512"  # an image and a caption of 256 tokens
 DOTS, DECODE = "--config.model.remat.qformer=dots", ("--step", "decode")
 CASES = (
     Case("paper", "xl", "v5e:4x4", "1,16,1"),
@@ -93,6 +102,9 @@ CASES = (
     Case("tuning", "caption_6.7b", "v5e:4x4", "1,16,1"),
     Case("tuning", "vqa_xl", "v5e:4x4", "1,16,1"),
     Case("tuning", "vqa_2.7b", "v5p:2x2x4", "16,1,1"),
+    Case("llava", "llava_1", "v5e:4x4", "1,16,1", (named("llava-7b"), SHORT)),
+    Case("llava", "llava_2", "v5e:4x4", "1,16,1", (named("llava-7b"),)),
+    Case("llava", "llava_2", "v5p:2x2x4", "1,16,1", (named("llava-13b"),)),
     Case("decode", "7b", "v5e:4x4", "1,1,16", DECODE),
     Case("decode", "13b", "v5e:4x4", "2,1,8", DECODE),
 )
@@ -152,8 +164,12 @@ NAMES = {
     "blip2-opt-6.7b": "OPT-6.7B",
     "instructblip-opt-2.7b": "OPT-2.7B",
     "blip2-stage1": "ViT-g",
+    "llava-7b": "LLaVA 7B",
+    "llava-13b": "LLaVA 13B",
 }
 TASKS = {
+    "llava_pretrain": "first stage",
+    "llava_finetune": "second stage",
     "blip2_stage1": "first stage",
     "blip2_retrieval": "retrieval",
     "blip2_caption": "captions",
@@ -180,7 +196,7 @@ def paper_row(row: dict[str, Any], task: str = "") -> str:
 
 
 def tuning_row(row: dict[str, Any]) -> str:
-    """Returns a row about BLIP-2's first stage, or a fine-tuning that trains the vision tower."""
+    """Returns a row about a stage of BLIP-2 or LLaVA, or a tuning that trains the vision tower."""
     task = next(task for config, task in TASKS.items() if config in row["command"])
     return paper_row(row, f", {task}")
 
@@ -216,7 +232,13 @@ def decode_row(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-ROWS = {"paper": paper_row, "tuning": tuning_row, "scaling": scaling_row, "decode": decode_row}
+ROWS = {
+    "paper": paper_row,
+    "tuning": tuning_row,
+    "scaling": scaling_row,
+    "llava": tuning_row,
+    "decode": decode_row,
+}
 
 
 def tables() -> dict[str, list[str]]:

@@ -3,17 +3,29 @@
 from ml_collections import ConfigDict
 
 
-def source(path: str, split: str = "train", weight: float = 0.0, templates: str = "") -> ConfigDict:
+def source(
+    path: str,
+    split: str = "train",
+    weight: float = 0.0,
+    templates: str = "",
+    images: str = "",
+    noun_phrases: int = 0,
+) -> ConfigDict:
     """One source of training data.
 
     Args:
-      path: a file of JSON lines, a folder of `jax-instructblip prepare`, a folder of tars with
-        images and captions (img2dataset), or a drawn dataset (`shapes`); "" leaves the source out.
+      path: a file of JSON lines, a JSON list of conversations (LLaVA), a folder of
+        `jax-instructblip prepare`, a folder of tars with images and captions (img2dataset), or a
+        drawn dataset (`shapes`); "" leaves the source out.
       split: which of its records.
       weight: its share, relative to the other weights; 0 means what `data.sampling` says.
       templates: a list of `data/templates.py` that dresses the prompts; "" takes them as they are.
+      images: the folder of the images that a JSON list of conversations names; "": its own folder.
+      noun_phrases: the most captions that a noun phrase may bring into training, by LLaVA's filter
+        of caption pairs (`data/noun_phrases.py`; LLaVA takes 100); 0 takes all pairs.
     """
-    return ConfigDict(dict(path=path, split=split, weight=weight, templates=templates))
+    fields = dict(path=path, split=split, weight=weight, templates=templates, images=images)
+    return ConfigDict(dict(fields, noun_phrases=noun_phrases))
 
 
 def get_config() -> ConfigDict:
@@ -45,6 +57,9 @@ def get_config() -> ConfigDict:
     config.data.samples_per_row = 1
     config.data.buckets = (64,)  # tokens that rows are padded to, besides the limits below
     config.data.augment = True  # random crop (half to all of the area) and mirroring
+    # Without `augment`, how an image becomes a square: "squash"; "center" or "clip", its middle
+    # (LLaVA v1: "clip"); "pad", all of it on a square (LLaVA v1.5). "": as the checkpoint is asked.
+    config.data.crop = ""
     # 0: JPEGs are decoded whole, and crops have the released code's pixels. Above it they are
     # decoded at 1/2, 1/4 or 1/8 of their sides where the crop then still has this share of the
     # model's pixels: 0.6 saves a third of the time and gives other pixels, 5 of 255 away in the
@@ -63,6 +78,7 @@ def get_config() -> ConfigDict:
 
     config.chat = ConfigDict()
     config.chat.template = ""  # of conversations: "v1", "llama3", "chatml" ...; "": prompt, answer
+    config.chat.system = "default"  # system message; "default": the template's; "": none
     config.chat.limit = 2_048  # tokens and visual vectors of a conversation
     # Of the first question's images and text: as they are written, "first", "last", or "drawn".
     config.chat.image_order = "written"
@@ -75,6 +91,8 @@ def get_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.steps = 60_000
+    # Passes over all records of all sources, which set `steps` (rounded up); 0: as `steps` says.
+    config.train.epochs = 0.0
     # Of the first stage: all captions of an image are right for it (retrieval), not its own alone.
     config.train.pairs_by_image = False
     config.train.log_every = 10  # steps between lines of metrics
@@ -92,6 +110,7 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_learning_rate = 1e-8  # of the first step
     config.optimizer.final_learning_rate = 0.0  # where the cosine ends
     config.optimizer.warmup_steps = 1_000
+    config.optimizer.warmup_ratio = 0.0  # share of all steps, rounded up; 0: as `warmup_steps` says
     config.optimizer.epoch_steps = 3_000  # of the staircase
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999

@@ -13,23 +13,21 @@ is read by the half that the first stage has trained, as in the released Instruc
 
 import dataclasses
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_instructblip import checkpoint, remote
-from jax_instructblip.backbones.joining import Part, part_of, part_of_arrays, write_joined
-from jax_instructblip.conversion.language_folder import is_language_folder, open_language
+from jax_instructblip import checkpoint
+from jax_instructblip.backbones.joining import part_of, part_of_arrays, write_joined
+from jax_instructblip.backbones.parts import language_of, source_of
 from jax_instructblip.conversion.stored_model import copy_tokenizers
-from jax_instructblip.inference.loading import Source, read_source, resolve_checkpoint
+from jax_instructblip.inference.loading import Source
 from jax_instructblip.models.qformer import QFormer
-from jax_instructblip.models.variants import LanguageConfig, QFormerConfig, Variant
+from jax_instructblip.models.variants import QFormerConfig, Variant
 from jax_instructblip.models.vlm import param_shapes
 
-CopyTokenizers = Callable[[Path], object]  # called with the checkpoint folder
 PROJECTION = "qformer/projection/"  # of the Q-Former's outputs to the language model's width
 
 
@@ -56,8 +54,8 @@ def write_stage2(
       ValueError: `stage1` is of another stage, or `llm` cannot be used, with every reason.
       OSError: `out` exists, a tokenizer is missing, or there is no room.
     """
-    first = _source(stage1, "blip2_stage1", "the first stage (`backbones stage1`, then `train`)")
-    config, language, copy_tokenizer = _language(llm)
+    first = source_of(stage1, "blip2_stage1", "the first stage (`backbones stage1`, then `train`)")
+    config, language, copy_tokenizer = language_of(llm)
     qformer = dataclasses.replace(
         first.variant.qformer,
         llm_width=config.width,
@@ -101,8 +99,8 @@ def write_instruct(
       ValueError: a model is of another stage, or the two Q-Formers are of other sizes.
       OSError: `out` exists, a tokenizer is missing, or there is no room.
     """
-    second = _source(stage2, "blip2", "the second stage (`backbones stage2`, then `train`)")
-    first = _source(text_from, "blip2_stage1", "the first stage that it began with")
+    second = source_of(stage2, "blip2", "the second stage (`backbones stage2`, then `train`)")
+    first = source_of(text_from, "blip2_stage1", "the first stage that it began with")
     text = first.variant.qformer
     qformer = dataclasses.replace(
         second.variant.qformer,
@@ -124,44 +122,6 @@ def write_instruct(
         copy_tokenizers(first.folder, folder, first.variant)
 
     return write_joined(out, variant, parts, copy)
-
-
-def _source(path: str | os.PathLike[str], kind: str, wanted: str) -> Source:
-    """Returns the model at a path; raises a ValueError if it is not of `kind`."""
-    source = read_source(path)
-    if source.variant.kind != kind:
-        raise ValueError(
-            f"{source.step or source.folder} is a model of kind {source.variant.kind}: expected "
-            f"one of kind {kind}, {wanted}"
-        )
-    return source
-
-
-def _language(
-    path: str | os.PathLike[str],
-) -> tuple[LanguageConfig, Part, Callable[[Path], object]]:
-    """Returns a language model's sizes, its parameters and a function that copies its tokenizer."""
-    folder = resolve_checkpoint(path)
-    if is_language_folder(folder):
-        language, title = open_language(folder), remote.address_of(path) or str(folder)
-        for note in language.notes:
-            print(f"{title}: {note}")
-        part = Part(title, language.nbytes, language)
-        return language.config, part, lambda out: language.copy_tokenizer(out / "tokenizer")
-    source = read_source(path)
-    llm = source.variant.llm
-    if llm is None:
-        raise ValueError(
-            f"{source.step or source.folder} is a model of kind {source.variant.kind}, which has "
-            "no language model: expected a Hugging Face folder of one, or a checkpoint with one"
-        )
-    part = part_of(source, lambda name: name.startswith("llm/"), path)
-    plain = dataclasses.replace(
-        source.variant,
-        kind="blip2",
-        bridge=dataclasses.replace(source.variant.qformer, instruction_aware=False),
-    )  # a variant that has no tokenizer but the language model's
-    return llm, part, lambda out: copy_tokenizers(source.folder, out, plain)
 
 
 def _projection(config: QFormerConfig, seed: int) -> dict[str, np.ndarray]:

@@ -1,7 +1,8 @@
 """Makes initial checkpoints for the stages of training, and the parts of the embedded ones.
 
 `stage1` combines a vision tower with an untrained Q-Former, `stage2` a trained Q-Former with a
-language model; `instruct` makes a second stage's Q-Former read the instruction.
+language model; `instruct` makes a second stage's Q-Former read the instruction. `llava` combines a
+vision tower with a language model, a random projector between them.
 `launch/backbones.sh` calls the other parts: first `towers`, then (after the caption training runs)
 `merge`.
 """
@@ -16,6 +17,7 @@ STORES = {  # the flags of each part that may be addresses of a store
     "stage1": ("base", "out", "bert"),
     "stage2": ("stage1", "out", "llm"),
     "instruct": ("stage2", "out", "text_from"),
+    "llava": ("vision", "out", "llm"),
 }
 
 
@@ -58,12 +60,31 @@ def main(argv: list[str]) -> int:
         required=True,
         help="the first stage whose text half of the Q-Former is taken",
     )
+    llava = parts.add_parser("llava", help="vision tower VISION before a language model: OUT")
+    llava.add_argument("vision", type=Path, help="a Hugging Face folder of CLIP, or any checkpoint")
+    llava.add_argument("out", type=Path, help="folder to make; must not exist")
+    llava.add_argument(
+        "--llm",
+        type=Path,
+        required=True,
+        help="a Hugging Face folder of LLaMA, Vicuna, Llama 3, Mistral or Qwen, or a checkpoint "
+        "with one",
+    )
+    llava.add_argument(
+        "--layers", type=int, default=2, help="of the projector: 1 (v1) or 2 (v1.5, default)"
+    )
+    llava.add_argument("--seed", type=int, default=0, help="of the projector (default: 0)")
     flags = parser.parse_args(argv)
     check_flags(flags, stores=STORES.get(flags.part, ()))
     if flags.part == "stage2":
         from jax_instructblip.backbones.stage2 import write_stage2
 
         write_stage2(flags.stage1, flags.out, llm=flags.llm, seed=flags.seed)
+    elif flags.part == "llava":
+        from jax_instructblip.backbones.llava import write_llava
+
+        settings = {"layers": flags.layers, "seed": flags.seed}
+        write_llava(flags.vision, flags.out, llm=flags.llm, **settings)
     elif flags.part == "instruct":
         from jax_instructblip.backbones.stage2 import write_instruct
 

@@ -30,6 +30,9 @@ def main(argv: list[str]) -> int:
         default=argparse.SUPPRESS,
         help="of a conversation: most tokens and visual vectors (default: the model's, or 2048)",
     )
+    parser.add_argument(
+        "--images", type=pathlib.Path, help="folder of the images that a JSON list names"
+    )
     flags = parser.parse_args(argv)
     check_flags(flags, stores=("file", "checkpoint"))
     from jax_instructblip.data.chat_text import ChatTextProcessor
@@ -40,7 +43,7 @@ def main(argv: list[str]) -> int:
     chat = None
     if isinstance(text, ChatTextProcessor):
         chat = text.with_limit(flags.limit).chat if "limit" in flags else text.chat
-    findings = examine(flags.file, text, flags.samples, chat)
+    findings = examine(flags.file, text, flags.samples, chat, flags.images)
     for line in describe(flags.file, findings, text):
         print(line)
     print(f"tokens are counted with the tokenizers of {flags.checkpoint} (--checkpoint)")

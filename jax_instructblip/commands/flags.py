@@ -24,6 +24,7 @@ NUMBERS: dict[str, Field] = {
     **settings.NUMBERS,
     **endpoint.NUMBERS,
     "frames": whole(1, 1_024, unit="of a video"),
+    "layers": whole(1, 2, unit="of a projector"),
     "max_missing": number(0, 1, unit="part of the records"),
     "process": whole(0, special=(-1,)),
     "processes": whole(0, 1_000_000),

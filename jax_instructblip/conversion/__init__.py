@@ -13,6 +13,7 @@ rules (source tensor -> our parameter); one engine applies them and reports all 
     lavis.py            LAVIS's names for the tensors of the tables
     original.py         `.pth` files of LAVIS -> our parameters, one at a time
     clip_folder.py      a folder of CLIP -> the image tower of LLaVA
+    vision_folder.py    the same tower -> our parameters, without a language model
     llava_config.py     the config.json of original LLaVA, read and written
     llava_names.py      original LLaVA's names for the tensors of the tables
     llava_sources.py    original LLaVA: whole folders, deltas with their base, projectors

@@ -67,14 +67,17 @@ def examine(
     text: TextProcessor,
     samples: int,
     chat: ConversationProcessor | None = None,
+    images: str | os.PathLike | None = None,
 ) -> Findings:
     """Returns the findings about a file: reads all lines, opens all images, tokenizes all answers.
 
     `samples` is the number of good lines that are kept in `Findings.samples`. With `chat` each line
-    is a conversation, and the file may be of LLaVA's layout, whose rows then count as lines.
+    is a conversation, and the file may be of LLaVA's layout, whose rows then count as lines; its
+    images may lie in the folder `images` in place of its own.
 
     Raises:
-        ValueError: the file has conversations, but there is no `chat`.
+        ValueError: the file has conversations, but there is no `chat`; or it has none, but
+            `images` is given.
     """
     path = stores.input_rows(file)
     talks = holds_conversations(path)
@@ -82,7 +85,9 @@ def examine(
         raise ValueError(
             f"{file} has whole conversations: name the chat template that writes them (--template)"
         )
-    scan = scan_llava_json if talks else scan_jsonl
+    if images is not None and not talks:
+        raise ValueError(f"{file} has no conversations: the images of its lines lie beside it")
+    scan = functools.partial(scan_llava_json, images=images) if talks else scan_jsonl
     cut, unknown = np.zeros(len(TRUNCATED), np.int64), {name: [] for name in TRUNCATED}
     findings = Findings({}, 0, collections.defaultdict(list), cut, unknown, [])
     findings.unit = "answer" if chat is None else "conversation"

@@ -44,6 +44,7 @@ class PairBatches:
         batch_size: int,
         steps: int,
         augment: bool = True,
+        crop: str = "squash",
         min_decode_ratio: float = 0.0,
         rand_augment: bool = False,
         upright: bool = True,
@@ -63,7 +64,9 @@ class PairBatches:
         self.mixture, self.text = mixture, text
         self.batch_size, self.steps, self.row_count = batch_size, steps, batch_size
         size = text.variant.vision.image_size
-        self.prepare = ImagePreparation(size, augment, min_decode_ratio, rand_augment, upright)
+        self.prepare = ImagePreparation(
+            size, augment, crop, min_decode_ratio, rand_augment, upright
+        )
         self.rows = np.arange(batch_size) if rows is None else rows
         self.replacements = Replacements()
 

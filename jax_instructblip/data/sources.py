@@ -13,7 +13,9 @@ from jax_instructblip.data.records import Record, RecordError, read_jsonl
 from jax_instructblip.data.shapes import dataset
 
 
-def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record], str]:
+def open_records(
+    path: str | os.PathLike, split: str, images: str = ""
+) -> tuple[Sequence[Record], str]:
     """Returns the records of one split, with random access, and a digest of their content.
 
     `path` is one of:
@@ -25,12 +27,20 @@ def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record],
     - the name of a built-in dataset (`shapes`), which is drawn and written first where it is
       absent.
 
-    A file or folder of an object store (`gs://...`) is copied to the disk first.
+    A file or folder of an object store (`gs://...`) is copied to the disk first. `images` is the
+    folder of the images that a JSON list of conversations names, "" the list's own folder.
 
     Raises:
-        ValueError: there is no such dataset or split; the message lists those that exist.
+        ValueError: there is no such dataset or split; the message lists those that exist. Or
+            `images` is given for records that name their images otherwise.
         RecordError: the file has bad lines; the message lists all of them.
     """
+    others = ValueError(
+        f"images is {images!r}, but only a JSON list of conversations (LLaVA) has its images in "
+        f"another folder, and {os.fspath(path)!r} is none"
+    )
+    if images and not os.fspath(path).endswith((".jsonl", ".json")):
+        raise others
     if path in dataset.DATASETS:
         name = os.fspath(path)
         records = dataset.shapes_source(None, split, name)
@@ -53,7 +63,10 @@ def open_records(path: str | os.PathLike, split: str) -> tuple[Sequence[Record],
             f"{', '.join(dataset.DATASETS)}"
         )
     if llava_json.holds_conversations(name):
-        records = llava_json.read_llava_json(name)
+        folder = stores.input_path(images, "images") if images else None
+        records = llava_json.read_llava_json(name, folder)
+    elif images:
+        raise others
     else:
         records = read_jsonl(name)
     splits = sorted({record.split for record in records})

@@ -1,8 +1,9 @@
 """Instruction templates, as data: the sentences that turn a question into a prompt.
 
 The templates of captioning, question answering and question generation are InstructBLIP's (arXiv
-2305.06500, appendix C), in the paper's order and spelling. `format_prompt` fills their placeholders
-from a record; `mixture.py` draws the template of each sample.
+2305.06500, appendix C), those of brief captions LLaVA's (arXiv 2304.08485, table 11), in the
+papers' order and spelling. `format_prompt` fills their placeholders from a record; `mixture.py`
+draws the template of each sample.
 """
 
 import dataclasses
@@ -65,6 +66,20 @@ DETAIL = (
     "A long image caption:",
 )
 
+BRIEF = (
+    "Describe the image concisely.",
+    "Provide a brief description of the given image.",
+    "Offer a succinct explanation of the picture presented.",
+    "Summarize the visual content of the image.",
+    "Give a short and clear explanation of the subsequent image.",
+    "Share a concise interpretation of the image provided.",
+    "Present a compact description of the photo's key features.",
+    "Relay a brief, clear account of the picture shown.",
+    "Render a clear and concise summary of the photo.",
+    "Write a terse but informative summary of the picture.",
+    "Create a compact narrative representing the image presented.",
+)
+
 # BLIP-2's fine-tunings have one prompt each (arXiv 2301.12597).
 BLIP2_CAPTION = ("a photo of",)
 BLIP2_QUESTION = ("Question: {question} Answer:",)
@@ -75,11 +90,12 @@ PLACEHOLDERS = ("question", "answer", "options", "context", "ocr", "history")
 
 # The name of a rule instead of a list: the caption's beginning is the prompt, its rest the answer.
 CAPTION_PREFIX = "caption_prefix"
-CAPTIONS = ("caption", "blip2_caption", CAPTION_PREFIX)  # the answer is a caption
+CAPTIONS = ("caption", "blip2_caption", "brief", CAPTION_PREFIX)  # the answer is a caption
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "caption": CAPTION,
     "detail": DETAIL,
+    "brief": BRIEF,
     "question": QUESTION,
     "question_generation": QUESTION_GENERATION,
     "choice": CHOICE,

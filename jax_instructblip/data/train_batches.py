@@ -49,6 +49,7 @@ class TrainBatches:
         samples_per_row: int = 1,
         buckets: Sequence[int] = (),
         augment: bool = True,
+        crop: str = "squash",
         min_decode_ratio: float = 0.0,
         rand_augment: bool = False,
         upright: bool = True,
@@ -68,8 +69,9 @@ class TrainBatches:
             bucket that holds the longest text of the global batch, or to the text's limit if none
             does. Rows of several samples are as wide as the widest row of the batch, rounded up
             (`round_up`).
-          augment: crop and mirror at random; if False, the whole image is squashed to the model's
-            size (mirroring would spoil tasks about left and right, or about written words).
+          augment: crop and mirror at random; if False, images are prepared by `crop` (mirroring
+            would spoil tasks about left and right, or about written words).
+          crop: a name of `images.CROPS`.
           min_decode_ratio: `min_ratio` of `images.random_resized_crop_flip`.
           rand_augment: also apply RandAugment (`rand_augment.py`) after the crop.
           upright: apply the EXIF orientation, as in `images.decode`.
@@ -88,7 +90,9 @@ class TrainBatches:
         self.batch_size, self.steps = batch_size, steps
         self.samples_per_row, self.row_count = samples_per_row, batch_size // samples_per_row
         size = text.variant.vision.image_size
-        self.prepare = ImagePreparation(size, augment, min_decode_ratio, rand_augment, upright)
+        self.prepare = ImagePreparation(
+            size, augment, crop, min_decode_ratio, rand_augment, upright
+        )
         self.rows = np.arange(self.row_count) if rows is None else rows
         self.buckets = {name: _cut(buckets, limit) for name, limit in _limits(text, chat).items()}
         self.replacements = Replacements()
@@ -237,16 +241,23 @@ class ImagePreparation:
     """Turns an image of a record into the pixels of a training sample."""
 
     def __init__(
-        self, size: int, augment: bool, min_decode_ratio: float, rand_augment: bool, upright: bool
+        self,
+        size: int,
+        augment: bool,
+        crop: str,
+        min_decode_ratio: float,
+        rand_augment: bool,
+        upright: bool,
     ):
         """Sets the side of the pixels, `size`; the other arguments are those of `TrainBatches`."""
         self.size, self.augment, self.upright = size, augment, upright
+        self.crop = images.CROPS[crop]
         self.min_decode_ratio, self.rand_augment = min_decode_ratio, rand_augment
 
     def __call__(self, source: images.Source, rng: np.random.Generator) -> np.ndarray:
         """Returns pixels [size, size, 3] uint8; raises ImageError if the image cannot be used."""
         if not self.augment:
-            return images.resize_squash(images.decode(source, upright=self.upright), self.size)
+            return self.crop(images.decode(source, upright=self.upright), self.size)
         pixels = images.random_resized_crop_flip(
             source, self.size, rng, min_ratio=self.min_decode_ratio, upright=self.upright
         )

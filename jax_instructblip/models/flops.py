@@ -77,24 +77,26 @@ def analytic(
     *,
     samples_per_row: int = 1,
     trains_vision: bool = False,
+    trains_llm: bool = False,
 ) -> int:
-    """FLOPs of one train step: ViT and language model frozen, the bridge trained.
+    """FLOPs of one train step: the bridge trained, ViT and language model frozen unless said so.
 
     A sample has `text` tokens for the Q-Former, `tokens` for the language model and `answer`
     targets; `samples_per_row` samples are packed into one row. Attention counts whole rows, the
     head all targets.
 
     The ViT runs forward only, unless `trains_vision`; the bridge forward and backward, with
-    gradients of its weights; the language model forward and backward without them. Before a frozen
-    ViT, in the backward pass of the products that read its patches, only the weights' gradients
-    count. The gradient for the trained image norm before them is left out, under 1 % of the whole.
+    gradients of its weights; the language model forward and backward, with them if `trains_llm`.
+    Before a frozen ViT, in the backward pass of the products that read its patches, only the
+    weights' gradients count. The gradient for the trained image norm before them is left out, under
+    1 % of the whole.
     """
     first, bridge = _bridge(variant, batch, text)
     width = samples_per_row * (variant.visual_tokens + tokens)
     rows, answers = batch // samples_per_row, samples_per_row * answer
     forward, attention = _language(variant.llm, rows, width, answers)
     # Forward and backward: frozen weights have no dW, so x 2; products of the attention x 3.
-    llm = 2 * forward + 3 * attention
+    llm = (3 if trains_llm else 2) * forward + 3 * attention
     patches, vision = _vision(variant, batch)
     if trains_vision:  # but for the gradient of the pixels
         return 3 * vision - patches + 3 * bridge + llm

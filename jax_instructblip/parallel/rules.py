@@ -4,7 +4,7 @@
     mlp         hidden width over `tensor`, model width over `fsdp`
     head        vocabulary over `tensor`, model width over `fsdp`; where the vocabulary does not
                 divide, model width over both
-    embedding   model width over `tensor`
+    embedding   model width over `tensor`; moments of a trained one also vocabulary over `fsdp`
     the rest    whole on every device: norms, biases, positions, queries, the patch convolution
 
 With `tensor` above 1 a layer has two all-reduces, after the attention and after the mlp
@@ -72,6 +72,8 @@ RULES = (
     Rule(r"match/kernel", P()),  # two columns
     # FlanT5 has 32128 = 2^7 x 251 words, Vicuna 32001 and BERT 30523, both odd.
     Rule(r"head/kernel", P("fsdp", "tensor"), otherwise=P(BOTH, None)),
+    # The moments of a trained token embedding are not looked up.
+    Rule(r"(mu|nu)/llm/embed/embedding", P("fsdp", "tensor"), otherwise=P(None, "tensor")),
     # Not over `fsdp`, which also splits the batch: XLA would look up the ids of all samples on
     # every device.
     Rule(r"(text_)?embed/embedding", P(None, "tensor")),

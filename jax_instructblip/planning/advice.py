@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jax_instructblip.models.variants import T5Config
+from jax_instructblip.models.variants import QFormerConfig, T5Config
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import make_mesh
@@ -76,7 +76,8 @@ def _changes(job: Job, mesh: Mesh, topology: Topology) -> Iterator[tuple[str, Jo
     rows = job.batch // (sizes["data"] * sizes["fsdp"])
     if job.step == "train":
         dots, kept = "", job
-        for tower in (*_language(job), *_trained_vision(job), "qformer"):  # the larger ones first
+        # The larger ones first; a projector has no layers.
+        for tower in (*_language(job), *_trained_vision(job), *_qformer(job)):
             if getattr(job.scans, tower).remat == "none":
                 dots += f" --config.model.remat.{tower}=dots"
                 kept = kept.with_remat(**{tower: "dots"})
@@ -105,6 +106,11 @@ def _changes(job: Job, mesh: Mesh, topology: Topology) -> Iterator[tuple[str, Jo
 def _language(job: Job) -> tuple[str, ...]:
     """Returns the language model's name; BLIP-2's first stage has none."""
     return () if job.variant.llm is None else ("llm",)
+
+
+def _qformer(job: Job) -> tuple[str, ...]:
+    """Returns the Q-Former's name; LLaVA has none."""
+    return ("qformer",) if isinstance(job.variant.bridge, QFormerConfig) else ()
 
 
 def _trained_vision(job: Job) -> tuple[str, ...]:

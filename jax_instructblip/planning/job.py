@@ -17,6 +17,7 @@ from jax_instructblip.models.released import VARIANTS
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.training import setup
 from jax_instructblip.training.config_fields import check_config
+from jax_instructblip.training.run_length import make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Job:
                 answer,
                 samples_per_row=shared,
                 trains_vision=trains_vision,
+                trains_llm="llm" in self.trainable,
             )
         return flops.generation(self.variant, self.batch, text, tokens, self.new_tokens)
 
@@ -99,7 +101,7 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
             "compiles for a mesh; under pmap each device holds all weights and moments"
         )
     setup.check_samples_per_row(config, variant)
-    optimizer, schedule = setup.make_optimizer(config)
+    optimizer, schedule = make_optimizer(config)
     train = step == "train"
     limits = config.text
     lengths = {"qformer_tokens": limits.qformer_limit, "tokens": limits.prompt_limit}

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jax_instructblip.data import mixture, templates, text_processors
+from jax_instructblip.data import images, mixture, templates, text_processors
 from jax_instructblip.data.chat_templates import CHAT_TEMPLATES, ORDERS
 from jax_instructblip.fields import (
     MOST_SECONDS,
@@ -58,6 +58,7 @@ FIELDS: dict[str, Field] = {
     "data.samples_per_row": whole(1, 65_536, unit="samples"),
     "data.buckets": several(whole(1, _TOKENS, unit="tokens")),
     "data.augment": flag(),
+    "data.crop": one_of("", *images.CROPS),
     "data.min_decode_ratio": number(0, unit="share of the model's pixels; 0: decoded whole"),
     "data.threads": whole(1, 1_024),
     "data.sampling": one_of(*mixture.SAMPLING),
@@ -70,6 +71,7 @@ FIELDS: dict[str, Field] = {
     "data.ahead": whole(1, 1_024, unit="batches"),
     "data.workers": whole(0, 1_024, unit="processes"),
     "chat.template": one_of("", *CHAT_TEMPLATES),
+    "chat.system": text(),
     "chat.limit": whole(1, _TOKENS, unit="tokens and visual vectors"),
     "chat.image_order": one_of(*ORDERS),
     "text.qformer_limit": whole(3, _TOKENS, unit="tokens"),
@@ -78,6 +80,7 @@ FIELDS: dict[str, Field] = {
     "text.caption_limit": whole(3, _TOKENS, unit="tokens"),
     "train.pairs_by_image": flag(),
     "train.steps": _STEPS,
+    "train.epochs": number(0, unit="passes over the records; 0: as train.steps says"),
     "train.log_every": _STEPS,
     "train.hang_limit": number(above=0, at_most=MOST_SECONDS, unit="seconds"),
     "train.non_finite": one_of("stop", "skip"),
@@ -91,6 +94,7 @@ FIELDS: dict[str, Field] = {
     "optimizer.warmup_learning_rate": _RATE,
     "optimizer.final_learning_rate": _RATE,
     "optimizer.warmup_steps": whole(0, unit="steps"),
+    "optimizer.warmup_ratio": number(0, below=1, unit="share of the steps; 0: warmup_steps"),
     "optimizer.epoch_steps": _STEPS,
     "optimizer.b1": number(0, below=1),
     "optimizer.b2": number(0, below=1),
@@ -127,6 +131,8 @@ SOURCE_FIELDS: dict[str, Field] = {
     "split": text(),
     "weight": number(0, unit="relative to the other weights; 0: by data.sampling"),
     "templates": one_of("", *templates.TEMPLATES, templates.CAPTION_PREFIX),
+    "images": path(stored=True),
+    "noun_phrases": whole(0, unit="captions a phrase; 0: all"),
 }
 
 
@@ -198,12 +204,12 @@ def _together(values: Mapping[str, Any]) -> Iterator[str]:
         for name, field in FIELDS.items()
         if name in values and not field.problems(name, values[name])
     }
-    steps = right.get("train.steps")
+    steps, ratio = right.get("train.steps"), right.get("optimizer.warmup_ratio")
     schedule = right.get("optimizer.schedule")
     warmup, epoch = right.get("optimizer.warmup_steps"), right.get("optimizer.epoch_steps")
-    if steps is None:
+    if steps is None or right.get("train.epochs"):  # then the data say how many steps there are
         pass
-    elif schedule == "cosine" and warmup is not None and warmup >= steps:
+    elif schedule == "cosine" and warmup is not None and warmup >= steps and not ratio:
         yield (
             f"config.optimizer.warmup_steps is {warmup}, config.train.steps is {steps}: the "
             "warm-up must end before the run does; lower the one or raise the other"
@@ -217,6 +223,11 @@ def _together(values: Mapping[str, Any]) -> Iterator[str]:
         yield (
             "config.data.rand_augment is True, config.data.augment is False: crops alone are "
             "changed further; set config.data.augment, or leave it out"
+        )
+    if right.get("data.crop") and right.get("data.augment"):
+        yield (
+            f"config.data.crop is {right['data.crop']!r}, config.data.augment is True: crops are "
+            "drawn at random; set config.data.augment to False, or leave config.data.crop out"
         )
     decay, trainable = right.get("optimizer.vision_layer_decay", 1), right.get("model.trainable")
     if decay != 1 and trainable is not None and "vision" not in trainable:

@@ -18,7 +18,7 @@ from jax_instructblip.data.chat_text import load_text_processor
 from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.inference.loading import base_digest, read_params, read_source
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
-from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.variants import QFormerConfig, Variant
 from jax_instructblip.models.vlm import model_of, param_shapes
 from jax_instructblip.parallel import rules
 from jax_instructblip.training.state import Params, partition
@@ -142,14 +142,14 @@ def load_untuned(run: Mapping[str, Any], blip: InstructBlipPipeline) -> Instruct
 
     `run` is the run's config.json; `blip` is the tuned model, whose dtype and variant are reused.
     """
+    bridge, aware = blip.variant.bridge, {}
+    if isinstance(bridge, QFormerConfig):
+        aware = {"qformer.instruction_aware": bridge.instruction_aware}
     initial = load_initial(
         run["base"]["path"],
         init=run["config"]["model"]["init"],
         trainable=tuple(run["trainable"]),
-        fields={
-            "qformer.instruction_aware": blip.variant.qformer.instruction_aware,
-            "vision.image_size": blip.variant.vision.image_size,
-        },
+        fields={"vision.image_size": blip.variant.vision.image_size, **aware},
         frozen_dtype=blip.model.dtype,
     )
     text = load_text_processor(initial.folder, initial.variant, blip.text.input_format)
@@ -182,10 +182,12 @@ def _fit(chosen: Params, variant: Variant, trainable: tuple[str, ...]) -> tuple[
     expected = checkpoint.flatten({name: shapes[name] for name in trainable})
     leaves = checkpoint.flatten(chosen)
     # Only leaves that the instruction-aware variant has in addition may be dropped.
-    kind = "instructblip" if variant.kind == "blip2" else variant.kind
-    known = dataclasses.replace(variant, kind=kind)
-    aware = param_shapes(known.replace(**{"qformer.instruction_aware": True}))
-    dropped = sorted(leaves.keys() & (checkpoint.flatten(aware).keys() - expected.keys()))
+    dropped: list[str] = []
+    if isinstance(variant.bridge, QFormerConfig):
+        kind = "instructblip" if variant.kind == "blip2" else variant.kind
+        known = dataclasses.replace(variant, kind=kind)
+        aware = param_shapes(known.replace(**{"qformer.instruction_aware": True}))
+        dropped = sorted(leaves.keys() & (checkpoint.flatten(aware).keys() - expected.keys()))
     wrong = []
     for path in sorted((leaves.keys() | expected.keys()) - set(dropped)):
         found = leaves[path].shape if path in leaves else "nothing"

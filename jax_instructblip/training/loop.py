@@ -38,7 +38,7 @@ from jax_instructblip.parallel import peers
 from jax_instructblip.parallel.cluster import Preemption, Watchdog, agree
 from jax_instructblip.parallel.mesh import batch_sharding
 from jax_instructblip.progress import Progress
-from jax_instructblip.training import earlier_run, metrics, profiling, setup
+from jax_instructblip.training import earlier_run, metrics, profiling, run_length, setup
 from jax_instructblip.training.checkpoints import Checkpoints, Meta
 from jax_instructblip.training.initial import Initial, load_initial
 from jax_instructblip.training.metrics import MetricsWriter, Window, read_metrics
@@ -91,8 +91,9 @@ def _run(
     mesh = setup.read_mesh(config)
     shared = setup.read_samples_per_row(config, mesh)
     rows = setup.read_rows(config, mesh)
-    optimizer, schedule = setup.make_optimizer(config)
     mixture = setup.read_mixture(config)
+    config = run_length.with_steps(config, mixture)
+    optimizer, schedule = run_length.make_optimizer(config)
     validated = setup.read_validation_records(config) if evaluate else None
     _print_lines(mixture.table())
     dtype, frozen_dtype = jnp.dtype(config.model.dtype), jnp.dtype(config.model.frozen_dtype)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -21,6 +20,7 @@ from jax_instructblip.data.chat_text import ChatTextProcessor
 from jax_instructblip.data.datasets import ALL
 from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.data.mixture import Mixture, Source
+from jax_instructblip.data.noun_phrases import balanced
 from jax_instructblip.data.pairs import PairBatches
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import dataset_name, open_records
@@ -37,7 +37,6 @@ from jax_instructblip.parallel.mesh import batch_sharding, local_rows, make_mesh
 from jax_instructblip.training.config_fields import check_config
 from jax_instructblip.training.initial import Initial
 from jax_instructblip.training.objective import LanguageObjective, Objective
-from jax_instructblip.training.optimizer import adamw, staircase_cosine, warmup_cosine
 from jax_instructblip.training.pair_objective import PairObjective
 from jax_instructblip.training.state import partition
 
@@ -140,7 +139,10 @@ def read_mixture(config: ConfigDict) -> Mixture:
         if not fields.path:
             continue
         try:
-            records, digest = open_records(fields.path, fields.split)
+            records, digest = open_records(fields.path, fields.split, fields.images)
+            if fields.noun_phrases:
+                rule = dict(cap=fields.noun_phrases, seed=config.seed)
+                records, digest = balanced(records, digest, fields.path, **rule)
             dataset = ALL.get(dataset_name(fields.path))
             family = dataset.family if dataset else ""
             sources.append(Source(name, records, digest, fields.weight, fields.templates, family))
@@ -188,7 +190,8 @@ def read_batches(
     )
     text = read_text(config, initial.folder, initial.variant, initial.input_format)
     if isinstance(text, CaptionTokenizer):
-        return PairBatches(mixture, text, **settings)
+        return PairBatches(mixture, text, crop=config.data.crop or "squash", **settings)
+    settings["crop"] = text.input_format.image_crop
     buckets = tuple(config.data.buckets)
     chat = text.chat if isinstance(text, ChatTextProcessor) else None
     settings |= dict(chat=chat, image_order=config.chat.image_order)
@@ -198,11 +201,15 @@ def read_batches(
 def read_input_format(config: ConfigDict, base: InputFormat) -> InputFormat:
     """Returns how the tuned model will be asked: as it is trained, by `config.chat`.
 
-    `base` is the format of the model to tune, whose images are prepared in the same way. Its system
-    message and image marks are kept if the template is its own.
+    `base` is the format of the model to tune. Its image marks are kept if the template is its own;
+    so is its system message, unless the config has another. Its images are prepared in the same
+    way, unless training takes none at random and `data.crop` names a way.
     """
     chat = config.chat
-    return dataclasses.replace(base.with_template(chat.template), limit=chat.limit)
+    system = {} if chat.system == "default" else {"system": chat.system}
+    crop = {} if config.data.augment or not config.data.crop else {"image_crop": config.data.crop}
+    asked = base.with_template(chat.template)
+    return dataclasses.replace(asked, limit=chat.limit, **system, **crop)
 
 
 def read_text(
@@ -294,31 +301,6 @@ def read_variant_fields(config: ConfigDict) -> dict[str, Any]:
         if config.model[f"{tower}_dropout"] >= 0:
             fields[f"{tower}.dropout"] = config.model[f"{tower}_dropout"]
     return fields
-
-
-def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns the optimizer of `config.optimizer`, and its learning rate schedule."""
-    settings = config.optimizer
-    rates = dict(
-        start=settings.warmup_learning_rate,
-        peak=settings.learning_rate,
-        end=settings.final_learning_rate,
-        warmup_steps=settings.warmup_steps,
-        total_steps=config.train.steps,
-    )
-    if settings.schedule == "staircase":
-        schedule = staircase_cosine(**rates, epoch_steps=settings.epoch_steps)
-    else:
-        schedule = warmup_cosine(**rates)
-    optimizer = adamw(
-        schedule,
-        b1=settings.b1,
-        b2=settings.b2,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        vision_layer_decay=settings.vision_layer_decay,
-    )
-    return optimizer, schedule
 
 
 def read_validation_records(config: ConfigDict) -> Sequence[Record] | None:

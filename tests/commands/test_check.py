@@ -288,3 +288,14 @@ def test_conversations_need_a_template_of_a_decoder_only_model(checkpoint, data,
     assert "'v1' needs a decoder-only language model, t5 is an" in capsys.readouterr().err
     assert check_talk(checkpoint, data, "--template", "chatml") == 1
     assert "it has no control token '<|im_start|>'" in capsys.readouterr().err
+
+
+def test_the_images_of_conversations_may_lie_in_another_folder(checkpoint, data, tmp_path, capsys):
+    path = tmp_path / "elsewhere" / "talk.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps([{"image": "a.png", "conversations": TALK}]))
+    words = ["check", str(path), "--checkpoint", checkpoint("llama"), "--template", "v1"]
+    assert main(words) == 1 and "image 'a.png' does not exist" in capsys.readouterr().out
+    assert main([*words, "--images", str(data)]) == 0
+    lines = ["check", str(write(data, GOOD)), "--images", str(data)]
+    assert main(lines) == 1 and "has no conversations: the images" in capsys.readouterr().err

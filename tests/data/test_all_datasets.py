@@ -18,6 +18,7 @@ from PIL import Image
 from configs import common, paper
 from jax_instructblip.checkpoint import read_config
 from jax_instructblip.data.datasets import DATASETS
+from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.data.loader import HOST_KEYS, load
 from jax_instructblip.data.mixture import Mixture, Source
 from jax_instructblip.data.prepare import builder, shards
@@ -259,7 +260,7 @@ def bases(tmp_path_factory):
 def make_batches(base, data, names=tuple(paper.HELD_IN), rows=None):
     config = configure(data, names, allow_held_out=HELD_OUT)
     variant = Variant.from_dict(read_config(base)["variant"])
-    start = types.SimpleNamespace(folder=base, variant=variant)
+    start = types.SimpleNamespace(folder=base, variant=variant, input_format=InputFormat())
     rows = np.arange(BATCH) if rows is None else rows
     return read_batches(config, read_mixture(config), start, rows)
 

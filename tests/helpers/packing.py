@@ -16,8 +16,10 @@ from jax_instructblip.checkpoint import trees
 from jax_instructblip.data.batch import IGNORE, collate, deal
 from jax_instructblip.data.loader import put
 from jax_instructblip.data.spec import check
-from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.layers import Scan, Scans
+from jax_instructblip.models.variants import QFormerConfig, Variant
 from jax_instructblip.models.vlm import VisionLanguageModel
+from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import batch_sharding, make_mesh
 from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.optimizer import adamw
@@ -29,11 +31,19 @@ from tests.helpers.tiny import tiny_variant
 LENGTHS = Path(__file__).resolve().parents[3] / "shared" / "reference" / "lengths.json"
 SHARED = (1, 2, 3, 4, 8, 12)  # samples a row
 SAMPLES = 24
+# Sizes of the tiny LLaVA that eight devices can share.
+DIVISIBLE = {
+    **{"vision.width": 16, "vision.heads": 4, "vision.mlp": 24, "projector.vision_width": 16},
+    **{"projector.llm_width": 32, "llm.width": 32, "llm.heads": 4, "llm.mlp": 48},
+    **{"llm.key_value_heads": 2, "llm.vocab": 64},
+}
 
 
 def still(kind: str) -> Variant:
     """The tiny variant of that kind, long enough, without dropout."""
-    fields = {"qformer.dropout": 0.0, "llm.dropout": 0.0, "qformer.max_positions": 256}
+    fields = {"llm.dropout": 0.0}
+    if kind != "llava":
+        fields |= {"qformer.dropout": 0.0, "qformer.max_positions": 256}
     return tiny_variant(kind, **fields)
 
 
@@ -52,6 +62,11 @@ def parameters(variant: Variant) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
 
+def flat(variant: Variant) -> dict[str, Any]:
+    """The leaves of `parameters` by path."""
+    return trees.flatten(parameters(variant))
+
+
 def samples(variant: Variant, count: int = SAMPLES, seed: int = 0) -> list[dict[str, np.ndarray]]:
     """Examples of recorded lengths: an image first, one in the middle, two in one sample, none."""
     rng = np.random.default_rng(seed)
@@ -66,11 +81,12 @@ def samples(variant: Variant, count: int = SAMPLES, seed: int = 0) -> list[dict[
         example = {
             "images": rng.integers(0, 256, (frames, size, size, 3)).astype(np.uint8),
             "image_at": at.astype(np.int32),
-            "qformer_tokens": ids(instruction, variant.qformer.vocab),
-            "tokens": ids(length, llm.vocab),
         }
+        if isinstance(variant.bridge, QFormerConfig):  # drawn where it is not read, too
+            example["qformer_tokens"] = ids(instruction, variant.qformer.vocab)
+        example["tokens"] = ids(length, llm.vocab)
         if not variant.reads_instruction:
-            del example["qformer_tokens"]
+            example.pop("qformer_tokens", None)
         if llm.encoder_decoder:
             example["targets"] = ids(answer[0], llm.vocab)
             start = np.array([llm.decoder_start_id], np.int32)
@@ -101,17 +117,35 @@ def rows(variant: Variant, examples: list, shared: int) -> dict[str, np.ndarray]
 
 
 def gradients(
-    variant: Variant, batch: dict, *, devices: int = 1, mode: str = "jit", **settings: Any
+    variant: Variant,
+    batch: dict,
+    *,
+    devices: int = 1,
+    mode: str = "jit",
+    sizes: tuple[int, int, int] = (0, 1, 1),
+    remat: str = "none",
+    **settings: Any,
 ) -> dict[str, np.ndarray]:
-    """The loss of a step, its targets, and the gradient of every trained leaf by path."""
-    mesh = make_mesh(data=devices, devices=jax.devices()[:devices])
-    chosen, frozen = partition(parameters(variant), ("qformer",))
+    """The loss of a step, its targets, and the gradient of every trained leaf by path.
+
+    `sizes` are those of a mesh of all of the `devices`, by default all in `data`. Of LLaVA the
+    language model is trained as well.
+    """
+    data, fsdp, tensor = (sizes[0] or devices, *sizes[1:])
+    mesh = make_mesh(data, fsdp, tensor, devices=jax.devices()[:devices])
+    trainable = ("projector", "llm") if variant.kind == "llava" else ("qformer",)
+    params = trees.unflatten(
+        {path: rules.place(path, np.asarray(leaf), mesh) for path, leaf in flat(variant).items()}
+    )
+    chosen, frozen = partition(params, trainable)
     rate = lambda _: 1e-2
     optimizer = adamw(rate, b1=0.0)  # its first moment is then the gradient
     state = create_state(chosen, optimizer, mesh)
     count = len(batch["tokens"])
     whole = put(batch, batch_sharding(mesh), np.arange(count), count)
-    objective = LanguageObjective(VisionLanguageModel(variant))
+    scan = Scan(remat, rules.constrain_layer)
+    model = VisionLanguageModel(variant, jnp.float32, Scans(scan, scan, scan))
+    objective = LanguageObjective(model)
     step = compile_step(
         like=state,
         mesh=mesh,
@@ -146,7 +180,7 @@ def differences(found: dict, expected: dict) -> dict[str, float]:
     return {
         "loss": float(abs(found["loss"] - expected["loss"])),
         "gradient": float(worst([name for name in names if name not in noise])),
-        "key_bias": float(worst(noise)),
+        "key_bias": float(worst(noise)) if noise else 0.0,
     }
 
 
@@ -164,6 +198,20 @@ def roads(kind: str) -> dict[str, dict[str, float]]:
     return {
         name: differences(gradients(variant, rows(variant, examples, shared), **how), expected)
         for name, (shared, how) in ways.items()
+    }
+
+
+def second_stage() -> dict[str, dict[str, float]]:
+    """As `roads`, of LLaVA's second stage: weights and moments split over eight devices."""
+    variant = still("llava").replace(**DIVISIBLE)
+    examples = samples(variant, 32)
+    expected = gradients(variant, rows(variant, examples, 1))
+    packed = rows(variant, examples, 4)
+    return {
+        str(sizes): differences(
+            gradients(variant, packed, devices=8, sizes=sizes, remat="full"), expected
+        )
+        for sizes in ((1, 8, 1), (2, 2, 2))
     }
 
 

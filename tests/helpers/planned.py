@@ -5,6 +5,7 @@
 The answer is JSON. Texts are as long as the batches of `tests/helpers/multi_device.py`.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -14,6 +15,7 @@ from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.planning import advice, plan
 from jax_instructblip.planning.job import read_job
 from jax_instructblip.planning.topology import read_topology
+from tests.helpers import packing
 from tests.helpers.multi_device import Setting
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))
@@ -59,6 +61,16 @@ def main() -> None:
     found["decode"] = {
         "ratio": report.flops / job.floor(),
         "unknown": len(report.program.unknown),
+    }
+    variant = packing.still("llava").replace(**packing.DIVISIBLE)
+    job = dataclasses.replace(job_of(variant), trainable=("projector", "llm"))
+    report, state = plan.compile_job(job, mesh), plan.job_arguments(job, mesh)[0]
+    found["llava"] = {
+        "ratio": report.flops / job.floor(),
+        "fits": advice.verdict(job, mesh, topology, report)[0],
+        "state": plan.bytes_per_device(state),
+        "whole": 12 * sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "flags": [what for what, *_ in advice._changes(job, mesh, topology)],
     }
     found["meshes"] = advice.meshes(job_of(setting.variant), topology)
     print(json.dumps(found))

@@ -22,6 +22,7 @@ from jax_instructblip.data.batch import IGNORE
 from jax_instructblip.models.variants import (
     LlamaConfig,
     OptConfig,
+    ProjectorConfig,
     QFormerConfig,
     T5Config,
     Variant,
@@ -48,6 +49,9 @@ def tiny_variant(kind: str, **fields: Any) -> Variant:
     qformer = QFormerConfig(
         22, 24, width=16, layers=2, heads=4, mlp=28, vocab=50, max_positions=128, queries=7
     )
+    if kind == "llava":
+        bridge = ProjectorConfig(vision.width, LANGUAGE["llama"].width)
+        return Variant("llava", vision, bridge, LANGUAGE["llama"]).replace(**fields)
     if kind == "opt":
         qformer = dataclasses.replace(qformer, instruction_aware=False)
         return Variant("blip2", vision, qformer, LANGUAGE[kind]).replace(**fields)
@@ -107,10 +111,12 @@ def make_batch(variant: Variant, rows: int = 4, text: int = 9, answer: int = 6, 
 
 def write_base(folder: Path, kind: str = "llama", **fields: Any) -> Path:
     """A checkpoint folder of a tiny variant, with tokenizers that know `TEXT`."""
-    llm = {"llama": make_llama, "t5": make_t5, "opt": make_opt}[kind](TEXT)
+    llm = {"t5": make_t5, "opt": make_opt}.get(kind, make_llama)(TEXT)
     bert = make_bert(TEXT)
-    sizes = {"llm.vocab": len(llm), "qformer.vocab": len(bert)}
-    if kind == "llama":
+    sizes = {"llm.vocab": len(llm)}
+    if kind != "llava":
+        sizes["qformer.vocab"] = len(bert)
+    if kind in ("llama", "llava"):
         sizes["llm.pad_id"] = llm.pad_token_id
     if kind == "opt":
         sizes["llm.eos_id"] = llm.convert_tokens_to_ids("Ċ")

@@ -186,6 +186,61 @@ def test_split_weights_are_read_and_saved_in_parts(files, alone, tmp_path):
         np.testing.assert_array_equal(leaf, ended_with[path], err_msg=path)
 
 
+LARGE = {"llm.width": 512, "llm.heads": 8, "llm.mlp": 1536, "llm.layers": 6}
+
+
+@pytest.mark.full
+def test_a_trained_language_model_lies_in_parts_on_two_processes(tmp_path):
+    """LLaVA's second stage, saved and resumed: each process reads, holds and writes its half."""
+    base = write_base(tmp_path / "base", "llava", **LARGE, **{"projector.llm_width": 512})
+    files = base, write_data(tmp_path / "data")
+    fields = {
+        **{"model.trainable": "('projector','llm')", "model.remat.llm": "full"},
+        **{"optimizer.weight_decay": 0.0, "optimizer.clip_norm": 1.0, "data.augment": False},
+        **{"train.steps": 4, "checkpoints.every": 2, "mesh.data": 1, "mesh.fsdp": 2},
+    }
+    program = ("tests.helpers.peak_memory",)
+
+    def go(name, count):
+        arguments = words(files, tmp_path / name, **fields)
+        found = ended(start(count, 2 // count, arguments, program=program))
+        assert [code for _, code in found] == [0] * count, "\n".join(said for said, _ in found)
+        return found, [int(re.search(r"peak (\d+)", said)[1]) for said, _ in found]
+
+    _, (one,) = go("alone", 1)
+    found, peaks = go("run", 2)
+    np.testing.assert_allclose(
+        losses(tmp_path / "run"), losses(tmp_path / "alone"), rtol=0, atol=10 * TOLERANCE
+    )
+    read, whole = map(float, re.search(r"read ([\d.]+) of ([\d.]+) MB", found[0][0]).groups())
+    assert 0.4 < read / whole < 0.6
+    newest = tmp_path / "run" / "checkpoints" / "4"
+    for part in ("trainable", "optimizer"):
+        manifest = checkpoint.read_manifest(newest / part)
+        large = [path for path in manifest if path.endswith("kernel")]
+        assert len(large) > 6 and all(len(manifest[path]["parts"]) == 2 for path in large)
+    state = 3 * 4 * sum(leaf.size for leaf in final(tmp_path / "run", 4).values())
+    assert max(peaks) < one - 0.4 * state
+    ended_with, curve = final(tmp_path / "run", 4), losses(tmp_path / "run")
+    shutil.rmtree(newest)  # as if it had been killed there
+    again, _ = go("run", 2)
+    assert "at step 2 of 4" in again[0][0]
+    np.testing.assert_array_equal(losses(tmp_path / "run"), curve)
+    for path, leaf in final(tmp_path / "run", 4).items():
+        np.testing.assert_array_equal(leaf, ended_with[path], err_msg=path)
+    result = {
+        "what": "LLaVA's second stage on 1 process of 2 devices, and on 2 of 1: weights, moments "
+        "and checkpoints in two parts; saved, stopped and resumed",
+        "command": "pytest -n0 -m full tests/parallel/test_processes.py -k language_model",
+        "jax": jax.__version__,
+        "bytes_of_weights_and_moments": state,
+        "peak_bytes_of_one_process": one,
+        "peak_bytes_of_each_of_two": peaks,
+        "resumed_weights_equal_bit_for_bit": True,
+    }
+    (RESULTS / "llava_two_processes.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 @pytest.mark.parametrize(
     ("count", "number"),
     [

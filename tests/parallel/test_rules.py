@@ -53,6 +53,15 @@ def test_every_leaf_of_every_variant_has_a_rule(name):
         assert rules.shardings(param_shapes(variant), mesh_of(1, 1, 1))
 
 
+def test_a_trained_language_model_and_its_moments_lie_in_parts():
+    """Only the token embedding is whole over `fsdp`, where its words are looked up."""
+    state, _ = state_shapes(get_variant("llava-13b"), ("projector", "llm"))
+    placed = specs(state, mesh_of(1, 16, 1))
+    whole = {path for path, spec in placed.items() if "fsdp" not in str(spec)}
+    small = {path for path in whole if path.endswith(("scale", "bias", "step", "count"))}
+    assert whole - small == {"params/llm/embed/embedding"}
+
+
 @pytest.mark.parametrize("name", RELEASED)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_released_sizes_can_be_divided(name, sizes):

@@ -44,6 +44,14 @@ def test_what_is_moved_and_computed(planned):
     assert planned["decode"]["unknown"] == 1  # an answer ends when it ends
 
 
+def test_llavas_second_stage_is_split_with_its_moments(planned):
+    """Weights, gradients and moments of the language model are counted, and lie in parts."""
+    found = planned["llava"]
+    assert 1.0 <= found["ratio"] <= 1.05 and found["fits"]
+    assert found["state"] < 0.45 * found["whole"]  # a quarter, and what is small or looked up
+    assert found["flags"] and not any("qformer" in flag for flag in found["flags"])
+
+
 def test_meshes_that_hold_the_model(planned):
     found = [tuple(each) for each in planned["meshes"]]
     assert found[0] == (8, 1, 1) and (2, 2, 2) in found and (1, 1, 8) not in found  # four heads

@@ -266,7 +266,7 @@ def test_validation_chooses_the_best_checkpoint(files, tmp_path, capsys):
 
 def test_a_loss_that_is_not_finite_stops_the_run(files, tmp_path, monkeypatch):
     rate = lambda _: 1e30
-    monkeypatch.setattr(loop.setup, "make_optimizer", lambda config: (adamw(rate), rate))
+    monkeypatch.setattr(loop.run_length, "make_optimizer", lambda config: (adamw(rate), rate))
     config = make_config(files, tmp_path / "run")
     with pytest.raises(ValueError, match=r"step \d: loss .*samples: train:\d+, .*learning_rate"):
         loop.run(config)

@@ -54,9 +54,19 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_plain_ones(kind, per_row)
 @pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_eight_devices_under_pmap_and_in_parts(kind):
-    printed = run_python(f"from tests.training import packing; packing.show({kind!r})", devices=8)
+    printed = run_python(f"from tests.helpers import packing; packing.show({kind!r})", devices=8)
     found = json.loads(printed.splitlines()[-1])
     assert len(found) == 4
+    for road, differences in found.items():
+        assert_close(differences, road)
+
+
+def test_llavas_second_stage_on_eight_devices_is_that_of_one():
+    """Packed rows, weights and moments split, layers computed again; against plain rows."""
+    program = "import json; from tests.helpers import packing; "
+    printed = run_python(f"{program}print(json.dumps(packing.second_stage()))", devices=8)
+    found = json.loads(printed.splitlines()[-1])
+    assert len(found) == 2
     for road, differences in found.items():
         assert_close(differences, road)
 

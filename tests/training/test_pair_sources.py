@@ -9,6 +9,7 @@ from configs import blip2_pretraining
 from jax_instructblip.backbones.stage1 import write_stage1
 from jax_instructblip.checkpoint import read_config
 from jax_instructblip.data.datasets import ALL, PRETRAINING
+from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.data.prepare import shards
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.evaluation import validation
@@ -40,9 +41,8 @@ def configure(paths, **fields):
 
 
 def batches(base, config, rows=None):
-    start = types.SimpleNamespace(
-        folder=base, variant=Variant.from_dict(read_config(base)["variant"])
-    )
+    variant = Variant.from_dict(read_config(base)["variant"])
+    start = types.SimpleNamespace(folder=base, variant=variant, input_format=InputFormat())
     rows = np.arange(BATCH) if rows is None else rows
     return read_batches(config, read_mixture(config), start, rows)
 

@@ -87,12 +87,12 @@ def test_golden_numbers(tuning, kind):
     assert found == pytest.approx(GOLDEN[kind], rel=1e-4, abs=1e-5)
 
 
-def traced(kind, function=None, variant=None):
+def traced(kind, function=None, variant=None, trainable=()):
     """FLOPs, shapes of products and analytic FLOPs of a step, or of `function` in its place."""
     variant = variant or tiny_variant(kind)
     rows, text, answer = 3, 11, 10
     batch = jax.eval_shape(lambda: example_batch(variant, rows, text, answer))
-    chosen, frozen = partition(param_shapes(variant), (variant.bridge.key,))
+    chosen, frozen = partition(param_shapes(variant), (variant.bridge.key, *trainable))
     rate = lambda _: 1e-2
     optimizer = adamw(rate)
     state = jax.eval_shape(lambda tree: create_state(tree, optimizer), chosen)
@@ -101,7 +101,8 @@ def traced(kind, function=None, variant=None):
     function = step if function is None else functools.partial(function, objective)
     rng = jax.eval_shape(lambda: jax.random.key(0))
     found, shapes = flops.counted(function, state, frozen, batch, rng)
-    return found, shapes, flops.analytic(variant, rows, text, text, answer), frozen
+    sizes, trains_llm = (rows, text, text, answer), "llm" in trainable
+    return found, shapes, flops.analytic(variant, *sizes, trains_llm=trains_llm), frozen
 
 
 def gradient_of_everything(objective, state, frozen, batch, rng):
@@ -140,18 +141,22 @@ LLAMA3 = {"llm.key_value_heads": 8, "llm.mlp": 14336, "llm.head_size": 160}
 
 
 @pytest.mark.parametrize(
-    ("name", "fields"),
+    ("name", "fields", "trainable"),
     [
-        ("instructblip-flan-t5-xl", {}),
-        ("instructblip-vicuna-13b", {}),
-        ("instructblip-vicuna-7b", LLAMA3),
-        ("llava-7b", {}),
-        ("llava-1.5-7b", {"llm.tied_head": True}),
+        ("instructblip-flan-t5-xl", {}, ()),
+        ("instructblip-vicuna-13b", {}, ()),
+        ("instructblip-vicuna-7b", LLAMA3, ()),
+        ("llava-7b", {}, ()),
+        ("llava-1.5-7b", {"llm.tied_head": True}, ()),
+        ("llava-1.5-13b", {}, ("llm",)),
     ],
 )
-def test_full_size_needs_no_more_than_the_analytic_count(name, fields):
-    found, _, expected, _ = traced("", variant=get_variant(name).replace(**fields))
+def test_full_size_needs_no_more_than_the_analytic_count(name, fields, trainable):
+    variant = get_variant(name).replace(**fields)
+    found, shapes, expected, frozen = traced("", variant=variant, trainable=trainable)
     assert 0.99 * expected < found <= 1.01 * expected
+    if variant.kind == "llava" and "llm" in frozen:
+        assert frozen_gradients(shapes, {"llm": frozen["llm"]}) == []
 
 
 def test_clips_the_gradient_to_a_norm(tuning):

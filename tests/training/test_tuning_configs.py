@@ -9,6 +9,7 @@ from jax_instructblip.planning.job import read_job, read_variant
 from jax_instructblip.training import setup
 from jax_instructblip.training.config_fields import check_config
 from jax_instructblip.training.config_file import load_config
+from jax_instructblip.training.run_length import make_optimizer
 
 # epochs, warm-up, rate, batch, b2, weight decay, pixels, rate by layers: of the paper's tables.
 BLIP2 = {
@@ -45,7 +46,7 @@ def test_blip2s_numbers(name):
         group = templates.TEMPLATES.get(source.templates, ())
         assert (config.validation.prompt in group) == (task != "retrieval")
     assert config.train.pairs_by_image == (task == "retrieval")
-    _, schedule = setup.make_optimizer(config)
+    _, schedule = make_optimizer(config)
     epoch = rates.epoch_steps
     assert schedule(2 * epoch) == schedule(3 * epoch - 1) > schedule(3 * epoch)
 
