@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from jax_instructblip import remote
+from jax_instructblip.backbones.llava import write_llava
 from jax_instructblip.backbones.stage1 import write_stage1
 from jax_instructblip.inference.loading import EMBEDDED
 from tests.helpers.object_stores import s3_server
@@ -121,6 +122,7 @@ def prepared(tmp_path_factory):
     for name in ("train.jsonl", "validation.jsonl", "data.jsonl"):
         (folder / name).write_text("".join(lines))
     write_stage1(EMBEDDED / "shapes_t5", folder / "retrieval", features=24)
+    write_llava(EMBEDDED / "shapes_llama", folder / "llava-1.5-7b", llm=EMBEDDED / "shapes_llama")
     for name in ("flan-t5-xl", "path/to/checkpoint"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(EMBEDDED / "shapes_t5", folder / name)
