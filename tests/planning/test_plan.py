@@ -11,7 +11,7 @@ from jax_instructblip.models.released import VARIANTS, get_variant
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.planning import advice, plan, sweep
-from jax_instructblip.planning.chips import CHIPS
+from jax_instructblip.planning.chips import CHIPS, DEFAULT_SHARE
 from jax_instructblip.planning.job import check_rows, read_job, read_variant
 from jax_instructblip.planning.topology import Topology
 from tests.helpers.interpreter import run_module
@@ -212,6 +212,30 @@ def test_verdicts(refused):
     report = dataclasses.replace(report, refusal="")
     fits, sentence = advice.verdict(job, mesh, _chip(report.need * 2), report)
     assert fits and sentence.startswith("fits")
+
+
+def test_a_gpu_may_give_a_program_more_of_its_memory(refused):
+    """JAX takes three quarters by default: the least change is to let it have more."""
+    job, mesh, report = refused
+    report = dataclasses.replace(report, refusal="")
+
+    def gpu(share):
+        card = dataclasses.replace(CHIPS["h200"].gpu, total=report.need * share)
+        chip = dataclasses.replace(CHIPS["h200"], memory=card.total * DEFAULT_SHARE, gpu=card)
+        return Topology("h200:1", jax.devices()[:1], chip)
+
+    assert advice.verdict(job, mesh, gpu(1.4), report)[0]
+    fits, sentence = advice.verdict(job, mesh, gpu(1.1), report)
+    assert not fits and "change: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the env" in sentence
+    change = advice.smallest_change(job, mesh, gpu(1.0), report)
+    assert change.what == (
+        "--config.model.remat.llm=dots, with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment"
+    )
+    assert advice.smallest_change(job, mesh, _chip(report.need * 0.97), report).what == (
+        "--config.model.remat.llm=dots"
+    )
+    assert "cuBLAS" in advice.remarks(job, mesh, gpu(1.4))[-1]
+    assert advice.remarks(job, mesh, _chip(1e9)) == []
 
 
 def test_the_best_of_several():

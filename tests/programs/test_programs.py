@@ -1,0 +1,89 @@
+"""What the compilers make of training steps and answers: recorded facts, and what must hold anyway.
+
+Facts are recorded for each version of jaxlib: `python -m tests.helpers.programs cpu --record` does
+it again, and prints what changed.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+
+import pytest
+
+from jax_instructblip.planning.topology import has_cuda
+from tests.helpers.interpreter import run_module
+from tests.helpers.programs import KINDS, differences, recorded_at, versions
+
+BACKENDS = [
+    "cpu",
+    pytest.param(
+        "v5e",
+        marks=[
+            pytest.mark.full,
+            pytest.mark.skipif(
+                importlib.util.find_spec("libtpu") is None,
+                reason="needs libtpu: pip install -e .[tpu]",
+            ),
+        ],
+    ),
+    pytest.param(
+        "h200",
+        marks=[
+            pytest.mark.full,
+            pytest.mark.skipif(
+                not has_cuda(), reason="needs the CUDA compiler: pip install -e .[gpu]"
+            ),
+        ],
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def compiled(request):
+    """The backend, and the facts of its programs by name."""
+    printed = run_module("tests.helpers.programs", request.param, devices=8)
+    return request.param, json.loads(printed.splitlines()[-1])
+
+
+def test_programs_are_the_recorded_ones(compiled):
+    backend, found = compiled
+    path = recorded_at(backend)
+    if not path.is_file():
+        pytest.skip(f"nothing is recorded for jaxlib {importlib.metadata.version('jaxlib')}")
+    recorded = json.loads(path.read_text())
+    if recorded["versions"] != versions(backend):
+        pytest.skip(f"recorded with {recorded['versions']}, here is {versions(backend)}")
+    assert list(differences(found, recorded["programs"])) == []
+
+
+def test_only_training_moves_data_between_devices(compiled):
+    _, found = compiled
+    for name, each in found.items():
+        kinds = {collective.partition(" ")[0] for collective in each["collectives"]}
+        assert ({"all-reduce", "all-gather"} <= kinds) == name.endswith("-train"), name
+        assert name.endswith("-train") or not kinds, name
+
+
+def test_a_loop_over_tokens_copies_no_weights(compiled):
+    _, found = compiled
+    for kind in KINDS:
+        assert found[f"{kind}-decode"]["copied in the loop"] == []
+
+
+def test_no_narrow_weight_becomes_a_float32_one(compiled):
+    _, found = compiled
+    for name, each in found.items():
+        assert not any("bf16 to f32" in copied for copied in each["copied"]), name
+
+
+def test_differences_are_named():
+    recorded = {"a": {"flops": 100, "bytes": {"read": 1000, "written": 5}, "collectives": {"x": 1}}}
+    near = {"a": {"flops": 100, "bytes": {"read": 1009, "written": 5}, "collectives": {"x": 1}}}
+    assert list(differences(near, recorded)) == []
+    far = {"a": {"flops": 101, "bytes": {"read": 1011, "written": 5}, "collectives": {"y": 1}}}
+    assert list(differences(far, recorded)) == [
+        "a/bytes/read: recorded 1000, now 1011",
+        "a/collectives/x: recorded 1, now None",
+        "a/collectives/y: recorded None, now 1",
+        "a/flops: recorded 100, now 101",
+    ]
