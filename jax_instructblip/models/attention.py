@@ -45,9 +45,9 @@ class Attention(nn.Module):
         biased = "out" in self.biases
         self.out = Dense((self.width,), self.dtype, biased, contracted=2, wide=biased)
 
-    def newest(self, x: Float[Array, "B R D"]) -> tuple[Array, Array, Array]:
-        """Queries, keys and values of the newest tokens of a decoding loop (`dense.apart`)."""
-        first, second, third = apart(x.astype(self.dtype), 3)
+    def newest(self, x: Float[Array, "B R D"], unstacked: bool) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of the newest tokens; `unstacked` as in `layers.Scan`."""
+        first, second, third = apart(x.astype(self.dtype), 3) if unstacked else (x, x, x)
         return self.query(first), self.key(second), self.value(third)
 
     def __call__(

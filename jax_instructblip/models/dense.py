@@ -118,11 +118,12 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        shape, axes = (x.shape[-1], self.vocab), "DV"
-        if self.by_word:
-            shape, axes = (round_up_words(self.vocab), x.shape[-1]), "VD"
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        return word_logits(x, kernel, axes, self.dtype)[..., : self.vocab]
+        init = nn.initializers.lecun_normal()
+        if not self.by_word:
+            kernel = self.param("kernel", init, (x.shape[-1], self.vocab))
+            return word_logits(x, kernel, "DV", self.dtype)
+        kernel = self.param("kernel", init, (round_up_words(self.vocab), x.shape[-1]))
+        return word_logits(x, kernel, "VD", self.dtype)[..., : self.vocab]
 
 
 def kernel_by_word(kernel: Float[Array, "D V"]) -> Float[Array, "_ D"]:
@@ -132,7 +133,7 @@ def kernel_by_word(kernel: Float[Array, "D V"]) -> Float[Array, "_ D"]:
     which XLA for GPUs would pad a copy of the kernel for every token.
     """
     vocab = kernel.shape[1]
-    return jnp.pad(jnp.asarray(kernel).T, ((0, round_up_words(vocab) - vocab), (0, 0)))
+    return jnp.pad(kernel.T, ((0, round_up_words(vocab) - vocab), (0, 0)))
 
 
 def round_up_words(vocab: int) -> int:

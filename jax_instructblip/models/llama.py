@@ -111,11 +111,12 @@ class LlamaLayer(nn.Module):
 
     def step(self, x, cache, prefix_mask, view, rotation):
         """Runs each beam's newest token, `x` [B, R, D]; returns (x, what `cache.append` takes)."""
-        query, key, value = self._rotated(*self.attention.newest(self.attention_norm(x)), rotation)
+        projected = self.attention.newest(self.attention_norm(x), view.unstacked)
+        query, key, value = self._rotated(*projected, rotation)
         token = {"key": heads_first(key), "value": heads_first(value)}
         past, current, output = attend_tail(cache["tail"], token, view)
         cached = [CachedKV(**cache["prefix"], mask=prefix_mask), past]
-        return self._add(x, attend_cached(query, cached, current), newest=True), output
+        return self._add(x, attend_cached(query, cached, current), view.unstacked), output
 
     def tree(self, x, prefix, prefix_mask, mask, rotation):
         """Runs a tree of tokens `x` [B, T, D] after the cached prompt; returns (x, None)."""

@@ -64,7 +64,7 @@ class OptLayer(nn.Module):
 
     def step(self, x, cache, prefix_mask, view):
         """Runs each beam's newest token, `x` [B, R, D]; returns (x, what `cache.append` takes)."""
-        query, key, value = self.attention.newest(self.attention_norm(x))
+        query, key, value = self.attention.newest(self.attention_norm(x), view.unstacked)
         token = {"key": heads_first(key), "value": heads_first(value)}
         past, current, output = attend_tail(cache["tail"], token, view)
         cached = [CachedKV(**cache["prefix"], mask=prefix_mask), past]

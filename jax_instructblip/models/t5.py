@@ -108,12 +108,12 @@ class T5Layer(nn.Module):
 
     def step(self, x, cache, prefix_mask, view):
         """Runs each beam's newest token, `x` [B, R, D]; returns (x, what `cache.append` takes)."""
-        query, key, value = self.attention.newest(self.attention_norm(x))
+        query, key, value = self.attention.newest(self.attention_norm(x), view.unstacked)
         token = {"key": heads_first(key), "value": heads_first(value)}
         past, current, output = attend_tail(cache["tail"], token, view)
         mixed = attend_cached(query, [past], current, scale=1.0)
         x = constrain(x + self.attention.out(mixed))
-        return self._rest(x, cache["prefix"], prefix_mask, newest=True), output
+        return self._rest(x, cache["prefix"], prefix_mask, view.unstacked), output
 
     def tree(self, x, cache, prefix_mask, masks, biases):
         """Runs a tree of tokens `x` [B, T, D] after the cached ones; returns (x, None).

@@ -213,7 +213,7 @@ def unstack_decoder(variant: Variant, params: dict[str, Any]) -> dict[str, Any]:
     unstacked = replace(params, DECODERS[variant.llm.kind].split("/"))
     if "head" not in unstacked["llm"]:
         return unstacked
-    head = {"kernel": kernel_by_word(unstacked["llm"]["head"]["kernel"])}
+    head = {"kernel": kernel_by_word(jnp.asarray(unstacked["llm"]["head"]["kernel"]))}
     return {**unstacked, "llm": {**unstacked["llm"], "head": head}}
 
 

@@ -101,6 +101,25 @@ def compile_job(
     """
     check_rows(job, mesh)
     arguments = job_arguments(job, mesh)
+    function = job_function(job, mesh, arguments)
+    return compile_function(
+        function, arguments, mesh, loops=job.loops, effort=effort, options=options
+    )
+
+
+def compile_function(
+    function: Any,
+    arguments: tuple[Any, ...],
+    mesh: Mesh,
+    *,
+    loops: int = 1,
+    effort: float = EFFORTS["quick"],
+    options: Mapping[str, Any] | None = None,
+) -> Report:
+    """Compiles a jitted function for arguments of these shapes, as `compile_job` does a step.
+
+    Loops of unknown length count as if they ran `loops` times.
+    """
     clock = time.perf_counter()
     seconds = {}
 
@@ -109,7 +128,7 @@ def compile_job(
         seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
 
     with jax.set_mesh(mesh):
-        traced = job_function(job, mesh, arguments).trace(*arguments)
+        traced = function.trace(*arguments)
         jaxpr = traced.jaxpr.jaxpr
         stop("trace")
         lowered = traced.lower()
@@ -124,23 +143,21 @@ def compile_job(
     facts = dict(
         arguments=bytes_per_device(arguments),
         residuals=residuals(jaxpr) // rows,
-        flops=flops.count(jaxpr, loops=job.loops),
+        flops=flops.count(jaxpr, loops=loops),
         seconds=seconds,
         refusal=refusal,
     )
     if compiled is None:
         return Report(outputs=0, temporaries=0, code=0, need=need, program=None, **facts)
     stats: Any = compiled.memory_analysis()
-    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     parts = dict(
-        outputs=outputs,
+        outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
     )
     facts["arguments"] = stats.argument_size_in_bytes
-    text = compiled.as_text()
-    program = hlo.read_program(text, mesh.size, loops=job.loops)
-    need = sum(parts.values()) + facts["arguments"]
+    need, text = sum(parts.values()) + facts["arguments"], compiled.as_text()
+    program = hlo.read_program(text, mesh.size, loops=loops)
     return Report(need=need, program=program, text=text, **parts, **facts)
 
 

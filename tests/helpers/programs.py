@@ -5,77 +5,77 @@
                                                      version of jaxlib) and prints what changed
 
 `cpu` is one of `BACKENDS`; `v5e` and `h200` need the compilers of the extras `tpu` and `gpu`. Of
-each kind of language model there are four programs: a training step on a mesh of 2 x 2 x 2 devices,
-and on one device the pass over the prompt, a greedy answer, and a tree of candidates.
+each kind of language model there are a training step and a greedy answer on a mesh of 2 x 2 x 2
+devices, and on one device the pass over the prompt, a greedy answer, and a tree of candidates.
 """
 
 import argparse
-import functools
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
-from configs import common
 from jax_instructblip.inference import ranking
-from jax_instructblip.models import flops
 from jax_instructblip.parallel.mesh import make_mesh, replicated
-from jax_instructblip.planning import plan
-from jax_instructblip.planning.job import Job, read_job
+from jax_instructblip.planning import advice, plan
+from jax_instructblip.planning.job import Job
 from jax_instructblip.planning.topology import read_topology
 from jax_instructblip.planning.traffic import Traffic, copies
-from tests.helpers.multi_device import LOW, divisible
+from tests.helpers.interpreter import QUICK
+from tests.helpers.multi_device import divisible
+from tests.helpers.planned import held, job_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "programs"
-# Topologies of the training step and of all else; the distribution whose version the compiler has.
-BACKENDS = {
-    "cpu": ("cpu:8", "cpu:1", "jaxlib"),
-    "v5e": ("v5e:2x4", "v5e:1x1", "libtpu"),
-    "h200": ("h200:8", "h200:1", "jax-cuda12-pjrt"),
-}
-KINDS = ("llama", "t5")
-ROWS, TOKENS = 16, 9
 CANDIDATES = ((3, 4, 5), (3, 6, 7), (8, 9))  # ids; two begin alike
-# Compilers of these programs are given these flags alone, whatever the tests around them are given.
-FLAGS = "--xla_backend_optimization_level=0"
 
 
-def job_of(kind: str, step: str, dtype: str) -> Job:
-    """A step of the common config with short texts, for a small model of that kind."""
-    config = common.get_config()
-    config.model.frozen_dtype = config.model.dtype = dtype
-    config.data.batch_size, config.validation.batch_size = ROWS, 2
-    config.validation.max_new_tokens = 5
-    config.text.qformer_limit = config.text.prompt_limit = TOKENS
-    config.text.answer_limit = 6
-    return read_job(config, divisible(kind, **LOW), step)
+class Backend(NamedTuple):
+    """What programs are compiled for, and with which distribution's compiler."""
+
+    several: str  # topology of the programs on 2 x 2 x 2 devices
+    one: str
+    trained: tuple[str, ...]  # kinds of language models whose training step is compiled
+    dtype: str
+    compiler: str
 
 
-def programs(backend: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the name and the facts of each program of a backend."""
-    dtype = "float32" if backend == "cpu" else "bfloat16"
-    several, one, _ = BACKENDS[backend]
-    topology = read_topology(several)
+KINDS = ("llama", "t5")
+BACKENDS = {
+    "cpu": Backend("cpu:8", "cpu:8", ("t5",), "float32", "jaxlib"),
+    "v5e": Backend("v5e:2x4", "v5e:1x1", KINDS, "bfloat16", "libtpu"),
+    "h200": Backend("h200:8", "h200:1", KINDS, "bfloat16", "jax-cuda12-pjrt"),
+}
+
+
+def compiled(name: str) -> Iterator[tuple[str, Job, Mesh, plan.Report]]:
+    """Yields each program of a backend: its name, its job and mesh, the report."""
+    backend = BACKENDS[name]
+    topology = read_topology(backend.several)
     mesh = make_mesh(2, 2, 2, topology.devices)
-    for kind in KINDS:
-        job = job_of(kind, "train", dtype)
-        arguments = plan.job_arguments(job, mesh)
-        function = plan.job_function(job, mesh, arguments)
-        yield f"{kind}-train", facts(job, mesh, function, arguments, topology.options)
-    topology = read_topology(one)
+    for kind in backend.trained:
+        for step, label in (("train", "train"), ("decode", "decode-split")):
+            job = job_of(divisible(kind), step, dtype=backend.dtype)
+            report = plan.compile_job(job, mesh, options=topology.options)
+            yield f"{kind}-{label}", job, mesh, report
+    topology = read_topology(backend.one)
     mesh = make_mesh(1, 1, 1, topology.devices[:1])
     for kind in KINDS:
-        job = job_of(kind, "decode", dtype)
-        for name, (function, arguments) in answering(job, mesh).items():
-            yield f"{kind}-{name}", facts(job, mesh, function, arguments, topology.options)
+        job = job_of(divisible(kind), "decode", rows=2, dtype=backend.dtype)
+        for label, (function, arguments) in answering(job, mesh).items():
+            report = plan.compile_function(
+                function, arguments, mesh, loops=job.loops, options=topology.options
+            )
+            yield f"{kind}-{label}", job, mesh, report
 
 
-def answering(job: Job, mesh: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+def answering(job: Job, mesh: Mesh) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """The programs that answer, as jitted functions and the shapes of their arguments."""
     arguments = plan.job_arguments(job, mesh)
     params, batch, _ = arguments
@@ -88,7 +88,7 @@ def answering(job: Job, mesh: Any) -> dict[str, tuple[Callable[..., Any], tuple[
     tree = ranking.make_plan([CANDIDATES]).chunks[0]
     inputs = (*jax.eval_shape(prefill, params, batch), tree)
     place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh))
-    rank = jax.jit(functools.partial(ranking.tree_logprobs, model))
+    rank = jax.jit(lambda *inputs: ranking.tree_logprobs(model, *inputs))
     return {
         "prefill": (prefill, (params, batch)),
         "decode": (plan.job_function(job, mesh, arguments), arguments),
@@ -96,40 +96,34 @@ def answering(job: Job, mesh: Any) -> dict[str, tuple[Callable[..., Any], tuple[
     }
 
 
-def facts(
-    job: Job, mesh: Any, function: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]
-) -> dict[str, Any]:
+def facts(job: Job, mesh: Mesh, report: plan.Report) -> dict[str, Any]:
     """The FLOPs of a program, its bytes, the collectives by name, and what it copies."""
-    with jax.set_mesh(mesh):
-        traced = function.trace(*arguments)
-        compiled = traced.lower().compile(dict(options))
-    stats, text = compiled.memory_analysis(), compiled.as_text()
-    traffic = Traffic(text, job.loops)
+    traffic = Traffic(report.text, job.loops)
     found: dict[str, Any] = {
-        "flops": flops.count(traced.jaxpr.jaxpr, loops=job.loops),
+        "flops": report.flops,
         "bytes": {
-            "arguments": stats.argument_size_in_bytes,
-            "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-            "temporaries": stats.temp_size_in_bytes,
+            "arguments": report.arguments,
+            "outputs": report.outputs,
+            "temporaries": report.temporaries,
             "read": sum(each.read * each.times for each in traffic.kernels),
             "written": sum(each.written * each.times for each in traffic.kernels),
         },
+        "loops of unknown length": len(report.program.unknown),
         "collectives": {},
-        "copied": {},
+        "copied arguments": {},
     }
-    for each in plan.hlo.read_program(text, mesh.size, job.loops).collectives:
-        name = f"{each.kind} {each.shape.partition('{')[0]}"
+    for each in report.program.collectives:
+        name = f"{each.kind} {re.sub(r'{[^}]*}', '', each.shape)}"
         found["collectives"][name] = found["collectives"].get(name, 0) + each.times
     for each in copies(traffic.kernels):
         if each.source:
-            name = f"{each.copies} {each.dtypes[0]} to {each.dtypes[1]}"
-            found["copied"][name] = found["copied"].get(name, 0) + each.read * each.times
-    if loop := traffic.decoding():
+            name = f"{each.copies}, {each.dtypes[0]} to {each.dtypes[1]}"
+            copied = found["copied arguments"].get(name, 0)
+            found["copied arguments"][name] = copied + each.read * each.times
+    if (loop := traffic.decoding()) and mesh.size == 1:
         found["bytes"] |= {"token reads": loop.read, "token needs": plan.token_bytes(job, mesh)}
         found["copied in the loop"] = sorted(
-            f"{each.copies} of {each.source} to {each.dtypes[1]}"
-            for each in copies(loop.kernels)
-            if "params" in each.source
+            f"{each.copies} of {each.source}" for each in copies(loop.kernels) if each.source
         )
     return found
 
@@ -153,7 +147,7 @@ def recorded_at(backend: str) -> Path:
 
 def versions(backend: str) -> dict[str, str]:
     """The compiler and the machine that facts were recorded with."""
-    compiler = BACKENDS[backend][2]
+    compiler = BACKENDS[backend].compiler
     return {compiler: importlib.metadata.version(compiler), "machine": platform.machine()}
 
 
@@ -162,16 +156,25 @@ def main() -> None:
     parser.add_argument("backend", choices=tuple(BACKENDS))
     parser.add_argument("--record", action="store_true")
     flags = parser.parse_args()
-    os.environ["XLA_FLAGS"] = FLAGS
-    found = dict(programs(flags.backend))
-    path = recorded_at(flags.backend)
+    # The same for every run, whatever the tests around it are given.
+    os.environ["XLA_FLAGS"] = QUICK
+    found: dict[str, Any] = {"programs": {}, "floors": {}}
+    for name, job, mesh, report in compiled(flags.backend):
+        found["programs"][name] = facts(job, mesh, report)
+        if name.endswith(("-train", "-decode", "-decode-split")):
+            found["floors"][name] = job.floor()
+    if flags.backend == "cpu":
+        topology = read_topology("cpu:8")
+        found["held"] = held(topology)
+        found["meshes"] = advice.meshes(job_of(divisible("t5")), topology)
     if not flags.record:
         print(json.dumps(found))
         return
+    path = recorded_at(flags.backend)
     before = json.loads(path.read_text())["programs"] if path.is_file() else {}
-    print("\n".join(differences(found, before)) or "nothing changed")
-    document = {"versions": versions(flags.backend), "programs": found}
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    print("\n".join(differences(found["programs"], before)) or "nothing changed")
+    document = {"versions": versions(flags.backend), "programs": found["programs"]}
+    path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -108,10 +108,10 @@ def test_what_one_turn_of_a_loop_reads(traffic):
 
 
 def test_a_weight_that_the_loop_changes_is_no_argument():
-    text = PROGRAM.replace("START", "constant(0)").replace(
-        "tuple(%next, %layers, ", "tuple(%next, %swapped, "
-    )
-    assert copies(Traffic(text).kernels)[0].source == "params['llm']['layers']"[:0]
+    changed = "  %swapped = bf16[3,8,4]{2,1,0} negate(%layers)\n  %out = "
+    text = PROGRAM.replace("START", "constant(0)").replace("  %out = ", changed)
+    text = text.replace("tuple(%next, %layers, ", "tuple(%next, %swapped, ")
+    assert copies(Traffic(text).kernels)[0].source == ""
 
 
 def test_the_explanation_lists_arrays_and_copies(traffic):

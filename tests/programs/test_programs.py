@@ -40,7 +40,7 @@ BACKENDS = [
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def compiled(request):
-    """The backend, and the facts of its programs by name."""
+    """A backend, and what `tests.helpers.programs` finds out about its programs."""
     printed = run_module("tests.helpers.programs", request.param, devices=8)
     return request.param, json.loads(printed.splitlines()[-1])
 
@@ -53,27 +53,53 @@ def test_programs_are_the_recorded_ones(compiled):
     recorded = json.loads(path.read_text())
     if recorded["versions"] != versions(backend):
         pytest.skip(f"recorded with {recorded['versions']}, here is {versions(backend)}")
-    assert list(differences(found, recorded["programs"])) == []
+    assert list(differences(found["programs"], recorded["programs"])) == []
 
 
-def test_only_training_moves_data_between_devices(compiled):
+def test_products_are_those_of_the_count_by_hand(compiled):
     _, found = compiled
-    for name, each in found.items():
+    for name, floor in found["floors"].items():
+        assert 1.0 <= found["programs"][name]["flops"] / floor <= 1.05, name
+
+
+def test_the_only_loop_of_unknown_length_is_that_over_tokens(compiled):
+    """An answer ends when it ends."""
+    _, found = compiled
+    for name, each in found["programs"].items():
+        assert each["loops of unknown length"] == ("decode" in name), name
+
+
+def test_programs_of_one_device_move_nothing(compiled):
+    _, found = compiled
+    for name, each in found["programs"].items():
         kinds = {collective.partition(" ")[0] for collective in each["collectives"]}
-        assert ({"all-reduce", "all-gather"} <= kinds) == name.endswith("-train"), name
-        assert name.endswith("-train") or not kinds, name
+        split = name.endswith(("-train", "-split"))
+        assert ({"all-reduce", "all-gather"} <= kinds) if split else not kinds, name
 
 
 def test_a_loop_over_tokens_copies_no_weights(compiled):
     _, found = compiled
     for kind in KINDS:
-        assert found[f"{kind}-decode"]["copied in the loop"] == []
+        assert found["programs"][f"{kind}-decode"]["copied in the loop"] == []
 
 
 def test_no_narrow_weight_becomes_a_float32_one(compiled):
     _, found = compiled
-    for name, each in found.items():
-        assert not any("bf16 to f32" in copied for copied in each["copied"]), name
+    for name, each in found["programs"].items():
+        assert not any("bf16 to f32" in copied for copied in each["copied arguments"]), name
+
+
+def test_arguments_are_what_real_arrays_take(compiled):
+    backend, found = compiled
+    if backend != "cpu":
+        pytest.skip("arrays can be made on a CPU alone")
+    for mesh, sizes in found["held"].items():
+        assert sizes["shapes"] == pytest.approx(sizes["live"], rel=0.02), mesh
+    arguments = found["programs"]["t5-train"]["bytes"]["arguments"]
+    assert arguments == pytest.approx(found["held"]["2x2x2"]["live"], rel=0.02)
+    meshes = [tuple(each) for each in found["meshes"]]
+    assert meshes[0] == (8, 1, 1) and (2, 2, 2) in meshes
+    assert (1, 1, 8) not in meshes  # four heads
 
 
 def test_differences_are_named():
