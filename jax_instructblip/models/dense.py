@@ -146,15 +146,16 @@ def word_logits(
 ) -> Float[Array, "*B V"]:
     """Float32 vocabulary logits: `x` times a kernel of axes "DV" or "VD", both in `dtype`."""
     x, kernel = x.astype(dtype), kernel.astype(dtype)
-    # XLA for GPUs makes a float32 copy of the kernel to multiply it with a single row, unless the
-    # algorithm is named.
-    algorithm = _ALGORITHMS.get(x.dtype) if math.prod(x.shape[:-1]) == 1 else None
-    return jnp.einsum(
-        f"...D,{axes}->...V",
-        *(x, kernel),
-        precision=algorithm,
-        preferred_element_type=jnp.float32,
+    product = functools.partial(
+        jnp.einsum, f"...D,{axes}->...V", preferred_element_type=jnp.float32
     )
+    algorithm = _ALGORITHMS.get(x.dtype)
+    if algorithm is None or math.prod(x.shape[:-1]) > 1:
+        return product(x, kernel)
+    # XLA for GPUs makes a float32 copy of the kernel to multiply it with a single row, unless the
+    # algorithm is named, which XLA for CPUs does not know.
+    named = functools.partial(product, precision=algorithm)
+    return jax.lax.platform_dependent(x, kernel, cuda=named, default=product)
 
 
 def apart(x: Array, count: int) -> tuple[Array, ...]:
