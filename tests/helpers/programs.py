@@ -14,7 +14,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from jax.sharding import Mesh
 from jax_instructblip.inference import ranking
 from jax_instructblip.parallel.mesh import make_mesh, replicated
 from jax_instructblip.planning import advice, plan
+from jax_instructblip.planning.hlo import SHAPE
 from jax_instructblip.planning.job import Job
 from jax_instructblip.planning.topology import read_topology
 from jax_instructblip.planning.traffic import Traffic, copies
@@ -113,8 +113,10 @@ def facts(job: Job, mesh: Mesh, report: plan.Report) -> dict[str, Any]:
         "copied arguments": {},
     }
     for each in report.program.collectives:
-        name = f"{each.kind} {re.sub(r'{[^}]*}', '', each.shape)}"
-        found["collectives"][name] = found["collectives"].get(name, 0) + each.times
+        # Several arrays may travel in one collective; each is named.
+        for dtype, sizes in SHAPE.findall(each.shape):
+            name = f"{each.kind} {dtype}[{sizes}]"
+            found["collectives"][name] = found["collectives"].get(name, 0) + each.times
     for each in copies(traffic.kernels):
         if each.source:
             name = f"{each.copies}, {each.dtypes[0]} to {each.dtypes[1]}"
