@@ -38,7 +38,7 @@ TOPOLOGY = "h200:1"
 MODELS = ("tiny-vicuna", "tiny-t5", "instructblip-vicuna-7b", "instructblip-flan-t5-xl")
 BATCHES = (1, 8)
 LAYOUTS = ("stacked", "loaded")
-COPIES = 6  # those listed of each loop
+COPIES = 6  # of weights, those listed of each loop
 
 
 def config_of(batch: int) -> ConfigDict:
@@ -80,11 +80,11 @@ def measure(job: Job, topology: Topology, layout: str) -> dict[str, Any]:
         "copies": [
             {
                 "what": each.copies,
-                "of": each.source or each.where,
+                "of": each.source,
                 "read": mib(each.read * each.times),
                 "shape": each.shape.partition("{")[0],
             }
-            for each in copies(loop.kernels)[:COPIES]
+            for each in [each for each in copies(loop.kernels) if each.source][:COPIES]
         ],
         "temporaries": mib(stats.temp_size_in_bytes),
         "compiled_in": seconds,

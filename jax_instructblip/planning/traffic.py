@@ -25,7 +25,8 @@ from jax_instructblip.planning.hlo import (
 # Instructions that touch no memory, or whose body is listed by itself.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"),
-    *("call", "conditional", "opt-barrier", "partition-id", "replica-id", "add-dependency"),
+    *("call", "conditional", "async-start", "async-update", "opt-barrier", "add-dependency"),
+    *("partition-id", "replica-id"),
 }
 _SLICES = ("dynamic-slice", "slice", "gather")
 _SAME = ("bitcast", "reshape", "copy", "opt-barrier", "copy-start", "copy-done")
@@ -236,7 +237,7 @@ class Traffic:
             return ""
         if computation == self._entry:
             name = re.search(r'op_name="([^"]*)"', line.text)
-            return name[1] if name else line.name
+            return name[1].replace("\\'", "'") if name else line.name
         outer, call = self._callers[computation]
         number = _number(line)
         if call.kind != "call" or number is None:

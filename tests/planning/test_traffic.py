@@ -59,7 +59,7 @@ HloModule jit_step, is_scheduled=true
 
 ENTRY %main (stack.1: bf16[3,8,4], head: bf16[4,16], x.1: bf16[8], table.2: f32[6,4]) -> (f32[6,4], f32[4,16]) {
   %stack.1 = bf16[3,8,4]{2,1,0} parameter(0), metadata={op_name="params['llm']['layers']"}
-  %head = bf16[4,16]{1,0} parameter(1), metadata={op_name="params['llm']['head']"}
+  %head = bf16[4,16]{1,0} parameter(1), metadata={op_name="params[\\'llm\\'][\\'head\\']"}
   %x.1 = bf16[8]{0} parameter(2)
   %table.2 = f32[6,4]{1,0} parameter(3)
   %zero = s32[] START
