@@ -96,6 +96,14 @@ def test_copies_are_named_with_what_they_copy(traffic):
     assert head.dtypes == ("bf16", "f32") and head.made == 256
 
 
+def test_a_fusion_that_computes_is_no_copy():
+    text = PROGRAM.replace("START", "constant(0)").replace(
+        "  ROOT %wide = f32[4,16]{1,0} convert(%kernel)",
+        "  %half = f32[4,16]{1,0} convert(%kernel)\n  ROOT %wide = f32[4,16]{1,0} add(%half, %half)",
+    )
+    assert [each.name for each in copies(Traffic(text).kernels)] == ["weights"]
+
+
 def test_what_one_turn_of_a_loop_reads(traffic):
     loop = traffic.loops()[0]
     turn = [each.name for each in loop.kernels]
