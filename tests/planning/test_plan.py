@@ -181,22 +181,22 @@ def test_a_gpu_may_give_a_program_more_of_its_memory(refused):
     job, mesh, report = refused
     report = dataclasses.replace(report, refusal="")
 
-    def gpu(share):
-        card = dataclasses.replace(CHIPS["h200"].gpu, total=report.need * share)
-        chip = dataclasses.replace(CHIPS["h200"], memory=card.total * DEFAULT_SHARE, gpu=card)
+    def gpu(total):
+        card = dataclasses.replace(CHIPS["h200"].gpu, total=total)
+        chip = dataclasses.replace(CHIPS["h200"], memory=total * DEFAULT_SHARE, gpu=card)
         return Topology("h200:1", jax.devices()[:1], chip)
 
-    assert advice.verdict(job, mesh, gpu(1.4), report)[0]
-    fits, sentence = advice.verdict(job, mesh, gpu(1.1), report)
+    assert advice.verdict(job, mesh, gpu(report.need * 1.4), report)[0]
+    fits, sentence = advice.verdict(job, mesh, gpu(report.need * 1.1), report)
     assert not fits and "change: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the env" in sentence
-    change = advice.smallest_change(job, mesh, gpu(1.0), report)
-    assert change.what == (
-        "--config.model.remat.llm=dots, with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment"
+    change = advice.smallest_change(job, mesh, _chip(report.need * 0.97), report)
+    assert change.what == "--config.model.remat.llm=dots"
+    both = advice.smallest_change(job, mesh, gpu(change.need / 0.85), report)
+    assert (
+        both.what == f"{change.what}, with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment"
     )
-    assert advice.smallest_change(job, mesh, _chip(report.need * 0.97), report).what == (
-        "--config.model.remat.llm=dots"
-    )
-    assert "cuBLAS" in advice.remarks(job, mesh, gpu(1.4))[-1]
+    gpu = gpu(report.need)
+    assert "cuBLAS" in advice.remarks(job, mesh, gpu)[-1]
     assert advice.remarks(job, mesh, _chip(1e9)) == []
 
 
