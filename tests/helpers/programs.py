@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,6 +131,15 @@ def facts(job: Job, mesh: Mesh, report: plan.Report) -> dict[str, Any]:
     return found
 
 
+def widened(job: Job, report: plan.Report) -> list[str]:
+    """The narrow kernels and tables that a program copies in float32; vectors are left out."""
+    return sorted(
+        each.source
+        for each in copies(Traffic(report.text, job.loops).kernels)
+        if each.dtypes == ("bf16", "f32") and re.search("kernel|embedding", each.source)
+    )
+
+
 def differences(found: Any, recorded: Any, where: str = "") -> Iterator[str]:
     """Yields a line for each fact that differs; bytes may differ by one in a hundred."""
     if isinstance(found, Mapping) and isinstance(recorded, Mapping):
@@ -160,9 +170,10 @@ def main() -> None:
     flags = parser.parse_args()
     # The same for every run, whatever the tests around it are given.
     os.environ["XLA_FLAGS"] = QUICK
-    found: dict[str, Any] = {"programs": {}, "floors": {}}
+    found: dict[str, Any] = {"programs": {}, "floors": {}, "widened": {}}
     for name, job, mesh, report in compiled(flags.backend):
         found["programs"][name] = facts(job, mesh, report)
+        found["widened"][name] = widened(job, report)
         if name.endswith(("-train", "-decode", "-decode-split")):
             found["floors"][name] = job.floor()
     if flags.backend == "cpu":
