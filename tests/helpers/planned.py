@@ -1,14 +1,16 @@
 """Jobs to plan for small models, and the memory that a plan says beside what arrays really take."""
 
+import dataclasses
 from typing import Any
 
 import jax
 
 from configs import common
 from jax_instructblip.parallel.mesh import make_mesh
-from jax_instructblip.planning import plan
+from jax_instructblip.planning import advice, plan
 from jax_instructblip.planning.job import Job, read_job
 from jax_instructblip.planning.topology import Topology
+from tests.helpers import packing
 from tests.helpers.multi_device import Setting
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))
@@ -37,3 +39,18 @@ def held(topology: Topology) -> dict[str, dict[str, int]]:
             "live": sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves) + 8,  # the key
         }
     return found
+
+
+def second_stage(topology: Topology) -> dict[str, Any]:
+    """What a plan says of LLaVA's second stage, which trains the language model, on 2 x 2 x 2."""
+    mesh = make_mesh(2, 2, 2, topology.devices)
+    variant = packing.still("llava").replace(**packing.DIVISIBLE)
+    job = dataclasses.replace(job_of(variant), trainable=("projector", "llm"))
+    report, state = plan.compile_job(job, mesh), plan.job_arguments(job, mesh)[0]
+    return {
+        "ratio": report.flops / job.floor(),
+        "fits": advice.verdict(job, mesh, topology, report)[0],
+        "state": plan.bytes_per_device(state),
+        "whole": 12 * sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "flags": [what for what, *_ in advice._changes(job, mesh, topology)],
+    }

@@ -31,7 +31,7 @@ from jax_instructblip.planning.topology import read_topology
 from jax_instructblip.planning.traffic import Traffic, copies
 from tests.helpers.interpreter import QUICK
 from tests.helpers.multi_device import divisible
-from tests.helpers.planned import held, job_of
+from tests.helpers.planned import held, job_of, second_stage
 
 FOLDER = Path(__file__).resolve().parents[1] / "programs"
 CANDIDATES = ((3, 4, 5), (3, 6, 7), (8, 9))  # ids; two begin alike
@@ -178,7 +178,7 @@ def main() -> None:
             found["floors"][name] = job.floor()
     if flags.backend == "cpu":
         topology = read_topology("cpu:8")
-        found["held"] = held(topology)
+        found["held"], found["llava"] = held(topology), second_stage(topology)
         found["meshes"] = advice.meshes(job_of(divisible("t5")), topology)
     if not flags.record:
         print(json.dumps(found))

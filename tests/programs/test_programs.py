@@ -101,6 +101,17 @@ def test_arguments_are_what_real_arrays_take(compiled):
     assert (1, 1, 8) not in meshes  # four heads
 
 
+def test_llavas_second_stage_is_split_with_its_moments(compiled):
+    """Weights, gradients and moments of the language model are counted, and lie in parts."""
+    backend, found = compiled
+    if backend != "cpu":
+        pytest.skip("planned for a CPU alone")
+    found = found["llava"]
+    assert 1.0 <= found["ratio"] <= 1.05 and found["fits"]
+    assert found["state"] < 0.45 * found["whole"]  # a quarter, and what is small or looked up
+    assert found["flags"] and not any("qformer" in flag for flag in found["flags"])
+
+
 def test_differences_are_named():
     recorded = {"a": {"flops": 100, "bytes": {"read": 1000, "written": 5}, "collectives": {"x": 1}}}
     near = {"a": {"flops": 100, "bytes": {"read": 1009, "written": 5}, "collectives": {"x": 1}}}
