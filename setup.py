@@ -37,7 +37,9 @@ DEPENDENCIES = [
 ]
 
 EXTRAS = {
-    "gpu": ["jax[cuda12]>=0.10"],  # CUDA 12 runs on older drivers (525) than CUDA 13 does (580)
+    # CUDA 12 runs on older drivers (525) than CUDA 13 does (580); it also compiles for a GPU on a
+    # machine without one.
+    "gpu": ["jax[cuda12]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],  # libtpu; also compiles for a TPU on a machine without one
     "eval": ["pycocoevalcap>=1.2"],  # CIDEr, BLEU, ROUGE and METEOR as the papers count them
     "judge": ["openai>=3.57"],  # asks chat endpoints: instruction data, the judge of LLaVA-Bench

@@ -17,6 +17,7 @@ import jaxtyping
 import pytest
 
 from jax_instructblip import stores
+from tests.helpers.interpreter import QUICK
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_x64", False)
@@ -26,13 +27,6 @@ jax.config.update("jax_enable_x64", False)
 jaxtyping.install_import_hook("jax_instructblip.models", "beartype.beartype")
 
 ROOT = Path(__file__).resolve().parents[1]
-
-# Programs compile three times as fast with these, and tests spend most of their time on that. They
-# hold for all processes of the tests, so what is compared to the bit is compiled alike.
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1"
-)
 
 
 def pytest_configure(config: pytest.Config) -> None:

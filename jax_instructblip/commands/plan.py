@@ -1,9 +1,10 @@
-"""Predicts memory, FLOPs and communication of a step on TPU chips that need not be present.
+"""Predicts memory, FLOPs and communication of a step on TPUs or GPUs that need not be present.
 
     jax-instructblip plan --config configs/paper_vicuna_7b.py --topology v5e:4x4 --mesh 1,16,1
+    jax-instructblip plan --config configs/paper_vicuna_7b.py --topology h100:8 --explain
 
-The step is compiled by the compiler for those chips (extra `tpu`); no weights are read. The exit
-code is 0 if it fits into their memory, else 1.
+The step is compiled by the compiler for those chips (extra `tpu` or `gpu`); no weights are read.
+The exit code is 0 if it fits into their memory, else 1.
 """
 
 import argparse
@@ -24,6 +25,8 @@ def main(argv: list[str]) -> int:
     if flags.json is not None and (problem := unwritable(flags.json.parent)):
         raise OSError(f"--json is {flags.json}: {problem}; choose another file")
     common = {"step": flags.step, "effort": flags.effort}
+    if flags.sweep and flags.explain:
+        raise ValueError("--explain is about one plan: leave out --sweep, give the --mesh")
     if flags.sweep:
         from jax_instructblip.planning.sweep import sweep
 
@@ -32,7 +35,9 @@ def main(argv: list[str]) -> int:
     else:
         from jax_instructblip.planning.report import lines, make_report
 
-        result = make_report(config, flags.topology, mesh=flags.mesh, **common)
+        result = make_report(
+            config, flags.topology, mesh=flags.mesh, explained=flags.explain, **common
+        )
         fits = result["fits"]
         print("\n".join(lines(result)))
     if flags.json is not None:
@@ -51,11 +56,12 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--topology", required=True, metavar="NAME", help="chips, as in v5e:4x4")
+    add("--topology", required=True, metavar="NAME", help="chips, as in v5e:4x4 or h100:8")
     add("--mesh", default="", metavar="D,F,T", help="sizes of data, fsdp, tensor (the config's)")
     add("--step", choices=("train", "decode"), default="train", help="what is compiled (train)")
     add("--sweep", action="store_true", help="tries meshes and batches, recommends one")
     add("--tries", type=int, default=6, metavar="N", help="most plans of a sweep (6)")
     add("--effort", choices=tuple(EFFORTS), default="quick", help="of the compiler (quick)")
+    add("--explain", action="store_true", help="lists the largest arrays and the copies, too")
     add("--json", type=Path, metavar="FILE", help="writes the plan there, too")
     return parser

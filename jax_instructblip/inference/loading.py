@@ -37,6 +37,9 @@ from jax_instructblip.parallel.mesh import is_split, replicated
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 
+# Kinds of devices on which a loop over new tokens would copy each layer's weights out of their
+# stack before it multiplies with them (benchmarks/results/gpu_programs.json).
+UNSTACKED = ("cpu", "gpu", "cuda")
 SAMPLES, SAMPLE_BYTES = 256, 16_384  # read of each weight file for a digest within a second
 
 Reader = TypeVar("Reader")
@@ -325,12 +328,19 @@ def weights_digest(source: Source) -> str:
     return hashlib.sha256(f"{base} {trained}".encode()).hexdigest()
 
 
+def unstacks(variant: Variant, mesh: Mesh | None, backend: str) -> bool:
+    """Whether `load_params` unstacks the layers that decode (`models.vlm.unstack_decoder`).
+
+    It does where each device holds whole weights, on the kinds of devices in `UNSTACKED`.
+    """
+    return variant.llm is not None and backend in UNSTACKED and (mesh is None or not is_split(mesh))
+
+
 def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> checkpoint.Tree:
     """Reads the parameters of `source` onto the first device, or sharded over `mesh`.
 
     `parallel/rules.py` has the shardings. With a mesh of several processes, each reads only its own
-    parts. On a CPU that holds whole weights the layers that decode are unstacked, which is faster
-    (`models.vlm.unstack_decoder`).
+    parts. The layers that decode may be unstacked (`unstacks`).
     """
     if not (mesh is None or isinstance(mesh, Mesh)):
         raise ValueError(f"mesh is a {type(mesh).__name__}, expected a jax.sharding.Mesh or None")
@@ -340,8 +350,7 @@ def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> checkpo
         if mesh.is_multi_process:
             share = {"process": jax.process_index(), "processes": jax.process_count()}
             return read_params(source, place, **share)
-    whole = source.variant.llm is None or jax.default_backend() != "cpu"
-    if whole or (mesh is not None and is_split(mesh)):
+    if not unstacks(source.variant, mesh, jax.default_backend()):
         return read_params(source, place)
     params = read_params(source, functools.partial(_place_apart, source.variant, place))
     return unstack_decoder(source.variant, params)

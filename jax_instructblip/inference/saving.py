@@ -71,7 +71,7 @@ def _stacked(variant: Variant, params: dict[str, Any]) -> Iterator[tuple[str, np
     stacks: dict[str, dict[int, Any]] = {}
     for path, leaf in flat.items():
         if path == "llm/head/kernel":
-            yield path, np.asarray(leaf).T
+            yield path, np.asarray(leaf)[: variant.llm.vocab].T
         elif path.startswith(prefix):
             number, _, rest = path.removeprefix(prefix).partition("/")
             stacks.setdefault(rest, {})[int(number)] = leaf

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jax_instructblip.models.dense import Dense
+from jax_instructblip.models.dense import Dense, apart
 
 MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
 
@@ -44,6 +44,11 @@ class Attention(nn.Module):
         self.key, self.value = project("key", key_heads), project("value", key_heads)
         biased = "out" in self.biases
         self.out = Dense((self.width,), self.dtype, biased, contracted=2, wide=biased)
+
+    def newest(self, x: Float[Array, "B R D"], unstacked: bool) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of the newest tokens; `unstacked` as in `layers.Scan`."""
+        first, second, third = apart(x.astype(self.dtype), 3) if unstacked else (x, x, x)
+        return self.query(first), self.key(second), self.value(third)
 
     def __call__(
         self,

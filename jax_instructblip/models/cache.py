@@ -72,6 +72,11 @@ class TailView(NamedTuple):
     past: Float[Array, "1 N 1 S"] | None = None  # score bias of the slots (T5)
     newest: Float[Array, " N"] | None = None  # score bias of a token that is not in the tail yet
 
+    @property
+    def unstacked(self) -> bool:
+        """Whether the layers are one tree each (`layers.Scan.unstacked`)."""
+        return self.slot is not None
+
 
 def tail_view(cache: Cache) -> TailView:
     """The `TailView` of the next decoding step, which all layers share.

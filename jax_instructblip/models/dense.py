@@ -10,6 +10,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+WORDS = 8  # tensor cores of GPUs multiply matrices of multiples of 8 narrow numbers
+_ALGORITHMS = {  # narrow factors and a float32 sum
+    jnp.dtype(jnp.bfloat16): jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
+    jnp.dtype(jnp.float16): jax.lax.DotAlgorithmPreset.F16_F16_F32,
+}
 PRODUCT = "product"  # checkpoint name of the results of a `Dense` with a bias, for remat policies
 
 
@@ -104,8 +109,7 @@ def _precision(dtype: Any) -> str | None:
 class Head(nn.Module):
     """The output head of a language model: float32 vocabulary logits, accumulated in float32.
 
-    The kernel is `[D, V]`, or `[V, D]` with `by_word`: on a CPU a product of few rows reads that
-    layout faster.
+    The kernel is `[D, V]`, or with `by_word` the kernel `[V', D]` of `kernel_by_word`.
     """
 
     vocab: int
@@ -114,11 +118,27 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        shape, axes = (x.shape[-1], self.vocab), "DV"
-        if self.by_word:
-            shape, axes = shape[::-1], "VD"
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        return word_logits(x, kernel, axes, self.dtype)
+        init = nn.initializers.lecun_normal()
+        if not self.by_word:
+            kernel = self.param("kernel", init, (x.shape[-1], self.vocab))
+            return word_logits(x, kernel, "DV", self.dtype)
+        kernel = self.param("kernel", init, (round_up_words(self.vocab), x.shape[-1]))
+        return word_logits(x, kernel, "VD", self.dtype)[..., : self.vocab]
+
+
+def kernel_by_word(kernel: Float[Array, "D V"]) -> Float[Array, "_ D"]:
+    """The kernel `[V', D]` of a head for decoding: a row for each word, and rows of zeros.
+
+    On a CPU a product of few rows reads this layout faster. V' is a multiple of `WORDS`, without
+    which XLA for GPUs would pad a copy of the kernel for every token.
+    """
+    vocab = kernel.shape[1]
+    return jnp.pad(kernel.T, ((0, round_up_words(vocab) - vocab), (0, 0)))
+
+
+def round_up_words(vocab: int) -> int:
+    """The rows of `kernel_by_word` for a vocabulary: the next multiple of `WORDS`."""
+    return -(-vocab // WORDS) * WORDS
 
 
 def word_logits(
@@ -126,7 +146,25 @@ def word_logits(
 ) -> Float[Array, "*B V"]:
     """Float32 vocabulary logits: `x` times a kernel of axes "DV" or "VD", both in `dtype`."""
     x, kernel = x.astype(dtype), kernel.astype(dtype)
-    return jnp.einsum(f"...D,{axes}->...V", x, kernel, preferred_element_type=jnp.float32)
+    product = functools.partial(
+        jnp.einsum, f"...D,{axes}->...V", preferred_element_type=jnp.float32
+    )
+    algorithm = _ALGORITHMS.get(x.dtype)
+    if algorithm is None or math.prod(x.shape[:-1]) > 1:
+        return product(x, kernel)
+    # XLA for GPUs makes a float32 copy of the kernel to multiply it with a single row, unless the
+    # algorithm is named, which XLA for CPUs does not know.
+    named = functools.partial(product, precision=algorithm)
+    return jax.lax.platform_dependent(x, kernel, cuda=named, default=product)
+
+
+def apart(x: Array, count: int) -> tuple[Array, ...]:
+    """`count` arrays equal to `x` that XLA takes for different ones.
+
+    XLA for GPUs joins small kernels that multiply the same array to a larger one. In a loop over
+    new tokens it would copy them for each token.
+    """
+    return jax.lax.optimization_barrier((x,) * count)
 
 
 def rank_of(leaf: Array, x: Array) -> Array:

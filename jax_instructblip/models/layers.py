@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jax_instructblip.models.dense import PRODUCT, Dense, rank_of
+from jax_instructblip.models.dense import PRODUCT, Dense, apart, rank_of
 
 # The dtype of residual streams, whatever dtype the layers compute in: in bfloat16 each sum would be
 # rounded to 8 bits, which is farther from float64 than autocast in PyTorch
@@ -57,8 +57,8 @@ class Scan:
       weights: function applied to the weights of each layer when they are sliced from their stack
         (`parallel.rules.constrain_layer`); None for no function.
       unstacked: parameters and caches are one tree per layer (`unstack_layers`) instead of a stack,
-        and the kernel of a head is `[V, D]`. For decoding on a CPU, where a product with a slice of
-        a stack copies the slice first. `remat` and `weights` are then ignored.
+        and the kernel of a head is that of `dense.kernel_by_word`. For decoding where a product
+        with a slice of a stack copies the slice first. `remat` and `weights` are then ignored.
     """
 
     remat: str = "none"
@@ -182,7 +182,10 @@ class Mlp(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """The feed-forward `out(activation(gate(x)) * in(x))` without biases; dropout before `out`."""
+    """The feed-forward `out(activation(gate(x)) * in(x))` without biases; dropout before `out`.
+
+    `newest` is True for the newest tokens of a loop over unstacked layers (`dense.apart`).
+    """
 
     width: int
     hidden: int
@@ -191,11 +194,14 @@ class GatedMlp(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B D"], train: bool = False) -> Float[Array, "*B D"]:
+    def __call__(
+        self, x: Float[Array, "*B D"], train: bool = False, newest: bool = False
+    ) -> Float[Array, "*B D"]:
         dense = functools.partial(Dense, dtype=self.dtype, use_bias=False)
-        wide = dense((self.hidden,), name="gate")(x).astype(jnp.float32)
+        first, second = apart(x.astype(self.dtype), 2) if newest else (x, x)
+        wide = dense((self.hidden,), name="gate")(first).astype(jnp.float32)
         gate = ACTIVATIONS[self.activation](wide)
-        hidden = (gate * dense((self.hidden,), name="in")(x)).astype(self.dtype)
+        hidden = (gate * dense((self.hidden,), name="in")(second)).astype(self.dtype)
         hidden = Dropout(self.dropout)(hidden, deterministic=not train)
         return dense((self.width,), name="out")(hidden)
 

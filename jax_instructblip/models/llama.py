@@ -111,11 +111,12 @@ class LlamaLayer(nn.Module):
 
     def step(self, x, cache, prefix_mask, view, rotation):
         """Runs each beam's newest token, `x` [B, R, D]; returns (x, what `cache.append` takes)."""
-        query, key, value = self._project(x, rotation)
+        projected = self.attention.newest(self.attention_norm(x), view.unstacked)
+        query, key, value = self._rotated(*projected, rotation)
         token = {"key": heads_first(key), "value": heads_first(value)}
         past, current, output = attend_tail(cache["tail"], token, view)
         cached = [CachedKV(**cache["prefix"], mask=prefix_mask), past]
-        return self._add(x, attend_cached(query, cached, current)), output
+        return self._add(x, attend_cached(query, cached, current), view.unstacked), output
 
     def tree(self, x, prefix, prefix_mask, mask, rotation):
         """Runs a tree of tokens `x` [B, T, D] after the cached prompt; returns (x, None)."""
@@ -129,14 +130,18 @@ class LlamaLayer(nn.Module):
         y, attention = self.attention_norm(x), self.attention
         # The order of these lines is that of the sums in the gradient of `y`.
         key, value, query = attention.key(y), attention.value(y), attention.query(y)
+        return self._rotated(query, key, value, rotation)
+
+    def _rotated(self, query, key, value, rotation):
+        """Queries and keys after their norms, if there are any, and rotation; and the values."""
         if self.config.key_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         return rotate(query, rotation), rotate(key, rotation), value
 
-    def _add(self, x, mixed):
+    def _add(self, x, mixed, newest=False):
         """The layer's output: `x` plus its attention's result `mixed`, plus the feed-forward."""
         x = constrain(x + self.attention.out(mixed))
-        return constrain(x + self.mlp(self.mlp_norm(x)))
+        return constrain(x + self.mlp(self.mlp_norm(x), newest=newest))
 
 
 class Llama(DecoderOnly):

@@ -64,11 +64,11 @@ class OptLayer(nn.Module):
 
     def step(self, x, cache, prefix_mask, view):
         """Runs each beam's newest token, `x` [B, R, D]; returns (x, what `cache.append` takes)."""
-        y, attention = self.attention_norm(x), self.attention
-        token = {"key": heads_first(attention.key(y)), "value": heads_first(attention.value(y))}
+        query, key, value = self.attention.newest(self.attention_norm(x), view.unstacked)
+        token = {"key": heads_first(key), "value": heads_first(value)}
         past, current, output = attend_tail(cache["tail"], token, view)
         cached = [CachedKV(**cache["prefix"], mask=prefix_mask), past]
-        x = constrain(x + attention.out(attend_cached(attention.query(y), cached, current)))
+        x = constrain(x + self.attention.out(attend_cached(query, cached, current)))
         return constrain(x + self.mlp(self.mlp_norm(x))), output
 
     def tree(self, x, prefix, prefix_mask, mask):

@@ -108,13 +108,12 @@ class T5Layer(nn.Module):
 
     def step(self, x, cache, prefix_mask, view):
         """Runs each beam's newest token, `x` [B, R, D]; returns (x, what `cache.append` takes)."""
-        y, attention = self.attention_norm(x), self.attention
-        token = {"key": heads_first(attention.key(y)), "value": heads_first(attention.value(y))}
+        query, key, value = self.attention.newest(self.attention_norm(x), view.unstacked)
+        token = {"key": heads_first(key), "value": heads_first(value)}
         past, current, output = attend_tail(cache["tail"], token, view)
-        x = constrain(
-            x + attention.out(attend_cached(attention.query(y), [past], current, scale=1.0))
-        )
-        return self._rest(x, cache["prefix"], prefix_mask), output
+        mixed = attend_cached(query, [past], current, scale=1.0)
+        x = constrain(x + self.attention.out(mixed))
+        return self._rest(x, cache["prefix"], prefix_mask, view.unstacked), output
 
     def tree(self, x, cache, prefix_mask, masks, biases):
         """Runs a tree of tokens `x` [B, T, D] after the cached ones; returns (x, None).
@@ -130,12 +129,12 @@ class T5Layer(nn.Module):
         x = constrain(x + attention.out(attend_cached(attention.query(y), cached, scale=1.0)))
         return self._rest(x, cache["prefix"], prefix_mask), None
 
-    def _rest(self, x, prefix, prefix_mask):
+    def _rest(self, x, prefix, prefix_mask, newest=False):
         """The rest of a layer after self-attention: cross-attention and feed-forward."""
         y, cross = self.cross_attention_norm(x), self.cross_attention
         mixed = attend_cached(cross.query(y), [CachedKV(**prefix, mask=prefix_mask)], scale=1.0)
         x = constrain(x + cross.out(mixed))
-        return constrain(x + self.mlp(self.mlp_norm(x)))
+        return constrain(x + self.mlp(self.mlp_norm(x), newest=newest))
 
 
 class T5Stack(nn.Module):

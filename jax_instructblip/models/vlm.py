@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_instructblip.models import blip2
+from jax_instructblip.models.dense import kernel_by_word
 from jax_instructblip.models.layers import Network, Scans, constrain, take_slots, unstack_layers
 from jax_instructblip.models.llama import Llama
 from jax_instructblip.models.opt import Opt
@@ -200,8 +201,8 @@ def _param_shapes(variant: Variant) -> dict[str, Any]:
 def unstack_decoder(variant: Variant, params: dict[str, Any]) -> dict[str, Any]:
     """Returns `params` with one tree per decoding layer, for a model with `scans.llm.unstacked`.
 
-    Leaves of these layers may be stacks or tuples of layers. The kernel of the head becomes `[V,
-    D]`. OPT has no such kernel: its head is the token embedding, which is `[V, D]` already.
+    Leaves of these layers may be stacks or tuples of layers. The head's kernel becomes that of
+    `kernel_by_word`. OPT has none: its head is the token embedding, which is `[V, D]` already.
     """
 
     def replace(tree: dict[str, Any], path: list[str]) -> dict[str, Any]:
@@ -212,7 +213,7 @@ def unstack_decoder(variant: Variant, params: dict[str, Any]) -> dict[str, Any]:
     unstacked = replace(params, DECODERS[variant.llm.kind].split("/"))
     if "head" not in unstacked["llm"]:
         return unstacked
-    head = {"kernel": jnp.asarray(unstacked["llm"]["head"]["kernel"]).T}
+    head = {"kernel": kernel_by_word(jnp.asarray(unstacked["llm"]["head"]["kernel"]))}
     return {**unstacked, "llm": {**unstacked["llm"], "head": head}}
 
 

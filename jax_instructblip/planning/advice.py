@@ -12,12 +12,13 @@ from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.planning import plan
-from jax_instructblip.planning.chips import GIB, Chip
+from jax_instructblip.planning.chips import GIB, LARGEST_SHARE, PER_MACHINE, Chip
 from jax_instructblip.planning.job import Job
 from jax_instructblip.planning.plan import Report
 from jax_instructblip.planning.topology import Topology
 from jax_instructblip.training.state import partition
 
+_SHARE = f"XLA_PYTHON_CLIENT_MEM_FRACTION={LARGEST_SHARE} in the environment"
 SPARE = 0.02  # share of a chip's memory that a proposed change must leave free, by estimate
 
 
@@ -57,7 +58,9 @@ def smallest_change(job: Job, mesh: Mesh, topology: Topology, report: Report) ->
     pass follows from the rows on a device and from remat; all else stays the same.
     """
     assert topology.chip is not None
-    room = topology.chip.memory * (1 - SPARE)
+    chip = topology.chip
+    if not report.refusal and report.need <= chip.most:
+        return Change(_SHARE, report.need)
     rest = max(report.need - report.arguments - report.residuals, 0)
     for what, other, others in _changes(job, mesh, topology):
         arguments = report.arguments
@@ -65,8 +68,11 @@ def smallest_change(job: Job, mesh: Mesh, topology: Topology, report: Report) ->
             arguments = plan.bytes_per_device(plan.job_arguments(other, others))
         rows = others.shape["data"] * others.shape["fsdp"]
         kept = _residuals(other, others) // rows if job.step == "train" else 0
-        if (need := arguments + kept + rest) <= room:
+        need = arguments + kept + rest
+        if need <= chip.memory * (1 - SPARE):
             return Change(what, need)
+        if need <= chip.most * (1 - SPARE):
+            return Change(f"{what}, with {_SHARE}", need)
     return None
 
 
@@ -154,7 +160,7 @@ def feasible_meshes(job: Job, topology: Topology) -> list[tuple[int, int, int]]:
     if topology.chip is None or job.step != "train" or not candidates:
         return candidates
     mesh_of = {sizes: make_mesh(*sizes, topology.devices) for sizes in candidates}
-    waiting, room = _residuals(job, mesh_of[candidates[-1]]), topology.chip.memory
+    waiting, room = _residuals(job, mesh_of[candidates[-1]]), topology.chip.most
 
     def need(sizes: tuple[int, int, int]) -> float:
         arguments = plan.bytes_per_device(plan.job_arguments(job, mesh_of[sizes]))
@@ -169,7 +175,7 @@ def _allowed(job: Job, sizes: tuple[int, int, int], topology: Topology) -> bool:
         arguments = plan.bytes_per_device(plan.job_arguments(job, mesh))
     except ValueError:
         return False
-    return topology.chip is None or arguments < topology.chip.memory
+    return topology.chip is None or arguments < topology.chip.most
 
 
 def _divisors(number: int) -> list[int]:
@@ -205,9 +211,23 @@ def best(reports: Sequence[Mapping[str, Any]], batch: int) -> Mapping[str, Any] 
     return max((each for each in reports if each["fits"]), key=rate, default=None)
 
 
-def remarks(job: Job, mesh: Mesh) -> list[str]:
-    """A sentence for each sharding rule whose fallback this mesh needs, with the reason."""
-    return rules.remarks(param_shapes(job.variant), mesh)
+def remarks(job: Job, mesh: Mesh, topology: Topology) -> list[str]:
+    """Sentences about a plan: each sharding rule whose fallback this mesh needs, with the reason.
+
+    Of GPUs also what the compiler cannot know without them.
+    """
+    found = rules.remarks(param_shapes(job.variant), mesh)
+    if topology.chip is None or topology.chip.gpu is None:
+        return found
+    found.append(
+        "compiled without a GPU to time products on: they are cuBLAS calls, a run may choose others"
+    )
+    if mesh.size > PER_MACHINE:
+        found.append(
+            f"there are {PER_MACHINE} GPUs a machine: the time of links is NVLink's, and longer "
+            "between machines"
+        )
+    return found
 
 
 def estimated_traffic(job: Job, batch: int, sizes: tuple[int, int, int]) -> float:

@@ -31,7 +31,7 @@ _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _KIND = re.compile(r"(?:^|[\s)}\]])([a-z][\w\-]*)\(")
 _CALLS = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -45,6 +45,10 @@ class Line:
     operands: tuple[str, ...]
     text: str
     root: bool
+
+
+Lines = Mapping[str, Line]  # the instructions of a computation by name
+Computations = Mapping[str, Lines]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +93,12 @@ def read_program(text: str, devices: int, loops: int = 1) -> Program:
     The program is for `devices` devices. A loop whose number of runs is not in the text is assumed
     to run `loops` times.
     """
-    computations, entry = _computations(text)
+    computations, entry = read_computations(text)
     collectives: list[Collective] = []
     pieces: dict[str, Collective] = {}
     unknown, cycles = [], []
-    for line, times, fused in _walk(computations, entry, 1, unknown, loops):
+    for step in walk(computations, entry, 1, unknown, loops):
+        line, times, fused = step.line, step.times, step.fused
         if not fused and (match := _CYCLES.search(line.text)):
             cycles.append(int(match[1]) * times)
         if collective := _collective(line, times, devices):
@@ -108,7 +113,7 @@ def read_program(text: str, devices: int, loops: int = 1) -> Program:
     return Program((*collectives, *pieces.values()), total, tuple(unknown))
 
 
-def _computations(text: str) -> tuple[dict[str, dict[str, Line]], str]:
+def read_computations(text: str) -> tuple[Computations, str]:
     """Every computation's instructions by name, and the name of the entry computation."""
     computations: dict[str, dict[str, Line]] = {}
     entry, lines = "", {}
@@ -137,39 +142,51 @@ def _closing(text: str) -> int:
     return len(text)
 
 
-def _walk(
-    computations: Mapping[str, Mapping[str, Line]],
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """An instruction that runs: where it stands, and how often it runs."""
+
+    line: Line
+    computation: str  # name of the computation that holds it
+    times: int
+    fused: bool  # whether it is part of a fusion
+
+
+def walk(
+    computations: Computations,
     name: str,
     times: int,
     unknown: list[str],
     loops: int,
     fused: bool = False,
-) -> Iterator[tuple[Line, int, bool]]:
-    """Yields each instruction that runs, how often it runs, and whether it is part of a fusion.
+) -> Iterator[Step]:
+    """Yields each instruction that runs, starting at the computation `name`, which runs `times`.
 
-    Starts at the computation `name`, which runs `times` times. Loops whose number of runs is not in
-    the text are added to `unknown` and count `loops` times.
+    Loops whose number of runs is not in the text are added to `unknown` and count `loops` times.
     """
     for line in computations.get(name, {}).values():
-        yield line, times, fused
+        yield Step(line, name, times, fused)
         inner, inside = times, fused or line.kind == "fusion"
         if line.kind == "while":
-            trips = _trips(computations, computations[name], line)
+            trips = trips_of(computations, computations[name], line)
             if trips is None:
                 unknown.append(line.name)
             inner = times * (loops if trips is None else trips)
         elif line.kind not in ("call", "conditional", "fusion", "async-start"):
             continue  # the function that a reduction applies does not count
-        called = _CALLS.findall(line.text)
-        for branches in _BRANCHES.findall(line.text):
-            called += re.findall(r"[\w.\-]+", branches)
-        for each in called:
-            yield from _walk(computations, each, inner, unknown, loops, inside)
+        for each in called(line):
+            yield from walk(computations, each, inner, unknown, loops, inside)
 
 
-def _trips(
-    computations: Mapping[str, Mapping[str, Line]], outer: Mapping[str, Line], loop: Line
-) -> int | None:
+def called(line: Line) -> list[str]:
+    """The names of the computations that an instruction calls."""
+    names = _CALLS.findall(line.text)
+    for branches in _BRANCHES.findall(line.text):
+        names += re.findall(r"[\w.\-]+", branches)
+    return names
+
+
+def trips_of(computations: Computations, outer: Lines, loop: Line) -> int | None:
     """The number of runs of a loop that counts up to a constant; None for other loops."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
         return int(known[1])
@@ -179,9 +196,9 @@ def _trips(
     if root is None or root.kind != "compare" or "direction=LT" not in root.text:
         return None
     counter, limit = (condition[name] for name in root.operands)
-    position = _tuple_index(counter)
+    position = tuple_index(counter)
     end = _constant(limit, condition)
-    if end is None and (index := _tuple_index(limit)) is not None:
+    if end is None and (index := tuple_index(limit)) is not None:
         end = _carried(index, outer, loop)
     if position is None or end is None:
         return None
@@ -191,20 +208,20 @@ def _trips(
     return max(0, math.ceil((end - first) / step))
 
 
-def _tuple_index(line: Line) -> int | None:
+def tuple_index(line: Line) -> int | None:
     """The index of the element that the instruction reads from a loop's carried tuple, or None."""
     match = re.search(r"index=(\d+)", line.text) if line.kind == "get-tuple-element" else None
     return int(match[1]) if match else None
 
 
-def _constant(line: Line, lines: Mapping[str, Line]) -> int | None:
+def _constant(line: Line, lines: Lines) -> int | None:
     while line.kind in ("copy", "bitcast", "convert") and line.operands[0] in lines:
         line = lines[line.operands[0]]
     match = re.search(r"constant\((-?\d+)\)", line.text) if line.kind == "constant" else None
     return int(match[1]) if match else None
 
 
-def _carried(index: int, outer: Mapping[str, Line], loop: Line) -> int | None:
+def _carried(index: int, outer: Lines, loop: Line) -> int | None:
     """The initial value of element `index` of a loop's carry; None if not constant."""
     start = outer.get(loop.operands[0])
     if start is None or start.kind != "tuple":
@@ -213,7 +230,7 @@ def _carried(index: int, outer: Mapping[str, Line], loop: Line) -> int | None:
     return None if line is None else _constant(line, outer)
 
 
-def _step(index: int, body: Mapping[str, Line]) -> int | None:
+def _step(index: int, body: Lines) -> int | None:
     """The amount that a loop's body adds to element `index` of its carry; None if unknown."""
     root = next((line for line in body.values() if line.root), None)
     if root is None or root.kind != "tuple":
@@ -233,7 +250,7 @@ def _collective(line: Line, times: int, devices: int) -> Collective | None:
     kind = line.kind.removesuffix("-start")
     if kind not in RECEIVED:
         return None
-    shapes = [_bytes(*shape) for shape in _SHAPE.findall(line.shape)]
+    shapes = [shape_bytes(*shape) for shape in SHAPE.findall(line.shape)]
     if line.kind in ("all-gather-start", "collective-permute-start"):
         # The shape lists operands, then results, then buffers of the hardware.
         count = len(line.operands)
@@ -244,7 +261,8 @@ def _collective(line: Line, times: int, devices: int) -> Collective | None:
     return Collective(kind, line.shape.strip(), received, group, times, where[1] if where else "")
 
 
-def _bytes(dtype: str, sizes: str) -> int:
+def shape_bytes(dtype: str, sizes: str) -> int:
+    """The bytes of an array of that dtype, such as "bf16", and of those sizes, such as "2,8"."""
     return WIDTHS.get(dtype, 4) * math.prod(int(size) for size in sizes.split(",") if size)
 
 

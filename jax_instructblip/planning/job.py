@@ -52,6 +52,11 @@ class Job:
     new_tokens: int
     pairs_by_image: bool = False
 
+    @property
+    def loops(self) -> int:
+        """How often the step's loop over new tokens runs, the only one of unknown length."""
+        return self.new_tokens - 1 if self.step == "decode" else 1
+
     def with_remat(self, **towers: str) -> "Job":
         """A copy with other remat policies, by tower: `with_remat(llm="full")`."""
         scans = {

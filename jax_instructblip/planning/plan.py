@@ -18,13 +18,22 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh, NamedSharding
 
+from jax_instructblip import checkpoint
 from jax_instructblip.data import spec
 from jax_instructblip.data.batch import round_up
 from jax_instructblip.inference import decode
 from jax_instructblip.inference.generation_config import GenerationConfig
+from jax_instructblip.inference.loading import unstacks
 from jax_instructblip.models import flops
 from jax_instructblip.models.blip2 import Blip2
-from jax_instructblip.models.vlm import VisionLanguageModel, model_of, param_shapes
+from jax_instructblip.models.layers import Scan, Scans
+from jax_instructblip.models.vlm import (
+    VisionLanguageModel,
+    is_unstacked,
+    model_of,
+    param_shapes,
+    unstack_decoder,
+)
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import batch_sharding, replicated
 from jax_instructblip.planning import hlo
@@ -60,6 +69,7 @@ class Report:
       program: collectives and cycles; None if the compiler refused.
       flops: FLOPs of all products in a step, on all chips together.
       seconds: the time that tracing, lowering and compiling took.
+      text: the compiled program; "" if the compiler refused.
     """
 
     arguments: int
@@ -72,18 +82,44 @@ class Report:
     program: hlo.Program | None
     flops: int
     seconds: Mapping[str, float]
+    text: str = dataclasses.field(default="", repr=False)
 
 
-def compile_job(job: Job, mesh: Mesh, *, effort: float = EFFORTS["quick"]) -> Report:
+def compile_job(
+    job: Job,
+    mesh: Mesh,
+    *,
+    effort: float = EFFORTS["quick"],
+    options: Mapping[str, Any] | None = None,
+) -> Report:
     """Compiles a step for that mesh and reports its memory, FLOPs and traffic.
 
-    `effort` is the compiler's, a value of `EFFORTS`.
+    `effort` is the compiler's, a value of `EFFORTS`; `options` are more of its options.
 
     Raises:
         ValueError: weights or batch cannot be divided over the mesh.
     """
     check_rows(job, mesh)
     arguments = job_arguments(job, mesh)
+    function = job_function(job, mesh, arguments)
+    return compile_function(
+        function, arguments, mesh, loops=job.loops, effort=effort, options=options
+    )
+
+
+def compile_function(
+    function: Any,
+    arguments: tuple[Any, ...],
+    mesh: Mesh,
+    *,
+    loops: int = 1,
+    effort: float = EFFORTS["quick"],
+    options: Mapping[str, Any] | None = None,
+) -> Report:
+    """Compiles a jitted function for arguments of these shapes, as `compile_job` does a step.
+
+    Loops of unknown length count as if they ran `loops` times.
+    """
     clock = time.perf_counter()
     seconds = {}
 
@@ -92,18 +128,17 @@ def compile_job(job: Job, mesh: Mesh, *, effort: float = EFFORTS["quick"]) -> Re
         seconds[name], clock = time.perf_counter() - clock, time.perf_counter()
 
     with jax.set_mesh(mesh):
-        traced = job_function(job, mesh, arguments).trace(*arguments)
+        traced = function.trace(*arguments)
         jaxpr = traced.jaxpr.jaxpr
         stop("trace")
         lowered = traced.lower()
         stop("lower")
         compiled, refusal, need = None, "", 0
         try:
-            compiled = _compile(lowered, effort)
+            compiled = _compile(lowered, effort, options)
         except jax.errors.JaxRuntimeError as error:
             refusal, need = _refusal(error)
         stop("compile")
-    loops = job.new_tokens - 1 if job.step == "decode" else 1
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     facts = dict(
         arguments=bytes_per_device(arguments),
@@ -115,15 +150,15 @@ def compile_job(job: Job, mesh: Mesh, *, effort: float = EFFORTS["quick"]) -> Re
     if compiled is None:
         return Report(outputs=0, temporaries=0, code=0, need=need, program=None, **facts)
     stats: Any = compiled.memory_analysis()
-    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     parts = dict(
-        outputs=outputs,
+        outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
     )
     facts["arguments"] = stats.argument_size_in_bytes
-    program = hlo.read_program(compiled.as_text(), mesh.size, loops=loops)
-    return Report(need=sum(parts.values()) + facts["arguments"], program=program, **parts, **facts)
+    need, text = sum(parts.values()) + facts["arguments"], compiled.as_text()
+    program = hlo.read_program(text, mesh.size, loops=loops)
+    return Report(need=need, program=program, text=text, **parts, **facts)
 
 
 def job_arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
@@ -133,17 +168,52 @@ def job_arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
     rows = batch_sharding(mesh)
     # Shapes as the loader's; random keys are uint32 pairs behind an opaque dtype.
     key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+    key = _whole(mesh, key)
     batch = _batch(job, rows)
     if job.step == "decode":
         params = jax.tree.map(lambda leaf: _like(leaf, job.frozen_dtype), shapes)
+        if unstacks(job.variant, mesh, mesh.devices.flat[0].platform):
+            apart = jax.eval_shape(functools.partial(unstack_decoder, job.variant), params)
+            params = jax.tree.map(functools.partial(_whole, mesh), apart)
+        else:
+            params = _place(params, mesh)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), job.batch))
         keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=rows)
-        return _place(params, mesh), batch, keys
+        return params, batch, keys
     chosen, frozen = partition(shapes, job.trainable)
     frozen = jax.tree.map(lambda leaf: _like(leaf, job.frozen_dtype), frozen)
     state = jax.eval_shape(functools.partial(create_state, optimizer=job.optimizer), chosen)
     return _place(state, mesh), _place(frozen, mesh), batch, key
+
+
+# Weights of a language model that a step of decoding does not read whole: it looks rows of tables
+# up, and the rest is read with the prompt.
+_NOT_BY_TOKEN = re.compile(
+    r"^llm/(embed|position_embed|encoder)/|/relative_bias$|/cross_attention/(key|value)/"
+)
+
+
+def token_bytes(job: Job, mesh: Mesh) -> int:
+    """The bytes that a device must read for each new token: weights once, and the whole cache.
+
+    `job` is one of step "decode". Devices are assumed to share the cache evenly.
+    """
+    arguments = job_arguments(job, mesh)
+    params, batch, _ = arguments
+    tied = getattr(job.variant.llm, "tied_head", job.variant.llm.kind == "opt")
+    read = {
+        path: leaf
+        for path, leaf in checkpoint.flatten(params).items()
+        if path.startswith("llm/")
+        and not _NOT_BY_TOKEN.search(path)
+        or tied
+        and path.startswith("llm/embed/")
+    }
+    model, tail = answering_model(job, params), max(job.new_tokens - 1, 1)
+    prefill = lambda params, batch: model.apply({"params": params}, batch, tail, method="prefill")
+    cache: Any = jax.eval_shape(prefill, params, batch)[1]
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    return bytes_per_device(read) + held // mesh.size
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -180,6 +250,10 @@ def _inner(equation: Any) -> Iterator[Jaxpr]:
 
 def _like(leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+
+def _whole(mesh: Mesh, leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh))
 
 
 def _place(tree: Any, mesh: Mesh) -> Any:
@@ -221,7 +295,7 @@ def _shapes(
 def job_function(job: Job, mesh: Mesh, arguments: tuple[Any, ...]) -> Any:
     """The jitted function of the step to compile; `arguments` come from `job_arguments`."""
     if job.step == "decode":
-        model = VisionLanguageModel(job.variant, job.dtype)
+        model = answering_model(job, arguments[0])
         return jax.jit(
             lambda params, batch, keys: decode.generate_tokens(
                 model, params, batch, keys, GenerationConfig(max_new_tokens=job.new_tokens)
@@ -240,6 +314,12 @@ def job_function(job: Job, mesh: Mesh, arguments: tuple[Any, ...]) -> Any:
     )
 
 
+def answering_model(job: Job, params: Any) -> VisionLanguageModel:
+    """The model of a pipeline with these parameters."""
+    scans = Scans(llm=Scan(unstacked=is_unstacked(job.variant, params)))
+    return VisionLanguageModel(job.variant, job.dtype, scans)
+
+
 def _objective(job: Job) -> Objective:
     """The loss of the step: language, or the three terms of BLIP-2's first stage."""
     model = model_of(job.variant, job.dtype, job.scans)
@@ -248,12 +328,12 @@ def _objective(job: Job) -> Objective:
     return LanguageObjective(model)
 
 
-def _compile(lowered: Any, effort: float) -> Any:
+def _compile(lowered: Any, effort: float, options: Mapping[str, Any] | None) -> Any:
     name = "jax_exec_time_optimization_effort"
     before = getattr(jax.config, name)
     jax.config.update(name, effort)
     try:
-        return lowered.compile()
+        return lowered.compile(dict(options) if options else None)
     finally:
         jax.config.update(name, before)
 

@@ -9,8 +9,10 @@ from ml_collections import ConfigDict
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.planning import advice, plan
 from jax_instructblip.planning.chips import EFFORTS, GIB
+from jax_instructblip.planning.explain import explain, explain_lines
 from jax_instructblip.planning.job import read_job, read_variant
 from jax_instructblip.planning.topology import read_topology
+from jax_instructblip.planning.traffic import Traffic
 from jax_instructblip.training.config_fields import check_config
 
 
@@ -21,15 +23,17 @@ def make_report(
     mesh: str = "",
     step: str = "train",
     effort: str = "quick",
+    explained: bool = False,
 ) -> dict[str, Any]:
     """Compiles a step of a config and returns its plan as a dict of plain values.
 
     Args:
         config: the fields of `configs/common.py`.
-        topology: chips, as in `v5e:4x4` or `cpu:8`.
+        topology: chips, as in `v5e:4x4`, `h100:8` or `cpu:8`.
         mesh: sizes of data, fsdp and tensor, as in `1,16,1`; "" for those in the config.
         step: "train" or "decode".
         effort: the compiler's effort, a key of `EFFORTS`.
+        explained: whether the plan lists the largest arrays and the copies (`explain`).
 
     Raises:
         ValueError: the config, the topology or the mesh is invalid.
@@ -40,7 +44,7 @@ def make_report(
     job = read_job(config, variant, step)
     sizes = _sizes(mesh) if mesh else dict(config.mesh)
     chip_mesh = make_mesh(**sizes, devices=chips.devices)
-    report = plan.compile_job(job, chip_mesh, effort=EFFORTS[effort])
+    report = plan.compile_job(job, chip_mesh, effort=EFFORTS[effort], options=chips.options)
     fits, sentence = advice.verdict(job, chip_mesh, chips, report)
     floor, count, chip = job.floor(), chip_mesh.size, chips.chip
     program = report.program
@@ -80,10 +84,17 @@ def make_report(
         "refusal": report.refusal,
         "fits": fits,
         "verdict": sentence,
-        "remarks": advice.remarks(job, chip_mesh),
+        "remarks": advice.remarks(job, chip_mesh, chips),
     }
     if step == "decode":
         figures["new_tokens"] = job.new_tokens
+    if program is not None and (step == "decode" or explained):
+        traffic = Traffic(report.text, job.loops)
+        if loop := traffic.decoding():
+            needed = plan.token_bytes(job, chip_mesh)
+            figures["token"] = {"read": loop.read, "written": loop.written, "needed": needed}
+        if explained:
+            figures["explain"] = explain(traffic)
     if chip is not None:
         figures["bounds"] = advice.estimate(figures, chip)
         if program is not None and program.cycles and effort == "full":
@@ -133,6 +144,11 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
         yield "received by each chip in a step"
         for kind, row in sorted(report["moved"].items(), key=lambda item: -item[1]["bytes"]):
             yield f"  {kind:20}{row['count']:9,.0f} x {row['bytes'] / GIB:12.3f} GiB"
+    if token := report.get("token"):
+        yield (
+            f"a chip reads {token['read'] / GIB:.3f} GiB for a new token; weights and cache are "
+            f"{token['needed'] / GIB:.3f}"
+        )
     if bounds := report.get("bounds"):
         text = f"at least {bounds['compute']:.3f} s of products, {bounds['links']:.3f} s of links"
         if "compiler" in bounds:
@@ -140,6 +156,8 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"a step takes {text}"
     took = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
     yield f"took: {took} (effort: {report['effort']})"
+    if "explain" in report:
+        yield from explain_lines(report["explain"])
     yield from (f"note: {each}" for each in report["remarks"])
     if report["refusal"]:
         yield f"compiler: {report['refusal']}"

@@ -9,6 +9,9 @@ import pytest
 
 from jax_instructblip.__main__ import main
 from jax_instructblip.planning import sweep
+from jax_instructblip.planning.chips import GIB
+from jax_instructblip.planning.report import lines
+from jax_instructblip.planning.topology import has_cuda
 from tests.commands.test_train import CONFIGS, PAPERS
 from tests.helpers.tiny import write_base
 
@@ -23,6 +26,10 @@ with_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e .[tpu]"
 )
 
+with_cuda = pytest.mark.skipif(
+    not has_cuda(), reason="needs the CUDA compiler: pip install -e .[gpu]"
+)
+
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
@@ -35,9 +42,15 @@ def words(tmp_path_factory):
 def test_prints_and_writes_a_plan(words, tmp_path, capsys):
     jax.devices()  # the number of devices stays what it is
     path = tmp_path / "new" / "plan.json"
-    assert main([*words, "--topology", "cpu:1", "--json", str(path)]) == 0
+    assert main([*words, "--topology", "cpu:1", "--explain", "--json", str(path)]) == 0
     text, found = capsys.readouterr().out, json.loads(path.read_text())
     assert "train step on cpu:1, 1 chips" in text and "verdict: " in text
+    largest = found["explain"]["arrays"]
+    assert "largest arrays that are made" in text and largest[0]["shape"].partition("{")[0] in text
+    assert largest[0]["bytes"] >= largest[-1]["bytes"] > 0
+    assert "token" not in found  # a figure of answers
+    answers = list(lines({**found, "token": {"read": 3 * GIB, "needed": 2 * GIB}}))
+    assert "a chip reads 3.000 GiB for a new token; weights and cache are 2.000" in answers
     assert found["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1} and found["fits"]
     assert found["lengths"] == {"qformer_tokens": 9, "tokens": 17, "targets": 8}
     assert 1.0 <= found["flops"]["ratio"] <= 1.05
@@ -52,6 +65,7 @@ def test_prints_and_writes_a_plan(words, tmp_path, capsys):
     [
         (["--topology", "v5f:4x4"], "unknown topology 'v5f:4x4'; did you mean v5e:4x4"),
         (["--topology", "cpu:1", "--mesh", "1,1"], "--mesh 1,1: expected three sizes"),
+        (["--topology", "cpu:1", "--sweep", "--explain"], "--explain is about one plan"),
         (["--topology", "cpu:1", "--mesh", "1,3,1"], "does not use the 1 devices"),
         (["--topology", "cpu:1", "--config.train.accumulate=3"], "a batch of 4 cannot be worked"),
         (["--topology", "cpu:1", "--config.train.acumulate=3"], "did you mean config.train."),
@@ -109,6 +123,18 @@ def test_a_plan_for_chips_that_are_not_there(words, tmp_path):
     assert found["chips"] == 4 and found["moved"]["all-gather"]["bytes"] > 0
     assert 0 < found["memory"]["need"] < found["memory"]["chip"]
     assert done.stderr == ""
+
+
+@with_cuda
+def test_a_plan_for_a_gpu_that_is_not_there(words, tmp_path):
+    path = tmp_path / "plan.json"
+    more = ["--topology", "h200:1", "--step", "decode", "--explain", "--json", str(path)]
+    done = _on_chips(*words, *more)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text())
+    assert 0 < found["memory"]["need"] < found["memory"]["chip"] == int(0.75 * 139.8 * GIB)
+    assert found["token"]["read"] >= found["token"]["needed"] > 0
+    assert found["explain"]["arrays"] and "cuBLAS" in found["remarks"][-1]
 
 
 @pytest.mark.full

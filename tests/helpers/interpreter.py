@@ -8,6 +8,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 600  # seconds
+# Programs compile three times as fast with these, and tests spend most of their time on that. They
+# hold for all processes of the tests, so what is compared to the bit is compiled alike.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 # Devices of a busy machine wait for each other longer than the 40 seconds after which XLA ends.
 PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_instructblip.models.dense import Dense, Head
+from jax_instructblip.models.dense import Dense, Head, kernel_by_word
 from jax_instructblip.models.flops import products
 from jax_instructblip.models.layers import Mlp
 from tests.helpers.numerics import error
@@ -94,3 +94,17 @@ def test_the_head_of_a_bfloat16_model_gives_float32_logits():
     found = Head(1, jnp.bfloat16).apply({"params": {"kernel": kernel}}, x)
     assert found.dtype == jnp.float32
     assert found[0, 0] == 0.5 + 255 * 2.0**-9
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_head_by_word_is_the_head(rows, dtype):
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.standard_normal((rows, 6)), jnp.float32)
+    kernel = jnp.asarray(draw.standard_normal((6, 13)), dtype)
+    by_word = kernel_by_word(kernel)
+    assert by_word.shape == (16, 6) and not by_word[13:].any()
+    expected = Head(13, dtype).apply({"params": {"kernel": kernel}}, x)
+    found = Head(13, dtype, by_word=True).apply({"params": {"kernel": by_word}}, x)
+    assert found.shape == (rows, 13) and found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
