@@ -29,7 +29,7 @@ from jax_instructblip.models.variants import QUANTISED, Variant
 
 TOWERS = ("vision", "llm")
 GROUP = 128  # weights that share a scale in int4, where the axis allows it
-LARGEST = dict(zip(QUANTISED, (127, 7), strict=True))  # of the whole numbers
+LARGEST: dict[str, int] = dict(zip(QUANTISED, (127, 7), strict=True))  # of the whole numbers
 DTYPES: dict[str, Any] = {"int8": np.dtype(np.int8), "int4": np.dtype(np.uint8)}  # of `q`
 
 _KERNEL = re.compile(

@@ -106,6 +106,14 @@ def test_a_plan_is_of_the_program_that_train_runs():
     config.plan.sample = (1, 10, 16, 4)
     useful, visual = read_job(config, known.variant).useful(), known.variant.visual_tokens
     assert 0 < useful == 16 * flops.analytic(known.variant, 1, 10, 16 - visual, 4)
+    # Frozen kernels as a run holds them.
+    config.model.frozen_dtype = "int8"
+    job = read_job(config, tiny_variant("llama"))
+    state, frozen, *_ = plan.job_arguments(job, mesh)
+    kernel = frozen["llm"]["layers"]["mlp"]["gate"]["kernel"]
+    assert (kernel["q"].dtype, kernel["scale"].shape) == ("int8", (2, 1, job.variant.llm.mlp))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
+    config.model.frozen_dtype = "bfloat16"
     config.chat.template, config.chat.limit = "v1", 99
     lengths = read_job(config, tiny_variant("llama")).lengths
     assert lengths["tokens"] + job.variant.visual_tokens == 99
