@@ -29,7 +29,11 @@ HELD_IN = {
 
 
 def get_config(
-    name: str, batch_size: int, samples_per_row: int, row: tuple[int, int], sample: tuple[int, ...]
+    name: str,
+    batch_size: int,
+    samples_per_row: int,
+    row: tuple[int, int],
+    sample: tuple[float, ...],
 ) -> ConfigDict:
     """The training of one language model; `batch_size` is the paper's, on all devices together.
 

@@ -74,8 +74,12 @@ def measure_families(
         task = families.family_task(split, records, config, digest=digest, limit=settings.limit)
         tasks.append(dataclasses.replace(task, **settings.showing()))
     out.mkdir(parents=True, exist_ok=True)  # fails now if it cannot be written
-    how = {"template": settings.template, "quantise": settings.quantise}
-    blip = load(settings.checkpoint, dtype=settings.dtype, **how)
+    blip = load(
+        settings.checkpoint,
+        dtype=settings.dtype,
+        template=settings.template,
+        quantise=settings.quantise,
+    )
     weights = weights_digest(blip.source or read_source(settings.checkpoint))
     model = {"checkpoint": settings.checkpoint, "weights": weights, "data": data}
     model["dtype"] = describe_dtype(blip.model.dtype, settings.quantise)

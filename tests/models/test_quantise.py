@@ -1,6 +1,7 @@
 """Kernels in int8 and int4: which, how they are rounded, and that models compute with them."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +137,8 @@ def test_a_product_is_that_with_the_rounded_weights(path, shape, summed, bias, f
     x, pull = jnp.asarray(weights((4, *shape[:summed]), 3)), jnp.asarray(weights((4, *features), 4))
 
     def loss(x, kernel):
-        return (dense.apply({"params": {"kernel": kernel, **rest}}, x) * pull).sum()
+        product: Any = dense.apply({"params": {"kernel": kernel, **rest}}, x)
+        return (product * pull).sum()
 
     for take in (loss, jax.grad(loss)):
         np.testing.assert_allclose(take(x, stored), take(x, rounded), rtol=2e-5, atol=2e-5)
