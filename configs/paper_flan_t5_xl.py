@@ -7,4 +7,10 @@ from configs import paper
 
 def get_config() -> ConfigDict:
     """The fields of the run."""
-    return paper.get_config("flan_t5_xl", batch_size=192)
+    return paper.get_config(
+        "flan_t5_xl",
+        batch_size=192,
+        samples_per_row=12,
+        row=(896, 384),
+        sample=(1.0, 21.3, 53.5, 17.9),
+    )

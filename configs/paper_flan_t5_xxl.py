@@ -7,4 +7,10 @@ from configs import paper
 
 def get_config() -> ConfigDict:
     """The fields of the run."""
-    return paper.get_config("flan_t5_xxl", batch_size=64)
+    return paper.get_config(
+        "flan_t5_xxl",
+        batch_size=64,
+        samples_per_row=4,
+        row=(384, 256),
+        sample=(1.0, 21.2, 53.4, 17.7),
+    )

@@ -7,4 +7,10 @@ from configs import paper
 
 def get_config() -> ConfigDict:
     """The fields of the run."""
-    return paper.get_config("vicuna_13b", batch_size=64)
+    return paper.get_config(
+        "vicuna_13b",
+        batch_size=64,
+        samples_per_row=4,
+        row=(512, 256),
+        sample=(1.0, 20.2, 70.3, 18.1),
+    )

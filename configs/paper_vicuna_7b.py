@@ -7,4 +7,10 @@ from configs import paper
 
 def get_config() -> ConfigDict:
     """The fields of the run."""
-    return paper.get_config("vicuna_7b", batch_size=128)
+    return paper.get_config(
+        "vicuna_7b",
+        batch_size=128,
+        samples_per_row=8,
+        row=(768, 320),
+        sample=(1.0, 20.4, 70.4, 18.1),
+    )

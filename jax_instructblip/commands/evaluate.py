@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jax_instructblip.commands.flags import add_template, check_flags
+from jax_instructblip.commands.flags import add_quantise, add_template, check_flags
 from jax_instructblip.evaluation.by_kind import NAMES as DATASETS
 from jax_instructblip.evaluation.by_kind import full_table
 from jax_instructblip.evaluation.settings import DECODING, MODES, NAMES, PLACES, SHOWING
@@ -134,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("where the model lies")
     add = group.add_argument
     add("--dtype", choices=DTYPES, help="(bfloat16, on a CPU float32)")
+    add_quantise(group)
     add("--fsdp", type=int, default=1, help="devices that weights are split over (1)")
     add("--tensor", type=int, default=1, help="devices that share every question (1)")
     membership.add_flags(parser)

@@ -17,7 +17,7 @@ from jax_instructblip.endpoint.journal import Request
 from jax_instructblip.evaluation import settings
 from jax_instructblip.fields import MOST_SECONDS, Field, find_problems, number, text_problem, whole
 from jax_instructblip.files import find_addresses
-from jax_instructblip.models.variants import DTYPES
+from jax_instructblip.models.variants import DTYPES, QUANTISED
 
 # Allowed values by flag name: a flag means the same in every verb.
 NUMBERS: dict[str, Field] = {
@@ -57,6 +57,15 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         help="of weights and computing (default: bfloat16, on a CPU float32)",
+    )
+
+
+def add_quantise(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Adds `--quantise` to the parser."""
+    parser.add_argument(
+        "--quantise",
+        choices=QUANTISED,
+        help="weights of vision tower and language model (default: not quantised)",
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from jax_instructblip.commands.flags import (
     add_checkpoint,
     add_dtype,
+    add_quantise,
     add_template,
     check_flags,
 )
@@ -40,8 +41,8 @@ def main(argv: list[str]) -> int:
     from jax_instructblip.inference.asking import answer_files
 
     asked = (flags.checkpoint, flags.image, flags.prompt, config)
-    how = {"dtype": flags.dtype, "template": flags.template, "batch_size": flags.batch_size}
-    for row in answer_files(*asked, **how):
+    how = {"dtype": flags.dtype, "template": flags.template, "quantise": flags.quantise}
+    for row in answer_files(*asked, **how, batch_size=flags.batch_size):
         for line in [json_line(row)] if flags.json else _lines(row):
             print(line)
     return 0
@@ -52,7 +53,7 @@ def _stream(flags: argparse.Namespace, config: GenerationConfig) -> int:
     from jax_instructblip.inference.asking import stream_files
 
     asked = (flags.checkpoint, flags.image, flags.prompt, config)
-    how = {"dtype": flags.dtype, "template": flags.template}
+    how = {"dtype": flags.dtype, "template": flags.template, "quantise": flags.quantise}
     for image, prompt, pieces in stream_files(*asked, **how):
         print(f"image:            {image}\nprompt:           {prompt}")
         print("answer:           ", end="", flush=True)
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(parser, *names)
     add_template(parser)
     add_dtype(parser)
+    add_quantise(parser)
     add("--batch_size", type=int, default=BATCH_SIZE, help="asked at once (default: %(default)s)")
     add("--stream", action="store_true", help="print each token as soon as it is chosen; no beams")
     add("--json", action="store_true", help="print one JSON object a line")

@@ -12,6 +12,7 @@ from jax_instructblip import stores
 from jax_instructblip.commands.flags import (
     add_checkpoint,
     add_dtype,
+    add_quantise,
     add_template,
     check_flags,
 )
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
         length_normalise=flags.length_normalise,
         dtype=flags.dtype,
         template=flags.template,
+        quantise=flags.quantise,
         batch_size=flags.batch_size,
     )
     for row in rows:
@@ -75,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_template(parser)
     add_dtype(parser)
+    add_quantise(parser)
     add("--batch_size", type=int, default=BATCH_SIZE, help="ranked at once (default: %(default)s)")
     add("--json", action="store_true", help="print one JSON object a line")
     return parser

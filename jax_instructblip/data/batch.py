@@ -31,7 +31,6 @@ Example = Mapping[str, np.ndarray]
 Lengths = Mapping[str, int | Sequence[int]]
 
 # ROW_LENGTHS are the keys that the argument `lengths` of `collate` may have.
-ROUND = 64  # rows of several samples have a multiple of this many slots
 ROW_LENGTHS = ("images", "qformer_tokens", "slots", "targets")
 
 
@@ -192,40 +191,6 @@ def lay_slots(example: Example, visual_tokens: int) -> dict[str, np.ndarray]:
     return laid
 
 
-def deal(sizes: Sequence[Sequence[int]], rows: int) -> np.ndarray:
-    """Returns the samples of each row, [rows, samples / rows], so that rows have similar lengths.
-
-    `sizes` has for each sample how much room it takes, in one or more measures (slots, targets).
-    The largest sample comes first; each goes to the emptiest row that has not its number of samples
-    yet. With one sample a row the order is kept. The result depends on `sizes` alone, so that all
-    hosts compute the same.
-
-    Raises:
-        ValueError: the number of samples is not divisible by `rows`.
-    """
-    if len(sizes) % rows:
-        raise ValueError(f"{len(sizes)} samples cannot be dealt out evenly to {rows} rows")
-    room = len(sizes) // rows
-    if room == 1:
-        return np.arange(rows)[:, None]
-    whole = [max(sum(each), 1) for each in zip(*sizes, strict=True)]
-    fullness = lambda size: sum(a / b for a, b in zip(size, whole, strict=True))
-    order = sorted(range(len(sizes)), key=lambda sample: (-fullness(sizes[sample]), sample))
-    rows_of_samples: list[list[int]] = [[] for _ in range(rows)]
-    fill = [[0] * len(whole) for _ in range(rows)]
-    for sample in order:
-        free = (row for row in range(rows) if len(rows_of_samples[row]) < room)
-        row = min(free, key=lambda row: (fullness(fill[row]), row))
-        rows_of_samples[row].append(sample)
-        fill[row] = [a + b for a, b in zip(fill[row], sizes[sample], strict=True)]
-    return np.array(rows_of_samples)
-
-
-def round_up(length: int) -> int:
-    """Returns `length` rounded up to a multiple of `ROUND`, the width of rows of many samples."""
-    return -(-length // ROUND) * ROUND
-
-
 def bucket(length: int, buckets: int | Sequence[int] | None, name: str) -> int:
     """Returns the smallest of `buckets` that is at least `length`, or `length` without buckets.
 
@@ -289,6 +254,31 @@ def slot_counts(batch: Mapping[str, np.ndarray]) -> np.ndarray:
     used = [batch[name] for name in ("qformer_mask", "caption_mask") if name in batch]
     used += [batch[name] > 0 for name in ("segments", "decoder_segments") if name in batch]
     return np.array([sum(each.sum() for each in used), sum(each.size for each in used)], np.int64)
+
+
+def sample_sizes(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns [samples, 4] int64: the images, instruction ids, slots and targets of each sample.
+
+    Samples are in the order of the rows; padding is not counted. A pair of BLIP-2's first stage is
+    one image and the ids of a caption, without slots and targets.
+    """
+    if "caption_mask" in batch:
+        text = batch["caption_mask"].sum(axis=1)
+        none = np.zeros_like(text)
+        return np.stack([none + 1, text, none, none], axis=1).astype(np.int64)
+    segments = batch["segments"]
+    samples = np.arange(1, max(segments.max(initial=1), 1) + 1)
+    if "qformer_mask" in batch:
+        samples = np.arange(1, batch["qformer_mask"].shape[1] + 1)
+    count = lambda owners: (owners[:, None] == samples[:, None]).sum(axis=-1)  # [G, J]
+    text = batch["qformer_mask"].sum(axis=-1) if "qformer_mask" in batch else count(segments[:, :0])
+    if "decoder_segments" in batch:
+        owners = batch["decoder_segments"]
+    else:
+        asked = np.minimum(batch["asked"], segments.shape[1] - 1)
+        owners = np.take_along_axis(segments, asked, axis=1) * (batch["targets"] != IGNORE)
+    each = (count(batch["image_sample"]), text, count(segments), count(owners))
+    return np.stack(each, axis=-1).reshape(-1, len(each)).astype(np.int64)
 
 
 def _check_examples(examples: Sequence[Example], per_row: int, lengths: Mapping[str, Any]) -> None:

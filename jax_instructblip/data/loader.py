@@ -10,7 +10,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
-from jax_instructblip.data.batch import slot_counts
+from jax_instructblip.data.batch import sample_sizes, slot_counts
 
 # Keys of a batch that stay on the host.
 HOST_KEYS = ("truncated", "replaced")
@@ -44,8 +44,10 @@ def load(
 ) -> Iterator[tuple[DeviceBatch, Counts]]:
     """Yields (batch on the devices, counts of this host) from batch number `start` on.
 
-    The counts are numpy arrays: `truncated` and `replaced` (`HOST_KEYS`) as the batch had them, and
-    `text`, the number of token positions in use and of all positions (`batch.slot_counts`).
+    The counts are numpy arrays: `truncated` and `replaced` (`HOST_KEYS`) as the batch had them;
+    `text`, the number of token positions in use and of all positions (`batch.slot_counts`);
+    `sizes`, the images, instruction ids, slots and targets of each sample (`batch.sample_sizes`);
+    and `row`, the widths of a row, slots and targets, none for pairs of BLIP-2's first stage.
 
     To resume, give the number of the next batch as `start`: a batch is a function of its number
     alone. `threads` threads of this process make batches, at most `ahead` of them in advance; with
@@ -61,7 +63,9 @@ def load(
         batches_ahead = batches_ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     waiting: collections.deque[tuple[DeviceBatch, Counts]] = collections.deque()
     for batch in batches_ahead:
-        counts = {name: batch.pop(name) for name in HOST_KEYS} | {"text": slot_counts(batch)}
+        counts = {name: batch.pop(name) for name in HOST_KEYS}
+        counts |= {"text": slot_counts(batch), "sizes": sample_sizes(batch)}
+        counts["row"] = np.array([batch[n].shape[1] for n in ("slots", "targets") if n in batch])
         waiting.append((put(batch, sharding, batches.rows, batches.row_count), counts))
         if len(waiting) > 1:  # keep one batch in transfer while another is used
             yield waiting.popleft()

@@ -16,9 +16,10 @@ from typing import cast
 import numpy as np
 
 from jax_instructblip.data import images
-from jax_instructblip.data.batch import bucket, collate, deal, round_up
+from jax_instructblip.data.batch import bucket, collate
 from jax_instructblip.data.conversation import ConversationProcessor
 from jax_instructblip.data.mixture import Mixture, Source, digest_of
+from jax_instructblip.data.packing import deal, row_lengths
 from jax_instructblip.data.rand_augment import rand_augment
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.spec import IGNORE, Batch
@@ -67,8 +68,7 @@ class TrainBatches:
           samples_per_row: samples that are packed into one row.
           buckets: allowed lengths of texts. With one sample a row, texts are padded to the smallest
             bucket that holds the longest text of the global batch, or to the text's limit if none
-            does. Rows of several samples are as wide as the widest row of the batch, rounded up
-            (`round_up`).
+            does. Rows of several samples are as wide as `packing.row_lengths` says.
           augment: crop and mirror at random; if False, images are prepared by `crop` (mirroring
             would spoil tasks about left and right, or about written words).
           crop: a name of `images.CROPS`.
@@ -144,17 +144,16 @@ class TrainBatches:
         `sizes` has the `_size` of each sample, `shared` the samples of each row. Widths are rounded
         to few different values, so that few programs are compiled.
         """
-        sums = {
-            name: max(sum(sizes[sample][name] for sample in row) for row in shared)
-            for name in ("images", "slots", "targets")
-        }
-        longest = lambda name: bucket(max(s[name] for s in sizes), self.buckets[name], name)
-        sums["images"] = max(sums["images"], 1)  # a batch of texts alone has an unused image
-        lengths = {"images": sums["images"], "qformer_tokens": longest("qformer_tokens")}
         if self.samples_per_row > 1:
-            return lengths | {name: round_up(sums[name]) for name in ("slots", "targets")}
-        visual = sums["images"] * self.text.variant.visual_tokens
-        return lengths | {"slots": visual + longest("tokens"), "targets": longest("targets")}
+            return row_lengths(sizes, shared, self.text.qformer_limit)
+        longest = lambda name: bucket(max(s[name] for s in sizes), self.buckets[name], name)
+        images = max(1, *(size["images"] for size in sizes))  # texts alone have an unused image
+        return {
+            "images": images,
+            "qformer_tokens": longest("qformer_tokens"),
+            "slots": images * self.text.variant.visual_tokens + longest("tokens"),
+            "targets": longest("targets"),
+        }
 
     def ids(self, step: int) -> list[str]:
         """Returns the record ids of the global batch `step`, in the mixture's order.

@@ -20,6 +20,7 @@ from jax_instructblip.files import read_entries
 from jax_instructblip.inference.batching import check_batch_size
 from jax_instructblip.inference.loading import (
     Source,
+    describe_dtype,
     read_dtype,
     read_source,
     require_kind,
@@ -66,6 +67,7 @@ class Model:
       dtype: the name of the dtype of weights and computation.
       mesh: the devices; None for one.
       template: the chat template to ask the model by; None for its own.
+      quantise: the form of its kernels, "int8" or "int4"; None for `dtype`.
     """
 
     checkpoint: str
@@ -74,6 +76,7 @@ class Model:
     dtype: str
     mesh: Mesh | None
     template: str | None = None
+    quantise: str | None = None
 
     @classmethod
     def of(cls, checkpoint: str, settings: Settings) -> "Model":
@@ -90,8 +93,9 @@ class Model:
         if answers:
             require_kind(source, READERS)
         dtype = read_dtype(settings.dtype).name
-        mesh = choose_mesh(source.variant, dtype, fsdp=settings.fsdp, tensor=settings.tensor)
-        return cls(checkpoint, source, size, dtype, mesh, settings.template)
+        form, split = settings.quantise, {"fsdp": settings.fsdp, "tensor": settings.tensor}
+        mesh = choose_mesh(source.variant, dtype, quantise=form, **split)
+        return cls(checkpoint, source, size, dtype, mesh, settings.template, form)
 
     @property
     def variant(self) -> Variant:
@@ -106,12 +110,14 @@ class Model:
     def load(self) -> tuple[Any, dict[str, str]]:
         """Returns the loaded model, and the facts that identify it in results."""
         with suite.agreed():
+            how: Any = {"template": self.template, "quantise": self.quantise}
             blip = (load if self.llm else load_any)(
-                self.checkpoint, mesh=self.mesh, dtype=self.dtype, template=self.template
+                self.checkpoint, mesh=self.mesh, dtype=self.dtype, **how
             )
             blip.silent = True  # the suite shows the progress
         weights = weights_digest(self.source)
-        return blip, {"checkpoint": self.checkpoint, "weights": weights, "dtype": self.dtype}
+        dtype = describe_dtype(self.dtype, self.quantise)
+        return blip, {"checkpoint": self.checkpoint, "weights": weights, "dtype": dtype}
 
 
 def score_predictions(settings: Settings, command: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jax_instructblip.evaluation import families, suite
 from jax_instructblip.evaluation.settings import DECODING, Settings
 from jax_instructblip.inference.batching import check_batch_size
 from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.inference.loading import read_source, weights_digest
+from jax_instructblip.inference.loading import describe_dtype, read_source, weights_digest
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.inference.pipeline import load_pipeline as load
 from jax_instructblip.remote import is_remote
@@ -74,10 +74,15 @@ def measure_families(
         task = families.family_task(split, records, config, digest=digest, limit=settings.limit)
         tasks.append(dataclasses.replace(task, **settings.showing()))
     out.mkdir(parents=True, exist_ok=True)  # fails now if it cannot be written
-    blip = load(settings.checkpoint, dtype=settings.dtype, template=settings.template)
+    blip = load(
+        settings.checkpoint,
+        dtype=settings.dtype,
+        template=settings.template,
+        quantise=settings.quantise,
+    )
     weights = weights_digest(blip.source or read_source(settings.checkpoint))
     model = {"checkpoint": settings.checkpoint, "weights": weights, "data": data}
-    model["dtype"] = str(blip.model.dtype)
+    model["dtype"] = describe_dtype(blip.model.dtype, settings.quantise)
     blip.silent = True  # the suite shows the progress
     baselines = []
     if not settings.no_baselines:

@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jax_instructblip.models import quantise as quantisation
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import make_mesh
 
 
-def choose_mesh(variant: Variant, dtype: Any, *, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
+def choose_mesh(
+    variant: Variant, dtype: Any, *, fsdp: int = 1, tensor: int = 1, quantise: str | None = None
+) -> Mesh | None:
     """Returns the mesh on which the model answers; None if there is only one device.
 
     Weights are split over `fsdp` x `tensor` devices. If this divides the number of devices of a
@@ -27,24 +30,28 @@ def choose_mesh(variant: Variant, dtype: Any, *, fsdp: int = 1, tensor: int = 1)
     if min(fsdp, tensor) < 1:
         raise ValueError(f"--fsdp {fsdp} --tensor {tensor}: expected at least 1")
     if jax.device_count() == 1 and split == 1:
-        check_memory(variant, dtype, None)
+        check_memory(variant, dtype, None, quantise)
         return None
     devices = jax.local_devices() if local % split == 0 else jax.devices()
     mesh = make_mesh(fsdp=fsdp, tensor=tensor, devices=devices)
-    check_memory(variant, dtype, mesh)
+    check_memory(variant, dtype, mesh, quantise)
     return mesh
 
 
-def check_memory(variant: Variant, dtype: Any, mesh: Mesh | None) -> None:
+def check_memory(
+    variant: Variant, dtype: Any, mesh: Mesh | None, quantise: str | None = None
+) -> None:
     """Raises a ValueError if a device's share of the weights exceeds its memory."""
-    shapes = param_shapes(variant)
+    like = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype)
+    shapes = jax.tree.map(like, param_shapes(variant))
+    if quantise is not None:
+        shapes = quantisation.shapes(shapes, variant, quantise)
     placed = None if mesh is None else jax.tree.leaves(rules.shardings(shapes, mesh))
     leaves = jax.tree.leaves(shapes)
-    parts = [
-        leaf.shape if placed is None else placed[number].shard_shape(leaf.shape)
-        for number, leaf in enumerate(leaves)
-    ]
-    needed = sum(map(math.prod, parts)) * jnp.dtype(dtype).itemsize
+    needed = 0
+    for number, leaf in enumerate(leaves):
+        part = leaf.shape if placed is None else placed[number].shard_shape(leaf.shape)
+        needed += math.prod(part) * leaf.dtype.itemsize
     memory = device_memory()
     if memory and needed > memory:
         raise ValueError(

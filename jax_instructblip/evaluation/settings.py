@@ -10,6 +10,7 @@ from typing import Any
 from jax_instructblip.data import chat_templates, images, templates, text_processors
 from jax_instructblip.fields import find_problems, whole
 from jax_instructblip.files import find_addresses, local_path
+from jax_instructblip.models.variants import QUANTISED
 from jax_instructblip.remote import address_of
 
 DECODING = (
@@ -43,6 +44,7 @@ _ANSWERING = (
     "beside",
     "batch_size",
     "dtype",
+    "quantise",
     "fsdp",
     "tensor",
     "no_baselines",
@@ -89,6 +91,7 @@ class Settings:
       itm_only: in a retrieval, score by the logit of the match alone.
       template: the chat template to ask the model by; by default its own.
       dtype: of weights and computation; by default bfloat16, on a CPU float32.
+      quantise: form of the kernels of vision tower and language model, "int8" or "int4".
       fsdp: number of devices that split the weights, each with its own questions.
       tensor: number of devices that split the weights and share every question.
     """
@@ -122,6 +125,7 @@ class Settings:
     itm_only: bool | None = None
     template: str | None = None
     dtype: str | None = None
+    quantise: str | None = None
     fsdp: int = 1
     tensor: int = 1
 
@@ -160,7 +164,7 @@ class Settings:
                 problems.append(f"{name} is {getattr(self, name)!r:.60}, expected text")
         if self.mode not in (None, *MODES):
             problems.append(f"mode is {self.mode!r}, expected one of {', '.join(MODES)}")
-        for name, known in SHOWING.items():
+        for name, known in {**SHOWING, "quantise": QUANTISED}.items():
             if getattr(self, name) not in (None, *known):
                 expected = f"expected one of {', '.join(known)}"
                 problems.append(f"{name} is {getattr(self, name)!r:.60}, {expected}")

@@ -24,6 +24,7 @@ def answer_files(
     *,
     dtype: Any = None,
     template: str | None = None,
+    quantise: str | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> list[Row]:
     """Answers questions about image files; returns one dict per question, in order.
@@ -32,7 +33,7 @@ def answer_files(
     errors are those of `load_pipeline` and `InstructBlipPipeline.generate`.
     """
     questions = _check(checkpoint, images, prompts)
-    blip = load(checkpoint, dtype=dtype, template=template)
+    blip = load(checkpoint, dtype=dtype, template=template, quantise=quantise)
     answers = blip.generate(images, prompts, config, batch_size=batch_size)
     return [
         {
@@ -56,10 +57,11 @@ def stream_files(
     *,
     dtype: Any = None,
     template: str | None = None,
+    quantise: str | None = None,
 ) -> Iterator[tuple[Any, str, Iterator[str]]]:
     """Yields (image, prompt, pieces of the answer) for each question, one after the other."""
     questions = _check(checkpoint, images, prompts)
-    blip = load(checkpoint, dtype=dtype, template=template)
+    blip = load(checkpoint, dtype=dtype, template=template, quantise=quantise)
     for question in questions:
         image, prompt = question.frames[0], str(question.prompt)
         yield image, prompt, blip.stream(image, prompt, config)
@@ -75,6 +77,7 @@ def rank_files(
     length_normalise: bool = False,
     dtype: Any = None,
     template: str | None = None,
+    quantise: str | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> list[Row]:
     """Ranks candidate answers to questions about image files; returns one dict per question.
@@ -83,7 +86,7 @@ def rank_files(
     probability. Arguments and errors are those of `load_pipeline` and `InstructBlipPipeline.rank`.
     """
     questions = _check(checkpoint, images, prompts, candidates)
-    blip = load(checkpoint, dtype=dtype, template=template)
+    blip = load(checkpoint, dtype=dtype, template=template, quantise=quantise)
     scores = blip.rank(
         images, prompts, candidates, length_normalise=length_normalise, batch_size=batch_size
     )

@@ -14,7 +14,7 @@ import difflib
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +30,8 @@ from jax_instructblip.conversion.positions import fit_positions, with_positions
 from jax_instructblip.conversion.stored_model import StoredModel, read_stored_model, tuned
 from jax_instructblip.data.input_format import KEY, InputFormat
 from jax_instructblip.files import read_json
-from jax_instructblip.models.variants import DTYPES, Variant
+from jax_instructblip.models import quantise as quantisation
+from jax_instructblip.models.variants import DTYPES, QUANTISED, Variant
 from jax_instructblip.models.vlm import DECODERS, param_shapes, unstack_decoder
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import is_split, replicated
@@ -93,6 +94,11 @@ def read_dtype(dtype: Any) -> np.dtype:
     if known is None or known.name not in DTYPES:
         raise ValueError(f"dtype is {str(dtype)[:60]!r}, expected one of {', '.join(DTYPES)}")
     return known
+
+
+def describe_dtype(dtype: Any, form: str | None) -> str:
+    """The text that records how a model computes, such as `bfloat16, int8 weights`."""
+    return str(dtype) if form is None else f"{dtype}, {form} weights"
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> Path:
@@ -336,15 +342,23 @@ def unstacks(variant: Variant, mesh: Mesh | None, backend: str) -> bool:
     return variant.llm is not None and backend in UNSTACKED and (mesh is None or not is_split(mesh))
 
 
-def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> checkpoint.Tree:
+def load_params(
+    source: Source, dtype: Any, mesh: Mesh | None = None, quantise: str | None = None
+) -> checkpoint.Tree:
     """Reads the parameters of `source` onto the first device, or sharded over `mesh`.
 
     `parallel/rules.py` has the shardings. With a mesh of several processes, each reads only its own
-    parts. The layers that decode may be unstacked (`unstacks`).
+    parts, but of kernels that are quantised the whole. `quantise` is a form of weights for the
+    vision tower and the language model (`models/quantise.py`). The layers that decode may be
+    unstacked (`unstacks`).
     """
     if not (mesh is None or isinstance(mesh, Mesh)):
         raise ValueError(f"mesh is a {type(mesh).__name__}, expected a jax.sharding.Mesh or None")
-    place = functools.partial(_place, dtype=dtype, mesh=mesh)
+    if quantise not in (None, *QUANTISED):
+        known = ", ".join(QUANTISED)
+        raise ValueError(f"quantise is {str(quantise)[:60]!r}, expected None or one of {known}")
+    put = functools.partial(_place, dtype=dtype, mesh=mesh)
+    place = functools.partial(place_quantised, put, source.variant, quantise)
     if mesh is not None:
         rules.shardings(param_shapes(source.variant), mesh)  # raises now if the mesh does not fit
         if mesh.is_multi_process:
@@ -357,11 +371,33 @@ def load_params(source: Source, dtype: Any, mesh: Mesh | None = None) -> checkpo
 
 
 def _place(path: str, array: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.Array:
-    """Puts a leaf on its devices; floats are cast to `dtype` on the host, before the transfer."""
-    dtype = dtype if jnp.issubdtype(array.dtype, jnp.floating) else array.dtype
+    """Puts a leaf on its devices; floats are cast to `dtype` on the host, before the transfer.
+
+    Scales of quantised kernels stay float32.
+    """
+    casts = jnp.issubdtype(array.dtype, jnp.floating) and not quantisation.is_scale(path)
+    dtype = dtype if casts else array.dtype
     if mesh is None or is_split(mesh):
         return rules.place(path, array, mesh, dtype)
     return jax.device_put(array.astype(dtype, copy=False), replicated(mesh))
+
+
+def place_quantised(
+    place: checkpoint.Place,
+    variant: Variant,
+    form: str | None,
+    path: str,
+    array: Any,
+    towers: Sequence[str] = quantisation.TOWERS,
+) -> Any:
+    """Applies `place` to a leaf; a kernel of `towers` is quantised first and becomes two leaves.
+
+    Without a `form` nothing is quantised.
+    """
+    if form is None or not quantisation.is_quantised(path, variant, towers):
+        return place(path, array)
+    parts = quantisation.quantise(path, array, form)
+    return {name: place(f"{path}/{name}", part) for name, part in parts.items()}
 
 
 def _place_apart(variant: Variant, place: checkpoint.Place, path: str, array: np.ndarray) -> Any:

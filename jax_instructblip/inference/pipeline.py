@@ -39,6 +39,7 @@ from jax_instructblip.inference.decode import generate_tokens, stream_tokens
 from jax_instructblip.inference.generation_config import BATCH_SIZE, GenerationConfig, configured
 from jax_instructblip.inference.loading import (
     Source,
+    describe_dtype,
     load_params,
     read_dtype,
     read_source,
@@ -62,6 +63,7 @@ from jax_instructblip.inference.saving import save_checkpoint
 from jax_instructblip.inference.streaming import pieces
 from jax_instructblip.inference.text_loading import text_of
 from jax_instructblip.models.layers import Scan, Scans
+from jax_instructblip.models.quantise import form_of
 from jax_instructblip.models.released import released_name
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import VisionLanguageModel, is_unstacked
@@ -73,6 +75,7 @@ def load(
     dtype: Any = None,
     *,
     template: str | None = None,
+    quantise: str | None = None,
 ) -> "InstructBlipPipeline":
     """Loads the model at `path`; for BLIP-2's first stage, the result is a `Retriever`.
 
@@ -86,6 +89,8 @@ def load(
         softmax and logits are always float32. float16 is refused for T5, where it overflows.
       template: the chat template to ask the model by, a key of `chat_templates.CHAT_TEMPLATES`; by
         default its own. LLaVA has one, other models where they were tuned with it.
+      quantise: "int8" or "int4" holds the kernels of the vision tower and the language model as
+        whole numbers with scales (`models/quantise.py`); None as `dtype`.
     """
     dtype, source = read_dtype(dtype), read_source(path)
     if source.variant.llm is None:
@@ -94,8 +99,8 @@ def load(
                 f"template is {template!r}, but {path} is a first stage of BLIP-2, which is asked "
                 "nothing: leave it out"
             )
-        return cast(Any, Retriever.of(source, dtype, mesh))
-    return load_pipeline(path, mesh, dtype, template=template)
+        return cast(Any, Retriever.of(source, dtype, mesh, quantise))
+    return load_pipeline(path, mesh, dtype, template=template, quantise=quantise)
 
 
 def load_pipeline(
@@ -104,6 +109,7 @@ def load_pipeline(
     dtype: Any = None,
     *,
     template: str | None = None,
+    quantise: str | None = None,
 ) -> "InstructBlipPipeline":
     """Loads the model at `path` as `load` does; a ValueError for BLIP-2's first stage."""
     dtype, source = read_dtype(dtype), read_source(path)
@@ -111,7 +117,7 @@ def load_pipeline(
     # Binding makes the model refuse a dtype now, before gigabytes are read.
     _ = VisionLanguageModel(source.variant, dtype).bind({}).vision
     text = text_of(source, template)
-    params = load_params(source, dtype, mesh)
+    params = load_params(source, dtype, mesh, quantise)
     return reader(source.variant, params, text, dtype=dtype, mesh=mesh, source=source)
 
 
@@ -148,7 +154,8 @@ class InstructBlipPipeline(BatchRunner):
     def __repr__(self) -> str:
         name = released_name(self.variant) or f"a {self.variant.llm.kind} model of its own size"
         where = f", {self.source.folder}" if self.source else ""
-        return f"{type(self).__name__}({name}, {self.model.dtype}{where})"
+        dtype = describe_dtype(self.model.dtype, form_of(self.params))
+        return f"{type(self).__name__}({name}, {dtype}{where})"
 
     def generate(
         self,
@@ -340,7 +347,7 @@ class InstructBlipPipeline(BatchRunner):
 
         def compute(batch: Batch, rows: np.ndarray) -> jax.Array:
             del rows
-            return _visual_prompt(self.model, self.params, batch)
+            return _apply(self.model, self.params, batch, "visual_vectors")
 
         results = self._run("looking", compute, questions, batch_size)
         return np.concatenate([vectors[:count].astype(np.float32) for vectors, count in results])
@@ -372,7 +379,7 @@ class InstructBlipPipeline(BatchRunner):
         batch = ask_every_slot(self.variant, compacted(batch))
         spec.check(batch, self.variant)
         with self._mesh():
-            return np.asarray(_logits(self.model, self.params, self._on_devices(batch)))
+            return np.asarray(_apply(self.model, self.params, self._on_devices(batch)))
 
 
 # The class that `load` returns, by the kind of model.
@@ -381,11 +388,6 @@ READERS: dict[str, type[InstructBlipPipeline]] = dict.fromkeys(
 )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(model: VisionLanguageModel, params: Any, batch: Batch) -> Any:
-    return model.apply({"params": params}, batch)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _visual_prompt(model: VisionLanguageModel, params: Any, batch: Batch) -> Any:
-    return model.apply({"params": params}, batch, method="visual_vectors")
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _apply(model: VisionLanguageModel, params: Any, batch: Batch, method: str | None = None) -> Any:
+    return model.apply({"params": params}, batch, method=method)

@@ -96,8 +96,10 @@ class Retriever:
         self._near = jax.jit(programs.similarities)
 
     @classmethod
-    def of(cls, source: Source, dtype: Any, mesh: Mesh | None = None) -> "Retriever":
-        """The retriever of a `source` that `read_source` has returned.
+    def of(
+        cls, source: Source, dtype: Any, mesh: Mesh | None = None, quantise: str | None = None
+    ) -> "Retriever":
+        """The retriever of a `source` that `read_source` has returned; `quantise` as in `load`.
 
         Raises:
             ValueError: `mesh` is of several processes; a retriever works on the devices of one.
@@ -108,7 +110,7 @@ class Retriever:
                 "jax.local_devices()"
             )
         text = CaptionTokenizer.load(source.folder, source.variant, RETRIEVAL_LIMIT)
-        params = load_params(source, dtype, mesh)
+        params = load_params(source, dtype, mesh, quantise)
         return cls(source.variant, params, text, dtype=dtype, mesh=mesh, source=source)
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ from jax_instructblip.atomic import check_room
 from jax_instructblip.conversion.stored_model import copy_tokenizers, write_sides
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.loading import LIMITS, Source
+from jax_instructblip.models.quantise import form_of
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.models.vlm import DECODERS, is_unstacked
 
@@ -32,9 +33,14 @@ def save_checkpoint(
 
     Raises:
         FileExistsError: `out` exists.
-        ValueError: other processes hold parts of the parameters.
+        ValueError: other processes hold parts of the parameters, or they are quantised.
         OSError: there is too little space, or writing failed.
     """
+    if form := form_of(params):
+        raise ValueError(
+            f"{out} is not written: the weights were made {form} when they were loaded, and a "
+            "checkpoint keeps those of before; load the model without `quantise`"
+        )
     leaves = jax.tree.leaves(params)
     if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
         raise ValueError(

@@ -1,7 +1,12 @@
-"""Products with weights: `Dense`, with or without a bias, and the head of a language model."""
+"""Products with weights: `Dense`, with or without a bias, and the head of a language model.
+
+The kernel of a `Dense` is an array, or quantised: a dict of whole numbers `q` and their `scale`
+(`models/quantise.py`).
+"""
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+from jax_instructblip.models.quantise import expand, packed_shape
 
 WORDS = 8  # tensor cores of GPUs multiply matrices of multiples of 8 narrow numbers
 _ALGORITHMS = {  # narrow factors and a float32 sum
@@ -47,8 +54,11 @@ class Dense(nn.Module):
         contracted = x.shape[x.ndim - self.contracted :]
         flat = (math.prod(contracted), math.prod(self.features))
         init = lambda key, shape: nn.initializers.lecun_normal()(key, flat).reshape(shape)
-        kernel = self.param("kernel", init, (*contracted, *self.features))
-        x = x.astype(self.dtype)
+        shape, x = (*contracted, *self.features), x.astype(self.dtype)
+        stored = self.get_variable("params", "kernel")
+        if isinstance(stored, Mapping):
+            return self._quantised(x, stored, shape)
+        kernel = self.param("kernel", init, shape)
         if not self.use_bias:
             return jnp.tensordot(x, kernel.astype(self.dtype), self.contracted)
         bias = self.param("bias", nn.initializers.zeros, self.features)
@@ -56,6 +66,65 @@ class Dense(nn.Module):
         product: Array = affine(x, kernel, bias, dtype)  # pyright: ignore (custom_vjp hides it)
         # Named, because remat policies cannot see inside a function with a custom gradient.
         return checkpoint_name(product if self.wide else product.astype(self.dtype), PRODUCT)
+
+    def _quantised(self, x: Array, kernel: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
+        """The product with a quantised kernel, in float32 until the bias is added."""
+        q, scale = kernel["q"], kernel["scale"]
+        if q.shape not in (shape, packed_shape(shape, self.contracted, "int4")):
+            raise ValueError(f"a quantised kernel has the shape {q.shape}, expected {shape}")
+        product: Array = quantised_product(  # pyright: ignore (custom_vjp hides it)
+            x, q, scale, shape, self.contracted
+        )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.features)
+            product = product + rank_of(bias.astype(jnp.float32), product)
+        wide = self.wide and self.use_bias
+        return checkpoint_name(product if wide else product.astype(self.dtype), PRODUCT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def quantised_product(
+    x: Array, q: Array, scale: Array, shape: tuple[int, ...], contracted: int
+) -> Array:
+    """`x` times a quantised, frozen kernel of `shape`, in float32; factors have the dtype of `x`.
+
+    Where all weights of an output channel share one scale (int8), the product is scaled, not the
+    weights. In the gradient of `x` the factors have its dtype, too; `q` and `scale` get none.
+    """
+    product = functools.partial(jnp.tensordot, precision=_precision(x.dtype))
+    kernel, channels = _factors(q, scale, shape, contracted)
+    total = product(x, kernel.astype(x.dtype), contracted, preferred_element_type=jnp.float32)
+    return total * rank_of(channels, total)
+
+
+def _quantised_forward(
+    x: Array, q: Array, scale: Array, shape: tuple[int, ...], contracted: int
+) -> tuple[Array, Any]:
+    total: Any = quantised_product(x, q, scale, shape, contracted)
+    return total, (q, scale, jnp.zeros(0, x.dtype))
+
+
+def _quantised_backward(
+    shape: tuple[int, ...], contracted: int, kept: Any, gradient: Array
+) -> tuple[Array, None, None]:
+    q, scale, like = kept
+    kernel, channels = _factors(q, scale, shape, contracted)
+    factor = (gradient * rank_of(channels, gradient)).astype(like.dtype)
+    axes = tuple(range(contracted - len(shape), 0))
+    product = functools.partial(jnp.tensordot, precision=_precision(like.dtype))
+    return product(factor, kernel.astype(like.dtype), (axes, axes)), None, None
+
+
+quantised_product.defvjp(_quantised_forward, _quantised_backward)
+
+
+def _factors(
+    q: Array, scale: Array, shape: tuple[int, ...], contracted: int
+) -> tuple[Array, Array]:
+    """A quantised kernel as (weights, a factor for each output channel that they still need)."""
+    if any(size > 1 for size in scale.shape[:contracted]) or q.dtype != jnp.int8:
+        return expand(q, scale, shape, contracted), jnp.ones(shape[contracted:], jnp.float32)
+    return q, scale.reshape(shape[contracted:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

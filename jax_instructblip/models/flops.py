@@ -5,10 +5,11 @@ includes the body of a scan once, so the jaxpr is walked instead: body times len
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jax_instructblip.models.variants import (
@@ -20,6 +21,7 @@ from jax_instructblip.models.variants import (
     Variant,
 )
 
+Count = Any  # an int, or an array with a number for each sample (`useful`)
 PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
@@ -76,6 +78,8 @@ def analytic(
     answer: int,
     *,
     samples_per_row: int = 1,
+    row_slots: int = 0,
+    row_targets: int = 0,
     trains_vision: bool = False,
     trains_llm: bool = False,
 ) -> int:
@@ -83,7 +87,8 @@ def analytic(
 
     A sample has `text` tokens for the Q-Former, `tokens` for the language model and `answer`
     targets; `samples_per_row` samples are packed into one row. Attention counts whole rows, the
-    head all targets.
+    head all targets. `row_slots` and `row_targets` are the widths of a row, by default those of
+    its samples together.
 
     The ViT runs forward only, unless `trains_vision`; the bridge forward and backward, with
     gradients of its weights; the language model forward and backward, with them if `trains_llm`.
@@ -92,15 +97,58 @@ def analytic(
     1 % of the whole.
     """
     first, bridge = _bridge(variant, batch, text)
-    width = samples_per_row * (variant.visual_tokens + tokens)
-    rows, answers = batch // samples_per_row, samples_per_row * answer
-    forward, attention = _language(variant.llm, rows, width, answers)
-    # Forward and backward: frozen weights have no dW, so x 2; products of the attention x 3.
-    llm = (3 if trains_llm else 2) * forward + 3 * attention
-    patches, vision = _vision(variant, batch)
-    if trains_vision:  # but for the gradient of the pixels
-        return 3 * vision - patches + 3 * bridge + llm
-    return vision + 3 * bridge - first + llm
+    width = row_slots or samples_per_row * (variant.visual_tokens + tokens)
+    rows, answers = batch // samples_per_row, row_targets or samples_per_row * answer
+    language = _language(variant.llm, rows, width, answers)
+    towers = {"vision": trains_vision, variant.bridge.key: True, "llm": trains_llm}
+    trained = [name for name, trains in towers.items() if trains]
+    return _step(trained, _vision(variant, batch), (first, bridge), language)
+
+
+def useful(variant: Variant, sizes: np.ndarray, trainable: Sequence[str]) -> int:
+    """FLOPs that one train step needs: every sample alone in its row, nothing padded.
+
+    `sizes` [samples, 4] holds the images, instruction ids, slots and targets of each sample
+    (`data.batch.sample_sizes`), or means of them; `trainable` names the top-level trees that are
+    trained. Captions of BLIP-2's first stage all count as long as their mean.
+    """
+    images, text, slots, targets = np.asarray(sizes, np.float64).T
+    if variant.llm is None:
+        mean = round(float(text.mean()))
+        return pairs(variant, len(text), mean, trains_vision="vision" in trainable)
+    _, own = _bridge(variant, images, text)
+    first, _ = _bridge(variant, int(images.sum()), 0)
+    language = _language(variant.llm, 1, slots, targets)
+    total = lambda counts: int(np.sum(counts))
+    return _step(
+        trainable,
+        _vision(variant, int(images.sum())),
+        (first, total(own)),
+        (total(language[0]), total(language[1])),
+    )
+
+
+def _step(
+    trainable: Sequence[str],
+    vision: tuple[int, int],
+    bridge: tuple[int, int],
+    language: tuple[int, int],
+) -> int:
+    """FLOPs of one train step, from the towers' forward FLOPs.
+
+    `vision` and `bridge` are (products that need no gradient of their input if what comes before is
+    frozen, everything), `language` is (products with weights, products inside attention). A tower
+    runs backward if it or one before it is trained; a frozen one has no gradients of weights.
+    """
+    (patches, seen), (first, read), (forward, attention) = vision, bridge, language
+    trains_vision, trains_llm = "vision" in trainable, "llm" in trainable
+    trains_bridge = bool({"qformer", "projector"} & set(trainable))
+    total = 3 * seen - patches if trains_vision else seen  # the pixels have no gradient
+    if trains_bridge:
+        total += 3 * read - (0 if trains_vision else first)
+    else:
+        total += (2 if trains_vision else 1) * read
+    return total + (3 if trains_llm else 2) * forward + 3 * attention
 
 
 def pairs(variant: Variant, batch: int, text: int, *, trains_vision: bool = False) -> int:
@@ -163,7 +211,7 @@ def _decoder_weights(config: LlamaConfig | OptConfig) -> int:
     return config.layers * (config.width * heads * config.head_width + mlp)
 
 
-def linear(rows: int, *sizes: int) -> int:
+def linear(rows: Count, *sizes: Count) -> Count:
     """FLOPs of multiplying `rows` vectors with a weight of shape `sizes`."""
     return 2 * rows * math.prod(sizes)
 
@@ -179,7 +227,9 @@ def _vision(variant: Variant, rows: int) -> tuple[int, int]:
     )
 
 
-def _qformer_rows(variant: Variant, rows: int, own: int, seen: int, queries: int = 0) -> int:
+def _qformer_rows(
+    variant: Variant, rows: Count, own: Count, seen: Count, queries: int = 0
+) -> Count:
     """Forward FLOPs of rows of `own` tokens, `queries` of them, that attend to `seen` tokens.
 
     Without the keys and values of the image.
@@ -192,7 +242,7 @@ def _qformer_rows(variant: Variant, rows: int, own: int, seen: int, queries: int
     return q.layers * each + q.layers // 2 * cross
 
 
-def _bridge(variant: Variant, rows: int, text: int) -> tuple[int, int]:
+def _bridge(variant: Variant, rows: Count, text: Count) -> tuple[Count, Count]:
     """FLOPs of the bridge's forward pass: (products that read the patches alone, everything).
 
     In a Q-Former the former are the keys and values of the cross-attention.
@@ -209,7 +259,9 @@ def _bridge(variant: Variant, rows: int, text: int) -> tuple[int, int]:
     return keys_values, forward
 
 
-def _language(config: LanguageConfig, rows: int, length: int, answer: int) -> tuple[int, int]:
+def _language(
+    config: LanguageConfig, rows: int, length: Count, answer: Count
+) -> tuple[Count, Count]:
     """A language model's forward FLOPs: (products with weights, products inside attention)."""
     if not isinstance(config, T5Config):
         weights = _decoder_weights(config)

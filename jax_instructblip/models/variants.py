@@ -20,6 +20,7 @@ from jax_instructblip.models.language_configs import (
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in 0..1
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 DTYPES = ("float32", "bfloat16", "float16")  # compute dtypes of a model
+QUANTISED = ("int8", "int4")  # forms of weights that are quantised (`models/quantise.py`)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,8 @@
     embedding   model width over `tensor`; moments of a trained one also vocabulary over `fsdp`
     the rest    whole on every device: norms, biases, positions, queries, the patch convolution
 
+A quantised kernel (`models/quantise.py`) is split like the kernel that it stands for.
+
 With `tensor` above 1 a layer has two all-reduces, after the attention and after the mlp
 (Megatron-LM, arXiv 1909.08053). With `fsdp` above 1 each weight is gathered when its layer runs.
 """
@@ -174,7 +176,8 @@ def _decide(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tupl
     Raises a ValueError if no rule matches, or no spec divides the shape.
     """
     words = ", ".join(map(str, shape))
-    rule = next((rule for rule in RULES if re.search(f"(^|/)({rule.path})$", path)), None)
+    kernel, part = _kernel_of(path)
+    rule = next((rule for rule in RULES if re.search(f"(^|/)({rule.path})$", kernel)), None)
     if rule is None:
         raise ValueError(
             f"{path} [{words}]: no rule says how it is split; add one to parallel/rules.py"
@@ -185,6 +188,10 @@ def _decide(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tupl
         if not spec:
             return rule, spec, ""
         spec = P(None, *spec) if stacked else spec
+        if part == "scale":
+            divides = lambda axes, size: size % _parts(axes, sizes) == 0
+            pairs = zip(spec, shape, strict=True)
+            spec = P(*(axes if divides(axes, size) else None for axes, size in pairs))
         reason = _misfit(spec, shape, sizes)
         if not reason:
             return rule, spec, "; ".join(reasons)
@@ -194,14 +201,31 @@ def _decide(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tupl
     )
 
 
+def _kernel_of(path: str) -> tuple[str, str]:
+    """The path of the kernel that a leaf belongs to, and which part of it if it is quantised.
+
+    `q` is split like the kernel that it stands for; `scale` as well, but along an axis that does
+    not divide it is whole on every device.
+    """
+    kernel, _, part = path.rpartition("/")
+    quantised = part in ("q", "scale") and kernel.rpartition("/")[2] == "kernel"
+    return (kernel, part) if quantised else (path, "")
+
+
 def _misfit(spec: P, shape: tuple[int, ...], sizes: Mapping[str, int]) -> str:
     """The reason why `spec` cannot split a leaf of `shape` on axes of `sizes`; "" if it can."""
     if len(spec) != len(shape):
         return f"has {len(shape)} axes, expected {len(spec)}"
     for number, (axes, size) in enumerate(zip(spec, shape, strict=True)):
-        axes = (axes,) if isinstance(axes, str) else axes or ()
-        parts = math.prod(sizes[axis] for axis in axes)
+        parts = _parts(axes, sizes)
         if size % parts:
+            axes = (axes,) if isinstance(axes, str) else axes or ()
             over = " x ".join(f"{axis}={sizes[axis]}" for axis in axes)
             return f"axis {number} of {size} does not divide by {over}"
     return ""
+
+
+def _parts(axes: Any, sizes: Mapping[str, int]) -> int:
+    """The number of parts into which mesh axes of `sizes` split an axis; `axes` is as in a spec."""
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(sizes[axis] for axis in axes)

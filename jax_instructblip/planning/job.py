@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -28,9 +29,13 @@ class Job:
       step: "train", or "decode" (greedy answers to the prompts of a batch).
       batch: samples of a step, on all devices together.
       samples_per_row: samples that share a row.
+      row: slots and targets of a row of several samples, as `row_slots` and `row_targets`; 0: those
+        of samples as long as `lengths`.
+      sample: mean images, instruction ids, slots and targets of a sample; () where unknown.
       lengths: most tokens of a sample, by key: `qformer_tokens`, `tokens`; in training, `targets`;
         of BLIP-2's first stage `captions` alone.
       pairs_by_image: True if all captions of an image are positives (first stage).
+      quantise: form of the frozen kernels of vision tower and language model; None: as the others.
       skip_non_finite: a step with a non-finite loss changes nothing, so the old state is kept.
       new_tokens: tokens of an answer ("decode").
     """
@@ -39,11 +44,14 @@ class Job:
     step: str
     batch: int
     samples_per_row: int
+    row: Mapping[str, int]
+    sample: tuple[float, ...]
     lengths: Mapping[str, int]
     trainable: tuple[str, ...]
     scans: Scans
     dtype: Any
     frozen_dtype: Any
+    quantise: str | None
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     clip_norm: float | None
@@ -65,6 +73,15 @@ class Job:
         }
         return dataclasses.replace(self, scans=dataclasses.replace(self.scans, **scans))
 
+    def useful(self) -> int:
+        """The FLOPs of a step of samples of the mean lengths `sample`, none of them padded.
+
+        0 if these are unknown.
+        """
+        if self.step != "train" or not self.sample:
+            return 0
+        return self.batch * flops.useful(self.variant, np.array([self.sample]), self.trainable)
+
     def floor(self) -> int:
         """The fewest FLOPs that the step needs: its matrix products, by the model's sizes."""
         trains_vision = "vision" in self.trainable
@@ -81,6 +98,7 @@ class Job:
                 tokens,
                 answer,
                 samples_per_row=shared,
+                **(self.row if shared > 1 else {}),
                 trains_vision=trains_vision,
                 trains_llm="llm" in self.trainable,
             )
@@ -107,6 +125,7 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
         )
     setup.check_samples_per_row(config, variant)
     optimizer, schedule = make_optimizer(config)
+    frozen_dtype, form = setup.read_frozen_dtype(config)
     train = step == "train"
     limits = config.text
     lengths = {"qformer_tokens": limits.qformer_limit, "tokens": limits.prompt_limit}
@@ -125,11 +144,14 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
         step=step,
         batch=config.data.batch_size if train else config.validation.batch_size,
         samples_per_row=config.data.samples_per_row if train else 1,
+        row={name: config.plan[name] for name in ("row_slots", "row_targets")},
+        sample=tuple(config.plan.sample),
         lengths=lengths,
         trainable=tuple(config.model.trainable),
         scans=setup.read_scans(config),
         dtype=jnp.dtype(config.model.dtype),
-        frozen_dtype=jnp.dtype(config.model.frozen_dtype),
+        frozen_dtype=frozen_dtype,
+        quantise=form,
         optimizer=optimizer,
         schedule=schedule,
         clip_norm=config.optimizer.clip_norm or None,
@@ -168,7 +190,18 @@ def fit_rows(job: Job, mesh: Mesh) -> Job:
     """The job with fewer samples per row, if a device has fewer in one accumulation step."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"] * job.accumulate
     shared = max(1, min(job.samples_per_row, job.batch // parts))
-    return dataclasses.replace(job, samples_per_row=shared)
+    if shared == job.samples_per_row:
+        return job
+    # A row of fewer samples is shorter, but the longest sample still has to find room.
+    longest = {
+        "row_slots": job.variant.visual_tokens + job.lengths["tokens"],
+        "row_targets": job.lengths["targets"],
+    }
+    row = {
+        name: max(-(-width * shared // job.samples_per_row), min(width, longest[name]))
+        for name, width in job.row.items()
+    }
+    return dataclasses.replace(job, samples_per_row=shared, row=row)
 
 
 def check_rows(job: Job, mesh: Mesh) -> None:

@@ -10,7 +10,7 @@ import functools
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +20,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from jax_instructblip import checkpoint
 from jax_instructblip.data import spec
-from jax_instructblip.data.batch import round_up
+from jax_instructblip.data.packing import round_up
 from jax_instructblip.inference import decode
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.loading import unstacks
-from jax_instructblip.models import flops
+from jax_instructblip.models import flops, quantise
 from jax_instructblip.models.blip2 import Blip2
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.vlm import (
@@ -171,7 +171,7 @@ def job_arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
     key = _whole(mesh, key)
     batch = _batch(job, rows)
     if job.step == "decode":
-        params = jax.tree.map(lambda leaf: _like(leaf, job.frozen_dtype), shapes)
+        params = _frozen(job, shapes, quantise.TOWERS)
         if unstacks(job.variant, mesh, mesh.devices.flat[0].platform):
             apart = jax.eval_shape(functools.partial(unstack_decoder, job.variant), params)
             params = jax.tree.map(functools.partial(_whole, mesh), apart)
@@ -181,7 +181,8 @@ def job_arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
         keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=rows)
         return params, batch, keys
     chosen, frozen = partition(shapes, job.trainable)
-    frozen = jax.tree.map(lambda leaf: _like(leaf, job.frozen_dtype), frozen)
+    towers = quantise.frozen_towers(job.variant, job.trainable) if job.quantise else ()
+    frozen = _frozen(job, frozen, towers)
     state = jax.eval_shape(functools.partial(create_state, optimizer=job.optimizer), chosen)
     return _place(state, mesh), _place(frozen, mesh), batch, key
 
@@ -248,6 +249,14 @@ def _inner(equation: Any) -> Iterator[Jaxpr]:
                 yield part
 
 
+def _frozen(job: Job, tree: Any, towers: Sequence[str]) -> Any:
+    """Shapes of frozen weights as a run holds them, kernels of `towers` quantised if it says so."""
+    tree = jax.tree.map(lambda leaf: _like(leaf, job.frozen_dtype), tree)
+    if job.quantise is None:
+        return tree
+    return quantise.shapes(tree, job.variant, job.quantise, towers)
+
+
 def _like(leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
@@ -269,13 +278,15 @@ def _batch(job: Job, rows: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
         return _shapes(job, sizes, rows)
     shared = job.samples_per_row
     row_length = round_up if shared > 1 else lambda length: length  # as `TrainBatches` pads rows
-    answer = row_length(shared * job.lengths.get("targets", 0))
+    row = job.row if shared > 1 else {"row_slots": 0, "row_targets": 0}
+    answer = row_length(row["row_targets"] or shared * job.lengths.get("targets", 0))
+    slots = row["row_slots"] or shared * (job.variant.visual_tokens + job.lengths["tokens"])
     sizes = {
         "G": job.batch // shared,
         "J": shared,
         "I": shared,
         "L": job.lengths["qformer_tokens"],
-        "X": row_length(shared * (job.variant.visual_tokens + job.lengths["tokens"])),
+        "X": row_length(slots),
         "A": answer,
         "U": answer,
     }

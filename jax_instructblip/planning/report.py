@@ -10,7 +10,7 @@ from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.planning import advice, plan
 from jax_instructblip.planning.chips import EFFORTS, GIB
 from jax_instructblip.planning.explain import explain, explain_lines
-from jax_instructblip.planning.job import read_job, read_variant
+from jax_instructblip.planning.job import fit_rows, read_job, read_variant
 from jax_instructblip.planning.topology import read_topology
 from jax_instructblip.planning.traffic import Traffic
 from jax_instructblip.training.config_fields import check_config
@@ -46,7 +46,9 @@ def make_report(
     chip_mesh = make_mesh(**sizes, devices=chips.devices)
     report = plan.compile_job(job, chip_mesh, effort=EFFORTS[effort], options=chips.options)
     fits, sentence = advice.verdict(job, chip_mesh, chips, report)
-    floor, count, chip = job.floor(), chip_mesh.size, chips.chip
+    fitted = fit_rows(job, chip_mesh)
+    row = fitted.row if fitted.samples_per_row > 1 else {}
+    floor, count, chip = fitted.floor(), chip_mesh.size, chips.chip
     program = report.program
     moved = {} if program is None else program.moved()
     figures: dict[str, Any] = {
@@ -57,6 +59,7 @@ def make_report(
         "mesh": dict(chip_mesh.shape),
         "batch": job.batch,
         "lengths": dict(job.lengths),
+        "rows": {"samples": fitted.samples_per_row, **row},
         "remat": {tower: getattr(job.scans, tower).remat for tower in ("vision", "qformer", "llm")},
         "trainable": list(job.trainable),
         "has_llm": job.variant.llm is not None,
@@ -75,6 +78,7 @@ def make_report(
             "counted": report.flops,
             "floor": floor,
             "ratio": round(report.flops / floor, 4),
+            "useful": job.useful(),
             "per_chip": report.flops / count,
         },
         "moved": moved,
@@ -121,6 +125,8 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     else:
         work += f"; {report['new_tokens']} new tokens"
     yield f"  batch        {work}"
+    if report["rows"]["samples"] > 1:
+        yield f"  rows         {_rows(report['rows'])}"
     yield "memory of a chip, GiB"
     names = {
         "arguments": "weights, moments, batch",
@@ -140,6 +146,9 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
         f"products of a step: {flops['counted']:.4g} FLOPs, {flops['ratio']:.3f} x the count by "
         "hand"
     )
+    if flops["useful"]:
+        share = flops["useful"] / flops["counted"]
+        yield f"  without padding {flops['useful']:.4g} FLOPs, {share:.1%} of them"
     if report["moved"]:
         yield "received by each chip in a step"
         for kind, row in sorted(report["moved"].items(), key=lambda item: -item[1]["bytes"]):
@@ -162,6 +171,14 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     if report["refusal"]:
         yield f"compiler: {report['refusal']}"
     yield f"verdict: {report['verdict']}"
+
+
+def _rows(rows: Mapping[str, int]) -> str:
+    """The text for rows of several samples: their widths, or that these are the widest."""
+    slots, targets = rows["row_slots"], rows["row_targets"]
+    if not slots:
+        return f"of {rows['samples']} samples, each as long as its limits (config.plan.row_slots)"
+    return f"of {rows['samples']} samples, {slots} slots, {targets} targets"
 
 
 def _sizes(mesh: str) -> dict[str, int]:

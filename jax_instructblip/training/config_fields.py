@@ -26,7 +26,7 @@ from jax_instructblip.fields import (
     whole,
 )
 from jax_instructblip.models.layers import REMAT
-from jax_instructblip.models.variants import DTYPES
+from jax_instructblip.models.variants import DTYPES, QUANTISED
 
 SOURCES = "data.sources"  # name -> the fields of SOURCE_FIELDS
 
@@ -50,7 +50,7 @@ FIELDS: dict[str, Field] = {
     "model.qformer_dropout": _DROPOUT,
     "model.llm_dropout": _DROPOUT,
     "model.dtype": _DTYPE,
-    "model.frozen_dtype": _DTYPE,
+    "model.frozen_dtype": one_of(*DTYPES, *QUANTISED),
     "model.remat.vision": _REMAT,
     "model.remat.qformer": _REMAT,
     "model.remat.llm": _REMAT,
@@ -116,6 +116,9 @@ FIELDS: dict[str, Field] = {
     "mesh.data": _DEVICES,
     "mesh.fsdp": _DEVICES,
     "mesh.tensor": _DEVICES,
+    "plan.row_slots": whole(0, unit="slots of a row"),
+    "plan.row_targets": whole(0, unit="targets of a row"),
+    "plan.sample": several(number(0)),
     "parallel.mode": one_of("jit", "pmap"),
 }
 
@@ -234,6 +237,11 @@ def _together(values: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"config.optimizer.vision_layer_decay is {decay}, config.model.trainable is "
             f"{trainable}: the vision tower is frozen; train it, or leave the decay at 1"
+        )
+    if len(right.get("plan.sample", ())) not in (0, 4):
+        yield (
+            f"config.plan.sample is {right['plan.sample']}, expected four means of a sample: "
+            "images, instruction ids, slots, targets; or ()"
         )
     yield from _prompt_problems(right.get("validation.prompt", ""))
     free = [name for name in right if name.startswith("mesh.") and right[name] == -1]

@@ -16,8 +16,14 @@ from jax_instructblip.checkpoint import stored_leaf
 from jax_instructblip.conversion.positions import fit_positions, resize_note
 from jax_instructblip.data.chat_text import load_text_processor
 from jax_instructblip.data.input_format import InputFormat
-from jax_instructblip.inference.loading import base_digest, read_params, read_source
+from jax_instructblip.inference.loading import (
+    base_digest,
+    place_quantised,
+    read_params,
+    read_source,
+)
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
+from jax_instructblip.models import quantise as quantisation
 from jax_instructblip.models.variants import QFormerConfig, Variant
 from jax_instructblip.models.vlm import model_of, param_shapes
 from jax_instructblip.parallel import rules
@@ -56,6 +62,7 @@ def load_initial(
     fields: Mapping[str, Any] | None = None,
     dtype: Any = jnp.float32,
     frozen_dtype: Any = jnp.bfloat16,
+    quantise: str | None = None,
     mesh: Mesh | None = None,
 ) -> Initial:
     """Loads the checkpoint `base`; if `init` is set, trainable trees are read from `init`.
@@ -69,11 +76,13 @@ def load_initial(
         with another `vision.image_size` the table of positions is resized.
       dtype: the dtype that the model will compute in; only checked here.
       frozen_dtype: the dtype of the frozen weights.
+      quantise: the form of the kernels of frozen vision towers and language models, "int8" or
+        "int4" (`models/quantise.py`); None leaves them as they are.
       mesh: if given, each leaf is put on the devices with the sharding of `parallel/rules.py`.
 
     Raises:
-        ValueError: a change that does not fit the weights, `init` of other sizes, or a `dtype`
-            that the model cannot compute in.
+        ValueError: a change that does not fit the weights, `init` of other sizes, a `dtype` that
+            the model cannot compute in, or nothing frozen that can be quantised.
         CheckpointError: a damaged checkpoint.
     """
     source = read_source(base)
@@ -91,15 +100,23 @@ def load_initial(
 
     lacking = _lacking(variant, source.variant if other is None else other.variant, trainable)
 
-    def place(path: str, array: np.ndarray) -> jax.Array | None:
-        """Casts a leaf of the base and puts it on its devices; None if `init` supplies the leaf."""
-        trains = path.partition("/")[0] in trainable
-        if trains and init and path not in lacking:
+    towers = quantisation.frozen_towers(variant, trainable) if quantise else ()
+    if quantise:
+        notes.append(f"frozen kernels in {quantise}: {', '.join(towers)}")
+
+    def cast(path: str, array: np.ndarray) -> jax.Array:
+        """Casts a leaf of the base and puts it on its devices; scales of kernels stay float32."""
+        floats = jnp.issubdtype(array.dtype, jnp.floating)
+        wide = path.partition("/")[0] in trainable or quantisation.is_scale(path)
+        dtype = array.dtype if not floats else (jnp.float32 if wide else frozen_dtype)
+        return rules.place(path, array, mesh, dtype)
+
+    def place(path: str, array: np.ndarray) -> Any:
+        """Places a leaf of the base, quantised if need be; None if `init` supplies the leaf."""
+        if path.partition("/")[0] in trainable and init and path not in lacking:
             return None
         array = fit_positions(path, array, variant.vision)
-        floats = jnp.issubdtype(array.dtype, jnp.floating)
-        dtype = array.dtype if not floats else (jnp.float32 if trains else frozen_dtype)
-        return rules.place(path, array, mesh, dtype)
+        return place_quantised(cast, variant, quantise, path, array, towers)
 
     processes = {"process": jax.process_index(), "processes": jax.process_count()}
     chosen, frozen = partition(read_params(source, place, **processes), trainable)
@@ -151,6 +168,7 @@ def load_untuned(run: Mapping[str, Any], blip: InstructBlipPipeline) -> Instruct
         trainable=tuple(run["trainable"]),
         fields={"vision.image_size": blip.variant.vision.image_size, **aware},
         frozen_dtype=blip.model.dtype,
+        quantise=quantisation.form_of(blip.params),
     )
     text = load_text_processor(initial.folder, initial.variant, blip.text.input_format)
     dtype = jnp.dtype(blip.model.dtype)

@@ -96,7 +96,7 @@ def _run(
     optimizer, schedule = run_length.make_optimizer(config)
     validated = setup.read_validation_records(config) if evaluate else None
     _print_lines(mixture.table())
-    dtype, frozen_dtype = jnp.dtype(config.model.dtype), jnp.dtype(config.model.frozen_dtype)
+    dtype, (frozen_dtype, form) = jnp.dtype(config.model.dtype), setup.read_frozen_dtype(config)
     setup.check_model(config)
     initial = load_initial(
         config.model.checkpoint,
@@ -105,6 +105,7 @@ def _run(
         fields=setup.read_variant_fields(config),
         dtype=dtype,
         frozen_dtype=frozen_dtype,
+        quantise=form,
         mesh=mesh,
     )
     _print_lines(*initial.notes)
@@ -128,9 +129,7 @@ def _run(
         skip_non_finite=config.train.non_finite == "skip",
     )
     peak = profiling.peak_flops(config.train.peak_flops)
-    # MFU counts the FLOPs of the model without rematerialisation, so this model has no remat.
-    plain = setup.make_objective(config, model_of(initial.variant, dtype))
-    utilisation = profiling.Utilisation(plain, peak)
+    utilisation = profiling.Utilisation(initial.variant, sorted(initial.trainable), peak)
     tuning = _Run(config, workdir, initial, batches, step, validation, utilisation)
     del initial  # its trainable weights have been copied
     # Under pmap every device runs its own program, and no mesh may be set.
@@ -280,7 +279,7 @@ class _Run:
         self.location.push()
 
     def _loop(self, loaded: Iterator[tuple[loader.DeviceBatch, loader.Counts]]) -> None:
-        waiting: tuple[int, Metrics, loader.Counts, int] | None = None
+        waiting: tuple[int, Metrics, loader.Counts] | None = None
         _print_lines("compiling the step")
         line = Progress(
             self.steps, "tuning", "steps", done=self.first, compiles=True, silent=self.silent
@@ -299,8 +298,7 @@ class _Run:
                 # The numbers of the step before are fetched while the device makes this one.
                 if waiting is not None:
                     progress.update(note=self.record(*waiting))
-                done = self.utilisation.of_step(self.state.params, self.frozen, batch)
-                waiting = number, metrics, counts, done
+                waiting = number, metrics, counts
                 self.checkpoints.check()
                 self.watchdog.alive()
                 ends, stops = number == self.steps, self.preemption.reached(number)
@@ -318,17 +316,17 @@ class _Run:
                     )
                     break
 
-    def record(self, number: int, metrics: Metrics, counts: loader.Counts, flops: int) -> str:
+    def record(self, number: int, metrics: Metrics, counts: loader.Counts) -> str:
         """Adds the numbers of step `number` to `self.window`; writes a metrics line if it is due.
 
-        Returns a note for the progress line, `loss 1.234`. `flops` are those of the step.
+        Returns a note for the progress line, `loss 1.234`.
 
         Raises:
             ValueError: the loss or gradient is not finite and the run may not skip (more) steps.
         """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.non_finite_guard.check(number, values)
-        self.window.add(values, counts, flops)
+        self.window.add(values, counts)
         if number % self.log_every == 0 or number in (1, self.steps):
             self.writer.write(number, self.window.close())
         return f"loss {values['loss']:.3f}"

@@ -23,6 +23,7 @@ FILE = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"
 FOLDER = "tensorboard"
 ANSWERS = "answers.jsonl"
+SIZES = ("images", "instruction", "slots", "targets")  # columns of `batch.sample_sizes`
 _SHOWN = ("prompt", "answers", "text")  # columns of the answers in TensorBoard
 
 
@@ -188,12 +189,17 @@ class Window:
         self._steps: list[dict[str, float]] = []
         self._skipped = 0.0
         self._flops = 0
+        self._sizes: list[np.ndarray] = []
+        self._rows: list[np.ndarray] = []
         self._counts = {name: 0.0 for name in ("replaced", *TRUNCATED)}
         self._text = np.zeros(2, np.int64)
 
-    def add(self, values: dict[str, float], counts: loader.Counts, flops: int = 0) -> None:
-        """Adds the metrics of one step, this host's data counts, and the step's `flops`."""
-        self._flops += flops
+    def add(self, values: dict[str, float], counts: loader.Counts) -> None:
+        """Adds the metrics of one step and this host's data counts (`loader.load`)."""
+        if self._utilisation is not None:
+            self._flops += self._utilisation.of_step(counts["sizes"], self._batch_size)
+        self._sizes.append(counts["sizes"])
+        self._rows.append(counts["row"])
         self._steps.append(values)
         self._skipped += values.get("skipped", 0.0)
         self._counts["replaced"] += float((counts["replaced"] > 0).sum())
@@ -206,8 +212,12 @@ class Window:
 
         It has the last step's metrics, except for `loss` (the mean over steps with a finite loss)
         and `skipped` (the number of skipped steps); non-finite values are left out. Then the rates
-        per second, of samples and target tokens on all devices, and these:
+        per second on all devices, of samples, of target tokens (`tokens_per_second`), and of tokens
+        and visual vectors that the language model reads (`slots_per_second`); utilisation
+        (`Utilisation`), and these:
 
+            sample_NAME       mean of this host's samples: images, instruction, slots, targets
+            row_NAME          most slots and targets that a row has, padding included
             padding_share     share of this host's token positions that are padding
             data_share        share of the time spent waiting for batches
             checkpoint_share  share of the time spent copying state for a checkpoint
@@ -224,6 +234,13 @@ class Window:
         values["steps_per_second"] = len(self._steps) / seconds
         values["samples_per_second"] = values["steps_per_second"] * self._batch_size
         values["tokens_per_second"] = sum(each.get("tokens", 0.0) for each in self._steps) / seconds
+        means = np.concatenate(self._sizes).mean(axis=0).tolist()
+        values |= {f"sample_{name}": mean for name, mean in zip(SIZES, means, strict=True)}
+        widest = zip(
+            ("row_slots", "row_targets"), np.max(self._rows, axis=0).tolist(), strict=False
+        )
+        values |= dict(widest)
+        values["slots_per_second"] = values["samples_per_second"] * values["sample_slots"]
         values |= {f"{what}_share": spent / seconds for what, spent in self._spent.items()}
         values["device_share"] = 1 - sum(self._spent.values()) / seconds
         if self._utilisation is not None:

@@ -1,14 +1,15 @@
 """Device utilisation of a run: FLOPs per second against the peak (MFU), memory, profiler traces."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jax_instructblip.models import flops
-from jax_instructblip.training.objective import Objective
+from jax_instructblip.models.variants import Variant
 
 # Vendors' peak FLOPs per second of one JAX device for dense bfloat16 products (float16 on devices
 # without bfloat16). The first pattern that matches `device_kind` applies.
@@ -42,38 +43,28 @@ def peak_flops(stated: float = 0.0, kind: str | None = None) -> float:
 
 
 class Utilisation:
-    """Model FLOPs utilisation (MFU): FLOPs of training steps as a share of the devices' peak."""
+    """Model FLOPs utilisation (MFU): the FLOPs that training needs as a share of the devices' peak.
 
-    def __init__(self, objective: Objective, peak: float):
-        """Sets the objective to count, and the peak FLOPs per second of one device (0: unknown).
+    Padding and rematerialisation are not counted (`flops.useful`): what they cost lowers the share.
+    """
 
-        The objective's model should not rematerialise, because recomputation must not be counted.
-        Without a known peak nothing is computed.
+    def __init__(self, variant: Variant, trainable: Sequence[str], peak: float):
+        """Sets the model, its trained trees, and the peak FLOPs per second of one device.
+
+        With a peak of 0 (unknown) nothing is computed.
         """
-        self._objective, self._peak = objective, peak
-        self._known: dict[tuple[Any, ...], int] = {}
+        self._variant, self._trainable, self._peak = variant, tuple(trainable), peak
 
-    def of_step(self, trainable: Any, frozen: Any, batch: Mapping[str, Any]) -> int:
-        """Returns the FLOPs of a step on such a batch on all devices together; 0 without a peak.
+    def of_step(self, sizes: np.ndarray, batch_size: int) -> int:
+        """Returns the useful FLOPs of a step on all devices together; 0 without a peak.
 
-        Traces the gradient once for each set of batch shapes, which takes seconds.
+        `sizes` are those of this host's samples (`data.batch.sample_sizes`); the other samples of
+        the `batch_size` of a step are taken to be as long.
         """
         if not self._peak:
             return 0
-        key = tuple((name, leaf.shape) for name, leaf in sorted(batch.items()))
-        if key not in self._known:
-            like = lambda tree: jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree
-            )
-
-            def loss(trainable: Any, frozen: Any, batch: Any, rng: Any) -> Any:
-                totals = self._objective.totals(batch)
-                return self._objective({**frozen, **trainable}, batch, rng, totals)
-
-            arguments = like(trainable), like(frozen), like(dict(batch)), jax.random.key(0)
-            jaxpr = jax.make_jaxpr(jax.grad(loss, has_aux=True))(*arguments)
-            self._known[key] = flops.count(jaxpr.jaxpr)
-        return self._known[key]
+        own = flops.useful(self._variant, sizes, self._trainable)
+        return own * batch_size // len(sizes)
 
     def metrics(self, done: int, seconds: float) -> dict[str, float]:
         """Returns `model_flops_utilisation` (0 to 1) and `model_tflops_per_second` as a dict.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -28,9 +29,10 @@ from jax_instructblip.data.templates import TextStyle
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.data.train_batches import TrainBatches
 from jax_instructblip.inference.loading import read_source
+from jax_instructblip.models import quantise
 from jax_instructblip.models.blip2 import Blip2
 from jax_instructblip.models.layers import Scan, Scans
-from jax_instructblip.models.variants import Variant
+from jax_instructblip.models.variants import QUANTISED, Variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.parallel import pmap, rules
 from jax_instructblip.parallel.mesh import batch_sharding, local_rows, make_mesh
@@ -120,6 +122,12 @@ def read_rows(config: ConfigDict, mesh: Mesh) -> np.ndarray:
     """Returns the row indices [b] of each global batch that this host's devices work on."""
     count = config.data.batch_size // read_samples_per_row(config, mesh)
     return local_rows(batch_sharding(mesh), count)
+
+
+def read_frozen_dtype(config: ConfigDict) -> tuple[Any, str | None]:
+    """Returns the dtype of frozen weights, and the form of those that are quantised, if any."""
+    name = config.model.frozen_dtype
+    return (jnp.dtype(jnp.bfloat16), name) if name in QUANTISED else (jnp.dtype(name), None)
 
 
 def read_scans(config: ConfigDict) -> Scans:
@@ -264,6 +272,13 @@ def check_model(config: ConfigDict) -> None:
         partition(param_shapes(variant), tuple(config.model.trainable))
     except ValueError as error:
         raise ValueError(f"config.model.trainable: {error}") from error
+    if config.model.frozen_dtype in QUANTISED:
+        try:
+            quantise.frozen_towers(variant, config.model.trainable)
+        except ValueError as error:
+            raise ValueError(
+                f"config.model.frozen_dtype is {config.model.frozen_dtype}: {error}"
+            ) from error
     check_samples_per_row(config, variant)
     text = read_text(config, base.folder, variant, base.input_format)
     if isinstance(text, CaptionTokenizer) and config.chat.template:

@@ -315,7 +315,7 @@ WORKERS = """
         from unittest import mock
         import numpy as np
         from jax_instructblip.data import loader
-        from jax_instructblip.data.batch import slot_counts
+        from jax_instructblip.data.batch import sample_sizes, slot_counts
         from tests.data.test_all_datasets import BATCH, make_batches
 
         base, data, expected, start = *map(Path, sys.argv[1:4]), int(sys.argv[4])
@@ -327,6 +327,8 @@ WORKERS = """
         step = start
         for batch, counts in loader.load(batches, None, start=start, workers=4):
             np.testing.assert_array_equal(counts.pop("text"), slot_counts(batch))
+            np.testing.assert_array_equal(counts.pop("sizes"), sample_sizes(batch))
+            assert counts.pop("row").tolist() == [batch[n].shape[1] for n in ("slots", "targets")]
             for key, value in (batch | counts).items():
                 np.testing.assert_array_equal(value, expected[f"{step} {key}"][rows], err_msg=key)
             step += 1

@@ -6,9 +6,9 @@ from jax_instructblip.data.batch import (
     bucket,
     collate,
     compact,
-    deal,
     lay_slots,
     pad_to,
+    sample_sizes,
     slot_counts,
 )
 
@@ -150,6 +150,21 @@ def test_slots_in_use_are_counted():
     assert slot_counts(t5).tolist() == [3 + 1 + 2 + 2 + 2 + 1, 6 + 4 + 4]
 
 
+def test_the_sizes_of_samples_leave_padding_out():
+    """Images, instruction ids, slots and targets of each sample, whoever shares its row."""
+    samples = [example([1, 2, 3], [IGNORE, 2, 3], frames=2), example([1], [IGNORE])]
+    expected = [[2, 2, 11, 2], [1, 2, 5, 0]]
+    for shared in (1, 2):
+        batch = collate(samples, visual_tokens=4, samples_per_row=shared, lengths={"slots": 20})
+        assert sample_sizes(batch).tolist() == expected
+    t5 = [example([1, 2, 3], [7, 9], decoder=[0, 7]), example([1], [9], (101,), decoder=[0])]
+    for shared in (1, 2):
+        batch = collate(t5, visual_tokens=4, samples_per_row=shared)
+        assert sample_sizes(batch).tolist() == [[1, 2, 7, 2], [1, 1, 5, 1]]
+    pairs = {"caption_mask": np.array([[True, True, False], [True] * 3])}
+    assert sample_sizes(pairs).tolist() == [[1, 2, 0, 0], [1, 3, 0, 0]]
+
+
 def test_buckets_take_the_smallest_that_fits():
     lengths = {"slots": (16, 4, 8), "qformer_tokens": 6, "targets": (2, 5)}
     batch = collate(LLAMA, lengths=lengths)
@@ -194,29 +209,6 @@ def test_examples_that_do_not_fit_together_are_refused():
         collate([T5[0] | {"targets": ids(1, 2)}])
     with pytest.raises(ValueError, match=r"row 0 has shape \(1, 2\)"):
         pad_to([np.zeros((1, 2), np.int32)], 4, 0)
-
-
-def test_samples_are_dealt_out_evenly_longest_first():
-    sizes = [(9, 1), (1, 1), (8, 1), (2, 1), (5, 1), (5, 1)]
-    shared = deal(sizes, 3)
-    assert sorted(shared.flat) == list(range(6)) and shared.shape == (3, 2)
-    assert sorted(sum(sizes[sample][0] for sample in row) for row in shared) == [10, 10, 10]
-    long_answers = [(1, 30), (1, 1), (1, 1), (30, 1), (1, 30), (30, 1)]
-    rows = deal(long_answers, 3)  # two sizes at once: no row has two of the same kind
-    assert max(sum(long_answers[s][k] for s in row) for row in rows for k in (0, 1)) == 31
-    assert deal(sizes, 6).tolist() == [[0], [1], [2], [3], [4], [5]]  # alone, all stay in place
-    with pytest.raises(ValueError, match="6 samples cannot be dealt out evenly to 4 rows"):
-        deal(sizes, 4)
-
-
-def test_dealing_leaves_little_room_empty():
-    rng = np.random.default_rng(0)
-    lengths = np.where(
-        rng.random(128) < 0.1, rng.integers(150, 400, 128), rng.integers(40, 70, 128)
-    )
-    shared = deal([(length, 1) for length in lengths], 16)
-    widths, in_order = lengths[shared].sum(axis=1), lengths.reshape(16, 8).sum(axis=1)
-    assert widths.mean() / widths.max() > 0.85 > in_order.mean() / in_order.max()
 
 
 def test_compact_moves_padding_to_the_end():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jax_instructblip.checkpoint import read_config
+from jax_instructblip.data.batch import sample_sizes
 from jax_instructblip.data.loader import HOST_KEYS, load
 from jax_instructblip.data.mixture import Mixture, Source
 from jax_instructblip.data.records import read_jsonl
@@ -49,6 +50,9 @@ def test_yields_every_batch_in_order(batches, settings):
         held, positions = counts.pop("text")
         assert held == (expected["segments"] > 0).sum() + expected["qformer_mask"].sum()
         assert positions == expected["tokens"].size + expected["qformer_tokens"].size
+        np.testing.assert_array_equal(counts.pop("sizes"), sample_sizes(expected))
+        widths = [expected[name].shape[1] for name in ("slots", "targets")]
+        assert counts.pop("row").tolist() == widths
         assert set(counts) == set(HOST_KEYS)
         assert set(batch) | set(counts) == set(expected)
         for key, value in batch.items():

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_instructblip.checkpoint import trees
-from jax_instructblip.data.batch import IGNORE, collate, deal
+from jax_instructblip.data.batch import IGNORE, collate
 from jax_instructblip.data.loader import put
+from jax_instructblip.data.packing import deal
 from jax_instructblip.data.spec import check
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.variants import QFormerConfig, Variant

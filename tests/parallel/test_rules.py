@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from jax_instructblip.checkpoint import trees
+from jax_instructblip.models import quantise
 from jax_instructblip.models.released import VARIANTS, get_variant
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel import rules
@@ -108,6 +109,23 @@ def test_every_rule_is_of_use():
 )
 def test_axes(path, spec):
     assert specs(shapes_of("instructblip-flan-t5-xl"), mesh_of(2, 4, 4))[path] == (spec)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_quantised_kernels_are_split_like_the_kernels_they_stand_for(form):
+    variant = get_variant("instructblip-vicuna-7b")
+    plain, mesh = shapes_of("instructblip-vicuna-7b"), mesh_of(1, 4, 4)
+    small = quantise.shapes(plain, variant, form)
+    found, expected = specs(small, mesh), specs(plain, mesh)
+    kernels = {path for path in found if path.endswith("kernel/q")}
+    assert len(kernels) == 6 + 7  # of the vision tower's layers, of the language model's
+    assert {path: found[f"{path}"] for path in kernels} == {
+        path: expected[path.removesuffix("/q")] for path in kernels
+    }
+    # Scales where they can be: not along an axis of which there is one for all.
+    up = "llm/layers/mlp/in/kernel/scale"
+    assert found[up] == P(None, None if form == "int8" else "fsdp", "tensor")
+    assert found["vision/layers/attention_norm/scale"] == P()
 
 
 def test_second_choices_are_taken_and_told():

@@ -5,13 +5,14 @@ import jax
 import pytest
 
 from configs import blip2_stage1, common, paper_vicuna_7b
-from jax_instructblip.data.batch import round_up
+from jax_instructblip.data.packing import round_up
+from jax_instructblip.models import flops
 from jax_instructblip.models.released import VARIANTS, get_variant
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.planning import advice, plan, sweep
 from jax_instructblip.planning.chips import CHIPS, DEFAULT_SHARE
-from jax_instructblip.planning.job import check_rows, read_job, read_variant
+from jax_instructblip.planning.job import check_rows, fit_rows, read_job, read_variant
 from jax_instructblip.planning.topology import Topology
 from tests.helpers.planned import job_of
 from tests.helpers.tiny import tiny_variant
@@ -60,6 +61,29 @@ def test_a_plan_is_of_the_program_that_train_runs():
         "targets": 8 * job.lengths["targets"],
     }
     assert widths == {name: round_up(length) for name, length in row.items()}
+    # Rows as they are known to be, of fewer samples where a device has fewer.
+    config.plan.row_slots, config.plan.row_targets = 1000, 130
+    known, mesh = read_job(config, tiny_variant("llama")), make_mesh(1, 1, 1, jax.devices()[:1])
+    batch = plan.job_arguments(known, mesh)[2]
+    assert (batch["slots"].shape[1], batch["targets"].shape[1]) == (1024, 192)
+    fewer = fit_rows(dataclasses.replace(known, accumulate=4), mesh)
+    assert (fewer.samples_per_row, fewer.row["row_slots"]) == (4, 500)
+    # Those of one sample are all padded to the limits, which is more work.
+    alone = fit_rows(dataclasses.replace(known, accumulate=16), mesh)
+    assert alone.samples_per_row == 1 and alone.floor() > fewer.floor()
+    # And of use is what samples of the mean length need.
+    assert known.useful() == 0
+    config.plan.sample = (1, 10, 16, 4)
+    useful, visual = read_job(config, known.variant).useful(), known.variant.visual_tokens
+    assert 0 < useful == 16 * flops.analytic(known.variant, 1, 10, 16 - visual, 4)
+    # Frozen kernels as a run holds them.
+    config.model.frozen_dtype = "int8"
+    job = read_job(config, tiny_variant("llama"))
+    state, frozen, *_ = plan.job_arguments(job, mesh)
+    kernel = frozen["llm"]["layers"]["mlp"]["gate"]["kernel"]
+    assert (kernel["q"].dtype, kernel["scale"].shape) == ("int8", (2, 1, job.variant.llm.mlp))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
+    config.model.frozen_dtype = "bfloat16"
     config.chat.template, config.chat.limit = "v1", 99
     lengths = read_job(config, tiny_variant("llama")).lengths
     assert lengths["tokens"] + job.variant.visual_tokens == 99

@@ -47,6 +47,17 @@ def test_splits_casts_and_says_where_from(base):
     assert initial.base["sha256"][:12] in initial.notes[0] and str(base) in initial.notes[1]
 
 
+def test_frozen_kernels_are_quantised(base):
+    initial = load_initial(base, trainable=("vision", "qformer"), quantise="int8")
+    assert dtypes(initial.trainable) == {jnp.dtype("float32")}
+    kernel = initial.frozen["llm"]["layers"]["mlp"]["gate"]["kernel"]
+    assert (kernel["q"].dtype, kernel["scale"].dtype) == (jnp.int8, jnp.float32)
+    assert initial.frozen["llm"]["head"]["kernel"].dtype == jnp.bfloat16
+    assert "frozen kernels in int8: llm" in initial.notes
+    with pytest.raises(ValueError, match="cannot be quantised: vision: it is trained.*llm: it is"):
+        load_initial(base, trainable=("vision", "qformer", "llm"), quantise="int8")
+
+
 def test_values_are_the_checkpoints(base):
     initial = load_initial(base, trainable=("vision", "qformer"), frozen_dtype=jnp.float32)
     found = checkpoint.flatten({**initial.frozen, **initial.trainable})

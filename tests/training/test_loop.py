@@ -23,6 +23,8 @@ from tests.helpers.inject_nan import inject_nan
 from tests.helpers.tiny import compile_cache, write_base, write_data
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
+# Counts of a step: one sample of four slots, in a row of eight.
+TEXT = {"text": np.array([4, 8]), "sizes": np.array([[1, 2, 4, 1]]), "row": np.array([8, 1])}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -307,7 +309,7 @@ def test_what_is_computed_again_is_no_use_of_the_peak(files, tmp_path):
 
 def test_time_is_split_and_starts_anew():
     window = Window(2)
-    counts = {"replaced": np.zeros(2), "truncated": np.zeros((2, 3)), "text": np.array([1, 2])}
+    counts = {"replaced": np.zeros(2), "truncated": np.zeros((2, 3)), **TEXT}
     for spent in (0.1, 0.0):
         with window.timed("data"):
             time.sleep(spent)
@@ -322,7 +324,7 @@ def test_what_was_cut_or_replaced_is_counted():
     window = Window(2)
     for replaced in ([0, 3], [0, 0]):
         counts = {"replaced": np.array(replaced), "truncated": np.array([[1, 0, 1], [1, 0, 0]])}
-        window.add({"loss": 1.0}, counts | {"text": np.array([3, 8])})
+        window.add({"loss": 1.0}, {**TEXT, **counts, "text": np.array([3, 8])})
     values = window.close()
     assert values["padding_share"] == 0.625
     assert {name: values[name] for name in values if "replaced" in name or "trunc" in name} == {
@@ -379,7 +381,7 @@ def test_compiles_nothing_after_the_first_steps(files, tmp_path, monkeypatch):
         ({"text.qformer_limit": 200}, "qformer_limit is 200"),
         ({"mesh.tensor": 3}, "does not use the"),
         ({"model.dtype": "float15"}, "model.dtype is 'float15', expected one of float32, bfloat16"),
-        ({"model.frozen_dtype": "int8"}, "model.frozen_dtype is 'int8', expected one of float32"),
+        ({"model.frozen_dtype": "int3"}, "model.frozen_dtype is 'int3', expected one of float32"),
         ({"validation.batch_size": 0}, "validation.batch_size is 0, expected at least 1"),
         ({"train.accumulate": 3}, "batch_size is 4; to be worked on in 3 parts .* a multiple of 3"),
         ({"train.accumulate": 0}, "train.accumulate is 0, expected at least 1"),

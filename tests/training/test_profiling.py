@@ -5,16 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_instructblip.data.batch import sample_sizes
 from jax_instructblip.data.spec import example_batch
 from jax_instructblip.models import flops
 from jax_instructblip.models.blip2 import Blip2
 from jax_instructblip.models.released import get_variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from jax_instructblip.training import profiling
-from jax_instructblip.training.metrics import Window
+from jax_instructblip.training.metrics import SIZES, Window
 from jax_instructblip.training.objective import LanguageObjective
 from jax_instructblip.training.pair_objective import PairObjective
 from jax_instructblip.training.state import partition
+from tests.helpers import packing
 from tests.helpers.tiny import tiny_variant
 
 
@@ -42,8 +44,16 @@ def test_the_peak_of_a_device_is_known_by_its_kind(kind, peak):
     assert profiling.peak_flops(7e12, kind) == 7e12
 
 
-def objective(variant, dtype=jnp.float32):
-    return LanguageObjective(VisionLanguageModel(variant, dtype))
+def step_flops(objective, trainable, frozen, batch):
+    """FLOPs of loss and gradient on the jaxpr, which nothing rematerialises."""
+    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    like = lambda tree: jax.tree.map(shape, tree)
+
+    def loss(trainable, frozen, batch, rng):
+        return objective({**frozen, **trainable}, batch, rng, objective.totals(batch))
+
+    arguments = like(trainable), like(frozen), like(batch), jax.random.key(0)
+    return flops.count(jax.make_jaxpr(jax.grad(loss, has_aux=True))(*arguments).jaxpr)
 
 
 @pytest.mark.parametrize(
@@ -60,16 +70,32 @@ def test_the_products_of_a_full_size_step_are_the_analytic_ones(name, parts, sid
     variant, rows, text = get_variant(name).replace(**{"vision.image_size": side}), 2, 16
     batch = example_batch(variant, batch=rows, text=text, answer=text)
     trainable, frozen = partition(param_shapes(variant), parts)
-    use = profiling.Utilisation(objective(variant, jnp.bfloat16), 1e12)
-    done = use.of_step(trainable, frozen, batch)
+    objective = LanguageObjective(VisionLanguageModel(variant, jnp.bfloat16))
     trains = "vision" in parts
     expected = flops.analytic(variant, rows, *[text] * 3, trains_vision=trains)
-    assert done == pytest.approx(expected, rel=0.01)
-    # In two seconds, on as many devices as there are.
+    assert step_flops(objective, trainable, frozen, batch) == pytest.approx(expected, rel=0.01)
+    # Nothing is padded here, so all of it is of use: in two seconds, on as many devices as there
+    # are, of which this host makes half of the rows.
+    use = profiling.Utilisation(variant, parts, 1e12)
+    done = use.of_step(sample_sizes(batch), 2 * rows)
+    assert done == 2 * expected
     found = use.metrics(done, 2.0)
     share = done / 2 / (1e12 * jax.device_count())
     assert found["model_flops_utilisation"] == pytest.approx(share)
     assert found["model_tflops_per_second"] == pytest.approx(done / 2e12)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_padding_and_row_mates_are_of_no_use(kind):
+    """The useful FLOPs of a packed batch are those of each of its samples alone."""
+    variant = packing.still(kind)
+    batch = packing.rows(variant, packing.samples(variant, 8), 4)
+    sizes = sample_sizes(batch)
+    alone = sum(flops.useful(variant, sizes[n : n + 1], ("qformer",)) for n in range(8))
+    assert flops.useful(variant, sizes, ("qformer",)) == pytest.approx(alone, rel=1e-6)
+    text, answer = int(sizes[0, 1]), int(sizes[0, 3])
+    one = np.array([[1, text, variant.visual_tokens + 20, answer]])
+    assert flops.useful(variant, one, ("qformer",)) == flops.analytic(variant, 1, text, 20, answer)
 
 
 @pytest.mark.parametrize("parts", [("qformer", "heads"), ("vision", "qformer", "heads")])
@@ -81,31 +107,38 @@ def test_the_products_of_a_full_size_first_stage(parts):
     variant, pairs, text = get_variant("blip2-stage1"), 8, 32
     batch = example_batch(variant, batch=pairs, text=text)
     trainable, frozen = partition(param_shapes(variant), parts)
-    model = Blip2(variant, jnp.bfloat16)
-    done = profiling.Utilisation(PairObjective(model), 1e12).of_step(trainable, frozen, batch)
+    done = step_flops(PairObjective(Blip2(variant, jnp.bfloat16)), trainable, frozen, batch)
     vision, q = variant.vision, variant.qformer
     keys_values = q.layers // 2 * 2 * flops.linear(pairs * vision.tokens, q.vision_width, q.width)
     trains = "vision" in parts
     floor = flops.pairs(variant, pairs, text, trains_vision=trains)
     assert done == pytest.approx(floor + (9 if trains else 10) * keys_values, rel=0.003)
+    assert profiling.Utilisation(variant, parts, 1.0).of_step(sample_sizes(batch), pairs) == floor
 
 
 def test_nothing_is_counted_against_an_unknown_peak():
-    use = profiling.Utilisation(objective(tiny_variant("t5")), 0.0)
-    assert use.of_step({}, {}, {}) == 0 and use.metrics(0, 1.0) == {}
-    assert profiling.Utilisation(objective(tiny_variant("t5")), 1e12).metrics(0, 1.0) == {}
+    use = profiling.Utilisation(tiny_variant("t5"), ("qformer",), 0.0)
+    assert use.of_step(np.ones((1, 4)), 1) == 0 and use.metrics(0, 1.0) == {}
+    assert profiling.Utilisation(tiny_variant("t5"), ("qformer",), 1e12).metrics(0, 1.0) == {}
 
 
 def test_rates_are_of_all_steps_since_the_last_line():
-    use = profiling.Utilisation(objective(tiny_variant("t5")), 1e9)
-    window = Window(24, use)
+    variant, sizes = tiny_variant("t5"), np.array([[1, 4, 12, 3], [1, 2, 11, 6]] * 2)
+    window = Window(24, profiling.Utilisation(variant, ("qformer",), 1e9))
     counts = {"replaced": np.zeros(4), "truncated": np.zeros((4, 3)), "text": np.array([1, 2])}
+    counts |= {"sizes": sizes, "row": np.array([64, 32])}
     window.skip(-10.0)  # as if it had begun ten seconds ago
     for _ in range(2):
-        window.add({"loss": 1.0, "tokens": 30.0}, counts, flops=10**9)
+        window.add({"loss": 1.0, "tokens": 30.0}, counts)
     values = window.close()
-    expected = 2 / 10 / jax.device_count()
+    # 24 samples a step, of which this host has 4.
+    done = 2 * 6 * flops.useful(variant, sizes, ("qformer",))
+    expected = done / 10 / (1e9 * jax.device_count())
     assert values["model_flops_utilisation"] == pytest.approx(expected, rel=0.05)
+    assert values["slots_per_second"] == pytest.approx(4.8 * 11.5, rel=0.05)
+    means = {name: values[f"sample_{name}"] for name in SIZES}
+    assert means == {"images": 1, "instruction": 3, "slots": 11.5, "targets": 4.5}
+    assert (values["row_slots"], values["row_targets"]) == (64, 32)
     assert values["tokens_per_second"] == pytest.approx(6, rel=0.05)
     # Of the whole batch, however many processes hold the same four rows of it.
     assert values["samples_per_second"] == pytest.approx(4.8, rel=0.05)

@@ -15,9 +15,10 @@ PANELS = (
     ("validation score", "share", ("validation/score",)),
     ("learning rate", "", ("learning_rate",)),
     ("norms", "", ("gradient_norm", "parameter_norm")),
-    ("speed", "a second", ("samples_per_second", "tokens_per_second")),
+    ("speed", "a second", ("samples_per_second", "tokens_per_second", "slots_per_second")),
     ("where the time goes", "share", ("device_share", "data_share", "checkpoint_share")),
     ("use of the peak", "share", ("model_flops_utilisation",)),
+    ("padding", "share of token positions", ("padding_share",)),
     ("memory", "GB", ("memory_gb", "memory_peak_gb")),
 )
 LOGARITHMIC = ("loss", "norms")

@@ -1,0 +1,181 @@
+"""Weight-only quantisation: kernels of the vision tower and the language model in int8 or int4.
+
+    kernel  [D, ...]   ->   {"q": whole numbers [D, ...], "scale": float32, as many axes}
+
+    int8    one scale for each output channel: the axes that a product sums over have size 1
+    int4    one scale for each group of up to `GROUP` weights along the last summed axis; `q` is
+            uint8 with the weights 2i and 2i + 1 of that axis, each plus 8, in one byte, the first
+            in its lower half; an axis of odd length keeps a byte for each
+
+Rounding is symmetric: weight = q * scale, with the largest weight of a channel or group at 127 or
+7. Products are computed in the model's dtype (`dense.quantised_product`): the weights are smaller
+to hold and to read, the results nearly the same.
+
+Only the kernels of attention and feed-forwards in the layers of these two towers are quantised.
+Left as they are: norms, biases, embeddings, heads, the patch convolution, the Q-Former and the
+projector, whose few weights matter more, and the output kernels of T5's feed-forwards, whose inputs
+have the largest outliers. Checkpoints keep their dtype: kernels are quantised when they are loaded.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_instructblip.models.variants import QUANTISED, Variant
+
+TOWERS = ("vision", "llm")
+GROUP = 128  # weights that share a scale in int4, where the axis allows it
+LARGEST: dict[str, int] = dict(zip(QUANTISED, (127, 7), strict=True))  # of the whole numbers
+DTYPES: dict[str, Any] = {"int8": np.dtype(np.int8), "int4": np.dtype(np.uint8)}  # of `q`
+
+_KERNEL = re.compile(
+    r"(?P<tower>vision|llm)/((encoder|decoder)/)?layers/(\d+/)?"
+    r"((cross_)?attention/(query|key|value|out)|mlp/(gate|in|out))/kernel"
+)
+
+Kernel = dict[str, Any]  # {"q": ..., "scale": ...}
+
+
+def check_towers(towers: Sequence[str], trainable: Sequence[str] = ()) -> None:
+    """Raises a ValueError that names each of `towers` that cannot be quantised.
+
+    `trainable` are the top-level trees that are trained.
+    """
+    wrong = [f"{each}: it is none of {', '.join(TOWERS)}" for each in towers if each not in TOWERS]
+    wrong += [
+        f"{each}: it is trained, and whole numbers have no gradient"
+        for each in towers
+        if each in TOWERS and each in trainable
+    ]
+    if wrong:
+        raise ValueError(f"cannot be quantised: {'; '.join(wrong)}")
+
+
+def frozen_towers(variant: Variant, trainable: Sequence[str]) -> tuple[str, ...]:
+    """Returns the towers of a model that are frozen and can be quantised.
+
+    Raises:
+        ValueError: there is none.
+    """
+    present = [tower for tower in TOWERS if tower != "llm" or variant.llm is not None]
+    towers = tuple(tower for tower in present if tower not in trainable)
+    if not towers:
+        check_towers(present, trainable)
+    return towers
+
+
+def is_quantised(path: str, variant: Variant, towers: Sequence[str] = TOWERS) -> bool:
+    """Returns True if the leaf at `path` is a kernel of `towers` that is to be quantised."""
+    match = _KERNEL.fullmatch(path)
+    if match is None or match["tower"] not in towers:
+        return False
+    is_t5 = variant.llm is not None and variant.llm.kind == "t5"
+    return not (is_t5 and match["tower"] == "llm" and path.endswith("mlp/out/kernel"))
+
+
+def quantise(path: str, kernel: Any, form: str) -> dict[str, np.ndarray]:
+    """Returns the kernel at `path` as {"q": ..., "scale": ...}; layers of a stack one by one.
+
+    `form` is "int8" or "int4". `kernel` is an array, or anything that is sliced like one.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    summed, whole = _axes(path)
+    if len(kernel.shape) == whole:
+        return _quantise_one(path, np.asarray(kernel[...]), summed, form)
+    layers = [_quantise_one(path, np.asarray(kernel[n]), summed, form) for n in range(len(kernel))]
+    return {name: np.stack([layer[name] for layer in layers]) for name in ("q", "scale")}
+
+
+def _quantise_one(path: str, kernel: np.ndarray, summed: int, form: str) -> dict[str, np.ndarray]:
+    wide, groups = kernel.astype(np.float32), _groups(kernel.shape, summed, form)
+    parts = [(count, size // count) for count, size in zip(groups, kernel.shape, strict=True)]
+    split = wide.reshape([length for part in parts for length in part])
+    inner = tuple(range(1, split.ndim, 2))
+    scale = np.abs(split).max(axis=inner, keepdims=True) / LARGEST[form]
+    if not np.isfinite(scale).all():
+        raise ValueError(f"{path} has weights that are not finite, so it cannot be quantised")
+    scale[scale == 0] = 1.0  # all weights are 0
+    q = np.rint(split / scale).reshape(kernel.shape).astype(np.int8)
+    return {"q": _pack(q, summed - 1) if form == "int4" else q, "scale": scale.reshape(groups)}
+
+
+def _pack(q: np.ndarray, axis: int) -> np.ndarray:
+    """Returns int4 weights as bytes, two in each along `axis`, or one if its length is odd."""
+    raised = (q + 8).astype(np.uint8)
+    if q.shape[axis] % 2:
+        return raised
+    first, second = (np.take(raised, range(n, q.shape[axis], 2), axis) for n in (0, 1))
+    return first | second << 4
+
+
+def packed_shape(shape: Sequence[int], summed: int, form: str) -> tuple[int, ...]:
+    """Returns the shape of `q` for a kernel [D, ...] whose first `summed` axes are summed over."""
+    halves = form == "int4" and shape[summed - 1] % 2 == 0
+    return tuple(n // 2 if halves and axis == summed - 1 else n for axis, n in enumerate(shape))
+
+
+def shapes(
+    tree: Mapping[str, Any], variant: Variant, form: str, towers: Sequence[str] = TOWERS
+) -> dict[str, Any]:
+    """Returns a tree of shapes with the kernels of `towers` as `quantise` makes them."""
+
+    def change(node: Any, path: str) -> Any:
+        if isinstance(node, Mapping):
+            return {name: change(each, f"{path}/{name}") for name, each in node.items()}
+        if not is_quantised(path[1:], variant, towers):
+            return node
+        summed, whole = _axes(path)
+        stack = node.shape[: len(node.shape) - whole]
+        kernel = node.shape[len(stack) :]
+        groups = _groups(kernel, summed, form)
+        whole_numbers = (*stack, *packed_shape(kernel, summed, form))
+        q = jax.ShapeDtypeStruct(whole_numbers, DTYPES[form])
+        return {"q": q, "scale": jax.ShapeDtypeStruct((*stack, *groups), jnp.float32)}
+
+    return change(tree, "")
+
+
+def is_scale(path: str) -> bool:
+    """Returns True for the path of the scales of a quantised kernel, which stay float32."""
+    return path.endswith("kernel/scale")
+
+
+def form_of(params: Any) -> str | None:
+    """Returns the form of the quantised kernels of a tree of parameters; None if it has none."""
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(params)}
+    return next((form for form, dtype in DTYPES.items() if dtype in dtypes), None)
+
+
+def expand(q: jax.Array, scale: jax.Array, shape: Sequence[int], summed: int) -> jax.Array:
+    """Returns the float32 weights of a quantised kernel of `shape`, summed over its first axes."""
+    if q.dtype == DTYPES["int4"]:
+        if q.shape != tuple(shape):
+            halves = jnp.stack([q & 15, q >> 4], axis=summed)
+            q = halves.reshape(shape)
+        q = q.astype(jnp.int8) - 8
+    parts = [(count, size // count) for count, size in zip(scale.shape, q.shape, strict=True)]
+    split = q.reshape([length for part in parts for length in part]).astype(jnp.float32)
+    wide = scale.reshape([length for count in scale.shape for length in (count, 1)])
+    return (split * wide).reshape(q.shape)
+
+
+def _axes(path: str) -> tuple[int, int]:
+    """Returns (axes that a product with the kernel sums over, all axes without that of layers)."""
+    if "attention/" not in path:
+        return 1, 2  # [D, M]
+    return (2, 3) if path.endswith("/out/kernel") else (1, 3)  # [N, K, D] or [D, N, K]
+
+
+def _groups(shape: Sequence[int], summed: int, form: str) -> list[int]:
+    """Returns the number of scales along each axis of a kernel whose first axes are summed over."""
+    if form == "int8":
+        return [1] * summed + list(shape[summed:])
+    last = shape[summed - 1]
+    group = next(size for size in range(min(GROUP, last), 0, -1) if last % size == 0)
+    return [*shape[: summed - 1], last // group, *shape[summed:]]
