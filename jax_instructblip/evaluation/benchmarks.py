@@ -18,13 +18,13 @@ from jax_instructblip.evaluation.settings import Settings
 from jax_instructblip.evaluation.task import Task, open_task
 from jax_instructblip.files import read_entries
 from jax_instructblip.inference.batching import check_batch_size
+from jax_instructblip.inference.digests import weights_digest
 from jax_instructblip.inference.loading import (
     Source,
     describe_dtype,
     read_dtype,
     read_source,
     require_kind,
-    weights_digest,
 )
 from jax_instructblip.inference.pipeline import READERS
 from jax_instructblip.inference.pipeline import load as load_any

@@ -13,8 +13,9 @@ from jax_instructblip.data.sources import open_records
 from jax_instructblip.evaluation import families, suite
 from jax_instructblip.evaluation.settings import DECODING, Settings
 from jax_instructblip.inference.batching import check_batch_size
+from jax_instructblip.inference.digests import weights_digest
 from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.inference.loading import describe_dtype, read_source, weights_digest
+from jax_instructblip.inference.loading import describe_dtype, read_source
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.inference.pipeline import load_pipeline as load
 from jax_instructblip.remote import is_remote

@@ -34,9 +34,10 @@ from jax_instructblip.data.records import Record, RecordError, read_jsonl
 from jax_instructblip.fields import check, one_of, whole
 from jax_instructblip.files import read_json, require_file
 from jax_instructblip.inference.batching import check_batch_size
+from jax_instructblip.inference.digests import weights_digest
 from jax_instructblip.inference.feature_forms import FORMATS, FORMS, SHARD
 from jax_instructblip.inference.generation_config import BATCH_SIZE
-from jax_instructblip.inference.loading import read_dtype, read_source, weights_digest
+from jax_instructblip.inference.loading import read_dtype, read_source
 from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
 from jax_instructblip.inference.retrieval import Retriever
 from jax_instructblip.progress import Progress

@@ -12,7 +12,6 @@ A path or name is one of these:
 import dataclasses
 import difflib
 import functools
-import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,8 +40,6 @@ EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 # Kinds of devices on which a loop over new tokens would copy each layer's weights out of their
 # stack before it multiplies with them (benchmarks/results/gpu_programs.json).
 UNSTACKED = ("cpu", "gpu", "cuda")
-SAMPLES, SAMPLE_BYTES = 256, 16_384  # read of each weight file for a digest within a second
-
 Reader = TypeVar("Reader")
 
 LIMITS = ("qformer_limit", "prompt_limit", "answer_limit")  # fields of TextProcessor
@@ -313,25 +310,6 @@ def _read_trained(step: Path, variant: Variant, place: checkpoint.Place) -> chec
     shapes = param_shapes(variant)
     expected = {name: shapes[name] for name in read_meta(step)["trainable"]}
     return checkpoint.read_tree(step / "trainable", expected=expected, place=place)
-
-
-def weights_digest(source: Source) -> str:
-    """A sha256 of all weights; of a Hugging Face folder, of samples from its weight files."""
-    if source.leaves is not None:
-        digest = hashlib.sha256()
-        for path in sorted([*source.folder.glob("*.safetensors"), *source.folder.glob("*.bin")]):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                for offset in range(0, size, max(size // SAMPLES, SAMPLE_BYTES)):
-                    file.seek(offset)
-                    digest.update(file.read(SAMPLE_BYTES))
-        return digest.hexdigest()
-    base = checkpoint.manifest_digest(source.folder)
-    if source.step is None:
-        return base
-    trained = checkpoint.manifest_digest(source.step / "trainable")
-    return hashlib.sha256(f"{base} {trained}".encode()).hexdigest()
 
 
 def unstacks(variant: Variant, mesh: Mesh | None, backend: str) -> bool:
