@@ -30,6 +30,7 @@ def run(
     seed: int,
     limit: int,
     others: Mapping[str, Any] | None = None,
+    baselines: bool = True,
 ) -> dict[str, Any]:
     """Returns the `results.json` of a run, which is trained and evaluated first if missing.
 
@@ -40,6 +41,7 @@ def run(
         seed: the run's seed; baselines are computed for seed 0 only.
         limit: number of questions per split.
         others: further config fields, by dotted name.
+        baselines: False leaves them out for seed 0, too.
     """
     if not (folder / "results.json").is_file():
         program = [sys.executable, "-m", "jax_instructblip"]
@@ -54,7 +56,7 @@ def run(
         train = [*program, "train", "--config", "configs/quickstart.py", *words]
         measure = [*program, "evaluate", "--checkpoint", str(folder), "--limit", str(limit)]
         # Baselines do not depend on the seed.
-        measure += ["--out", str(folder)] + ["--no_baselines"] * (seed != 0)
+        measure += ["--out", str(folder)] + ["--no_baselines"] * (seed != 0 or not baselines)
         for command in (train, measure):
             subprocess.run(command, check=True, cwd=ROOT)
     return json.loads((folder / "results.json").read_text())

@@ -18,10 +18,10 @@ def get_config() -> ConfigDict:
     config.model.trainable = ("qformer", "heads")
     config.data.sources = ConfigDict({"captions": common.source("shapes-captions")})
     config.text.caption_limit = 40  # five things and a word
-    config.train.steps = 2_500
+    config.train.steps = 800
     config.optimizer.learning_rate = 1.5e-3  # the Q-Former starts from nothing
-    config.checkpoints.every = 500
+    config.checkpoints.every = 400
     config.validation.path = "shapes-captions"
-    config.validation.every = 500
+    config.validation.every = 200
     config.validation.limit = 200
     return config

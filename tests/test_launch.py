@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from jax_instructblip.inference.loading import read_source
+
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
 POD = {"PROJECT": "p", "ZONE": "z", "POD": "blip", "TYPE": "v5litepod-16"}
@@ -145,9 +147,17 @@ def test_the_shell_scripts_are_clean():
 
 
 FAKE = """#!/usr/bin/env bash
-if [[ $1 == -m ]]; then echo "$*" >>"$CALLS"; exit; fi
+if [[ $1 == -m && ($2 == pip || -z ${{REAL:-}}) ]]; then echo "$*" >>"$CALLS"; exit; fi
 exec {python} "$@"
 """
+
+
+def fake_python(folder):
+    """Makes an environment whose Python notes what modules it was to run (with REAL, pip alone)."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").write_text(FAKE.format(python=sys.executable))
+    (folder / "bin" / "python").chmod(0o755)
+    return folder
 
 
 def prepare(clone, venv, extras, calls):
@@ -161,10 +171,7 @@ def prepare(clone, venv, extras, calls):
 
 
 def test_an_environment_is_installed_once_for_each_set_of_extras_and_checkout(tmp_path):
-    venv, calls = tmp_path / "venv", tmp_path / "calls"
-    (venv / "bin").mkdir(parents=True)
-    (venv / "bin" / "python").write_text(FAKE.format(python=sys.executable))
-    (venv / "bin" / "python").chmod(0o755)
+    venv, calls = fake_python(tmp_path / "venv"), tmp_path / "calls"
     clones = [tmp_path / name for name in ("one", "two")]
     for clone in clones:
         shutil.copytree(ROOT / "launch", clone / "launch")
@@ -178,6 +185,57 @@ def test_an_environment_is_installed_once_for_each_set_of_extras_and_checkout(tm
     assert len(prepare(first, venv, "dev", calls)) == len(prepare(first, venv, "gpu", calls)) == 1
     (first / "setup.py").write_text("# changed")
     assert len(prepare(first, venv, "dev", calls)) == 1
+
+
+def folders_of(line):
+    """Folders that a command of `backbones.sh` reads, and the one that it makes."""
+    words = [word.partition("=")[2] or word for word in line.split()]
+    paths = [word for word in words if word.startswith("/")]
+    if " train " in line or " embed " in line:
+        return paths[:-1], paths[-1]
+    return [path for n, path in enumerate(paths) if n != 1], paths[1]
+
+
+def test_the_embedded_checkpoints_come_out_of_a_chain_of_stages(tmp_path):
+    venv, calls, work = fake_python(tmp_path / "venv"), tmp_path / "calls", tmp_path / "work"
+    places = {"VENV": str(venv), "CALLS": str(calls), "WORK": str(work), "OUT": str(tmp_path / "o")}
+    run = lambda **more: say("backbones.sh", **places, **more)
+    said, code = run(SCALE="0.01")
+    assert code == 0, said
+    pip, towers, *lines = calls.read_text().splitlines()
+    assert towers.split()[3:] == ["towers", str(work), "--scale", "0.01"]
+    made = [f"{work}/base_llama", f"{work}/base_t5"]
+    for line in lines:
+        read, out = folders_of(line)
+        assert read and set(read) <= set(made), line
+        made.append(out)
+    assert made[-1] == f"{tmp_path}/o/shapes_t5" and f"{tmp_path}/o/shapes_llama" in made
+    parts = [line.split()[3 if " backbones " in line else 4] for line in lines]
+    one = ["stage2", "configs/shapes_captions.py", "instruct", "embed"]
+    assert parts == ["stage1", "configs/shapes_stage1.py", *one, *one]
+    assert all("steps=25 " in line for line in lines if " train " in line)
+    # What is finished is not made again, but an interrupted run is taken up.
+    for path in (path for path in made if "base" in path or "instruct" in path):
+        os.makedirs(path, exist_ok=True)
+        Path(path, "manifest.json").touch()
+    calls.unlink()
+    assert run(TOWERS="embedded")[1] == 0
+    towers, *again = calls.read_text().splitlines()
+    assert towers.endswith("--scale 1 --embedded")
+    assert [" train " in line or " embed " in line for line in again] == [True] * 5
+    assert run(TOWERS="none") == ("TOWERS is none: expected trained or embedded\n", 2)
+
+
+@pytest.mark.full  # minutes: five runs of 25 steps
+def test_the_chain_makes_checkpoints_that_load(tmp_path):
+    places = {"WORK": str(tmp_path / "work"), "OUT": str(tmp_path / "out")}
+    venv = {"VENV": str(fake_python(tmp_path / "venv")), "CALLS": str(tmp_path / "calls")}
+    settings = {"SCALE": "0.01", "TOWERS": "embedded", "REAL": "1"}
+    said, code = say("backbones.sh", **places, **venv, **settings)
+    assert code == 0, said
+    for kind in ("llama", "t5"):
+        source = read_source(tmp_path / "out" / f"shapes_{kind}")
+        assert source.variant == read_source(f"shapes_{kind}").variant
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,16 @@
 """Assembles the embedded checkpoints `shapes_llama` and `shapes_t5` from their trained parts.
 
     tokenizers, vision tower, language model --write_checkpoint--> BASE     random Q-Former
-    BASE --an ordinary training run on `shapes-captions`--> RUN             trained queries
-    BASE, RUN --merge_captioned--> embedded/shapes_llama, shapes_t5         with text branch
+    BASE --stage 1, stage 2, instruct (`stage1.py`, `stage2.py`)--> INSTRUCT
+    INSTRUCT --replace_embedded--> embedded/shapes_llama, shapes_t5         bfloat16
 
-The caption run uses no instructions, as in BLIP-2's second stage. So the text branch, which reads
-the instruction, is initialised: its feed-forwards and norms are copies of the trained query ones
-(BLIP-2's first stage copies in the other direction), word and position embeddings are random.
+Stages 1 and 2 are ordinary training runs on captions; `launch/backbones.sh` has all commands.
 """
 
+import dataclasses
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ import numpy as np
 from jax_instructblip import checkpoint
 from jax_instructblip.backbones.sizes import LANGUAGE, QFORMER, VISION
 from jax_instructblip.backbones.tokenizers import make_tokenizers
+from jax_instructblip.conversion.stored_model import write_checkpoint as write_stored
 from jax_instructblip.data.text import TextProcessor
-from jax_instructblip.inference.loading import read_params, read_source
+from jax_instructblip.inference.loading import read_source, stored_model
 from jax_instructblip.models.variants import (
     LlamaConfig,
     QFormerConfig,
@@ -33,6 +34,9 @@ from jax_instructblip.models.vlm import init_params
 
 # A norm follows the embeddings, so their scale only sets how fast Adam can change their direction.
 WORD_STD, POSITION_STD = 0.5, 0.1
+
+TOWERS = {"vision": "trained on shapes", "llm": "trained on text"}
+HISTORY = {**TOWERS, "qformer": "stages 1 and 2 of BLIP-2 on captions of shapes"}
 
 
 def text_processor(kind: str) -> TextProcessor:
@@ -53,15 +57,16 @@ def write_checkpoint(
     params: dict[str, Any],
     history: dict[str, Any],
     *,
-    kind: str,
+    processor: TextProcessor,
+    tokenizer: Path | None = None,
     seed: int = 0,
 ) -> None:
-    """Writes the checkpoint folder of an embedded model in bfloat16, with its tokenizers.
+    """Writes the checkpoint folder of an embedded model in bfloat16.
 
     `params` are the trained towers; a tower that is missing gets random weights. `history` is
-    stored in `config.json` and says where each tower comes from.
+    stored in `config.json` and says where each tower comes from. `processor` has the variant and
+    the tokenizers; `tokenizer` is a folder that is copied in place of the language model's.
     """
-    processor = text_processor(kind)
     variant = processor.variant
     start = init_params(variant, jax.random.key(seed))
     queries = start["qformer"]
@@ -71,37 +76,21 @@ def write_checkpoint(
 
     def add(temporary: Path) -> None:
         checkpoint.write_config(temporary, {"variant": variant.to_dict(), "source": history})
-        processor.llm.save_pretrained(temporary / "tokenizer")
+        if tokenizer is None:
+            processor.llm.save_pretrained(temporary / "tokenizer")
+        else:
+            shutil.copytree(tokenizer, temporary / "tokenizer")
         processor.qformer.save_pretrained(temporary / "qformer_tokenizer")
 
     narrow = ((path, np.asarray(leaf).astype(ml_dtypes.bfloat16)) for path, leaf in leaves.items())
     checkpoint.write_tree(folder, narrow, extra=add)
 
 
-def _keep(path: str, array: np.ndarray) -> np.ndarray:
-    return array
+def replace_embedded(source: str | os.PathLike[str], out: Path) -> None:
+    """Writes `source` in bfloat16 as the checkpoint folder `out`, replacing an existing one.
 
-
-def merge_captioned(
-    base: str | os.PathLike[str], run: str | os.PathLike[str], out: str | os.PathLike[str]
-) -> None:
-    """Writes a checkpoint `out`: the towers of `base`, and the Q-Former trained by `run`."""
-    source = read_source(base)
-    params = read_params(source, _keep)
-    learned = checkpoint.flatten(read_params(read_source(run), _keep)["qformer"])
-    merged = {**checkpoint.flatten(params["qformer"]), **learned}
-    for path, leaf in learned.items():
-        if "query_mlp" in path:
-            merged[path.replace("query_mlp", "text_mlp")] = leaf
-    params["qformer"] = checkpoint.unflatten(merged)
-    history = {**checkpoint.read_config(source.folder)["source"], "qformer": "captioned on shapes"}
-    write_checkpoint(out, params, history, kind=source.variant.llm.kind)
-
-
-def replace_captioned(base: Path, run: Path, out: Path) -> None:
-    """Writes the folder of `merge_captioned`, replacing an existing checkpoint folder `out`.
-
-    The old folder stays until the new one is complete.
+    The old folder stays until the new one is complete. `config.json` says how each part was
+    trained, in place of the folders that `source` was joined from.
 
     Raises:
       ValueError: `out` exists and is no checkpoint folder.
@@ -111,9 +100,16 @@ def replace_captioned(base: Path, run: Path, out: Path) -> None:
             f"{out.absolute()} is no checkpoint folder (no {checkpoint.MANIFEST}) and is not "
             "replaced: give the name of a new folder"
         )
+    model = stored_model(read_source(source))
+
+    def read(paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        for path, leaf in model.read(paths):
+            yield path, leaf.astype(ml_dtypes.bfloat16)
+
     draft = out.with_name(f".{out.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    merge_captioned(base, run, draft)
+    narrow = dataclasses.replace(model, facts=HISTORY, read=read)
+    write_stored(narrow, draft)
     shutil.rmtree(out, ignore_errors=True)
     draft.rename(out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

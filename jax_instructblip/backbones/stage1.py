@@ -25,6 +25,7 @@ from jax_instructblip.inference.loading import read_source
 from jax_instructblip.models.blip2 import init_params
 from jax_instructblip.models.variants import QFormerConfig, Variant
 
+WORD_STD = 0.02  # of word embeddings as `init_params` draws them
 FEATURES = 256  # width of the space in which images and texts are compared, as released
 BERT_PREFIXES = ("", "bert.")  # tensor name prefixes of BertModel and BertForPreTraining
 
@@ -35,6 +36,7 @@ def write_stage1(
     *,
     bert: str | os.PathLike[str] | None = None,
     features: int = FEATURES,
+    word_std: float | None = None,
     seed: int = 0,
 ) -> Path | str:
     """Writes an untrained checkpoint of BLIP-2's first stage.
@@ -44,15 +46,20 @@ def write_stage1(
       out: the new folder, or its address in an object store (`gs://...`); it must not exist.
       bert: a Hugging Face folder of BERT with the Q-Former's sizes, to initialise the Q-Former.
       features: width of the space in which images and texts are compared.
+      word_std: standard deviation of random word embeddings; None is BERT's, 0.02. The loss of
+        captions pushes all words that no caption has in one direction. The larger they are at
+        first, the better they can still be told apart.
       seed: of the random weights.
 
     Returns:
       The folder `out`, or its address.
 
     Raises:
-      ValueError: `base` has no Q-Former, or `bert` has other sizes.
+      ValueError: `base` has no Q-Former, `bert` has other sizes, or `word_std` is given with it.
       OSError: `out` exists, or the disk has too little room.
     """
+    if bert is not None and word_std is not None:
+        raise ValueError("--word_std is of random word embeddings: not used with --bert")
     source = read_source(base)
     changes = dict(llm_width=0, instruction_aware=True, feature_width=features)
     sizes = {**vars(source.variant.qformer), **changes, "caption_head": True}
@@ -63,6 +70,8 @@ def write_stage1(
         for path, leaf in checkpoint.flatten(init_params(variant, jax.random.key(seed))).items()
         if not path.startswith("vision/")
     }
+    if word_std is not None:
+        fresh[_TABLE] = fresh[_TABLE] * np.float32(word_std / WORD_STD)
     parts = {"vision tower": part_of(source, lambda path: path.startswith("vision/"), base)}
     if bert is not None:
         folder = stores.input_path(bert, "bert")
@@ -105,7 +114,7 @@ def bert_leaves(
                 pieces.append(entry.transform.forward(tensor.read().astype(np.float32)))
         if len(pieces) == len(names):
             made[entry.target] = pieces[0] if entry.layers is None else np.stack(pieces)
-    words = made.pop("qformer/text_embed/embedding", None)
+    words = made.pop(_TABLE, None)
     if wrong:
         raise ConversionError(f"{title} is no BERT of these sizes", wrong)
     if words is not None:
@@ -117,10 +126,11 @@ def bert_leaves(
             )
         table[: len(words)] = words
         table[len(words) :] = words.mean(axis=0)  # [DEC], which BERT does not know
-        made["qformer/text_embed/embedding"] = table
+        made[_TABLE] = table
     return made
 
 
+_TABLE = "qformer/text_embed/embedding"
 _WORDS = "embeddings.word_embeddings.weight"
 
 

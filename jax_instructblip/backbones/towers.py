@@ -1,13 +1,15 @@
-"""Trains the frozen towers of the embedded models into a work folder, which can be resumed.
+"""Trains the frozen towers of the embedded models, or copies them, into a work folder.
 
 WORK/recipe.json     the settings that the towers are trained with
-WORK/vision          the vision tower
+WORK/vision          the vision tower, if it was trained
 WORK/base_KIND       a checkpoint: vision tower, language model KIND, random Q-Former
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +20,8 @@ from jax_instructblip.backbones import build
 from jax_instructblip.backbones.language import CURRICULUM, Stage, train_language
 from jax_instructblip.backbones.sizes import LANGUAGE, VISION
 from jax_instructblip.backbones.vision import train_vision
+from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.inference.loading import read_params, read_source
 
 VISION_STEPS, VISION_SCENES = 1500, 16_000
 TEXT_EXAMPLES = 24_000  # per stage of the curriculum
@@ -51,16 +55,51 @@ def train_towers(
             Stage(stage.things, _scaled(stage.steps, scale), stage.relisted) for stage in CURRICULUM
         )
         examples = _scaled(TEXT_EXAMPLES, min(scale, 1.0), least=512)
-        llm = train_language(
-            build.text_processor(kind), curriculum=curriculum, examples=examples, seed=seed
-        )
+        text = build.text_processor(kind)
+        llm = train_language(text, curriculum=curriculum, examples=examples, seed=seed)
         params = {"vision": checkpoint.read_tree(vision), "llm": _on_host(llm)}
-        history = {"vision": "trained on shapes", "llm": "trained on text", "qformer": "random"}
-        build.write_checkpoint(base, params, history, kind=kind, seed=seed)
-        print(f"written: {base}")
+        _write_base(base, params, text, seed)
 
 
-def _claim(work: Path, recipe: dict[str, float]) -> None:
+def copy_towers(
+    work: Path, kinds: Sequence[str] = tuple(LANGUAGE), *, seed: int = 0, scale: float = 1.0
+) -> None:
+    """Writes `base_KIND` for each of `kinds`, with the towers of the embedded checkpoints.
+
+    The language models keep their tokenizers; the Q-Former, which is random, has a new one.
+    Existing folders in `work` are kept. `scale` is only noted: other parts in `work` depend on it.
+
+    Raises:
+        ValueError: the parts in `work` were made with other settings.
+    """
+    _claim(work, {"towers": "of the embedded checkpoints", "seed": seed, "scale": scale})
+    for kind in kinds:
+        base = work / f"base_{kind}"
+        if base.is_dir():
+            continue
+        source, fresh = read_source(f"shapes_{kind}"), build.text_processor(kind)
+        variant = dataclasses.replace(fresh.variant, llm=source.variant.llm)
+        text = TextProcessor(variant, fresh.llm, fresh.qformer)
+        params = read_params(source, lambda path, array: array)
+        del params["qformer"]
+        _write_base(base, params, text, seed, tokenizer=source.folder / "tokenizer")
+
+
+def _write_base(
+    base: Path,
+    params: dict[str, Any],
+    text: TextProcessor,
+    seed: int,
+    tokenizer: Path | None = None,
+) -> None:
+    """Writes a checkpoint folder of trained towers and a random Q-Former."""
+    history = {**build.TOWERS, "qformer": "random"}
+    more = {"processor": text, "tokenizer": tokenizer, "seed": seed}
+    build.write_checkpoint(base, params, history, **more)
+    print(f"written: {base}")
+
+
+def _claim(work: Path, recipe: dict[str, Any]) -> None:
     """Writes the recipe to a new work folder; a ValueError if an existing recipe differs."""
     path = work / RECIPE
     if not path.is_file() and not any(each.is_dir() for each in work.glob("*")):

@@ -1,10 +1,9 @@
-"""Makes initial checkpoints for the stages of training, and the parts of the embedded ones.
+"""Makes initial checkpoints for the stages of training, and the embedded ones.
 
 `stage1` combines a vision tower with an untrained Q-Former, `stage2` a trained Q-Former with a
 language model; `instruct` makes a second stage's Q-Former read the instruction. `llava` combines a
 vision tower with a language model, a random projector between them.
-`launch/backbones.sh` calls the other parts: first `towers`, then (after the caption training runs)
-`merge`.
+`launch/backbones.sh` also calls `towers` before them, and `embed` after them.
 """
 
 import argparse
@@ -32,14 +31,21 @@ def main(argv: list[str]) -> int:
     towers.add_argument(
         "--scale", type=float, default=1.0, help="of all step counts (default: %(default)s)"
     )
-    merge = parts.add_parser("merge", help="towers of BASE and Q-Former of RUN: OUT, replaced")
-    merge.add_argument("base", type=Path)
-    merge.add_argument("run", type=Path, help="run directory of the caption phase")
-    merge.add_argument("out", type=Path)
+    towers.add_argument(
+        "--embedded", action="store_true", help="take those of the embedded checkpoints instead"
+    )
+    embed = parts.add_parser("embed", help="SOURCE in bfloat16, as an embedded checkpoint: OUT")
+    embed.add_argument("source", type=Path, help="what `instruct` has made")
+    embed.add_argument("out", type=Path, help="a checkpoint folder there is replaced")
     stage1 = parts.add_parser("stage1", help="vision tower of BASE, fresh Q-Former and heads: OUT")
     stage1.add_argument("base", type=Path, help="any checkpoint")
     stage1.add_argument("out", type=Path, help="folder to make; must not exist")
     stage1.add_argument("--bert", type=Path, help="a Hugging Face folder of BERT to start from")
+    stage1.add_argument(
+        "--word_std",
+        type=float,
+        help="standard deviation of random word embeddings (default: BERT's, 0.02)",
+    )
     stage1.add_argument("--seed", type=int, default=0)
     stage2 = parts.add_parser("stage2", help="Q-Former of STAGE1 before a language model: OUT")
     stage2.add_argument("stage1", type=Path, help="checkpoint or run of the first stage")
@@ -92,13 +98,15 @@ def main(argv: list[str]) -> int:
     elif flags.part == "stage1":
         from jax_instructblip.backbones.stage1 import write_stage1
 
-        write_stage1(flags.base, flags.out, bert=flags.bert, seed=flags.seed)
-    elif flags.part == "merge":
-        from jax_instructblip.backbones.build import replace_captioned
+        more = {"word_std": flags.word_std, "seed": flags.seed}
+        write_stage1(flags.base, flags.out, bert=flags.bert, **more)
+    elif flags.part == "embed":
+        from jax_instructblip.backbones.build import replace_embedded
 
-        replace_captioned(flags.base, flags.run, flags.out)
+        replace_embedded(flags.source, flags.out)
     else:
-        from jax_instructblip.backbones.towers import train_towers
+        from jax_instructblip.backbones.towers import copy_towers, train_towers
 
-        train_towers(flags.work, flags.kinds, seed=flags.seed, scale=flags.scale)
+        make = copy_towers if flags.embedded else train_towers
+        make(flags.work, flags.kinds, seed=flags.seed, scale=flags.scale)
     return 0

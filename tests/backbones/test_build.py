@@ -2,22 +2,20 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-import optax
 import pytest
 
 from jax_instructblip import checkpoint
 from jax_instructblip.__main__ import main
 from jax_instructblip.backbones import language, towers, vision
-from jax_instructblip.backbones.build import text_processor, write_checkpoint
+from jax_instructblip.backbones.build import text_processor
 from jax_instructblip.backbones.language import Stage, text_example, text_rows
 from jax_instructblip.data.batch import IGNORE
 from jax_instructblip.data.shapes import world
 from jax_instructblip.data.shapes.world import Scene, Thing
 from jax_instructblip.inference.loading import read_params, read_source
-from jax_instructblip.training.checkpoints import Checkpoints
-from jax_instructblip.training.initial import load_initial
-from jax_instructblip.training.state import create_state
+from tests.helpers.tiny import write_base
 
 SCENE = Scene(
     things=(
@@ -90,36 +88,50 @@ def test_a_language_model_learns_from_text():
     assert "reading" in line and "color" in line
 
 
-def save_run(base, folder):
-    """A run over `base` that has changed every leaf of a Q-Former without text branch."""
-    initial = load_initial(base, fields={"qformer.instruction_aware": False})
-    optimizer = optax.sgd(0.0)
-    changed = jax.tree.map(lambda leaf: leaf + 1.0, initial.trainable)
-    checkpoints = Checkpoints(folder / "checkpoints")
-    meta = {"variant": initial.variant.to_dict(), "trainable": ["qformer"], "base": initial.base}
-    checkpoints.save(create_state(changed, optimizer), jax.random.key(0), {**meta, "data": {}})
-    checkpoints.wait()
-    return checkpoint.flatten(changed)
+def leaves(path):
+    return checkpoint.flatten(read_params(read_source(path), lambda path, array: array))
 
 
-def test_captioned_queries_come_over_their_base_and_into_its_text_branch(tmp_path):
-    base, run, out = tmp_path / "base", tmp_path / "run", tmp_path / "out"
-    write_checkpoint(base, {}, {"qformer": "random"}, kind="llama")
-    learned = save_run(base, run)
-    assert main(["backbones", "merge", str(base), str(run), str(out)]) == 0
-    before, after = (
-        checkpoint.flatten(read_params(read_source(folder), lambda _, leaf: leaf))
-        for folder in (base, out)
-    )
+def test_an_embedded_checkpoint_is_its_source_in_bfloat16(tmp_path, capsys):
+    source, out = write_base(tmp_path / "source", "t5"), tmp_path / "out"
+    write_base(out, "llama")
+    assert main(["backbones", "embed", str(source), str(out)]) == 0
+    assert f"written: {out}" in capsys.readouterr().out
+    before, after = leaves(source), leaves(out)
     assert before.keys() == after.keys()
-    kept = []
-    for path, leaf in after.items():
-        twin = path.replace("text_mlp", "query_mlp")
-        expected = learned.get(twin, before[path])
-        kept += [path] * (twin not in learned and path.startswith("qformer"))
-        same = np.asarray(expected).astype(leaf.dtype) == leaf
-        assert same.all(), path
-    assert {path.split("/")[1] for path in kept} == {"text_embed", "position_embed"}
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(after[path], leaf.astype(ml_dtypes.bfloat16))
+    assert read_source(out).variant == read_source(source).variant
+    facts = checkpoint.read_config(out)["source"]
+    assert set(facts) == {"vision", "llm", "qformer"} and str(tmp_path) not in str(facts)
+    for name in ("tokenizer", "qformer_tokenizer"):
+        files = {path.name: path.read_bytes() for path in (source / name).iterdir()}
+        assert files == {path.name: path.read_bytes() for path in (out / name).iterdir()}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_embedded_towers_are_taken_as_they_are_before_a_random_qformer(tmp_path):
+    words = ["backbones", "towers", str(tmp_path / "work"), "--embedded", "--kinds", "t5"]
+    assert main(words) == 0
+    base = tmp_path / "work" / "base_t5"
+    ours, theirs = leaves(base), leaves("shapes_t5")
+    assert ours.keys() == theirs.keys()
+    for path, leaf in theirs.items():
+        if path.startswith(("vision/", "llm/")):
+            np.testing.assert_array_equal(ours[path], leaf)
+    same = [
+        (ours[path] == theirs[path]).mean()
+        for path in ours
+        if path.startswith("qformer") and path.endswith("query/kernel")
+    ]
+    assert max(same) < 0.01
+    folders = [base / "tokenizer", read_source("shapes_t5").folder / "tokenizer"]
+    files = [{path.name: path.read_bytes() for path in each.iterdir()} for each in folders]
+    assert files[0] == files[1]
+    with pytest.raises(ValueError, match="made otherwise .towers of the embedded checkpoints"):
+        towers.train_towers(tmp_path / "work", ["t5"])
+    with pytest.raises(ValueError, match="asked for is .*scale 0.5"):
+        towers.copy_towers(tmp_path / "work", ["t5"], scale=0.5)
 
 
 def test_towers_made_otherwise_are_not_taken_for_those_asked_for(tmp_path, monkeypatch):
@@ -145,8 +157,8 @@ def test_what_is_no_checkpoint_folder_is_not_replaced(tmp_path, monkeypatch, cap
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "1.jpg").write_bytes(b"")
-    assert main(["backbones", "merge", "shapes_t5", "shapes_t5", str(photos)]) == 1
+    assert main(["backbones", "embed", "shapes_t5", str(photos)]) == 1
     monkeypatch.chdir(photos)
-    assert main(["backbones", "merge", "shapes_t5", "shapes_t5", "."]) == 1
+    assert main(["backbones", "embed", "shapes_t5", "."]) == 1
     assert capsys.readouterr().err.count(f"{photos} is no checkpoint folder") == 2
     assert [path.name for path in photos.iterdir()] == ["1.jpg"]

@@ -19,8 +19,8 @@ JUDGE = ["judge", "--contexts", "a", "--reference", "a", "--answers", "a", "--ru
 JUDGE += ["--model", "m", "--questions"]
 REFUSED = [  # read from a disk, or written to one
     ["backbones", "towers", ADDRESS],
-    ["backbones", "merge", "a", ADDRESS, "c"],
-    ["backbones", "merge", "a", "b", ADDRESS],
+    ["backbones", "embed", ADDRESS, "b"],
+    ["backbones", "embed", "a", ADDRESS],
     ["features", "--checkpoint", "a", "--images", ADDRESS, "--out", "a"],
     ["features", "--checkpoint", "a", "--images", "a", "--out", ADDRESS],
     ["instruct-data", "a.jsonl", "--model", "m", "--out", ADDRESS],

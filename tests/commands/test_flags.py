@@ -39,6 +39,7 @@ ASK = ["--checkpoint", "none", "--image", "a.png", "--prompt", "what?"]
             ["backbones", "towers", "a", "--scale", "nan"],
             "--scale is nan, expected a fin",
         ),
+        (["backbones", "stage1", "a", "b", "--word_std", "0"], "--word_std is 0.0, expected above"),
         (["backbones", "towers", "a", "--seed", "4294967296"], "--seed is 4294967296, expected"),
         (
             ["evaluate", "--checkpoint", "a", "--wait_limit", "1e30"],

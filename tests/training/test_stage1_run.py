@@ -88,6 +88,20 @@ def test_a_base_has_the_tower_of_another_checkpoint_and_the_rest_is_fresh(files,
         write_stage1(base, folder / "base")
 
 
+def test_random_words_are_as_large_as_asked(files, tmp_path):
+    folder, base, _ = files
+    words = ["backbones", "stage1", str(base), str(tmp_path / "large"), "--word_std", "0.5"]
+    assert main(words) == 0
+    write_stage1(base, tmp_path / "usual")
+    large, usual = leaves(tmp_path / "large"), leaves(tmp_path / "usual")
+    table = "qformer/text_embed/embedding"
+    assert [name for name in usual if (large[name] != usual[name]).any()] == [table]
+    assert usual[table].std() == pytest.approx(0.02, rel=0.1)
+    assert large[table].std() == pytest.approx(0.5, rel=0.1)
+    with pytest.raises(ValueError, match="--word_std is of random .* not used with --bert"):
+        write_stage1(base, tmp_path / "out", bert=folder, word_std=0.5)
+
+
 def test_a_run_that_is_taken_up_is_the_whole_run(files, run, tmp_path):
     loop.run(config(files, tmp_path / "parts", **{"train.steps": 2, "optimizer.warmup_steps": 1}))
     loop.run(config(files, tmp_path / "parts"))

@@ -35,10 +35,8 @@ def picture(metrics: Sequence[Mapping[str, float]]) -> str:
         for title, unit, names in PANELS
         if any(name in line for line in metrics for name in names)
     ]
-    rows = -(-len(shown) // COLUMNS)
-    figure = matplotlib.figure.Figure(figsize=(10, 2.6 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
-    for axis, (title, unit, names) in zip(axes, shown, strict=False):
+    figure, axes = _panels(len(shown))
+    for axis, (title, unit, names) in zip(axes, shown, strict=True):
         for name in names:
             points = [(line["step"], line[name]) for line in metrics if name in line]
             if points:
@@ -50,10 +48,42 @@ def picture(metrics: Sequence[Mapping[str, float]]) -> str:
             axis.set_yscale("log")
         elif title != "learning rate":
             axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    for axis in axes[len(shown) :]:
+    return _image(figure)
+
+
+def compared(panels: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]], name: str) -> str:
+    """Returns an HTML image with a panel per title, and in it the metric `name` of several runs.
+
+    `panels` maps the title of a panel to runs, and these a label to lines with `step` and metrics.
+    """
+    figure, axes = _panels(len(panels))
+    for axis, (title, runs) in zip(axes, panels.items(), strict=True):
+        for label, metrics in runs.items():
+            points = [(line["step"], line[name]) for line in metrics if name in line]
+            if points:
+                axis.plot(*zip(*points, strict=True), lw=1, marker=".", label=label)
+        axis.set(title=title, xlabel="step")
+        axis.set_ylim(bottom=0)
+        if axis.lines:
+            axis.legend(fontsize="small")
+    return _image(figure)
+
+
+def _panels(count: int) -> tuple[matplotlib.figure.Figure, list[Any]]:
+    """Returns a figure and the axes of its panels, `COLUMNS` a row, each with a grid."""
+    rows = -(-count // COLUMNS)
+    figure = matplotlib.figure.Figure(figsize=(10, 2.6 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
+    for axis in axes[count:]:
         axis.remove()
+    for axis in axes[:count]:
+        axis.grid(alpha=0.3)
+    return figure, axes[:count]
+
+
+def _image(figure: matplotlib.figure.Figure) -> str:
+    """Returns the figure as an HTML image."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return f"<img class='curve' alt='curves' src='{page.inline(buffer.getvalue())}'>"

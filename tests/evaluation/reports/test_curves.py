@@ -61,6 +61,26 @@ def test_there_is_no_panel_without_numbers(count, monkeypatch):
     assert drawn == [["loss", "learning rate", "speed"][:count]]
 
 
+def test_runs_are_compared_panel_by_panel(monkeypatch):
+    figures = []
+    image = curves._image
+    monkeypatch.setattr(curves, "_image", lambda figure: figures.append(figure) or image(figure))
+    run = [{"step": 0, "score": 0.1}, {"step": 5}, {"step": 9, "score": 0.7}]
+    page = curves.compared(
+        {"a": {"x": run, "y": run[:1]}, "b": {"x": run}, "c": {"z": []}}, "score"
+    )
+    assert pixels(page).shape == pixels(curves.picture(LINES)).shape  # 3 panels, too
+    first, second, third = figures[0].axes
+    assert [axis.get_title() for axis in (first, second, third)] == ["a", "b", "c"]
+    assert [line.get_label() for line in first.lines] == ["x", "y"]
+    assert [line.get_xydata().tolist() for line in first.lines + second.lines] == [
+        [[0, 0.1], [9, 0.7]],
+        [[0, 0.1]],
+        [[0, 0.1], [9, 0.7]],
+    ]
+    assert not third.lines
+
+
 def test_a_run_without_steps_has_no_page(tmp_path):
     curves.write(tmp_path / "report.html", "x", [{"step": 0, "validation/score": 0.1}])
     assert not (tmp_path / "report.html").exists()
