@@ -69,7 +69,7 @@ def prepared(raw, data):
 
 def configure(data, names, **fields):
     """The paper's configuration, with these datasets."""
-    config = paper.get_config("small", batch_size=BATCH)
+    config = paper.get_config("small", BATCH, samples_per_row=1, row=(0, 0), sample=())
     config.train.steps = STEPS
     with config.unlocked():
         config.data.sources = ConfigDict(
@@ -267,7 +267,7 @@ def make_batches(base, data, names=tuple(paper.HELD_IN), rows=None):
 
 def test_the_configuration_of_the_paper_is_the_mixture_of_the_table(prepared):
     data = prepared(paper.HELD_IN)
-    config = paper.get_config("small", batch_size=BATCH)
+    config = paper.get_config("small", BATCH, samples_per_row=1, row=(0, 0), sample=())
     for name, source in config.data.sources.items():
         assert source.path == f"data/{name}"
         source.path = f"{data}/{name}"

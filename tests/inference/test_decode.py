@@ -325,6 +325,7 @@ def test_parameters_are_no_constants_of_the_program(model):
         make_batch(),
         keys(4),
         TracedSettings(*map(jnp.asarray, TracedSettings())),
+        None,
     )
     assert max((np.size(const) for const in traced.jaxpr.consts), default=0) < 100
 

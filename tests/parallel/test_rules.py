@@ -77,7 +77,8 @@ def test_every_rule_is_of_use():
     for name in RELEASED:
         heads = ("heads",) if name == "blip2-stage1" else ()
         variant = get_variant(name)
-        state, frozen = state_shapes(variant, (variant.bridge.key, *heads))
+        llm = ("llm",) if variant.kind == "llava" else ()
+        state, frozen = state_shapes(variant, (variant.bridge.key, *heads, *llm))
         leaves = jax.tree_util.tree_leaves_with_path((state._asdict(), frozen))
         paths |= {rules.path_of(path) for path, _ in leaves}
     first = lambda path: next(r for r in rules.RULES if re.search(f"(^|/)({r.path})$", path))
