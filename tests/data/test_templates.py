@@ -17,6 +17,7 @@ FIELDS = {
         "context": "It purrs.",
     },
     "blip2_caption": {},
+    "brief": {},
     "blip2_question": {"question": "What is this?"},
 }
 
