@@ -16,6 +16,7 @@ from PIL import Image
 
 from jax_instructblip.checkpoint import read_config
 from jax_instructblip.data import images
+from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.data.mixture import Mixture, Source
 from jax_instructblip.data.records import Record
 from jax_instructblip.models.variants import Variant
@@ -98,7 +99,9 @@ def start(tmp_path_factory):
     folder = write_base(tmp_path_factory.mktemp("crops") / "base", "t5")
     variant = Variant.from_dict(read_config(folder)["variant"])
     return types.SimpleNamespace(
-        folder=folder, variant=variant.replace(**{"vision.image_size": 224})
+        folder=folder,
+        variant=variant.replace(**{"vision.image_size": 224}),
+        input_format=InputFormat(),
     )
 
 
@@ -108,6 +111,7 @@ def test_training_pixels_of_the_papers_configs_are_the_released_ones(photos, sta
     config = load_config(str(CONFIGS / f"paper_{name}.py"))
     with config.unlocked():
         config.data.batch_size = len(photos)
+        config.data.samples_per_row = 1  # packed rows are in another order
     photo_of = {f"photo {number}": photo for number, photo in enumerate(photos)}
     records = [Record(id, (photo,), "what is it?", ("red",)) for id, photo in photo_of.items()]
     mixture = Mixture([Source("photos", records, "digest")], config.seed)

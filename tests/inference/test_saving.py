@@ -71,7 +71,9 @@ def test_refusals_leave_nothing(base, tmp_path, monkeypatch):
     (tmp_path / "taken" / "file").write_text("kept")
     with pytest.raises(FileExistsError, match="not overwritten"):
         blip.save(tmp_path / "taken")
-    elsewhere = type("Elsewhere", (), {"is_fully_addressable": False, "nbytes": 1})()
+    elsewhere = type(
+        "Elsewhere", (), {"is_fully_addressable": False, "nbytes": 1, "dtype": jnp.dtype("float32")}
+    )()
     blip.params = jax.tree.map(lambda leaf: elsewhere, blip.params)
     with pytest.raises(ValueError, match="other processes hold parts of the parameters"):
         blip.save(tmp_path / "out")
