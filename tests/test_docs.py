@@ -123,6 +123,7 @@ def prepared(tmp_path_factory):
         (folder / name).write_text("".join(lines))
     write_stage1(EMBEDDED / "shapes_t5", folder / "retrieval", features=24)
     write_llava(EMBEDDED / "shapes_llama", folder / "llava-1.5-7b", llm=EMBEDDED / "shapes_llama")
+    shutil.copytree(EMBEDDED / "shapes_llama", folder / "vicuna-7b")
     for name in ("flan-t5-xl", "path/to/checkpoint"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(EMBEDDED / "shapes_t5", folder / name)

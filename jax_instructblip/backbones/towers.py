@@ -79,7 +79,8 @@ def copy_towers(
             continue
         source, fresh = read_source(f"shapes_{kind}"), build.text_processor(kind)
         variant = dataclasses.replace(fresh.variant, llm=source.variant.llm)
-        text = TextProcessor(variant, fresh.llm, fresh.qformer)
+        stored = TextProcessor.load(source.folder, source.variant)
+        text = TextProcessor(variant, stored.llm, fresh.qformer)
         params = read_params(source, lambda path, array: array)
         del params["qformer"]
         _write_base(base, params, text, seed, tokenizer=source.folder / "tokenizer")

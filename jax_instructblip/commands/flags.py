@@ -37,7 +37,7 @@ NUMBERS: dict[str, Field] = {
     "top": whole(1),
     "tries": whole(1, 1_000, unit="plans"),
     "wait_limit": number(above=0, at_most=MOST_SECONDS, unit="seconds"),
-    "word_std": number(above=0, at_most=10),
+    "word_std": number(above=0, at_most=10, optional=True),
     "workers": whole(0, 1_024, unit="processes"),
 }
 TEXTS = ("prompt",)

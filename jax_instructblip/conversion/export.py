@@ -139,7 +139,9 @@ def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> l
                     "image_token_index"
                 )
     notes += _losses(model, family, config)
-    sides = {"preprocessor_config": preprocessor(variant, model.input_format.image_crop)}
+    # Only LLaVA's format has other ways to prepare images; what is lost is said.
+    crop = model.input_format.image_crop if variant.kind == "llava" else ""
+    sides = {"preprocessor_config": preprocessor(variant, crop)}
     sides |= {name: facts[name] for name in hf_folder.SIDE_FILES if name in facts}
     sides |= changed_image_settings(variant, model.input_format, sides)
     if variant.kind in PROCESSORS:  # transformers puts that many image tokens before a prompt
