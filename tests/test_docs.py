@@ -43,6 +43,8 @@ INSTEAD = {
     "jax-instructblip train --config configs/blip2_": "jax-instructblip train --help # ",
     "jax-instructblip train --config configs/tuning_": "jax-instructblip train --help # ",
     "jax-instructblip train --config configs/llava_": "jax-instructblip train --help # ",
+    # Both stages on the drawn world: tests/training/test_llava_run.py.
+    "jax-instructblip train --config configs/shapes_llava": "jax-instructblip train --help # ",
     "jax-instructblip backbones llava clip-": "jax-instructblip backbones llava --help # ",
     "jax-instructblip evaluate --checkpoint runs/flan_t5_xl --datasets held_out": "true",
     # LLaVA's benchmarks, and several models in one table: tests/evaluation runs these.
@@ -64,11 +66,6 @@ SMALL = {
     "--config.optimizer.warmup_steps=1 --config.validation.limit=4 --config.data.batch_size=4",
     "configs/shapes_captions.py": "configs/shapes_captions.py --config.train.steps=2 "
     "--config.optimizer.warmup_steps=1 --config.validation.limit=4 --config.data.batch_size=4",
-    **{
-        f"configs/shapes_llava{stage}.py": f"configs/shapes_llava{stage}.py "
-        "--config.train.steps=2 --config.optimizer.warmup_steps=1 --config.data.batch_size=4"
-        for stage in ("", "_pretrain")
-    },
     "--config.train.steps=40": "--config.train.steps=4",
     "--config.validation.every=20": "--config.validation.every=2",
     "--config.optimizer.warmup_steps=5": "--config.optimizer.warmup_steps=1",

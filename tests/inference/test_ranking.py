@@ -196,7 +196,7 @@ def test_plans_of_other_lists_can_be_padded_alike():
         assert found == given
 
 
-@pytest.mark.parametrize("count", [1, 5, 1000])
+@pytest.mark.parametrize("count", [5, 1000])
 def test_scores_are_those_of_whole_rows(small, count):
     candidates, expected = small.brute
     candidates, expected = candidates[:count], expected[:, :count]

@@ -15,7 +15,7 @@ TOLERANCE = 1e-5  # of losses near 4 and weights near 1, in float32
 @pytest.mark.parametrize(
     ("kind", "other"),
     [
-        ("llama", "pmap in parts"),
+        pytest.param("llama", "pmap in parts", marks=pytest.mark.full),
         pytest.param("t5", "parts", marks=pytest.mark.full),
     ],
 )
