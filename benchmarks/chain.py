@@ -66,7 +66,7 @@ def tune(
     """Tunes from each start; returns a row per language model, seed and start.
 
     A row has the step at which validation reached `LEVEL`, accuracies on the test splits, and the
-    curve of validation.
+    curve of validation; from both stages and seed 0 also the baselines of each split.
     """
     rows = []
     for kind in kinds:
@@ -86,6 +86,14 @@ def tune(
                     split: result["datasets"][split]["value"] / 100 for split in quickstart.SPLITS
                 }
                 row = {"llm": kind, "seed": seed, "start": start, "steps": steps_to(LEVEL, curve)}
+                if chained and seed == 0:  # before tuning, of zeroed images, of the majority answer
+                    row["baselines"] = {
+                        split: {
+                            name: baseline["accuracy"] / 100
+                            for name, baseline in result["datasets"][split]["baselines"].items()
+                        }
+                        for split in quickstart.SPLITS
+                    }
                 rows.append({**row, **tests, "validations": curve})
     return rows
 

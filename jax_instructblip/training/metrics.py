@@ -260,8 +260,8 @@ def _open_board(folder: Path, purge_step: int) -> Any:
     tensorboardX imports torch wherever that is installed, which takes two seconds; only torch's own
     tensors need it. While tensorboardX is imported, torch is hidden.
     """
-    hidden = {} if "torch" in sys.modules else {"torch": None}
-    sys.modules.update(hidden)  # type: ignore[arg-type]
+    hidden: dict[str, Any] = {} if "torch" in sys.modules else {"torch": None}
+    sys.modules.update(hidden)
     try:
         from tensorboardX import SummaryWriter
     finally:

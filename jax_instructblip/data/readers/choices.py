@@ -146,6 +146,20 @@ def _choice(
     )
 
 
+def index_of_choice(row: dict[str, Any], name: str, where: str) -> int:
+    """Returns the field `name` of a row, the index of one of its `choices`.
+
+    Raises:
+        AnnotationError: it is no index of a choice; `where` names the row in the message.
+    """
+    index, count = field(row, name, int, where), len(row["choices"])
+    if not 0 <= index < count:
+        raise AnnotationError(
+            f"{where}: {name} is {index}, expected the index of one of {count} choices"
+        )
+    return index
+
+
 def _choose(row: dict[str, Any], name: str | None, where: str) -> tuple[tuple[str, ...], int]:
     """Returns the choices that are not blank, and the index of the right one among them.
 
@@ -155,11 +169,7 @@ def _choose(row: dict[str, Any], name: str | None, where: str) -> tuple[tuple[st
     kept = texts_of(row, "choices", where)
     if name is None:
         return kept, -1
-    choices, correct = row["choices"], field(row, name, int, where)
-    if not 0 <= correct < len(choices):
-        raise AnnotationError(
-            f"{where}: {name} is {correct}, expected the index of one of {len(choices)} choices"
-        )
+    choices, correct = row["choices"], index_of_choice(row, name, where)
     if not choices[correct].strip():
         raise AnnotationError(f"{where}: choice {correct}, the right one, is blank")
     return kept, sum(bool(choice.strip()) for choice in choices[:correct])

@@ -26,7 +26,7 @@ from jax_instructblip.data.readers.annotations import (
     text_of,
     unique,
 )
-from jax_instructblip.data.readers.choices import SCIENCEQA
+from jax_instructblip.data.readers.choices import SCIENCEQA, index_of_choice
 from jax_instructblip.data.readers.dataset import Dataset
 from jax_instructblip.data.records import Record
 
@@ -143,11 +143,6 @@ def _problem(raw: pathlib.Path, split: str, name: str, row: dict[str, Any], wher
             raise AnnotationError(f"{where}: choices[{index}] is blank: correct the row")
     if not 1 <= len(choices) <= len(LETTERS):
         raise AnnotationError(f"{where}: {len(choices)} choices, expected 1 to {len(LETTERS)}")
-    correct = field(row, "answer", int, where)
-    if not 0 <= correct < len(choices):
-        raise AnnotationError(
-            f"{where}: answer is {correct}, expected the index of one of {len(choices)} choices"
-        )
     subject = field(row, "subject", str, where)
     if subject not in SUBJECTS:
         raise AnnotationError(
@@ -158,7 +153,7 @@ def _problem(raw: pathlib.Path, split: str, name: str, row: dict[str, Any], wher
         id=name,
         question=text_of(row, "question", where),
         choices=tuple(choices),
-        correct=correct,
+        correct=index_of_choice(row, "answer", where),
         hint=field(row, "hint", str, where).strip(),
         image=inside(raw, "images", split, name, image, where=where) if image else "",
         lecture=field(row, "lecture", str, where).strip(),
