@@ -1,12 +1,12 @@
-"""What BLIP-2's two stages save instruction tuning, on the drawn world.
+"""Compares tuning after BLIP-2's two stages with tuning from a random Q-Former.
 
 WORK=DIR OUT=MADE TOWERS=embedded bash launch/backbones.sh
 python -m benchmarks.chain --work DIR --made MADE [--kinds llama t5] [--seeds 0] [--out FILE]
 
-Reads the curves of both stages in DIR. Tunes on instructions (`configs/quickstart.py`) from
-MADE/shapes_KIND, to which the stages have led, and from DIR/base_KIND, which has the same frozen
-towers and a random Q-Former. Finished runs are reused; others take five to ten minutes each. Prints
-a table, and writes a JSON file and the curves (DIR/chain.html).
+All is on the drawn world. Reads the curves of both stages in DIR. Tunes on instructions
+(`configs/quickstart.py`) from MADE/shapes_KIND, the result of the stages, and from DIR/base_KIND,
+which has the same frozen towers and a random Q-Former. Finished runs are reused; others take five
+to ten minutes each. Prints a table, and writes a JSON file and the curves (DIR/chain.html).
 """
 
 import argparse
@@ -124,7 +124,12 @@ def report(path: pathlib.Path, document: Mapping[str, Any]) -> None:
 def main() -> None:
     """Runs what is missing, prints the table, and writes the JSON file and the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/backbones"))
+    parser.add_argument(
+        "--work",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/backbones"),
+        help="WORK of launch/backbones.sh",
+    )
     parser.add_argument(
         "--made",
         type=pathlib.Path,

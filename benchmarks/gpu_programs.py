@@ -42,7 +42,7 @@ COPIES = 6  # of weights, those listed of each loop
 
 
 def config_of(batch: int) -> ConfigDict:
-    """The common config in bfloat16: prompts of 64 tokens, 64 new tokens."""
+    """Returns the common config in bfloat16: prompts of 64 tokens, 64 new tokens."""
     config = common.get_config()
     config.model.frozen_dtype = config.model.dtype = "bfloat16"
     config.validation.batch_size, config.validation.max_new_tokens = batch, 64

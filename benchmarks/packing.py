@@ -1,4 +1,4 @@
-"""Rows of several samples against rows of one, for the paper's four trainings at full size.
+"""Compares rows of several samples with rows of one, for the paper's four trainings.
 
 python -m benchmarks.packing [--only NAME] [--steps 200]
 
@@ -43,7 +43,7 @@ Shape = dict[str, int]  # widths of a batch, by name
 def read_lengths(name: str) -> np.ndarray:
     """Returns [samples, 3]: instruction ids, prompt tokens and targets of recorded samples.
 
-    `name` is that of a config; the prompt of a Vicuna is the whole text, with the answer.
+    `name` is one of `CONFIGS`; the prompt of a Vicuna is the whole text, with the answer.
     """
     lengths = json.loads(LENGTHS.read_text(encoding="utf-8"))
     if name.startswith("flan_t5"):

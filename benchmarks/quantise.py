@@ -1,4 +1,4 @@
-"""What int8 and int4 weights change: answers on the drawn world, bytes of released models.
+"""Compares int8 and int4 weights with float ones: answers on the drawn world, and bytes.
 
 python -m benchmarks.quantise [--checkpoint NAME_OR_FOLDER ...] [--questions 200] [--dtype float32]
 
@@ -10,10 +10,11 @@ compared with the same model not quantised, on the same questions of `shapes` (s
     tokens      share of positions of greedy answers with the same token
     empty       greedy answers without text
     exact       share of right greedy answers, and `exact_float` of the model not quantised
-    bytes       weights that are held, as a share of those in bfloat16: all, and the two towers'
-                kernels alone
+    bytes       of the weights by their shapes, as a share of those in bfloat16: of all, and of the
+                kernels that are quantised
+    held        with `--dtype bfloat16`, bytes on the devices as a share of the other model's
 
-and the bytes of the released models by their shapes. Writes `results/quantise.json`.
+and `bytes` of the released models (`released`). Writes `results/quantise.json`.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def pick(count: int) -> list[Any]:
 
 
 def likely(blip: Any, records: list[Any]) -> np.ndarray:
-    """Returns the most likely token at each position of the right answers, all in one row."""
+    """Returns the most likely token at each position of the right answers, one after the other."""
     variant, found = blip.variant, []
     for first in range(0, len(records), ROWS):
         examples = []
@@ -70,7 +71,7 @@ def greedy(blip: Any, records: list[Any]) -> list[Any]:
 
 
 def agreement(ours: list[Any], others: list[Any]) -> float:
-    """Returns the share of positions of `others` where `ours` have the same token."""
+    """Returns the share of positions, counted on the longer answer, with the same token."""
     same = total = 0
     for one, other in zip(ours, others, strict=True):
         pairs = zip(one.tokens, other.tokens, strict=False)
@@ -140,8 +141,8 @@ def main() -> None:
     """Measures the checkpoints and writes the results file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--checkpoint", nargs="+", default=CHECKPOINTS, help="models to measure")
-    parser.add_argument("--questions", type=int, default=200, help="(default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", help="(default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=200, help="number (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="of computation (default: %(default)s)")
     flags = parser.parse_args()
     words = [] if flags.questions == 200 else ["--questions", str(flags.questions)]
     found = facts("quantise", words)

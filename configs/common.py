@@ -80,7 +80,8 @@ def get_config() -> ConfigDict:
 
     config.chat = ConfigDict()
     config.chat.template = ""  # of conversations: "v1", "llama3", "chatml" ...; "": prompt, answer
-    config.chat.system = "default"  # system message; "default": the template's; "": none
+    # System message; "default": the checkpoint's, or that of another template; "": none.
+    config.chat.system = "default"
     config.chat.limit = 2_048  # tokens and visual vectors of a conversation
     # Of the first question's images and text: as they are written, "first", "last", or "drawn".
     config.chat.image_order = "written"

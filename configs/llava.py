@@ -11,7 +11,7 @@ from configs import common
 
 
 def get_config(name: str, batch_size: int, learning_rate: float, epochs: float) -> ConfigDict:
-    """Returns what the trainings share; `batch_size` samples on all devices together.
+    """Returns the fields that the trainings share; `batch_size` counts all devices together.
 
     `config.model.checkpoint` must be given: `jax-instructblip backbones llava` makes it.
     """

@@ -32,10 +32,10 @@ def main(argv: list[str]) -> int:
         "--scale", type=float, default=1.0, help="of all step counts (default: %(default)s)"
     )
     towers.add_argument(
-        "--embedded", action="store_true", help="take those of the embedded checkpoints instead"
+        "--embedded", action="store_true", help="copy those of the embedded checkpoints; train none"
     )
     embed = parts.add_parser("embed", help="SOURCE in bfloat16, as an embedded checkpoint: OUT")
-    embed.add_argument("source", type=Path, help="what `instruct` has made")
+    embed.add_argument("source", type=Path, help="the folder that `instruct` made")
     embed.add_argument("out", type=Path, help="a checkpoint folder there is replaced")
     stage1 = parts.add_parser("stage1", help="vision tower of BASE, fresh Q-Former and heads: OUT")
     stage1.add_argument("base", type=Path, help="any checkpoint")

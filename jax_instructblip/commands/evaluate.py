@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", help="a Hugging Face folder, a converted one, a run, or an embedded name")
-    add("--beside", nargs="+", default=(), metavar="CHECKPOINT", help="others, asked the same")
+    add("--beside", nargs="+", default=(), metavar="CHECKPOINT", help="others to compare with")
     add("--list", action="store_true", help="print datasets, prompts, settings; then end")
     add("--datasets", help=f"with commas: held_out, {', '.join(DATASETS)}")
     add("--data", help="see above; of families a JSON-lines file or `shapes` (default: the run's)")
@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--image_crop",
         choices=SHOWING["image_crop"],
-        help="(the model's own) center: the middle, not squashed",
+        help="(the model's own) center, clip: the middle; pad: all; squash: all, distorted",
     )
     add("--ignore_exif", action="store_true", help="photographs are not turned upright")
     add_template(group)

@@ -66,7 +66,7 @@ def add_quantise(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> N
     parser.add_argument(
         "--quantise",
         choices=QUANTISED,
-        help="weights of vision tower and language model (default: not quantised)",
+        help="form of the weights of vision tower and language model (default: not quantised)",
     )
 
 
@@ -103,18 +103,23 @@ def add_endpoint(
         f"Any OpenAI-compatible one; the environment variable {endpoint.KEY} holds its key.",
     )
     add = group.add_argument
-    add("--model", required=required, help="the name under which the endpoint knows it")
-    add("--endpoint", default="", metavar="URL", help="as http://localhost:8000/v1 (OpenAI's)")
+    add("--model", required=required, help="name of the model at the endpoint")
+    add("--endpoint", default="", metavar="URL", help="such as http://localhost:8000/v1 (OpenAI's)")
     add("--temperature", type=float, default=temperature, help="of sampling (%(default)s)")
-    add("--answer_tokens", type=int, default=of.answer_tokens, help="of one answer (%(default)s)")
-    add("--max_tokens", type=int, default=of.max_tokens, help="of the whole run (0: no limit)")
+    add(
+        "--answer_tokens",
+        type=int,
+        default=of.answer_tokens,
+        help="most in an answer (%(default)s)",
+    )
+    add("--max_tokens", type=int, default=of.max_tokens, help="most of the whole run (0: no limit)")
     add("--concurrency", type=int, default=of.concurrency, help="requests at once (%(default)s)")
     add("--timeout", type=float, default=of.timeout, help="seconds for an answer (%(default)s)")
     add(
         "--attempts",
         type=int,
         default=of.attempts,
-        help="answers to a request, until one is usable (%(default)s)",
+        help="answers to one request before it is given up (%(default)s)",
     )
     add(
         "--retries",

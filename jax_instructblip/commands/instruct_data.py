@@ -8,7 +8,8 @@ conversation (it reads the captions alone), a detailed description and a questio
 reasoning (captions and boxes). It never sees the image.
 
 Replies are kept in a journal beside --out: the same command continues a run that was interrupted
-or ran out of --max_tokens, and asks nothing twice. --out is written at the end, in LLaVA's layout.
+or ran out of --max_tokens, and asks no answered request again. --out is written at the end, in
+LLaVA's layout.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("contexts", type=Path, help="JSON lines: images with captions and boxes")
     add("--out", type=Path, required=True, help="JSON file of conversations; must not exist")
-    add("--kinds", default=",".join(KINDS), help="with commas (default: %(default)s)")
+    add("--kinds", default=",".join(KINDS), help="separated by commas (default: %(default)s)")
     add("--prompts", type=Path, help="folder of system messages and examples (default: shipped)")
     add("--seed", type=int, default=0, help="draws the questions of descriptions (default: 0)")
     add(

@@ -9,6 +9,7 @@ rules (source tensor -> our parameter); one engine applies them and reports all 
     llama_sections.py   those of LLaMA and its relatives
     hf_config.py        config.json -> the sizes of the model (`Variant`), checked
     hf_folder.py        a Hugging Face folder -> our parameters, one at a time
+    input_formats.py    the input format of a model whose folder has no record of it
     language_folder.py  a Hugging Face folder of a language model alone -> our parameters
     lavis.py            LAVIS's names for the tensors of the tables
     original.py         `.pth` files of LAVIS -> our parameters, one at a time
@@ -30,7 +31,7 @@ rules (source tensor -> our parameter); one engine applies them and reports all 
     engine.py           the kinds of rules, and the plan made from them
     transforms.py       transposes and reshapes of weights, each with its inverse
     safetensors.py      reads and writes safetensors files, one tensor at a time
-    torch_files.py      reads the tensors of `.pth` and `.bin` files, and runs no code in them
+    torch_files.py      reads (without running code in them) and writes `.pth` and `.bin` files
     weight_files.py     the weights of a folder, in either kind of files
     tables/             one table a tower: vision qformer t5 llama opt heads
 """

@@ -1,4 +1,4 @@
-"""Reads the folder of a CLIP model: of its two towers the image tower, with all its blocks.
+"""Reads the image tower of a CLIP folder, with all its blocks.
 
     config.json, model.safetensors or pytorch_model.bin   as released, with the text tower
     the same of `CLIPVisionModel`                          the image tower alone
@@ -36,7 +36,7 @@ class ClipFolder:
       folder: the folder.
       config: the tower's sizes; its last block is not computed, as LLaVA has it.
       tensors: the tower's tensors by name, below `vision_model.`.
-      dropped: the reason for the other tensors, by the beginning of their names.
+      dropped: why other tensors are left out, by the beginning of their names.
     """
 
     folder: Path

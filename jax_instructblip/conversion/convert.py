@@ -207,7 +207,7 @@ def _write(
 
 
 def _asked_by(variant: Variant, usual: InputFormat, template: str | None) -> InputFormat:
-    """Returns how a model is asked: as usual, or by the chat template that was chosen."""
+    """Returns the input format: the usual one, or one with the chosen chat template."""
     if template is not None and variant.llm is None:
         raise ValueError(
             f"template is {template!r}, but a first stage of BLIP-2 is asked nothing: leave it out"
@@ -218,7 +218,7 @@ def _asked_by(variant: Variant, usual: InputFormat, template: str | None) -> Inp
 def _tokenizer_problem(
     folder: Path, variant: Variant, asked: InputFormat, template: str | None
 ) -> str:
-    """Returns a sentence about why a folder's tokenizers cannot be asked by, "" if they can.
+    """Returns a sentence about why a folder's tokenizers cannot write prompts, "" if they can.
 
     They are missing, or the usual chat template is of another tokenizer.
 

@@ -1,4 +1,4 @@
-"""How a model is asked whose folder does not say it: by its kind, its tokenizer and its files."""
+"""The input format of a model without a record of it, by its kind, tokenizer and files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,9 +40,10 @@ def usual_input_format(variant: Variant, tokenizer: Path, facts: Mapping[str, An
 def changed_image_settings(
     variant: Variant, input_format: InputFormat, sides: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns those of a Hugging Face folder's small files that prepare images in another way.
+    """Returns the small files that a Hugging Face folder needs to say what `image_crop` says.
 
-    `sides` has the files by name, without `.json`; the results say what `input_format` says.
+    `sides` has its present files by name, without `.json`. The result is {} if these prepare images
+    in the same way, or the model is no LLaVA.
     """
     crop = input_format.image_crop
     if variant.kind != "llava" or _image_crop(variant, sides) == crop:
@@ -59,9 +60,10 @@ def changed_image_settings(
 def lost_input_format(
     variant: Variant, input_format: InputFormat, tokenizer: Path, facts: Mapping[str, Any]
 ) -> list[str]:
-    """Returns a sentence about what a Hugging Face folder does not say of how its model is asked.
+    """Returns a note about fields of the input format that a folder loses; [] if it loses none.
 
-    `tokenizer` is the folder of its tokenizer, `facts` are its small files, by name.
+    The folder is one of Hugging Face, which has no record of them. `tokenizer` is the folder of its
+    tokenizer, `facts` are its small files, by name.
     """
     before = input_format.to_dict()
     after = usual_input_format(variant, tokenizer, facts).to_dict()

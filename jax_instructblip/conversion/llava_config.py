@@ -4,7 +4,7 @@
     "mm_vision_tower": "openai/clip-vit-large-patch14", "mm_projector_type": ...  of the image
 
 The sizes of the image tower are not in it: they are in the tower's own folder. Folders of LLaVA v1
-and v1.5 are read; of later versions it is only told that they are later ones.
+and v1.5 are read; those of later versions are recognised, to be refused.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ _NAME = dataclasses.replace(text(), optional=True)
 
 
 def _read_facts(values: Values) -> dict[str, Any]:
-    """Returns what is no size: the tower's name, how images are cut, tokens around an image."""
+    """Returns the fields that are no sizes, such as the tower's name and the image's ratio."""
     return {
         "vision_tower": values.checked("mm_vision_tower", _NAME) or "",
         "vision_width": values.checked("mm_hidden_size", SIZE_OR_NULL),
@@ -136,8 +136,8 @@ def check_language(llm: LlamaConfig) -> None:
 def make_config(variant: Variant, kind: str) -> dict[str, Any]:
     """Returns the keys of a config.json of original LLaVA that tell a variant's sizes.
 
-    `kind` is the language model, a key of `llama_sections.SECTIONS`; the original has classes for
-    some alone.
+    `kind` is the language model, a key of `llama_sections.SECTIONS`. The original has classes only
+    for those in `LANGUAGES`; for others `architectures` is [].
     """
     size, name = variant.vision.image_size, None
     if _is_large(variant):

@@ -90,8 +90,8 @@ def export_projector(
 ) -> list[str]:
     """Writes `out`, a folder with the projector of a LLaVA and a config.json; returns notes.
 
-    The arguments and errors are those of `export_original`, but that there is always one file of
-    weights. Needs the extra `torch`.
+    The arguments and errors are those of `export_original`, except that there is always one file of
+    weights, whatever `shard_bytes` is. Needs the extra `torch`.
     """
     del shard_bytes
     _check_kind(model)
@@ -113,7 +113,7 @@ def export_projector(
 
 
 def _config(model: StoredModel) -> dict[str, Any]:
-    """Returns the config.json: that of the source with the sizes of now, or a new one."""
+    """Returns the config.json: that of the source with present sizes, or a new one."""
     variant, facts = model.variant, model.facts
     assert isinstance(variant.llm, LlamaConfig)
     before = facts.get("original_config")

@@ -1,4 +1,4 @@
-"""Original LLaVA's names for the tensors of the tables.
+"""Original LLaVA's names for the tensors of the conversion tables (`tables/`).
 
 model.layers.3.mlp.up_proj.weight              the original's
 language_model.model.layers.3.mlp.up_proj...   Hugging Face's, as in our tables

@@ -62,7 +62,7 @@ class ChatTextProcessor(TextProcessor):
         """Returns an example for inference, as `TextProcessor.prompt`, with `image_at` [images].
 
         `prompt` is a question, or a conversation that ends with one. If no question has an
-        `<image>`, all images stand before the first one; else there are as many `<image>`.
+        `<image>`, all images stand before the first one; else there must be one `<image>` an image.
 
         Raises:
             ValueError: the conversation cannot be used; all reasons are listed.

@@ -1,4 +1,4 @@
-"""Texts that stand for an image before a language model without eyes: captions and boxes.
+"""Captions and boxes, which describe an image to a language model that sees none.
 
     A red fire hydrant is deep in the snow.
     This city has had a very hard winter.

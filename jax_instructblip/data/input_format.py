@@ -1,4 +1,4 @@
-"""How prompts and images are put to a model, as its checkpoint and its training runs store it.
+"""The input format of a model (chat template, image crop), stored with checkpoints and runs.
 
     "input_format": {"template": "v1", "system": null, "image_marks": null,
                      "image_crop": "pad", "limit": 2048}
@@ -27,7 +27,7 @@ FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class InputFormat:
-    """How prompts and images are put to a model; the defaults are those of InstructBLIP and BLIP-2.
+    """The form of a model's prompts and images; the defaults are InstructBLIP's and BLIP-2's.
 
     Attributes:
       template: the chat template, a key of `CHAT_TEMPLATES`; "" for a model that reads the images
@@ -67,7 +67,7 @@ class InputFormat:
         """Returns the format of a dict that `to_dict` made; absent fields have their defaults.
 
         Raises:
-            ValueError: lists unknown fields and values that are not allowed.
+            ValueError: lists unknown fields; or, if there are none, values that are not allowed.
         """
         if not isinstance(fields, Mapping):
             raise ValueError(f"{KEY} is {fields!r:.60}, expected an object")

@@ -86,7 +86,10 @@ def examine(
             f"{file} has whole conversations: name the chat template that writes them (--template)"
         )
     if images is not None and not talks:
-        raise ValueError(f"{file} has no conversations: the images of its lines lie beside it")
+        raise ValueError(
+            f"{file} has no conversations: the images of its lines are found beside it; leave out "
+            "--images"
+        )
     scan = functools.partial(scan_llava_json, images=images) if talks else scan_jsonl
     cut, unknown = np.zeros(len(TRUNCATED), np.int64), {name: [] for name in TRUNCATED}
     findings = Findings({}, 0, collections.defaultdict(list), cut, unknown, [])

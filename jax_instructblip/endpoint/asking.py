@@ -1,7 +1,7 @@
 """Asks many requests at once, until each has a usable answer or is given up.
 
-A reply is journaled before anything else happens to it. So a run that ends for whatever reason is
-continued by the same call, and no request whose reply has arrived is sent again.
+A reply is checked and journaled as soon as it arrives. So a run that ends for whatever reason is
+continued by the same call, and no request that has a usable reply is sent again.
 """
 
 import asyncio
@@ -69,6 +69,7 @@ def ask(
       ValueError: there is no key; the journal is of other facts or requests; the tokens of
         `settings.max_tokens` are used up.
       EndpointError: the endpoint cannot be used, or fails too often in a row.
+      OSError: the journal cannot be written.
     """
     client = Client(settings)
     with open_journal(journal, {**settings.facts(), **facts}) as opened:
@@ -182,7 +183,7 @@ class _Run:
                 self._freed.notify_all()
 
     async def _send(self, request: Request) -> Reply | None:
-        """Returns the reply, after pauses and further attempts where needed; None at the end."""
+        """Returns the reply, after pauses and further attempts if needed; None if the run ends."""
         failures = 0
         while not self._ending.is_set():
             try:
@@ -211,7 +212,7 @@ class _Run:
         """Sets tokens aside for a request, waiting for those under way where too few are left.
 
         Returns their number, which is higher than the estimate where that was exceeded before; 0
-        at the end. Ends the run if there are too few.
+        if the run ends. Ends it if there are too few.
         """
         limit = self._settings.max_tokens
         async with self._freed:

@@ -1,4 +1,4 @@
-"""Sends one request to a chat endpoint and sorts what can go wrong by what to do about it."""
+"""Sends one request to a chat endpoint; its exceptions tell whether sending it again can help."""
 
 import asyncio
 import os

@@ -73,7 +73,7 @@ class Journal:
         self.take(entry)
 
     def take(self, entry: Mapping[str, Any]) -> None:
-        """Counts a reply; raises a ValueError if its request was answered before."""
+        """Counts a reply; raises a ValueError if its request was answered or had other messages."""
         name, problem = entry["id"], entry["problem"]
         if name in self.answers:
             raise ValueError(f"{name!r} is answered twice")
@@ -93,7 +93,7 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Raises a ValueError if replies belong to requests that are not, or otherwise, asked."""
+        """Raises a ValueError if replies are to requests that are gone or have other messages."""
         asked = {request.id: request.digest() for request in requests}
         gone = [name for name in self._digests if name not in asked]
         changed = [

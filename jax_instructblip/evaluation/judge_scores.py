@@ -38,7 +38,7 @@ class RelativeScore:
     """The relative score of one kind of questions.
 
     Attributes:
-      relative: 100 x model / reference; None if too many reviews are missing.
+      relative: 100 x model / reference; None if too many reviews are missing, or `reference` is 0.
       model: mean of the model's scores; None if there is no review.
       reference: mean of the reference's scores; None if there is no review.
       questions: number of questions.
@@ -100,7 +100,10 @@ def describe_scores(scores: Mapping[str, RelativeScore]) -> Iterator[str]:
             f"{score.missing:7}"
         )
     if any(score.relative is None for score in scores.values()):
-        yield f"-: no score, for more than {MAX_MISSING:.0%} of the reviews are missing"
+        yield (
+            f"-: no score, for more than {MAX_MISSING:.0%} of the reviews are missing, or all "
+            "scores of the reference are 0"
+        )
 
 
 def read_reviews(path: str | os.PathLike[str]) -> list[Review]:

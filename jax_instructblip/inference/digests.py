@@ -1,4 +1,4 @@
-"""The hash of all weights of a model, by which results and features are known to be of it."""
+"""The digest of a model's weights, which ties results and features to the model."""
 
 import hashlib
 

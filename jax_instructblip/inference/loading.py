@@ -313,9 +313,9 @@ def _read_trained(step: Path, variant: Variant, place: checkpoint.Place) -> chec
 
 
 def unstacks(variant: Variant, mesh: Mesh | None, backend: str) -> bool:
-    """Whether `load_params` unstacks the layers that decode (`models.vlm.unstack_decoder`).
+    """True if `load_params` unstacks the layers that decode (`models.vlm.unstack_decoder`).
 
-    It does where each device holds whole weights, on the kinds of devices in `UNSTACKED`.
+    It does so where each device holds whole weights, on the kinds of devices in `UNSTACKED`.
     """
     return variant.llm is not None and backend in UNSTACKED and (mesh is None or not is_split(mesh))
 
@@ -326,9 +326,9 @@ def load_params(
     """Reads the parameters of `source` onto the first device, or sharded over `mesh`.
 
     `parallel/rules.py` has the shardings. With a mesh of several processes, each reads only its own
-    parts, but of kernels that are quantised the whole. `quantise` is a form of weights for the
-    vision tower and the language model (`models/quantise.py`). The layers that decode may be
-    unstacked (`unstacks`).
+    parts, except that it reads the whole of each kernel to be quantised. `quantise` is a form of
+    weights for the vision tower and the language model (`models/quantise.py`). The layers that
+    decode may be unstacked (`unstacks`).
     """
     if not (mesh is None or isinstance(mesh, Mesh)):
         raise ValueError(f"mesh is a {type(mesh).__name__}, expected a jax.sharding.Mesh or None")

@@ -190,8 +190,8 @@ class InstructBlipPipeline(BatchRunner):
 
         Raises:
           ValueError: no images or no prompts, counts that do not match, a setting out of its range,
-            a prompt too long for the model, an image that cannot be used (`ImageError`), or has no
-            place in its prompt or two, scores that are not finite.
+            a prompt too long for the model, an image that cannot be used (`ImageError`), other
+            numbers of images and of `<image>` in a prompt, scores that are not finite.
         """
         config = configured(config, settings)
         check_batch_size(batch_size)

@@ -74,7 +74,7 @@ class TailView(NamedTuple):
 
     @property
     def unstacked(self) -> bool:
-        """Whether the layers are one tree each (`layers.Scan.unstacked`)."""
+        """True if the layers are one tree each (`layers.Scan.unstacked`)."""
         return self.slot is not None
 
 

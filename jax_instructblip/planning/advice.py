@@ -214,7 +214,7 @@ def best(reports: Sequence[Mapping[str, Any]], batch: int) -> Mapping[str, Any] 
 def remarks(job: Job, mesh: Mesh, topology: Topology) -> list[str]:
     """Sentences about a plan: each sharding rule whose fallback this mesh needs, with the reason.
 
-    Of GPUs also what the compiler cannot know without them.
+    For GPUs, what the compiler cannot know without them is added.
     """
     found = rules.remarks(param_shapes(job.variant), mesh)
     if topology.chip is None or topology.chip.gpu is None:

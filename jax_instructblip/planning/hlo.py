@@ -144,12 +144,12 @@ def _closing(text: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """An instruction that runs: where it stands, and how often it runs."""
+    """An instruction that runs, with its computation and its number of runs."""
 
     line: Line
     computation: str  # name of the computation that holds it
     times: int
-    fused: bool  # whether it is part of a fusion
+    fused: bool  # True if it is part of a fusion
 
 
 def walk(

@@ -62,7 +62,10 @@ class Job:
 
     @property
     def loops(self) -> int:
-        """How often the step's loop over new tokens runs, the only one of unknown length."""
+        """The runs of a decoding step's loop over new tokens, the only loop of unknown length.
+
+        1 for other steps.
+        """
         return self.new_tokens - 1 if self.step == "decode" else 1
 
     def with_remat(self, **towers: str) -> "Job":

@@ -250,7 +250,7 @@ def _inner(equation: Any) -> Iterator[Jaxpr]:
 
 
 def _frozen(job: Job, tree: Any, towers: Sequence[str]) -> Any:
-    """Shapes of frozen weights as a run holds them, kernels of `towers` quantised if it says so."""
+    """Shapes of frozen weights as a run holds them, quantised kernels of `towers` included."""
     tree = jax.tree.map(lambda leaf: _like(leaf, job.frozen_dtype), tree)
     if job.quantise is None:
         return tree

@@ -33,7 +33,7 @@ def make_report(
         mesh: sizes of data, fsdp and tensor, as in `1,16,1`; "" for those in the config.
         step: "train" or "decode".
         effort: the compiler's effort, a key of `EFFORTS`.
-        explained: whether the plan lists the largest arrays and the copies (`explain`).
+        explained: True adds the largest arrays and the copies (`explain`).
 
     Raises:
         ValueError: the config, the topology or the mesh is invalid.

@@ -67,7 +67,7 @@ def read_topology(name: str) -> Topology:
 
 
 def has_cuda() -> bool:
-    """Whether JAX's CUDA compiler is installed (extra `gpu`); it needs no GPU."""
+    """True if JAX's CUDA compiler is installed (extra `gpu`); it needs no GPU."""
     return any(importlib.util.find_spec(name) is not None for name in CUDA_PLUGINS)
 
 

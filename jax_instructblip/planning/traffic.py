@@ -94,7 +94,7 @@ class Loop:
 
 
 def copies(kernels: list[Kernel] | tuple[Kernel, ...]) -> list[Kernel]:
-    """Those kernels that only copy, the ones that read most in a step first."""
+    """The kernels that only copy, those that read most in a step first."""
     return sorted((each for each in kernels if each.copies), key=lambda each: -_total(each))
 
 
@@ -264,7 +264,7 @@ class Traffic:
         return None
 
     def _carries(self, body: str, index: int) -> bool:
-        """Whether a loop's body leaves element `index` of its carry as it is."""
+        """True if a loop's body leaves element `index` of its carry as it is."""
         lines = self._computations[body]
         root = next(each for each in lines.values() if each.root)
         if root.kind != "tuple":

@@ -207,11 +207,11 @@ def read_batches(
 
 
 def read_input_format(config: ConfigDict, base: InputFormat) -> InputFormat:
-    """Returns how the tuned model will be asked: as it is trained, by `config.chat`.
+    """Returns the input format of the tuned model, which is that of its training (`config.chat`).
 
-    `base` is the format of the model to tune. Its image marks are kept if the template is its own;
-    so is its system message, unless the config has another. Its images are prepared in the same
-    way, unless training takes none at random and `data.crop` names a way.
+    `base` is the format of the model to tune. Its image marks are kept; its system message is kept
+    if the template is its own and the config has no other. Its images are prepared in the same
+    way, unless training does not augment them and `data.crop` names another.
     """
     chat = config.chat
     system = {} if chat.system == "default" else {"system": chat.system}

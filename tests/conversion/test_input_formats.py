@@ -1,4 +1,4 @@
-"""How a model is asked whose folder does not say it, and what an export says of it."""
+"""Input formats of folders without a record of them, and the notes of exports about them."""
 
 import json
 

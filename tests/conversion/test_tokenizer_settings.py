@@ -46,7 +46,7 @@ def test_special_tokens_are_llamas_where_none_is_named(folder, edit):
 
 
 def test_tokens_that_are_named_stay(folder):
-    """Of Vicuna v0: both files name tokens, the first one counts."""
+    """Both files name tokens, as in Vicuna v0; those of tokenizer_config.json count."""
     names = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     special = {"pad_token": {"content": "[PAD]"}, "bos_token": "<s>"}

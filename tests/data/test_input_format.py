@@ -1,4 +1,4 @@
-"""How a model is asked, as config.json and meta.json hold it."""
+"""Input formats, as config.json and meta.json hold them."""
 
 import json
 

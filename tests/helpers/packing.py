@@ -203,7 +203,7 @@ def roads(kind: str) -> dict[str, dict[str, float]]:
 
 
 def second_stage() -> dict[str, dict[str, float]]:
-    """As `roads`, of LLaVA's second stage: weights and moments split over eight devices."""
+    """Distances as of `roads` for LLaVA's second stage, split over eight devices."""
     variant = still("llava").replace(**DIVISIBLE)
     examples = samples(variant, 32)
     expected = gradients(variant, rows(variant, examples, 1))

@@ -1,4 +1,4 @@
-"""A verb of the command line, and then the most memory that its process has held.
+"""Runs a verb of the command line, then prints the peak memory of its process in bytes.
 
 python -m tests.helpers.peak_memory train --config ...
 """

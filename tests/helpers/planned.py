@@ -1,4 +1,4 @@
-"""Jobs to plan for small models, and the memory that a plan says beside what arrays really take."""
+"""Jobs to plan for small models, and a plan's bytes beside those of live arrays."""
 
 import dataclasses
 from typing import Any
@@ -42,7 +42,7 @@ def held(topology: Topology) -> dict[str, dict[str, int]]:
 
 
 def second_stage(topology: Topology) -> dict[str, Any]:
-    """What a plan says of LLaVA's second stage, which trains the language model, on 2 x 2 x 2."""
+    """Facts of a plan of LLaVA's second stage, which trains the language model, on 2 x 2 x 2."""
     mesh = make_mesh(2, 2, 2, topology.devices)
     variant = packing.still("llava").replace(**packing.DIVISIBLE)
     job = dataclasses.replace(job_of(variant), trainable=("projector", "llm"))

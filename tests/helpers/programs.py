@@ -38,7 +38,7 @@ CANDIDATES = ((3, 4, 5), (3, 6, 7), (8, 9))  # ids; two begin alike
 
 
 class Backend(NamedTuple):
-    """What programs are compiled for, and with which distribution's compiler."""
+    """The devices that programs are compiled for, and the distribution of their compiler."""
 
     several: str  # topology of the programs on 2 x 2 x 2 devices
     one: str

@@ -109,7 +109,7 @@ def their_answer(pair, prompt, images, settings=None, **processing):
 
 @pytest.mark.parametrize("name", ["linear", "mlp2x"])
 def test_greedy_tokens_of_twenty_prompts(make_pair, name):
-    """In padded batches and alone."""
+    """Tokens equal those of transformers, in padded batches and alone."""
     pair = make_pair(name)
     questions, images = prompts(20), pictures(20)
     found = pair.blip.generate(images, questions, max_new_tokens=NEW)
@@ -259,7 +259,7 @@ def test_no_answer_of_five_hundred_depends_on_its_batch(make_pair, name):
 
 
 def test_the_template_goes_with_the_model(pair, tmp_path):
-    """Through a saved folder; another one is chosen for a load, or stored by a conversion."""
+    """A saved folder keeps it; a load can choose another one, and a conversion store it."""
     pair.blip.save(tmp_path / "saved")
     assert read_source(tmp_path / "saved").input_format == pair.blip.text.input_format
     image = pictures(1)[0]
@@ -288,7 +288,7 @@ def test_the_template_goes_with_the_model(pair, tmp_path):
 
 
 def test_a_folder_without_a_format_has_the_usual_one(pair, tmp_path):
-    """One of Hugging Face, and one that was converted before formats were stored."""
+    """A folder of Hugging Face, and one that was converted before formats were stored."""
     assert read_source(pair.folder).input_format == pair.blip.text.input_format
     older = shutil.copytree(pair.ours, tmp_path / "older")
     config = json.loads((older / "config.json").read_text())
@@ -326,7 +326,7 @@ def test_what_cannot_be_asked_is_named(pair, prompt, count, said):
 
 
 def test_the_limit_counts_images(pair):
-    """Of a model with more positions than LLaVA's 2,048 slots, here 64."""
+    """The model has more positions than its prompts may have slots: 64 here, 2,048 in LLaVA."""
     form = dataclasses.replace(pair.blip.text.input_format, limit=64)
     blip, text = pair.blip, dataclasses.replace(pair.blip.text, input_format=form)
     short = type(blip)(blip.variant, blip.params, text, silent=True)

@@ -1,4 +1,4 @@
-"""What the compilers make of training steps and answers: recorded facts, and what must hold anyway.
+"""Compiled training steps and answers: their recorded facts, and facts that always hold.
 
 Facts are recorded for each version of jaxlib: `python -m tests.helpers.programs cpu --record` does
 it again, and prints what changed.
@@ -63,7 +63,7 @@ def test_products_are_those_of_the_count_by_hand(compiled):
 
 
 def test_the_only_loop_of_unknown_length_is_that_over_tokens(compiled):
-    """An answer ends when it ends."""
+    """The number of new tokens is known only when an answer ends."""
     _, found = compiled
     for name, each in found["programs"].items():
         assert each["loops of unknown length"] == ("decode" in name), name

@@ -106,7 +106,7 @@ def test_images_of_conversations_lie_in_another_folder(talks):
 
 
 def test_a_brief_question_is_drawn_for_each_caption(talks):
-    """By seed and sample alone."""
+    """The choice depends on seed and sample alone."""
     folder, base = talks
     source = common.source(str(write_shards(folder / "tars", (9,))), templates="brief")
     made = batches(folder, base, source)

@@ -56,7 +56,7 @@ def test_epochs_say_how_many_steps_there_are_and_both_stages_learn(stages):
 
 
 def test_a_run_is_asked_as_it_was_trained(stages):
-    """By its template and with its crop; the first stage's answer is another one."""
+    """Template and crop are those of its training; the first stage answers otherwise."""
     image = np.full((20, 30, 3), (220, 30, 30), np.uint8)
     formats, answers = [], []
     for workdir in stages[1:]:

@@ -100,7 +100,7 @@ def test_no_file_is_no_lines(tmp_path):
 
 
 def test_a_board_is_opened_without_torch(tmp_path):
-    """tensorboardX would import it, for two seconds of every training."""
+    """tensorboardX alone would import torch, which takes two seconds."""
     pytest.importorskip("torch", reason="needs torch: pip install -e .[torch]")
     found = run_python(f"""
         import sys

@@ -20,7 +20,7 @@ def write_conversations(
     splits: Sequence[str] = (),
     max_missing: float = 0.0,
 ) -> str:
-    """Writes one split of a dataset to the file `out`; returns a sentence about what is there.
+    """Writes one split of a dataset to the file `out`; returns a sentence of counts.
 
     Images are named relative to the folder of `out`. A row whose image is not there is left out.
 
