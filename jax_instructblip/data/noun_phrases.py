@@ -21,10 +21,10 @@ import numpy as np
 
 from jax_instructblip import remote, stores
 from jax_instructblip.atomic import locked
-from jax_instructblip.data.records import Record
+from jax_instructblip.data.records import Record, RecordSubset
 from jax_instructblip.progress import Progress
 
-LEAST = 3  # captions that a phrase must be in
+MIN_CAPTIONS = 3  # captions that a phrase must be in
 CAP = 100  # most captions that a phrase brings
 VERSION = 1  # raise it where the same captions give other pairs
 
@@ -41,20 +41,6 @@ _FUNCTION_WORDS = frozenset(
     "is are was were be been being am do does did has have had can could will would shall should "
     "may might must get gets got".split()
 )
-
-
-class Chosen(Sequence[Record]):
-    """Some of the records of a source, in its order."""
-
-    def __init__(self, records: Sequence[Record], indices: np.ndarray):
-        """Takes `indices` [n] of `records`, which are read when they are asked for."""
-        self.records, self.indices = records, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Record:  # pyright: ignore (no slices)
-        return self.records[int(self.indices[index])]
 
 
 def noun_phrases(caption: str) -> list[str]:
@@ -94,14 +80,14 @@ def balance(captions: Iterable[str], *, cap: int = CAP, seed: int = 0) -> np.nda
     kept = [
         groups[number] if counts[number] <= cap else rng.choice(groups[number], cap, replace=False)
         for number in np.argsort(counts, kind="stable")
-        if counts[number] >= LEAST
+        if counts[number] >= MIN_CAPTIONS
     ]
     return np.unique(np.concatenate(kept)) if kept else np.zeros(0, np.int64)
 
 
 def balanced(
     records: Sequence[Record], digest: str, path: str | os.PathLike[str], *, cap: int, seed: int
-) -> tuple[Chosen, str]:
+) -> tuple[RecordSubset, str]:
     """Returns the records of pairs that the filter keeps, and their digest.
 
     Every record is read once, and the choice is kept in the folder of copies. Records that are no
@@ -115,9 +101,9 @@ def balanced(
       seed: of the captions that are drawn.
 
     Raises:
-      ValueError: no phrase is in `LEAST` captions.
+      ValueError: no phrase is in `MIN_CAPTIONS` captions.
     """
-    facts = repr([digest, VERSION, LEAST, cap, seed])
+    facts = repr([digest, VERSION, MIN_CAPTIONS, cap, seed])
     new = hashlib.sha256(facts.encode()).hexdigest()
     home = stores.working_folder(remote.address_of(path) or os.path.abspath(os.fspath(path)))
     kept = home / f"noun_phrases-{new[:32]}.npy"
@@ -131,10 +117,10 @@ def balanced(
     indices = np.load(kept)
     if not len(indices):
         raise ValueError(
-            f"{path}: no noun phrase is in {LEAST} of its {len(records)} captions, so the filter "
-            "keeps none: set noun_phrases to 0"
+            f"{path}: no noun phrase is in {MIN_CAPTIONS} of its {len(records)} captions, so the "
+            "filter keeps none: set noun_phrases to 0"
         )
-    return Chosen(records, indices), new
+    return RecordSubset(records, indices), new
 
 
 def _captions(records: Sequence[Record], title: str) -> Iterator[str]:

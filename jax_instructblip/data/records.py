@@ -14,7 +14,7 @@ import dataclasses
 import difflib
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from PIL import Image
@@ -278,6 +278,20 @@ def _text(fields: dict[str, Any], name: str, reasons: list[str], needed: bool = 
     if needed and not value.strip():
         reasons.append(f"{name} is {'empty' if name in fields else 'missing'}")
     return value
+
+
+class RecordSubset(Sequence[Record]):
+    """The records with the given numbers, in that order, read when they are asked for."""
+
+    def __init__(self, records: Sequence[Record], numbers: Any):
+        """Takes `numbers` [n], a sequence or an array of whole numbers."""
+        self._records, self._numbers = records, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._records[int(self._numbers[index])]
 
 
 def _texts(

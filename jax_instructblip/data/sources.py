@@ -58,8 +58,9 @@ def open_records(
         return cast(Sequence[Record], records), records.digest()
     if not name.endswith((".jsonl", ".json")):
         raise ValueError(
-            f"no records at {name!r}: expected a file of JSON lines (.jsonl), a folder that "
-            "`jax-instructblip prepare` wrote, a folder of tars (img2dataset), or one of "
+            f"no records at {name!r}: expected a file of JSON lines (.jsonl), a JSON list of "
+            "conversations (.json), a folder that `jax-instructblip prepare` wrote, a folder of "
+            "tars (img2dataset), or one of "
             f"{', '.join(dataset.DATASETS)}"
         )
     if llava_json.holds_conversations(name):

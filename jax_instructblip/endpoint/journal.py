@@ -70,9 +70,9 @@ class Journal:
         entry = {"id": request.id, "digest": request.digest(), "text": text}
         entry |= {"problem": problem, "tokens": tokens}
         self.write(entry)
-        self.take(entry)
+        self.count_reply(entry)
 
-    def take(self, entry: Mapping[str, Any]) -> None:
+    def count_reply(self, entry: Mapping[str, Any]) -> None:
         """Counts a reply; raises a ValueError if its request was answered or had other messages."""
         name, problem = entry["id"], entry["problem"]
         if name in self.answers:
@@ -142,7 +142,7 @@ def open_journal(path: Path, facts: Mapping[str, Any]) -> Iterator[Journal]:
         for number, entry in lines:
             try:
                 _require_entry(entry)
-                journal.take(entry)
+                journal.count_reply(entry)
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from error
         yield journal

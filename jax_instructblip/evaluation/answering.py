@@ -54,7 +54,7 @@ def answer(
         question that cannot be asked.
       take: called with lists of finished rows, in any order.
     """
-    records, task = questions.records, task.asked_of(blip.text.input_format)
+    records, task = questions.records, task.for_input_format(blip.text.input_format)
     if share.index == 0:
         wanted = [n for n in sorted(questions.problems) if records[n].id not in done]
         if rows := [_problem(task, questions, n, questions.problems[n]) for n in wanted]:

@@ -8,11 +8,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jax_instructblip.data.records import Record
+from jax_instructblip.data.records import Record, RecordSubset
 from jax_instructblip.evaluation.metrics.exact_match import NO_FAMILY, is_correct, majority_answer
 from jax_instructblip.evaluation.metrics.metric import mean
 from jax_instructblip.evaluation.protocol import Protocol
-from jax_instructblip.evaluation.task import Chosen, Task, pick_numbers
+from jax_instructblip.evaluation.task import Task, pick_numbers
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 
@@ -57,7 +57,7 @@ def family_task(
     that many records, always the same ones.
     """
     if limit:
-        records = Chosen(records, pick_numbers(len(records), limit))
+        records = RecordSubset(records, pick_numbers(len(records), limit))
     protocol = Protocol(name, prompt, split=name, metric=METRIC, decoding=config)
     return Task(protocol, name, records, digest, protocol.settings())
 

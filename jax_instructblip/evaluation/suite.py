@@ -113,7 +113,7 @@ def run(
     )
     finished = []
     for each in tasks:
-        task = each.asked_of(blip.text.input_format)
+        task = each.for_input_format(blip.text.input_format)
         line = Progress(len(task.records), f"reading {task.name}", "records", silent=not first)
         with agreed(), line:
             questions = grouping.plan(task, blip.text, size, line.update)

@@ -15,7 +15,7 @@ from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.data.prepare import builder, shards
 from jax_instructblip.data.prepare.pictures import with_frames
 from jax_instructblip.data.readers.dataset import Dataset
-from jax_instructblip.data.records import Record
+from jax_instructblip.data.records import Record, RecordSubset
 from jax_instructblip.data.sources import prepared_folder
 from jax_instructblip.data.templates import PAPER, TextStyle, format_prompt
 from jax_instructblip.evaluation.metrics.metric import MetricError, listed
@@ -42,7 +42,8 @@ class Task:
       style: how questions and dialogues are worded.
       crop: how images are cropped, a name of `images.CROPS`; "" means as the model's are.
       upright: rotate photographs as their EXIF data say.
-      chat: the input format of a model that is asked by a chat template, as `asked_of` sets it.
+      chat: the input format of a model that is asked by a chat template, which
+        `for_input_format` sets.
     """
 
     protocol: Protocol
@@ -64,7 +65,7 @@ class Task:
         """The protocol's name, used in files and results."""
         return self.protocol.name
 
-    def asked_of(self, form: InputFormat) -> "Task":
+    def for_input_format(self, form: InputFormat) -> "Task":
         """Returns the task as it is put to a model with that input format."""
         chat = form.to_dict() if form.template else {}
         return dataclasses.replace(self, crop=self.crop or form.image_crop, chat=chat)
@@ -122,19 +123,6 @@ class Task:
         return facts
 
 
-class Chosen(Sequence[Record]):
-    """The records with the given numbers, read lazily."""
-
-    def __init__(self, records: Sequence[Record], numbers: Sequence[int]):
-        self._records, self._numbers = records, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._records[int(self._numbers[index])]
-
-
 def open_task(
     protocol: Protocol,
     data: Path,
@@ -172,7 +160,7 @@ def open_task(
             "candidates: leave out --mode generate"
         )
     if limit:
-        records = Chosen(records, pick_numbers(len(records), limit))
+        records = RecordSubset(records, pick_numbers(len(records), limit))
     shared = dataset.shared_candidates and protocol.ranking
     candidates = (candidates or shared_candidates) if shared else ()
     if shared and not candidates:

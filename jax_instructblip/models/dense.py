@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from jax_instructblip.models.quantise import expand, packed_shape
 
-WORDS = 8  # tensor cores of GPUs multiply matrices of multiples of 8 narrow numbers
+VOCAB_MULTIPLE = 8  # tensor cores of GPUs multiply matrices of multiples of 8 narrow numbers
 _ALGORITHMS = {  # narrow factors and a float32 sum
     jnp.dtype(jnp.bfloat16): jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
     jnp.dtype(jnp.float16): jax.lax.DotAlgorithmPreset.F16_F16_F32,
@@ -198,16 +198,16 @@ class Head(nn.Module):
 def kernel_by_word(kernel: Float[Array, "D V"]) -> Float[Array, "_ D"]:
     """The kernel `[V', D]` of a head for decoding: a row for each word, and rows of zeros.
 
-    On a CPU a product of few rows reads this layout faster. V' is a multiple of `WORDS`, without
-    which XLA for GPUs would pad a copy of the kernel for every token.
+    On a CPU a product of few rows reads this layout faster. V' is a multiple of `VOCAB_MULTIPLE`,
+    without which XLA for GPUs would pad a copy of the kernel for every token.
     """
     vocab = kernel.shape[1]
     return jnp.pad(kernel.T, ((0, round_up_words(vocab) - vocab), (0, 0)))
 
 
 def round_up_words(vocab: int) -> int:
-    """The rows of `kernel_by_word` for a vocabulary: the next multiple of `WORDS`."""
-    return -(-vocab // WORDS) * WORDS
+    """The rows of `kernel_by_word` for a vocabulary: the next multiple of `VOCAB_MULTIPLE`."""
+    return -(-vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def word_logits(

@@ -92,11 +92,11 @@ def test_how_records_are_shown_is_what_is_asked_and_noted_where_it_is_not_usual(
     facts = shown.facts()
     assert facts["style"] == {"processor": "lavis", "dialogue": "q_a"}
     assert facts["crop"] == "center" and facts["exif"] == "ignored"
-    usual = task.asked_of(InputFormat())
+    usual = task.for_input_format(InputFormat())
     assert usual.crop == "squash" and usual.facts() == task.facts()
     padded = InputFormat("v1", image_crop="pad")
-    assert shown.asked_of(padded).facts() == {**facts, "chat": padded.to_dict()}
-    assert task.asked_of(padded).crop == "pad"
+    assert shown.for_input_format(padded).facts() == {**facts, "chat": padded.to_dict()}
+    assert task.for_input_format(padded).crop == "pad"
     told = record(1, prompt='Is "IT" so?')
     assert shown.prompt(told) == "is it so?" and task.prompt(told) == 'Is "IT" so?'
 

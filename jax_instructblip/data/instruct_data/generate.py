@@ -20,7 +20,7 @@ from jax_instructblip.files import local_path
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
+class GeneratedFile:
     """A file of conversations that was written.
 
     Attributes:
@@ -55,7 +55,7 @@ def generate(
     *,
     seed: int = 0,
     max_missing: float,
-) -> Written:
+) -> GeneratedFile:
     """Writes one conversation for each context and kind to `out`, in LLaVA's JSON layout.
 
     Replies are kept in a journal beside `out` (`journal_path`). A run that was interrupted is
@@ -98,7 +98,7 @@ def generate(
     refuse_output(out)
     atomic.write_file(out, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
     counts = collections.Counter(kind for each, _, kind in asked if each.id in outcome.answers)
-    return Written(out, counts, outcome.missing, outcome.tokens)
+    return GeneratedFile(out, counts, outcome.missing, outcome.tokens)
 
 
 def journal_path(out: Path) -> Path:
@@ -114,7 +114,7 @@ def refuse_output(out: Path) -> None:
         raise OSError(f"{out} cannot be written: {problem}; choose another --out")
 
 
-def describe(written: Written) -> Iterator[str]:
+def describe(written: GeneratedFile) -> Iterator[str]:
     """Yields lines about a file that was written."""
     counts = ", ".join(f"{kind} {count}" for kind, count in written.counts.items())
     total = sum(written.counts.values())
