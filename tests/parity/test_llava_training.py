@@ -30,6 +30,7 @@ CASES = [  # language model, whether the projector is one linear layer
 ]
 STAGES = {1: ("projector",), 2: ("projector", "llm")}
 RATE, WARM_UP, TOTAL = 1e-3, 1, 10
+CLIP = 0.5  # below the gradient norm of every case: 0.95 and more
 STEPS = 4  # the first of the warm-up has a rate of 0: three that move
 
 
@@ -94,7 +95,7 @@ def ours(request, pair):
         objective=LanguageObjective(VisionLanguageModel(pair.variant)),
         optimizer=optimizer,
         schedule=schedule,
-        clip_norm=1.0,
+        clip_norm=CLIP,
     )
     trained = STAGES[request.param]
     chosen, frozen = partition(jax.tree.map(jnp.asarray, pair.params), trained)
@@ -109,8 +110,8 @@ def test_gradients_of_every_trained_tensor(pair, ours, tmp_path):
     model, leaves = freeze(pair, ours.trained)
     loss = model(**pair.inputs).loss
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(leaves, 1.0)
-    assert norm > 1.1  # so the clipping counts
+    norm = torch.nn.utils.clip_grad_norm_(leaves, CLIP)
+    assert norm > 1.1 * CLIP  # so the clipping counts
     for leaf in leaves:
         leaf.data = leaf.grad
     expected = as_ours(pair, model, tmp_path / "gradients")
@@ -134,7 +135,7 @@ def test_steps_of_adamw(pair, ours, tmp_path):
         assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-4)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(leaves, 1.0)
+        torch.nn.utils.clip_grad_norm_(leaves, CLIP)
         optimizer.step()
         schedule.step()
     after = as_ours(pair, model, tmp_path / "after")
