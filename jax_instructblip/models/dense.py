@@ -7,7 +7,7 @@ The kernel of a `Dense` is an array, or quantised: a dict of whole numbers `q` a
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -91,7 +91,7 @@ def quantised_product(
     Where all weights of an output channel share one scale (int8), the product is scaled, not the
     weights. In the gradient of `x` the factors have its dtype, too; `q` and `scale` get none.
     """
-    product = functools.partial(jnp.tensordot, precision=_precision(x.dtype))
+    product = functools.partial(jnp.tensordot, precision=precision_of(x.dtype))
     kernel, channels = _factors(q, scale, shape, contracted)
     total = product(x, kernel.astype(x.dtype), contracted, preferred_element_type=jnp.float32)
     return total * rank_of(channels, total)
@@ -111,7 +111,7 @@ def _quantised_backward(
     kernel, channels = _factors(q, scale, shape, contracted)
     factor = (gradient * rank_of(channels, gradient)).astype(like.dtype)
     axes = tuple(range(contracted - len(shape), 0))
-    product = functools.partial(jnp.tensordot, precision=_precision(like.dtype))
+    product = functools.partial(jnp.tensordot, precision=precision_of(like.dtype))
     return product(factor, kernel.astype(like.dtype), (axes, axes)), None, None
 
 
@@ -136,7 +136,7 @@ def affine(x: Array, kernel: Array, bias: Array, dtype: Any) -> Array:
     float32 gradient as a factor and sum the bias's gradient in `dtype`. A frozen kernel gets no
     gradient, and `x` is then not kept for the backward pass.
     """
-    product = functools.partial(jnp.tensordot, precision=_precision(x.dtype))
+    product = functools.partial(jnp.tensordot, precision=precision_of(x.dtype))
     contracted = kernel.ndim - bias.ndim
     total = product(x, kernel.astype(x.dtype), contracted, preferred_element_type=dtype)
     return total + rank_of(bias.astype(dtype), total)
@@ -152,7 +152,7 @@ def _affine_backward(dtype: Any, kept: Any, gradient: Array) -> tuple[Array, Arr
     del dtype
     x, kernel, bias, like = kept
     narrow = like.dtype  # the dtype of the factors
-    product = functools.partial(jnp.tensordot, precision=_precision(narrow))
+    product = functools.partial(jnp.tensordot, precision=precision_of(narrow))
     batch_axes, feature_axes = tuple(range(gradient.ndim - bias.ndim)), tuple(range(-bias.ndim, 0))
     factor = gradient.astype(narrow)
     of_x = product(factor, kernel.astype(narrow), (feature_axes, feature_axes))
@@ -166,7 +166,7 @@ def _affine_backward(dtype: Any, kept: Any, gradient: Array) -> tuple[Array, Arr
 affine.defvjp(_affine_forward, _affine_backward, symbolic_zeros=True)
 
 
-def _precision(dtype: Any) -> str | None:
+def precision_of(dtype: Any) -> str | None:
     """The matmul precision for factors of `dtype`: "highest" for float32, None for narrower dtypes.
 
     `Network.apply` sets the same, but a product of the gradient may be traced after `apply`
@@ -193,6 +193,14 @@ class Head(nn.Module):
             return word_logits(x, kernel, "DV", self.dtype)
         kernel = self.param("kernel", init, (round_up_words(self.vocab), x.shape[-1]))
         return word_logits(x, kernel, "VD", self.dtype)[..., : self.vocab]
+
+
+class WordFactors(NamedTuple):
+    """The factors of vocabulary logits: `word_logits(x, kernel, axes, dtype)`."""
+
+    x: Float[Array, "*B D"]
+    kernel: Float[Array, "_ _"]
+    axes: str  # of the kernel, "DV" or "VD"
 
 
 def kernel_by_word(kernel: Float[Array, "D V"]) -> Float[Array, "_ D"]:

@@ -110,7 +110,8 @@ def _run(
     )
     _print_lines(*initial.notes)
     batches = setup.read_batches(config, mixture, initial, rows, shared)
-    model = model_of(initial.variant, dtype, setup.read_scans(config))
+    scans = setup.read_scans(config).on(mesh.devices.flat[0])
+    model = model_of(initial.variant, dtype, scans)
     objective = setup.make_objective(config, model)
     validation = setup.read_validation(
         config, evaluate, validated, model=model, text=batches.text, mesh=mesh
