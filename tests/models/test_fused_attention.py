@@ -88,7 +88,7 @@ def test_vision_and_decoder_only_models_call_it(calls, kind, dropout, rows):
     variant = divisible(kind, **sizes)
     scan = Scan(fused=True)
     model = VisionLanguageModel(variant, jnp.bfloat16, Scans(scan, scan, scan))
-    batch = jax.tree.map(jnp.asarray, make_batch(variant, 2, answer=9))
+    batch = jax.tree.map(jnp.asarray, make_batch(variant, 2, text=10))
     assert batch["tokens"].shape[1] % 2 == 0
     rng = jax.random.key(0)
     apply = lambda params: model.apply({"params": params}, batch, train=True, rngs={"dropout": rng})
