@@ -23,5 +23,6 @@ def quantised(variant: Variant, params: Any, form: str) -> tuple[Any, Any]:
         layers = zip(jnp.asarray(own["q"]), jnp.asarray(own["scale"]), strict=True)
         shape = leaf.shape[1:]
         rounded[path] = jnp.stack([quantise.expand(*each, shape, summed) for each in layers])
+        rounded[path] *= own.get("input_scale", 1.0)
         parts[path] = jax.tree.map(jnp.asarray, own)
     return trees.unflatten(parts), trees.unflatten(rounded)
