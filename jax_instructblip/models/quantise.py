@@ -75,9 +75,8 @@ def frozen_towers(variant: Variant, trainable: Sequence[str]) -> tuple[str, ...]
     return towers
 
 
-def is_quantised(path: str, variant: Variant, towers: Sequence[str] = TOWERS) -> bool:
+def is_quantised(path: str, towers: Sequence[str] = TOWERS) -> bool:
     """Returns True if the leaf at `path` is a kernel of `towers` that is to be quantised."""
-    del variant
     match = _KERNEL.fullmatch(path)
     return match is not None and match["tower"] in towers
 
@@ -142,15 +141,13 @@ def packed_shape(shape: Sequence[int], summed: int, form: str) -> tuple[int, ...
     return tuple(n // 2 if halves and axis == summed - 1 else n for axis, n in enumerate(shape))
 
 
-def shapes(
-    tree: Mapping[str, Any], variant: Variant, form: str, towers: Sequence[str] = TOWERS
-) -> dict[str, Any]:
+def shapes(tree: Mapping[str, Any], form: str, towers: Sequence[str] = TOWERS) -> dict[str, Any]:
     """Returns a tree of shapes with the kernels of `towers` as `quantise` makes them."""
 
     def change(node: Any, path: str) -> Any:
         if isinstance(node, Mapping):
             return {name: change(each, f"{path}/{name}") for name, each in node.items()}
-        if not is_quantised(path[1:], variant, towers):
+        if not is_quantised(path[1:], towers):
             return node
         summed, whole = _axes(path)
         stack = node.shape[: len(node.shape) - whole]

@@ -257,7 +257,7 @@ def _frozen(job: Job, tree: Any, towers: Sequence[str]) -> Any:
     tree = jax.tree.map(lambda leaf: _like(leaf, job.frozen_dtype), tree)
     if job.quantise is None:
         return tree
-    return quantise.shapes(tree, job.variant, job.quantise, towers)
+    return quantise.shapes(tree, job.quantise, towers)
 
 
 def _like(leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:

@@ -8,15 +8,14 @@ import numpy as np
 
 from jax_instructblip.checkpoint import trees
 from jax_instructblip.models import quantise
-from jax_instructblip.models.variants import Variant
 
 
-def quantised(variant: Variant, params: Any, form: str) -> tuple[Any, Any]:
+def quantised(params: Any, form: str) -> tuple[Any, Any]:
     """Stacked parameters with quantised kernels, and with the rounded weights of these kernels."""
     flat = trees.flatten(params)
     parts, rounded = dict(flat), dict(flat)
     for path, leaf in flat.items():
-        if not quantise.is_quantised(path, variant):
+        if not quantise.is_quantised(path):
             continue
         own = quantise.quantise(path, np.asarray(leaf), form)
         summed = 2 if path.endswith("attention/out/kernel") else 1
