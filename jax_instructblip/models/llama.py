@@ -26,6 +26,7 @@ from jax_instructblip.models.dense import Head, word_logits
 from jax_instructblip.models.layers import (
     RESIDUAL,
     Dropout,
+    Embedding,
     GatedMlp,
     RMSNorm,
     Scan,
@@ -155,9 +156,7 @@ class Llama(DecoderOnly):
     def setup(self):
         c = self.config
         unit = nn.initializers.normal(1.0)
-        self.embedding = nn.Embed(
-            c.vocab, c.width, embedding_init=unit, dtype=RESIDUAL, name="embed"
-        )
+        self.embedding = Embedding(c.vocab, c.width, embedding_init=unit, name="embed")
         layers = scan_layers(LlamaLayer, c.layers, self.scan, call=4, step=3, tree=3)
         self.layers = layers(c, self.dtype)
         self.norm = RMSNorm(c.norm_eps)

@@ -24,6 +24,7 @@ from jax_instructblip.models.dense import word_logits
 from jax_instructblip.models.layers import (
     RESIDUAL,
     Dropout,
+    Embedding,
     LayerNorm,
     Mlp,
     Scan,
@@ -90,10 +91,7 @@ class Opt(DecoderOnly):
     def setup(self):
         c = self.config
         table = functools.partial(
-            nn.Embed,
-            features=c.width,
-            embedding_init=nn.initializers.normal(0.02),
-            dtype=RESIDUAL,
+            Embedding, features=c.width, embedding_init=nn.initializers.normal(0.02)
         )
         self.embedding = table(c.vocab, name="embed")
         self.position_embedding = table(c.max_positions + OFFSET, name="position_embed")

@@ -20,6 +20,7 @@ from jax_instructblip.models.dense import Head, apart
 from jax_instructblip.models.layers import (
     RESIDUAL,
     Dropout,
+    Embedding,
     GatedMlp,
     Network,
     RMSNorm,
@@ -227,9 +228,7 @@ class T5(Network):
     def setup(self):
         c = self.config
         unit = nn.initializers.normal(1.0)
-        self.embedding = nn.Embed(
-            c.vocab, c.width, embedding_init=unit, dtype=RESIDUAL, name="embed"
-        )
+        self.embedding = Embedding(c.vocab, c.width, embedding_init=unit, name="embed")
         # The encoder runs once per answer: unstacking its layers would gain nothing.
         stacked = dataclasses.replace(self.scan, unstacked=False)
         self.encoder = T5Stack(c, self.dtype, decoder=False, scan=stacked)
