@@ -30,10 +30,10 @@ def main(argv: list[str]) -> int:
     """Prints image, prompt, answer and log-probability of each question; returns 0."""
     flags = _parser().parse_args(argv)
     check_flags(flags, stores=("checkpoint", "image"))
-    if flags.stream and (flags.num_beams > 1 or flags.json):
+    if flags.stream and (flags.num_beams > 1 or flags.json or flags.batch_size != BATCH_SIZE):
         raise ValueError(
             "--stream shows each token as it is chosen: leave out --num_beams, which is certain of "
-            "none before the end, and --json"
+            "none before the end, --json, and --batch_size, for one question is answered at a time"
         )
     config = read_flags(flags)
     if flags.stream:
