@@ -1,8 +1,10 @@
 """Answers questions about images.
 
-Give one prompt for many images, one image for many prompts, or equally many of both. Decoding is
-greedy by default. --num_beams above 1 uses beam search; --do_sample, or any of --temperature,
---top_k and --top_p, samples with --seed.
+Give one prompt for many images, one image for many prompts, or equally many of both. A model with a
+chat template (LLaVA) takes several images in one prompt, one for each <image> in it:
+--image a.jpg b.jpg --prompt "Is <image> like <image>?". Decoding is greedy by default. --num_beams
+above 1 uses beam search; --do_sample, or any of --temperature, --top_k and --top_p, samples with
+--seed.
 """
 
 import argparse
@@ -54,8 +56,8 @@ def _stream(flags: argparse.Namespace, config: GenerationConfig) -> int:
 
     asked = (flags.checkpoint, flags.image, flags.prompt, config)
     how = {"dtype": flags.dtype, "template": flags.template, "quantise": flags.quantise}
-    for image, prompt, pieces in stream_files(*asked, **how):
-        print(f"image:            {image}\nprompt:           {prompt}")
+    for images, prompt, pieces in stream_files(*asked, **how):
+        print(f"image:            {', '.join(images)}\nprompt:           {prompt}")
         print("answer:           ", end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
@@ -64,7 +66,7 @@ def _stream(flags: argparse.Namespace, config: GenerationConfig) -> int:
 
 
 def _lines(row: dict[str, Any]) -> Iterator[str]:
-    yield f"image:            {row['image']}"
+    yield f"image:            {', '.join(row.get('images') or [row['image']])}"
     yield f"prompt:           {row['prompt']}"
     yield f"answer:           {row['answer']}"
     yield f"log-probability:  {row['logprob']:.3f}  ({len(row['tokens'])} tokens)"

@@ -6,7 +6,8 @@ OUT/beside.html    their table, and answers side by side; beside.md is the table
 
 The ways of answering a dataset are those of `WAYS` that make sense for it. The prompt is that of
 `--prompt`, or the benchmark's own for InstructBLIP; where answers are generated, without the words
-at its end that ask for a short answer.
+at its end that ask for a short answer. Without benchmarks, records are asked their own prompts and
+scored by family; those that have choices are ranked.
 """
 
 import dataclasses
@@ -20,9 +21,11 @@ from typing import Any
 import jax
 
 from jax_instructblip.atomic import write_file
+from jax_instructblip.data.records import RecordSubset
 from jax_instructblip.evaluation import suite
 from jax_instructblip.evaluation.benchmarks import Model, benchmark_names, open_benchmarks
 from jax_instructblip.evaluation.by_kind import get_benchmark
+from jax_instructblip.evaluation.family_accuracies import open_families
 from jax_instructblip.evaluation.llava_protocols import SHORT_ANSWER
 from jax_instructblip.evaluation.metrics.table import RANKED
 from jax_instructblip.evaluation.protocol import BENCHMARKS, Protocol
@@ -37,7 +40,7 @@ GENERATE, SHORT, RANK = "generate", "short", "rank"
 WAYS = {
     GENERATE: "answers are generated",
     SHORT: f"the same, and the prompt ends with {SHORT_ANSWER!r}",
-    RANK: "candidates are ranked",
+    RANK: "candidates are ranked, of the records that have some",
 }
 PAGES = ("beside.html", "beside.md")
 KIND = "beside"
@@ -93,6 +96,7 @@ def answer_beside(settings: Settings, command: str = "") -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": suite.versions(),
         "checkpoints": {name: model.checkpoint for name, model in models.items()},
+        "data": settings.data,
         "ways": WAYS,
         "datasets": results,
     }
@@ -113,6 +117,8 @@ def open_ways(settings: Settings, llm: str) -> dict[str, list[Task]]:
     Raises:
       ValueError: lists unusable datasets, or settings that no dataset uses.
     """
+    if not settings.datasets:
+        return _family_ways(settings)
     names = benchmark_names(settings)
     plain = dataclasses.replace(settings, prompt=None, mode=None)
     rows = [
@@ -130,6 +136,28 @@ def open_ways(settings: Settings, llm: str) -> dict[str, list[Task]]:
         raise ValueError(
             f"{', '.join(sorted(lacking))} cannot be answered with --mode {settings.mode}: leave "
             "it out"
+        )
+    return by_way
+
+
+def _family_ways(settings: Settings) -> dict[str, list[Task]]:
+    """Returns the tasks of each way, for the splits of `settings.data`, scored by family."""
+    assert settings.data is not None
+    by_way: dict[str, list[Task]] = {}
+    for task in open_families(settings, settings.data):
+        for way, protocol in _ways(task.protocol, settings.prompt, settings.mode):
+            protocol = protocol.override(settings.overrides())
+            fields = {"protocol": protocol, "settings": protocol.settings()}
+            if way == RANK:
+                numbers = [n for n in range(len(task.records)) if task.without_images(n).choices]
+                fields["records"] = RecordSubset(task.records, numbers)
+            asked = dataclasses.replace(task, **fields)
+            if len(asked.records):
+                by_way.setdefault(way, []).append(asked)
+    if not by_way:
+        raise ValueError(
+            f"{settings.data} cannot be answered with --mode {settings.mode}: no record has "
+            "`choices`. Leave --mode out"
         )
     return by_way
 

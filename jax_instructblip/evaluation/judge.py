@@ -33,6 +33,13 @@ from jax_instructblip.evaluation.metrics.metric import MetricError, listed
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 WILD = "llava_bench_"  # begins the names of the rules for contexts without boxes
 
+OWN_RULES = Path(__file__).with_name("judge_rules.json")
+OWN = "the package's own rules, not the published ones: scores do not compare with published scores"
+PUBLISHED = (
+    "the published ones are llava/eval/table/rule.json of github.com/haotian-liu/LLaVA; without "
+    "--rules the package's own are taken"
+)
+
 JOURNAL, REVIEWS, RESULTS = "journal.jsonl", "reviews.jsonl", "results.json"
 INPUTS = ("questions", "contexts", "reference", "answers", "rules")
 
@@ -71,14 +78,14 @@ class Inputs:
       contexts: JSON lines with image, and captions and instances, or caption.
       reference: answers of the reference: JSON lines with question_id (or id) and text.
       answers: answers of the model.
-      rules: JSON: {RULE: {"role": ..., "prompt": ...}}.
+      rules: JSON: {RULE: {"role": ..., "prompt": ...}}; by default the package's own.
     """
 
     questions: Path
     contexts: Path
     reference: Path
     answers: Path
-    rules: Path
+    rules: Path = OWN_RULES
 
 
 def make_cases(inputs: Inputs) -> list[Case]:
@@ -109,7 +116,7 @@ def make_cases(inputs: Inputs) -> list[Case]:
             f"images without a line in {inputs.contexts}",
             _without([row["image"] for _, row in questions], contexts),
         ),
-        listed(f"rules missing in {inputs.rules}", _without(named.values(), rules)),
+        listed(f"rules missing in {inputs.rules} ({PUBLISHED})", _without(named.values(), rules)),
     ]
     if any(problems):
         raise MetricError(
@@ -168,6 +175,7 @@ def judge(
             "attempts": settings.attempts,
             "system": SYSTEM,
             "rules": rules,
+            "rules_of": OWN if inputs.rules == OWN_RULES else str(inputs.rules),
         },
         "files": {name: _file(getattr(inputs, name)) for name in INPUTS},
         "scores": {kind: dataclasses.asdict(score) for kind, score in scores.items()},
@@ -314,10 +322,11 @@ def _read_rules(path: Path) -> dict[str, dict[str, str]]:
         or not all(isinstance(rule.get(field), str) for field in ("role", "prompt"))
     ]
     if wrong:
-        raise MetricError(f"{path}: {listed('rules without role and prompt', wrong)}")
+        raise MetricError(f"{path}: {listed('rules without role and prompt', wrong)}; {PUBLISHED}")
     return rules
 
 
 def _file(path: Path) -> dict[str, str]:
     content = files.read_bytes(stores.input_path(path), files.ANNOTATION_LIMIT)
-    return {"path": str(path), "sha256": hashlib.sha256(content).hexdigest()}
+    name = path.name if path == OWN_RULES else str(path)
+    return {"path": name, "sha256": hashlib.sha256(content).hexdigest()}

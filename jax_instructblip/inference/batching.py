@@ -15,7 +15,7 @@ from PIL import Image
 
 from jax_instructblip.data.batch import collate, compact
 from jax_instructblip.data.chat_text import ChatTextProcessor, Prompt, prompt_problem
-from jax_instructblip.data.conversation import Conversation
+from jax_instructblip.data.conversation import IMAGE, Conversation
 from jax_instructblip.data.images import CROPS, decode
 from jax_instructblip.data.spec import IGNORE, Batch
 from jax_instructblip.data.text import TextProcessor
@@ -78,7 +78,9 @@ def pair_inputs(images: Any, prompts: Any, *, chat: bool = False) -> list[Questi
     elif wrong := [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]:
         raise ValueError(f"prompts must be strings; those at {wrong} are not")
     else:
-        problems = [(i, text_problem(prompt)) for i, prompt in enumerate(prompts)]
+        problems = [
+            (i, text_problem(prompt) or _place_problem(prompt)) for i, prompt in enumerate(prompts)
+        ]
     if wrong := [f"prompt {i} {problem}" for i, problem in problems if problem]:
         raise ValueError("; ".join(wrong))
     if len(images) != len(prompts) and 1 not in (len(images), len(prompts)):
@@ -99,6 +101,45 @@ def pair_inputs(images: Any, prompts: Any, *, chat: bool = False) -> list[Questi
     if len(pictures) == 1:
         pictures = pictures * count
     return [Question(*each) for each in zip(pictures, itertools.cycle(prompts), strict=False)]
+
+
+def images_by_place(images: Sequence[Frame], prompts: Sequence[str]) -> list[Picture]:
+    """Returns the images of each prompt of a chat, from a list of images for all prompts.
+
+    Each prompt takes as many images, in order, as it has `<image>`, and one without takes one:
+
+        a.jpg b.jpg c.jpg   "Is <image> like <image>?" "What is it?"   [[a, b], [c]]
+
+    If all prompts have n places, n images serve them all. Prompts of at most one place are left to
+    `pair_inputs`.
+
+    Raises:
+        ValueError: the numbers of images and of places do not match.
+    """
+    counts = [prompt.count(IMAGE) for prompt in prompts]
+    if max(counts, default=0) < 2:
+        return list(images)
+    if len(images) == counts[0] and len(set(counts)) == 1:
+        return [list(images)]
+    sizes = [max(count, 1) for count in counts]
+    if len(images) != sum(sizes):
+        of_each = ", ".join(map(str, counts))
+        raise ValueError(
+            f"{len(images)} images and {sum(counts)} {IMAGE} in the prompts do not match (in each: "
+            f"{of_each}): give an image for each place, and one for a prompt without a place"
+        )
+    rest = iter(images)
+    return [list(itertools.islice(rest, size)) for size in sizes]
+
+
+def _place_problem(prompt: str) -> str:
+    """Returns the reason why a prompt is of no use to a model without a chat template."""
+    if IMAGE not in prompt:
+        return ""
+    return (
+        f"has an {IMAGE}, but this model has no chat template: it reads its images before the "
+        "prompt. Leave the mark out"
+    )
 
 
 def _frames(picture: Any, chat: bool) -> tuple[Frame, ...]:
