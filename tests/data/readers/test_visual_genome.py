@@ -1,6 +1,7 @@
 """The reader of Visual Genome's questions, and the config of the fine-tuning that reads them."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -56,14 +57,14 @@ def raw(tmp_path):
 
 
 def test_questions_and_their_images(raw):
-    of = {"task": NAME, "split": "train"}
     clock, post, nobody = read_questions(raw, "train")
     assert clock == Record(
         id="986768",
         images=(f"{raw}/VG_100K_2/1.jpg",),
         prompt="What color is the clock?",
         answers=("Green.",),
-        **of,
+        task=NAME,
+        split="train",
     )
     assert (post.answers, post.text_problems()) == ((), ["its answer is blank"])
     assert (nobody.images, nobody.answers) == ((f"{raw}/VG_100K/3.jpg",), ("Nobody.",))
@@ -130,7 +131,7 @@ def test_the_row_of_the_table():
     assert list(TUNING) == [NAME] and ALL[NAME] is TUNING[NAME]
     assert f"{NAME}: image QA, fine-tuning" in table(NAME)
     with pytest.raises(AnnotationError, match="'val' is not known, expected one of train"):
-        list(TUNING[NAME].read("raw", "val"))
+        list(TUNING[NAME].read(pathlib.Path("raw"), "val"))
 
 
 def test_the_fine_tuning_reads_what_is_prepared(raw, tmp_path):
