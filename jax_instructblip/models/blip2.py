@@ -11,9 +11,11 @@ E is the width of the features by which images and texts are compared. There is 
 the Q-Former and the output heads (`Heads`) are trained.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -247,6 +249,7 @@ def begin_caption(tokens: Int[Array, "B L"], vocab: int) -> Int[Array, "B L"]:
     return tokens.at[:, 0].set(vocab + DEC)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(variant: Variant, key: Array) -> dict[str, Any]:
     """Random float32 parameters: {'vision': ..., 'qformer': ..., 'heads': ...}."""
     return dict(Blip2(variant).init(key, method="make_params")["params"])
