@@ -191,6 +191,16 @@ def prompt_limit(text: TextProcessor, frames: int, reserve: int) -> int:
     return limit if positions is None else min(limit, positions - visual - reserve)
 
 
+def padded_length(tokens: int) -> int:
+    """The size in `LENGTHS` to which a text of so many tokens is padded."""
+    return next(size for size in LENGTHS if size >= tokens)
+
+
+def padded_width(text: TextProcessor, tokens: int, frames: int) -> int:
+    """The slots of a padded row: the visual vectors of its frames, and its padded text."""
+    return frames * text.variant.visual_tokens + padded_length(tokens)
+
+
 def check_reserve(variant: Variant, frames: int, reserve: int) -> None:
     """Raises a ValueError if `reserve` new tokens do not fit after the shortest prompt."""
     visual_tokens = frames * variant.visual_tokens
@@ -283,11 +293,11 @@ def _common_length(text: TextProcessor, examples: Sequence[Example]) -> dict[str
     """
     both = ("tokens", "qformer_tokens")
     longest = max(len(each[name]) for each in examples for name in both if name in each)
-    length = next(size for size in LENGTHS if size >= longest)
+    length = padded_length(longest)
     most = max(len(each["images"]) for each in examples)
     return {
         "images": (max(most, 1),),  # a batch of texts alone has an unused image
-        "slots": (most * text.variant.visual_tokens + length,),
+        "slots": (padded_width(text, longest, most),),
         "qformer_tokens": (min(length, text.qformer_limit),),
     }
 
