@@ -21,13 +21,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.ours import random_params
 from benchmarks.packing import read_lengths
 from benchmarks.workload import Measured, facts, measure, variant_of
 from jax_instructblip.atomic import write_file
+from jax_instructblip.checkpoint import flatten, unflatten
 from jax_instructblip.data.batch import collate
 from jax_instructblip.inference.decode import generate_tokens
 from jax_instructblip.inference.engine import Engine
@@ -35,8 +34,8 @@ from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
 from jax_instructblip.inference.sampling import TracedSettings
 from jax_instructblip.inference.slots import Request
-from jax_instructblip.models.variants import Variant
-from jax_instructblip.models.vlm import unstack_decoder
+from jax_instructblip.models.variants import T5Config, Variant
+from jax_instructblip.models.vlm import init_params, unstack_decoder
 
 RESULT = pathlib.Path(__file__).parent / "results" / "engine.json"
 VARIANTS = {"middle-vicuna": "vicuna_7b", "middle-t5": "flan_t5_xl"}  # each with its lengths
@@ -63,7 +62,11 @@ def make_pipeline(name: str) -> InstructBlipPipeline:
     variant = variant_of(name)
     vision = dataclasses.replace(variant.vision, image_size=56)
     variant = dataclasses.replace(variant, vision=vision)
-    params = unstack_decoder(variant, random_params(variant, jnp.dtype("float32")))
+    flat = flatten(init_params(variant, jax.random.key(0)))
+    if isinstance(variant.llm, T5Config):  # unscaled scores would make each softmax a choice of one
+        queries = [path for path in flat if path.startswith("llm/") and "/query/" in path]
+        flat |= {path: flat[path] * variant.llm.head_width**-0.5 for path in queries}
+    params = unstack_decoder(variant, unflatten(flat))
     ids: Any = Ids(variant)
     return InstructBlipPipeline(variant, params, ids)
 
@@ -116,7 +119,7 @@ def static_call(
 def engine_call(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
     """Answers all requests with the engine."""
     answers = dict(engine.answers(enumerate(requests)))
-    return [list(answers[row].tokens) for row in range(len(requests))]
+    return [list(answers[row].result().tokens) for row in range(len(requests))]
 
 
 def compare(name: str, count: int, slots: int, repeats: int) -> dict[str, Any]:
@@ -135,7 +138,6 @@ def compare(name: str, count: int, slots: int, repeats: int) -> dict[str, Any]:
         for side, call in sides.items():
             found[side].append(measure(call))
     tokens = int(sum(request.limit for request in requests))
-    others = max(each.others for times in found.values() for each in times)
     row: dict[str, Any] = {
         "requests": count,
         "slots": slots,

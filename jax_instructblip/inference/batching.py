@@ -306,7 +306,7 @@ def _check_lengths(
     text: TextProcessor, questions: Sequence[Question], examples: Sequence[Example], reserve: int
 ) -> None:
     """Raises a ValueError for prompts that are too long; warns of texts that are not read."""
-    log, wrong = logging.getLogger(__name__), []
+    wrong = []
     counts = [len(question.frames) for question in questions]
     lengths = [len(example["tokens"]) for example in examples]
     for frames in sorted(set(counts)):
@@ -328,6 +328,14 @@ def _check_lengths(
             )
     if wrong:
         raise ValueError("; ".join(wrong))
+    warn_of_unread(text, questions, examples)
+
+
+def warn_of_unread(
+    text: TextProcessor, questions: Sequence[Question], examples: Sequence[Example]
+) -> None:
+    """Logs a warning if the Q-Former or the chat template leaves out parts of prompts."""
+    log = logging.getLogger(__name__)
     if cut := sum(int(example["truncated"][0]) for example in examples):
         log.warning(
             "%d of %d prompts have more than %d tokens: the Q-Former reads their ends alone",

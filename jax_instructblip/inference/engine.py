@@ -81,6 +81,7 @@ class Engine:
     One thread calls `step`, `answers` and `warm_up`; any thread may call `submit` and `cancel`.
 
     Attributes:
+      blip: the model.
       sizes: number and shape of the slots.
       steps: decoding steps of all slots together so far: each costs the same for any number of
         requests in the slots.
@@ -110,6 +111,7 @@ class Engine:
         """
         if blip.mesh is not None:
             raise ValueError("the model is on a mesh, but the engine works on one device alone")
+        self.blip = blip
         self.sizes, self.steps = Sizes(slots, width, max_new_tokens), 0
         self._model, self._params, self._text = blip.model, blip.params, blip.text
         self._table, self._most = blip.stop_table, steps
@@ -122,9 +124,7 @@ class Engine:
         """Queues a request; raises a ValueError if it does not fit a slot, or after `close`."""
         problems, width = [], request.batch["tokens"].shape[1]
         if width > self.sizes.width:
-            problems.append(
-                f"its prompt takes {width} slots, padded, of at most {self.sizes.width}"
-            )
+            problems.append(f"its padded prompt has {width} slots, of at most {self.sizes.width}")
         if request.limit > self.sizes.max_new_tokens:
             problems.append(
                 f"max_new_tokens is {request.limit}, of at most {self.sizes.max_new_tokens}"
@@ -167,8 +167,8 @@ class Engine:
                     ended.append(handle)
         return ended
 
-    def answers(self, requests: Iterable[tuple[Name, Request]]) -> Iterator[tuple[Name, Answer]]:
-        """Yields each request's name with its answer as they end, in any order.
+    def answers(self, requests: Iterable[tuple[Name, Request]]) -> Iterator[tuple[Name, Handle]]:
+        """Yields each request's name and handle as its answer ends, in any order.
 
         `requests` yields pairs of name and request, and is read as slots become free.
         """
@@ -179,7 +179,7 @@ class Engine:
             if not names:
                 return
             for handle in self.step():
-                yield names.pop(handle), handle.result()
+                yield names.pop(handle), handle
 
     def warm_up(self, requests: Iterable[Request]) -> None:
         """Compiles all programs for requests that are padded as these are; no slot may be in use.
@@ -240,7 +240,7 @@ class Engine:
 
     def _advance(self, sample: bool, live: np.ndarray) -> dict[str, np.ndarray]:
         report, self._slots = advance(
-            self._model, sample, self._most, self._params, self._slots, live, self._table
+            self._model, sample, self._params, self._slots, live, self._most, self._table
         )
         return jax.device_get(report)
 

@@ -93,14 +93,14 @@ def admit(
     return jax.tree.map(put, slots, one, _axes(one))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def advance(
     model: Model,
     do_sample: bool,
-    most: int,
     params: dict[str, Any],
     slots: Slots,
     live: np.ndarray,
+    most: int,
     table: stops.Table,
 ) -> tuple[dict[str, jax.Array], Slots]:
     """The slots after `most` further steps, or fewer: as soon as a live slot has ended.

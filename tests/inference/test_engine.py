@@ -1,16 +1,21 @@
 """Answers of the engine are those of one question alone, whatever happens in other slots."""
 
+import asyncio
 import dataclasses
+import threading
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
 import jax_instructblip
+from jax_instructblip.inference import loading
 from jax_instructblip.inference.batching import Question
 from jax_instructblip.inference.engine import Engine, prepare
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.pipeline import InstructBlipPipeline
+from jax_instructblip.models.vlm import is_unstacked
 from tests.helpers.compile_counter import count_compiles
 from tests.helpers.tiny import write_base
 
@@ -118,7 +123,7 @@ GREEDY = tuple(each for each in SETTINGS if not GenerationConfig.of(**each).samp
 
 def test_each_answer_is_that_of_its_question_alone(blip):
     """One kind of model samples, too: sampling reads logits alone, and compiles for seconds."""
-    samples = blip.variant.kind == "llava"
+    samples = blip.variant.llm.kind == "t5"
     asked = draw(blip, 30, words=5, kinds=SETTINGS if samples else GREEDY)
     requests = prepared(blip, asked)
     engine = make_engine(blip, requests)
@@ -143,3 +148,120 @@ def test_five_hundred_answers_are_those_of_their_questions_alone(blip):
     assert len(compiled) == 0
     assert len(dropped) > 50
     check_same(blip, asked, handles, dropped)
+
+
+@pytest.mark.full
+def test_stacked_layers_answer_alike(blip, monkeypatch):
+    """As on TPUs: the caches of all layers are one array, whose first axis is that of layers."""
+    monkeypatch.setattr(loading, "UNSTACKED", ())
+    stacked = jax_instructblip.load(blip.source.folder)
+    assert not is_unstacked(blip.variant, stacked.params) and is_unstacked(
+        blip.variant, blip.params
+    )
+    stacked.stop_table = blip.stop_table
+    asked = draw(blip, 60, words=20, seed=2)
+    requests = prepared(blip, asked)
+    check_same(blip, asked, ask_in_turn(make_engine(stacked, requests), requests))
+
+
+one_kind = pytest.mark.parametrize("blip", ["t5"], indirect=True)
+
+
+@pytest.fixture
+def requests(blip):
+    return prepared(blip, draw(blip, 8, words=5))
+
+
+def lengthened(request):
+    """The request with as many tokens as possible."""
+    settings = request.settings._replace(min_new_tokens=np.int32(NEW))
+    return request._replace(limit=np.int32(NEW), settings=settings)
+
+
+@one_kind
+def test_a_server_gets_answers_and_gives_them_up_from_its_own_loop(blip, requests):
+    """`step` runs in a thread of its own."""
+    expected = [handle.result() for handle in ask_in_turn(make_engine(blip, requests), requests)]
+    engine, stop = make_engine(blip, requests), threading.Event()
+
+    def work():
+        while not stop.is_set():
+            engine.step()
+
+    async def ask():
+        handles = [engine.submit(request) for request in [*map(lengthened, requests), *requests]]
+        for handle in handles[: len(requests)]:
+            asyncio.wrap_future(handle).cancel()
+        answers = [await asyncio.wrap_future(handle) for handle in handles[len(requests) :]]
+        return answers, [handle.done() for handle in handles]
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        answers, done = asyncio.run(ask())
+    finally:
+        stop.set()
+        worker.join()
+    assert answers == expected and all(done)
+
+
+@one_kind
+def test_the_slot_of_a_cancelled_request_is_free_with_the_next_step(blip, requests):
+    engine = make_engine(blip, requests, steps=1)
+    full = [engine.submit(lengthened(request)) for request in requests[:4]]
+    waiting = engine.submit(requests[4])
+    engine.step()
+    engine.step()
+    assert [len(handle.tokens) for handle in [*full, waiting]] == [3, 3, 3, 3, 0]
+    engine.cancel(full[2])
+    while not waiting.done():
+        engine.step()
+    # The first token comes from the prompt, each other one from a step.
+    assert full[2].cancelled() and engine.steps == 2 + len(waiting.result().tokens) - 1
+    assert engine.steps < NEW - 1 and not full[0].done()
+
+
+@one_kind
+def test_closing_cancels_all(blip, requests):
+    with make_engine(blip, requests, steps=1) as engine:
+        handles = [engine.submit(lengthened(request)) for request in requests]
+        engine.step()
+    assert all(handle.cancelled() for handle in handles) and engine.step() == []
+    with pytest.raises(ValueError, match="the engine is closed"):
+        engine.submit(requests[0])
+
+
+@one_kind
+def test_what_does_not_fit_is_refused(blip, requests):
+    width = requests[0].batch["tokens"].shape[1]
+    engine = make_engine(blip, requests, width=width - 1, max_new_tokens=NEW - 1)
+    message = f"has {width} slots, of at most {width - 1}; max_new_tokens is 24, of at most 23"
+    with pytest.raises(ValueError, match=message):
+        engine.submit(requests[0]._replace(limit=np.int32(NEW)))
+    question, _ = draw(blip, 1, words=2)[0]
+    with pytest.raises(ValueError, match="num_beams is 3, but a slot has no beams"):
+        prepare(blip.text, question, GenerationConfig(num_beams=3))
+
+
+@one_kind
+def test_scores_that_are_not_finite_harm_no_other_answer(blip, requests):
+    """A slot that was full of NaN answers the next question as if nothing had been there."""
+    expected = [handle.result() for handle in ask_in_turn(make_engine(blip, requests), requests)]
+    engine = make_engine(blip, requests)
+    healthy = engine._params
+    engine._params = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), healthy)
+    spoilt = [engine.submit(request) for request in requests[:4]]
+    while not all(handle.done() for handle in spoilt):
+        engine.step()
+    for handle in spoilt:
+        with pytest.raises(ValueError, match="not finite"):
+            handle.result()
+    engine._params = healthy
+    assert [handle.result() for handle in ask_in_turn(engine, requests)] == expected
+
+
+def ask_in_turn(engine, requests):
+    handles = [engine.submit(request) for request in requests]
+    while not all(handle.done() for handle in handles):
+        engine.step()
+    return handles
