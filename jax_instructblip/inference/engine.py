@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from jax_instructblip.data.text import TextProcessor
+from jax_instructblip.fields import check, whole
 from jax_instructblip.inference.answers import Answer, best_answer, check_finite
 from jax_instructblip.inference.batching import Question, make_batches
 from jax_instructblip.inference.generation_config import GenerationConfig
@@ -78,7 +79,7 @@ class Handle(concurrent.futures.Future[Answer]):
 class Engine:
     """A model that answers requests side by side, each in a slot of its own.
 
-    One thread calls `step`, `answers` and `warm_up`; any thread may call `submit` and `cancel`.
+    Any thread may call `submit` and `cancel`, a single one everything else.
 
     Attributes:
       blip: the model.
@@ -107,8 +108,10 @@ class Engine:
             once, a cancelled or a new request waits for them if no slot is free.
 
         Raises:
-          ValueError: the model is on a mesh of devices.
+          ValueError: the model is on a mesh of devices, or a number is below 1.
         """
+        sizes = {"slots": slots, "width": width, "max_new_tokens": max_new_tokens, "steps": steps}
+        check(sizes, dict.fromkeys(sizes, whole(1)))
         if blip.mesh is not None:
             raise ValueError("the model is on a mesh, but the engine works on one device alone")
         self.blip = blip
@@ -170,6 +173,8 @@ class Engine:
     def answers(self, requests: Iterable[tuple[Name, Request]]) -> Iterator[tuple[Name, Handle]]:
         """Yields each request's name and handle as its answer ends, in any order.
 
+        One that is cancelled meanwhile is left out.
+
         `requests` yields pairs of name and request, and is read as slots become free.
         """
         left, names = iter(requests), {}
@@ -180,6 +185,7 @@ class Engine:
                 return
             for handle in self.step():
                 yield names.pop(handle), handle
+            names = {handle: name for handle, name in names.items() if not handle.cancelled()}
 
     def warm_up(self, requests: Iterable[Request]) -> None:
         """Compiles all programs for requests that are padded as these are; no slot may be in use.

@@ -239,6 +239,8 @@ def test_what_does_not_fit_is_refused(blip, requests):
     with pytest.raises(ValueError, match=message):
         engine.submit(requests[0]._replace(limit=np.int32(NEW)))
     question, _ = draw(blip, 1, words=2)[0]
+    with pytest.raises(ValueError, match="slots is 0, expected at least 1"):
+        make_engine(blip, requests, slots=0)
     with pytest.raises(ValueError, match="num_beams is 3, but a slot has no beams"):
         prepare(blip.text, question, GenerationConfig(num_beams=3))
 
@@ -265,3 +267,26 @@ def ask_in_turn(engine, requests):
     while not all(handle.done() for handle in handles):
         engine.step()
     return handles
+
+
+@one_kind
+def test_a_cancelled_request_ends_no_loop_over_answers(blip, requests):
+    engine = make_engine(blip, requests, steps=1)
+    submit, handles = engine.submit, []
+    engine.submit = lambda request: handles.append(submit(request)) or handles[-1]
+    left = engine.answers(enumerate(map(lengthened, requests[:2])))
+
+    def cancel_second(step=engine.step):
+        handles[1].cancel()
+        return step()
+
+    engine.step = cancel_second
+    assert [name for name, _ in left] == [0]
+
+
+def test_a_mesh_is_refused():
+    class OnMesh:
+        mesh = object()
+
+    with pytest.raises(ValueError, match="the model is on a mesh, but the engine works on one"):
+        Engine(OnMesh(), slots=1, width=1, max_new_tokens=1)  # pyright: ignore[reportArgumentType]
