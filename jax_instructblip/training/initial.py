@@ -116,7 +116,7 @@ def load_initial(
         if path.partition("/")[0] in trainable and init and path not in lacking:
             return None
         array = fit_positions(path, array, variant.vision)
-        return place_quantised(cast, variant, quantise, path, array, towers)
+        return place_quantised(cast, quantise, path, array, towers)
 
     processes = {"process": jax.process_index(), "processes": jax.process_count()}
     chosen, frozen = partition(read_params(source, place, **processes), trainable)
