@@ -81,10 +81,17 @@ class PatchFeatures:
                 f"{record}: {self.folder} has no features of its image {name}, which was added or "
                 "changed since they were written: write them again to another folder"
             )
-        with np.load(io.BytesIO(self._records[number]), allow_pickle=False) as arrays:
-            if "problem" in arrays:
-                raise images.ImageError(f"{arrays['id']}: {arrays['problem']}")
-            features = arrays["image"].view(ml_dtypes.bfloat16)
+        try:
+            with np.load(io.BytesIO(self._records[number]), allow_pickle=False) as file:
+                arrays = dict(file)
+        except Exception as error:  # the reader raises RuntimeError and others
+            raise ValueError(
+                f"{self.folder}: record {number} is damaged: {error}; remove its shard, then write "
+                "it again"
+            ) from error
+        if "problem" in arrays:
+            raise images.ImageError(str(arrays["problem"]))
+        features = arrays["image"].view(ml_dtypes.bfloat16)
         if features.shape != self.shape:
             raise ValueError(
                 f"{self.folder}: the features of {arrays['id']} have the shape {features.shape}, "

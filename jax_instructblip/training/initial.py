@@ -126,6 +126,7 @@ def load_initial(
 
     processes = {"process": jax.process_index(), "processes": jax.process_count()}
     chosen, frozen = partition(read_params(source, place, **processes), trainable)
+    frozen = {name: tree for name, tree in frozen.items() if name not in leave_out}
     if jax.process_count() > 1:
         megabytes = checkpoint.manifest_bytes(checkpoint.read_manifest(source.folder)) / 1e6
         read = stored_leaf.bytes_read() / 1e6

@@ -1,6 +1,6 @@
 """Patch features of a run's images: written once by the frozen tower, then read by every run.
 
-    config --its sources--> images, each once --frozen vision tower--> shards in config.data.features
+    config --its sources--> images, each once --frozen vision tower--> config.data.features
 
 The format is that of `data/patch_features.py`. Every field that changes what the tower sees or
 computes is recorded with them, and compared before a run reads them.
@@ -167,7 +167,7 @@ def write_features(config: ConfigDict, *, batch_size: int, shard_size: int) -> P
 
 
 class _Read(NamedTuple):
-    """An image that was read: its name, pixels [H, W, 3] uint8, and why it cannot be used, or ""."""
+    """An image that was read: its name, its pixels [H, W, 3] uint8, and a problem or ""."""
 
     name: str
     pixels: np.ndarray

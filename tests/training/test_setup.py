@@ -135,7 +135,9 @@ def test_a_run_checks_its_model_before_weights_are_read(monkeypatch, tmp_path):
     config.workdir = str(tmp_path / "run")
     config.model.checkpoint, config.data.batch_size = "shapes_t5", 8
     config.text.qformer_limit = 1_000
-    monkeypatch.setattr(patch_features, "load_initial", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        patch_features, "load_initial", lambda *_, **__: pytest.fail("weights were read")
+    )
     monkeypatch.setattr(loop.setup, "read_mixture", lambda _: types.SimpleNamespace(table=str))
     with pytest.raises(ValueError, match="qformer_limit is 1000"):
         loop.run(config)
