@@ -144,11 +144,13 @@ def test_a_step_on_patch_features_has_no_vision_tower(kind):
     rng = jax.eval_shape(lambda: jax.random.key(0))
     found, _ = flops.counted(step, state, frozen, batch, rng)
     count = functools.partial(flops.analytic, variant, rows, text, text, answer)
-    assert 0.95 * count(patches=True) < found <= 1.05 * count(patches=True)
+    assert 0.98 * count(patches=True) < found <= 1.02 * count(patches=True)
     tower = count() - count(patches=True)
-    assert tower > 0.1 * found  # the margin above does not hide it
+    assert tower > 0.05 * found  # the margin above does not hide it
     sample = np.array([[1, text, visual + text, answer]])
-    useful = [flops.useful(variant, sample, (variant.bridge.key,), patches=p) for p in (0, 1)]
+    useful = [
+        flops.useful(variant, sample, (variant.bridge.key,), patches=p) for p in (False, True)
+    ]
     assert useful[0] - useful[1] == tower // rows
 
 
@@ -175,6 +177,7 @@ def test_an_image_has_its_features_once(bases, data, written, tmp_path):
     assert (facts["count"], facts["form"], len(shards)) == (7, "patches", 3)
     config = config_of(bases("t5"), data, tmp_path, **{"data.features": str(written)})
     stored = run_features.open_features(config)
+    assert stored is not None
     initial = run_features.read_initial(config, make_mesh(devices=jax.devices()[:1]))
     assert "vision" not in initial.frozen
     tree = checkpoint.read_tree(bases("t5"), place=lambda path, array: jnp.asarray(array))
@@ -299,6 +302,7 @@ def test_damaged_files_are_named(bases, data, written, tmp_path):
     spoilt = whole[:middle] + bytes(99) + whole[middle + 99 :]
     with pytest.raises(ValueError, match="damaged"):
         features = opened("00000-of-00003.arrayrecord", spoilt)
+        assert features is not None
         for number in range(6):
             features.read(str(data.parent / f"{number}.png"), "a record")
 
