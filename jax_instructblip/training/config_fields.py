@@ -60,6 +60,7 @@ FIELDS: dict[str, Field] = {
     "data.augment": flag(),
     "data.crop": one_of("", *images.CROPS),
     "data.min_decode_ratio": number(0, unit="share of the model's pixels; 0: decoded whole"),
+    "data.features": path(),
     "data.threads": whole(1, 1_024),
     "data.sampling": one_of(*mixture.SAMPLING),
     "data.text_processor": one_of(*text_processors.PROCESSORS),
@@ -241,6 +242,8 @@ def _together(values: Mapping[str, Any]) -> Iterator[str]:
                 f"config.{name} is {right[name]!r:.60}, config.chat.template is '': it is of "
                 f"conversations; name a template, or leave it at {usual!r}"
             )
+    if features := right.get("data.features"):
+        yield from _feature_problems(features, right)
     decay, trainable = right.get("optimizer.vision_layer_decay", 1), right.get("model.trainable")
     if decay != 1 and trainable is not None and "vision" not in trainable:
         yield (
@@ -257,6 +260,21 @@ def _together(values: Mapping[str, Any]) -> Iterator[str]:
     if len(free) > 1:
         names = " and ".join(f"config.{name}" for name in free)
         yield f"{names} are -1 (all devices that the others leave), which one of them may be"
+
+
+def _feature_problems(features: str, right: Mapping[str, Any]) -> Iterator[str]:
+    """Yields an error for each field with which patch features cannot be read."""
+    found = f"config.data.features is {features!r}"
+    if right.get("data.augment"):
+        yield (
+            f"{found}, config.data.augment is True: a crop drawn at random has no features that "
+            "were computed before; set config.data.augment to False, or leave the features out"
+        )
+    if "vision" in (trainable := right.get("model.trainable", ())):
+        yield (
+            f"{found}, config.model.trainable is {trainable}: a trained vision tower changes with "
+            "each step, its features too; leave 'vision' or the features out"
+        )
 
 
 def _prompt_problems(prompt: str) -> Iterator[str]:
