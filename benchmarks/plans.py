@@ -39,6 +39,9 @@ CONFIGS = {
     "vqa_xl": "configs/blip2_vqa_flan_t5_xl.py",
     "llava_1": "configs/llava_pretrain.py",
     "llava_2": "configs/llava_finetune.py",
+    "llava_sqa": "configs/llava_scienceqa.py",
+    "llava_1.5_1": "configs/llava_1_5_pretrain.py",
+    "llava_1.5_2": "configs/llava_1_5_finetune.py",
 }
 
 
@@ -72,7 +75,6 @@ def named(checkpoint: str) -> str:
     return f"--config.model.checkpoint={checkpoint}"
 
 
-SHORT = "--config.chat.limit=512"  # an image and a caption of 256 tokens
 GPU_MESHES = {  # of training, of answering
     "h200:1": ("1,1,1", "1,1,1"),
     "h100:8": ("1,8,1", "8,1,1"),
@@ -115,9 +117,12 @@ CASES = (
     Case("tuning", "caption_6.7b", "v5e:4x4", "1,16,1"),
     Case("tuning", "vqa_xl", "v5e:4x4", "1,16,1"),
     Case("tuning", "vqa_2.7b", "v5p:2x2x4", "16,1,1"),
-    Case("llava", "llava_1", "v5e:4x4", "1,16,1", (named("llava-7b"), SHORT)),
+    Case("llava", "llava_1", "v5e:4x4", "1,16,1", (named("llava-7b"),)),
     Case("llava", "llava_2", "v5e:4x4", "1,16,1", (named("llava-7b"),)),
     Case("llava", "llava_2", "v5p:2x2x4", "1,16,1", (named("llava-13b"),)),
+    Case("llava", "llava_sqa", "v5p:2x2x4", "1,16,1", (named("llava-7b"),)),
+    Case("llava", "llava_1.5_1", "v5e:4x4", "1,16,1", (named("llava-1.5-7b"),)),
+    Case("llava", "llava_1.5_2", "v5p:2x2x4", "1,16,1", (named("llava-1.5-7b"),)),
     Case("decode", "7b", "v5e:4x4", "1,1,16", DECODE),
     Case("decode", "13b", "v5e:4x4", "2,1,8", DECODE),
     *(
@@ -189,10 +194,14 @@ NAMES = {
     "blip2-stage1": "ViT-g",
     "llava-7b": "LLaVA 7B",
     "llava-13b": "LLaVA 13B",
+    "llava-1.5-7b": "LLaVA 1.5 7B",
 }
 TASKS = {
     "llava_pretrain": "first stage",
     "llava_finetune": "second stage",
+    "llava_scienceqa": "ScienceQA",
+    "llava_1_5_pretrain": "first stage",
+    "llava_1_5_finetune": "second stage",
     "blip2_stage1": "first stage",
     "blip2_retrieval": "retrieval",
     "blip2_caption": "captions",
@@ -321,10 +330,10 @@ def main() -> None:
             print(f"{command}\n  failed: {error}", flush=True)
             continue
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else found
-        others = [row for row in found["plans"] if row.get("command") != command]
+        made = {each["command"]: each for each in found["plans"]} | {command: row}
         same = [each for each in CASES if each.file == case.file]
-        order = {" ".join(["jax-instructblip", *each.words]): n for n, each in enumerate(same)}
-        found["plans"] = sorted([*others, row], key=lambda each: order[each["command"]])
+        commands = [" ".join(["jax-instructblip", *each.words]) for each in same]
+        found["plans"] = [made[each] for each in commands if each in made]
         compiler = COMPILERS.get(case.file, "libtpu")
         found[compiler] = importlib.metadata.version(compiler)
         write_file(path, json.dumps(found, indent=1) + "\n")

@@ -3,7 +3,8 @@
     kernel  [D, ...]   ->   {"q": whole numbers [D, ...], "scale": float32, as many axes}
 
     int8    one scale for each output channel: the axes that a product sums over have size 1
-    int4    one scale for each group of up to `GROUP` weights along the last summed axis; `q` is
+    int4    one scale for each group of up to `GROUP` weights along the last summed axis, or of
+            more where only a few would divide it; `q` is
             uint8 with the weights 2i and 2i + 1 of that axis, each plus 8, in one byte, the first
             in its lower half; an axis of odd length keeps a byte for each
 
@@ -34,6 +35,7 @@ from jax_instructblip.models.variants import QUANTISED, Variant
 
 TOWERS = ("vision", "llm")
 GROUP = 128  # weights that share a scale in int4, where the axis allows it
+SMALLEST = 32  # in smaller groups, scales of 4 bytes would outgrow the weights of half a byte
 LARGEST: dict[str, int] = dict(zip(QUANTISED, (127, 7), strict=True))  # of the whole numbers
 DTYPES: dict[str, Any] = {"int8": np.dtype(np.int8), "int4": np.dtype(np.uint8)}  # of `q`
 
@@ -200,5 +202,8 @@ def _groups(shape: Sequence[int], summed: int, form: str) -> list[int]:
     if form == "int8":
         return [1] * summed + list(shape[summed:])
     last = shape[summed - 1]
-    group = next(size for size in range(min(GROUP, last), 0, -1) if last % size == 0)
+    sizes = [size for size in range(1, last + 1) if last % size == 0]
+    group = max(size for size in sizes if size <= GROUP)
+    if group < SMALLEST and group < last:  # such as 2 of 2 x 131
+        group = min(size for size in sizes if size > GROUP or size == last)
     return [*shape[: summed - 1], last // group, *shape[summed:]]

@@ -182,6 +182,7 @@ def job_arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
         keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=rows)
         return params, batch, keys
     chosen, frozen = partition(shapes, job.trainable)
+    frozen = {name: tree for name, tree in frozen.items() if name not in job.frozen_unused}
     towers = quantise.frozen_towers(job.variant, job.trainable) if job.quantise else ()
     frozen = _frozen(job, frozen, towers)
     state = jax.eval_shape(functools.partial(create_state, optimizer=job.optimizer), chosen)
@@ -299,7 +300,8 @@ def _batch(job: Job, rows: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
 def _shapes(
     job: Job, sizes: Mapping[str, int], rows: NamedSharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    shapes = spec.shapes(job.variant, sizes, training=job.step == "train")
+    training = job.step == "train"
+    shapes = spec.shapes(job.variant, sizes, training=training, patches=job.patches)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
         for name, (shape, dtype) in shapes.items()

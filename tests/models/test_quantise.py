@@ -94,6 +94,32 @@ def test_zero_channels_stay_zero_and_damaged_weights_are_named():
         quantise.quantise("llm/layers/mlp/in/kernel", kernel, "int4")
 
 
+@pytest.mark.parametrize(
+    ("last", "groups"),
+    [(1408, 11), (88, 1), (24, 1), (258, 3), (131, 1), (257, 1), (262, 2), (2 * 131 * 4, 8)],
+)
+def test_a_group_has_enough_weights_to_be_small(last, groups):
+    """No axis makes int4 larger than int8: groups that divide it are of 32 weights or more."""
+    kernel = weights((last, 3))
+    four, eight = (
+        quantise.quantise("llm/layers/mlp/in/kernel", kernel, form) for form in FORMS[::-1]
+    )
+    assert four["scale"].shape == (groups, 3)
+    size = lambda parts: sum(each.nbytes for each in parts.values())
+    assert size(four) <= size(eight)
+    wide = quantise.expand(jnp.asarray(four["q"]), jnp.asarray(four["scale"]), kernel.shape, 1)
+    half = np.repeat(four["scale"], last // groups, axis=0) / 2
+    assert (np.abs(wide - kernel) <= half * 1.001).all()
+    named = {
+        "llm": {"layers": {"mlp": {"in": {"kernel": jax.ShapeDtypeStruct((2, last, 3), "f4")}}}}
+    }
+    shapes = quantise.shapes(named, tiny_variant("llama"), "int4")
+    found = shapes["llm"]["layers"]["mlp"]["in"]["kernel"]
+    assert {name: leaf.shape[1:] for name, leaf in found.items()} == {
+        name: leaf.shape for name, leaf in four.items()
+    }
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_small_weights_of_large_inputs_are_kept(form):
     """Rows of T5's output kernels that are tiny beside others do not become zeros."""
