@@ -1,10 +1,10 @@
-"""The paper's runs compiled at full size for TPUs, by `jax-instructblip plan`.
+"""The paper's runs compiled at full size for TPUs and GPUs, by `jax-instructblip plan`.
 
 python -m benchmarks.plans [--only TEXT] [--again] [--list | --tables]
 
-Needs libtpu (extra `tpu`), a few gigabytes of memory, and one to three minutes per plan. Writes
-`plan_paper.json`, `plan_tuning.json`, `plan_scaling.json`, `plan_llava.json` and
-`plan_decode.json` to `results`.
+Needs the compilers (extras `tpu` and `gpu`), a few gigabytes of memory, and one to three minutes
+per plan. Writes `plan_paper.json`, `plan_tuning.json`, `plan_scaling.json`, `plan_llava.json`,
+`plan_decode.json` and `plan_gpu.json` to `results`.
 Plans that are there already are kept unless `--again` is given. `--tables` prints the results in
 the format of `launch/README.md`.
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 from jax_instructblip.atomic import write_file
 from jax_instructblip.planning.chips import GIB
+from jax_instructblip.planning.explain import MIB
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 CONFIGS = {
@@ -74,6 +75,11 @@ def named(checkpoint: str) -> str:
     return f"--config.model.checkpoint={checkpoint}"
 
 
+GPU_MESHES = {  # of training, of answering
+    "h200:1": ("1,1,1", "1,1,1"),
+    "h100:8": ("1,8,1", "8,1,1"),
+    "a100-80:8": ("1,8,1", "8,1,1"),
+}
 DOTS, DECODE = "--config.model.remat.qformer=dots", ("--step", "decode")
 CASES = (
     Case("paper", "xl", "v5e:4x4", "1,16,1"),
@@ -119,7 +125,14 @@ CASES = (
     Case("llava", "llava_1.5_2", "v5p:2x2x4", "1,16,1", (named("llava-1.5-7b"),)),
     Case("decode", "7b", "v5e:4x4", "1,1,16", DECODE),
     Case("decode", "13b", "v5e:4x4", "2,1,8", DECODE),
+    *(
+        Case("gpu", config, topology, mesh, flags)
+        for topology, meshes in GPU_MESHES.items()
+        for mesh, flags in zip(meshes, ((), DECODE), strict=True)
+        for config in ("7b", "13b", "xl", "xxl")
+    ),
 )
+COMPILERS = {"gpu": "jax-cuda12-pjrt"}  # distributions of compilers; of the other files libtpu
 
 
 def shorten(report: dict[str, Any]) -> dict[str, Any]:
@@ -143,6 +156,7 @@ def shorten(report: dict[str, Any]) -> dict[str, Any]:
             for kind, row in report["moved"].items()
         },
         "bounds_s": {name: round(value, 4) for name, value in report["bounds"].items()},
+        "token_mib": {name: round(size / MIB, 2) for name, size in report.get("token", {}).items()},
         "seconds": report["seconds"],
         "fits": report["fits"],
         "verdict": report["verdict"],
@@ -251,12 +265,30 @@ def decode_row(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def gpu_row(row: dict[str, Any]) -> str:
+    """Returns a Markdown table row about training or answering on GPUs."""
+    gib, bounds = row["gib"], row["bounds_s"]
+    kinds = ", ".join(f"{size:.1f} {kind}" for kind, (_, size) in row["received_gib"].items())
+    cells = (
+        f"{NAMES[row['model']]}, {row['step']}, {row['batch']}",
+        row["topology"],
+        ",".join(map(str, row["mesh"])),
+        f"{gib['need']:.1f} of {gib['chip']:.1f}",
+        kinds or "nothing",
+        f"{bounds['compute']:.3f}",
+        f"{bounds['links']:.3f}",
+        "fits" if row["fits"] else row["verdict"].rpartition("; ")[2],
+    )
+    return f"| {' | '.join(cells)} |"
+
+
 ROWS = {
     "paper": paper_row,
     "tuning": tuning_row,
     "scaling": scaling_row,
     "llava": tuning_row,
     "decode": decode_row,
+    "gpu": gpu_row,
 }
 
 
@@ -302,7 +334,8 @@ def main() -> None:
         same = [each for each in CASES if each.file == case.file]
         commands = [" ".join(["jax-instructblip", *each.words]) for each in same]
         found["plans"] = [made[each] for each in commands if each in made]
-        found["libtpu"] = importlib.metadata.version("libtpu")
+        compiler = COMPILERS.get(case.file, "libtpu")
+        found[compiler] = importlib.metadata.version(compiler)
         write_file(path, json.dumps(found, indent=1) + "\n")
         print(f"{command}\n  {row['verdict']} ({time.perf_counter() - start:.0f} s)", flush=True)
 

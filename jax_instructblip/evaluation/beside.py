@@ -12,9 +12,10 @@ scored by family; those that have choices are ranked.
 
 import dataclasses
 import datetime
+import itertools
 import json
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ from jax_instructblip.evaluation.settings import Settings
 from jax_instructblip.evaluation.suite import Finished
 from jax_instructblip.evaluation.task import Task
 from jax_instructblip.files import read_json
+from jax_instructblip.remote import address_of
 
 GENERATE, SHORT, RANK = "generate", "short", "rank"
 WAYS = {
@@ -169,7 +171,7 @@ def _ways(protocol: Protocol, prompt: str | None, mode: str | None) -> list[tupl
         if protocol.metric not in _LONG:
             ways.append((SHORT, f"{bare}\n{SHORT_ANSWER}", False))
     if mode != "generate":
-        ways.append((RANK, prompt or protocol.prompt, True))
+        ways.append((RANK, protocol.prompt if prompt is None else prompt, True))
     return [
         (way, dataclasses.replace(protocol, prompt=text, prompts={}, ranking=ranking))
         for way, text, ranking in ways
@@ -190,10 +192,14 @@ def _has_candidates(task: Task) -> bool:
 
 
 def _names(checkpoints: Sequence[str]) -> dict[str, str]:
-    """Returns each checkpoint by a name of its own: the last part of its path, numbered if used."""
+    """Returns each checkpoint by a name of its own: the last part of its path, numbered if used.
+
+    `..` and `.` of a local path are resolved: the names are those of folders.
+    """
     named: dict[str, str] = {}
     for checkpoint in checkpoints:
-        stem = Path(checkpoint).name or "model"
-        uses = sum(Path(each).name == stem for each in named.values())
-        named[f"{stem}-{uses + 1}" if uses else stem] = checkpoint
+        place = checkpoint if address_of(checkpoint) else os.path.abspath(checkpoint)
+        stem = os.path.basename(place.rstrip("/")) or "model"
+        names = (f"{stem}-{n}" if n > 1 else stem for n in itertools.count(1))
+        named[next(name for name in names if name not in named)] = checkpoint
     return named

@@ -148,10 +148,10 @@ def judge(
       OSError: as `asking.ask`, or `out` cannot be written.
     """
     out = files.local_path(out, "out")
-    if (out / RESULTS).exists() and is_scored(files.read_json(out / RESULTS, dict)):
-        raise FileExistsError(f"{out} has scores already: remove it, or choose another folder")
     if not (out / JOURNAL).is_file():
         refuse_existing(out)
+    if (out / RESULTS).exists() and is_scored(_read_results(out / RESULTS)):
+        raise FileExistsError(f"{out} has scores already: remove it, or choose another folder")
     cases = make_cases(inputs)
     rules = {case.rule: _read_rules(inputs.rules)[case.rule] for case in cases}
     outcome = ask(
@@ -203,6 +203,18 @@ def read_scores(results: Mapping[str, Any]) -> dict[str, RelativeScore]:
 def is_scored(results: Mapping[str, Any]) -> bool:
     """Returns True if there is a score of all questions together."""
     return results["scores"][ALL]["relative"] is not None
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    """Returns the content of a file that `judge` wrote; a FileExistsError for any other."""
+    results = files.read_json(path, dict)
+    scores = results.get("scores")
+    whole = scores.get(ALL) if isinstance(scores, dict) else None
+    if not isinstance(whole, dict) or "relative" not in whole:
+        raise FileExistsError(
+            f"{path} holds no scores of a judge and is not overwritten: choose another folder"
+        )
+    return results
 
 
 def _scores(outcome: Outcome, name: str) -> tuple[float, float] | None:

@@ -232,6 +232,16 @@ def prompt_limit(text: TextProcessor, frames: int, reserve: int) -> int:
     return limit if positions is None else min(limit, positions - visual - reserve)
 
 
+def padded_length(tokens: int) -> int:
+    """The size in `LENGTHS` to which a text of so many tokens is padded."""
+    return next(size for size in LENGTHS if size >= tokens)
+
+
+def padded_width(text: TextProcessor, tokens: int, frames: int) -> int:
+    """The slots of a padded row: the visual vectors of its frames, and its padded text."""
+    return frames * text.variant.visual_tokens + padded_length(tokens)
+
+
 def check_reserve(variant: Variant, frames: int, reserve: int) -> None:
     """Raises a ValueError if `reserve` new tokens do not fit after the shortest prompt."""
     visual_tokens = frames * variant.visual_tokens
@@ -324,11 +334,11 @@ def _common_length(text: TextProcessor, examples: Sequence[Example]) -> dict[str
     """
     both = ("tokens", "qformer_tokens")
     longest = max(len(each[name]) for each in examples for name in both if name in each)
-    length = next(size for size in LENGTHS if size >= longest)
+    length = padded_length(longest)
     most = max(len(each["images"]) for each in examples)
     return {
         "images": (max(most, 1),),  # a batch of texts alone has an unused image
-        "slots": (most * text.variant.visual_tokens + length,),
+        "slots": (padded_width(text, longest, most),),
         "qformer_tokens": (min(length, text.qformer_limit),),
     }
 
@@ -337,7 +347,7 @@ def _check_lengths(
     text: TextProcessor, questions: Sequence[Question], examples: Sequence[Example], reserve: int
 ) -> None:
     """Raises a ValueError for prompts that are too long; warns of texts that are not read."""
-    log, wrong = logging.getLogger(__name__), []
+    wrong = []
     counts = [len(question.frames) for question in questions]
     lengths = [len(example["tokens"]) for example in examples]
     for frames in sorted(set(counts)):
@@ -359,6 +369,14 @@ def _check_lengths(
             )
     if wrong:
         raise ValueError("; ".join(wrong))
+    warn_of_unread(text, questions, examples)
+
+
+def warn_of_unread(
+    text: TextProcessor, questions: Sequence[Question], examples: Sequence[Example]
+) -> None:
+    """Logs a warning if the Q-Former or the chat template leaves out parts of prompts."""
+    log = logging.getLogger(__name__)
     if cut := sum(int(example["truncated"][0]) for example in examples):
         log.warning(
             "%d of %d prompts have more than %d tokens: the Q-Former reads their ends alone",

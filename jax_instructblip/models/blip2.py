@@ -163,7 +163,8 @@ class Blip2(Network):
         """Float32 logits of (no match, match) for image-text pairs; `valid` is False on padding.
 
         There may be k texts per image, B = G x k: the first k texts are paired with image 0, and so
-        on. Instead of patches [G, P, Dv] the result of `image_kv` can be given.
+        on. Instead of patches [G, P, Dv] the result of `image_kv` can be given, or two images of
+        each sample, whose last text is paired with the second, the others with the first.
         """
         x = self.qformer.read_both(patches, tokens, valid, train)
         return self.heads.match(x).astype(jnp.float32).mean(axis=1)

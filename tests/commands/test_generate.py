@@ -71,7 +71,8 @@ def test_a_streamed_answer_is_the_answer(folder, photographs, capsys):
     ("images", "more", "message"),
     [
         (["a.jpg", "b.jpg"], ["--stream", "--num_beams", "5"], "--stream shows each token"),
-        (["a.jpg", "b.jpg"], ["--stream", "--json"], "leave out --num_beams.* and --json"),
+        (["a.jpg", "b.jpg"], ["--stream", "--json"], "leave out --num_beams.*--json"),
+        (["a.jpg"], ["--stream", "--batch_size", "2"], "--batch_size, for one question is answ"),
         (["a.jpg", "b.jpg", "c.jpg"], [], "3 images and 2 prompts do not match"),
         (["a.jpg", "b.jpg"], [], "a.jpg: no such file; b.jpg: no such file"),
         (["a.jpg"], ["--checkpoint", "nowhere"], "no checkpoint 'nowhere'"),

@@ -11,6 +11,7 @@ from jax_instructblip.data.readers.choices import read_iconqa
 from jax_instructblip.evaluation import benchmarks, beside
 from jax_instructblip.evaluation.beside import open_ways
 from jax_instructblip.evaluation.llava_protocols import SHORT_ANSWER
+from jax_instructblip.evaluation.reports import beside_page
 from jax_instructblip.evaluation.settings import Settings
 from jax_instructblip.inference.pipeline import Answer
 from tests.data.readers.test_llava_bench import ROW, write
@@ -115,6 +116,25 @@ def test_checkpoints_are_asked_the_same_in_every_way(bases, data, tmp_path, mode
     assert main(given) == 0 and not any(model.calls for model in models.values())
     again = json.loads((tmp_path / "results.json").read_text())
     assert again["datasets"] == results
+
+
+def test_each_checkpoint_has_a_folder_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    given = ["x/m-2", "y/m", "z/m", "gs://b/m", "..", "a/..", ".", "/", "gs://b"]
+    named = beside._names(given)
+    assert list(named.values()) == given
+    here = tmp_path.name
+    names = ["m-2", "m", "m-3", "m-4", tmp_path.parent.name, here, f"{here}-2", "model", "b"]
+    assert list(named) == names
+
+
+def test_a_model_without_a_score_is_named():
+    entry = {"unscored": "", "problems": [], "count": 2}
+    odd = {**entry, "unscored": "too few"}
+    found = lambda **models: beside_page.shortcomings({"datasets": {"gqa": {"rank": models}}})
+    assert found(a=entry, b=odd) == ["gqa, rank, b: NOT SCORED, too few"]
+    assert found(a=odd, b=odd) == ["gqa, rank: NOT SCORED, too few"]
+    assert found(a=entry, b=entry) == []
 
 
 @pytest.fixture(scope="module")

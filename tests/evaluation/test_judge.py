@@ -150,6 +150,23 @@ def test_scores_judge_prompts_and_settings_are_stored(files, tmp_path, capsys):
     assert "31.2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("scores", [{}, {"scores": {}}, {"scores": {"all": 3}}, {"scores": 1}])
+@pytest.mark.parametrize("begun", [False, True])
+def test_results_of_something_else_are_refused_and_unchanged(
+    files, tmp_path, capsys, scores, begun
+):
+    (tmp_path / "results.json").write_text(json.dumps({"kind": "benchmarks", **scores}))
+    before = (tmp_path / "results.json").read_bytes()
+    if begun:
+        (tmp_path / "journal.jsonl").touch()
+    with chat_server(lambda messages: "8 9") as server:
+        assert main(command(files(), tmp_path, server)) == 1
+        assert not server.log
+    said = "holds no scores of a judge" if begun else "exists and is not overwritten"
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
 def test_a_failed_parse_is_asked_again_then_left_out_and_counted(files, tmp_path, capsys):
     """Question 3 is never judged, question 4 at the second time; 1 of 20 may be missing."""
     tries = []

@@ -121,9 +121,13 @@ def shortcomings(document: Mapping[str, Any]) -> list[str]:
     found = []
     for name, by_way in document["datasets"].items():
         for way, by_model in by_way.items():
-            some = next(iter(by_model.values()))
-            if some["unscored"]:
-                found.append(f"{name}, {way}: NOT SCORED, {some['unscored']}")
+            reasons: dict[str, list[str]] = {}
+            for model, entry in by_model.items():
+                if entry["unscored"]:
+                    reasons.setdefault(entry["unscored"], []).append(model)
+            for reason, models in reasons.items():
+                whose = "" if len(models) == len(by_model) else f", {', '.join(models)}"
+                found.append(f"{name}, {way}{whose}: NOT SCORED, {reason}")
             found += [
                 f"{name}, {way}, {model}: {len(entry['problems'])} of {entry['count']} could not "
                 f"be asked, and count as wrong; the first is {entry['problems'][0]}"
