@@ -51,6 +51,7 @@ INSTEAD = {
     # LLaVA's benchmarks, and several models in one table: tests/evaluation runs these.
     "jax-instructblip evaluate --checkpoint llava-1.5-7b": "jax-instructblip evaluate --help # ",
     "jax-instructblip evaluate --checkpoint flan-t5-xl --beside": "true",
+    "jax-instructblip evaluate --checkpoint runs/quickstart --beside": "true",
     "jax-instructblip evaluate --checkpoint runs/llava_1_5_finetune": "true",
     # A model that sees no image is asked: tests/data/instruct_data and tests/evaluation do that.
     "jax-instructblip instruct-data": "jax-instructblip instruct-data --help # ",
