@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.workload import Lengths, Questions, Sample, variant_of
 from jax_instructblip.checkpoint import flatten, unflatten
-from jax_instructblip.conversion.hf_folder import read_hf
+from jax_instructblip.conversion.hf_folder import convert_hf
 from jax_instructblip.data.batch import IGNORE, collate
 from jax_instructblip.data.packing import deal, row_lengths
 from jax_instructblip.models.layers import Scan, Scans
@@ -25,8 +25,9 @@ def load(case: dict[str, Any], *, unstacked: bool) -> tuple[VisionLanguageModel,
     """
     dtype = jnp.dtype(case["dtype"])
     if folder := case.get("folder"):
-        variant, params = read_hf(folder)
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+        converted = convert_hf(folder)
+        variant = converted.variant
+        params = unflatten({path: jnp.asarray(leaf, dtype) for path, leaf in converted.leaves})
     else:
         still = {"qformer.dropout": 0.0, "llm.dropout": 0.0}
         variant = variant_of(case["variant"]).replace(**still)
