@@ -135,8 +135,10 @@ def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> l
                 config["image_token_index"] = image
             if image is None:
                 notes.append(
-                    "the tokenizer has no <image> token: transformers needs one, and "
-                    "image_token_index"
+                    "the tokenizer has no <image> token, which transformers needs: "
+                    "tokenizer.add_tokens(['<image>'], special_tokens=True); "
+                    "model.resize_token_embeddings(len(tokenizer)); "
+                    "model.config.image_token_id = len(tokenizer) - 1"
                 )
     notes += _losses(model, family, config)
     # Only LLaVA's format has other ways to prepare images; what is lost is said.

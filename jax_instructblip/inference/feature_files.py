@@ -96,7 +96,7 @@ def write_features(
     blip = None
     facts = {
         "weights": weights_digest(source),
-        "images": _list_digest(records),
+        "images": list_digest(records),
         "count": len(records),
         "form": (form or FORMS[-1]) if first_stage else "visual vectors",
         "dtype": read_dtype(dtype).name,
@@ -181,7 +181,7 @@ def is_whole(path: Path) -> bool:
     return path.is_file() and (path.suffix != ".npz" or zipfile.is_zipfile(path))
 
 
-def _list_digest(records: Sequence[Record]) -> str:
+def list_digest(records: Sequence[Record]) -> str:
     """Returns a sha256 of ids, texts, and the sizes and times of the image files."""
     digest = hashlib.sha256()
     for record in records:

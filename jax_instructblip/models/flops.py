@@ -29,8 +29,8 @@ def products(jaxpr: Jaxpr, times: int = 1, loops: int = 1) -> Iterator[tuple[Any
     """Yields the matrix products and convolutions of `jaxpr`, and how often each runs.
 
     `times` is how often `jaxpr` itself runs, `loops` how often the body of a `while` is assumed to
-    run. Of the branches of a `cond` only the first counts. A train step has neither `while` nor
-    `cond`.
+    run. Of the branches of a `cond` only the last counts, which is that of a CPU
+    (`jax.lax.platform_dependent`). A train step has neither `while` nor `cond`.
     """
     for equation in jaxpr.eqns:
         name = equation.primitive.name
@@ -40,7 +40,7 @@ def products(jaxpr: Jaxpr, times: int = 1, loops: int = 1) -> Iterator[tuple[Any
         inner *= loops if name == "while" else 1
         for value in equation.params.values():
             parts = value if isinstance(value, tuple | list) else (value,)
-            for part in parts[:1] if name == "cond" else parts:
+            for part in parts[-1:] if name == "cond" else parts:
                 if isinstance(part, ClosedJaxpr):
                     yield from products(part.jaxpr, inner, loops)
                 elif isinstance(part, Jaxpr):

@@ -184,7 +184,7 @@ class Mlp(nn.Module):
 class GatedMlp(nn.Module):
     """The feed-forward `out(activation(gate(x)) * in(x))` without biases; dropout before `out`.
 
-    `newest` is True for the newest tokens of a loop over unstacked layers (`dense.apart`).
+    `newest` is True for the newest tokens of an answer, or of a tree of answers (`dense.apart`).
     """
 
     width: int

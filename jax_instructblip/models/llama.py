@@ -120,10 +120,11 @@ class LlamaLayer(nn.Module):
 
     def tree(self, x, prefix, prefix_mask, mask, rotation):
         """Runs a tree of tokens `x` [B, T, D] after the cached prompt; returns (x, None)."""
-        query, key, value = self._project(x, rotation)
+        projected = self.attention.newest(self.attention_norm(x))
+        query, key, value = self._rotated(*projected, rotation)
         own = CachedKV(heads_first(key), heads_first(value), mask)
         cached = [CachedKV(**prefix, mask=prefix_mask), own]
-        return self._add(x, attend_cached(query, cached)), None
+        return self._add(x, attend_cached(query, cached), newest=True), None
 
     def _project(self, x, rotation):
         """Rotated queries and keys, and values, of the layer's input `x` [B, T, D]."""

@@ -73,10 +73,10 @@ class OptLayer(nn.Module):
 
     def tree(self, x, prefix, prefix_mask, mask):
         """Runs a tree of tokens `x` [B, T, D] after the cached prompt; returns (x, None)."""
-        y, attention = self.attention_norm(x), self.attention
-        key, value = heads_first(attention.key(y)), heads_first(attention.value(y))
-        cached = [CachedKV(**prefix, mask=prefix_mask), CachedKV(key, value, mask)]
-        x = constrain(x + attention.out(attend_cached(attention.query(y), cached)))
+        query, key, value = self.attention.newest(self.attention_norm(x))
+        own = CachedKV(heads_first(key), heads_first(value), mask)
+        cached = [CachedKV(**prefix, mask=prefix_mask), own]
+        x = constrain(x + self.attention.out(attend_cached(query, cached)))
         return constrain(x + self.mlp(self.mlp_norm(x))), None
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_instructblip.models.attention import Attention, CachedKV, attend_cached, heads_first
 from jax_instructblip.models.cache import append, attend_tail, start, tail_view
-from jax_instructblip.models.dense import Head
+from jax_instructblip.models.dense import Head, apart
 from jax_instructblip.models.layers import (
     RESIDUAL,
     Dropout,
@@ -120,18 +120,18 @@ class T5Layer(nn.Module):
 
         `masks` and `biases` are pairs: for the cached tokens, and for the tree itself.
         """
-        y, attention = self.attention_norm(x), self.attention
-        key, value = heads_first(attention.key(y)), heads_first(attention.value(y))
+        query, key, value = self.attention.newest(self.attention_norm(x))
         cached = [
             CachedKV(**cache["tail"], mask=masks[0], bias=biases[0]),
-            CachedKV(key, value, masks[1], biases[1]),
+            CachedKV(heads_first(key), heads_first(value), masks[1], biases[1]),
         ]
-        x = constrain(x + attention.out(attend_cached(attention.query(y), cached, scale=1.0)))
-        return self._rest(x, cache["prefix"], prefix_mask), None
+        x = constrain(x + self.attention.out(attend_cached(query, cached, scale=1.0)))
+        return self._rest(x, cache["prefix"], prefix_mask, newest=True), None
 
-    def _rest(self, x, prefix, prefix_mask, newest=False):
+    def _rest(self, x, prefix, prefix_mask, newest):
         """The rest of a layer after self-attention: cross-attention and feed-forward."""
-        y, cross = self.cross_attention_norm(x), self.cross_attention
+        cross = self.cross_attention
+        y = apart(self.cross_attention_norm(x).astype(self.dtype), 1)[0]
         mixed = attend_cached(cross.query(y), [CachedKV(**prefix, mask=prefix_mask)], scale=1.0)
         x = constrain(x + cross.out(mixed))
         return constrain(x + self.mlp(self.mlp_norm(x), newest=newest))

@@ -192,6 +192,7 @@ def model_of(variant: Variant, dtype: Any = jnp.float32, scans: Scans | None = N
     return page(variant, dtype, scans or Scans())
 
 
+@functools.partial(jax.jit, static_argnums=0)  # twice as fast as one small program an array
 def init_params(variant: Variant, key: Array) -> dict[str, Any]:
     """Random float32 parameters: {'vision': ..., 'qformer' or 'projector': ..., 'llm': ...}."""
     if variant.llm is None:

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jax_instructblip.data import images, mixture, templates, text_processors
-from jax_instructblip.data.chat_templates import CHAT_TEMPLATES, ORDERS
+from jax_instructblip.data.chat_templates import CHAT_TEMPLATES, LIMIT, ORDERS
 from jax_instructblip.fields import (
     MOST_SECONDS,
     Field,
@@ -139,6 +139,9 @@ SOURCE_FIELDS: dict[str, Field] = {
     "noun_phrases": whole(0, unit="captions a phrase; 0: all"),
 }
 
+# Fields that are used with a chat template alone, and their values in `configs/common.py`.
+_OF_CHATS = {"chat.system": "default", "chat.limit": LIMIT, "chat.image_order": "written"}
+
 
 def check_config(config: ConfigDict, *, run: bool = False) -> None:
     """Raises a ValueError that lists every unusable field of `config`.
@@ -233,6 +236,12 @@ def _together(values: Mapping[str, Any]) -> Iterator[str]:
             f"config.data.crop is {right['data.crop']!r}, config.data.augment is True: crops are "
             "drawn at random; set config.data.augment to False, or leave config.data.crop out"
         )
+    for name, usual in _OF_CHATS.items():
+        if right.get("chat.template") == "" and right.get(name, usual) != usual:
+            yield (
+                f"config.{name} is {right[name]!r:.60}, config.chat.template is '': it is of "
+                f"conversations; name a template, or leave it at {usual!r}"
+            )
     if features := right.get("data.features"):
         yield from _feature_problems(features, right)
     decay, trainable = right.get("optimizer.vision_layer_decay", 1), right.get("model.trainable")

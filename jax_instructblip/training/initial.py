@@ -122,7 +122,7 @@ def load_initial(
         if tree in leave_out or tree in trainable and init and path not in lacking:
             return None
         array = fit_positions(path, array, variant.vision)
-        return place_quantised(cast, variant, quantise, path, array, towers)
+        return place_quantised(cast, quantise, path, array, towers)
 
     processes = {"process": jax.process_index(), "processes": jax.process_count()}
     chosen, frozen = partition(read_params(source, place, **processes), trainable)
