@@ -13,6 +13,7 @@ from jax_instructblip.checkpoint import flatten, unflatten
 from jax_instructblip.conversion.hf_folder import convert_hf
 from jax_instructblip.data.batch import IGNORE, collate
 from jax_instructblip.data.packing import deal, row_lengths
+from jax_instructblip.inference.loading import load_params, read_source
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.variants import T5Config, Variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes, unstack_decoder
@@ -23,8 +24,11 @@ def load(case: dict[str, Any], *, unstacked: bool) -> tuple[VisionLanguageModel,
 
     `unstacked` decoding layers are what `jax_instructblip.load` makes; training stacks them.
     """
-    dtype = jnp.dtype(case["dtype"])
-    if folder := case.get("folder"):
+    dtype, folder = jnp.dtype(case["dtype"]), case.get("folder")
+    if folder and unstacked:
+        source = read_source(folder)
+        variant, params = source.variant, load_params(source, dtype)
+    elif folder:
         converted = convert_hf(folder)
         variant = converted.variant
         params = unflatten({path: jnp.asarray(leaf, dtype) for path, leaf in converted.leaves})
@@ -32,8 +36,7 @@ def load(case: dict[str, Any], *, unstacked: bool) -> tuple[VisionLanguageModel,
         still = {"qformer.dropout": 0.0, "llm.dropout": 0.0}
         variant = variant_of(case["variant"]).replace(**still)
         params = random_params(variant, dtype)
-    if unstacked:
-        params = unstack_decoder(variant, params)
+        params = unstack_decoder(variant, params) if unstacked else params
     return VisionLanguageModel(variant, dtype, Scans(llm=Scan(unstacked=unstacked))), params
 
 
