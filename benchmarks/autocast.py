@@ -27,8 +27,7 @@ import transformers
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.theirs import TRAINED, config_of
-from benchmarks.twins import quiet
+from benchmarks.theirs import TRAINED, config_of, image_id, quiet
 from jax_instructblip.conversion.engine import Rule
 from jax_instructblip.conversion.tables import qformer as qformer_table
 from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, Variant
@@ -193,7 +192,7 @@ def _inputs(variant: Variant, ids: dict[str, np.ndarray], side: str) -> dict[str
     """Returns a batch for transformers: image placeholders, text, labels, pixels."""
     prompt, answer = ids["prompt"], ids["answer"]
     pixels = (ids["images"][:, 0] / 255 - np.array(IMAGE_MEAN)) / np.array(IMAGE_STD)
-    image = np.full((len(prompt), variant.qformer.queries), variant.llm.vocab - 1)
+    image = np.full((len(prompt), variant.qformer.queries), image_id(variant))
     row, labels = [image, prompt], answer
     if variant.llm.kind == "llama":
         unasked = np.full((len(prompt), image.shape[1] + prompt.shape[1]), -100)

@@ -2,11 +2,13 @@
 
 WORK=DIR OUT=MADE TOWERS=embedded bash launch/backbones.sh
 python -m benchmarks.chain --work DIR --made MADE [--kinds llama t5] [--seeds 0] [--out FILE]
+python -m benchmarks.chain --draw [--out FILE]    the curves in FILE alone
 
 All is on the drawn world. Reads the curves of both stages in DIR. Tunes on instructions
 (`configs/quickstart.py`) from MADE/shapes_KIND, the result of the stages, and from DIR/base_KIND,
 which has the same frozen towers and a random Q-Former. Finished runs are reused; others take five
-to ten minutes each. Prints a table, and writes a JSON file and the curves (DIR/chain.html).
+to ten minutes each. Prints a table, and writes a JSON file, its curves as a PNG beside it, and
+DIR/chain.html.
 """
 
 import argparse
@@ -109,15 +111,20 @@ def cells(rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     return table
 
 
-def report(path: pathlib.Path, document: Mapping[str, Any]) -> None:
-    """Writes the HTML page: the curves of all runs, and the table of tunings."""
+def drawn(document: Mapping[str, Any]) -> bytes:
+    """Returns the curves of all runs as a PNG image."""
     panels = {"stage 1: recall": {"stage 1": document["stage1"]}}
     panels["stage 2: exact captions"] = document["stage2"]
     for row in document["tuning"]:
         panel = panels.setdefault(f"instruction tuning, {row['llm']}: accuracy", {})
         panel[f"{row['start']}, seed {row['seed']}"] = row["validations"]
+    return curves.compared(panels, "score")
+
+
+def report(path: pathlib.Path, document: Mapping[str, Any]) -> None:
+    """Writes the HTML page: the curves of all runs, and the table of tunings."""
     head, *rows = cells(document["tuning"])
-    parts = [curves.compared(panels, "score"), page.table(head, rows)]
+    parts = [curves.image(drawn(document)), page.table(head, rows)]
     page.write(path, "BLIP-2's stages on the drawn world", parts)
 
 
@@ -144,7 +151,13 @@ def main() -> None:
         type=pathlib.Path,
         default=quickstart.ROOT / "benchmarks" / "results" / "chain.json",
     )
+    parser.add_argument("--draw", action="store_true", help="draw the curves of --out; run nothing")
     flags = parser.parse_args()
+    picture = flags.out.with_suffix(".png")
+    if flags.draw:
+        picture.write_bytes(drawn(json.loads(flags.out.read_text())))
+        print(f"written to {picture}")
+        return
     work = flags.work.absolute()
     stage1 = validations(work / "stage1")
     stage2 = {kind: validations(work / f"stage2_{kind}") for kind in flags.kinds}
@@ -163,7 +176,8 @@ def main() -> None:
         print("  ".join(f"{cell:>15}" for cell in row))
     report(work / "chain.html", document)
     flags.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"written to {flags.out} and {work / 'chain.html'}")
+    picture.write_bytes(drawn(document))
+    print(f"written to {flags.out}, {picture} and {work / 'chain.html'}")
 
 
 if __name__ == "__main__":

@@ -1,155 +1,97 @@
-"""Greedy decoding and beam search compared with transformers' `generate`, on a CPU in float32.
+"""The suite `generate`: greedy decoding and beam search beside transformers' `generate`.
 
-python -m benchmarks.generation [--variants NAME ...] [--batches 1 8 32] [--beams 1 5] [--out FILE]
-
-Both sides have the same random weights and questions and generate equally many tokens, alternating
-in one process. Transformers runs in its fastest setting: SDPA attention, dynamic or static cache,
-one thread or one per core. A call includes image, prompt and all new tokens; a step is one new
-token after the first.
+A call includes image, prompt and all new tokens; the answers of both sides are compared.
+Transformers runs in its fastest setting: dynamic or static cache, one thread or one per core, of
+which a few tokens are timed while it is built.
 """
 
-import argparse
-import collections
 import functools
 import itertools
-import json
-import pathlib
-import statistics
-import sys
-import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-import torch
 
-from benchmarks.twins import Twins, make_twins, questions, quiet
-from benchmarks.workload import MIDDLE, THREADS, Lengths, Measured, facts, measure
-from jax_instructblip.inference.beam_search import beam_tokens
-from jax_instructblip.inference.decode import generate_tokens
-from jax_instructblip.inference.generation_config import GenerationConfig
+from benchmarks.sides import Built, Case
+from benchmarks.workload import SIZES, THREADS, Lengths, Questions, measure, variant_of
 
 CACHES = ("dynamic", "static")
 FEW = 4  # tokens generated to find transformers' fastest setting
 
 
-def our_call(twins: Twins, batch: dict[str, Any], beams: int) -> Callable[[int], np.ndarray]:
-    """Returns a function from a number N of new tokens to our answers, ids [B, N]."""
-    keys = jax.random.split(jax.random.key(0), len(batch["tokens"]))
+def cases(sizes: str) -> list[Case]:
+    """Returns the cases of a size of models: greedy answers, then five beams."""
+    new = {"tiny": 8, "middle": 16, "full": 64}[sizes]
+    return [
+        {"variant": name, "beams": beams, "batch": batch, "new": new}
+        for name in SIZES[sizes]
+        for beams in (1, 5)
+        for batch in (1, 32)
+    ]
 
-    def answer(new: int) -> np.ndarray:
-        config = GenerationConfig(
-            max_new_tokens=new, min_new_tokens=new, num_beams=beams, length_rule="transformers5"
-        )
-        if beams > 1:
-            made = beam_tokens(twins.ours, twins.params, batch, config)
+
+def ours(case: Case) -> Built:
+    """Returns this package's answers, ids [B, N]."""
+    import jax
+
+    from benchmarks.ours import device_peak, load, question_batch
+    from jax_instructblip.inference.beam_search import beam_tokens
+    from jax_instructblip.inference.decode import generate_tokens
+    from jax_instructblip.inference.generation_config import GenerationConfig
+
+    model, params = load(case, unstacked=True)
+    asked = Questions.draw(model.variant, case["batch"], Lengths())
+    batch = question_batch(model.variant, asked)
+    keys, new = jax.random.split(jax.random.key(0), case["batch"]), case["new"]
+    settings = dict(max_new_tokens=new, min_new_tokens=new, length_rule="transformers5")
+    config = GenerationConfig(num_beams=case["beams"], **settings)
+
+    def call() -> list[list[int]]:
+        if case["beams"] > 1:
+            made = beam_tokens(model, params, batch, config)
         else:
-            made = generate_tokens(twins.ours, twins.params, batch, keys, config)
-        return np.asarray(made["tokens"])[:, 0]
+            made = generate_tokens(model, params, batch, keys, config)
+        return np.asarray(made["tokens"])[:, 0].tolist()
 
-    return answer
+    return Built(call, facts(case), device_peak)
 
 
-def their_call(
-    twins: Twins, given: dict[str, torch.Tensor], beams: int, cache: str, threads: int
-) -> Callable[[int], np.ndarray]:
-    """Returns a function from a number N of new tokens to transformers' answers, ids [B, N]."""
+def transformers(case: Case) -> Built:
+    """Returns the answers of transformers, ids [B, N]."""
+    import torch
+
+    from benchmarks import theirs
+
+    variant, model = variant_of(case["variant"]), theirs.load(case)
+    asked = Questions.draw(variant, case["batch"], Lengths())
+    given = theirs.question_inputs(variant, asked, getattr(torch, case["dtype"]))
+    on_gpu = theirs.device().type == "cuda"
 
     @torch.inference_mode()
-    def answer(new: int) -> np.ndarray:
+    def answer(cache: str, threads: int, new: int) -> list[list[int]]:
         torch.set_num_threads(threads)
         settings: dict[str, Any] = {} if cache == "dynamic" else {"cache_implementation": cache}
-        with quiet():
-            made = twins.theirs.generate(
+        with theirs.quiet():
+            made = model.generate(
                 **given,
                 do_sample=False,
-                num_beams=beams,
+                num_beams=case["beams"],
                 max_new_tokens=new,
                 min_new_tokens=new,
                 **settings,
             )
-        return made[:, -new:].numpy()
+        return made[:, -new:].tolist()
 
-    return answer
-
-
-def compare(twins: Twins, size: int, beams: int, lengths: Lengths, repeats: int) -> dict[str, Any]:
-    """Returns the median times of this package and transformers, and their ratios, as a dict."""
-    given, batch = questions(twins.variant, size, lengths)
-    ours, new = our_call(twins, batch, beams), lengths.new
-    ways = {
-        way: their_call(twins, given, beams, *way) for way in itertools.product(CACHES, THREADS)
-    }
-    made, expected = ours(new), ways[CACHES[0], THREADS[0]](new)
-    ours(1)
-    tried = {way: measure(functools.partial(call, FEW)).wall for way, call in ways.items()}
-    fastest = min(tried, key=lambda each: tried[each])
-    sides = {"ours": ours, "theirs": ways[fastest]}
-    found: dict[tuple[str, int], list[Measured]] = collections.defaultdict(list)
-    for _ in range(repeats):
-        for count in (new, 1):
-            for side, call in sides.items():
-                found[side, count].append(measure(functools.partial(call, count)))
-    row: dict[str, Any] = {
-        "batch": size,
-        "beams": beams,
-        "new_tokens": new,
-        "their_cache": fastest[0],
-        "their_threads": fastest[1],
-        "same_answers": int((made == expected).all(axis=1).sum()),
-        "cores_of_other_processes": round(
-            max(m.others for each in found.values() for m in each), 2
-        ),
-    }
-    for side in sides:
-        whole, first = (median("wall", found[side, count]) for count in (new, 1))
-        row[side] = {
-            "tokens_per_second": round(size * new / whole, 2),
-            "seconds": [round(each.wall, 4) for each in found[side, new]],
-            "processor_seconds": round(median("own", found[side, new]), 4),
-            "seconds_to_first": round(first, 4),
-            "milliseconds_a_step": round(1e3 * (whole - first) / (new - 1), 3),
-        }
-    for name, of in (
-        ("ratio", "tokens_per_second"),
-        ("ratio_of_steps", "milliseconds_a_step"),
-        ("ratio_of_processor_seconds", "processor_seconds"),
-    ):
-        ratio = row["ours"][of] / row["theirs"][of]
-        row[name] = round(ratio if of == "tokens_per_second" else 1 / ratio, 3)
-    return row
+    ways = [*itertools.product(CACHES, THREADS[:1] if on_gpu else THREADS)]
+    answer(*ways[0], FEW)
+    fastest = min(ways, key=lambda way: measure(functools.partial(answer, *way, FEW)).wall)
+    call = functools.partial(answer, *fastest, case["new"])
+    chosen = {"cache": fastest[0], "threads": fastest[1]}
+    return Built(call, facts(case) | chosen, theirs.device_peak if on_gpu else None)
 
 
-def median(name: str, measured: Sequence[Measured]) -> float:
-    """Returns the median of the field `name` over the measurements."""
-    return statistics.median(getattr(each, name) for each in measured)
+def facts(case: Case) -> dict[str, Any]:
+    """Returns the work of a call: the new tokens of all answers."""
+    return {"work": case["batch"] * case["new"], "unit": "tokens"}
 
 
-def main() -> None:
-    """Measures all sizes, prints the results and writes them as JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--variants", nargs="*", default=list(MIDDLE))
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
-    parser.add_argument("--beams", type=int, nargs="*", default=[1, 5])
-    parser.add_argument("--new", type=int, default=16, help="tokens of an answer")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=pathlib.Path, help="JSON file")
-    flags = parser.parse_args()
-    lengths = Lengths(new=flags.new)
-    document = facts("generation", sys.argv[1:])
-    document |= {"dtype": "float32", "lengths": vars(lengths), "results": {}}
-    for name in flags.variants:
-        twins, rows = make_twins(name), document["results"].setdefault(name, [])
-        for beams in flags.beams:
-            for size in flags.batches:
-                start = time.perf_counter()
-                rows.append(compare(twins, size, beams, lengths, flags.repeats))
-                spent = time.perf_counter() - start
-                print(f"{name} {json.dumps(rows[-1])} ({spent:.0f} s)", flush=True)
-                if flags.out:
-                    flags.out.write_text(json.dumps(document, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+SIDES = {"jax_instructblip": ours, "transformers": transformers}

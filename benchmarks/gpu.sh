@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
-# Measures this machine's GPU: train step and greedy decode of full-size FlanT5-XL and Vicuna-7B,
-# random bfloat16 weights, ours beside transformers, and one step's numerics against CPU float32.
-#   bash benchmarks/gpu.sh                     on a GPU: minutes, JSON into benchmarks/results/
-#   bash benchmarks/gpu.sh --tiny              the same code at toy size, also on a CPU
+# Measures one suite of `benchmarks.run` on this machine's GPU: full-size models, random bfloat16
+# weights that are made on the device, ours beside transformers.
+#   bash benchmarks/gpu.sh train               under nine minutes; the same call again goes on
+#   bash benchmarks/gpu.sh generate --out F    any flags of `benchmarks.run`
+#   bash benchmarks/gpu.sh numerics            one step of tiny models against CPU float32
+#   bash benchmarks/gpu.sh train --device cpu --sizes tiny --dtype bfloat16   the same code, no GPU
 # Needs jax, flax, optax, torch and transformers; nothing is downloaded.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+suite=${1:?expected train, generate, rank, convert, input or numerics}
+shift
 python=${PYTHON:-python3}
 if [[ -z ${PYTHON:-} && -x .venv/bin/python ]]; then python=.venv/bin/python; fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-exec "$python" benchmarks/gpu.py "$@"
+if [[ $suite == numerics ]]; then exec "$python" -m benchmarks.numerics "$@"; fi
+exec "$python" -m benchmarks.run --suite "$suite" --device gpu --resume --budget 240 "$@"

@@ -1,6 +1,6 @@
-"""Input pipeline speed, from records on disk to batches: ours and torch with Hugging Face.
+"""The suite `input`: from records on disk to batches, ours and torch with Hugging Face.
 
-python -m benchmarks.input_pipeline --photos DIR [--tokenizers DIR] [--rounds 5] [--out FILE]
+    python -m benchmarks.run --suite input --photos DIR [--tokenizers DIR] [--rounds 5]
 
 DIR has JPEGs; TOKENIZERS has `t5/` and `bert-base-uncased/` (default: the small ones in the
 package). Both sides get the same images, prompts and answers:
@@ -17,13 +17,10 @@ memory over many samples, and the time to the first batch of a million records.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import itertools
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +28,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
+
+from benchmarks.workload import facts
 
 SIDES = ("theirs", "ours_evaluation", "ours_training")
 RECORDS = 2_048  # in the dataset `photos`
@@ -244,7 +243,7 @@ def child(flags: argparse.Namespace, measure: str, **fields: Any) -> dict[str, f
     `fields` replace values of `flags`.
     """
     words = [sys.executable, "-m", "benchmarks.input_pipeline", "--measure", measure]
-    given = {**vars(flags), **fields}
+    given = {**vars(flags), "side": None, "workers": None, **fields}
     for name in (
         "photos",
         "tokenizers",
@@ -291,26 +290,23 @@ def compare(flags: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
-def main() -> None:
-    """Runs all measurements, prints and writes them; with `--measure`, takes only this one."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--photos", type=pathlib.Path, required=True)
-    parser.add_argument("--tokenizers", type=pathlib.Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=30, help="measured in each round")
-    parser.add_argument("--samples", type=int, default=20_000, help="read to see memory grow")
-    parser.add_argument(
-        "--min_decode_ratio", type=float, default=0.6, help="of configs/common.py; 0: exact"
-    )
-    parser.add_argument("--out", type=pathlib.Path, help="JSON file")
-    for name in ("--work", "--side", "--measure"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
-    parser.add_argument("--dataset", default="photos", help=argparse.SUPPRESS)
-    parser.add_argument("--workers", type=int, default=0, help=argparse.SUPPRESS)
-    flags = parser.parse_args()
-    if flags.measure:
-        print(json.dumps(MEASURES[flags.measure](flags)))
-        return
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the suite `input`."""
+    group = parser.add_argument_group("the suite input")
+    add = group.add_argument
+    add("--photos", type=pathlib.Path, help="folder of JPEGs; required")
+    add("--tokenizers", type=pathlib.Path, help="folder with t5/ and bert-base-uncased/")
+    add("--rounds", type=int, default=5, help="of alternation (%(default)s)")
+    add("--batches", type=int, default=30, help="measured in each round (%(default)s)")
+    add("--samples", type=int, default=20_000, help="read to see memory grow (%(default)s)")
+    add("--min_decode_ratio", type=float, default=0.6, help="as in configs/common.py; 0: exact")
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Takes all measurements, prints them and writes them to `flags.out`."""
+    if flags.photos is None:
+        raise SystemExit("--suite input needs --photos, a folder of JPEGs")
+    flags.dataset = "photos"
     with tempfile.TemporaryDirectory() as work:
         flags.work = work
         prepare(pathlib.Path(work), list_photos(flags.photos), RECORDS)
@@ -324,15 +320,19 @@ def main() -> None:
     for name, values in figures.items():
         if name != "speed":
             print(f"{name}: {values}")
-    versions = ("jax", "grain", "pillow", "torch", "transformers", "array_record")
-    facts = {
-        "command": "python -m benchmarks.input_pipeline " + " ".join(sys.argv[1:]),
-        "date": str(datetime.date.today()),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: importlib.metadata.version(name) for name in versions},
-    }
-    if flags.out:
-        flags.out.write_text(json.dumps(facts | figures, indent=1) + "\n")
+    head = facts("run", sys.argv[1:])
+    flags.out.write_text(json.dumps(head | figures, indent=1) + "\n")
+
+
+def main() -> None:
+    """Takes the one measurement that `child` asks for, and prints it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add_flags(parser)
+    for name in ("--work", "--side", "--measure", "--dataset"):
+        parser.add_argument(name)
+    parser.add_argument("--workers", type=int, default=0)
+    flags = parser.parse_args()
+    print(json.dumps(MEASURES[flags.measure](flags)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.ours import random_batch
-from benchmarks.workload import VARIANTS, Lengths
+from benchmarks.workload import SIZES, Lengths
 from jax_instructblip.models.released import get_variant
 from jax_instructblip.models.vlm import VisionLanguageModel, init_params
 from jax_instructblip.training.objective import LanguageObjective
@@ -29,7 +29,7 @@ def one_step(name: str, dtype: jnp.dtype, device: jax.Device) -> dict[str, np.nd
         with jax.default_device(jax.devices("cpu")[0]):
             params = init_params(variant, jax.random.key(0))
         params = jax.device_put(params, device)
-        batch = jax.device_put(random_batch(variant, 4, Lengths.of(name), training=True), device)
+        batch = jax.device_put(random_batch(variant, 4, Lengths.of(name)), device)
         model = VisionLanguageModel(variant, dtype)
         logits = jax.jit(lambda params, batch: model.apply({"params": params}, batch))(
             params, batch
@@ -49,7 +49,7 @@ def one_step(name: str, dtype: jnp.dtype, device: jax.Device) -> dict[str, np.nd
 def main() -> None:
     """Compares all tiny variants and prints the results as one line of JSON."""
     rows = []
-    for name in VARIANTS["tiny"]:
+    for name in SIZES["tiny"]:
         truth = one_step(name, jnp.dtype(jnp.float32), jax.devices("cpu")[0])
         for dtype in (jnp.float32, jnp.bfloat16):
             found = one_step(name, jnp.dtype(dtype), jax.devices()[0])

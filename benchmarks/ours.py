@@ -1,31 +1,46 @@
-"""Times this package: train step and greedy decoding of one variant with random weights.
+"""This package's side of a comparison: weights on the device, and batches. Imports no torch."""
 
-Prints one JSON object as its last line. `gpu.py` runs it in its own process, so that it does not
-share the GPU memory with PyTorch.
-"""
-
-import argparse
-import json
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.workload import TRAIN_BATCH, Lengths, decode_bytes, seconds, train_flops
+from benchmarks.workload import Lengths, Questions, Sample, variant_of
 from jax_instructblip.checkpoint import flatten, unflatten
+from jax_instructblip.conversion.hf_folder import convert_hf
 from jax_instructblip.data.batch import IGNORE, collate
-from jax_instructblip.inference.decode import generate_tokens
-from jax_instructblip.inference.generation_config import GenerationConfig
-from jax_instructblip.models.released import get_variant
-from jax_instructblip.models.variants import Variant
-from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
-from jax_instructblip.training.objective import LanguageObjective
-from jax_instructblip.training.optimizer import adamw, warmup_cosine
-from jax_instructblip.training.state import create_state, partition
-from jax_instructblip.training.step import compile_step
+from jax_instructblip.data.packing import deal, row_lengths
+from jax_instructblip.inference.loading import load_params, read_source
+from jax_instructblip.models.layers import Scan, Scans
+from jax_instructblip.models.variants import T5Config, Variant
+from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes, unstack_decoder
 
 
-def random_params(variant: Variant, dtype: jnp.dtype) -> dict:
+def load(case: dict[str, Any], *, unstacked: bool) -> tuple[VisionLanguageModel, dict[str, Any]]:
+    """Returns model and parameters of a case: those of its folder, else random on the device.
+
+    `unstacked` decoding layers are what `jax_instructblip.load` makes; training stacks them.
+    """
+    dtype, folder = jnp.dtype(case["dtype"]), case.get("folder")
+    if folder and unstacked:
+        source = read_source(folder)
+        variant, params = source.variant, load_params(source, dtype)
+    elif folder:
+        converted = convert_hf(folder)
+        variant = converted.variant
+        params = unflatten({path: jnp.asarray(leaf, dtype) for path, leaf in converted.leaves})
+    else:
+        still = {"qformer.dropout": 0.0, "llm.dropout": 0.0}
+        variant = variant_of(case["variant"]).replace(**still)
+        params = random_params(variant, dtype)
+        params = unstack_decoder(variant, params) if unstacked else params
+    return VisionLanguageModel(variant, dtype, Scans(llm=Scan(unstacked=unstacked))), params
+
+
+def random_params(variant: Variant, dtype: Any) -> dict[str, Any]:
     """Returns random weights, created on the device: norms near 1, kernels of unit gain."""
     made = {}
     for number, (path, leaf) in enumerate(flatten(param_shapes(variant)).items()):
@@ -45,132 +60,72 @@ def random_params(variant: Variant, dtype: jnp.dtype) -> dict:
     return unflatten(made)
 
 
-def random_batch(variant: Variant, size: int, lengths: Lengths, training: bool) -> dict:
-    """Returns a batch of `size` rows of full length (no padding) on the device."""
+def random_batch(variant: Variant, size: int, lengths: Lengths) -> dict[str, jax.Array]:
+    """Returns a training batch of `size` rows of full length (no padding) on the device."""
     rng = np.random.default_rng(0)
-    side, m = variant.vision.image_size, variant.llm
+    samples = [
+        Sample.draw(variant, rng, lengths.instruction, lengths.prompt, lengths.answer)
+        for _ in range(size)
+    ]
+    return jax.device_put(training_batch(variant, samples, 1))
 
-    def ids(width: int, vocab: int) -> np.ndarray:
-        return rng.integers(3, vocab, (size, width)).astype(np.int32)
 
-    answer = ids(lengths.answer, min(m.vocab, 32000))
-    tokens = ids(lengths.prompt, min(m.vocab, 32000))
-    leaves = {
-        "images": rng.integers(0, 256, (size, 1, side, side, 3), dtype=np.uint8),
-        "qformer_tokens": ids(lengths.instruction, variant.qformer.vocab),
-        "tokens": tokens,
-    }
-    if training and m.kind == "t5":
-        start = np.full((size, 1), m.decoder_start_id, np.int32)
-        leaves["decoder_tokens"] = np.concatenate([start, answer[:, :-1]], axis=1)
-        leaves["targets"] = answer
-    elif training:
-        ignored = np.full((size, lengths.prompt), IGNORE, np.int32)
-        leaves["targets"] = np.concatenate([ignored, answer], axis=1)
-        leaves["tokens"] = np.concatenate([tokens, answer], axis=1)
-    examples = [{name: leaf[row] for name, leaf in leaves.items()} for row in range(size)]
+def training_batch(
+    variant: Variant, samples: Sequence[Sample], samples_per_row: int
+) -> dict[str, np.ndarray]:
+    """Returns the batch that training makes of `samples`, in rows of `samples_per_row`."""
+    examples = [_example(variant, sample) for sample in samples]
+    sizes = [
+        {
+            "images": 1,
+            "qformer_tokens": len(each["qformer_tokens"]),
+            "slots": variant.visual_tokens + len(each["tokens"]),
+            "targets": int((each["targets"] != IGNORE).sum()),
+        }
+        for each in examples
+    ]
+    shared = deal(
+        [(size["slots"], size["targets"]) for size in sizes], len(samples) // samples_per_row
+    )
+    longest = max(size["qformer_tokens"] for size in sizes)
+    packed = samples_per_row > 1
+    return collate(
+        [examples[number] for number in shared.flat],
+        visual_tokens=variant.visual_tokens,
+        samples_per_row=samples_per_row,
+        lengths=row_lengths(sizes, shared, math.ceil(longest / 32) * 32) if packed else None,
+        pad_id=variant.llm.pad_id,
+    )
+
+
+def _example(variant: Variant, sample: Sample) -> dict[str, np.ndarray]:
+    """Returns an example of `data/batch.py`."""
+    made = {"images": sample.image[None], "qformer_tokens": sample.instruction}
+    if isinstance(variant.llm, T5Config):
+        start = np.array([variant.llm.decoder_start_id], np.int32)
+        decoder = np.concatenate([start, sample.answer[:-1]])
+        return {
+            **made,
+            "tokens": sample.prompt,
+            "decoder_tokens": decoder,
+            "targets": sample.answer,
+        }
+    ignored = np.full(len(sample.prompt), IGNORE, np.int32)
+    text = np.concatenate([sample.prompt, sample.answer])
+    return {**made, "tokens": text, "targets": np.concatenate([ignored, sample.answer])}
+
+
+def question_batch(variant: Variant, asked: Questions) -> dict[str, jax.Array]:
+    """Returns the batch of questions without padding, on the device."""
+    rows = zip(asked.images, asked.instructions, asked.prompts, strict=True)
+    examples = [
+        {"images": image[None], "qformer_tokens": text, "tokens": tokens}
+        for image, text, tokens in rows
+    ]
     return jax.device_put(collate(examples, visual_tokens=variant.visual_tokens))
 
 
-def time_training(name: str, params: dict, batch: int, lengths: Lengths, repeats: int) -> dict:
-    """Returns seconds per step and samples per second at the largest batch that fits, as a dict.
-
-    Starts from `batch` and halves it while memory runs out.
-    """
-    variant = get_variant(name)
-    schedule = warmup_cosine(start=1e-8, peak=1e-5, end=0.0, warmup_steps=1000, total_steps=60_000)
-    trainable, frozen = partition(params, ("qformer",))
-    tried = []
-    while batch:
-        optimizer = adamw(schedule)
-        step = compile_step(
-            objective=LanguageObjective(VisionLanguageModel(variant, jnp.bfloat16)),
-            optimizer=optimizer,
-            schedule=schedule,
-        )
-        state, key = create_state(trainable, optimizer), jax.random.key(0)
-        data, box = random_batch(variant, batch, lengths, training=True), {}
-
-        def once(step=step, data=data, key=key, box=box):
-            box["state"], metrics = step(box["state"], frozen, data, key)
-            box["loss"] = float(metrics["loss"])
-
-        box["state"] = state
-        try:
-            took = seconds(once, repeats)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            tried.append(batch)
-            batch //= 2
-            continue
-        rate = batch / took["median"]
-        return {
-            "batch": batch,
-            "out_of_memory_at": tried,
-            "seconds": took,
-            "samples_per_second": rate,
-            "tflops_needed_per_second": rate * train_flops(variant, lengths) / 1e12,
-            "loss": box["loss"],
-        }
-    return {"out_of_memory_at": tried}
-
-
-def time_decoding(name: str, params: dict, batch: int, lengths: Lengths, repeats: int) -> dict:
-    """Returns the seconds for image, prompt and `lengths.new` greedy tokens of `batch` rows.
-
-    Also tokens per second, and time and weight bytes per step, as a dict.
-    """
-    variant = get_variant(name)
-    model = VisionLanguageModel(variant, jnp.bfloat16)
-    data = random_batch(variant, batch, lengths, training=False)
-    keys = jax.random.split(jax.random.key(0), batch)
-
-    def answer(new: int):
-        config = GenerationConfig(max_new_tokens=new, min_new_tokens=new)
-        made = generate_tokens(model, params, data, keys, config)
-        return jax.block_until_ready(made)
-
-    whole = seconds(lambda: answer(lengths.new), repeats)
-    first = seconds(lambda: answer(1), repeats)
-    step = (whole["median"] - first["median"]) / (lengths.new - 1)
-    return {
-        "batch": batch,
-        "new_tokens": lengths.new,
-        "seconds": whole,
-        "seconds_to_first": first,
-        "tokens_per_second": batch * lengths.new / whole["median"],
-        "milliseconds_per_step": 1e3 * step,
-        "weight_gigabytes_per_second": decode_bytes(name) / 1e9 / step if step > 0 else None,
-    }
-
-
-def main() -> None:
-    """Measures one variant and prints the results as one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", required=True)
-    parser.add_argument("--batch", type=int, default=None, help="training batch to start from")
-    parser.add_argument("--decode_batches", type=int, nargs="*", default=[1, 32])
-    parser.add_argument("--repeats", type=int, default=5)
-    flags = parser.parse_args()
-    lengths = Lengths.of(flags.variant)
-    params = random_params(get_variant(flags.variant), jnp.dtype(jnp.bfloat16))
-    result = {
-        "side": "jax_instructblip",
-        "variant": flags.variant,
-        "versions": {"jax": jax.__version__},
-        "device": jax.devices()[0].device_kind,
-        "decode": [
-            time_decoding(flags.variant, params, size, lengths, flags.repeats)
-            for size in flags.decode_batches
-        ],
-    }
-    batch = flags.batch or TRAIN_BATCH.get(flags.variant, 8)
-    result["train"] = time_training(flags.variant, params, batch, lengths, flags.repeats)
+def device_peak() -> int | None:
+    """Returns the peak bytes in use on the accelerator; None on a CPU."""
     stats = jax.devices()[0].memory_stats() or {}
-    result["peak_gigabytes"] = stats.get("peak_bytes_in_use", 0) / 1e9
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()
+    return stats.get("peak_bytes_in_use")

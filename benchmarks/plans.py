@@ -1,10 +1,10 @@
-"""The paper's runs compiled at full size for TPUs, by `jax-instructblip plan`.
+"""The paper's runs compiled at full size for TPUs and GPUs, by `jax-instructblip plan`.
 
 python -m benchmarks.plans [--only TEXT] [--again] [--list | --tables]
 
-Needs libtpu (extra `tpu`), a few gigabytes of memory, and one to three minutes per plan. Writes
-`plan_paper.json`, `plan_tuning.json`, `plan_scaling.json`, `plan_llava.json` and
-`plan_decode.json` to `results`.
+Needs the compilers (extras `tpu` and `gpu`), a few gigabytes of memory, and one to three minutes
+per plan. Writes `plan_paper.json`, `plan_tuning.json`, `plan_scaling.json`, `plan_llava.json`,
+`plan_decode.json` and `plan_gpu.json` to `results`.
 Plans that are there already are kept unless `--again` is given. `--tables` prints the results in
 the format of `launch/README.md`.
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 from jax_instructblip.atomic import write_file
 from jax_instructblip.planning.chips import GIB
+from jax_instructblip.planning.explain import MIB
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 CONFIGS = {
@@ -38,6 +39,9 @@ CONFIGS = {
     "vqa_xl": "configs/blip2_vqa_flan_t5_xl.py",
     "llava_1": "configs/llava_pretrain.py",
     "llava_2": "configs/llava_finetune.py",
+    "llava_sqa": "configs/llava_scienceqa.py",
+    "llava_1.5_1": "configs/llava_1_5_pretrain.py",
+    "llava_1.5_2": "configs/llava_1_5_finetune.py",
 }
 
 
@@ -71,7 +75,11 @@ def named(checkpoint: str) -> str:
     return f"--config.model.checkpoint={checkpoint}"
 
 
-SHORT = "--config.chat.limit=512"  # an image and a caption of 256 tokens
+GPU_MESHES = {  # of training, of answering
+    "h200:1": ("1,1,1", "1,1,1"),
+    "h100:8": ("1,8,1", "8,1,1"),
+    "a100-80:8": ("1,8,1", "8,1,1"),
+}
 DOTS, DECODE = "--config.model.remat.qformer=dots", ("--step", "decode")
 CASES = (
     Case("paper", "xl", "v5e:4x4", "1,16,1"),
@@ -109,12 +117,22 @@ CASES = (
     Case("tuning", "caption_6.7b", "v5e:4x4", "1,16,1"),
     Case("tuning", "vqa_xl", "v5e:4x4", "1,16,1"),
     Case("tuning", "vqa_2.7b", "v5p:2x2x4", "16,1,1"),
-    Case("llava", "llava_1", "v5e:4x4", "1,16,1", (named("llava-7b"), SHORT)),
+    Case("llava", "llava_1", "v5e:4x4", "1,16,1", (named("llava-7b"),)),
     Case("llava", "llava_2", "v5e:4x4", "1,16,1", (named("llava-7b"),)),
     Case("llava", "llava_2", "v5p:2x2x4", "1,16,1", (named("llava-13b"),)),
+    Case("llava", "llava_sqa", "v5p:2x2x4", "1,16,1", (named("llava-7b"),)),
+    Case("llava", "llava_1.5_1", "v5e:4x4", "1,16,1", (named("llava-1.5-7b"),)),
+    Case("llava", "llava_1.5_2", "v5p:2x2x4", "1,16,1", (named("llava-1.5-7b"),)),
     Case("decode", "7b", "v5e:4x4", "1,1,16", DECODE),
     Case("decode", "13b", "v5e:4x4", "2,1,8", DECODE),
+    *(
+        Case("gpu", config, topology, mesh, flags)
+        for topology, meshes in GPU_MESHES.items()
+        for mesh, flags in zip(meshes, ((), DECODE), strict=True)
+        for config in ("7b", "13b", "xl", "xxl")
+    ),
 )
+COMPILERS = {"gpu": "jax-cuda12-pjrt"}  # distributions of compilers; of the other files libtpu
 
 
 def shorten(report: dict[str, Any]) -> dict[str, Any]:
@@ -138,6 +156,7 @@ def shorten(report: dict[str, Any]) -> dict[str, Any]:
             for kind, row in report["moved"].items()
         },
         "bounds_s": {name: round(value, 4) for name, value in report["bounds"].items()},
+        "token_mib": {name: round(size / MIB, 2) for name, size in report.get("token", {}).items()},
         "seconds": report["seconds"],
         "fits": report["fits"],
         "verdict": report["verdict"],
@@ -175,10 +194,14 @@ NAMES = {
     "blip2-stage1": "ViT-g",
     "llava-7b": "LLaVA 7B",
     "llava-13b": "LLaVA 13B",
+    "llava-1.5-7b": "LLaVA 1.5 7B",
 }
 TASKS = {
     "llava_pretrain": "first stage",
     "llava_finetune": "second stage",
+    "llava_scienceqa": "ScienceQA",
+    "llava_1_5_pretrain": "first stage",
+    "llava_1_5_finetune": "second stage",
     "blip2_stage1": "first stage",
     "blip2_retrieval": "retrieval",
     "blip2_caption": "captions",
@@ -242,12 +265,30 @@ def decode_row(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def gpu_row(row: dict[str, Any]) -> str:
+    """Returns a Markdown table row about training or answering on GPUs."""
+    gib, bounds = row["gib"], row["bounds_s"]
+    kinds = ", ".join(f"{size:.1f} {kind}" for kind, (_, size) in row["received_gib"].items())
+    cells = (
+        f"{NAMES[row['model']]}, {row['step']}, {row['batch']}",
+        row["topology"],
+        ",".join(map(str, row["mesh"])),
+        f"{gib['need']:.1f} of {gib['chip']:.1f}",
+        kinds or "nothing",
+        f"{bounds['compute']:.3f}",
+        f"{bounds['links']:.3f}",
+        "fits" if row["fits"] else row["verdict"].rpartition("; ")[2],
+    )
+    return f"| {' | '.join(cells)} |"
+
+
 ROWS = {
     "paper": paper_row,
     "tuning": tuning_row,
     "scaling": scaling_row,
     "llava": tuning_row,
     "decode": decode_row,
+    "gpu": gpu_row,
 }
 
 
@@ -289,11 +330,12 @@ def main() -> None:
             print(f"{command}\n  failed: {error}", flush=True)
             continue
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else found
-        others = [row for row in found["plans"] if row.get("command") != command]
+        made = {each["command"]: each for each in found["plans"]} | {command: row}
         same = [each for each in CASES if each.file == case.file]
-        order = {" ".join(["jax-instructblip", *each.words]): n for n, each in enumerate(same)}
-        found["plans"] = sorted([*others, row], key=lambda each: order[each["command"]])
-        found["libtpu"] = importlib.metadata.version("libtpu")
+        commands = [" ".join(["jax-instructblip", *each.words]) for each in same]
+        found["plans"] = [made[each] for each in commands if each in made]
+        compiler = COMPILERS.get(case.file, "libtpu")
+        found[compiler] = importlib.metadata.version(compiler)
         write_file(path, json.dumps(found, indent=1) + "\n")
         print(f"{command}\n  {row['verdict']} ({time.perf_counter() - start:.0f} s)", flush=True)
 

@@ -101,8 +101,8 @@ def shares(variant: Any, form: str) -> dict[str, float]:
     """Returns the bytes of a model's weights in `form`, as shares of those in bfloat16."""
     half = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
     plain = jax.tree.map(half, param_shapes(variant))
-    small = quantise.shapes(plain, variant, form)
-    chosen = [path for path, _ in _leaves(plain) if quantise.is_quantised(path, variant)]
+    small = quantise.shapes(plain, form)
+    chosen = [path for path, _ in _leaves(plain) if quantise.is_quantised(path)]
     kernels = lambda tree: sum(size(tree, path) for path in chosen)
     return {
         "all": round(size(small) / size(plain), 4),

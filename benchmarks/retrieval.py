@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks.twins import quiet
+from benchmarks.theirs import quiet
 from benchmarks.workload import THREADS, Measured, facts, measure
 from jax_instructblip.backbones.tokenizers import make_bert
 from jax_instructblip.conversion.hf_folder import read_hf

@@ -1,27 +1,32 @@
-"""Times transformers on PyTorch: the same step, decoding, sizes and dtypes as `ours.py`.
+"""The side of transformers on PyTorch: its models in their fastest standard setting, and inputs.
 
-Uses its fastest standard setting: SDPA attention, frozen weights in bfloat16, trained ones in
-float32 under autocast, fused AdamW on a GPU. Prints one JSON object as its last line.
+Attention is SDPA. In training the weights that this package trains are trained, in float32, the
+others are frozen; with bfloat16 it runs under autocast. AdamW is fused on a GPU.
 """
 
-import argparse
-import json
+import contextlib
+import math
+import pathlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
-from benchmarks.workload import TRAIN_BATCH, Lengths, seconds
-from jax_instructblip.models.released import get_variant
-from jax_instructblip.models.variants import Variant
+from benchmarks.workload import Questions, Sample, variant_of
+from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, Variant
 
 TRAINED = ("qformer.", "query_tokens", "language_projection.", "vision_model.post_layernorm.")
 
 
-def config_of(variant: Variant) -> transformers.InstructBlipConfig:
-    """Returns transformers' config with the sizes of `variant`."""
+def config_of(variant: Variant, dropout: float | None = None) -> transformers.InstructBlipConfig:
+    """Returns transformers' config with the sizes of `variant`; None leaves its dropout."""
     v, q, m = variant.vision, variant.qformer, variant.llm
+    still: dict[str, Any] = {}
     if m.kind == "t5":
-        text = dict(
+        text: dict[str, Any] = dict(
             model_type="t5",
             d_model=m.width,
             d_kv=m.head_width,
@@ -48,6 +53,9 @@ def config_of(variant: Variant) -> transformers.InstructBlipConfig:
             bos_token_id=m.bos_id,
             eos_token_id=m.eos_id,
         )
+    if dropout is not None:
+        still = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        text |= {"dropout_rate": dropout} if m.kind == "t5" else {"attention_dropout": dropout}
     return transformers.InstructBlipConfig(
         vision_config=dict(
             hidden_size=v.width,
@@ -64,155 +72,138 @@ def config_of(variant: Variant) -> transformers.InstructBlipConfig:
             num_attention_heads=q.heads,
             vocab_size=q.vocab,
             encoder_hidden_size=v.width,
+            **still,
         ),
         text_config=text,
         num_query_tokens=q.queries,
-        image_token_index=m.vocab - 1,
+        image_token_index=image_id(variant),
     )
 
 
-def build_model(variant: Variant, device: torch.device) -> torch.nn.Module:
-    """Returns stock InstructBLIP with random bfloat16 weights, created on `device`."""
-    config = config_of(variant)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        model = transformers.InstructBlipForConditionalGeneration(config)
-    torch.set_default_dtype(torch.float32)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(TRAINED))
-    return model
+def image_id(variant: Variant) -> int:
+    """Returns the id in place of a visual vector; no random text has it, nor is it padding."""
+    return variant.llm.vocab - 2
 
 
-def random_inputs(variant: Variant, size: int, lengths: Lengths, training: bool, device) -> dict:
-    """Returns inputs of the same shapes as `ours.random_batch`, in transformers' layout."""
-    generator = torch.Generator().manual_seed(0)
-    v, q, m = variant.vision, variant.qformer, variant.llm
-    ids = lambda width, vocab: torch.randint(3, vocab, (size, width), generator=generator)
-    vocab = min(m.vocab, 32000)
-    image = torch.full((size, q.queries), m.vocab - 1)
-    tokens = torch.cat([image, ids(lengths.prompt, vocab - 1)], dim=1)
-    answer = ids(lengths.answer, vocab - 1)
-    made = {
-        "pixel_values": torch.randn(size, 3, v.image_size, v.image_size, generator=generator),
-        "qformer_input_ids": ids(lengths.instruction, q.vocab),
-    }
-    if training and m.kind == "t5":
-        made["labels"] = answer
-    elif training:
-        made["labels"] = torch.cat([torch.full(tokens.shape, -100), answer], dim=1)
-        tokens = torch.cat([tokens, answer], dim=1)
-    made["input_ids"] = tokens
-    made["attention_mask"] = torch.ones_like(tokens)
-    made["qformer_attention_mask"] = torch.ones_like(made["qformer_input_ids"])
-    return {name: value.to(device) for name, value in made.items()}
+def load(case: dict[str, Any]) -> transformers.InstructBlipForConditionalGeneration:
+    """Returns the model of a case: that of its folder, else with random weights on the device."""
+    dtype = getattr(torch, case["dtype"])
+    model_class = transformers.InstructBlipForConditionalGeneration
+    with quiet():
+        if folder := case.get("folder"):
+            return model_class.from_pretrained(
+                folder, attn_implementation="sdpa", dtype=dtype
+            ).eval()
+        torch.manual_seed(0)
+        config = config_of(variant_of(case["variant"]), 0.0)
+        config._attn_implementation = "sdpa"
+        torch.set_default_dtype(dtype)
+        with torch.device(device()):
+            model = model_class(config).eval()
+        torch.set_default_dtype(torch.float32)
+        return model
 
 
-def wait(device: torch.device) -> None:
+def write_folder(name: str, folder: pathlib.Path) -> None:
+    """Writes a Hugging Face folder of random float32 weights that keep activations in range."""
+    torch.manual_seed(0)
+    with quiet():
+        model = transformers.InstructBlipForConditionalGeneration(config_of(variant_of(name), 0.0))
+        with torch.no_grad():
+            for key, leaf in model.named_parameters():
+                if leaf.ndim > 1:
+                    embedded = "embed" in key or "token" in key or "shared" in key
+                    leaf.normal_(0, 0.3 if embedded else 0.7 / math.sqrt(leaf[0].numel()))
+        model.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Suppresses warnings and progress bars of transformers."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def device() -> torch.device:
+    """Returns the device to compute on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def wait() -> None:
     """Waits until the device has finished all work."""
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def time_training(variant: Variant, model, batch: int, lengths: Lengths, repeats: int) -> dict:
-    """Returns seconds per step and samples per second at the largest batch that fits, as a dict.
-
-    Starts from `batch` and halves it while memory runs out.
-    """
-    device = next(model.parameters()).device
-    model.train()
-    model.vision_model.eval()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, 1e-5, weight_decay=0.05, fused=device.type == "cuda")
-    tried = []
-    while batch:
-        inputs = random_inputs(variant, batch, lengths, True, device)
-        box = {}
-
-        def once(inputs=inputs, box=box):
-            with torch.autocast(device.type, dtype=torch.bfloat16):
-                loss = model(**inputs).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            box["loss"] = loss.item()
-
-        try:
-            took = seconds(once, repeats)
-        except torch.OutOfMemoryError:
-            tried.append(batch)
-            batch //= 2
-            optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            continue
-        rate = batch / took["median"]
-        return {
-            "batch": batch,
-            "out_of_memory_at": tried,
-            "seconds": took,
-            "samples_per_second": rate,
-            "loss": box["loss"],
-        }
-    return {"out_of_memory_at": tried}
+def device_peak() -> int:
+    """Returns the peak bytes in use on the GPU."""
+    return torch.cuda.max_memory_allocated()
 
 
-@torch.no_grad()
-def time_decoding(variant: Variant, model, batch: int, lengths: Lengths, repeats: int) -> dict:
-    """Returns the seconds for image, prompt and `lengths.new` greedy tokens of `batch` rows.
-
-    Also tokens per second, as a dict.
-    """
-    device = next(model.parameters()).device
-    model.eval()
-    inputs = random_inputs(variant, batch, lengths, False, device)
-    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
-
-    def answer(new: int):
-        model.generate(
-            **inputs, do_sample=False, num_beams=1, max_new_tokens=new, min_new_tokens=new
-        )
-        wait(device)
-
-    whole = seconds(lambda: answer(lengths.new), repeats)
-    return {
-        "batch": batch,
-        "new_tokens": lengths.new,
-        "seconds": whole,
-        "tokens_per_second": batch * lengths.new / whole["median"],
-    }
+def question_inputs(
+    variant: Variant, asked: Questions, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Returns the inputs of questions without padding."""
+    seen = np.full((len(asked.prompts), variant.visual_tokens), image_id(variant))
+    tokens = np.concatenate([seen, asked.prompts], axis=1)
+    return _on_device(
+        {
+            "pixel_values": _pixels(asked.images),
+            "qformer_input_ids": asked.instructions,
+            "qformer_attention_mask": np.ones_like(asked.instructions),
+            "input_ids": tokens,
+            "attention_mask": np.ones_like(tokens),
+        },
+        dtype,
+    )
 
 
-def main() -> None:
-    """Measures one variant and prints the results as one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", required=True)
-    parser.add_argument("--batch", type=int, default=None, help="training batch to start from")
-    parser.add_argument("--decode_batches", type=int, nargs="*", default=[1, 32])
-    parser.add_argument("--repeats", type=int, default=5)
-    flags = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    variant, lengths = get_variant(flags.variant), Lengths.of(flags.variant)
-    torch.manual_seed(0)
-    model = build_model(variant, device)
-    result = {
-        "side": "transformers",
-        "variant": flags.variant,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "decode": [
-            time_decoding(variant, model, size, lengths, flags.repeats)
-            for size in flags.decode_batches
-        ],
-    }
-    batch = flags.batch or TRAIN_BATCH.get(flags.variant, 8)
-    result["train"] = time_training(variant, model, batch, lengths, flags.repeats)
-    if device.type == "cuda":
-        result["peak_gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
-    print(json.dumps(result))
+def training_inputs(
+    variant: Variant, samples: Sequence[Sample], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Returns the inputs of samples, each text padded on its right to the batch's longest."""
+    image = np.full(variant.visual_tokens, image_id(variant))
+    if variant.llm.encoder_decoder:
+        rows = [np.concatenate([image, each.prompt]) for each in samples]
+        labels = [each.answer for each in samples]
+    else:
+        rows = [np.concatenate([image, each.prompt, each.answer]) for each in samples]
+        labels = [
+            np.concatenate([np.full(len(row) - len(each.answer), -100), each.answer])
+            for row, each in zip(rows, samples, strict=True)
+        ]
+    texts = [each.instruction for each in samples]
+    return _on_device(
+        {
+            "pixel_values": _pixels(np.stack([each.image for each in samples])),
+            "qformer_input_ids": _padded(texts, 0),
+            "qformer_attention_mask": _padded([np.ones_like(text) for text in texts], 0),
+            "input_ids": _padded(rows, variant.llm.pad_id),
+            "attention_mask": _padded([np.ones_like(row) for row in rows], 0),
+            "labels": _padded(labels, -100),
+        },
+        dtype,
+    )
 
 
-if __name__ == "__main__":
-    main()
+def _padded(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
+    longest = max(map(len, rows))
+    fill = lambda row: np.pad(row, (0, longest - len(row)), constant_values=value)
+    return np.stack([fill(row) for row in rows])
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    """Returns normalised float32 pixels [B, 3, H, W]."""
+    pixels = (images / 255 - IMAGE_MEAN) / IMAGE_STD
+    return pixels.transpose(0, 3, 1, 2).astype(np.float32)
+
+
+def _on_device(leaves: dict[str, np.ndarray], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    made = {}
+    for name, leaf in leaves.items():
+        kind = dtype if leaf.dtype == np.float32 else torch.long
+        made[name] = torch.tensor(leaf, dtype=kind, device=device())
+    return made

@@ -1,4 +1,4 @@
-"""Workloads shared by the benchmarks: model sizes, text lengths, timers, FLOPs of a step."""
+"""Workloads shared by the benchmarks: model sizes, text lengths, random samples, timers."""
 
 import dataclasses
 import datetime
@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jax_instructblip.models.released import get_variant
 from jax_instructblip.models.variants import (
     LlamaConfig,
@@ -20,8 +22,9 @@ from jax_instructblip.models.variants import (
     VisionConfig,
 )
 
-VARIANTS = {
+SIZES = {
     "full": ("instructblip-flan-t5-xl", "instructblip-vicuna-7b"),
+    "middle": ("middle-t5", "middle-vicuna"),
     "tiny": ("tiny-t5", "tiny-vicuna"),
 }
 _VISION = VisionConfig(image_size=112, width=384, layers=6, heads=6, mlp=1536)
@@ -40,7 +43,6 @@ MIDDLE = {
 }
 CORES = os.cpu_count() or 1
 THREADS = (CORES, 1) if CORES > 1 else (1,)  # one is faster if other processes use the cores
-TRAIN_BATCH = {"instructblip-flan-t5-xl": 192, "instructblip-vicuna-7b": 128}  # the paper's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,46 @@ class Lengths:
     def of(cls, variant: str) -> "Lengths":
         """Returns the lengths for a variant; short ones for tiny variants, which test the code."""
         return cls(8, 8, 4, 8) if variant.startswith("tiny") else cls()
+
+
+class Sample(NamedTuple):
+    """A training sample: pixels [H, W, 3] uint8, and ids [L], [T], [U] int32 of its texts."""
+
+    image: np.ndarray
+    instruction: np.ndarray
+    prompt: np.ndarray
+    answer: np.ndarray
+
+    @classmethod
+    def draw(
+        cls, variant: Variant, rng: np.random.Generator, instruction: int, prompt: int, answer: int
+    ) -> "Sample":
+        """Returns a random sample of these numbers of tokens."""
+        side, vocab = variant.vision.image_size, variant.llm.vocab - 2
+        ids = lambda length, vocab: rng.integers(3, vocab, length).astype(np.int32)
+        return cls(
+            rng.integers(0, 256, (side, side, 3), dtype=np.uint8),
+            ids(instruction, variant.qformer.vocab),
+            ids(prompt, vocab),
+            ids(answer, vocab),
+        )
+
+
+class Questions(NamedTuple):
+    """Questions of one length: images [B, H, W, 3] uint8, ids [B, L] and [B, T] int32."""
+
+    images: np.ndarray
+    instructions: np.ndarray
+    prompts: np.ndarray
+
+    @classmethod
+    def draw(cls, variant: Variant, size: int, lengths: Lengths) -> "Questions":
+        """Returns `size` random questions."""
+        rng = np.random.default_rng(0)
+        of = lengths.instruction, lengths.prompt, lengths.answer
+        drawn = [Sample.draw(variant, rng, *of) for _ in range(size)]
+        parts = (np.stack([getattr(each, name) for each in drawn]) for name in Sample._fields[:3])
+        return cls(*parts)
 
 
 def variant_of(name: str) -> Variant:
@@ -107,52 +149,6 @@ def _busy_seconds() -> float:
     fields = pathlib.Path("/proc/stat").read_text().split(None, 9)[1:9]
     user, nice, system, _, _, irq, soft, _ = map(int, fields)
     return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
-
-
-def train_flops(variant: Variant, lengths: Lengths) -> float:
-    """Returns the FLOPs that one training sample needs at least.
-
-    Counted are the ViT's forward pass, the Q-Former's forward and backward passes, and the language
-    model's forward pass and gradient of its inputs. A multiply-add counts 2. Only matrix products
-    and attention count, causal attention half, the head only at target positions; no recomputation.
-    """
-    v, q, m = variant.vision, variant.qformer, variant.llm
-    patches = v.tokens
-    vision = 2 * v.layers * (4 * v.width**2 + 2 * v.width * v.mlp) * patches
-    vision += 4 * patches**2 * v.width * v.layers
-    vision += 2 * (patches - 1) * v.patch_size**2 * 3 * v.width
-
-    t, cross = q.queries + lengths.instruction, q.layers // 2
-    keys = 2 * cross * 2 * v.width * q.width * patches
-    qformer = 2 * q.layers * (4 * q.width**2 + 2 * q.width * q.mlp) * t
-    qformer += 2 * cross * 2 * q.width**2 * q.queries + keys
-    qformer += 4 * t * t * q.width * q.layers + 4 * q.queries * patches * q.width * cross
-    qformer += 2 * q.queries * q.width * q.llm_width
-    trained = 3 * qformer - keys  # no gradient with respect to the image features
-
-    seen, d = q.queries + lengths.prompt, m.width
-    if isinstance(m, T5Config):
-        inner, u = m.heads * m.head_width, lengths.answer
-        mlp = 3 * d * m.mlp
-        llm = 2 * m.encoder_layers * (4 * d * inner + mlp) * seen
-        llm += 4 * seen**2 * inner * m.encoder_layers
-        llm += 2 * m.decoder_layers * 2 * d * inner * seen
-        llm += 2 * m.decoder_layers * (6 * d * inner + mlp) * u
-        llm += (4 * u * seen + 2 * u**2) * inner * m.decoder_layers + 2 * m.vocab * d * u
-    else:
-        total = seen + lengths.answer
-        llm = 2 * m.layers * (4 * d**2 + 3 * d * m.mlp) * total
-        llm += 2 * total**2 * d * m.layers + 2 * m.vocab * d * lengths.answer
-    return float(vision + trained + 2 * llm)
-
-
-def decode_bytes(name: str) -> float:
-    """Returns the bytes of bfloat16 weights that one decoding step reads, for any batch size."""
-    m = get_variant(name).llm
-    if isinstance(m, T5Config):
-        layer = 6 * m.width * m.heads * m.head_width + 3 * m.width * m.mlp
-        return 2.0 * (m.decoder_layers * layer + m.vocab * m.width)
-    return 2.0 * (m.layers * (4 * m.width**2 + 3 * m.width * m.mlp) + m.vocab * m.width)
 
 
 def seconds(call: Callable[[], object], repeats: int, warm_up: int = 2) -> dict[str, float]:

@@ -12,7 +12,7 @@ from configs import common
 EPOCHS = 5
 COCO_CAPTIONS = 566_747  # of Karpathy's training split
 VQAV2 = 443_757 + 214_354  # questions of train and val
-VISUAL_GENOME = 1_445_000  # questions, about: the file says how many there are
+VISUAL_GENOME = 1_445_000  # questions, about: `prepare` says how many there are
 
 
 def get_config(name: str, samples: int, batch_size: int, image_size: int) -> ConfigDict:
@@ -54,16 +54,15 @@ def vqa(name: str, vision_layer_decay: float) -> ConfigDict:
     """Returns the fine-tuning on VQAv2 and Visual Genome, whose Q-Former reads the question.
 
     It starts from `jax-instructblip backbones instruct`: a second stage, with the first stage's
-    half that reads texts. `data/visual_genome_questions.jsonl` has Visual Genome's questions, as
-    JSON lines; `--config.data.sources.visual_genome_questions.path=` leaves them out. Then
-    `train.steps` is 25,705 and `optimizer.epoch_steps` 5,141.
+    half that reads texts. `--config.data.sources.visual_genome_questions.path=` leaves Visual
+    Genome's questions out; then `train.steps` is 25,705 and `optimizer.epoch_steps` 5,141.
     """
     samples = VQAV2 + VISUAL_GENOME
     config = get_config(f"vqa/{name}", samples, batch_size=128, image_size=490)
     sources = {
         "vqav2": ("data/vqav2", "train"),
         "vqav2_val": ("data/vqav2", "val"),
-        "visual_genome_questions": ("data/visual_genome_questions.jsonl", "train"),
+        "visual_genome_questions": ("data/visual_genome_questions", "train"),
     }
     config.data.sources = ConfigDict(
         {

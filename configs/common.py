@@ -70,6 +70,9 @@ def get_config() -> ConfigDict:
     # model's pixels: 0.6 saves a third of the time and gives other pixels, 5 of 255 away in the
     # mean (`python -m benchmarks.crop_decoding --photos DIR`).
     config.data.min_decode_ratio = 0.0
+    # Without `augment` and with a frozen vision tower: a folder of patch features that are read in
+    # place of pixels. `jax-instructblip features` with the words of the run writes it. "": none.
+    config.data.features = ""
     config.data.rand_augment = False  # after it, two operations as the released FlanT5 training has
     config.data.exif = True  # photographs are turned upright; False: as the released code
     config.data.text_processor = "paper"  # "lavis": questions and captions in lower case, no marks

@@ -5,7 +5,10 @@ r"""LLaVA 1.5's second stage (arXiv 2310.03744): projector and language model, 6
 
 `data/llava_mix/llava_v1_5_mix665k.json` names images of COCO, GQA, OCR-VQA, TextVQA and Visual
 Genome, each in a folder beside it. Images are padded to a square. The released training also draws
-each batch from rows of a similar length; here a batch is drawn from all.
+each batch from rows of a similar length (--group_by_modality_length); here it is drawn from all.
+
+Batch, rate, epochs and weight decay are those of the table "Hyperparameters" in the README of
+github.com/haotian-liu/LLaVA; template and crop of its scripts/v1_5/finetune.sh.
 """
 
 from ml_collections import ConfigDict
@@ -19,6 +22,6 @@ def get_config() -> ConfigDict:
     config.data.sources = ConfigDict(
         {"mix": common.source("data/llava_mix/llava_v1_5_mix665k.json")}
     )
-    config.data.crop = "pad"
+    config.data.crop = "pad"  # --image_aspect_ratio pad
     config.chat.image_order = "first"  # released: the image is moved before the first question
     return config

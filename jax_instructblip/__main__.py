@@ -7,6 +7,7 @@ import ast
 import contextlib
 import difflib
 import errno
+import gc
 import importlib
 import importlib.metadata
 import io
@@ -101,6 +102,9 @@ def _run(words: list[str]) -> int:
         return 2
     tpu_compiler.set_flags()  # this and the next line must run before a verb imports JAX
     program_cache.set_default()
+    # Importing and tracing make millions of objects that stay: looking for dead ones as often as
+    # Python does takes a tenth of a short run.
+    gc.set_threshold(50_000, 20, 50)
     return importlib.import_module(f"{commands.__name__}.{verbs[verb].stem}").main(rest)
 
 

@@ -108,7 +108,7 @@ def evaluate(
     with _on_disk(chosen) as local:
         if local.predictions:
             return benchmarks.score_predictions(local, command)
-        if local.datasets:
+        if local.datasets or local.beside:
             with joined or contextlib.nullcontext():
                 if (address := address_of(chosen.out)) and jax.process_count() > 1:
                     raise ValueError(

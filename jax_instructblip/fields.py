@@ -112,7 +112,7 @@ class Field:
 
     def _range(self) -> str:
         if self.choices:
-            return f"one of {', '.join(self.choices)}"
+            return f"one of {', '.join(each or repr(each) for each in self.choices)}"
         words = [
             f"{word} {bound:,}"
             for word, bound in (

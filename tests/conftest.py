@@ -1,10 +1,11 @@
 """Settings and fixtures of all tests."""
 
+import gc
 import os
 import runpy
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Tolerances are of float32 on the CPU; a GPU or TPU would round differently.
@@ -18,6 +19,8 @@ import pytest
 
 from jax_instructblip import stores
 from tests.helpers.interpreter import QUICK
+
+gc.set_threshold(50_000, 20, 50)  # as the command line sets it, for the same reason
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_x64", False)
@@ -34,6 +37,14 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("markexpr") == "not full":
         given = os.environ.get("XLA_FLAGS", "").removeprefix(QUICK)  # a worker of xdist has them
         os.environ["XLA_FLAGS"] = f"{QUICK} {given}".strip()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs() -> Iterator[None]:
+    """The programs of a file end with it: those of all would take 8 GB a worker."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)

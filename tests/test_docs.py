@@ -14,6 +14,7 @@ from PIL import Image
 from jax_instructblip import remote
 from jax_instructblip.backbones.llava import write_llava
 from jax_instructblip.backbones.stage1 import write_stage1
+from jax_instructblip.data.shapes import dataset as shapes
 from jax_instructblip.inference.loading import EMBEDDED
 from tests.helpers.object_stores import s3_server
 from tests.helpers.raw_layouts import write_all
@@ -50,6 +51,7 @@ INSTEAD = {
     # LLaVA's benchmarks, and several models in one table: tests/evaluation runs these.
     "jax-instructblip evaluate --checkpoint llava-1.5-7b": "jax-instructblip evaluate --help # ",
     "jax-instructblip evaluate --checkpoint flan-t5-xl --beside": "true",
+    "jax-instructblip evaluate --checkpoint runs/quickstart --beside": "true",
     "jax-instructblip evaluate --checkpoint runs/llava_1_5_finetune": "true",
     # A model that sees no image is asked: tests/data/instruct_data and tests/evaluation do that.
     "jax-instructblip instruct-data": "jax-instructblip instruct-data --help # ",
@@ -104,6 +106,15 @@ def small(text: str) -> str:
     return text
 
 
+def draw_few(folder: Path) -> None:
+    """The built-in datasets under their usual names, with few scenes: all would take a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, splits in shapes.DATASETS.items():
+            few = {split: (stream, 40, asked) for split, (stream, _, asked) in splits.items()}
+            patch.setitem(shapes.DATASETS, name, few)
+            shapes.prepare_shapes(folder, name)
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A folder like a reader's: the repository's files, photographs, data, checkpoints, a run."""
@@ -126,6 +137,7 @@ def prepared(tmp_path_factory):
         shutil.copytree(EMBEDDED / "shapes_t5", folder / name)
     write_all(folder / "downloads", ["vqav2", "gqa", "vsr", "flickr30k"])
     write_shards(folder / "downloads" / "cc3m", (6, 4))
+    draw_few(folder / "drawn")
     binaries = folder / "bin"
     binaries.mkdir()
     program = f'#!/usr/bin/env bash\nexec {shlex.quote(sys.executable)} -m jax_instructblip "$@"\n'
@@ -156,6 +168,7 @@ def environment(prepared, server, tmp_path_factory):
         **server,
         "PATH": f"{prepared / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        "JAX_INSTRUCTBLIP_CACHE": str(prepared / "drawn"),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

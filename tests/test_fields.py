@@ -88,6 +88,7 @@ def test_good_values(field, value):
         (text(), b"a", "x is b'a', expected text"),
         (one_of("a", "b"), "c", "x is 'c', expected one of a, b"),
         (one_of("a", "b"), 1, "x is 1, expected one of a, b"),
+        (one_of("", "b"), "c", "x is 'c', expected one of '', b"),
         (several(whole(1)), [1, -5], "x[1] is -5, expected at least 1"),
         (several(whole(1)), 64, "x is 64, expected a tuple, each of it a whole number"),
         (text(), "a\ud800", "x cannot be written as UTF-8"),

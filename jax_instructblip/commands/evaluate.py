@@ -6,6 +6,7 @@ evaluate --checkpoint A --beside B C --datasets gqa --data DIR --out DIR   sever
 evaluate --compare A B                                              samples that differ
 evaluate --list                                                     datasets, prompts, settings
 evaluate --checkpoint RUN                                           exact match by task family
+evaluate --checkpoint A --beside B C --data shapes --out DIR        the same, of several models
 
 `--datasets held_out` is all 13 of the paper's table 1; a first stage of BLIP-2 is measured on
 coco_retrieval and flickr30k_retrieval. DIR of --data is what `jax-instructblip prepare` wrote, or

@@ -35,7 +35,7 @@ NUMBERS: dict[str, Field] = {
     "shard_size": whole(1, unit="records"),
     "silence_limit": number(above=0, at_most=MOST_SECONDS, unit="seconds"),
     "top": whole(1),
-    "tries": whole(1, 1_000, unit="plans"),
+    "tries": whole(1, 1_000, optional=True, unit="plans"),
     "wait_limit": number(above=0, at_most=MOST_SECONDS, unit="seconds"),
     "word_std": number(above=0, at_most=10, optional=True),
     "workers": whole(0, 1_024, unit="processes"),

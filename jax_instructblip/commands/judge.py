@@ -1,16 +1,21 @@
 """Lets a language model judge a model's answers beside a reference's, as LLaVA-Bench does.
 
-judge --questions FILE --contexts FILE --reference FILE --answers FILE --rules rule.json
-      --model gpt-4 --out DIR                     asks the judge, prints relative scores
-judge --reviews FILE                              scores of existing reviews; asks nobody
+judge --questions FILE --contexts FILE --reference FILE --answers FILE --model gpt-4 --out DIR
+      asks the judge, prints relative scores
+judge --reviews FILE
+      scores of existing reviews; asks nobody
 
-The files are those that LLaVA published; answers are JSON lines with question_id and text. Boxes
-among the contexts choose the rules of the benchmark on COCO images, otherwise those of the one in
-the wild hold. A review without two scores is asked for again, then left out and counted; with more
-than 5 % missing there is no score. The same command continues a run that was interrupted.
+The files are those that LLaVA published. Its rules, the judge's prompts, are
+llava/eval/table/rule.json of github.com/haotian-liu/LLaVA (--rules); without them the package's own
+are taken, whose scores do not compare with published ones. Answers are JSON lines with question_id
+and text. Boxes among the contexts choose the rules of the benchmark on COCO images, otherwise those
+of the one in the wild hold. A review without two scores is asked for again, then left out and
+counted; with more than 5 % missing there is no score. The same command continues a run that was
+interrupted.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from jax_instructblip.commands.flags import (
@@ -20,7 +25,7 @@ from jax_instructblip.commands.flags import (
     read_endpoint,
 )
 
-NEEDED = ("questions", "contexts", "reference", "answers", "rules", "out", "model")
+NEEDED = ("questions", "contexts", "reference", "answers", "out", "model")
 
 
 def main(argv: list[str]) -> int:
@@ -48,6 +53,7 @@ def main(argv: list[str]) -> int:
     settings = read_endpoint(flags)
     from jax_instructblip.evaluation.judge import (
         INPUTS,
+        OWN,
         Inputs,
         is_scored,
         judge,
@@ -56,7 +62,10 @@ def main(argv: list[str]) -> int:
     )
     from jax_instructblip.evaluation.judge_scores import describe_scores
 
-    inputs = Inputs(**{name: getattr(flags, name) for name in INPUTS})
+    named = {name: getattr(flags, name) for name in INPUTS}
+    inputs = Inputs(**{name: path for name, path in named.items() if path is not None})
+    if flags.rules is None:
+        print(f"rules: {OWN}", file=sys.stderr)
     if flags.dry_run:
         print_requests([case.request for case in make_cases(inputs)], settings)
         return 0
@@ -78,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--contexts", type=Path, help="JSON lines: image, captions (and instances), or caption")
     add("--reference", type=Path, help="answers of the reference, such as GPT-4's")
     add("--answers", type=Path, help="answers of the model")
-    add("--rules", type=Path, help="the judge's prompts: rule.json")
+    add("--rules", type=Path, help="the judge's prompts, such as rule.json (the package's own)")
     add("--out", type=Path, help="folder to make")
     add("--reviews", type=Path, help="a file of reviews, in the published layout")
     add_endpoint(parser, temperature=0.2, required=False)

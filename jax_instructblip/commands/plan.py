@@ -16,6 +16,8 @@ from jax_instructblip.commands.flags import check_flags
 from jax_instructblip.commands.train import read_config
 from jax_instructblip.planning.chips import EFFORTS, known
 
+TRIES = 6  # plans of a sweep
+
 
 def main(argv: list[str]) -> int:
     """Prints the plan, or the best of several with --sweep; returns 0 if it fits, else 1."""
@@ -27,10 +29,14 @@ def main(argv: list[str]) -> int:
     common = {"step": flags.step, "effort": flags.effort}
     if flags.sweep and flags.explain:
         raise ValueError("--explain is about one plan: leave out --sweep, give the --mesh")
+    if flags.sweep and flags.mesh:
+        raise ValueError(f"--mesh is {flags.mesh}, but --sweep tries several: leave out either")
+    if flags.tries is not None and not flags.sweep:
+        raise ValueError(f"--tries is {flags.tries}: it is of a --sweep, add that or leave it out")
     if flags.sweep:
         from jax_instructblip.planning.sweep import sweep
 
-        result = sweep(config, rest, flags.topology, tries=flags.tries, **common)
+        result = sweep(config, rest, flags.topology, tries=flags.tries or TRIES, **common)
         fits = result["recommended"] is not None
     else:
         from jax_instructblip.planning.report import lines, make_report
@@ -60,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--mesh", default="", metavar="D,F,T", help="sizes of data, fsdp, tensor (the config's)")
     add("--step", choices=("train", "decode"), default="train", help="what is compiled (train)")
     add("--sweep", action="store_true", help="tries meshes and batches, recommends one")
-    add("--tries", type=int, default=6, metavar="N", help="most plans of a sweep (6)")
+    add("--tries", type=int, metavar="N", help=f"most plans of a sweep ({TRIES})")
     add("--effort", choices=tuple(EFFORTS), default="quick", help="of the compiler (quick)")
     add("--explain", action="store_true", help="lists the largest arrays and the copies, too")
     add("--json", type=Path, metavar="FILE", help="writes the plan there, too")

@@ -1,7 +1,8 @@
 """Ranks candidate answers to questions about images.
 
 Candidates are separated by commas, or one per line in a file: --candidates red,green or
-@answers.txt. Give one prompt for many images, one image for many prompts, or equally many of both.
+@answers.txt. Give one prompt for many images, one image for many prompts, or equally many of both;
+of a model with a chat template (LLaVA) an image for each <image> of a prompt.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def _read(words: str) -> list[str]:
 
 
 def _lines(row: dict[str, Any]) -> Iterator[str]:
-    yield f"image:   {row['image']}"
+    yield f"image:   {', '.join(row.get('images') or [row['image']])}"
     yield f"prompt:  {row['prompt']}"
     yield "     score  probability  candidate"
     for each in row["candidates"]:

@@ -9,6 +9,7 @@ are read with `weights_only=True`, so code in a file is never run.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -154,6 +155,7 @@ def convert_lavis(
             missing, the message says which file has it.
     """
     _refuse_other_tower(tensors, variant, title)
+    _refuse_other_size(tensors, variant, title)
     _refuse_trimmed(tensors, variant, title, apart)
     expected = checkpoint.flatten(param_shapes(variant))
     begin = f"{_LANGUAGE_MODELS[variant.llm.kind]}_model." if apart else None
@@ -238,6 +240,22 @@ def _refuse_other_tower(tensors: Mapping[str, Any], variant: Variant, title: str
             "this one",
             wrong,
         )
+
+
+def _refuse_other_size(tensors: Mapping[str, Any], variant: Variant, title: str) -> None:
+    """Raises a ConversionError if the table of positions is of images of another size."""
+    vision = variant.vision
+    for name in ("pos_embed", "positional_embedding"):
+        table = tensors.get(VISION + name)
+        if table is None or len(table.shape) < 2 or table.shape[-2] == vision.tokens:
+            continue
+        count, side = table.shape[-2], math.isqrt(max(table.shape[-2] - 1, 0))
+        if side**2 + 1 == count:
+            raise ConversionError(
+                f"{title} is of images of {side * vision.patch_size} pixels a side, the variant of "
+                f"{vision.image_size}: choose the variant of that size",
+                [f"{VISION}{name} has {count} positions, expected {vision.tokens}"],
+            )
 
 
 def _image_tower(variant: Variant) -> _ImageTower:

@@ -4,6 +4,7 @@ Each gives the tensors of the language model and the projector under the origina
 """
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ from jax_instructblip.data.tokenizer_files import load_tokenizers
 
 BIN, ADAPTER = "mm_projector.bin", "adapter_config.json"
 PAD, PATCH = "[PAD]", "<im_patch>"
+CHECKED = (
+    "model.layers.0.self_attn.q_proj.weight"  # whose sums tell whether a base is the right one
+)
+ROUNDED_ABOVE = 0.1  # share of the sums, see `Sum.rounded_share`
 _WORD = "mm_projector."
 _BUFFER = "rotary_emb.inv_freq"  # of old folders: no weight
 _TOWER = "model.vision_tower."
@@ -91,6 +96,9 @@ def open_whole(folder: Path, config: dict[str, Any]) -> LlavaSource:
 def add_base(delta: LlavaSource, folder: Path) -> LlavaSource:
     """Returns the source whose tensors are a delta and its base, the LLaMA in `folder`, added up.
 
+    Warns if many sums are rounded, as with a base that the delta was not made with. No more than
+    a warning: a difference that was rounded to a smaller dtype itself has such sums, too.
+
     Raises:
       ConversionError: the base is another model: of another kind or size.
     """
@@ -115,7 +123,15 @@ def add_base(delta: LlavaSource, folder: Path) -> LlavaSource:
             failures.append((name, "the delta has no such tensor"))
     if failures:
         raise ConversionError(f"{folder} is not the base of {delta.path}", collapse(failures))
-    facts = {**delta.facts, "base": {"folder": str(folder), "files": describe_files(base)}}
+    share = tensors[CHECKED].rounded_share() if CHECKED in tensors else 0.0
+    if share > ROUNDED_ABOVE:
+        logging.getLogger(__name__).warning(
+            "%.0f%% of the checked sums of %s and %s are rounded, expected less than %.0f%%: is "
+            "this the LLaMA that the delta was made with? The answers of another one are noise",
+            *(100 * share, delta.path, folder, 100 * ROUNDED_ABOVE),
+        )
+    about = {"folder": str(folder), "files": describe_files(base), "rounded_sums": share}
+    facts = {**delta.facts, "base": about}
     return dataclasses.replace(delta, tensors=tensors, facts=facts)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jax_instructblip.conversion.safetensors import ConversionError
+from jax_instructblip.conversion.safetensors import DEQUANTISE, ConversionError
 from jax_instructblip.files import require_file
 
 _CODE = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message about an object that is no tensor
@@ -95,6 +95,8 @@ def open_pth(path: Path) -> dict[str, TorchTensor]:
         if (kind := _unreadable(tensor))
     ]
     if unread:
+        if not all(map(_has_array_dtype, stored.values())):
+            unread.append(f"of quantised weights {DEQUANTISE}")
         raise ConversionError(f"{path} holds tensors that cannot be read", unread)
     return {str(name): TorchTensor(path, tensor) for name, tensor in stored.items()}
 
@@ -157,7 +159,15 @@ def _unreadable(tensor: Any) -> str:
     """Returns the kind of a tensor whose numbers are no plain array; "" for a plain one."""
     if tensor.is_meta:
         return "without data (device meta)"
-    return "" if str(tensor.layout) == "torch.strided" else f"sparse ({tensor.layout})"
+    if str(tensor.layout) != "torch.strided":
+        return f"sparse ({tensor.layout})"
+    return "" if _has_array_dtype(tensor) else f"of the dtype {tensor.dtype}"
+
+
+def _has_array_dtype(tensor: Any) -> bool:
+    """Tells whether numpy has the dtype of a tensor; float8 and torch's quantised ones it lacks."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return name == "bfloat16" or hasattr(np, name)
 
 
 def _others(stored: Any, tensor: type) -> str:

@@ -3,6 +3,7 @@
 An example is one sample, a dict of numpy arrays without a batch axis and without padding:
 
     images          [F, H, W, 3] uint8   its images in order, or the frames of a video; may be none
+    patches         [F, P, D] bfloat16   their patch features in place of `images`
     image_at        [F] int32            index of the token before which each image goes; default 0
     qformer_tokens  [L] int32            the instruction, for a Q-Former that reads it
     tokens          [T] int32            the text that the language model reads
@@ -80,9 +81,9 @@ def collate(
 
     slots = width("slots", (len(row.tokens) for row in rows))
     batch: Batch = {}
-    if "images" in examples[0]:
+    if (kind := _visual(examples[0])) in examples[0]:
         images = width("images", (len(row.image_sample) for row in rows))
-        batch["images"] = _stack_images([row.images for row in rows], images)
+        batch[kind] = _stack_images([row.images for row in rows], images)
         pad("image_sample", [row.image_sample for row in rows], images)
         pad("places", [row.places for row in rows], images * visual_tokens, into=slots)
     if "qformer_tokens" in examples[0]:
@@ -143,7 +144,8 @@ class _Row:
             for name, values in own.items():
                 parts.setdefault(name, []).append(values)
         self._parts = {name: np.concatenate(values) for name, values in parts.items()}
-        self.images = [example["images"] for example in examples if "images" in example]
+        kind = _visual(examples[0])
+        self.images = [example[kind] for example in examples if kind in example]
 
     def __getattr__(self, name: str) -> np.ndarray:
         return self._parts[name]
@@ -165,7 +167,7 @@ def lay_slots(example: Example, visual_tokens: int) -> dict[str, np.ndarray]:
             target, before which there is no slot to predict it.
     """
     text = np.asarray(example["tokens"])
-    count = len(example["images"]) if "images" in example else 0
+    count = len(example.get(_visual(example), ()))
     at = np.asarray(example.get("image_at", np.zeros(count, np.int32)))
     if at.shape != (count,) or (np.diff(at) < 0).any() or (count and not 0 <= at[0] <= at[-1]):
         raise ValueError(f"image_at is {at.tolist()}, expected {count} places in order")
@@ -189,6 +191,11 @@ def lay_slots(example: Example, visual_tokens: int) -> dict[str, np.ndarray]:
         if (laid["asked"] < 0).any():
             raise ValueError("the first slot is a target, but nothing stands before it")
     return laid
+
+
+def _visual(example: Example) -> str:
+    """Returns the key of an example's images, or of the patch features in their place."""
+    return "patches" if "patches" in example else "images"
 
 
 def bucket(length: int, buckets: int | Sequence[int] | None, name: str) -> int:
@@ -290,7 +297,7 @@ def _check_examples(examples: Sequence[Example], per_row: int, lengths: Mapping[
         raise ValueError(
             f"lengths has unknown keys {unknown}, expected some of {', '.join(ROW_LENGTHS)}"
         )
-    known = {"images", "image_at", "qformer_tokens", "tokens", "truncated", "targets"}
+    known = {"images", "patches", "image_at", "qformer_tokens", "tokens", "truncated", "targets"}
     if unknown := sorted(set(examples[0]) - known - {"decoder_tokens"}):
         raise ValueError(f"an example has the unknown keys {unknown}")
     for index, example in enumerate(examples):
@@ -302,7 +309,10 @@ def _check_examples(examples: Sequence[Example], per_row: int, lengths: Mapping[
 
 
 def _stack_images(rows: Sequence[Sequence[np.ndarray]], count: int) -> np.ndarray:
-    """Returns [G, count, H, W, 3]: the images of each row's samples, filled up with black ones."""
+    """Returns [G, count, H, W, 3]: the images of each row's samples, filled up with black ones.
+
+    Patch features [P, D] likewise become [G, count, P, D], filled up with zeros.
+    """
     shapes = sorted({each.shape[1:] for images in rows for each in images if len(each)})
     if len(shapes) > 1:
         sizes = ", ".join(map(str, shapes))

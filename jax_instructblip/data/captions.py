@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_instructblip.data.tokenizer_files import load_qformer_tokenizer
+from jax_instructblip.data.tokenizer_files import has_unknown, load_qformer_tokenizer
 from jax_instructblip.fields import text_problem
 from jax_instructblip.models.variants import Variant
 
@@ -88,6 +88,20 @@ class CaptionTokenizer:
         return Captions(
             np.array(made["input_ids"], np.int32), np.array(made["attention_mask"]) > 0, cut
         )
+
+    def example(self, caption: str) -> dict[str, np.ndarray]:
+        """Returns `caption`, its ids without padding, and `truncated` [3] as a batch counts it.
+
+        Raises:
+            ValueError: the caption cannot be encoded.
+        """
+        made = self.encode([caption])
+        truncated = np.array([0, 0, made.cut[0]], np.int32)
+        return {"caption": made.ids[0][made.valid[0]], "truncated": truncated}
+
+    def has_unknown(self, caption: str) -> bool:
+        """Tells whether a caption has characters that the tokenizer does not know."""
+        return has_unknown(self.tokenizer, caption)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, without special tokens."""

@@ -152,7 +152,8 @@ def as_conversation(prompt: Prompt, images: int) -> Conversation:
     if isinstance(prompt, str):
         conversation = Conversation(prompt[:_SHOWN], (Turn(USER, prompt),), images)
     elif isinstance(prompt, Conversation):
-        conversation = dataclasses.replace(prompt, images=images)
+        turns = tuple(Turn(*turn) for turn in prompt.turns)
+        conversation = dataclasses.replace(prompt, turns=turns, images=images)
     else:
         turns = tuple(Turn(*turn) for turn in prompt)
         conversation = Conversation(turns[-1].text[:_SHOWN] if turns else "", turns, images)
@@ -164,7 +165,13 @@ def prompt_problem(prompt: object) -> str:
     if isinstance(prompt, str):
         return text_problem(prompt)
     if isinstance(prompt, Conversation):
-        return ""
+        if not isinstance(prompt.system, str | None):
+            return f"has the system message {prompt.system!r:.60}, expected a text or None"
+        if problem := text_problem(prompt.system or ""):
+            return f"has a system message that {problem}"
+        if not prompt.turns and isinstance(prompt.turns, list | tuple):
+            return ""  # it has problems of its own
+        prompt = prompt.turns
     is_turn = lambda turn: (
         isinstance(turn, list | tuple)
         and len(turn) == 2

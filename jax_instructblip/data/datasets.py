@@ -1,7 +1,7 @@
 """The tables of all known datasets, joined from the modules of `data/readers`.
 
 `DATASETS` are those of InstructBLIP, `PRETRAINING` those that BLIP-2 is trained on before it,
-`EVALUATION` the benchmarks of LLaVA beside them.
+`TUNING` those that its fine-tunings add, `EVALUATION` the benchmarks of LLaVA beside them.
 """
 
 from jax_instructblip import lookup
@@ -17,6 +17,7 @@ from jax_instructblip.data.readers import (
     reasoning,
     scienceqa,
     video_qa,
+    visual_genome,
     vqa,
 )
 from jax_instructblip.data.readers.dataset import FAMILIES, Dataset
@@ -33,6 +34,8 @@ DATASETS: dict[str, Dataset] = {
 }
 # Trained on in BLIP-2's first two stages, beside the captions of COCO.
 PRETRAINING: dict[str, Dataset] = {dataset.name: dataset for dataset in pretraining.DATASETS}
+# Trained on in BLIP-2's fine-tuning on questions, beside VQAv2.
+TUNING: dict[str, Dataset] = {dataset.name: dataset for dataset in visual_genome.DATASETS}
 # The benchmarks that LLaVA is measured on; InstructBLIP's own `scienceqa` is in `DATASETS`.
 EVALUATION: dict[str, Dataset] = {
     dataset.name: dataset
@@ -40,7 +43,7 @@ EVALUATION: dict[str, Dataset] = {
     for dataset in module.DATASETS
 }
 
-ALL = DATASETS | PRETRAINING | EVALUATION
+ALL = DATASETS | PRETRAINING | TUNING | EVALUATION
 
 
 def get_dataset(name: str) -> Dataset:
@@ -56,8 +59,8 @@ def table(name: str | None = None) -> str:
     """Returns a text for people about one dataset, or about all where `name` is None.
 
     It says how the dataset is used (held in: InstructBLIP was trained on it; held out: only scored
-    on it; pre-training: BLIP-2, from which it starts, was trained on it), and lists the annotation
-    files of each split, the licence and where to get the files.
+    on it; pre-training: BLIP-2, from which it starts, was trained on it; fine-tuning: a fine-tuned
+    BLIP-2 was), and lists the annotation files of each split, the licence and where to get them.
 
     Raises:
       ValueError: there is no dataset of that name.

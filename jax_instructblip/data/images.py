@@ -6,12 +6,13 @@ on the device.
 """
 
 import contextlib
+import hashlib
 import io
 import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import simplejpeg
@@ -69,6 +70,25 @@ def decode(source: Source, *, max_pixels: int = MAX_PIXELS, upright: bool = True
     """
     with _opened(source, max_pixels) as image:
         return _rgb(image, upright)
+
+
+def content_digest(source: Source) -> bytes:
+    """Returns 16 bytes that stand for an image: a hash of its file, or of pixels in memory.
+
+    Equal files have one digest wherever they lie. Nothing is decoded.
+
+    Raises:
+        ImageError: the file cannot be read; the message has its name and the reason.
+    """
+    with _named_errors(source), contextlib.ExitStack() as files:
+        if isinstance(source, np.ndarray):
+            parts = [repr((source.shape, source.dtype.str)).encode(), source.tobytes()]
+        elif isinstance(source, Image.Image):
+            facts = repr((source.mode, source.size, _orientation(source)))
+            parts = [facts.encode(), source.tobytes()]
+        else:
+            parts = [_file(source, files).read()]
+        return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
 
 
 def resize_squash(image: Image.Image, size: int) -> np.ndarray:
@@ -183,13 +203,19 @@ def _opened(source: Source, max_pixels: int) -> Iterator[Image.Image]:
 
     Any error in the body of the `with` statement becomes an `ImageError` that names the source.
     """
+    with _named_errors(source), contextlib.ExitStack() as files:
+        image = _open(source, files)
+        _check_size(image, max_pixels)
+        yield image
+
+
+@contextlib.contextmanager
+def _named_errors(source: Source) -> Iterator[None]:
+    """Turns any error in the body of the `with` into an `ImageError` that names `source`."""
     name = _name(source)
     try:
-        with contextlib.ExitStack() as files:
-            image = _open(source, files)
-            _check_size(image, max_pixels)
-            yield image
-            return
+        yield
+        return
     except _UnusableError as error:
         reason = str(error)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -206,22 +232,27 @@ def _open(source: Source, files: contextlib.ExitStack) -> Image.Image:
         return _from_array(source)
     if isinstance(source, Image.Image):
         return source
+    return files.enter_context(Image.open(_file(source, files), formats=_KNOWN_FORMATS))
+
+
+def _file(
+    source: str | os.PathLike[str] | bytes | FileSlice, files: contextlib.ExitStack
+) -> BinaryIO:
+    """Returns the open file of an image that is not in memory as pixels."""
     if isinstance(source, bytes | FileSlice):
-        file = io.BytesIO(source if isinstance(source, bytes) else source.read())
-    elif address := remote.address_of(source):
+        return io.BytesIO(source if isinstance(source, bytes) else source.read())
+    if address := remote.address_of(source):
         folder, _, name = address.rpartition("/")
         content = remote.read(folder, name)
         if content is None:
             raise _UnusableError("no such file")
-        file = io.BytesIO(content)
-    else:
-        path = pathlib.Path(source)
-        if not path.is_file():  # opening a pipe or a device could wait for ever
-            problem = address_problem(source)
-            absent = f"it {problem}" if problem else "no such file"
-            raise _UnusableError("is not a file" if path.exists() else absent)
-        file = files.enter_context(path.open("rb"))
-    return files.enter_context(Image.open(file, formats=_KNOWN_FORMATS))
+        return io.BytesIO(content)
+    path = pathlib.Path(source)
+    if not path.is_file():  # opening a pipe or a device could wait for ever
+        problem = address_problem(source)
+        absent = f"it {problem}" if problem else "no such file"
+        raise _UnusableError("is not a file" if path.exists() else absent)
+    return files.enter_context(path.open("rb"))
 
 
 def _reduced(image: Image.Image, factor: int, upright: bool = True) -> Image.Image:

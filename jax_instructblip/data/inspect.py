@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jax_instructblip.data.batch import IGNORE
+from jax_instructblip.data.captions import CaptionTokenizer
 from jax_instructblip.data.conversation import IMAGE, Conversation, ConversationProcessor
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.models.variants import T5Config
@@ -18,6 +19,8 @@ Pieces = list[tuple[str, bool]]
 
 def token_counts(example: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Returns the numbers of tokens of an example, by a title: those read, and the targets."""
+    if "caption" in example:
+        return {"caption": len(example["caption"])}
     instruction = {}
     if "qformer_tokens" in example:
         instruction["instruction for the Q-Former"] = len(example["qformer_tokens"])
@@ -62,6 +65,16 @@ def token_rows(example: Mapping[str, np.ndarray], text: TextProcessor) -> dict[s
     else:
         learned = (example["targets"] != IGNORE).tolist()
         rows["LLM reads"] = list(zip(pieces, learned, strict=True))
+    return rows
+
+
+def caption_rows(example: Mapping[str, np.ndarray], text: CaptionTokenizer) -> dict[str, Pieces]:
+    """Returns the tokens of a caption as `token_rows` does: as it is compared, and as written."""
+    pieces = text.tokenizer.convert_ids_to_tokens(example["caption"].tolist())
+    rows = {"Q-Former reads": [(piece, False) for piece in pieces]}
+    if text.variant.qformer.caption_head:
+        written = [(piece, True) for piece in pieces[1:]]
+        rows["Q-Former writes"] = [(text.tokenizer.bos_token, False), *written]
     return rows
 
 

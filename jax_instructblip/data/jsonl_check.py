@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 
 from jax_instructblip import stores
+from jax_instructblip.data.captions import CaptionTokenizer
 from jax_instructblip.data.conversation import Conversation, ConversationProcessor
 from jax_instructblip.data.images import ImageError, decode
 from jax_instructblip.data.inspect import (
     Pieces,
+    caption_rows,
     histogram,
     render,
     token_counts,
@@ -23,6 +25,7 @@ from jax_instructblip.data.inspect import (
     turn_rows,
 )
 from jax_instructblip.data.llava_json import holds_conversations, scan_llava_json
+from jax_instructblip.data.pairs import pair_problems
 from jax_instructblip.data.records import Record, scan_jsonl
 from jax_instructblip.data.text import TRUNCATED, TextProcessor
 from jax_instructblip.progress import Progress
@@ -45,7 +48,7 @@ class Findings:
         has characters that the tokenizer does not know.
       samples: the first good lines: line number, record, and the token sequences of its first
         sample by their titles.
-      unit: what is a sample, "answer" or "conversation".
+      unit: what is a sample, "answer", "conversation" or "caption".
     """
 
     bad: dict[int, list[str]]
@@ -64,7 +67,7 @@ class Findings:
 
 def examine(
     file: str | os.PathLike,
-    text: TextProcessor,
+    text: TextProcessor | CaptionTokenizer,
     samples: int,
     chat: ConversationProcessor | None = None,
     images: str | os.PathLike | None = None,
@@ -73,7 +76,8 @@ def examine(
 
     `samples` is the number of good lines that are kept in `Findings.samples`. With `chat` each line
     is a conversation, and the file may be of LLaVA's layout, whose rows then count as lines; its
-    images may lie in the folder `images` in place of its own.
+    images may lie in the folder `images` in place of its own. With a `CaptionTokenizer`, that of
+    BLIP-2's first stage, each line is an image and its captions.
 
     Raises:
         ValueError: the file has conversations, but there is no `chat`; or it has none, but
@@ -81,6 +85,12 @@ def examine(
     """
     path = stores.input_rows(file)
     talks = holds_conversations(path)
+    captions = isinstance(text, CaptionTokenizer)
+    if talks and captions:
+        raise ValueError(
+            f"{file} has whole conversations, but the checkpoint is a first stage of BLIP-2, which "
+            "is trained on images and captions: expected one of each a line"
+        )
     if talks and chat is None:
         raise ValueError(
             f"{file} has whole conversations: name the chat template that writes them (--template)"
@@ -93,7 +103,7 @@ def examine(
     scan = functools.partial(scan_llava_json, images=images) if talks else scan_jsonl
     cut, unknown = np.zeros(len(TRUNCATED), np.int64), {name: [] for name in TRUNCATED}
     findings = Findings({}, 0, collections.defaultdict(list), cut, unknown, [])
-    findings.unit = "answer" if chat is None else "conversation"
+    findings.unit = "caption" if captions else "answer" if chat is None else "conversation"
     records: dict[int, Record] = {}
     with Progress(None, "reading", "lines") as progress:
         for line, record, reasons in scan(path):
@@ -106,7 +116,7 @@ def examine(
     with Progress(len(records), "counting tokens", "lines") as progress:
         for line, record in records.items():
             progress.update()
-            reasons = record.text_problems()
+            reasons = pair_problems(record) if captions else record.text_problems()
             reasons += [unreadable[path] for path in map(str, record.images) if path in unreadable]
             samples_of_line = [] if reasons else list(_samples(record, text, chat))
             examples = []
@@ -119,19 +129,17 @@ def examine(
                 findings.bad[line] = list(dict.fromkeys(reasons))
                 continue
             findings.good += 1
-            reads_instruction = text.variant.reads_instruction and chat is None
-            read = TRUNCATED[:2] if reads_instruction else TRUNCATED[1:2]
             for prompt, answer, _ in samples_of_line:
-                texts = dict.fromkeys(read, prompt) | {"answer": answer}
-                for name, value in texts.items():
-                    if text.has_unknown(name, value):
-                        findings.unknown[name].append((line, value))
+                for name, value in _unknown(text, prompt, answer, chat is None):
+                    findings.unknown[name].append((line, value))
             for example in examples:
                 findings.cut += example["truncated"]
                 for name, count in token_counts(example).items():
                     findings.lengths[name].append(count)
             if len(findings.samples) < samples:
-                if chat is None:
+                if isinstance(text, CaptionTokenizer):
+                    rows = caption_rows(examples[0], text)
+                elif chat is None:
                     rows = token_rows(examples[0], text)
                 else:
                     talk = Conversation.from_record(record)
@@ -140,10 +148,31 @@ def examine(
     return findings
 
 
+def _unknown(
+    text: TextProcessor | CaptionTokenizer, prompt: str, answer: str, plain: bool
+) -> Iterator[tuple[str, str]]:
+    """Yields (one of `TRUNCATED`, text) of the texts of a sample with unknown characters.
+
+    `plain` is False for a conversation, which the Q-Former does not read.
+    """
+    if isinstance(text, CaptionTokenizer):
+        if text.has_unknown(answer):
+            yield "answer", answer
+        return
+    read = TRUNCATED[:2] if text.variant.reads_instruction and plain else TRUNCATED[1:2]
+    for name, value in (dict.fromkeys(read, prompt) | {"answer": answer}).items():
+        if text.has_unknown(name, value):
+            yield name, value
+
+
 def _samples(
-    record: Record, text: TextProcessor, chat: ConversationProcessor | None
+    record: Record, text: TextProcessor | CaptionTokenizer, chat: ConversationProcessor | None
 ) -> Iterator[tuple[str, str, Callable[[], Mapping[str, np.ndarray]]]]:
     """Yields (prompt, answer, function that returns the example) of each sample of a record."""
+    if isinstance(text, CaptionTokenizer):
+        for caption in dict.fromkeys(record.answers):
+            yield "", caption, functools.partial(text.example, caption)
+        return
     if chat is None:
         for answer in record.answers:
             yield record.prompt, answer, functools.partial(text.example, record.prompt, answer)
@@ -153,7 +182,7 @@ def _samples(
     yield questions, answers, functools.partial(chat.example, talk)
 
 
-def describe(file: pathlib.Path, findings: Findings, text: TextProcessor) -> Iterator[str]:
+def describe(file: pathlib.Path, findings: Findings) -> Iterator[str]:
     """Yields the lines of the report about `findings`."""
     samples = f"; each {findings.unit} is a sample" if findings.good else ""
     yield f"{file}: {findings.good} good lines, {len(findings.bad)} bad{samples}"
@@ -168,7 +197,9 @@ def describe(file: pathlib.Path, findings: Findings, text: TextProcessor) -> Ite
             yield f"{count} of {samples} samples lose tokens of their {name} to its limit"
     for name, where in findings.unknown.items():
         if where:
-            whose = "the Q-Former's" if name == "instruction" else "the language model's"
+            whose = "the language model's"
+            if name == "instruction" or findings.unit == "caption":
+                whose = "the Q-Former's"
             yield (
                 f"{len(where)} of {samples} samples have characters in their {name} that {whose} "
                 "tokenizer does not know: they all become one and the same <unk>"

@@ -111,9 +111,9 @@ class PairBatches:
             try:
                 record = source.records[index]
                 name = record.id
+                if problems := pair_problems(record):
+                    raise ValueError("; ".join(problems))
                 caption = self._caption(record, self.mixture.rng(place, attempt, use="text"))
-                if len(record.images) != 1:
-                    raise ValueError(f"it has {len(record.images)} images, a pair has one")
                 rng = self.mixture.rng(place, attempt, use="image")
                 return record, caption, self.prepare(record.images[0], rng), attempt
             except (ValueError, ImageError) as error:
@@ -123,15 +123,20 @@ class PairBatches:
         """Returns one of the record's distinct captions, drawn evenly, in the mixture's text style.
 
         Raises:
-            ValueError: the record has no caption, or one with characters that cannot be encoded or
-                of which the style leaves nothing.
+            ValueError: the style leaves nothing of the caption.
         """
-        if problems := record.text_problems():
-            raise ValueError("; ".join(problems))
         distinct = tuple(dict.fromkeys(record.answers))
-        if not distinct:
-            raise ValueError("it has no caption (answer)")
         return self.mixture.style.training_caption(distinct[int(rng.integers(len(distinct)))])
+
+
+def pair_problems(record: Record) -> list[str]:
+    """Returns the reasons why a record is no pair: its texts, its images, or no caption."""
+    problems = record.text_problems()
+    if not record.answers:
+        problems.append("it has no caption (answer)")
+    if len(record.images) != 1:
+        problems.append(f"it has {len(record.images)} images, a pair has one")
+    return problems
 
 
 def image_id(record: Record) -> int:

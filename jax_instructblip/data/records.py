@@ -181,28 +181,40 @@ def read_jsonl(
         if record is not None:
             records.append(record)
         problems += [f"{path}:{line}: {reason}" for reason in reasons]
+    check_lines(path, len(records), problems)
+    return records
+
+
+def check_lines(path: str | os.PathLike[str], good: int, problems: Sequence[str]) -> None:
+    """Raises a RecordError if a file has bad lines, or no good one.
+
+    `problems` are of the form `FILE:LINE: reason`.
+    """
     if problems:
         lines = len({problem.split(": ", 1)[0] for problem in problems})
         raise RecordError(
-            f"{path}: {lines} bad line{'s' * (lines > 1)} beside {len(records)} good; nothing was "
+            f"{path}: {lines} bad line{'s' * (lines > 1)} beside {good} good; nothing was "
             "read. Correct or delete these:",
-            problems,
+            list(problems),
         )
-    if not records:
+    if not good:
         raise RecordError(
             f"{path} holds no records:",
             ["the file is empty, expected one JSON object a line with image, prompt and answer"],
         )
-    return records
 
 
 def scan_jsonl(
-    path: str | os.PathLike[str], *, need_answers: bool = True, allow_empty_prompt: bool = False
+    path: str | os.PathLike[str],
+    *,
+    need_answers: bool = True,
+    allow_empty_prompt: bool = False,
+    extra: Sequence[str] = (),
 ) -> Iterator[tuple[int, Record | None, list[str]]]:
     """Yields `(line number, record, reasons)` of each line; arguments are those of `read_jsonl`.
 
     A good line has a record and no reasons; a bad line has None as its record, and the reasons why
-    it cannot be used.
+    it cannot be used. Lines may also have the fields `extra`, which are not read here.
     """
     path = pathlib.Path(path)
     first_use: dict[str, int] = {}
@@ -215,7 +227,7 @@ def scan_jsonl(
                 return
             yield number, None, [reason]
             continue
-        record, reasons = _record(path, number, fields, need_answers, allow_empty_prompt)
+        record, reasons = _record(path, number, fields, need_answers, allow_empty_prompt, extra)
         if record is not None:
             before = first_use.setdefault(record.id, number)
             if before != number:
@@ -234,12 +246,13 @@ def _record(
     fields: dict[str, Any],
     need_answers: bool,
     allow_empty_prompt: bool,
+    extra: Sequence[str],
 ) -> tuple[Record | None, list[str]]:
-    reasons = []
+    reasons, known = [], (*_FIELDS, *extra)
     for name in fields:
-        if name not in _FIELDS:
-            near = _OTHERS.get(name) or difflib.get_close_matches(name, _FIELDS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_FIELDS)}"
+        if name not in known:
+            near = _OTHERS.get(name) or difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             reasons.append(f"unknown field {name!r}; {hint}")
     if isinstance(fields.get("id"), int):
         fields = fields | {"id": str(fields["id"])}

@@ -8,6 +8,7 @@ Axis 0 of every array counts rows, so hosts, devices and accumulation steps all 
     G  rows          H W 3  an image         X  slots of a row           A  targets of a row
     J  samples       L      an instruction   S  visual vectors, I x Q    U  decoder tokens of a row
     I  images of a row, of all its samples   Q  visual vectors of one image
+    P  patches of an image, D their width
 
 The first stage of BLIP-2 has a batch of its own, one image and one caption a row (`PAIR_FIELDS`).
 
@@ -19,6 +20,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from jax_instructblip.models.variants import IMAGE_MEAN, IMAGE_STD, Variant
@@ -65,6 +67,9 @@ FIELDS = {  # the keys of a batch; all indices count within one row
 }
 
 
+# In place of `images`, where a frozen vision tower has seen them before (`patch_features.py`).
+PATCHES = Field(ml_dtypes.bfloat16, "G I P D", 0)
+
 PAIR_FIELDS = {  # BLIP-2's first stage: one image and caption a row
     "images": Field(np.uint8, "G I H W 3", 0),
     "captions": Field(np.int32, "G L", PAD_ID),
@@ -73,15 +78,17 @@ PAIR_FIELDS = {  # BLIP-2's first stage: one image and caption a row
 }
 
 
-def fields(variant: Variant) -> dict[str, Field]:
+def fields(variant: Variant, *, patches: bool = False) -> dict[str, Field]:
     """Returns the keys that a batch for this model may have, each with its `Field`.
 
-    The `decoder_` keys are only for an encoder-decoder language model.
+    The `decoder_` keys are only for an encoder-decoder language model. With `patches` the batch
+    has patch features in place of images.
     """
     if variant.llm is None:
         return dict(PAIR_FIELDS)
     keep = lambda name: variant.llm.encoder_decoder or not name.startswith("decoder_")
-    return {name: field for name, field in FIELDS.items() if keep(name)}
+    seen = {"patches": PATCHES} if patches else {"images": FIELDS["images"]}
+    return seen | {name: each for name, each in FIELDS.items() if name != "images" and keep(name)}
 
 
 def unread(variant: Variant) -> tuple[str, ...]:
@@ -94,22 +101,32 @@ def unread(variant: Variant) -> tuple[str, ...]:
 
 
 def shapes(
-    variant: Variant, sizes: Mapping[str, int], *, training: bool = True
+    variant: Variant,
+    sizes: Mapping[str, int],
+    *,
+    training: bool = True,
+    patches: bool = False,
 ) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Returns (shape, dtype) of every key that a batch for this model must have.
 
     `sizes` gives the length of each axis by its letter; J and I are 1 where they are not given. S,
-    H and W follow from the variant. Without `training` the keys that only training reads are left
-    out.
+    H, W, P and D follow from the variant. Without `training` the keys that only training reads are
+    left out; with `patches` there are patch features in place of images.
     """
-    size = variant.vision.image_size
-    known = {"J": 1, "I": 1, **sizes, "H": size, "W": size, "3": 3}
+    known = {"J": 1, "I": 1, **sizes, **_vision_sizes(variant)}
     known["S"] = known["I"] * variant.visual_tokens  # not used by PAIR_FIELDS
     return {
         name: (tuple(known[letter] for letter in field.axes.split()), field.dtype)
-        for name, field in fields(variant).items()
+        for name, field in fields(variant, patches=patches).items()
         if (training or not field.train_only) and name not in unread(variant)
     }
+
+
+def _vision_sizes(variant: Variant) -> dict[str, int]:
+    """Returns the lengths of the axes that the vision tower fixes, by their letters."""
+    vision = variant.vision
+    size = vision.image_size
+    return {"H": size, "W": size, "3": 3, "P": vision.tokens, "D": vision.width}
 
 
 def example_batch(variant: Variant, batch: int = 1, text: int = 4, answer: int = 4) -> Batch:
@@ -146,7 +163,8 @@ def example_batch(variant: Variant, batch: int = 1, text: int = 4, answer: int =
 def check(batch: Mapping[str, Any], variant: Variant) -> None:
     """Raises a `ValueError` that lists all that is wrong with a batch for the model `variant`."""
     check_arrays(batch, variant)
-    rows = {name: np.asarray(leaf) for name, leaf in batch.items() if name != "images"}
+    seen = ("images", "patches")
+    rows = {name: np.asarray(leaf) for name, leaf in batch.items() if name not in seen}
     wrong = _wrong_segments(rows, variant) + _wrong_slots(rows, variant)
     wrong += _wrong_ids(rows, variant) + _wrong_targets(rows, variant)
     wrong += _wrong_instructions(rows, variant) + _wrong_images(batch)
@@ -178,7 +196,7 @@ def check_arrays(batch: Mapping[str, Any], variant: Variant) -> None:
 
 
 def _wrong_arrays(batch: Mapping[str, Any], variant: Variant) -> list[str]:
-    known, wrong = fields(variant), []
+    known, wrong = fields(variant, patches="patches" in batch), []
     # A decoder-only model without targets is valid, too: all its logits can be computed.
     training = variant.llm.encoder_decoder or "targets" in batch or "asked" in batch
     for name, field in known.items():
@@ -186,8 +204,7 @@ def _wrong_arrays(batch: Mapping[str, Any], variant: Variant) -> list[str]:
         if needed and name not in batch:
             wrong.append(f"{name} is missing")
     wrong += [f"{name} is no key of a batch" for name in batch if name not in known]
-    size = variant.vision.image_size
-    sizes = {"H": (size, "the model"), "W": (size, "the model"), "3": (3, "the model")}
+    sizes = {letter: (size, "the model") for letter, size in _vision_sizes(variant).items()}
     for name in sorted(known.keys() & batch.keys(), key=lambda name: name == "images"):
         field, leaf, letters = known[name], batch[name], known[name].axes.split()
         floats = name == "images" and np.issubdtype(leaf.dtype, np.floating)  # normalised already
@@ -213,7 +230,7 @@ def _wrong_images(batch: Mapping[str, Any]) -> list[str]:
 
     Their range shows it: values are from 0 to 1, or beyond those that black and white have.
     """
-    images = batch["images"]
+    images = batch.get("images", np.zeros(0))  # patch features may stand in their place
     if not np.issubdtype(images.dtype, np.floating) or not images.size:
         return []
     if images.shape[0] == batch["image_sample"].shape[0]:

@@ -34,6 +34,7 @@ from jax_instructblip.data.tokenizer_files import (
     MaybeTokenizer,
     Tokenizer,
     decodes_bytes,
+    has_unknown,
     load_tokenizers,
     tokenizer_folders,
 )
@@ -159,17 +160,9 @@ class TextProcessor:
         """Tells whether a text has characters that the tokenizer maps to `<unk>`.
 
         `name` says which text it is, one of `TRUNCATED`: an instruction is read by the Q-Former's
-        tokenizer, the others by the language model's. All unknown characters get the same id, so
-        the model can neither tell them apart nor write them. A tokenizer that falls back to bytes
-        has none.
+        tokenizer, the others by the language model's.
         """
-        tokenizer = self.qformer if name == "instruction" else self.llm
-        backend = tokenizer.backend_tokenizer
-        # Ask the backend's model: LAVIS sets another unknown token on LLaMA's tokenizer, without
-        # any effect on the ids.
-        token = getattr(backend.model, "unk_token", None) or tokenizer.unk_token
-        unknown = backend.token_to_id(str(token)) if token else None
-        return unknown in backend.encode(text, add_special_tokens=False).ids
+        return has_unknown(self.qformer if name == "instruction" else self.llm, text)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of generated ids, without special tokens and outer white space."""

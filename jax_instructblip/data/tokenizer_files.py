@@ -153,3 +153,17 @@ def _read(kind: type[Tokenizer], folder: pathlib.Path, whose: str, **special: An
             f"the {whose} tokenizer in {folder} cannot be read ({type(error).__name__}: {error}): "
             "copy its files again"
         ) from error
+
+
+def has_unknown(tokenizer: Any, text: str) -> bool:
+    """Tells whether a text has characters that the tokenizer maps to `<unk>`.
+
+    All of them get the same id, so the model can neither tell them apart nor write them. A
+    tokenizer that falls back to bytes has none.
+    """
+    backend = tokenizer.backend_tokenizer
+    # Ask the backend's model: LAVIS sets another unknown token on LLaMA's tokenizer, without any
+    # effect on the ids.
+    token = getattr(backend.model, "unk_token", None) or tokenizer.unk_token
+    unknown = backend.token_to_id(str(token)) if token else None
+    return unknown in backend.encode(text, add_special_tokens=False).ids

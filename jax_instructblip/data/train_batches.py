@@ -13,6 +13,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+import ml_dtypes
 import numpy as np
 
 from jax_instructblip.data import images
@@ -20,6 +21,7 @@ from jax_instructblip.data.batch import bucket, collate
 from jax_instructblip.data.conversation import ConversationProcessor
 from jax_instructblip.data.mixture import Mixture, Source, digest_of
 from jax_instructblip.data.packing import deal, row_lengths
+from jax_instructblip.data.patch_features import PatchFeatures
 from jax_instructblip.data.rand_augment import rand_augment
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.spec import IGNORE, Batch
@@ -57,6 +59,7 @@ class TrainBatches:
         rows: np.ndarray | None = None,
         chat: ConversationProcessor | None = None,
         image_order: str = "written",
+        features: PatchFeatures | None = None,
     ):
         """Takes the samples of `mixture`, tokenized by `text`, `batch_size` to a global batch.
 
@@ -78,10 +81,14 @@ class TrainBatches:
           rows: numbers of this host's rows in the global batch; None means all.
           chat: writes samples as conversations; None means as prompt and answer.
           image_order: with `chat`, the order of images and question, one of `ORDERS`.
+          features: the patch features that are read in place of pixels; None reads pixels.
 
         Raises:
-          ValueError: `samples_per_row` does not divide the batch.
+          ValueError: `samples_per_row` does not divide the batch, or `features` with `augment`.
         """
+        if features is not None and augment:
+            raise ValueError("patch features are of whole images: augment must be False")
+        self.features = features
         if samples_per_row < 1 or batch_size % samples_per_row:
             raise ValueError(
                 f"{samples_per_row} samples a row do not divide a batch of {batch_size}"
@@ -214,7 +221,7 @@ class TrainBatches:
         limits, passed = example, 0
         while True:
             try:
-                return attempt, example | {"images": self._pixels(record, position, attempt)}
+                return attempt, example | self._visual(record, position, attempt)
             except images.ImageError as error:
                 attempt = self.replacements.next(source, record.id, attempt, error)
             attempt, record, example = self._text(position, attempt)
@@ -227,6 +234,14 @@ class TrainBatches:
                     break
                 attempt = self.replacements.next(source, record.id, attempt, _TOO_LONG)
                 attempt, record, example = self._text(position, attempt)
+
+    def _visual(self, record: Record, position: int, attempt: int) -> Example:
+        """Returns the `images` of an example, or `patches` [n, P, D] where features are read."""
+        if self.features is None:
+            return {"images": self._pixels(record, position, attempt)}
+        read = [self.features.read(source, record.id) for source in record.images]
+        empty = np.zeros((0, *self.features.shape), ml_dtypes.bfloat16)
+        return {"patches": np.stack(read) if read else empty}
 
     def _pixels(self, record: Record, position: int, attempt: int) -> np.ndarray:
         """Returns pixels [n, H, W, 3] uint8; all frames of a video get the same random crop."""

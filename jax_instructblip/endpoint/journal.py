@@ -21,6 +21,7 @@ from jax_instructblip import files
 from jax_instructblip.atomic import encode_utf8
 
 VERSION = 1
+_START = b'{"journal": '  # of a file; a kill may have cut it short
 _ENTRY = {"id": str, "digest": str, "text": str, "problem": str, "tokens": int}
 
 
@@ -130,6 +131,7 @@ def open_journal(path: Path, facts: Mapping[str, Any]) -> Iterator[Journal]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process writes to {path}: wait until it ends") from None
+        _require_journal(path, file)
         _drop_unfinished(file)
         journal = Journal(path, file)
         wanted = json.loads(json.dumps(facts))
@@ -146,6 +148,14 @@ def open_journal(path: Path, facts: Mapping[str, Any]) -> Iterator[Journal]:
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from error
         yield journal
+
+
+def _require_journal(path: Path, file: BinaryIO) -> None:
+    """Raises a ValueError if a file does not begin as a journal does; it then stays as it is."""
+    file.seek(0)
+    start = file.read(len(_START))
+    if not _START.startswith(start):
+        raise ValueError(f"{path} is no journal of requests: choose another --out")
 
 
 def _drop_unfinished(file: BinaryIO) -> None:

@@ -63,7 +63,7 @@ def answer(
     devices = blip.batch_shards
     mine = loads(left, devices, share.count)[share.index :: share.count]
     # Images of the next load are decoded while this one is answered.
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, _hushed():
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, hushed():
         ahead = _start(pool, blip, task, mine[0]) if mine else {}
         for index, load in enumerate(mine):
             pixels_or_error = {number: future.result() for number, future in ahead.items()}
@@ -196,7 +196,7 @@ def _number(value: float) -> float:
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
+def hushed() -> Iterator[None]:
     """Silences the per-batch warning about prompts that are cut for the Q-Former.
 
     Their total number is in the results instead.

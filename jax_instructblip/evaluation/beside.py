@@ -6,22 +6,26 @@ OUT/beside.html    their table, and answers side by side; beside.md is the table
 
 The ways of answering a dataset are those of `WAYS` that make sense for it. The prompt is that of
 `--prompt`, or the benchmark's own for InstructBLIP; where answers are generated, without the words
-at its end that ask for a short answer.
+at its end that ask for a short answer. Without benchmarks, records are asked their own prompts and
+scored by family; those that have choices are ranked.
 """
 
 import dataclasses
 import datetime
+import itertools
 import json
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from jax_instructblip.atomic import write_file
+from jax_instructblip.data.records import RecordSubset
 from jax_instructblip.evaluation import suite
 from jax_instructblip.evaluation.benchmarks import Model, benchmark_names, open_benchmarks
 from jax_instructblip.evaluation.by_kind import get_benchmark
+from jax_instructblip.evaluation.family_accuracies import open_families
 from jax_instructblip.evaluation.llava_protocols import SHORT_ANSWER
 from jax_instructblip.evaluation.metrics.table import RANKED
 from jax_instructblip.evaluation.protocol import BENCHMARKS, Protocol
@@ -30,12 +34,13 @@ from jax_instructblip.evaluation.settings import Settings
 from jax_instructblip.evaluation.suite import Finished
 from jax_instructblip.evaluation.task import Task
 from jax_instructblip.files import read_json
+from jax_instructblip.remote import address_of
 
 GENERATE, SHORT, RANK = "generate", "short", "rank"
 WAYS = {
     GENERATE: "answers are generated",
     SHORT: f"the same, and the prompt ends with {SHORT_ANSWER!r}",
-    RANK: "candidates are ranked",
+    RANK: "candidates are ranked, of the records that have some",
 }
 PAGES = ("beside.html", "beside.md")
 KIND = "beside"
@@ -91,6 +96,7 @@ def answer_beside(settings: Settings, command: str = "") -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": suite.versions(),
         "checkpoints": {name: model.checkpoint for name, model in models.items()},
+        "data": settings.data,
         "ways": WAYS,
         "datasets": results,
     }
@@ -111,6 +117,8 @@ def open_ways(settings: Settings, llm: str) -> dict[str, list[Task]]:
     Raises:
       ValueError: lists unusable datasets, or settings that no dataset uses.
     """
+    if not settings.datasets:
+        return _family_ways(settings)
     names = benchmark_names(settings)
     plain = dataclasses.replace(settings, prompt=None, mode=None)
     rows = [
@@ -132,6 +140,28 @@ def open_ways(settings: Settings, llm: str) -> dict[str, list[Task]]:
     return by_way
 
 
+def _family_ways(settings: Settings) -> dict[str, list[Task]]:
+    """Returns the tasks of each way, for the splits of `settings.data`, scored by family."""
+    assert settings.data is not None
+    by_way: dict[str, list[Task]] = {}
+    for task in open_families(settings, settings.data):
+        for way, protocol in _ways(task.protocol, settings.prompt, settings.mode):
+            protocol = protocol.override(settings.overrides())
+            fields = {"protocol": protocol, "settings": protocol.settings()}
+            if way == RANK:
+                numbers = [n for n in range(len(task.records)) if task.without_images(n).choices]
+                fields["records"] = RecordSubset(task.records, numbers)
+            asked = dataclasses.replace(task, **fields)
+            if len(asked.records):
+                by_way.setdefault(way, []).append(asked)
+    if not by_way:
+        raise ValueError(
+            f"{settings.data} cannot be answered with --mode {settings.mode}: no record has "
+            "`choices`. Leave --mode out"
+        )
+    return by_way
+
+
 def _ways(protocol: Protocol, prompt: str | None, mode: str | None) -> list[tuple[str, Protocol]]:
     """Returns (way, protocol) for each way in which a benchmark may be answered."""
     bare = _without_cue(protocol.prompt) if prompt is None else prompt
@@ -141,7 +171,7 @@ def _ways(protocol: Protocol, prompt: str | None, mode: str | None) -> list[tupl
         if protocol.metric not in _LONG:
             ways.append((SHORT, f"{bare}\n{SHORT_ANSWER}", False))
     if mode != "generate":
-        ways.append((RANK, prompt or protocol.prompt, True))
+        ways.append((RANK, protocol.prompt if prompt is None else prompt, True))
     return [
         (way, dataclasses.replace(protocol, prompt=text, prompts={}, ranking=ranking))
         for way, text, ranking in ways
@@ -162,10 +192,14 @@ def _has_candidates(task: Task) -> bool:
 
 
 def _names(checkpoints: Sequence[str]) -> dict[str, str]:
-    """Returns each checkpoint by a name of its own: the last part of its path, numbered if used."""
+    """Returns each checkpoint by a name of its own: the last part of its path, numbered if used.
+
+    `..` and `.` of a local path are resolved: the names are those of folders.
+    """
     named: dict[str, str] = {}
     for checkpoint in checkpoints:
-        stem = Path(checkpoint).name or "model"
-        uses = sum(Path(each).name == stem for each in named.values())
-        named[f"{stem}-{uses + 1}" if uses else stem] = checkpoint
+        place = checkpoint if address_of(checkpoint) else os.path.abspath(checkpoint)
+        stem = os.path.basename(place.rstrip("/")) or "model"
+        names = (f"{stem}-{n}" if n > 1 else stem for n in itertools.count(1))
+        named[next(name for name in names if name not in named)] = checkpoint
     return named

@@ -12,6 +12,7 @@ from jax_instructblip.data.shapes.dataset import DATASETS
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.evaluation import families, suite
 from jax_instructblip.evaluation.settings import DECODING, Settings
+from jax_instructblip.evaluation.task import Task
 from jax_instructblip.inference.batching import check_batch_size
 from jax_instructblip.inference.digests import weights_digest
 from jax_instructblip.inference.generation_config import GenerationConfig
@@ -66,14 +67,7 @@ def measure_families(
         )
     size = BATCH_SIZE if settings.batch_size is None else settings.batch_size
     check_batch_size(size)
-    changed = settings.overrides()
-    config = GenerationConfig.of(**{name: changed[name] for name in DECODING if name in changed})
-    tasks = []
-    for split in settings.split.split(",") if settings.split else _test_splits(data):
-        records, digest = open_records(data, split)
-        digest = families.content_digest(records, digest) if data.endswith(_LINES) else digest
-        task = families.family_task(split, records, config, digest=digest, limit=settings.limit)
-        tasks.append(dataclasses.replace(task, **settings.showing()))
+    tasks = open_families(settings, data)
     out.mkdir(parents=True, exist_ok=True)  # fails now if it cannot be written
     blip = load(
         settings.checkpoint,
@@ -99,6 +93,25 @@ def measure_families(
         replace=True,
     )
     return suite.finish(out, finished, model, command, run.recorded if run else {})
+
+
+def open_families(settings: Settings, data: str) -> list[Task]:
+    """Opens the splits of `data`, by default its test splits; returns a task of each.
+
+    `data` is a JSON-lines file, a prepared dataset or `shapes`; `settings` say how it is asked.
+
+    Raises:
+      ValueError: there are no such records.
+    """
+    changed = settings.overrides()
+    config = GenerationConfig.of(**{name: changed[name] for name in DECODING if name in changed})
+    tasks = []
+    for split in settings.split.split(",") if settings.split else _test_splits(data):
+        records, digest = open_records(data, split)
+        digest = families.content_digest(records, digest) if data.endswith(_LINES) else digest
+        task = families.family_task(split, records, config, digest=digest, limit=settings.limit)
+        tasks.append(dataclasses.replace(task, **settings.showing()))
+    return tasks
 
 
 def _test_splits(data: str) -> list[str]:

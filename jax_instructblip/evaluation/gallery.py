@@ -64,20 +64,22 @@ def read_gallery(task: Task) -> Gallery:
 
 
 class Pictures(Sequence[np.ndarray]):
-    """The images of a task as the model sees them, [S, S, 3] uint8, opened when asked for."""
+    """Images of a task as the model sees them, [S, S, 3] uint8, opened when asked for."""
 
-    def __init__(self, task: Task, side: int):
+    def __init__(self, task: Task, side: int, numbers: Sequence[int] | None = None):
+        """Those of the records with these `numbers`, by default of all; `side` is in pixels."""
         self._task, self._side = task, side
+        self._numbers = range(len(task.records)) if numbers is None else numbers
 
     def __len__(self) -> int:
-        return len(self._task.records)
+        return len(self._numbers)
 
     def __getitem__(self, index: Any) -> Any:
         """One image, or for a slice a list of images, which several threads open."""
         if not isinstance(index, slice):
-            return self._open(index)
+            return self._open(self._numbers[index])
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            return list(pool.map(self._open, range(len(self))[index]))
+            return list(pool.map(self._open, self._numbers[index]))
 
     def _open(self, number: int) -> np.ndarray:
         task, record = self._task, self._task.without_images(number)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.evaluation.task import Task
-from jax_instructblip.inference.batching import LENGTHS, Example, prompt_limit
+from jax_instructblip.inference.batching import Example, padded_length, prompt_limit
 from jax_instructblip.inference.ranking import Ids, Sizes, make_plan, same_tokens, tokenise
 
 LOAD_UNITS = 8  # most units per device in a load
@@ -110,7 +110,7 @@ def plan(
                     known[choices] = make_plan(lists).sizes
                 sizes[number] = known[choices]
             examples[number] = text.prompt(prompts[-1], len(record.images))
-            shapes[number] = _shape(text, examples[number], len(record.images), reserve)
+            shapes[number] = padded_shape(text, examples[number], len(record.images), reserve)
             cut += int(examples[number]["truncated"][0])
         except ValueError as error:
             problems[number] = str(error)
@@ -170,7 +170,9 @@ def _longest(lists: Sequence[Sequence[Ids]]) -> int:
     return max(len(ids) for each in lists for ids in each)
 
 
-def _shape(text: TextProcessor, example: Example, frames: int, reserve: int) -> tuple[int, int]:
+def padded_shape(
+    text: TextProcessor, example: Example, frames: int, reserve: int
+) -> tuple[int, int]:
     """Returns the number of frames and the padded length of a question.
 
     `reserve` tokens are kept free for the answer; a ValueError if the prompt is too long.
@@ -179,7 +181,7 @@ def _shape(text: TextProcessor, example: Example, frames: int, reserve: int) -> 
     if count > limit:
         raise ValueError(f"the prompt has {count} tokens, the model holds {limit}: shorten it")
     longest = max(count, len(example.get("qformer_tokens", ())))
-    return frames, next(each for each in LENGTHS if each >= longest)
+    return frames, padded_length(longest)
 
 
 def _floors(sizes: dict[int, Sizes]) -> dict[int, Sizes]:

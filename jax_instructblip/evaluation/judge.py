@@ -33,6 +33,13 @@ from jax_instructblip.evaluation.metrics.metric import MetricError, listed
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 WILD = "llava_bench_"  # begins the names of the rules for contexts without boxes
 
+OWN_RULES = Path(__file__).with_name("judge_rules.json")
+OWN = "the package's own rules, not the published ones: scores do not compare with published scores"
+PUBLISHED = (
+    "the published ones are llava/eval/table/rule.json of github.com/haotian-liu/LLaVA; without "
+    "--rules the package's own are taken"
+)
+
 JOURNAL, REVIEWS, RESULTS = "journal.jsonl", "reviews.jsonl", "results.json"
 INPUTS = ("questions", "contexts", "reference", "answers", "rules")
 
@@ -71,14 +78,14 @@ class Inputs:
       contexts: JSON lines with image, and captions and instances, or caption.
       reference: answers of the reference: JSON lines with question_id (or id) and text.
       answers: answers of the model.
-      rules: JSON: {RULE: {"role": ..., "prompt": ...}}.
+      rules: JSON: {RULE: {"role": ..., "prompt": ...}}; by default the package's own.
     """
 
     questions: Path
     contexts: Path
     reference: Path
     answers: Path
-    rules: Path
+    rules: Path = OWN_RULES
 
 
 def make_cases(inputs: Inputs) -> list[Case]:
@@ -109,7 +116,7 @@ def make_cases(inputs: Inputs) -> list[Case]:
             f"images without a line in {inputs.contexts}",
             _without([row["image"] for _, row in questions], contexts),
         ),
-        listed(f"rules missing in {inputs.rules}", _without(named.values(), rules)),
+        listed(f"rules missing in {inputs.rules} ({PUBLISHED})", _without(named.values(), rules)),
     ]
     if any(problems):
         raise MetricError(
@@ -141,10 +148,10 @@ def judge(
       OSError: as `asking.ask`, or `out` cannot be written.
     """
     out = files.local_path(out, "out")
-    if (out / RESULTS).exists() and is_scored(files.read_json(out / RESULTS, dict)):
-        raise FileExistsError(f"{out} has scores already: remove it, or choose another folder")
     if not (out / JOURNAL).is_file():
         refuse_existing(out)
+    if (out / RESULTS).exists() and is_scored(_read_results(out / RESULTS)):
+        raise FileExistsError(f"{out} has scores already: remove it, or choose another folder")
     cases = make_cases(inputs)
     rules = {case.rule: _read_rules(inputs.rules)[case.rule] for case in cases}
     outcome = ask(
@@ -168,6 +175,7 @@ def judge(
             "attempts": settings.attempts,
             "system": SYSTEM,
             "rules": rules,
+            "rules_of": OWN if inputs.rules == OWN_RULES else str(inputs.rules),
         },
         "files": {name: _file(getattr(inputs, name)) for name in INPUTS},
         "scores": {kind: dataclasses.asdict(score) for kind, score in scores.items()},
@@ -195,6 +203,18 @@ def read_scores(results: Mapping[str, Any]) -> dict[str, RelativeScore]:
 def is_scored(results: Mapping[str, Any]) -> bool:
     """Returns True if there is a score of all questions together."""
     return results["scores"][ALL]["relative"] is not None
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    """Returns the content of a file that `judge` wrote; a FileExistsError for any other."""
+    results = files.read_json(path, dict)
+    scores = results.get("scores")
+    whole = scores.get(ALL) if isinstance(scores, dict) else None
+    if not isinstance(whole, dict) or "relative" not in whole:
+        raise FileExistsError(
+            f"{path} holds no scores of a judge and is not overwritten: choose another folder"
+        )
+    return results
 
 
 def _scores(outcome: Outcome, name: str) -> tuple[float, float] | None:
@@ -302,10 +322,11 @@ def _read_rules(path: Path) -> dict[str, dict[str, str]]:
         or not all(isinstance(rule.get(field), str) for field in ("role", "prompt"))
     ]
     if wrong:
-        raise MetricError(f"{path}: {listed('rules without role and prompt', wrong)}")
+        raise MetricError(f"{path}: {listed('rules without role and prompt', wrong)}; {PUBLISHED}")
     return rules
 
 
 def _file(path: Path) -> dict[str, str]:
     content = files.read_bytes(stores.input_path(path), files.ANNOTATION_LIMIT)
-    return {"path": str(path), "sha256": hashlib.sha256(content).hexdigest()}
+    name = path.name if path == OWN_RULES else str(path)
+    return {"path": name, "sha256": hashlib.sha256(content).hexdigest()}

@@ -45,7 +45,7 @@ def check_memory(
     like = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype)
     shapes = jax.tree.map(like, param_shapes(variant))
     if quantise is not None:
-        shapes = quantisation.shapes(shapes, variant, quantise)
+        shapes = quantisation.shapes(shapes, quantise)
     placed = None if mesh is None else jax.tree.leaves(rules.shardings(shapes, mesh))
     leaves = jax.tree.leaves(shapes)
     needed = 0

@@ -3,8 +3,9 @@
     images, captions --features--> similarities [N, M] --k nearest of each query--> pairs
     pairs --match--> logits --plus the similarity--> each query's candidates, best first
 
-If there are several processes, each computes all features and a share of the pairs, and process 0
-puts the results together. Logits are kept on the disk, so that an interrupted run goes on.
+If there are several processes, each computes the features of a share of images and captions, which
+are gathered once, and the logits of a share of the pairs; process 0 puts these together. Logits are
+kept on the disk, so that an interrupted run goes on.
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ from jax_instructblip.evaluation.suite import Finished, Say
 from jax_instructblip.evaluation.task import Task
 from jax_instructblip.inference import matching
 from jax_instructblip.inference.retrieval import Retriever
+from jax_instructblip.parallel.cluster import gather_rows, own_rows
 
 SHOWN = 10  # candidates that a row names
 
@@ -95,9 +97,9 @@ def _candidates(
     if store.path.is_file() and (both := read_candidates(saved)):
         return both if first else None
     store.partial.mkdir(parents=True, exist_ok=True)
+    images = Pictures(task, blip.variant.vision.image_size)
+    near = _similarities(blip, task, gallery)
     with suite.agreed():
-        images = Pictures(task, blip.variant.vision.image_size)
-        near = blip.itc(images, gallery.captions)
         k = task.settings["k"]
         of_images, of_texts = matching.nearest(near, k), matching.nearest(near.T, k)
         chosen = matching.pairs(of_images, of_texts)
@@ -125,6 +127,16 @@ def _candidates(
     forth, back = of(of_images, near, logits), of(of_texts, near.T, logits.T)
     write_candidates(saved, forth, back)
     return forth, back
+
+
+def _similarities(blip: Retriever, task: Task, gallery: Gallery) -> np.ndarray:
+    """Similarities [N, M] of all images and captions, the same in all processes."""
+    count, captions = len(gallery.records), gallery.captions
+    with suite.agreed():
+        texts = blip.text_features([captions[number] for number in own_rows(len(captions))])
+        own = Pictures(task, blip.variant.vision.image_size, own_rows(count))
+        images = blip.image_features(own)
+    return blip.similarities(gather_rows(images, count), gather_rows(texts, len(captions)))
 
 
 def _finish(

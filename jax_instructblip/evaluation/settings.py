@@ -50,9 +50,8 @@ _ANSWERING = (
     "no_baselines",
     *OVERRIDES,
 )
-_OF_DATASETS = (
-    *("prompt", "mode", "candidates", "relevance", "length_normalise", "k", "itm_only", "beside"),
-)
+_OF_DATASETS = ("candidates", "relevance", "k", "itm_only")
+_OF_WAYS = ("prompt", "mode", "length_normalise")  # of datasets, and of models beside each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,13 +173,14 @@ class Settings:
         if self.datasets and self.predictions:
             wrong = changed & set(_ANSWERING)
             why = "not used with --predictions: nothing is answered, what is there is scored"
-        elif self.datasets and self.beside and self.template:
+        elif self.beside and self.template:
             wrong, why = {"template"}, "not used with --beside: each model is asked by its own"
-        elif self.datasets:
-            wrong, why = changed & {"no_baselines"}, "only used without --datasets"
+        elif self.datasets or (self.beside and self.no_baselines):
+            wrong, why = changed & {"no_baselines"}, "only used without --datasets and --beside"
         else:
-            wrong = changed & {*_OF_DATASETS, "predictions", "fsdp", "tensor"}
-            why = "only used with --datasets"
+            wrong = changed & {*_OF_DATASETS, "predictions"}
+            wrong |= set() if self.beside else changed & {*_OF_WAYS, "fsdp", "tensor"}
+            why = "only used with --datasets" + " or --beside" * bool(wrong & set(_OF_WAYS))
         if wrong:
             raise ValueError(f"{', '.join(f'--{name}' for name in sorted(wrong))}: {why}")
         self._check_needed()
@@ -188,9 +188,9 @@ class Settings:
     def _check_needed(self) -> None:
         """Raises a ValueError if a required setting is missing."""
         lacking = [name for name in ("data", "out") if getattr(self, name) is None]
-        if self.datasets and lacking:
+        if (self.datasets or self.beside) and lacking:
             names = " and ".join(f"--{name}" for name in lacking)
-            raise ValueError(f"{names}: needed by --datasets")
+            raise ValueError(f"{names}: needed by --{'datasets' if self.datasets else 'beside'}")
         if self.checkpoint is None and not self.predictions:
             or_else = ", or --predictions of answers made before" if self.datasets else ""
             raise ValueError(f"--checkpoint: needed{or_else}")

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from jax_instructblip.data.images import check_images
-from jax_instructblip.inference.batching import Question, pair_inputs
+from jax_instructblip.inference.batching import Picture, Question, images_by_place, pair_inputs
 from jax_instructblip.inference.generation_config import BATCH_SIZE, GenerationConfig
-from jax_instructblip.inference.loading import resolve_checkpoint
+from jax_instructblip.inference.loading import read_source
 from jax_instructblip.inference.pipeline import load_pipeline as load
 from jax_instructblip.inference.ranking import check_candidates
 
@@ -29,15 +29,17 @@ def answer_files(
 ) -> list[Row]:
     """Answers questions about image files; returns one dict per question, in order.
 
-    The keys are image, prompt, answer, logprob, tokens, logprobs and alternatives. Arguments and
-    errors are those of `load_pipeline` and `InstructBlipPipeline.generate`.
+    The keys are image (or images, where a prompt has several), prompt, answer, logprob, tokens,
+    logprobs and alternatives. Images are given to prompts by `pair_inputs`, to those of a chat with
+    several `<image>` by `images_by_place`. Other arguments and errors are those of `load_pipeline`
+    and `InstructBlipPipeline.generate`.
     """
-    questions = _check(checkpoint, images, prompts)
+    pictures, questions = _check(checkpoint, template, images, prompts)
     blip = load(checkpoint, dtype=dtype, template=template, quantise=quantise)
-    answers = blip.generate(images, prompts, config, batch_size=batch_size)
+    answers = blip.generate(pictures, prompts, config, batch_size=batch_size)
     return [
         {
-            "image": question.frames[0],
+            **_named_images(question),
             "prompt": question.prompt,
             "answer": answer.text,
             "logprob": answer.logprob,
@@ -58,13 +60,13 @@ def stream_files(
     dtype: Any = None,
     template: str | None = None,
     quantise: str | None = None,
-) -> Iterator[tuple[Any, str, Iterator[str]]]:
-    """Yields (image, prompt, pieces of the answer) for each question, one after the other."""
-    questions = _check(checkpoint, images, prompts)
+) -> Iterator[tuple[list[str], str, Iterator[str]]]:
+    """Yields (images, prompt, pieces of the answer) for each question, one after the other."""
+    _, questions = _check(checkpoint, template, images, prompts)
     blip = load(checkpoint, dtype=dtype, template=template, quantise=quantise)
     for question in questions:
-        image, prompt = question.frames[0], str(question.prompt)
-        yield image, prompt, blip.stream(image, prompt, config)
+        files, prompt = list(map(str, question.frames)), str(question.prompt)
+        yield files, prompt, blip.stream(files, prompt, config)
 
 
 def rank_files(
@@ -82,17 +84,18 @@ def rank_files(
 ) -> list[Row]:
     """Ranks candidate answers to questions about image files; returns one dict per question.
 
-    The keys are image, prompt and candidates: the `top` best, each with candidate, score and
-    probability. Arguments and errors are those of `load_pipeline` and `InstructBlipPipeline.rank`.
+    The keys are image (or images), prompt and candidates: the `top` best, each with candidate,
+    score and probability. Images are given to prompts as in `answer_files`. Other arguments and
+    errors are those of `load_pipeline` and `InstructBlipPipeline.rank`.
     """
-    questions = _check(checkpoint, images, prompts, candidates)
+    pictures, questions = _check(checkpoint, template, images, prompts, candidates)
     blip = load(checkpoint, dtype=dtype, template=template, quantise=quantise)
     scores = blip.rank(
-        images, prompts, candidates, length_normalise=length_normalise, batch_size=batch_size
+        pictures, prompts, candidates, length_normalise=length_normalise, batch_size=batch_size
     )
     return [
         {
-            "image": question.frames[0],
+            **_named_images(question),
             "prompt": question.prompt,
             "candidates": best_candidates(candidates, row, top),
         }
@@ -118,19 +121,27 @@ def best_candidates(candidates: Sequence[str], scores: np.ndarray, count: int) -
     ]
 
 
+def _named_images(question: Question) -> Row:
+    """Returns the images of a question as a JSON line has them: `image`, or `images` if several."""
+    images = list(question.frames)
+    return {"image": images[0]} if len(images) == 1 else {"images": images}
+
+
 def _check(
     checkpoint: str | os.PathLike,
+    template: str | None,
     images: Sequence[str],
     prompts: Sequence[str],
     candidates: Sequence[str] | None = None,
-) -> list[Question]:
-    """Checks questions, candidates, checkpoint path and image files, and returns the questions.
+) -> tuple[Sequence[Picture], list[Question]]:
+    """Checks questions, candidates, checkpoint and image files; returns images and questions.
 
     This is done first, so that a mistake shows before weights are read or a question is answered.
     """
-    questions = pair_inputs(images, prompts)
     if candidates is not None:
-        check_candidates(candidates, len(questions))
-    resolve_checkpoint(checkpoint)
+        check_candidates(candidates, max(len(images), len(prompts)))
+    chat = bool(read_source(checkpoint).input_format.with_template(template).template)
+    pictures = images_by_place(images, prompts) if chat else images
+    questions = pair_inputs(pictures, prompts, chat=chat)
     check_images(images)
-    return questions
+    return pictures, questions

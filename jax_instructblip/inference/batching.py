@@ -15,7 +15,7 @@ from PIL import Image
 
 from jax_instructblip.data.batch import collate, compact
 from jax_instructblip.data.chat_text import ChatTextProcessor, Prompt, prompt_problem
-from jax_instructblip.data.conversation import Conversation
+from jax_instructblip.data.conversation import IMAGE, Conversation
 from jax_instructblip.data.images import CROPS, decode
 from jax_instructblip.data.spec import IGNORE, Batch
 from jax_instructblip.data.text import TextProcessor
@@ -78,7 +78,9 @@ def pair_inputs(images: Any, prompts: Any, *, chat: bool = False) -> list[Questi
     elif wrong := [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]:
         raise ValueError(f"prompts must be strings; those at {wrong} are not")
     else:
-        problems = [(i, text_problem(prompt)) for i, prompt in enumerate(prompts)]
+        problems = [
+            (i, text_problem(prompt) or _place_problem(prompt)) for i, prompt in enumerate(prompts)
+        ]
     if wrong := [f"prompt {i} {problem}" for i, problem in problems if problem]:
         raise ValueError("; ".join(wrong))
     if len(images) != len(prompts) and 1 not in (len(images), len(prompts)):
@@ -99,6 +101,45 @@ def pair_inputs(images: Any, prompts: Any, *, chat: bool = False) -> list[Questi
     if len(pictures) == 1:
         pictures = pictures * count
     return [Question(*each) for each in zip(pictures, itertools.cycle(prompts), strict=False)]
+
+
+def images_by_place(images: Sequence[Frame], prompts: Sequence[str]) -> list[Picture]:
+    """Returns the images of each prompt of a chat, from a list of images for all prompts.
+
+    Each prompt takes as many images, in order, as it has `<image>`, and one without takes one:
+
+        a.jpg b.jpg c.jpg   "Is <image> like <image>?" "What is it?"   [[a, b], [c]]
+
+    If all prompts have n places, n images serve them all. Prompts of at most one place are left to
+    `pair_inputs`.
+
+    Raises:
+        ValueError: the numbers of images and of places do not match.
+    """
+    counts = [prompt.count(IMAGE) for prompt in prompts]
+    if max(counts, default=0) < 2:
+        return list(images)
+    if len(images) == counts[0] and len(set(counts)) == 1:
+        return [list(images)]
+    sizes = [max(count, 1) for count in counts]
+    if len(images) != sum(sizes):
+        of_each = ", ".join(map(str, counts))
+        raise ValueError(
+            f"{len(images)} images and {sum(counts)} {IMAGE} in the prompts do not match (in each: "
+            f"{of_each}): give an image for each place, and one for a prompt without a place"
+        )
+    rest = iter(images)
+    return [list(itertools.islice(rest, size)) for size in sizes]
+
+
+def _place_problem(prompt: str) -> str:
+    """Returns the reason why a prompt is of no use to a model without a chat template."""
+    if IMAGE not in prompt:
+        return ""
+    return (
+        f"has an {IMAGE}, but this model has no chat template: it reads its images before the "
+        "prompt. Leave the mark out"
+    )
 
 
 def _frames(picture: Any, chat: bool) -> tuple[Frame, ...]:
@@ -189,6 +230,16 @@ def prompt_limit(text: TextProcessor, frames: int, reserve: int) -> int:
     if text.input_format.template:
         limit = min(limit, text.input_format.limit - visual)
     return limit if positions is None else min(limit, positions - visual - reserve)
+
+
+def padded_length(tokens: int) -> int:
+    """The size in `LENGTHS` to which a text of so many tokens is padded."""
+    return next(size for size in LENGTHS if size >= tokens)
+
+
+def padded_width(text: TextProcessor, tokens: int, frames: int) -> int:
+    """The slots of a padded row: the visual vectors of its frames, and its padded text."""
+    return frames * text.variant.visual_tokens + padded_length(tokens)
 
 
 def check_reserve(variant: Variant, frames: int, reserve: int) -> None:
@@ -283,11 +334,11 @@ def _common_length(text: TextProcessor, examples: Sequence[Example]) -> dict[str
     """
     both = ("tokens", "qformer_tokens")
     longest = max(len(each[name]) for each in examples for name in both if name in each)
-    length = next(size for size in LENGTHS if size >= longest)
+    length = padded_length(longest)
     most = max(len(each["images"]) for each in examples)
     return {
         "images": (max(most, 1),),  # a batch of texts alone has an unused image
-        "slots": (most * text.variant.visual_tokens + length,),
+        "slots": (padded_width(text, longest, most),),
         "qformer_tokens": (min(length, text.qformer_limit),),
     }
 
@@ -296,7 +347,7 @@ def _check_lengths(
     text: TextProcessor, questions: Sequence[Question], examples: Sequence[Example], reserve: int
 ) -> None:
     """Raises a ValueError for prompts that are too long; warns of texts that are not read."""
-    log, wrong = logging.getLogger(__name__), []
+    wrong = []
     counts = [len(question.frames) for question in questions]
     lengths = [len(example["tokens"]) for example in examples]
     for frames in sorted(set(counts)):
@@ -318,6 +369,14 @@ def _check_lengths(
             )
     if wrong:
         raise ValueError("; ".join(wrong))
+    warn_of_unread(text, questions, examples)
+
+
+def warn_of_unread(
+    text: TextProcessor, questions: Sequence[Question], examples: Sequence[Example]
+) -> None:
+    """Logs a warning if the Q-Former or the chat template leaves out parts of prompts."""
+    log = logging.getLogger(__name__)
     if cut := sum(int(example["truncated"][0]) for example in examples):
         log.warning(
             "%d of %d prompts have more than %d tokens: the Q-Former reads their ends alone",

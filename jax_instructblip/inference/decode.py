@@ -8,8 +8,9 @@ is compiled again for another shape of the batch, for another `max_new_tokens` (
 cache's tail), and separately for greedy decoding and for sampling, with and without a table of
 stops (`stops.py`).
 
-`stream_tokens` compiles the two parts of the loop, `_start` and `_advance`, as separate programs,
-so that each token is available as soon as it is chosen.
+`stream_tokens` compiles the two parts of the loop, `start` and `advance`, as separate programs,
+so that each token is available as soon as it is chosen. The slots of `slots.py` are made of the
+same two parts.
 """
 
 import functools
@@ -32,7 +33,7 @@ from jax_instructblip.inference.sampling import (
 from jax_instructblip.models.vlm import Model
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """The state of the decoding loop, with one row per sample (R = 1)."""
 
     step: jax.Array  # [] number of new tokens so far
@@ -111,12 +112,12 @@ def _decode(
     settings: TracedSettings,
     table: stops.Table,
 ) -> dict[str, jax.Array]:
-    def unfinished(state: _State) -> jax.Array:
+    def unfinished(state: State) -> jax.Array:
         return (state.step < max_new_tokens) & ~state.done.all()
 
-    advance = functools.partial(_advance, model, do_sample, params, keys, settings, table)
-    state = _start(model, max_new_tokens, do_sample, params, batch, keys, settings, table)
-    state = jax.lax.while_loop(unfinished, advance, state)
+    following = functools.partial(advance, model, do_sample, params, keys, settings, table)
+    state = start(model, max_new_tokens, do_sample, params, batch, keys, settings, table)
+    state = jax.lax.while_loop(unfinished, following, state)
     return {
         "tokens": state.tokens,
         "lengths": stops.lengths(table, model.vocabulary.eos_id, state.tokens),
@@ -126,22 +127,22 @@ def _decode(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _first(*arguments: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array, _State]:
-    return _newest(_start(*arguments))
+def _first(*arguments: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array, State]:
+    return _newest(start(*arguments))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
-def _next(*arguments: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array, _State]:
-    return _newest(_advance(*arguments))
+def _next(*arguments: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array, State]:
+    return _newest(advance(*arguments))
 
 
-def _newest(state: _State) -> tuple[tuple[jax.Array, jax.Array], jax.Array, _State]:
+def _newest(state: State) -> tuple[tuple[jax.Array, jax.Array], jax.Array, State]:
     """Each row's (newest token, its log-probability), the mask of ended rows, the state."""
     logprob = jax.lax.dynamic_index_in_dim(state.logprobs[:, 0], state.step - 1, 1, keepdims=False)
     return (state.token[:, 0], logprob), state.done, state
 
 
-def _start(
+def start(
     model: Model,
     max_new_tokens: int,
     do_sample: bool,
@@ -150,14 +151,14 @@ def _start(
     keys: jax.Array,
     settings: TracedSettings,
     table: stops.Table,
-) -> _State:
+) -> State:
     """The state of the loop after the prompt is read and the first token is chosen."""
     ids = model.vocabulary
     # The last token is never fed back, so the tail needs one slot less.
     tail = max(max_new_tokens - 1, 1)
     logits, cache = model.apply({"params": params}, batch, tail, method="prefill")
     rows = logits.shape[:2]
-    state = _State(
+    state = State(
         step=jnp.zeros((), jnp.int32),
         token=jnp.zeros(rows, jnp.int32),
         done=jnp.zeros(rows, bool),
@@ -170,15 +171,15 @@ def _start(
     return _choose(model, do_sample, keys, settings, table, state, logits)
 
 
-def _advance(
+def advance(
     model: Model,
     do_sample: bool,
     params: dict[str, Any],
     keys: jax.Array,
     settings: TracedSettings,
     table: stops.Table,
-    state: _State,
-) -> _State:
+    state: State,
+) -> State:
     """The state of the loop after one more token."""
     variables = {"params": params}
     logits, cache = model.apply(variables, state.token, state.cache, method="decode_step")
@@ -191,9 +192,9 @@ def _choose(
     keys: jax.Array,
     settings: TracedSettings,
     table: stops.Table,
-    state: _State,
+    state: State,
     logits: jax.Array,
-) -> _State:
+) -> State:
     """The state of the loop with the next token added, chosen from `logits` `[B, R, V]`."""
     ids = model.vocabulary
     ends = stops.ends(table, ids.eos_id, state.stop, logits.shape)

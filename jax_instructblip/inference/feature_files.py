@@ -29,6 +29,7 @@ import numpy as np
 
 from jax_instructblip.atomic import unwritable, write_file
 from jax_instructblip.data.images import ImageError
+from jax_instructblip.data.patch_features import FACTS, differences, shard_names
 from jax_instructblip.data.readers.named_files import PICTURES
 from jax_instructblip.data.records import Record, RecordError, read_jsonl
 from jax_instructblip.fields import check, one_of, whole
@@ -42,9 +43,9 @@ from jax_instructblip.inference.pipeline import InstructBlipPipeline, load
 from jax_instructblip.inference.retrieval import Retriever
 from jax_instructblip.progress import Progress
 
-FACTS = "features.json"
-
 Arrays = dict[str, np.ndarray]
+
+_HINT = "images is a digest of names, texts, and the sizes and times of files"
 
 
 def write_features(
@@ -92,11 +93,10 @@ def write_features(
     first_stage = source.variant.llm is None
     _check_settings(images, first_stage, form, prompt)
     records = _read_records(images, prompt or "", first_stage)
-    count = -(-len(records) // shard_size)
     blip = None
     facts = {
         "weights": weights_digest(source),
-        "images": _list_digest(records),
+        "images": list_digest(records),
         "count": len(records),
         "form": (form or FORMS[-1]) if first_stage else "visual vectors",
         "dtype": read_dtype(dtype).name,
@@ -105,9 +105,9 @@ def write_features(
     }
     if (crop := source.input_format.image_crop) != "squash":
         facts["image_crop"] = crop
-    _begin(out, facts)
-    names = [out / f"{number:05d}-of-{count:05d}.{file_format}" for number in range(count)]
-    left = [number for number, path in enumerate(names) if not _is_whole(path)]
+    begin(out, facts, _HINT)
+    names = [out / name for name in shard_names(len(records), shard_size, file_format)]
+    left = [number for number, path in enumerate(names) if not is_whole(path)]
     shard = lambda number: records[number * shard_size : (number + 1) * shard_size]
     done = len(records) - sum(len(shard(number)) for number in left)
     with Progress(len(records), "features", "images", done=done, compiles=True) as progress:
@@ -116,7 +116,7 @@ def write_features(
                 blip = load(checkpoint, dtype=dtype)
                 blip.silent = True
             arrays = _arrays(blip, shard(number), facts["form"], batch_size)
-            _write(names[number], arrays, file_format)
+            write_shard(names[number], arrays, file_format)
             progress.update(len(shard(number)))
     return out
 
@@ -176,12 +176,12 @@ def _is_picture(path: Path) -> bool:
     return named and not path.is_dir()  # a link to nothing is an error, not left out
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """Tells whether a shard is complete; an `.npz` that a power cut has shortened is not."""
     return path.is_file() and (path.suffix != ".npz" or zipfile.is_zipfile(path))
 
 
-def _list_digest(records: Sequence[Record]) -> str:
+def list_digest(records: Sequence[Record]) -> str:
     """Returns a sha256 of ids, texts, and the sizes and times of the image files."""
     digest = hashlib.sha256()
     for record in records:
@@ -191,19 +191,19 @@ def _list_digest(records: Sequence[Record]) -> str:
     return digest.hexdigest()
 
 
-def _begin(out: Path, facts: dict[str, Any]) -> None:
-    """Writes `features.json`; raises a ValueError if an earlier export there has other facts."""
+def begin(out: Path, facts: dict[str, Any], hint: str) -> None:
+    """Writes `features.json`, or compares `facts` with those of an interrupted export.
+
+    `hint` tells in an error what the digest `images` stands for.
+
+    Raises:
+        ValueError: an earlier export there has other facts.
+        FileExistsError: the folder has other files than features.
+    """
     path = out / FACTS
     if path.is_file():
-        recorded = read_json(path, dict)
-        wrong = [
-            f"{name} was {recorded.get(name)!r}, now {value!r}"
-            for name, value in facts.items()
-            if recorded.get(name) != value
-        ]
-        if wrong:
+        if wrong := differences(read_json(path, dict), facts):
             title = f"{out} has features of something else:"
-            hint = "images is a digest of names, texts, and the sizes and times of files"
             raise ValueError("\n  ".join([title, *wrong, f"choose another folder ({hint})"]))
     elif out.is_dir() and any(each.name != f"{FACTS}.tmp" for each in out.iterdir()):
         raise FileExistsError(f"{out} exists and has no {FACTS}: choose another folder")
@@ -237,7 +237,7 @@ def _arrays(
     return arrays
 
 
-def _write(path: Path, arrays: Arrays, file_format: str) -> None:
+def write_shard(path: Path, arrays: Arrays, file_format: str) -> None:
     """Writes a shard under a temporary name, then renames it."""
     temporary = path.with_name(f"{path.name}.tmp")
     if file_format == "npz":
@@ -253,8 +253,13 @@ def _write(path: Path, arrays: Arrays, file_format: str) -> None:
 
 
 def _row(arrays: Arrays, row: int) -> Arrays:
-    """Returns the arrays of one image, with its captions."""
-    own = {name: arrays[name][row] for name in ("id", "prompt", "image") if name in arrays}
+    """Returns the arrays of one image, with its captions; `problem` stands in place of `image`."""
+    names = ("id", "prompt", "image", "problem")
+    own = {name: arrays[name][row] for name in names if name in arrays}
+    if own.get("problem"):
+        del own["image"]
+    elif "problem" in own:
+        del own["problem"]
     if "text" in arrays:
         chosen = arrays["text_of"] == row
         own |= {name: arrays[name][chosen] for name in ("text", "caption")}

@@ -336,7 +336,7 @@ def load_params(
         known = ", ".join(QUANTISED)
         raise ValueError(f"quantise is {str(quantise)[:60]!r}, expected None or one of {known}")
     put = functools.partial(_place, dtype=dtype, mesh=mesh)
-    place = functools.partial(place_quantised, put, source.variant, quantise)
+    place = functools.partial(place_quantised, put, quantise)
     if mesh is not None:
         rules.shardings(param_shapes(source.variant), mesh)  # raises now if the mesh does not fit
         if mesh.is_multi_process:
@@ -362,17 +362,16 @@ def _place(path: str, array: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.A
 
 def place_quantised(
     place: checkpoint.Place,
-    variant: Variant,
     form: str | None,
     path: str,
     array: Any,
     towers: Sequence[str] = quantisation.TOWERS,
 ) -> Any:
-    """Applies `place` to a leaf; a kernel of `towers` is quantised first and becomes two leaves.
+    """Applies `place` to a leaf; a kernel of `towers` is quantised first: several leaves.
 
     Without a `form` nothing is quantised.
     """
-    if form is None or not quantisation.is_quantised(path, variant, towers):
+    if form is None or not quantisation.is_quantised(path, towers):
         return place(path, array)
     parts = quantisation.quantise(path, array, form)
     return {name: place(f"{path}/{name}", part) for name, part in parts.items()}

@@ -205,9 +205,9 @@ class InstructBlipPipeline(BatchRunner):
 
         def decode(batch: Batch, rows: np.ndarray) -> dict[str, jax.Array]:
             if config.num_beams > 1:
-                return beam_tokens(self.model, self.params, batch, config, self._stop_table)
+                return beam_tokens(self.model, self.params, batch, config, self.stop_table)
             keys = row_keys(key, self._on_devices(rows))
-            table = self._stop_table
+            table = self.stop_table
             return generate_tokens(self.model, self.params, batch, keys, config, table)
 
         results = self._run("answering", decode, questions, batch_size, config.max_new_tokens)
@@ -242,7 +242,7 @@ class InstructBlipPipeline(BatchRunner):
         only = next(make_batches(self.text, questions, 1, self.batch_shards, config.max_new_tokens))
         keys = row_keys(seed_key(config.seed), self._on_devices(only.rows))
         batch = self._on_devices(only.batch)
-        steps = stream_tokens(self.model, self.params, batch, keys, config, self._stop_table)
+        steps = stream_tokens(self.model, self.params, batch, keys, config, self.stop_table)
         tokens, text = self._first_row(steps), self.text
         return pieces(text.decode, tokens, rewrites=text.rewrites, stop=text.stop_text)
 
@@ -356,7 +356,7 @@ class InstructBlipPipeline(BatchRunner):
         return pair_inputs(images, prompts, chat=isinstance(self.text, ChatTextProcessor))
 
     @functools.cached_property
-    def _stop_table(self) -> np.ndarray | None:
+    def stop_table(self) -> np.ndarray | None:
         """The table that finds the ends of answers (`stops.py`); None where eos alone ends them."""
         return self.text.stop_table()
 

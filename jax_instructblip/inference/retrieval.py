@@ -41,11 +41,12 @@ from jax_instructblip.inference.batching import (
 from jax_instructblip.inference.captioning import generate_captions
 from jax_instructblip.inference.feature_forms import FORMS
 from jax_instructblip.inference.generation_config import GenerationConfig, configured
-from jax_instructblip.inference.loading import Source, load_params
+from jax_instructblip.inference.loading import Source, describe_dtype, load_params
 from jax_instructblip.inference.matching import ABSENT as ABSENT
 from jax_instructblip.inference.streaming import one_ahead
 from jax_instructblip.models.blip2 import Blip2
 from jax_instructblip.models.layers import BATCH_AXES
+from jax_instructblip.models.quantise import form_of
 from jax_instructblip.models.released import released_name
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.parallel.mesh import batch_sharding, replicated
@@ -116,7 +117,8 @@ class Retriever:
     def __repr__(self) -> str:
         name = released_name(self.variant) or "a first-stage model of its own size"
         folder = f", {self.source.folder}" if self.source else ""
-        return f"{type(self).__name__}({name}, {self.model.dtype}{folder})"
+        dtype = describe_dtype(self.model.dtype, form_of(self.params))
+        return f"{type(self).__name__}({name}, {dtype}{folder})"
 
     def image_features(
         self, images: Sequence[Frame], *, form: str = "normalised", batch_size: int = IMAGES

@@ -37,6 +37,7 @@ class TracedSettings(NamedTuple):
     temperature: Any = 1.0
     top_k: Any = 0  # 0: off
     top_p: Any = 1.0  # 1: off
+    greedy: Any = False  # `sample` takes the best token: for greedy rows of a program that samples
 
     @classmethod
     def of(cls, config: GenerationConfig) -> "TracedSettings":
@@ -49,6 +50,7 @@ class TracedSettings(NamedTuple):
             jnp.asarray(config.temperature or defaults.temperature, jnp.float32),
             jnp.asarray(config.top_k or defaults.top_k, jnp.int32),
             jnp.asarray(config.top_p or defaults.top_p, jnp.float32),
+            jnp.asarray(not config.sample, bool),
         )
 
 
@@ -131,6 +133,7 @@ def sample(key: jax.Array, scores: jax.Array, settings: TracedSettings) -> jax.A
     order = jnp.argsort(scores, axis=-1, descending=True)
     ranked = truncate(jnp.take_along_axis(scores, order, axis=-1), settings)
     pick = jnp.argmax(ranked + jax.random.gumbel(key, ranked.shape), axis=-1)
+    pick = jnp.where(settings.greedy, 0, pick)
     return jnp.take_along_axis(order, pick[..., None], axis=-1)[..., 0]
 
 

@@ -2,6 +2,7 @@
 
 import os
 
+from jax_instructblip.data.captions import CaptionTokenizer
 from jax_instructblip.data.chat_text import load_text_processor
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.loading import Source, read_source, require_kind
@@ -17,6 +18,24 @@ def load_text(path: str | os.PathLike, template: str | None = None) -> TextProce
     source = read_source(path)
     require_kind(source, {source.variant.kind: TextProcessor})
     return text_of(source, template)
+
+
+def load_training_text(
+    path: str | os.PathLike, template: str | None = None
+) -> TextProcessor | CaptionTokenizer:
+    """As `load_text`, but of a first stage the tokenizer of its captions.
+
+    A ValueError if a `template` is given for a first stage.
+    """
+    source = read_source(path)
+    if source.variant.llm is not None:
+        return text_of(source, template)
+    if template is not None:
+        raise ValueError(
+            f"template is {template!r}, but {path} is a first stage of BLIP-2, which is trained on "
+            "captions: leave it out"
+        )
+    return CaptionTokenizer.load(source.folder, source.variant)
 
 
 def text_of(source: Source, template: str | None = None) -> TextProcessor:

@@ -48,7 +48,9 @@ class Attention(nn.Module):
         biased = "out" in self.biases
         self.out = Dense((self.width,), self.dtype, biased, contracted=2, wide=biased)
 
-    def newest(self, x: Float[Array, "B R D"], unstacked: bool) -> tuple[Array, Array, Array]:
+    def newest(
+        self, x: Float[Array, "B R D"], unstacked: bool = True
+    ) -> tuple[Array, Array, Array]:
         """Queries, keys and values of the newest tokens; `unstacked` as in `layers.Scan`."""
         first, second, third = apart(x.astype(self.dtype), 3) if unstacked else (x, x, x)
         return self.query(first), self.key(second), self.value(third)
@@ -174,9 +176,9 @@ def attend_cached(
     query = heads_first(query)
     shape, (query, n) = query.shape, _grouped(query, cached[0].key.shape[1], axis=1)
     score = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = []
-    for kv in cached:
-        logits = score(f"B{n}RK,BNSK->B{n}RS", query, kv.key) * factor
+    scores, queries = [], apart(query, len(cached))  # else XLA for GPUs joins the keys to multiply
+    for kv, own in zip(cached, queries, strict=True):
+        logits = score(f"B{n}RK,BNSK->B{n}RS", own, kv.key) * factor
         logits = logits if kv.bias is None else logits + kv.bias
         scores.append(jnp.where(kv.mask if n == "N" else kv.mask[:, None], logits, MASKED))
     if current is not None:
@@ -193,7 +195,9 @@ def attend_cached(
     if current is not None:
         value = current.value if n == "N" else current.value[:, :, None]
         mixed += weights[..., start:] * value
-    return heads_first(mixed.reshape(shape))
+    # XLA for GPUs would put the sum over values into the product with the output kernel, which it
+    # then writes out number by number before it sums.
+    return apart(heads_first(mixed.reshape(shape)), 1)[0]
 
 
 def heads_first(x: Float[Array, "B T N K"]) -> Float[Array, "B N T K"]:

@@ -11,9 +11,11 @@ E is the width of the features by which images and texts are compared. There is 
 the Q-Former and the output heads (`Heads`) are trained.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -161,7 +163,8 @@ class Blip2(Network):
         """Float32 logits of (no match, match) for image-text pairs; `valid` is False on padding.
 
         There may be k texts per image, B = G x k: the first k texts are paired with image 0, and so
-        on. Instead of patches [G, P, Dv] the result of `image_kv` can be given.
+        on. Instead of patches [G, P, Dv] the result of `image_kv` can be given, or two images of
+        each sample, whose last text is paired with the second, the others with the first.
         """
         x = self.qformer.read_both(patches, tokens, valid, train)
         return self.heads.match(x).astype(jnp.float32).mean(axis=1)
@@ -246,6 +249,7 @@ def begin_caption(tokens: Int[Array, "B L"], vocab: int) -> Int[Array, "B L"]:
     return tokens.at[:, 0].set(vocab + DEC)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(variant: Variant, key: Array) -> dict[str, Any]:
     """Random float32 parameters: {'vision': ..., 'qformer': ..., 'heads': ...}."""
     return dict(Blip2(variant).init(key, method="make_params")["params"])

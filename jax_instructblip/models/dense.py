@@ -6,7 +6,7 @@ The kernel of a `Dense` is an array, or quantised: a dict of whole numbers `q` a
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,6 +18,8 @@ from jaxtyping import Array, Float
 from jax_instructblip.models.quantise import expand, packed_shape
 
 VOCAB_MULTIPLE = 8  # tensor cores of GPUs multiply matrices of multiples of 8 narrow numbers
+_ROWS = 8  # of the matrix that stands for a single row on GPUs
+_SMALL = 10_000_000  # weights; XLA for GPUs takes products of one row apart below
 _ALGORITHMS = {  # narrow factors and a float32 sum
     jnp.dtype(jnp.bfloat16): jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
     jnp.dtype(jnp.float16): jax.lax.DotAlgorithmPreset.F16_F16_F32,
@@ -60,7 +62,7 @@ class Dense(nn.Module):
             return self._quantised(x, stored, shape)
         kernel = self.param("kernel", init, shape)
         if not self.use_bias:
-            return jnp.tensordot(x, kernel.astype(self.dtype), self.contracted)
+            return _tensordot(x, kernel.astype(self.dtype), self.contracted, self.dtype)
         bias = self.param("bias", nn.initializers.zeros, self.features)
         dtype = jnp.dtype(jnp.float32 if self.wide else self.bias_dtype)
         product: Array = affine(x, kernel, bias, dtype)  # pyright: ignore (custom_vjp hides it)
@@ -72,6 +74,8 @@ class Dense(nn.Module):
         q, scale = kernel["q"], kernel["scale"]
         if q.shape not in (shape, packed_shape(shape, self.contracted, "int4")):
             raise ValueError(f"a quantised kernel has the shape {q.shape}, expected {shape}")
+        if "input_scale" in kernel:  # powers of two: nothing is rounded
+            x = x * rank_of(kernel["input_scale"][:, 0].astype(x.dtype), x)
         product: Array = quantised_product(  # pyright: ignore (custom_vjp hides it)
             x, q, scale, shape, self.contracted
         )
@@ -91,9 +95,8 @@ def quantised_product(
     Where all weights of an output channel share one scale (int8), the product is scaled, not the
     weights. In the gradient of `x` the factors have its dtype, too; `q` and `scale` get none.
     """
-    product = functools.partial(jnp.tensordot, precision=precision_of(x.dtype))
     kernel, channels = _factors(q, scale, shape, contracted)
-    total = product(x, kernel.astype(x.dtype), contracted, preferred_element_type=jnp.float32)
+    total = _tensordot(x, kernel.astype(x.dtype), contracted, jnp.float32)
     return total * rank_of(channels, total)
 
 
@@ -136,9 +139,7 @@ def affine(x: Array, kernel: Array, bias: Array, dtype: Any) -> Array:
     float32 gradient as a factor and sum the bias's gradient in `dtype`. A frozen kernel gets no
     gradient, and `x` is then not kept for the backward pass.
     """
-    product = functools.partial(jnp.tensordot, precision=precision_of(x.dtype))
-    contracted = kernel.ndim - bias.ndim
-    total = product(x, kernel.astype(x.dtype), contracted, preferred_element_type=dtype)
+    total = _tensordot(x, kernel.astype(x.dtype), kernel.ndim - bias.ndim, dtype)
     return total + rank_of(bias.astype(dtype), total)
 
 
@@ -164,6 +165,36 @@ def _affine_backward(dtype: Any, kept: Any, gradient: Array) -> tuple[Array, Arr
 
 
 affine.defvjp(_affine_forward, _affine_backward, symbolic_zeros=True)
+
+
+def _tensordot(x: Array, kernel: Array, contracted: int, dtype: Any) -> Array:
+    """`x` times a kernel of its dtype, summed over `contracted` axes; the result has `dtype`."""
+    product = functools.partial(jnp.tensordot, axes=contracted, preferred_element_type=dtype)
+    return multiply(product, x, kernel, contracted, dtype)
+
+
+def multiply(
+    product: Callable[..., Array], x: Array, kernel: Array, contracted: int, dtype: Any
+) -> Array:
+    """`product(x, kernel, precision=...)`, summed over the last axes of `x`, with result `dtype`.
+
+    XLA for GPUs treats a single row badly, so it gets a product of its own there. With a small
+    kernel it writes every product of two numbers to memory before it sums them: the row becomes the
+    first of `_ROWS`, the others zeros. For a float32 result it makes a float32 copy of the kernel,
+    unless the algorithm is named, which XLA for CPUs does not know.
+    """
+    plain = functools.partial(product, precision=precision_of(x.dtype))
+    leading, algorithm = x.shape[: x.ndim - contracted], _ALGORITHMS.get(x.dtype)
+    if not leading or math.prod(leading) > 1:
+        return plain(x, kernel)
+    if kernel.size < _SMALL:
+        missing = [(0, _ROWS - 1)] + [(0, 0)] * (x.ndim - 1)
+        alone = lambda x, kernel: plain(jnp.pad(x, missing), kernel)[:1]
+    elif algorithm is not None and jnp.dtype(dtype) == jnp.float32:
+        alone = functools.partial(product, precision=algorithm)
+    else:
+        return plain(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cuda=alone, default=plain)
 
 
 def precision_of(dtype: Any) -> str | None:
@@ -226,13 +257,7 @@ def word_logits(
     product = functools.partial(
         jnp.einsum, f"...D,{axes}->...V", preferred_element_type=jnp.float32
     )
-    algorithm = _ALGORITHMS.get(x.dtype)
-    if algorithm is None or math.prod(x.shape[:-1]) > 1:
-        return product(x, kernel)
-    # XLA for GPUs makes a float32 copy of the kernel to multiply it with a single row, unless the
-    # algorithm is named, which XLA for CPUs does not know.
-    named = functools.partial(product, precision=algorithm)
-    return jax.lax.platform_dependent(x, kernel, cuda=named, default=product)
+    return multiply(product, x, kernel, 1, jnp.float32)
 
 
 def apart(x: Array, count: int) -> tuple[Array, ...]:

@@ -32,8 +32,8 @@ def products(jaxpr: Jaxpr, times: int = 1, loops: int = 1) -> Iterator[tuple[Any
     """Yields the matrix products and convolutions of `jaxpr`, and how often each runs.
 
     `times` is how often `jaxpr` itself runs, `loops` how often the body of a `while` is assumed to
-    run. Of the branches of a `cond` only the first counts. A train step has neither `while` nor
-    `cond`.
+    run. Of the branches of a `cond` only the last counts, which is that of a CPU
+    (`jax.lax.platform_dependent`). A train step has neither `while` nor `cond`.
     """
     for equation in jaxpr.eqns:
         name = equation.primitive.name
@@ -43,7 +43,7 @@ def products(jaxpr: Jaxpr, times: int = 1, loops: int = 1) -> Iterator[tuple[Any
         inner *= loops if name == "while" else 1
         for value in equation.params.values():
             parts = value if isinstance(value, tuple | list) else (value,)
-            for part in parts[:1] if name == "cond" else parts:
+            for part in parts[-1:] if name == "cond" else parts:
                 if isinstance(part, ClosedJaxpr):
                     yield from products(part.jaxpr, inner, loops)
                 elif isinstance(part, Jaxpr):
@@ -87,6 +87,7 @@ def analytic(
     row_targets: int = 0,
     trains_vision: bool = False,
     trains_llm: bool = False,
+    patches: bool = False,
 ) -> int:
     """FLOPs of one train step: the bridge trained, ViT and language model frozen unless said so.
 
@@ -99,7 +100,7 @@ def analytic(
     gradients of its weights; the language model forward and backward, with them if `trains_llm`.
     Before a frozen ViT, in the backward pass of the products that read its patches, only the
     weights' gradients count. The gradient for the trained image norm before them is left out, under
-    1 % of the whole.
+    1 % of the whole. With `patches` the batch has patch features, and the ViT does not run.
     """
     first, bridge = _bridge(variant, batch, text)
     width = row_slots or samples_per_row * (variant.visual_tokens + tokens)
@@ -107,15 +108,18 @@ def analytic(
     language = _language(variant.llm, rows, width, answers)
     towers = {"vision": trains_vision, variant.bridge.key: True, "llm": trains_llm}
     trained = [name for name, trains in towers.items() if trains]
-    return _step(trained, _vision(variant, batch), (first, bridge), language)
+    return _step(trained, _vision(variant, 0 if patches else batch), (first, bridge), language)
 
 
-def useful(variant: Variant, sizes: np.ndarray, trainable: Sequence[str]) -> int:
+def useful(
+    variant: Variant, sizes: np.ndarray, trainable: Sequence[str], *, patches: bool = False
+) -> int:
     """FLOPs that one train step needs: every sample alone in its row, nothing padded.
 
     `sizes` [samples, 4] holds the images, instruction ids, slots and targets of each sample
     (`data.batch.sample_sizes`), or means of them; `trainable` names the top-level trees that are
-    trained. Captions of BLIP-2's first stage all count as long as their mean.
+    trained. Captions of BLIP-2's first stage all count as long as their mean. With `patches` the
+    batch has patch features, and the ViT does not run.
     """
     images, text, slots, targets = np.asarray(sizes, np.float64).T
     if variant.llm is None:
@@ -127,7 +131,7 @@ def useful(variant: Variant, sizes: np.ndarray, trainable: Sequence[str]) -> int
     total = lambda counts: int(np.sum(counts))
     return _step(
         trainable,
-        _vision(variant, int(images.sum())),
+        _vision(variant, 0 if patches else int(images.sum())),
         (first, total(own)),
         (total(language[0]), total(language[1])),
     )

@@ -144,6 +144,23 @@ class Dropout(nn.Module):
         return jnp.where(jax.lax.optimization_barrier(kept), x / (1 - self.rate), 0)
 
 
+class Embedding(nn.Module):
+    """A table whose rows are looked up in its own dtype, then cast to that of residual streams.
+
+    `nn.Embed` casts the whole table first, which XLA for TPUs would do again for each new token.
+    """
+
+    count: int
+    features: int
+    embedding_init: Callable[..., Array]
+
+    def setup(self):
+        self.embedding = self.param("embedding", self.embedding_init, (self.count, self.features))
+
+    def __call__(self, index: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        return jnp.take(self.embedding, index, axis=0).astype(RESIDUAL)
+
+
 class LayerNorm(nn.Module):
     """Layer norm with float32 statistics in two passes; the result has the dtype of `x`."""
 
@@ -200,7 +217,7 @@ class Mlp(nn.Module):
 class GatedMlp(nn.Module):
     """The feed-forward `out(activation(gate(x)) * in(x))` without biases; dropout before `out`.
 
-    `newest` is True for the newest tokens of a loop over unstacked layers (`dense.apart`).
+    `newest` is True for the newest tokens of an answer, or of a tree of answers (`dense.apart`).
     """
 
     width: int

@@ -26,6 +26,7 @@ from jax_instructblip.models.dense import Head, word_logits
 from jax_instructblip.models.layers import (
     RESIDUAL,
     Dropout,
+    Embedding,
     GatedMlp,
     RMSNorm,
     Scan,
@@ -122,10 +123,11 @@ class LlamaLayer(nn.Module):
 
     def tree(self, x, prefix, prefix_mask, mask, rotation):
         """Runs a tree of tokens `x` [B, T, D] after the cached prompt; returns (x, None)."""
-        query, key, value = self._project(x, rotation)
+        projected = self.attention.newest(self.attention_norm(x))
+        query, key, value = self._rotated(*projected, rotation)
         own = CachedKV(heads_first(key), heads_first(value), mask)
         cached = [CachedKV(**prefix, mask=prefix_mask), own]
-        return self._add(x, attend_cached(query, cached)), None
+        return self._add(x, attend_cached(query, cached), newest=True), None
 
     def _project(self, x, rotation):
         """Rotated queries and keys, and values, of the layer's input `x` [B, T, D]."""
@@ -156,9 +158,7 @@ class Llama(DecoderOnly):
     def setup(self):
         c = self.config
         unit = nn.initializers.normal(1.0)
-        self.embedding = nn.Embed(
-            c.vocab, c.width, embedding_init=unit, dtype=RESIDUAL, name="embed"
-        )
+        self.embedding = Embedding(c.vocab, c.width, embedding_init=unit, name="embed")
         layers = scan_layers(LlamaLayer, c.layers, self.scan, call=4, step=3, tree=3)
         self.layers = layers(c, self.dtype, self.scan.fused)
         self.norm = RMSNorm(c.norm_eps)

@@ -24,6 +24,7 @@ from jax_instructblip.models.dense import word_logits
 from jax_instructblip.models.layers import (
     RESIDUAL,
     Dropout,
+    Embedding,
     LayerNorm,
     Mlp,
     Scan,
@@ -74,10 +75,10 @@ class OptLayer(nn.Module):
 
     def tree(self, x, prefix, prefix_mask, mask):
         """Runs a tree of tokens `x` [B, T, D] after the cached prompt; returns (x, None)."""
-        y, attention = self.attention_norm(x), self.attention
-        key, value = heads_first(attention.key(y)), heads_first(attention.value(y))
-        cached = [CachedKV(**prefix, mask=prefix_mask), CachedKV(key, value, mask)]
-        x = constrain(x + attention.out(attend_cached(attention.query(y), cached)))
+        query, key, value = self.attention.newest(self.attention_norm(x))
+        own = CachedKV(heads_first(key), heads_first(value), mask)
+        cached = [CachedKV(**prefix, mask=prefix_mask), own]
+        x = constrain(x + self.attention.out(attend_cached(query, cached)))
         return constrain(x + self.mlp(self.mlp_norm(x))), None
 
 
@@ -91,10 +92,7 @@ class Opt(DecoderOnly):
     def setup(self):
         c = self.config
         table = functools.partial(
-            nn.Embed,
-            features=c.width,
-            embedding_init=nn.initializers.normal(0.02),
-            dtype=RESIDUAL,
+            Embedding, features=c.width, embedding_init=nn.initializers.normal(0.02)
         )
         self.embedding = table(c.vocab, name="embed")
         self.position_embedding = table(c.max_positions + OFFSET, name="position_embed")

@@ -34,6 +34,7 @@ from jax_instructblip.models.dense import Dense
 from jax_instructblip.models.layers import (
     RESIDUAL,
     Dropout,
+    Embedding,
     LayerNorm,
     Mlp,
     Network,
@@ -49,6 +50,8 @@ BIASES = ("query", "key", "value", "out")
 PAIR = ("cross", "plain")  # the layers of a `QFormerPair`, in order
 
 KeyValue = dict[str, Array]  # key and value [B, S, N, K] of a layer
+# Patches of two images a sample: of its rows all but the last see the first, that sees the other.
+TwoImages = tuple[Float[Array, "G P Dv"], Float[Array, "G P Dv"]]
 
 
 class QFormerLayer(nn.Module):
@@ -77,15 +80,14 @@ class QFormerLayer(nn.Module):
         x: Float[Array, "B T D"],
         past: KeyValue | None,
         mask: Bool[Array, "#B 1 #T S"] | None,
-        image: Float[Array, "G P Dv"] | KeyValue | None,
+        image: Float[Array, "G P Dv"] | KeyValue | TwoImages | None,
         queries: int,
         train: bool,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """The layer's output, and the keys and values of `x` in its self-attention.
 
         The first `queries` positions of `x` are queries, the others text; either may be absent.
-        Keys and values in `past` are put before those of `x`. There may be several rows of `x` per
-        image, and instead of an image the result of `image_kv`.
+        Keys and values in `past` are put before those of `x`. `image` is as in `see`.
         """
         dropout = functools.partial(self.drop, deterministic=not train)
         attention = self.attention
@@ -97,12 +99,7 @@ class QFormerLayer(nn.Module):
         x = self.attention_norm(constrain(x + dropout(attention.out(mixed))))
         first, text = x[:, :queries], x[:, queries:]
         if image is not None and self.cross:
-            kv = image if isinstance(image, dict) else self.image_kv(image)
-            # Texts about one image are adjacent rows, so its keys and values serve all of them.
-            rows = first.reshape(kv["key"].shape[0], -1, first.shape[-1])
-            query = self.cross_attention.query(rows)
-            y = self.cross_attention.out(attend(query, kv["key"], kv["value"], dropout=dropout))
-            y = y.reshape(first.shape)
+            y = self.see(first, image, dropout)
             first = self.cross_attention_norm(constrain(first + dropout(y)))
         if queries:
             y = self.query_mlp(first)
@@ -111,6 +108,32 @@ class QFormerLayer(nn.Module):
             y = self.text_mlp(text)
             text = self.text_mlp_norm(constrain(text + dropout(y)))
         return constrain(jnp.concatenate([first, text], axis=1)), own
+
+    def see(
+        self,
+        x: Float[Array, "B Q D"],
+        image: Float[Array, "G P Dv"] | KeyValue | TwoImages,
+        dropout: Any,
+    ) -> Float[Array, "B Q D"]:
+        """Output of the cross-attention of the queries `x` to the images.
+
+        There may be several rows of `x` per image, and instead of an image the result of
+        `image_kv`. Rows about one image are adjacent, so that its keys and values, which are
+        computed once, serve all of them.
+        """
+        if isinstance(image, tuple):
+            rows = x.reshape(image[0].shape[0], -1, *x.shape[1:])  # [G, k, Q, D]
+            parts = rows[:, :-1], rows[:, -1:]
+            seen = [
+                self.see(part.reshape(-1, *x.shape[1:]), each, dropout).reshape(part.shape)
+                for part, each in zip(parts, image, strict=True)
+            ]
+            return jnp.concatenate(seen, axis=1).reshape(x.shape)
+        kv = image if isinstance(image, dict) else self.image_kv(image)
+        rows = x.reshape(kv["key"].shape[0], -1, x.shape[-1])
+        query = self.cross_attention.query(rows)
+        y = self.cross_attention.out(attend(query, kv["key"], kv["value"], dropout=dropout))
+        return y.reshape(x.shape)
 
     def image_kv(self, image: Float[Array, "G P Dv"]) -> KeyValue:
         """Keys and values of the image's patches in the layer's cross-attention."""
@@ -183,9 +206,7 @@ class QFormer(Network):
         normal = nn.initializers.normal(0.02)
         self.queries = self.param("queries", normal, (1, c.queries, c.width))
         if c.instruction_aware:
-            embed = functools.partial(
-                nn.Embed, features=c.width, embedding_init=normal, dtype=RESIDUAL
-            )
+            embed = functools.partial(Embedding, features=c.width, embedding_init=normal)
             self.text_embed, self.position_embed = embed(c.vocab), embed(c.max_positions)
         self.embed_norm = LayerNorm(c.norm_eps)
         self.drop = Dropout(c.dropout)
@@ -241,7 +262,7 @@ class QFormer(Network):
 
     def read_both(
         self,
-        patches: Float[Array, "G P Dv"] | KeyValue,
+        patches: Float[Array, "G P Dv"] | KeyValue | TwoImages,
         tokens: Int[Array, "B L"],
         valid: Bool[Array, "B L"],
         train: bool = False,
@@ -249,7 +270,7 @@ class QFormer(Network):
         """Outputs of the queries, which see the image and the text; the text sees them, too.
 
         There may be k texts per image, B = G x k: the first k texts belong to image 0, and so on.
-        Instead of patches the result of `image_kv` can be given.
+        Instead of patches the result of `image_kv` can be given, or two images (`TwoImages`).
         Queries have no position embedding, text positions start at 0, and one layer norm covers
         both.
         """
@@ -257,7 +278,7 @@ class QFormer(Network):
         if isinstance(patches, dict):
             past = {"image": patches}
         else:
-            image = self.image_norm(patches)
+            image = jax.tree.map(self.image_norm, patches)
         queries = self._queries(tokens.shape[0])
         x = jnp.concatenate([queries, self.embed_text(tokens)], axis=1)
         ones = jnp.ones(queries.shape[:2], bool)
@@ -319,7 +340,7 @@ class QFormer(Network):
         return jnp.broadcast_to(self.queries, shape).astype(RESIDUAL)
 
     def _run(
-        self, x: Array, past: Any, mask: Array | None, image: Array | None, *flags: bool
+        self, x: Array, past: Any, mask: Array | None, image: Any, *flags: bool
     ) -> tuple[Array, Any]:
         """Applies layer norm, dropout and all layers; `flags` are `return_kv` and `train`.
 

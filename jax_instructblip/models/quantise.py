@@ -3,7 +3,8 @@
     kernel  [D, ...]   ->   {"q": whole numbers [D, ...], "scale": float32, as many axes}
 
     int8    one scale for each output channel: the axes that a product sums over have size 1
-    int4    one scale for each group of up to `GROUP` weights along the last summed axis; `q` is
+    int4    one scale for each group of up to `GROUP` weights along the last summed axis, or of
+            more where only a few would divide it; `q` is
             uint8 with the weights 2i and 2i + 1 of that axis, each plus 8, in one byte, the first
             in its lower half; an axis of odd length keeps a byte for each
 
@@ -11,10 +12,15 @@ Rounding is symmetric: weight = q * scale, with the largest weight of a channel 
 7. Products are computed in the model's dtype (`dense.quantised_product`): the weights are smaller
 to hold and to read, the results nearly the same.
 
+The output kernels of T5's feed-forwards have a third part, `input_scale` [M, 1]: weight = q * scale
+* input_scale. Their inputs have the largest outliers, and an input of thousands meets weights so
+small that beside the largest one of a channel they would round to 0. So each input first gets a
+scale of its own, a power of two, by which the input is multiplied without rounding.
+
 Only the kernels of attention and feed-forwards in the layers of these two towers are quantised.
 Left as they are: norms, biases, embeddings, heads, the patch convolution, the Q-Former and the
-projector, whose few weights matter more, and the output kernels of T5's feed-forwards, whose inputs
-have the largest outliers. Checkpoints keep their dtype: kernels are quantised when they are loaded.
+projector, whose few weights matter more. Checkpoints keep their dtype: kernels are quantised when
+they are loaded.
 """
 
 import re
@@ -29,6 +35,7 @@ from jax_instructblip.models.variants import QUANTISED, Variant
 
 TOWERS = ("vision", "llm")
 GROUP = 128  # weights that share a scale in int4, where the axis allows it
+SMALLEST = 32  # in smaller groups, scales of 4 bytes would outgrow the weights of half a byte
 LARGEST: dict[str, int] = dict(zip(QUANTISED, (127, 7), strict=True))  # of the whole numbers
 DTYPES: dict[str, Any] = {"int8": np.dtype(np.int8), "int4": np.dtype(np.uint8)}  # of `q`
 
@@ -36,6 +43,8 @@ _KERNEL = re.compile(
     r"(?P<tower>vision|llm)/((encoder|decoder)/)?layers/(\d+/)?"
     r"((cross_)?attention/(query|key|value|out)|mlp/(gate|in|out))/kernel"
 )
+
+_WITH_INPUT_SCALE = re.compile(r"llm/(encoder|decoder)/layers/(\d+/)?mlp/out/kernel")
 
 Kernel = dict[str, Any]  # {"q": ..., "scale": ...}
 
@@ -68,17 +77,14 @@ def frozen_towers(variant: Variant, trainable: Sequence[str]) -> tuple[str, ...]
     return towers
 
 
-def is_quantised(path: str, variant: Variant, towers: Sequence[str] = TOWERS) -> bool:
+def is_quantised(path: str, towers: Sequence[str] = TOWERS) -> bool:
     """Returns True if the leaf at `path` is a kernel of `towers` that is to be quantised."""
     match = _KERNEL.fullmatch(path)
-    if match is None or match["tower"] not in towers:
-        return False
-    is_t5 = variant.llm is not None and variant.llm.kind == "t5"
-    return not (is_t5 and match["tower"] == "llm" and path.endswith("mlp/out/kernel"))
+    return match is not None and match["tower"] in towers
 
 
 def quantise(path: str, kernel: Any, form: str) -> dict[str, np.ndarray]:
-    """Returns the kernel at `path` as {"q": ..., "scale": ...}; layers of a stack one by one.
+    """Returns the kernel at `path` in parts, `q`, `scale` ...; layers of a stack one by one.
 
     `form` is "int8" or "int4". `kernel` is an array, or anything that is sliced like one.
 
@@ -89,11 +95,15 @@ def quantise(path: str, kernel: Any, form: str) -> dict[str, np.ndarray]:
     if len(kernel.shape) == whole:
         return _quantise_one(path, np.asarray(kernel[...]), summed, form)
     layers = [_quantise_one(path, np.asarray(kernel[n]), summed, form) for n in range(len(kernel))]
-    return {name: np.stack([layer[name] for layer in layers]) for name in ("q", "scale")}
+    return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 
 def _quantise_one(path: str, kernel: np.ndarray, summed: int, form: str) -> dict[str, np.ndarray]:
     wide, groups = kernel.astype(np.float32), _groups(kernel.shape, summed, form)
+    more = {}
+    if _WITH_INPUT_SCALE.fullmatch(path):
+        more["input_scale"] = _input_scale(wide)
+        wide = wide / more["input_scale"]
     parts = [(count, size // count) for count, size in zip(groups, kernel.shape, strict=True)]
     split = wide.reshape([length for part in parts for length in part])
     inner = tuple(range(1, split.ndim, 2))
@@ -102,7 +112,20 @@ def _quantise_one(path: str, kernel: np.ndarray, summed: int, form: str) -> dict
         raise ValueError(f"{path} has weights that are not finite, so it cannot be quantised")
     scale[scale == 0] = 1.0  # all weights are 0
     q = np.rint(split / scale).reshape(kernel.shape).astype(np.int8)
-    return {"q": _pack(q, summed - 1) if form == "int4" else q, "scale": scale.reshape(groups)}
+    q = _pack(q, summed - 1) if form == "int4" else q
+    return {"q": q, "scale": scale.reshape(groups), **more}
+
+
+def _input_scale(kernel: np.ndarray) -> np.ndarray:
+    """Returns the float32 scale `[M, 1]` of each input of a kernel [M, D], a power of two.
+
+    It is the size of the input's largest weight beside the largest of all; at most 1.
+    """
+    largest = np.abs(kernel).max(axis=1, keepdims=True)
+    share = largest / (largest.max() or 1.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        powers = np.rint(np.log2(share))
+    return np.exp2(np.where(np.isfinite(powers), powers, 0)).astype(np.float32)
 
 
 def _pack(q: np.ndarray, axis: int) -> np.ndarray:
@@ -120,15 +143,13 @@ def packed_shape(shape: Sequence[int], summed: int, form: str) -> tuple[int, ...
     return tuple(n // 2 if halves and axis == summed - 1 else n for axis, n in enumerate(shape))
 
 
-def shapes(
-    tree: Mapping[str, Any], variant: Variant, form: str, towers: Sequence[str] = TOWERS
-) -> dict[str, Any]:
+def shapes(tree: Mapping[str, Any], form: str, towers: Sequence[str] = TOWERS) -> dict[str, Any]:
     """Returns a tree of shapes with the kernels of `towers` as `quantise` makes them."""
 
     def change(node: Any, path: str) -> Any:
         if isinstance(node, Mapping):
             return {name: change(each, f"{path}/{name}") for name, each in node.items()}
-        if not is_quantised(path[1:], variant, towers):
+        if not is_quantised(path[1:], towers):
             return node
         summed, whole = _axes(path)
         stack = node.shape[: len(node.shape) - whole]
@@ -136,14 +157,18 @@ def shapes(
         groups = _groups(kernel, summed, form)
         whole_numbers = (*stack, *packed_shape(kernel, summed, form))
         q = jax.ShapeDtypeStruct(whole_numbers, DTYPES[form])
-        return {"q": q, "scale": jax.ShapeDtypeStruct((*stack, *groups), jnp.float32)}
+        parts = {"q": q, "scale": jax.ShapeDtypeStruct((*stack, *groups), jnp.float32)}
+        if _WITH_INPUT_SCALE.fullmatch(path[1:]):
+            own = jax.ShapeDtypeStruct((*stack, kernel[0], 1), jnp.float32)
+            parts["input_scale"] = own
+        return parts
 
     return change(tree, "")
 
 
 def is_scale(path: str) -> bool:
     """Returns True for the path of the scales of a quantised kernel, which stay float32."""
-    return path.endswith("kernel/scale")
+    return path.endswith(("kernel/scale", "kernel/input_scale"))
 
 
 def form_of(params: Any) -> str | None:
@@ -177,5 +202,8 @@ def _groups(shape: Sequence[int], summed: int, form: str) -> list[int]:
     if form == "int8":
         return [1] * summed + list(shape[summed:])
     last = shape[summed - 1]
-    group = next(size for size in range(min(GROUP, last), 0, -1) if last % size == 0)
+    sizes = [size for size in range(1, last + 1) if last % size == 0]
+    group = max(size for size in sizes if size <= GROUP)
+    if group < SMALLEST and group < last:  # such as 2 of 2 x 131
+        group = min(size for size in sizes if size > GROUP or size == last)
     return [*shape[: summed - 1], last // group, *shape[summed:]]

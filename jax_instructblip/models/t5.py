@@ -16,10 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_instructblip.models.attention import Attention, CachedKV, attend_cached, heads_first
 from jax_instructblip.models.cache import append, attend_tail, start, tail_view
-from jax_instructblip.models.dense import Head, WordFactors
+from jax_instructblip.models.dense import Head, WordFactors, apart
 from jax_instructblip.models.layers import (
     RESIDUAL,
     Dropout,
+    Embedding,
     GatedMlp,
     Network,
     RMSNorm,
@@ -120,18 +121,18 @@ class T5Layer(nn.Module):
 
         `masks` and `biases` are pairs: for the cached tokens, and for the tree itself.
         """
-        y, attention = self.attention_norm(x), self.attention
-        key, value = heads_first(attention.key(y)), heads_first(attention.value(y))
+        query, key, value = self.attention.newest(self.attention_norm(x))
         cached = [
             CachedKV(**cache["tail"], mask=masks[0], bias=biases[0]),
-            CachedKV(key, value, masks[1], biases[1]),
+            CachedKV(heads_first(key), heads_first(value), masks[1], biases[1]),
         ]
-        x = constrain(x + attention.out(attend_cached(attention.query(y), cached, scale=1.0)))
-        return self._rest(x, cache["prefix"], prefix_mask), None
+        x = constrain(x + self.attention.out(attend_cached(query, cached, scale=1.0)))
+        return self._rest(x, cache["prefix"], prefix_mask, newest=True), None
 
-    def _rest(self, x, prefix, prefix_mask, newest=False):
+    def _rest(self, x, prefix, prefix_mask, newest):
         """The rest of a layer after self-attention: cross-attention and feed-forward."""
-        y, cross = self.cross_attention_norm(x), self.cross_attention
+        cross = self.cross_attention
+        y = apart(self.cross_attention_norm(x).astype(self.dtype), 1)[0]
         mixed = attend_cached(cross.query(y), [CachedKV(**prefix, mask=prefix_mask)], scale=1.0)
         x = constrain(x + cross.out(mixed))
         return constrain(x + self.mlp(self.mlp_norm(x), newest=newest))
@@ -227,9 +228,7 @@ class T5(Network):
     def setup(self):
         c = self.config
         unit = nn.initializers.normal(1.0)
-        self.embedding = nn.Embed(
-            c.vocab, c.width, embedding_init=unit, dtype=RESIDUAL, name="embed"
-        )
+        self.embedding = Embedding(c.vocab, c.width, embedding_init=unit, name="embed")
         # The encoder runs once per answer: unstacking its layers would gain nothing.
         stacked = dataclasses.replace(self.scan, unstacked=False)
         self.encoder = T5Stack(c, self.dtype, decoder=False, scan=stacked)

@@ -208,6 +208,8 @@ class Variant:
             if tower is None or field not in known:
                 near = difflib.get_close_matches(field, known, n=1)
                 hint = f"; did you mean {name}.{near[0]}?" if near else ""
+                if tower is None:
+                    hint = f": a model of kind {self.kind} has {', '.join(towers)}"
                 raise ValueError(f"unknown model field {path!r}{hint}")
             changes.setdefault(name, {})[field] = value
         changed = {

@@ -232,6 +232,26 @@ def agree(problem: Exception | None) -> None:
         raise problem
 
 
+def own_rows(count: int) -> list[int]:
+    """Returns the numbers of the rows, of `count`, that this process computes for `gather_rows`.
+
+    Every process has as many. Where `count` cannot be divided, the last row is there again.
+    """
+    share = -(-count // jax.process_count())
+    first = jax.process_index() * share
+    return [min(row, count - 1) for row in range(first, first + share)]
+
+
+def gather_rows(rows: np.ndarray, count: int) -> np.ndarray:
+    """Returns all `count` rows from those that each process has computed of its `own_rows`.
+
+    All processes call this at the same point.
+    """
+    if jax.process_count() == 1:
+        return rows
+    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))[:count]
+
+
 class Watchdog:
     """Prints the stacks of all threads if `alive` is not called for `limit` seconds.
 

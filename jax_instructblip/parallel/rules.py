@@ -188,7 +188,7 @@ def _decide(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tupl
         if not spec:
             return rule, spec, ""
         spec = P(None, *spec) if stacked else spec
-        if part == "scale":
+        if part.endswith("scale"):
             divides = lambda axes, size: size % _parts(axes, sizes) == 0
             pairs = zip(spec, shape, strict=True)
             spec = P(*(axes if divides(axes, size) else None for axes, size in pairs))
@@ -204,11 +204,11 @@ def _decide(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tupl
 def _kernel_of(path: str) -> tuple[str, str]:
     """The path of the kernel that a leaf belongs to, and which part of it if it is quantised.
 
-    `q` is split like the kernel that it stands for; `scale` as well, but along an axis that does
-    not divide it is whole on every device.
+    `q` is split like the kernel that it stands for; scales as well, but along an axis that does not
+    divide they are whole on every device.
     """
     kernel, _, part = path.rpartition("/")
-    quantised = part in ("q", "scale") and kernel.rpartition("/")[2] == "kernel"
+    quantised = part in ("q", "scale", "input_scale") and kernel.rpartition("/")[2] == "kernel"
     return (kernel, part) if quantised else (path, "")
 
 

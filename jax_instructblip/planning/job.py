@@ -16,7 +16,7 @@ from jax_instructblip.models import flops
 from jax_instructblip.models.layers import Scans
 from jax_instructblip.models.released import VARIANTS
 from jax_instructblip.models.variants import Variant
-from jax_instructblip.training import setup
+from jax_instructblip.training import patch_features, setup
 from jax_instructblip.training.config_fields import check_config
 from jax_instructblip.training.run_length import make_optimizer
 
@@ -35,6 +35,8 @@ class Job:
       lengths: most tokens of a sample, by key: `qformer_tokens`, `tokens`; in training, `targets`;
         of BLIP-2's first stage `captions` alone.
       pairs_by_image: True if all captions of an image are positives (first stage).
+      patches: True if a training batch has patch features in place of images.
+      frozen_unused: top-level trees that no program of the run has, so that no chip holds them.
       quantise: form of the frozen kernels of vision tower and language model; None: as the others.
       skip_non_finite: a step with a non-finite loss changes nothing, so the old state is kept.
       new_tokens: tokens of an answer ("decode").
@@ -59,6 +61,8 @@ class Job:
     skip_non_finite: bool
     new_tokens: int
     pairs_by_image: bool = False
+    patches: bool = False
+    frozen_unused: tuple[str, ...] = ()
 
     @property
     def loops(self) -> int:
@@ -83,7 +87,8 @@ class Job:
         """
         if self.step != "train" or not self.sample:
             return 0
-        return self.batch * flops.useful(self.variant, np.array([self.sample]), self.trainable)
+        sample, patches = np.array([self.sample]), self.patches
+        return self.batch * flops.useful(self.variant, sample, self.trainable, patches=patches)
 
     def floor(self) -> int:
         """The fewest FLOPs that the step needs: its matrix products, by the model's sizes."""
@@ -104,6 +109,7 @@ class Job:
                 **(self.row if shared > 1 else {}),
                 trains_vision=trains_vision,
                 trains_llm="llm" in self.trainable,
+                patches=self.patches,
             )
         return flops.generation(self.variant, self.batch, text, tokens, self.new_tokens)
 
@@ -127,6 +133,7 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
             "compiles for a mesh; under pmap each device holds all weights and moments"
         )
     setup.check_samples_per_row(config, variant)
+    patch_features.check_kind(config, variant)
     optimizer, schedule = make_optimizer(config)
     frozen_dtype, form = setup.read_frozen_dtype(config)
     train = step == "train"
@@ -162,6 +169,8 @@ def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
         skip_non_finite=config.train.non_finite == "skip",
         new_tokens=config.validation.max_new_tokens,
         pairs_by_image=config.train.pairs_by_image,
+        patches=train and bool(config.data.features),
+        frozen_unused=patch_features.unused_trees(config) if train else (),
     )
 
 

@@ -26,6 +26,7 @@ from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.loading import unstacks
 from jax_instructblip.models import flops, quantise
 from jax_instructblip.models.blip2 import Blip2
+from jax_instructblip.models.cache import expand_beams
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.vlm import (
     VisionLanguageModel,
@@ -181,6 +182,7 @@ def job_arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
         keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=rows)
         return params, batch, keys
     chosen, frozen = partition(shapes, job.trainable)
+    frozen = {name: tree for name, tree in frozen.items() if name not in job.frozen_unused}
     towers = quantise.frozen_towers(job.variant, job.trainable) if job.quantise else ()
     frozen = _frozen(job, frozen, towers)
     state = jax.eval_shape(functools.partial(create_state, optimizer=job.optimizer), chosen)
@@ -194,10 +196,11 @@ _NOT_BY_TOKEN = re.compile(
 )
 
 
-def token_bytes(job: Job, mesh: Mesh) -> int:
+def token_bytes(job: Job, mesh: Mesh, beams: int = 1) -> int:
     """The bytes that a device must read for each new token: weights once, and the whole cache.
 
-    `job` is one of step "decode". Devices are assumed to share the cache evenly.
+    `job` is one of step "decode"; a cache has `beams` rows of new tokens for one of the prompt.
+    Devices are assumed to share the cache evenly.
     """
     arguments = job_arguments(job, mesh)
     params, batch, _ = arguments
@@ -212,7 +215,8 @@ def token_bytes(job: Job, mesh: Mesh) -> int:
     }
     model, tail = answering_model(job, params), max(job.new_tokens - 1, 1)
     prefill = lambda params, batch: model.apply({"params": params}, batch, tail, method="prefill")
-    cache: Any = jax.eval_shape(prefill, params, batch)[1]
+    expanded = lambda *inputs: expand_beams(prefill(*inputs)[1], beams)
+    cache: Any = jax.eval_shape(expanded, params, batch)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     return bytes_per_device(read) + held // mesh.size
 
@@ -254,7 +258,7 @@ def _frozen(job: Job, tree: Any, towers: Sequence[str]) -> Any:
     tree = jax.tree.map(lambda leaf: _like(leaf, job.frozen_dtype), tree)
     if job.quantise is None:
         return tree
-    return quantise.shapes(tree, job.variant, job.quantise, towers)
+    return quantise.shapes(tree, job.quantise, towers)
 
 
 def _like(leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
@@ -296,7 +300,8 @@ def _batch(job: Job, rows: NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
 def _shapes(
     job: Job, sizes: Mapping[str, int], rows: NamedSharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    shapes = spec.shapes(job.variant, sizes, training=job.step == "train")
+    training = job.step == "train"
+    shapes = spec.shapes(job.variant, sizes, training=training, patches=job.patches)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
         for name, (shape, dtype) in shapes.items()

@@ -62,6 +62,7 @@ def make_report(
         "rows": {"samples": fitted.samples_per_row, **row},
         "remat": {tower: getattr(job.scans, tower).remat for tower in ("vision", "qformer", "llm")},
         "trainable": list(job.trainable),
+        "patches": job.patches,
         "has_llm": job.variant.llm is not None,
         "accumulate": job.accumulate,
         "effort": effort,
@@ -121,6 +122,8 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
             work += f"; remat of the Q-Former: {report['remat']['qformer']}"
         if "vision" in report["trainable"]:
             work += f", of the trained vision tower: {report['remat']['vision']}"
+        if report["patches"]:
+            work += "; patch features in place of pixels"
         work += f"; {report['accumulate']} part(s)"
     else:
         work += f"; {report['new_tokens']} new tokens"

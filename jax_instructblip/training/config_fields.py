@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jax_instructblip.data import images, mixture, templates, text_processors
-from jax_instructblip.data.chat_templates import CHAT_TEMPLATES, ORDERS
+from jax_instructblip.data.chat_templates import CHAT_TEMPLATES, LIMIT, ORDERS
 from jax_instructblip.fields import (
     MOST_SECONDS,
     Field,
@@ -61,6 +61,7 @@ FIELDS: dict[str, Field] = {
     "data.augment": flag(),
     "data.crop": one_of("", *images.CROPS),
     "data.min_decode_ratio": number(0, unit="share of the model's pixels; 0: decoded whole"),
+    "data.features": path(),
     "data.threads": whole(1, 1_024),
     "data.sampling": one_of(*mixture.SAMPLING),
     "data.text_processor": one_of(*text_processors.PROCESSORS),
@@ -138,6 +139,9 @@ SOURCE_FIELDS: dict[str, Field] = {
     "images": path(stored=True),
     "noun_phrases": whole(0, unit="captions a phrase; 0: all"),
 }
+
+# Fields that are used with a chat template alone, and their values in `configs/common.py`.
+_OF_CHATS = {"chat.system": "default", "chat.limit": LIMIT, "chat.image_order": "written"}
 
 
 def check_config(config: ConfigDict, *, run: bool = False) -> None:
@@ -233,6 +237,14 @@ def _together(values: Mapping[str, Any]) -> Iterator[str]:
             f"config.data.crop is {right['data.crop']!r}, config.data.augment is True: crops are "
             "drawn at random; set config.data.augment to False, or leave config.data.crop out"
         )
+    for name, usual in _OF_CHATS.items():
+        if right.get("chat.template") == "" and right.get(name, usual) != usual:
+            yield (
+                f"config.{name} is {right[name]!r:.60}, config.chat.template is '': it is of "
+                f"conversations; name a template, or leave it at {usual!r}"
+            )
+    if features := right.get("data.features"):
+        yield from _feature_problems(features, right)
     decay, trainable = right.get("optimizer.vision_layer_decay", 1), right.get("model.trainable")
     if decay != 1 and trainable is not None and "vision" not in trainable:
         yield (
@@ -249,6 +261,21 @@ def _together(values: Mapping[str, Any]) -> Iterator[str]:
     if len(free) > 1:
         names = " and ".join(f"config.{name}" for name in free)
         yield f"{names} are -1 (all devices that the others leave), which one of them may be"
+
+
+def _feature_problems(features: str, right: Mapping[str, Any]) -> Iterator[str]:
+    """Yields an error for each field with which patch features cannot be read."""
+    found = f"config.data.features is {features!r}"
+    if right.get("data.augment"):
+        yield (
+            f"{found}, config.data.augment is True: a crop drawn at random has no features that "
+            "were computed before; set config.data.augment to False, or leave the features out"
+        )
+    if "vision" in (trainable := right.get("model.trainable", ())):
+        yield (
+            f"{found}, config.model.trainable is {trainable}: a trained vision tower changes with "
+            "each step, its features too; leave 'vision' or the features out"
+        )
 
 
 def _prompt_problems(prompt: str) -> Iterator[str]:

@@ -64,6 +64,7 @@ def load_initial(
     frozen_dtype: Any = jnp.bfloat16,
     quantise: str | None = None,
     mesh: Mesh | None = None,
+    leave_out: tuple[str, ...] = (),
 ) -> Initial:
     """Loads the checkpoint `base`; if `init` is set, trainable trees are read from `init`.
 
@@ -79,6 +80,7 @@ def load_initial(
       quantise: the form of the kernels of frozen vision towers and language models, "int8" or
         "int4" (`models/quantise.py`); None leaves them as they are.
       mesh: if given, each leaf is put on the devices with the sharding of `parallel/rules.py`.
+      leave_out: frozen top-level trees that no program of the run reads; they are not put anywhere.
 
     Raises:
         ValueError: a change that does not fit the weights, `init` of other sizes, a `dtype` that
@@ -112,14 +114,19 @@ def load_initial(
         return rules.place(path, array, mesh, dtype)
 
     def place(path: str, array: np.ndarray) -> Any:
-        """Places a leaf of the base, quantised if need be; None if `init` supplies the leaf."""
-        if path.partition("/")[0] in trainable and init and path not in lacking:
+        """Places a leaf of the base, quantised if need be; None if it comes from elsewhere.
+
+        `init` supplies trained leaves; those of `leave_out` are not needed.
+        """
+        tree = path.partition("/")[0]
+        if tree in leave_out or tree in trainable and init and path not in lacking:
             return None
         array = fit_positions(path, array, variant.vision)
-        return place_quantised(cast, variant, quantise, path, array, towers)
+        return place_quantised(cast, quantise, path, array, towers)
 
     processes = {"process": jax.process_index(), "processes": jax.process_count()}
     chosen, frozen = partition(read_params(source, place, **processes), trainable)
+    frozen = {name: tree for name, tree in frozen.items() if name not in leave_out}
     if jax.process_count() > 1:
         megabytes = checkpoint.manifest_bytes(checkpoint.read_manifest(source.folder)) / 1e6
         read = stored_leaf.bytes_read() / 1e6

@@ -38,9 +38,16 @@ from jax_instructblip.parallel import peers
 from jax_instructblip.parallel.cluster import Preemption, Watchdog, agree
 from jax_instructblip.parallel.mesh import batch_sharding
 from jax_instructblip.progress import Progress
-from jax_instructblip.training import earlier_run, metrics, profiling, run_length, setup
+from jax_instructblip.training import (
+    earlier_run,
+    metrics,
+    patch_features,
+    profiling,
+    run_length,
+    setup,
+)
 from jax_instructblip.training.checkpoints import Checkpoints, Meta
-from jax_instructblip.training.initial import Initial, load_initial
+from jax_instructblip.training.initial import Initial
 from jax_instructblip.training.metrics import MetricsWriter, Window, read_metrics
 from jax_instructblip.training.non_finite import NonFiniteGuard
 from jax_instructblip.training.run_meta import text_facts
@@ -96,20 +103,12 @@ def _run(
     optimizer, schedule = run_length.make_optimizer(config)
     validated = setup.read_validation_records(config) if evaluate else None
     _print_lines(mixture.table())
-    dtype, (frozen_dtype, form) = jnp.dtype(config.model.dtype), setup.read_frozen_dtype(config)
+    dtype, (frozen_dtype, _) = jnp.dtype(config.model.dtype), setup.read_frozen_dtype(config)
     setup.check_model(config)
-    initial = load_initial(
-        config.model.checkpoint,
-        init=config.model.init,
-        trainable=tuple(config.model.trainable),
-        fields=setup.read_variant_fields(config),
-        dtype=dtype,
-        frozen_dtype=frozen_dtype,
-        quantise=form,
-        mesh=mesh,
-    )
+    features = patch_features.open_features(config)
+    initial = patch_features.read_initial(config, mesh)
     _print_lines(*initial.notes)
-    batches = setup.read_batches(config, mixture, initial, rows, shared)
+    batches = setup.read_batches(config, mixture, initial, rows, shared, features)
     scans = setup.read_scans(config).on(mesh.devices.flat[0])
     model = model_of(initial.variant, dtype, scans)
     objective = setup.make_objective(config, model)
@@ -130,7 +129,9 @@ def _run(
         skip_non_finite=config.train.non_finite == "skip",
     )
     peak = profiling.peak_flops(config.train.peak_flops)
-    utilisation = profiling.Utilisation(initial.variant, sorted(initial.trainable), peak)
+    utilisation = profiling.Utilisation(
+        initial.variant, sorted(initial.trainable), peak, patches=features is not None
+    )
     tuning = _Run(config, workdir, initial, batches, step, validation, utilisation)
     del initial  # its trainable weights have been copied
     # Under pmap every device runs its own program, and no mesh may be set.

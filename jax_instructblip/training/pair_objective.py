@@ -135,16 +135,17 @@ def match_triples(
 ) -> Array:
     """Returns match logits [B, 3, 2] of three pairs per sample.
 
-    In this order: image and caption, negative image and caption, image and negative caption.
+    In this order: image and caption, image and negative caption, negative image and caption.
     `patches` [B, P, Dv], `tokens` and `valid` [B, L] are those of the global batch, `images_of` and
     `texts_of` [B] the indices in it of each sample's negatives, which come from other devices. The
-    three pairs of a sample are adjacent rows, so that all else stays on its device.
+    three pairs of a sample are adjacent rows, so that all else stays on its device. The keys and
+    values of its image serve two of them.
     """
     three = lambda *each: jnp.stack(each, axis=1).reshape(-1, *each[0].shape[1:])
     logits = model.match_logits(
-        three(patches, patches[images_of], patches),
-        three(tokens, tokens, tokens[texts_of]),
-        three(valid, valid, valid[texts_of]),
+        (patches, patches[images_of]),
+        three(tokens, tokens[texts_of], tokens),
+        three(valid, valid[texts_of], valid),
         train,
     )
     return logits.reshape(-1, 3, 2)

@@ -48,12 +48,16 @@ class Utilisation:
     Padding and rematerialisation are not counted (`flops.useful`): what they cost lowers the share.
     """
 
-    def __init__(self, variant: Variant, trainable: Sequence[str], peak: float):
+    def __init__(
+        self, variant: Variant, trainable: Sequence[str], peak: float, *, patches: bool = False
+    ):
         """Sets the model, its trained trees, and the peak FLOPs per second of one device.
 
-        With a peak of 0 (unknown) nothing is computed.
+        With a peak of 0 (unknown) nothing is computed. With `patches` batches have patch features,
+        and the vision tower does no work.
         """
         self._variant, self._trainable, self._peak = variant, tuple(trainable), peak
+        self._patches = patches
 
     def of_step(self, sizes: np.ndarray, batch_size: int) -> int:
         """Returns the useful FLOPs of a step on all devices together; 0 without a peak.
@@ -63,7 +67,7 @@ class Utilisation:
         """
         if not self._peak:
             return 0
-        own = flops.useful(self._variant, sizes, self._trainable)
+        own = flops.useful(self._variant, sizes, self._trainable, patches=self._patches)
         return own * batch_size // len(sizes)
 
     def metrics(self, done: int, seconds: float) -> dict[str, float]:

@@ -23,6 +23,7 @@ from jax_instructblip.data.input_format import InputFormat
 from jax_instructblip.data.mixture import Mixture, Source
 from jax_instructblip.data.noun_phrases import balanced
 from jax_instructblip.data.pairs import PairBatches
+from jax_instructblip.data.patch_features import PatchFeatures
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import dataset_name, open_records
 from jax_instructblip.data.templates import TextStyle
@@ -189,8 +190,12 @@ def read_batches(
     initial: Initial,
     rows: np.ndarray,
     samples_per_row: int = 1,
+    features: PatchFeatures | None = None,
 ) -> TrainBatches | PairBatches:
-    """Returns the training batches by step number; this host builds only `rows` of each."""
+    """Returns the training batches by step number; this host builds only `rows` of each.
+
+    With `features` they have patch features in place of images.
+    """
     settings: dict[str, Any] = dict(
         batch_size=config.data.batch_size,
         steps=config.train.steps,
@@ -206,7 +211,7 @@ def read_batches(
     settings["crop"] = text.input_format.image_crop
     buckets = tuple(config.data.buckets)
     chat = text.chat if isinstance(text, ChatTextProcessor) else None
-    settings |= dict(chat=chat, image_order=config.chat.image_order)
+    settings |= dict(chat=chat, image_order=config.chat.image_order, features=features)
     return TrainBatches(mixture, text, samples_per_row=samples_per_row, buckets=buckets, **settings)
 
 

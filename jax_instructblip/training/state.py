@@ -27,6 +27,14 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
+MODELS_WITH = {  # part -> the models that have it
+    "qformer": "InstructBLIP and BLIP-2",
+    "projector": "LLaVA",
+    "heads": "BLIP-2's first stage",
+    "llm": "models that answer, not of BLIP-2's first stage",
+}
+
+
 def partition(params: Params, trainable: tuple[str, ...]) -> tuple[Params, Params]:
     """Splits `params` into the top-level trees named in `trainable` and the frozen others.
 
@@ -37,6 +45,11 @@ def partition(params: Params, trainable: tuple[str, ...]) -> tuple[Params, Param
     if unknown or not trainable:
         hints = [near for name in unknown for near in difflib.get_close_matches(name, params, n=1)]
         hint = f"; did you mean {', '.join(map(repr, hints))}?" if hints else ""
+        hint += "".join(
+            f"; {name!r} is a part of {MODELS_WITH[name]}"
+            for name in unknown
+            if name in MODELS_WITH
+        )
         raise ValueError(
             f"cannot train {list(unknown or trainable)}: the parts of this model are "
             f"{', '.join(params)}{hint}"

@@ -234,6 +234,49 @@ def check_talk(checkpoint, data, *flags, kind="llama"):
     return main(["check", str(path), "--checkpoint", checkpoint(kind), *flags])
 
 
+@pytest.fixture(scope="module")
+def first_stage(checkpoint, tmp_path_factory):
+    """A checkpoint folder of BLIP-2's first stage, without weights."""
+    folder = tmp_path_factory.mktemp("stage1")
+    shutil.copytree(f"{checkpoint('t5')}/qformer_tokenizer", folder / "qformer_tokenizer")
+    variant = get_variant("tiny-stage1")
+    config = {"format": 1, "variant": variant.to_dict()}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "manifest.json").write_text("{}")
+    return str(folder)
+
+
+def test_captions_of_a_first_stage(first_stage, data, capsys):
+    row = {"image": "a.png", "prompt": "-", "answers": ["A cup.", "a \U0001f534", "A cup."]}
+    long = row | {"answers": [" ".join(["dog"] * 40)]}
+    bad = {"images": ["a.png", "b.png"], "prompt": "-", "answer": "two"}
+    path = write(data, row, long, bad, row | {"image": "broken.png"})
+    assert main(["check", str(path), "--checkpoint", first_stage]) == 1
+    out = capsys.readouterr().out
+    for line in (
+        f"{path}: 2 good lines, 2 bad; each caption is a sample",
+        f"  {path}:3: it has 2 images, a pair has one",
+        "caption: 4 to 32 tokens, median 5",
+        "1 of 3 samples lose tokens of their answer to its limit",
+        "1 of 3 samples have characters in their answer that the Q-Former's tokenizer does not know"
+        ": they all become one and the same <unk>",
+        "    Q-Former reads  [CLS] a cup . [SEP]",
+        "    Q-Former writes  [DEC] [a cup . [SEP]]",
+    ):
+        assert line in out.splitlines(), line
+    assert f"  {path}:4: {data / 'broken.png'}: " in out
+    assert main(["check", str(path), "--checkpoint", first_stage, "--limit", "50"]) == 1
+    assert "lose tokens" not in capsys.readouterr().out
+
+
+def test_a_first_stage_reads_no_conversations(first_stage, data, capsys):
+    path = write(data, GOOD)
+    assert main(["check", str(path), "--checkpoint", first_stage, "--template", "v1"]) == 1
+    assert "first stage of BLIP-2, which is trained on captions" in capsys.readouterr().err
+    assert check_talk(lambda kind: first_stage, data) == 1
+    assert "but the checkpoint is a first stage of BLIP-2" in capsys.readouterr().err
+
+
 def test_conversations_are_shown_by_turn_with_ids_and_targets(checkpoint, data, capsys):
     assert check_talk(checkpoint, data, "--template", "v1") == 1
     said = capsys.readouterr().out.splitlines()

@@ -132,7 +132,7 @@ def test_record_files_hold_a_record_per_image(stage1, lines, tmp_path):
 
 def test_an_interrupted_export_is_resumed_by_whole_shards(stage1, photos, tmp_path, monkeypatch):
     arguments = words(stage1, photos, tmp_path / "out", "--shard_size=2")
-    write, written = feature_files._write, []
+    write, written = feature_files.write_shard, []
 
     def fail(path, arrays, file_format):
         if path.name.startswith("00001"):
@@ -141,12 +141,12 @@ def test_an_interrupted_export_is_resumed_by_whole_shards(stage1, photos, tmp_pa
         write(path, arrays, file_format)
 
     with monkeypatch.context() as patch:
-        patch.setattr(feature_files, "_write", fail)
+        patch.setattr(feature_files, "write_shard", fail)
         assert main(arguments) == 1
     assert [path.name for path in shards(tmp_path / "out")] == ["00000-of-00003.npz"]
     before = os.stat(shards(tmp_path / "out")[0]).st_mtime_ns
     spy = lambda path, *each: written.append(path.name) or write(path, *each)
-    monkeypatch.setattr(feature_files, "_write", spy)
+    monkeypatch.setattr(feature_files, "write_shard", spy)
     assert main(arguments) == 0
     assert written == ["00001-of-00003.npz", "00002-of-00003.npz"]
     assert os.stat(shards(tmp_path / "out")[0]).st_mtime_ns == before

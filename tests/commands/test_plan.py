@@ -66,6 +66,8 @@ def test_prints_and_writes_a_plan(words, tmp_path, capsys):
         (["--topology", "v5f:4x4"], "unknown topology 'v5f:4x4'; did you mean v5e:4x4"),
         (["--topology", "cpu:1", "--mesh", "1,1"], "--mesh 1,1: expected three sizes"),
         (["--topology", "cpu:1", "--sweep", "--explain"], "--explain is about one plan"),
+        (["--topology", "cpu:1", "--sweep", "--mesh", "1,1,1"], "--mesh is 1,1,1, but --sweep"),
+        (["--topology", "cpu:1", "--tries", "3"], "--tries is 3: it is of a --sweep"),
         (["--topology", "cpu:1", "--mesh", "1,3,1"], "does not use the 1 devices"),
         (["--topology", "cpu:1", "--config.train.accumulate=3"], "a batch of 4 cannot be worked"),
         (["--topology", "cpu:1", "--config.train.acumulate=3"], "did you mean config.train."),

@@ -1,5 +1,6 @@
 import json
 import re
+import types
 
 import numpy as np
 import pytest
@@ -101,3 +102,24 @@ def test_texts_that_cannot_be_read_are_refused_before_weights(
     assert main([*given, "--candidates", candidates]) == 1
     error = capsys.readouterr().err
     assert re.match(f"error: {message}", error) and error.count("\n") == 1
+
+
+def test_several_images_stand_in_one_question(photographs, monkeypatch, capsys):
+    asked = []
+
+    def rank(self, images, prompts, candidates, **settings):
+        asked.append((images, prompts))
+        return np.zeros((1, 2))
+
+    form = types.SimpleNamespace(
+        with_template=lambda template: types.SimpleNamespace(template="v1")
+    )
+    source = types.SimpleNamespace(input_format=form)
+    monkeypatch.setattr(asking, "read_source", lambda checkpoint: source)
+    monkeypatch.setattr(
+        asking, "load", lambda *_, **__: types.SimpleNamespace(rank=rank.__get__(0))
+    )
+    given = ["rank", "--checkpoint", "any", "--image", *photographs, "--candidates", "yes,no"]
+    assert main([*given, "--prompt", "Is <image> as <image>?", "--json"]) == 0
+    assert asked == [([photographs], ["Is <image> as <image>?"])]
+    assert json.loads(capsys.readouterr().out)["images"] == photographs

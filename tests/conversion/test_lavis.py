@@ -211,6 +211,16 @@ def test_the_other_image_tower_is_refused(with_clip, tmp_path):
     assert "ln_vision.weight is of features of width 50" in error.value.failures[0]
 
 
+@pytest.mark.parametrize("count, message", [(37, "of images of 84 pixels a side"), (8, "shape")])
+def test_positions_of_another_size_are_named(original, tmp_path, count, message):
+    variant, whole = golden_blip2.variant(), original(golden_blip2.CASE)
+    whole[f"{IMAGE_TOWER}pos_embed"] = torch.zeros(1, count, variant.vision.width)
+    file = lavis.open_lavis(save(tmp_path / "a.pth", {"model": whole}))
+    with pytest.raises(ConversionError, match=message) as error:
+        lavis.convert_lavis(file, variant, "a.pth")
+    assert f"{IMAGE_TOWER}pos_embed" in error.value.failures[0]
+
+
 def test_two_files_with_other_values_of_a_tensor(tmp_path):
     """A model that was trained with its tower has the tower's own weights."""
     tuned = save(

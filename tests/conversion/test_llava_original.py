@@ -228,7 +228,7 @@ def delta(linear):
     return difference, base
 
 
-def test_a_delta_is_added_as_the_original_code_adds_it(linear, delta, tmp_path):
+def test_a_delta_is_added_as_the_original_code_adds_it(linear, delta, tmp_path, caplog):
     difference, base = delta
     given = {"vision": linear / "clip", "base": linear / "base"}
     ours = convert(linear / "delta", tmp_path / "ours", **given)
@@ -239,8 +239,24 @@ def test_a_delta_is_added_as_the_original_code_adds_it(linear, delta, tmp_path):
     assert_same(hf_folders.tensors(back), expected)
     rows = slice(len(base[EMBED]), None)
     assert torch.equal(expected[EMBED][rows], difference[EMBED][rows])  # absolute
-    source = checkpoint.read_config(ours)["source"]
-    assert source["base"]["files"].keys() == {"pytorch_model-00001-of-00001.bin"}
+    base = checkpoint.read_config(ours)["source"]["base"]
+    assert base["files"].keys() == {"pytorch_model-00001-of-00001.bin"}
+    assert base["rounded_sums"] < 0.06 and not caplog.records
+
+
+def test_a_base_that_the_delta_was_not_made_with_is_named(linear, delta, tmp_path, caplog):
+    _, base = delta
+    generator = torch.Generator().manual_seed(4)
+    other = {}
+    for name, leaf in base.items():
+        drawn = torch.randn(leaf.shape, generator=generator) * leaf.float().std(correction=0)
+        other[name] = (leaf.float().mean() + drawn).to(torch.float16)
+    write_llama(linear / "hf", tmp_path / "other", other)
+    given = {"vision": linear / "clip", "base": tmp_path / "other"}
+    ours = convert(linear / "delta", tmp_path / "ours", **given)
+    assert checkpoint.read_config(ours)["source"]["base"]["rounded_sums"] > 0.2
+    (record,) = caplog.records
+    assert "is this the LLaMA that the delta was made with?" in record.getMessage()
 
 
 def test_a_delta_and_its_base_belong_together(linear, delta, tmp_path):

@@ -27,13 +27,15 @@ def test_parameters_are_tensors(tmp_path):
     [
         (ROWS.to_sparse(), "sparse"),
         (ROWS.to("meta"), "without data"),
+        (ROWS.to(torch.float8_e4m3fn), r"of the dtype torch\.float8_e4m3fn"),
     ],
-    ids=["sparse", "meta"],
+    ids=["sparse", "meta", "float8"],
 )
 def test_tensors_that_are_no_arrays(tmp_path, tensor, kind):
     torch.save({"a": ROWS, "b": tensor}, tmp_path / "a.pth")
-    with pytest.raises(ConversionError, match=rf"cannot be read \(1\):\n  b is {kind}"):
+    with pytest.raises(ConversionError, match=rf"cannot be read \(\d\):\n  b is {kind}") as caught:
         open_pth(tmp_path / "a.pth")
+    assert ("take the release in bfloat16" in str(caught.value)) == ("dtype" in kind)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,20 @@ def test_what_is_no_prompt():
     assert "half of a surrogate pair" in prompt_problem("\ud800")
 
 
+def test_turns_of_a_conversation_may_be_pairs_and_are_checked(llama3):
+    turns = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"))
+    for given in (tuple(map(tuple, turns)), list(map(list, turns))):
+        assert prompt_problem(Conversation("c", given)) == ""
+        same = llama3.prompt(Conversation("c", given), 1)
+        np.testing.assert_array_equal(same["tokens"], llama3.prompt(turns, 1)["tokens"])
+    for wrong in (("hi",), (Turn("user", 5),), (("user", "a", "b"),), 5):
+        assert "a list of its turns" in prompt_problem(Conversation("c", wrong))
+    system = lambda system: prompt_problem(Conversation("c", turns, system=system))
+    assert system("Be kind.") == system("") == ""
+    assert system(5) == "has the system message 5, expected a text or None"
+    assert "a system message that cannot be written as UTF-8" in system("\ud800")
+
+
 KINDS = {
     "v0": "qwen",
     "plain": "llama3",

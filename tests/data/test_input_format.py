@@ -27,7 +27,7 @@ def test_absent_fields_have_their_defaults():
     [
         ([], " is \\[\\], expected an object"),
         ({"tempalte": "v1"}, "unknown fields tempalte; known: template, system"),
-        ({"template": "v9"}, "template is 'v9', expected one of , v0, v1"),
+        ({"template": "v9"}, "template is 'v9', expected one of '', v0, v1"),
         ({"template": None}, "template is None, expected one of"),
         ({"system": 3}, "system is 3, expected text or None"),
         ({"system": "\ud800"}, "system cannot be written as UTF-8"),

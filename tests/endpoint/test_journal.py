@@ -50,6 +50,16 @@ def test_a_first_line_that_was_cut_short_is_written_again(path):
     assert path.read_bytes() == first + b"\n"
 
 
+@pytest.mark.parametrize("content", [b"notes without a line end", b"a: 1\nnotes", b"\xff\x00"])
+def test_a_file_of_something_else_is_refused_and_unchanged(tmp_path, content):
+    path = tmp_path / "j.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is no journal of requests: choose another --out"):
+        with open_journal(path, FACTS):
+            pass
+    assert path.read_bytes() == content
+
+
 def test_a_journal_of_other_prompts_or_settings_is_refused_and_unchanged(path):
     before = path.read_bytes()
     with pytest.raises(ValueError, match="(?s)model was 'm', now 'n'.*prompts was.*another --out"):

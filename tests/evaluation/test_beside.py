@@ -1,14 +1,17 @@
+import html.parser
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from jax_instructblip.__main__ import main
 from jax_instructblip.data.readers.choices import read_iconqa
 from jax_instructblip.evaluation import benchmarks, beside
 from jax_instructblip.evaluation.beside import open_ways
 from jax_instructblip.evaluation.llava_protocols import SHORT_ANSWER
+from jax_instructblip.evaluation.reports import beside_page
 from jax_instructblip.evaluation.settings import Settings
 from jax_instructblip.inference.pipeline import Answer
 from tests.data.readers.test_llava_bench import ROW, write
@@ -38,7 +41,7 @@ def data(tmp_path_factory):
     raws = write_all(folder, ["gqa", "iconqa"])
     image = next((raws["gqa"] / "images").iterdir())
     damaged = next(read_iconqa(raws["iconqa"], "test")).images[0]
-    Path(damaged).write_bytes(b"no image")
+    Path(str(damaged)).write_bytes(b"no image")
     (folder / "llava_bench_wild" / "images").mkdir(parents=True)
     shutil.copy(image, folder / "llava_bench_wild/images/001.jpg")
     write(folder / "llava_bench_wild/questions.jsonl", ROW)
@@ -115,6 +118,110 @@ def test_checkpoints_are_asked_the_same_in_every_way(bases, data, tmp_path, mode
     assert again["datasets"] == results
 
 
+def test_each_checkpoint_has_a_folder_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    given = ["x/m-2", "y/m", "z/m", "gs://b/m", "..", "a/..", ".", "/", "gs://b"]
+    named = beside._names(given)
+    assert list(named.values()) == given
+    here = tmp_path.name
+    names = ["m-2", "m", "m-3", "m-4", tmp_path.parent.name, here, f"{here}-2", "model", "b"]
+    assert list(named) == names
+
+
+def test_a_model_without_a_score_is_named():
+    entry = {"unscored": "", "problems": [], "count": 2}
+    odd = {**entry, "unscored": "too few"}
+    found = lambda **models: beside_page.shortcomings({"datasets": {"gqa": {"rank": models}}})
+    assert found(a=entry, b=odd) == ["gqa, rank, b: NOT SCORED, too few"]
+    assert found(a=odd, b=odd) == ["gqa, rank: NOT SCORED, too few"]
+    assert found(a=entry, b=entry) == []
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Six questions of two families, of which one has choices."""
+    folder = tmp_path_factory.mktemp("own")
+    rows = []
+    for number in range(3):
+        Image.new("RGB", (8, 8), (80 * number, 0, 0)).save(folder / f"{number}.png")
+        row = {"image": f"{number}.png", "prompt": f"What & {number}?", "answer": "well"}
+        rows += [{**row, "task": "what"}, {**row, "task": "which", "choices": ["no", "well"]}]
+    rows[0]["answer"] = f"Well, {rows[0]['prompt']}"  # the talker's answer
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "own.jsonl")
+
+
+class Outline(html.parser.HTMLParser):
+    """The tables of a page, its text, and the addresses that it refers to."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, page):
+        super().__init__()
+        self.tables, self.addresses, self.text, self._open = [], [], "", []
+        self.feed(page)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self._open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if {"td", "th"} & set(self._open):
+            self.tables[-1][-1][-1] += data
+
+
+def test_families_of_own_data_stand_in_one_page(bases, own, tmp_path, models):
+    given = ["evaluate", "--checkpoint", str(bases[0]), "--beside", str(bases[1])]
+    given += ["--data", own, "--out", str(tmp_path)]
+    assert main(given) == 0
+    (by_way,) = json.loads((tmp_path / "results.json").read_text())["datasets"].values()
+    counts = {way: by_model["base"]["count"] for way, by_model in by_way.items()}
+    assert counts == {"generate": 6, "short": 6, "rank": 3}
+    assert by_way["generate"]["base"]["prompt"] == "{question}"
+    assert by_way["short"]["base-2"]["prompt"] == f"{{question}}\n{SHORT_ANSWER}"
+    page = Outline((tmp_path / "beside.html").read_text())
+    _, scores, families, answers = page.tables
+    assert scores[0] == ["dataset", "answered", "metric", "records", "base", "base-2"]
+    assert [row[1] for row in scores[1:]] == ["generate", "short", "rank"]
+    assert families[0] == ["family", "answered", "questions", "base", "base-2", "constant"]
+    assert families[1] == ["what", "generate", "3", "0.0", "33.3", "66.7"]
+    ranked = [entry["values"]["accuracy/which"] for entry in by_way["rank"].values()]
+    assert families[-1] == ["which", "rank", "3", *(f"{each:.1f}" for each in ranked), "100.0"]
+    assert [len(row) for row in answers] == [3] * 7
+    assert answers[1][0] == "What & 0?truth: Well, What & 0?"
+    assert answers[1][2].startswith("generate (1.00): Well, What & 0?short (0.00): Well, What")
+    assert ["rank (" in row[1] for row in answers[1:]] == [False, True] * 3
+    assert len(page.addresses) == 6  # pictures within the page, no other file
+    assert all(each.startswith("data:image/png;base64,") for each in page.addresses)
+    text = (tmp_path / "beside.md").read_text()
+    assert "| what | generate | 3 | 0.0 | 33.3 | 66.7 |" in text
+
+
+def test_own_data_without_choices_are_not_ranked(bases, own, tmp_path):
+    rows = [json.loads(line) for line in Path(own).read_text().splitlines()]
+    plain = Path(own).with_name("plain.jsonl")
+    plain.write_text("".join(json.dumps(row) + "\n" for row in rows if "choices" not in row))
+    given = {"checkpoint": "a", "beside": ["b"], "data": str(plain), "out": str(tmp_path)}
+    assert list(open_ways(Settings.of(**given), "t5")) == ["generate", "short"]
+    with pytest.raises(ValueError, match="with --mode rank: no record has `choices`"):
+        open_ways(Settings.of(mode="rank", **given), "t5")
+    ranked = open_ways(Settings.of(**{**given, "data": own}, length_normalise=True), "t5")["rank"]
+    assert ranked[0].settings == {"length_normalise": True}
+
+
 @pytest.mark.parametrize(
     ("names", "fields", "expected"),
     [
@@ -143,8 +250,14 @@ def test_settings_that_no_way_uses_are_refused(data):
         open_ways(settings, "t5")
     used = Settings.of(datasets="iconqa", length_normalise=True, num_beams=1, **given)
     assert open_ways(used, "t5")["rank"][0].settings == {"length_normalise": True}
-    with pytest.raises(ValueError, match="--beside: only used with --datasets"):
+    with pytest.raises(ValueError, match="--data and --out: needed by --beside"):
         Settings.of(checkpoint="a", beside=["b"])
+    with pytest.raises(ValueError, match="--candidates: only used with --datasets"):
+        Settings.of(beside=["b"], candidates="c.txt", **given)
+    with pytest.raises(ValueError, match="--mode: only used with --datasets or --beside"):
+        Settings.of(mode="rank", **given)
+    with pytest.raises(ValueError, match="--no_baselines: only used without --datasets and"):
+        Settings.of(beside=["b"], no_baselines=True, **given)
     with pytest.raises(ValueError, match="--template: not used with --beside"):
         Settings.of(datasets="gqa", beside=["b"], template="v1", **given)
     with pytest.raises(ValueError, match="beside is 'b', expected a list of checkpoints"):

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from jax_instructblip.__main__ import main
-from jax_instructblip.evaluation.judge import SYSTEM, Inputs, make_cases
+from jax_instructblip.evaluation.judge import OWN, OWN_RULES, SYSTEM, Inputs, make_cases
 from jax_instructblip.evaluation.judge_scores import read_reviews
 from jax_instructblip.evaluation.metrics.metric import MetricError
 from tests.helpers.chat_server import GOOD, chat_server
@@ -130,6 +130,7 @@ def test_scores_judge_prompts_and_settings_are_stored(files, tmp_path, capsys):
             "attempts": 3,
             "system": SYSTEM,
             "rules": {name: RULES[name] for name in results["judge"]["rules"]},
+            "rules_of": str(inputs.rules),
         }
         assert len(results["judge"]["rules"]) == 3 and len(results["files"]) == 5
         assert "31.2" in capsys.readouterr().out
@@ -147,6 +148,23 @@ def test_scores_judge_prompts_and_settings_are_stored(files, tmp_path, capsys):
     }
     assert main(["judge", "--reviews", str(out / "reviews.jsonl")]) == 0
     assert "31.2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scores", [{}, {"scores": {}}, {"scores": {"all": 3}}, {"scores": 1}])
+@pytest.mark.parametrize("begun", [False, True])
+def test_results_of_something_else_are_refused_and_unchanged(
+    files, tmp_path, capsys, scores, begun
+):
+    (tmp_path / "results.json").write_text(json.dumps({"kind": "benchmarks", **scores}))
+    before = (tmp_path / "results.json").read_bytes()
+    if begun:
+        (tmp_path / "journal.jsonl").touch()
+    with chat_server(lambda messages: "8 9") as server:
+        assert main(command(files(), tmp_path, server)) == 1
+        assert not server.log
+    said = "holds no scores of a judge" if begun else "exists and is not overwritten"
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_bytes() == before
 
 
 def test_a_failed_parse_is_asked_again_then_left_out_and_counted(files, tmp_path, capsys):
@@ -213,6 +231,7 @@ def test_files_that_do_not_belong_together_are_named(files):
         "1 answers in",
         "1 images without a line in",
         "rules missing in",
+        "the published ones are llava/eval/table/rule.json",
         "'llava_bench_detail', 'llava_bench_complex'",
     ):
         assert part in str(error.value)
@@ -241,10 +260,26 @@ def test_a_rule_without_a_prompt(files):
         make_cases(inputs)
 
 
+def test_without_rules_the_own_ones_hold_and_are_named(files, tmp_path, capsys):
+    inputs, out = files(), tmp_path / "out"
+    with chat_server(lambda messages: "8 9\nBoth.") as server:
+        words = command(inputs, out, server)
+        at = words.index("--rules")
+        assert main(words[:at] + words[at + 2 :]) == 0
+    assert capsys.readouterr().err.startswith("rules: the package's own rules, not the published")
+    results = json.loads((out / "results.json").read_text())
+    assert results["judge"]["rules_of"] == OWN
+    assert results["files"]["rules"]["path"] == "judge_rules.json"
+    asked = server.bodies[0]["messages"][1]["content"]
+    assert "Begin your reply with a line that holds two numbers alone" in asked
+    own = json.loads(OWN_RULES.read_text())
+    assert own.keys() == RULES.keys() and {rule["role"] for rule in own.values()} == {"Assistant"}
+
+
 def test_flags_that_do_not_go_together(files, capsys):
     for words, message in (
         (["--reviews", "r.jsonl", "--model", "m"], "--reviews takes no other flag; found --model"),
-        (["--questions", "q.jsonl"], "expected --contexts, --reference, --answers, --rules"),
+        (["--questions", "q.jsonl"], "expected --contexts, --reference, --answers, --out"),
     ):
         with pytest.raises(SystemExit):
             main(["judge", *words])

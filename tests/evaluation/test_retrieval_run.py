@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,11 +20,12 @@ from jax_instructblip.evaluation.metrics.metric import MetricError
 from jax_instructblip.evaluation.metrics.retrieval import recalls
 from jax_instructblip.evaluation.predictions import read_rows
 from jax_instructblip.evaluation.task import open_task
+from jax_instructblip.inference.loading import read_source
 from jax_instructblip.inference.retrieval import Retriever
 from tests.helpers.interpreter import run_python
 from tests.helpers.raw_layouts import write_all
 from tests.helpers.tiny import compile_cache, write_base
-from tests.parallel.test_processes import ended, start
+from tests.parallel.test_processes import ROOT, ended, start
 
 NAME = "flickr30k_retrieval"
 
@@ -128,7 +132,7 @@ def test_the_match_alone_and_other_k_are_other_results(stage1, data, whole, tmp_
 
 def test_a_finished_one_is_not_compared_again(stage1, data, whole, monkeypatch):
     before = result_of(whole)
-    monkeypatch.setattr(Retriever, "itc", lambda *each: pytest.fail("compared again"))
+    monkeypatch.setattr(Retriever, "similarities", lambda *each: pytest.fail("compared again"))
     assert main(words(stage1, data, whole, "--k=3", "--batch_size=8")) == 0
     assert result_of(whole) == before
 
@@ -171,12 +175,71 @@ def test_several_devices_find_the_same(stage1, data, whole, tmp_path):
     assert result_of(tmp_path)["values"] == pytest.approx(result_of(whole)["values"])
 
 
-def test_two_processes_share_the_pairs(stage1, data, whole, tmp_path):
+def test_two_processes_share_features_and_pairs(stage1, data, whole, tmp_path):
     arguments = words(stage1, data, tmp_path, "--k=3", "--batch_size=8")
     found = ended(start(2, 1, arguments))
     assert [code for _, code in found] == [0, 0], "\n".join(said for said, _ in found)
+    rows, wanted = (read_rows(out / "predictions" / f"{NAME}.jsonl") for out in (tmp_path, whole))
+    # Batches of other sizes round similarities otherwise.
+    for row, one in zip(rows, wanted, strict=True):
+        assert dataclasses.replace(row, scores=()) == dataclasses.replace(one, scores=())
+        assert row.scores == pytest.approx(one.scores, abs=1e-6)
+
+
+def test_each_process_computes_the_features_of_its_part(stage1, data, monkeypatch):
+    task = open_task(RETRIEVAL[NAME], data, "")
+    gallery, blip = read_gallery(task), Retriever.of(read_source(stage1), "float32")
+    whole, opened, parts = retrieval_run._similarities(blip, task, gallery), [], []
+    of_one = Pictures._open
+    monkeypatch.setattr(Pictures, "_open", lambda *each: opened.append(each[1]) or of_one(*each))
+    monkeypatch.setattr(retrieval_run, "gather_rows", lambda rows, _: parts.append(rows) or rows)
+    monkeypatch.setattr(retrieval_run.suite, "agree", lambda problem: None)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    for process in (0, 1):
+        monkeypatch.setattr("jax.process_index", lambda process=process: process)
+        retrieval_run._similarities(blip, task, gallery)
+    assert sorted(opened) == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert [len(part) for part in parts] == [4, 18, 4, 18]  # of 7 images and 35 captions
+    images, texts = (np.concatenate(parts[place::2])[:count] for place, count in ((0, 7), (1, 35)))
+    np.testing.assert_allclose(blip.similarities(images, texts), whole, rtol=0, atol=1e-6)
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from jax_instructblip.__main__ import main
+from jax_instructblip.evaluation import match_store
+
+match_store.KEPT_PAIRS = 1  # each image's logits are a file
+left, replace = int(sys.argv[1]), pathlib.Path.replace
+
+def strike(path, target):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(path, target)
+
+pathlib.Path.replace = strike
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.full
+def test_kills_before_any_file_appears_leave_nothing_behind(stage1, data, whole, tmp_path):
+    arguments = words(stage1, data, tmp_path, "--k=3", "--batch_size=8")
+    killed = 0
+    # The 4th file is the first that a run adds to what the one before has left.
+    while run := subprocess.run([sys.executable, "-c", KILLED, "4", *arguments], cwd=ROOT):
+        if run.returncode == 0:
+            break
+        assert run.returncode == -signal.SIGKILL
+        assert (killed := killed + 1) < 30
+    assert killed > 8
     name = f"predictions/{NAME}.jsonl"
     assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    assert result_of(tmp_path)["values"] == result_of(whole)["values"]
+    both = ({str(path.relative_to(out)) for path in out.rglob("*")} for out in (tmp_path, whole))
+    assert next(both) == next(both)
 
 
 @pytest.mark.parametrize("datasets", ["coco_retrieval", "flickr30k_retrieval"])

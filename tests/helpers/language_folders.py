@@ -75,7 +75,9 @@ def write_language(folder: Path, kind: str, **sizes: Any) -> Any:
     tokenizer = tokenizer_of(kind)
     config, model = MODELS[kind]
     torch.manual_seed(0)
-    made = getattr(transformers, model)(config(vocab_size=len(tokenizer), **SIZES[kind] | sizes))
+    made = getattr(transformers, model)(
+        config(**{"vocab_size": len(tokenizer)} | SIZES[kind] | sizes)
+    )
     made.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return made

@@ -16,13 +16,14 @@ from tests.helpers.multi_device import Setting
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))
 
 
-def job_of(variant, step="train", rows=16, dtype="float32") -> Job:
-    """The job of a config for batches of `tests/helpers/tiny.py`."""
+def job_of(variant, step="train", rows=16, dtype="float32", **fields) -> Job:
+    """The job of a config, changed by `fields`, for batches of `tests/helpers/tiny.py`."""
     config = common.get_config()
     config.model.frozen_dtype = config.model.dtype = dtype
     config.data.batch_size = config.validation.batch_size = rows
     config.validation.max_new_tokens = 4
     config.text.qformer_limit, config.text.prompt_limit, config.text.answer_limit = 9, 9, 6
+    config.update_from_flattened_dict(fields)
     return read_job(config, variant, step)
 
 

@@ -2,7 +2,8 @@
 
     python -m tests.helpers.programs cpu             the facts as JSON, on the last line
     python -m tests.helpers.programs cpu --record    writes tests/programs/cpu-0.10.2.json (the
-                                                     version of jaxlib) and prints what changed
+                                                     version of jaxlib, then of a compiler whose
+                                                     version is another) and prints what changed
 
 `cpu` is one of `BACKENDS`; `v5e` and `h200` need the compilers of the extras `tpu` and `gpu`. Of
 each kind of language model there are a training step and a greedy answer on a mesh of 2 x 2 x 2
@@ -153,8 +154,11 @@ def differences(found: Any, recorded: Any, where: str = "") -> Iterator[str]:
 
 
 def recorded_at(backend: str) -> Path:
-    """The file of the facts that this version of jaxlib gave."""
-    return FOLDER / f"{backend}-{importlib.metadata.version('jaxlib')}.json"
+    """The file of the facts that these versions of jaxlib and of the compiler gave."""
+    compiler, jaxlib = BACKENDS[backend].compiler, importlib.metadata.version("jaxlib")
+    version = importlib.metadata.version(compiler)
+    own = "" if version == jaxlib else f"-{compiler}-{version}"
+    return FOLDER / f"{backend}-{jaxlib}{own}.json"
 
 
 def versions(backend: str) -> dict[str, str]:
@@ -184,6 +188,7 @@ def main() -> None:
         print(json.dumps(found))
         return
     path = recorded_at(flags.backend)
+    print(f"recorded in {path.name}")
     before = json.loads(path.read_text())["programs"] if path.is_file() else {}
     print("\n".join(differences(found["programs"], before)) or "nothing changed")
     document = {"versions": versions(flags.backend), "programs": found["programs"]}

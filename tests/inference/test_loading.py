@@ -40,7 +40,7 @@ def test_a_quantised_model_answers_with_its_rounded_weights(tmp_path, kind, form
     blip = jax_instructblip.load(base, quantise=form)
     assert quantise.form_of(blip.params) == form and f"float32, {form} weights" in repr(blip)
     params = read_params(read_source(base), lambda path, leaf: leaf)
-    _, rounded = quantised(blip.variant, params, form)
+    _, rounded = quantised(params, form)
     expected = InstructBlipPipeline(blip.variant, rounded, blip.text, silent=True)
     image = np.random.default_rng(0).integers(0, 256, (28, 28, 3)).astype(np.uint8)
     answers = [

@@ -51,6 +51,8 @@ def test_answers_of_a_first_stage_are_not_planned(files, capsys):
 def test_it_loads_as_a_retriever(files):
     blip = jax_instructblip.load(files[0])
     assert isinstance(blip, Retriever) and "Retriever(a first-stage model" in repr(blip)
+    small = jax_instructblip.load(files[0], quantise="int8")
+    assert ", float32, int8 weights, " in repr(small) and ", float32, /" in repr(blip)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_instructblip.models import dense as dense_module
 from jax_instructblip.models.dense import Dense, Head, kernel_by_word
 from jax_instructblip.models.flops import products
 from jax_instructblip.models.layers import Mlp
@@ -108,3 +109,48 @@ def test_a_head_by_word_is_the_head(rows, dtype):
     found = Head(13, dtype, by_word=True).apply({"params": {"kernel": by_word}}, x)
     assert found.shape == (rows, 13) and found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "contracted", "more"),
+    [
+        ((1, 1, 8), 1, {}),
+        ((1, 1, 2, 4), 2, {"use_bias": False}),
+        ((1, 8), 1, {"wide": True}),
+        ((1, 1, 8), 1, {"bias_dtype": jnp.bfloat16}),
+    ],
+)
+def test_a_single_row_on_gpus_is_the_first_of_several(shape, contracted, more, monkeypatch):
+    """The branch of GPUs, taken here, gives what the plain product gives."""
+    dense = Dense((5,), jnp.bfloat16, contracted=contracted, **more)
+    x = jnp.asarray(RNG.standard_normal(shape), jnp.bfloat16)
+    params = dense.init(jax.random.key(0), x)
+    expected, seen = dense.apply(params, x), []
+
+    def on_gpus(*operands, cuda, default):
+        seen.append(jax.make_jaxpr(cuda)(*operands).jaxpr)
+        return cuda(*operands)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_gpus)
+    found = dense.apply(params, x)
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
+    rows = [equation.outvars[0].aval.shape[0] for equation, _ in products(seen[0])]
+    assert rows == [8]
+
+
+def test_a_wide_product_of_one_row_names_its_algorithm(monkeypatch):
+    """Else XLA for GPUs makes a float32 copy of a large kernel, for each token."""
+    monkeypatch.setattr(dense_module, "_SMALL", 0)
+    branches = []
+    monkeypatch.setattr(
+        jax.lax,
+        "platform_dependent",
+        lambda *operands, cuda, default: branches.append(cuda) or default(*operands),
+    )
+    x, params = narrow(1, 8), {"kernel": narrow(8, 5), "bias": narrow(5)}
+    for wide in (False, True):
+        Dense((5,), jnp.bfloat16, wide=wide, bias_dtype=jnp.bfloat16).apply({"params": params}, x)
+    assert [each.keywords["precision"].name for each in branches] == ["BF16_BF16_F32"]
+    Dense((5,), jnp.bfloat16, wide=True).apply({"params": params}, narrow(2, 8))
+    assert len(branches) == 1  # several rows need nothing

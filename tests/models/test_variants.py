@@ -86,6 +86,8 @@ def test_replace_changes_dotted_fields_and_suggests_names():
     assert (variant.qformer.dropout, variant.llm.dropout) == (0.0, 0.3)
     with pytest.raises(ValueError, match="'qformer.dropuot'; did you mean qformer.dropout"):
         variant.replace(**{"qformer.dropuot": 0.0})
+    with pytest.raises(ValueError, match="'llm.dropout': a model of kind blip2_stage1 has vision"):
+        get_variant("tiny-stage1").replace(**{"llm.dropout": 0.0})
 
 
 def test_towers_that_do_not_fit_are_all_listed():

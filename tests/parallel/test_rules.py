@@ -114,9 +114,8 @@ def test_axes(path, spec):
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
 def test_quantised_kernels_are_split_like_the_kernels_they_stand_for(form):
-    variant = get_variant("instructblip-vicuna-7b")
     plain, mesh = shapes_of("instructblip-vicuna-7b"), mesh_of(1, 4, 4)
-    small = quantise.shapes(plain, variant, form)
+    small = quantise.shapes(plain, form)
     found, expected = specs(small, mesh), specs(plain, mesh)
     kernels = {path for path in found if path.endswith("kernel/q")}
     assert len(kernels) == 6 + 7  # of the vision tower's layers, of the language model's
@@ -124,6 +123,8 @@ def test_quantised_kernels_are_split_like_the_kernels_they_stand_for(form):
         path: expected[path.removesuffix("/q")] for path in kernels
     }
     # Scales where they can be: not along an axis of which there is one for all.
+    t5 = specs(quantise.shapes(shapes_of("instructblip-flan-t5-xl"), form), mesh)
+    assert t5["llm/encoder/layers/mlp/out/kernel/input_scale"] == P(None, "tensor", None)
     up = "llm/layers/mlp/in/kernel/scale"
     assert found[up] == P(None, None if form == "int8" else "fsdp", "tensor")
     assert found["vision/layers/attention_norm/scale"] == P()

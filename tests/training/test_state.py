@@ -25,7 +25,8 @@ def test_partition():
     [
         (("qfomer",), r"cannot train \['qfomer'\].*vision, qformer, llm; did you mean 'qformer'\?"),
         ((), r"cannot train \[\]"),
-        (("qformer", "projector"), r"\['projector'\]"),
+        (("qformer", "projector"), r"\['projector'\].*'projector' is a part of LLaVA"),
+        (("qformer", "heads"), r"\['heads'\].*'heads' is a part of BLIP-2's first stage"),
     ],
 )
 def test_partition_refuses(names, message):

@@ -37,7 +37,7 @@ class Dataset:
       name: its name in configurations and folders.
       family: the kind of task, one of `FAMILIES`, or `PAIRS`.
       held_in: True if InstructBLIP was trained on it, False if it was only evaluated, None if only
-        the BLIP-2 that it starts from was trained on it.
+        BLIP-2 was trained on it, before it (`PAIRS`) or in a fine-tuning.
       read: function of (raw, split) that yields the records of a split; `raw` is the folder that
         holds the original files.
       files: for each split the annotation files that `read` needs, relative to `raw`; `*.tar`
@@ -82,7 +82,7 @@ class Dataset:
     def use(self) -> str:
         """The stage of training or evaluation that uses the dataset, in words."""
         if self.held_in is None:
-            return "pre-training"
+            return "pre-training" if self.family == PAIRS else "fine-tuning"
         return "held in" if self.held_in else "held out"
 
     def present(self, raw: pathlib.Path) -> list[str]:

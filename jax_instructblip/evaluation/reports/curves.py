@@ -24,6 +24,9 @@ PANELS = (
 LOGARITHMIC = ("loss", "norms")
 COLUMNS = 2
 
+# Title of a panel -> label of a run -> its lines, with `step` and metrics.
+Panels = Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]
+
 
 def picture(metrics: Sequence[Mapping[str, float]]) -> str:
     """Returns an HTML image with one panel per group of `PANELS` that `metrics` has numbers of.
@@ -49,14 +52,11 @@ def picture(metrics: Sequence[Mapping[str, float]]) -> str:
         elif title != "learning rate":
             axis.set_ylim(bottom=0)
         axis.legend(fontsize="small")
-    return _image(figure)
+    return image(_png(figure))
 
 
-def compared(panels: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]], name: str) -> str:
-    """Returns an HTML image with a panel per title, and in it the metric `name` of several runs.
-
-    `panels` maps the title of a panel to runs, and these a label to lines with `step` and metrics.
-    """
+def compared(panels: Panels, name: str) -> bytes:
+    """Returns a PNG image with a panel per title, and in it the metric `name` of several runs."""
     figure, axes = _panels(len(panels))
     for axis, (title, runs) in zip(axes, panels.items(), strict=True):
         for label, metrics in runs.items():
@@ -67,7 +67,7 @@ def compared(panels: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]], 
         axis.set_ylim(bottom=0)
         if axis.lines:
             axis.legend(fontsize="small")
-    return _image(figure)
+    return _png(figure)
 
 
 def _panels(count: int) -> tuple[matplotlib.figure.Figure, list[Any]]:
@@ -82,11 +82,15 @@ def _panels(count: int) -> tuple[matplotlib.figure.Figure, list[Any]]:
     return figure, axes[:count]
 
 
-def _image(figure: matplotlib.figure.Figure) -> str:
-    """Returns the figure as an HTML image."""
+def _png(figure: matplotlib.figure.Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    return f"<img class='curve' alt='curves' src='{page.inline(buffer.getvalue())}'>"
+    return buffer.getvalue()
+
+
+def image(png: bytes) -> str:
+    """Returns a PNG image of curves as an HTML image."""
+    return f"<img class='curve' alt='curves' src='{page.inline(png)}'>"
 
 
 def answers_table(answers: Sequence[Mapping[str, Any]]) -> str:

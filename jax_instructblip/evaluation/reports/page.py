@@ -15,6 +15,7 @@ from jax_instructblip.data.images import ImageError, decode
 from jax_instructblip.data.records import ImageSource
 
 PICTURE = 224  # pixels a side
+Table = tuple[list[str], list[list[str]]]  # head and rows
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64em; margin: 2em auto; padding: 0 1em;
        color: #222; background: #fff }
@@ -29,7 +30,8 @@ tbody tr:last-child { border-top: 1px solid #888; font-weight: 600 }
 .right { border-left: 6px solid #54a24b } .wrong { border-left: 6px solid #e45756 }
 table.plain { margin: .8em 0 }
 table.plain tbody tr:last-child { border-top: none; font-weight: inherit }
-td.left { text-align: left; vertical-align: top } .wide { overflow-x: auto }
+.left { text-align: left; vertical-align: top } .wide { overflow-x: auto }
+td:not(.left) { white-space: nowrap }
 .note { color: #666; font-size: 13px } img.curve { max-width: 100% }
 """
 

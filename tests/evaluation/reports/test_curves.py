@@ -63,13 +63,12 @@ def test_there_is_no_panel_without_numbers(count, monkeypatch):
 
 def test_runs_are_compared_panel_by_panel(monkeypatch):
     figures = []
-    image = curves._image
-    monkeypatch.setattr(curves, "_image", lambda figure: figures.append(figure) or image(figure))
+    png = curves._png
+    monkeypatch.setattr(curves, "_png", lambda figure: figures.append(figure) or png(figure))
     run = [{"step": 0, "score": 0.1}, {"step": 5}, {"step": 9, "score": 0.7}]
-    page = curves.compared(
-        {"a": {"x": run, "y": run[:1]}, "b": {"x": run}, "c": {"z": []}}, "score"
-    )
-    assert pixels(page).shape == pixels(curves.picture(LINES)).shape  # 3 panels, too
+    panels = {"a": {"x": run, "y": run[:1]}, "b": {"x": run}, "c": {"z": []}}
+    image = curves.image(curves.compared(panels, "score"))
+    assert pixels(image).shape == pixels(curves.picture(LINES)).shape  # 3 panels, too
     first, second, third = figures[0].axes
     assert [axis.get_title() for axis in (first, second, third)] == ["a", "b", "c"]
     assert [line.get_label() for line in first.lines] == ["x", "y"]

@@ -1,0 +1,184 @@
+"""Throughput of the engine and of static batches, on answers of mixed lengths, in one process.
+
+python -m benchmarks.engine [--variants NAME ...] [--requests 96] [--slots 8] [--out FILE]
+
+The requests' numbers of new tokens are those of the paper's training mixture
+(`mixture_lengths.json`), rounded up to powers of two, so that static batches need few programs. A
+static batch holds as many consecutive requests as the engine has slots, and decodes until its
+longest answer ends; the engine refills each slot at once. Both sides have the same random weights
+and prepared requests, decode greedily and must give the same tokens; they alternate. A slot-step is
+one decoding step of one slot: it is counted, not measured, so it is the same on a busy machine.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.packing import read_lengths
+from benchmarks.workload import Measured, facts, measure, variant_of
+from jax_instructblip.atomic import write_file
+from jax_instructblip.checkpoint import flatten, unflatten
+from jax_instructblip.data.batch import collate
+from jax_instructblip.inference.decode import generate_tokens
+from jax_instructblip.inference.engine import Engine
+from jax_instructblip.inference.generation_config import GenerationConfig
+from jax_instructblip.inference.pipeline import InstructBlipPipeline
+from jax_instructblip.inference.sampling import TracedSettings
+from jax_instructblip.inference.slots import Request
+from jax_instructblip.models.variants import T5Config, Variant
+from jax_instructblip.models.vlm import init_params, unstack_decoder
+
+RESULT = pathlib.Path(__file__).parent / "results" / "engine.json"
+VARIANTS = {"middle-vicuna": "vicuna_7b", "middle-t5": "flan_t5_xl"}  # each with its lengths
+LIMITS = (4, 8, 16, 32, 64, 128)  # new tokens of an answer
+PROMPT = 16  # tokens of a prompt, and of its instruction
+
+
+class Ids:
+    """Stands for the tokenizers, which the measured time leaves out."""
+
+    def __init__(self, variant: Variant):
+        self.variant = variant
+
+    def stop_table(self) -> None:
+        """Returns None: eos alone ends an answer."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns no text."""
+        return ""
+
+
+def make_pipeline(name: str) -> InstructBlipPipeline:
+    """Returns a variant of `workload.MIDDLE` with smaller images and random weights."""
+    variant = variant_of(name)
+    vision = dataclasses.replace(variant.vision, image_size=56)
+    variant = dataclasses.replace(variant, vision=vision)
+    flat = flatten(init_params(variant, jax.random.key(0)))
+    if isinstance(variant.llm, T5Config):  # unscaled scores would make each softmax a choice of one
+        queries = [path for path in flat if path.startswith("llm/") and "/query/" in path]
+        flat |= {path: flat[path] * variant.llm.head_width**-0.5 for path in queries}
+    params = unstack_decoder(variant, unflatten(flat))
+    ids: Any = Ids(variant)
+    return InstructBlipPipeline(variant, params, ids)
+
+
+def make_requests(variant: Variant, lengths: str, count: int) -> list[Request]:
+    """Returns requests with random images and ids, and limits drawn from the recorded lengths."""
+    rng, side, m = np.random.default_rng(0), variant.vision.image_size, variant.llm
+    drawn = rng.choice(read_lengths(lengths)[:, 2], count)
+    requests = []
+    for row, length in enumerate(drawn):
+        limit = next((each for each in LIMITS if each >= length), LIMITS[-1])
+        ids = lambda vocab: rng.integers(3, min(vocab, 30_000), PROMPT).astype(np.int32)
+        example = {
+            "images": rng.integers(0, 256, (1, side, side, 3), dtype=np.uint8),
+            "qformer_tokens": ids(variant.qformer.vocab),
+            "tokens": ids(m.vocab),
+        }
+        batch = collate([example], visual_tokens=variant.visual_tokens)
+        config = GenerationConfig(max_new_tokens=limit, min_new_tokens=limit)
+        key = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(row), 1)))
+        settings = jax.device_get(TracedSettings.of(config))
+        requests.append(Request(batch, key, settings, np.int32(limit)))
+    return requests
+
+
+def static_call(
+    blip: InstructBlipPipeline, requests: Sequence[Request], size: int
+) -> tuple[Callable[[], list[list[int]]], int]:
+    """Returns a function that answers in static batches, and the slot-steps that it takes."""
+    batches = []
+    for start in range(0, len(requests), size):
+        rows = requests[start : start + size]
+        batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(row.batch for row in rows))
+        longest = int(max(row.limit for row in rows))
+        batches.append((rows, batch, longest))
+
+    def answer() -> list[list[int]]:
+        answers = []
+        for rows, batch, longest in batches:
+            config = GenerationConfig(max_new_tokens=longest, min_new_tokens=longest)
+            keys = jax.random.split(jax.random.key(0), len(rows))
+            made = generate_tokens(blip.model, blip.params, batch, keys, config)
+            tokens = np.asarray(made["tokens"])[:, 0]
+            answers += [row[: each.limit].tolist() for row, each in zip(tokens, rows, strict=True)]
+        return answers
+
+    return answer, sum(len(rows) * (longest - 1) for rows, _, longest in batches)
+
+
+def engine_call(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
+    """Answers all requests with the engine."""
+    answers = dict(engine.answers(enumerate(requests)))
+    return [list(answers[row].result().tokens) for row in range(len(requests))]
+
+
+def compare(name: str, count: int, slots: int, repeats: int) -> dict[str, Any]:
+    """Returns throughputs, slot-steps and their ratios, engine to static, as a dict."""
+    blip = make_pipeline(name)
+    requests = make_requests(blip.variant, VARIANTS[name], count)
+    static, static_steps = static_call(blip, requests, slots)
+    width = requests[0].batch["tokens"].shape[1]
+    engine = Engine(blip, slots=slots, width=width, max_new_tokens=LIMITS[-1])
+    engine.warm_up(requests)
+    sides = {"static": static, "engine": functools.partial(engine_call, engine, requests)}
+    same = sum(a == b for a, b in zip(static(), sides["engine"](), strict=True))
+    slot_steps = {"static": static_steps, "engine": engine.steps * slots}
+    found: dict[str, list[Measured]] = {side: [] for side in sides}
+    for _ in range(repeats):
+        for side, call in sides.items():
+            found[side].append(measure(call))
+    tokens = int(sum(request.limit for request in requests))
+    row: dict[str, Any] = {
+        "requests": count,
+        "slots": slots,
+        "new_tokens": tokens,
+        "same_answers": same,
+        "cores_of_other_processes": round(
+            max(m.others for each in found.values() for m in each), 2
+        ),
+    }
+    for side, times in found.items():
+        wall = statistics.median(each.wall for each in times)
+        row[side] = {
+            "slot_steps": slot_steps[side],
+            "seconds": [round(each.wall, 3) for each in times],
+            "processor_seconds": round(statistics.median(each.own for each in times), 3),
+            "tokens_per_second": round(tokens / wall, 2),
+        }
+    ratio = lambda of, up, down: round(row[up][of] / row[down][of], 3)
+    return row | {
+        "throughput_ratio": ratio("tokens_per_second", "engine", "static"),
+        "processor_seconds_ratio": ratio("processor_seconds", "static", "engine"),
+        "slot_steps_ratio": ratio("slot_steps", "static", "engine"),
+    }
+
+
+def main() -> None:
+    """Measures all variants, prints the results and writes them as JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=pathlib.Path, default=RESULT, help="JSON file")
+    flags = parser.parse_args()
+    document = facts("engine", sys.argv[1:]) | {"dtype": "float32", "results": {}}
+    for name in flags.variants:
+        row = compare(name, flags.requests, flags.slots, flags.repeats)
+        document["results"][name] = row
+        print(f"{name} {json.dumps(row)}", flush=True)
+        write_file(flags.out, json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
