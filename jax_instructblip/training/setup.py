@@ -132,8 +132,12 @@ def read_frozen_dtype(config: ConfigDict) -> tuple[Any, str | None]:
 
 
 def read_scans(config: ConfigDict) -> Scans:
-    """Returns for each tower how its layers are scanned: remat policy and weight sharding."""
-    scan = lambda tower: Scan(config.model.remat[tower], rules.constrain_layer)
+    """Returns for each tower how its layers are scanned: remat policy, weight sharding, attention.
+
+    `Scans.on` makes of it that of the devices that there are.
+    """
+    fused = config.model.attention == "auto"
+    scan = lambda tower: Scan(config.model.remat[tower], rules.constrain_layer, fused=fused)
     return Scans(vision=scan("vision"), qformer=scan("qformer"), llm=scan("llm"))
 
 
