@@ -22,7 +22,7 @@ from tests.helpers.tiny import write_base
 RELEASED = sorted(name for name in VARIANTS if not name.startswith("tiny"))
 SIZES = [(1, 8, 1), (1, 1, 4), (1, 1, 8), (2, 2, 2), (1, 64, 1), (4, 16, 4)]
 BOTH = ("fsdp", "tensor")
-CALLS = ("shares", "programs", "restores")  # of a process with eight devices, "words")
+CALLS = ("shares", "programs", "restores", "words")  # of a process with eight devices
 
 
 def shapes_of(name):
