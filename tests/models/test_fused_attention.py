@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import common
 from jax_instructblip.models.attention import attend, fusible
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.masks import causal_mask
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
+from jax_instructblip.parallel.mesh import make_mesh
 from jax_instructblip.planning.topology import has_cuda
+from jax_instructblip.training.setup import read_scans
 from tests.helpers.interpreter import run_module
 from tests.helpers.multi_device import divisible
 from tests.helpers.numerics import error
@@ -106,6 +109,14 @@ def test_only_nvidias_gpus_since_a100_have_it():
     assert scans.on(jax.devices("cpu")[0]) == off
     assert scans.on(device("tpu")) == scans.on(device("gpu")) == off
     assert scans.on(device("gpu", compute_capability="7.5")) == off
+
+
+def test_runs_ask_for_it_on_their_own_devices_alone():
+    config = common.get_config()
+    assert all(scan.fused for scan in vars(read_scans(config, None)).values())  # for a plan
+    assert not any(scan.fused for scan in vars(read_scans(config, make_mesh())).values())
+    config.model.attention = "einsum"
+    assert not any(scan.fused for scan in vars(read_scans(config, None)).values())
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
