@@ -10,9 +10,10 @@ import numpy as np
 
 from benchmarks.workload import Lengths, Questions, Sample, variant_of
 from jax_instructblip.checkpoint import flatten, unflatten
-from jax_instructblip.conversion.hf_folder import read_hf
+from jax_instructblip.conversion.hf_folder import convert_hf
 from jax_instructblip.data.batch import IGNORE, collate
 from jax_instructblip.data.packing import deal, row_lengths
+from jax_instructblip.inference.loading import load_params, read_source
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.variants import T5Config, Variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes, unstack_decoder
@@ -23,16 +24,21 @@ def load(case: dict[str, Any], *, unstacked: bool) -> tuple[VisionLanguageModel,
 
     `unstacked` decoding layers are what `jax_instructblip.load` makes; training stacks them.
     """
-    dtype = jnp.dtype(case["dtype"])
-    if folder := case.get("folder"):
-        variant, params = read_hf(folder)
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+    if case["device"] == "gpu" and jax.default_backend() != "gpu":
+        raise RuntimeError(f"--device gpu, but JAX computes on {jax.default_backend()}")
+    dtype, folder = jnp.dtype(case["dtype"]), case.get("folder")
+    if folder and unstacked:
+        source = read_source(folder)
+        variant, params = source.variant, load_params(source, dtype)
+    elif folder:
+        converted = convert_hf(folder)
+        variant = converted.variant
+        params = unflatten({path: jnp.asarray(leaf, dtype) for path, leaf in converted.leaves})
     else:
         still = {"qformer.dropout": 0.0, "llm.dropout": 0.0}
         variant = variant_of(case["variant"]).replace(**still)
         params = random_params(variant, dtype)
-    if unstacked:
-        params = unstack_decoder(variant, params)
+        params = unstack_decoder(variant, params) if unstacked else params
     return VisionLanguageModel(variant, dtype, Scans(llm=Scan(unstacked=unstacked))), params
 
 

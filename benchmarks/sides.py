@@ -7,6 +7,7 @@ for every line `call` that it reads; its answer has the times of the call. So ne
 memory, threads or a library with the other, and what else the machine does falls on both alike.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -68,9 +69,13 @@ class Side:
         self.name, self.log = side, pathlib.Path(case["work"], f"{side}.log")
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
-                command, text=True, cwd=ROOT, **{**pipes, "stderr": log}
+                command, text=True, cwd=ROOT, env=_environment(case), **{**pipes, "stderr": log}
             )
-        self.facts = self._read()
+        try:
+            self.facts = self._read()
+        except BaseException:
+            self.kill()
+            raise
 
     def call(self) -> dict[str, Any]:
         """Makes one call; returns its times, and its value."""
@@ -81,14 +86,16 @@ class Side:
         """Ends the process; returns its peak memory."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        found = self._read()
-        self._process.wait()
-        return found
+        return self._read()
 
     def kill(self) -> None:
-        """Ends the process at once, whatever it does."""
+        """Ends the process at once, whatever it does, and closes its pipes."""
         self._process.kill()
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):  # a line that the process did not read any more
+                assert pipe is not None
+                pipe.close()
 
     def _write(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -104,6 +111,12 @@ class Side:
             code = self._process.returncode
             raise RuntimeError(f"{self.name} ended with {code}:\n{tail}")
         return json.loads(line)
+
+
+def _environment(case: Case) -> dict[str, str]:
+    """Returns the variables of a side; on a CPU no library loads what drives accelerators."""
+    cpu = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **(cpu if case["device"] == "cpu" else {})}
 
 
 def compare(case: Case, sides: Sequence[str], *, repeats: int, warm_up: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -148,3 +149,15 @@ def _busy_seconds() -> float:
     fields = pathlib.Path("/proc/stat").read_text().split(None, 9)[1:9]
     user, nice, system, _, _, irq, soft, _ = map(int, fields)
     return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
+
+
+def seconds(call: Callable[[], object], repeats: int, warm_up: int = 2) -> dict[str, float]:
+    """Returns median, minimum and maximum wall seconds of `call`, which must block until done."""
+    for _ in range(warm_up):
+        call()
+    took = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - start)
+    return {"median": statistics.median(took), "min": min(took), "max": max(took)}

@@ -46,6 +46,9 @@ def get_config() -> ConfigDict:
     # Of the frozen weights; trained ones are float32. "int8", "int4": of frozen vision towers and
     # language models the kernels are whole numbers with scales, all else bfloat16.
     config.model.frozen_dtype = "bfloat16"
+    # Over whole rows: "auto" calls a kernel of cuDNN on NVIDIA's GPUs where it can be (bfloat16 or
+    # float16, no dropout of weights, no learned bias), which keeps no scores; "einsum" never.
+    config.model.attention = "auto"
     # What a backward pass computes again to save memory: "none"; "dots", all of a layer but its
     # products with weights (little to compute); "full", whole layers (a second forward pass). The
     # vision tower has no backward pass unless it is trained.

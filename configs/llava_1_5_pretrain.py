@@ -22,5 +22,5 @@ def get_config() -> ConfigDict:
     pairs = common.source("data/llava_lcs/blip_laion_cc_sbu_558k.json")
     config.data.sources = ConfigDict({"lcs": pairs})
     config.chat.template = "plain"  # --version plain
-    config.chat.limit = 1_024  # released: 2,048, see llava_pretrain.py; here an image is 576
+    config.chat.limit = 768  # released: 2,048, see llava_pretrain.py; here an image is 576
     return config

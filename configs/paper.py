@@ -60,9 +60,9 @@ def get_config(
     config.plan.row_slots, config.plan.row_targets = row
     config.plan.sample = sample
     config.data.min_decode_ratio = 0.0  # crops of the whole image's pixels, as released
-    # Little work, and a third of the memory that waits for the backward pass; launch/README.md says
+    # Little work, and half of the memory that waits for the backward pass; launch/README.md says
     # what fits where.
-    config.model.remat.llm = "dots"
+    config.model.remat.llm = config.model.remat.qformer = "dots"
     # The one held-in dataset whose validation split stands in the file that it is trained from (so
     # it is prepared with it), is not trained on, and is scored without further tools: exact match.
     # vqav2 (`val`) and coco_caption (`val`, extra `eval`) do as well, where those are prepared.

@@ -36,6 +36,11 @@ PROCESSORS = {
     "llava": "LlavaProcessor",
 }
 IMAGE_TOKEN = "<image>"
+LACKING_IMAGE = (
+    "by tokenizer.add_tokens(['<image>'], special_tokens=True); "
+    "model.resize_token_embeddings(len(tokenizer)); "
+    "model.config.image_token_id = len(tokenizer) - 1"
+)
 QFORMER_LIMIT = 128  # tokens of an instruction, as released
 
 
@@ -135,10 +140,8 @@ def _write_sides(model: StoredModel, family: Family, out: Path, tied: bool) -> l
                 config["image_token_index"] = image
             if image is None:
                 notes.append(
-                    "the tokenizer has no <image> token, which transformers needs: "
-                    "tokenizer.add_tokens(['<image>'], special_tokens=True); "
-                    "model.resize_token_embeddings(len(tokenizer)); "
-                    "model.config.image_token_id = len(tokenizer) - 1"
+                    "the tokenizer has no <image> token: transformers needs one, "
+                    + (LACKING_IMAGE if variant.kind == "llava" else "and image_token_index")
                 )
     notes += _losses(model, family, config)
     # Only LLaVA's format has other ways to prepare images; what is lost is said.

@@ -2,7 +2,8 @@
 
 All attention of the package is computed here, in two functions: `attend` takes all queries of a row
 at once, `attend_cached` the newest tokens against cached keys. Both are einsums with float32 scores
-and softmax, which XLA fuses on every backend; odd lengths, biases and boolean masks work as well.
+and softmax, on every backend; odd lengths, biases and boolean masks work as well. In place of its
+einsums `attend` can call a kernel of cuDNN, which keeps no scores (`fusible`).
 """
 
 import functools
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from jax_instructblip.models.dense import Dense, apart
 
 MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
+FUSED_WIDTHS = range(8, 129, 8)  # widths of heads that cuDNN's kernels have on all GPUs since A100
 
 
 class Attention(nn.Module):
@@ -24,7 +26,7 @@ class Attention(nn.Module):
 
     `biases` names the projections that have a bias, of "query", "key", "value" and "out": the ViT
     has no key bias. `key_heads` is the number of key and of value heads if there are fewer of
-    them than query heads; consecutive query heads then share one.
+    them than query heads; consecutive query heads then share one. `fused` as in `attend`.
     """
 
     width: int
@@ -34,6 +36,7 @@ class Attention(nn.Module):
     biases: tuple[str, ...] = ()
     bias_dtype: Any = jnp.float32
     key_heads: int | None = None
+    fused: bool = False
 
     def setup(self):
         project = lambda name, heads: Dense(
@@ -61,10 +64,8 @@ class Attention(nn.Module):
         scale: float | None = None,
         dropout: Callable[[Array], Array] | None = None,
     ) -> Float[Array, "B T D"]:
-        mixed = attend(
-            self.query(x), self.key(context), self.value(context), mask, bias, scale, dropout
-        )
-        return self.out(mixed)
+        query, key, value = self.query(x), self.key(context), self.value(context)
+        return self.out(attend(query, key, value, mask, bias, scale, dropout, self.fused))
 
 
 def attend(
@@ -75,14 +76,21 @@ def attend(
     bias: Float[Array, "#B N T S"] | None = None,
     scale: float | None = None,
     dropout: Callable[[Array], Array] | None = None,
+    fused: bool = False,
 ) -> Float[Array, "B T N K"]:
     """Attention: the average of `value` with weights softmax(query . key * scale + bias).
 
     Keys where `mask` is False get no weight. `scale` defaults to K^-0.5 (T5 passes 1.0); the
     float32 scores are multiplied by it, because scaling a bfloat16 query would round once more.
     `dropout` is applied to the weights and is passed only in training. With fewer key than query
-    heads (`_grouped`), there is no bias.
+    heads (`_grouped`), there is no bias. With `fused` cuDNN computes it where `fusible` allows.
     """
+    if fused and fusible(query, key, mask, bias, dropout):
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (mask.shape[0], 1, query.shape[1], key.shape[1]))
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, scale=scale, implementation="cudnn"
+        )
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     shape, (query, n) = query.shape, _grouped(query, key.shape[2], axis=2)
     scores = (
@@ -96,6 +104,18 @@ def attend(
     if dropout is not None:
         weights = dropout(weights)
     return jnp.einsum(f"B{n}TS,BSNK->BT{n}K", weights.astype(value.dtype), value).reshape(shape)
+
+
+def fusible(query: Array, key: Array, mask: Any, bias: Any, dropout: Any) -> bool:
+    """True if a kernel of cuDNN, with its gradient, can take the place of `attend`'s einsums.
+
+    Its factors are narrow. A mask is added to the scores, which then have even sizes. T5's learned
+    bias and dropout of weights stay with the einsums.
+    """
+    narrow = query.dtype in (jnp.bfloat16, jnp.float16)
+    even = mask is None or query.shape[1] % 2 == key.shape[1] % 2 == 0
+    plain = bias is None and dropout is None
+    return narrow and even and plain and query.shape[-1] in FUSED_WIDTHS
 
 
 def _grouped(query: Array, key_heads: int, axis: int) -> tuple[Array, str]:

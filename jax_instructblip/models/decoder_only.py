@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_instructblip.models.cache import append, start, tail_view
+from jax_instructblip.models.dense import WordFactors
 from jax_instructblip.models.layers import (
     Network,
     constrain,
@@ -44,6 +45,13 @@ class DecoderOnly(Network):
         """Float32 vocabulary logits of hidden states after the final norm."""
         raise NotImplementedError
 
+    def factors(self, x: Float[Array, "*B D"]) -> WordFactors:
+        """The two factors whose product is `logits`: hidden states, and the stored kernel."""
+        weights = self.variables["params"]
+        if "head" in weights:
+            return WordFactors(x, weights["head"]["kernel"], "DV")
+        return WordFactors(x, weights["embed"]["embedding"], "VD")
+
     def hidden(
         self, inputs: Array, segments: Array, positions: Array, return_kv: bool, train: bool
     ) -> tuple[Array, Any]:
@@ -57,7 +65,7 @@ class DecoderOnly(Network):
         x, cache = self.layers(x, None, causal_mask(segments), *shared, return_kv, train)
         return self.norm(x), cache
 
-    def __call__(
+    def asked_states(
         self,
         inputs: Float[Array, "B X D"],
         segments: Int[Array, "B X"],
@@ -66,17 +74,20 @@ class DecoderOnly(Network):
         decoder_tokens: None = None,
         decoder_segments: None = None,
         train: bool = False,
-    ) -> Float[Array, "B A V"]:
-        """Logits `[B, A, V]` of the slots `asked`; the logits of a slot predict the token after it.
+    ) -> Float[Array, "B A D"]:
+        """Hidden states of the slots `asked`, from which `logits` predicts the tokens after them.
 
         A slot holds an embedded token or a visual vector: `inputs`. `segments` is the number of the
         sample that owns each slot (0: padding), `positions` the slot's position in that sample.
-        Other slots than `asked` get no logits. `decoder_tokens` and `decoder_segments` are for
-        encoder-decoder models only.
+        `decoder_tokens` and `decoder_segments` are for encoder-decoder models only.
         """
         del decoder_tokens, decoder_segments
         x, _ = self.hidden(inputs, segments, positions, return_kv=False, train=train)
-        return self.logits(take_slots(x, asked, unique_inverse(asked, x.shape[1])))
+        return take_slots(x, asked, unique_inverse(asked, x.shape[1]))
+
+    def __call__(self, *row: Any, **options: Any) -> Float[Array, "B A V"]:
+        """Logits of the slots `asked`; the arguments are those of `asked_states`."""
+        return self.logits(self.asked_states(*row, **options))
 
     def prefill(
         self, inputs: Float[Array, "B S D"], valid: Bool[Array, "B S"], tail_length: int

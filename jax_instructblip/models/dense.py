@@ -7,7 +7,7 @@ The kernel of a `Dense` is an array, or quantised: a dict of whole numbers `q` a
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -114,7 +114,7 @@ def _quantised_backward(
     kernel, channels = _factors(q, scale, shape, contracted)
     factor = (gradient * rank_of(channels, gradient)).astype(like.dtype)
     axes = tuple(range(contracted - len(shape), 0))
-    product = functools.partial(jnp.tensordot, precision=_precision(like.dtype))
+    product = functools.partial(jnp.tensordot, precision=precision_of(like.dtype))
     return product(factor, kernel.astype(like.dtype), (axes, axes)), None, None
 
 
@@ -153,7 +153,7 @@ def _affine_backward(dtype: Any, kept: Any, gradient: Array) -> tuple[Array, Arr
     del dtype
     x, kernel, bias, like = kept
     narrow = like.dtype  # the dtype of the factors
-    product = functools.partial(jnp.tensordot, precision=_precision(narrow))
+    product = functools.partial(jnp.tensordot, precision=precision_of(narrow))
     batch_axes, feature_axes = tuple(range(gradient.ndim - bias.ndim)), tuple(range(-bias.ndim, 0))
     factor = gradient.astype(narrow)
     of_x = product(factor, kernel.astype(narrow), (feature_axes, feature_axes))
@@ -183,7 +183,7 @@ def multiply(
     first of `_ROWS`, the others zeros. For a float32 result it makes a float32 copy of the kernel,
     unless the algorithm is named, which XLA for CPUs does not know.
     """
-    plain = functools.partial(product, precision=_precision(x.dtype))
+    plain = functools.partial(product, precision=precision_of(x.dtype))
     leading, algorithm = x.shape[: x.ndim - contracted], _ALGORITHMS.get(x.dtype)
     if not leading or math.prod(leading) > 1:
         return plain(x, kernel)
@@ -197,7 +197,7 @@ def multiply(
     return jax.lax.platform_dependent(x, kernel, cuda=alone, default=plain)
 
 
-def _precision(dtype: Any) -> str | None:
+def precision_of(dtype: Any) -> str | None:
     """The matmul precision for factors of `dtype`: "highest" for float32, None for narrower dtypes.
 
     `Network.apply` sets the same, but a product of the gradient may be traced after `apply`
@@ -224,6 +224,14 @@ class Head(nn.Module):
             return word_logits(x, kernel, "DV", self.dtype)
         kernel = self.param("kernel", init, (round_up_words(self.vocab), x.shape[-1]))
         return word_logits(x, kernel, "VD", self.dtype)[..., : self.vocab]
+
+
+class WordFactors(NamedTuple):
+    """The factors of vocabulary logits: `word_logits(x, kernel, axes, dtype)`."""
+
+    x: Float[Array, "*B D"]
+    kernel: Float[Array, "_ _"]
+    axes: str  # of the kernel, "DV" or "VD"
 
 
 def kernel_by_word(kernel: Float[Array, "D V"]) -> Float[Array, "_ D"]:

@@ -23,6 +23,9 @@ from jax_instructblip.models.variants import (
 
 Count = Any  # an int, or an array with a number for each sample (`useful`)
 PRODUCTS = ("dot_general", "conv_general_dilated")
+# cuDNN's attention, with the number of its products: of scores and values; those of the gradients
+# of both, and of the scores again.
+FUSED = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
 def products(jaxpr: Jaxpr, times: int = 1, loops: int = 1) -> Iterator[tuple[Any, int]]:
@@ -34,7 +37,7 @@ def products(jaxpr: Jaxpr, times: int = 1, loops: int = 1) -> Iterator[tuple[Any
     """
     for equation in jaxpr.eqns:
         name = equation.primitive.name
-        if name in PRODUCTS:
+        if name in PRODUCTS or name in FUSED:
             yield equation, times
         inner = times * (equation.params["length"] if name == "scan" else 1)
         inner *= loops if name == "while" else 1
@@ -51,6 +54,8 @@ def flops_of(equation: Any) -> int:
     """FLOPs of one run of a product, an equation that `products` yields."""
     left, right = (each.aval.shape for each in equation.invars[:2])
     out = equation.outvars[0].aval.shape
+    if number := FUSED.get(equation.primitive.name):
+        return number * 2 * math.prod(left) * right[1]  # [B, T, N, K] and the S keys
     if equation.primitive.name == "dot_general":
         (contract, _), _ = equation.params["dimension_numbers"]
         return 2 * math.prod(out) * math.prod(left[axis] for axis in contract)

@@ -48,7 +48,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Scan:
     """Settings for running the layers of one tower (vision encoder, bridge or language model).
 
-    No setting changes a result.
+    No setting changes a result, except for rounding.
 
     Attributes:
       remat: a key of `REMAT`. "none" keeps everything for the backward pass; "dots" keeps the
@@ -59,11 +59,14 @@ class Scan:
       unstacked: parameters and caches are one tree per layer (`unstack_layers`) instead of a stack,
         and the kernel of a head is that of `dense.kernel_by_word`. For decoding where a product
         with a slice of a stack copies the slice first. `remat` and `weights` are then ignored.
+      fused: attention over whole rows is a kernel of cuDNN where it can be (`attention.fusible`):
+        for NVIDIA GPUs. It holds no scores in memory, and rounds them otherwise than einsums do.
     """
 
     remat: str = "none"
     weights: Callable[[Any], Any] | None = None
     unstacked: bool = False
+    fused: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,19 @@ class Scans:
     vision: Scan = Scan()
     qformer: Scan = Scan()  # the bridge, if it has layers to scan
     llm: Scan = Scan()
+
+    def on(self, device: Any) -> "Scans":
+        """A copy for a kind of devices: without `fused` where cuDNN has no such kernels.
+
+        It has them for NVIDIA's GPUs of compute capability 8.0 (A100) and above.
+        """
+        capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else 0
+        if float(capability or 0) >= 8:
+            return self
+        towers = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        return Scans(
+            **{name: dataclasses.replace(scan, fused=False) for name, scan in towers.items()}
+        )
 
 
 def constrain(x: Array) -> Array:
@@ -126,6 +142,23 @@ class Dropout(nn.Module):
             return x
         kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
         return jnp.where(jax.lax.optimization_barrier(kept), x / (1 - self.rate), 0)
+
+
+class Embedding(nn.Module):
+    """A table whose rows are looked up in its own dtype, then cast to that of residual streams.
+
+    `nn.Embed` casts the whole table first, which XLA for TPUs would do again for each new token.
+    """
+
+    count: int
+    features: int
+    embedding_init: Callable[..., Array]
+
+    def setup(self):
+        self.embedding = self.param("embedding", self.embedding_init, (self.count, self.features))
+
+    def __call__(self, index: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        return jnp.take(self.embedding, index, axis=0).astype(RESIDUAL)
 
 
 class LayerNorm(nn.Module):

@@ -26,6 +26,7 @@ from jax_instructblip.models.dense import Head, word_logits
 from jax_instructblip.models.layers import (
     RESIDUAL,
     Dropout,
+    Embedding,
     GatedMlp,
     RMSNorm,
     Scan,
@@ -81,6 +82,7 @@ class LlamaLayer(nn.Module):
 
     config: LlamaConfig
     dtype: Any
+    fused: bool = False
 
     def setup(self):
         c = self.config
@@ -104,9 +106,10 @@ class LlamaLayer(nn.Module):
 
         kv is {"key": ..., "value": ...}, each `[B, Nk, T, K]` as in a cache.
         """
-        dropout = functools.partial(self.drop, deterministic=not train)
+        drops = train and self.config.dropout > 0
+        dropout = functools.partial(self.drop, deterministic=False) if drops else None
         query, key, value = self._project(x, rotation)
-        x = self._add(x, attend(query, key, value, mask, dropout=dropout))
+        x = self._add(x, attend(query, key, value, mask, dropout=dropout, fused=self.fused))
         return x, ({"key": heads_first(key), "value": heads_first(value)} if return_kv else None)
 
     def step(self, x, cache, prefix_mask, view, rotation):
@@ -155,11 +158,9 @@ class Llama(DecoderOnly):
     def setup(self):
         c = self.config
         unit = nn.initializers.normal(1.0)
-        self.embedding = nn.Embed(
-            c.vocab, c.width, embedding_init=unit, dtype=RESIDUAL, name="embed"
-        )
+        self.embedding = Embedding(c.vocab, c.width, embedding_init=unit, name="embed")
         layers = scan_layers(LlamaLayer, c.layers, self.scan, call=4, step=3, tree=3)
-        self.layers = layers(c, self.dtype)
+        self.layers = layers(c, self.dtype, self.scan.fused)
         self.norm = RMSNorm(c.norm_eps)
         if not c.tied_head:
             self.head = Head(c.vocab, self.dtype, by_word=self.scan.unstacked)

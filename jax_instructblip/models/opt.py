@@ -24,6 +24,7 @@ from jax_instructblip.models.dense import word_logits
 from jax_instructblip.models.layers import (
     RESIDUAL,
     Dropout,
+    Embedding,
     LayerNorm,
     Mlp,
     Scan,
@@ -40,6 +41,7 @@ class OptLayer(nn.Module):
 
     config: OptConfig
     dtype: Any
+    fused: bool = False
 
     def setup(self):
         c, biases = self.config, ("query", "key", "value", "out")
@@ -57,7 +59,7 @@ class OptLayer(nn.Module):
         dropout = functools.partial(self.drop, deterministic=not train)
         y, attention = self.attention_norm(x), self.attention
         key, value = attention.key(y), attention.value(y)
-        mixed = attend(attention.query(y), key, value, mask)
+        mixed = attend(attention.query(y), key, value, mask, fused=self.fused)
         x = constrain(x + dropout(attention.out(mixed)))
         x = constrain(x + dropout(self.mlp(self.mlp_norm(x))))
         return x, ({"key": heads_first(key), "value": heads_first(value)} if return_kv else None)
@@ -90,15 +92,12 @@ class Opt(DecoderOnly):
     def setup(self):
         c = self.config
         table = functools.partial(
-            nn.Embed,
-            features=c.width,
-            embedding_init=nn.initializers.normal(0.02),
-            dtype=RESIDUAL,
+            Embedding, features=c.width, embedding_init=nn.initializers.normal(0.02)
         )
         self.embedding = table(c.vocab, name="embed")
         self.position_embedding = table(c.max_positions + OFFSET, name="position_embed")
         layers = scan_layers(OptLayer, c.layers, self.scan, call=3, step=2, tree=2)
-        self.layers = layers(c, self.dtype)
+        self.layers = layers(c, self.dtype, self.scan.fused)
         self.norm = LayerNorm(c.norm_eps)
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_instructblip.models.dense import WordFactors
+
 Cache = dict[str, Any]  # its keys and shapes: `cache.py`
 
 
@@ -33,7 +35,7 @@ class LanguageModel(Protocol):
         """Float32 token embeddings."""
         ...
 
-    def __call__(
+    def asked_states(
         self,
         inputs: Float[Array, "B X D"],
         segments: Int[Array, "B X"],
@@ -42,14 +44,18 @@ class LanguageModel(Protocol):
         decoder_tokens: Int[Array, "B U"] | None = None,
         decoder_segments: Int[Array, "B U"] | None = None,
         train: bool = False,
-    ) -> Float[Array, "B A V"]:
-        """Float32 logits of the slots `asked`; a slot sees only slots of its own sample.
+    ) -> Float[Array, "B A D"]:
+        """Hidden states of the slots `asked`; a slot sees only slots of its own sample.
 
         A slot holds an embedded token or a visual vector: `inputs`. `segments` is the number of the
         sample that owns each slot (0: padding), `positions` the slot's position in that sample.
         Encoder-decoder models also take the decoder's tokens and their sample numbers; `asked` then
         indexes those tokens.
         """
+        ...
+
+    def __call__(self, *row: Any, **options: Any) -> Float[Array, "B A V"]:
+        """Float32 logits of the slots `asked`: `logits` of `asked_states` of these arguments."""
         ...
 
     def prefill(
@@ -84,4 +90,11 @@ class LanguageModel(Protocol):
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 vocabulary logits of hidden states."""
+        ...
+
+    def factors(self, x: Float[Array, "*B D"]) -> WordFactors:
+        """The factors whose product is `logits`, for a loss that does not hold all of the logits.
+
+        The head's kernel is that of stacked layers (`layers.Scan.unstacked` is False).
+        """
         ...

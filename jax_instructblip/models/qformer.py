@@ -34,6 +34,7 @@ from jax_instructblip.models.dense import Dense
 from jax_instructblip.models.layers import (
     RESIDUAL,
     Dropout,
+    Embedding,
     LayerNorm,
     Mlp,
     Network,
@@ -205,9 +206,7 @@ class QFormer(Network):
         normal = nn.initializers.normal(0.02)
         self.queries = self.param("queries", normal, (1, c.queries, c.width))
         if c.instruction_aware:
-            embed = functools.partial(
-                nn.Embed, features=c.width, embedding_init=normal, dtype=RESIDUAL
-            )
+            embed = functools.partial(Embedding, features=c.width, embedding_init=normal)
             self.text_embed, self.position_embed = embed(c.vocab), embed(c.max_positions)
         self.embed_norm = LayerNorm(c.norm_eps)
         self.drop = Dropout(c.dropout)

@@ -16,10 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_instructblip.models.attention import Attention, CachedKV, attend_cached, heads_first
 from jax_instructblip.models.cache import append, attend_tail, start, tail_view
-from jax_instructblip.models.dense import Head, apart
+from jax_instructblip.models.dense import Head, WordFactors, apart
 from jax_instructblip.models.layers import (
     RESIDUAL,
     Dropout,
+    Embedding,
     GatedMlp,
     Network,
     RMSNorm,
@@ -227,9 +228,7 @@ class T5(Network):
     def setup(self):
         c = self.config
         unit = nn.initializers.normal(1.0)
-        self.embedding = nn.Embed(
-            c.vocab, c.width, embedding_init=unit, dtype=RESIDUAL, name="embed"
-        )
+        self.embedding = Embedding(c.vocab, c.width, embedding_init=unit, name="embed")
         # The encoder runs once per answer: unstacking its layers would gain nothing.
         stacked = dataclasses.replace(self.scan, unstacked=False)
         self.encoder = T5Stack(c, self.dtype, decoder=False, scan=stacked)
@@ -242,11 +241,17 @@ class T5(Network):
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 vocabulary logits of hidden states after the final norm."""
-        if self.config.scale_decoder_outputs:
-            x = x * self.config.width**-0.5
-        return self.head(x)
+        return self.head(self._scaled(x))
 
-    def __call__(
+    def factors(self, x: Float[Array, "*B D"]) -> WordFactors:
+        """The two factors whose product is `logits`: scaled hidden states, the head's kernel."""
+        return WordFactors(self._scaled(x), self.variables["params"]["head"]["kernel"], "DV")
+
+    def _scaled(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Hidden states as the head takes them."""
+        return x * self.config.width**-0.5 if self.config.scale_decoder_outputs else x
+
+    def asked_states(
         self,
         inputs: Float[Array, "B X D"],
         segments: Int[Array, "B X"],
@@ -255,8 +260,8 @@ class T5(Network):
         decoder_tokens: Int[Array, "B U"],
         decoder_segments: Int[Array, "B U"],
         train: bool = False,
-    ) -> Float[Array, "B A V"]:
-        """Logits `[B, A, V]` of the decoder's tokens at the indices `asked`.
+    ) -> Float[Array, "B A D"]:
+        """Hidden states of the decoder's tokens at the indices `asked`, which `logits` takes.
 
         `inputs` are the encoder's embedded tokens and visual vectors, `segments` the number of the
         sample that owns each (0: padding). `decoder_tokens` are the targets shifted right, with
@@ -267,7 +272,11 @@ class T5(Network):
         encoded = self.encoder(inputs, segment_mask(segments, segments), train=train)
         causal, cross = causal_mask(decoder_segments), segment_mask(decoder_segments, segments)
         x = self.decoder(self.embed(decoder_tokens), causal, encoded, cross, train=train)
-        return self.logits(take_slots(x, asked, unique_inverse(asked, x.shape[1])))
+        return take_slots(x, asked, unique_inverse(asked, x.shape[1]))
+
+    def __call__(self, *row: Any, **options: Any) -> Float[Array, "B A V"]:
+        """Logits of the decoder's tokens `asked`; the arguments are those of `asked_states`."""
+        return self.logits(self.asked_states(*row, **options))
 
     def prefill(
         self, inputs: Float[Array, "B S D"], valid: Bool[Array, "B S"], tail_length: int

@@ -40,6 +40,7 @@ class VisionBlock(nn.Module):
 
     config: VisionConfig
     dtype: Any
+    fused: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"], _: None) -> tuple[Float[Array, "B P D"], None]:
@@ -51,6 +52,7 @@ class VisionBlock(nn.Module):
             self.dtype,
             biases=("query", *(("key",) if c.key_bias else ()), "value", "out"),
             bias_dtype=self.dtype,
+            fused=self.fused,
             name="attention",
         )
         y = LayerNorm(c.norm_eps, name="attention_norm")(x)
@@ -100,7 +102,7 @@ class VisionTransformer(Network):
         if c.pre_norm:
             x = LayerNorm(c.norm_eps, name="pre_norm")(x)
         make = scan_layers(VisionBlock, c.computed_layers, self.scan, call=0)
-        x = make(c, self.dtype, name="layers")(x, None)[0]
+        x = make(c, self.dtype, self.scan.fused, name="layers")(x, None)[0]
         if self.is_initializing() and (c.unused_layers or c.post_norm):
             Unused(c, self.dtype, name="unused")(x)
         return x

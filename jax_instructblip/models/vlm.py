@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_instructblip.models import blip2
-from jax_instructblip.models.dense import kernel_by_word
+from jax_instructblip.models.dense import WordFactors, kernel_by_word
 from jax_instructblip.models.layers import (
     RESIDUAL,
     Network,
@@ -83,7 +83,15 @@ class VisionLanguageModel(Network):
         return self.variant.llm
 
     def __call__(self, batch: Batch, train: bool = False) -> Float[Array, "G A V"]:
-        """Float32 logits that predict the batch's `targets`, in their order.
+        """Float32 logits that predict the batch's `targets`, in their order."""
+        return self.logits(self.asked_states(batch, train))
+
+    def asked_factors(self, batch: Batch, train: bool = False) -> WordFactors:
+        """The factors whose product are the logits that predict the batch's `targets`."""
+        return self.llm.factors(self.asked_states(batch, train))
+
+    def asked_states(self, batch: Batch, train: bool = False) -> Float[Array, "G A Dl"]:
+        """Hidden states from which `logits` predicts the batch's `targets`, in their order.
 
         `batch["asked"]` holds the slots that they belong to: slots of a row, for T5 of the
         decoder's row.
@@ -91,7 +99,7 @@ class VisionLanguageModel(Network):
         inputs = self.embed_row(batch, train)
         decoder = {name: batch[name] for name in batch if name.startswith("decoder_")}
         rows = batch["segments"], batch["positions"], batch["asked"]
-        return self.llm(inputs, *rows, **decoder, train=train)
+        return self.llm.asked_states(inputs, *rows, **decoder, train=train)
 
     def encode_image(self, images: Array) -> Float[Array, "B P Dv"]:
         """Patch features `[G*I, P, Dv]` of all images `[G, I, H, W, 3]` of all rows."""

@@ -321,7 +321,7 @@ def job_function(job: Job, mesh: Mesh, arguments: tuple[Any, ...]) -> Any:
     return compile_step(
         like=state,
         mesh=mesh,
-        objective=_objective(job),
+        objective=_objective(job, mesh),
         optimizer=job.optimizer,
         schedule=job.schedule,
         clip_norm=job.clip_norm,
@@ -336,9 +336,9 @@ def answering_model(job: Job, params: Any) -> VisionLanguageModel:
     return VisionLanguageModel(job.variant, job.dtype, scans)
 
 
-def _objective(job: Job) -> Objective:
+def _objective(job: Job, mesh: Mesh) -> Objective:
     """The loss of the step: language, or the three terms of BLIP-2's first stage."""
-    model = model_of(job.variant, job.dtype, job.scans)
+    model = model_of(job.variant, job.dtype, job.scans.on(mesh.devices.flat[0]))
     if isinstance(model, Blip2):
         return PairObjective(model, job.pairs_by_image)
     return LanguageObjective(model)

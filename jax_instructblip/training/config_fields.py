@@ -51,6 +51,7 @@ FIELDS: dict[str, Field] = {
     "model.llm_dropout": _DROPOUT,
     "model.dtype": _DTYPE,
     "model.frozen_dtype": one_of(*DTYPES, *QUANTISED),
+    "model.attention": one_of("auto", "einsum"),
     "model.remat.vision": _REMAT,
     "model.remat.qformer": _REMAT,
     "model.remat.llm": _REMAT,

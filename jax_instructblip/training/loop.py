@@ -109,7 +109,7 @@ def _run(
     initial = patch_features.read_initial(config, mesh)
     _print_lines(*initial.notes)
     batches = setup.read_batches(config, mixture, initial, rows, shared, features)
-    model = model_of(initial.variant, dtype, setup.read_scans(config))
+    model = model_of(initial.variant, dtype, setup.read_scans(config, mesh))
     objective = setup.make_objective(config, model)
     validation = setup.read_validation(
         config, evaluate, validated, model=model, text=batches.text, mesh=mesh

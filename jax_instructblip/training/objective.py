@@ -11,8 +11,9 @@ from typing import Any, Protocol, cast
 import jax.numpy as jnp
 from jax import Array
 
+from jax_instructblip.models.dense import WordFactors
 from jax_instructblip.models.vlm import Batch, VisionLanguageModel
-from jax_instructblip.training.loss import count_targets, cross_entropy
+from jax_instructblip.training.loss import count_targets, word_loss
 
 Totals = dict[str, Array]
 Metrics = dict[str, Array]
@@ -61,9 +62,10 @@ class LanguageObjective:
     ) -> tuple[Array, Metrics]:
         """Returns the loss and no metrics; a batch without any target gives 0, not NaN."""
         variables, rngs = {"params": params}, {"dropout": rng}
-        logits = cast(Array, self.model.apply(variables, batch, train=True, rngs=rngs))
-        loss = cross_entropy(logits, batch["targets"]) / jnp.maximum(totals["tokens"], 1.0)
-        return loss, {}
+        factors = self.model.apply(variables, batch, train=True, rngs=rngs, method="asked_factors")
+        dtype = jnp.dtype(self.model.dtype)
+        total = word_loss(*cast(WordFactors, factors), batch["targets"], dtype)
+        return cast(Array, total) / jnp.maximum(totals["tokens"], 1.0), {}
 
 
 def check_parts(objective: Objective, *, accumulate: int, mapped: bool) -> None:

@@ -201,7 +201,7 @@ def _encoder(config: ConfigDict, variant: Variant, mesh: Mesh) -> Callable[[np.n
     """Returns a function of pixels [B, H, W, 3] that gives the bits [B, P, D] of their features."""
     bridge = dict(init="", trainable=(variant.bridge.key,), leave_out=("llm",))
     params = {"params": _load(config, mesh, **bridge).frozen["vision"]}
-    dtype, scan = jnp.dtype(config.model.dtype), setup.read_scans(config).vision
+    dtype, scan = jnp.dtype(config.model.dtype), setup.read_scans(config, mesh).vision
     tower, rows = VisionTransformer(variant.vision, dtype, scan), batch_sharding(mesh)
 
     @jax.jit

@@ -131,10 +131,15 @@ def read_frozen_dtype(config: ConfigDict) -> tuple[Any, str | None]:
     return (jnp.dtype(jnp.bfloat16), name) if name in QUANTISED else (jnp.dtype(name), None)
 
 
-def read_scans(config: ConfigDict) -> Scans:
-    """Returns for each tower how its layers are scanned: remat policy and weight sharding."""
-    scan = lambda tower: Scan(config.model.remat[tower], rules.constrain_layer)
-    return Scans(vision=scan("vision"), qformer=scan("qformer"), llm=scan("llm"))
+def read_scans(config: ConfigDict, mesh: Mesh | None) -> Scans:
+    """Returns for each tower how its layers are scanned: remat policy, weight sharding, attention.
+
+    `mesh` has the devices that run them. None: as configured, for any devices (`Scans.on`).
+    """
+    fused = config.model.attention == "auto"
+    scan = lambda tower: Scan(config.model.remat[tower], rules.constrain_layer, fused=fused)
+    scans = Scans(vision=scan("vision"), qformer=scan("qformer"), llm=scan("llm"))
+    return scans if mesh is None else scans.on(mesh.devices.flat[0])
 
 
 def read_mixture(config: ConfigDict) -> Mixture:

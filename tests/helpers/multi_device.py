@@ -38,7 +38,8 @@ from jax_instructblip.models.variants import (
 from jax_instructblip.models.vlm import VisionLanguageModel
 from jax_instructblip.parallel import rules
 from jax_instructblip.parallel.mesh import batch_sharding, make_mesh
-from jax_instructblip.training import loop
+from jax_instructblip.planning import hlo
+from jax_instructblip.training import loop, loss
 from jax_instructblip.training.checkpoints import Checkpoints
 from jax_instructblip.training.metrics import read_metrics
 from jax_instructblip.training.objective import LanguageObjective
@@ -239,6 +240,33 @@ def _constraints(jaxpr, inside=False):
                 if hasattr(part, "eqns"):
                     found += _constraints(part, inside or name == "scan")
     return found
+
+
+def words():
+    """The collectives of a loss in chunks on a mesh, and its distance from the plain one."""
+    loss.CHUNK = 4  # of two rows a device: chunks of 3, 3 and 1 of the 7 targets
+    mesh, rng = make_mesh(1, 4, 2), np.random.default_rng(0)
+    x, kernel = rng.normal(size=(8, 7, 16)), rng.normal(size=(16, 24))
+    x, kernel = x.astype(np.float32), kernel.astype(np.float32)
+    targets = rng.integers(0, 24, (8, 7))
+    put_on = lambda leaf, *spec: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+    rows = ("data", "fsdp")
+    split = put_on(x, rows), put_on(kernel, "fsdp", "tensor"), put_on(targets, rows)
+    of = lambda function: jax.value_and_grad(function, argnums=(0, 1))
+    chunked = lambda x, kernel, targets: loss.word_loss(x, kernel, "DV", targets, x.dtype)
+    plain = lambda x, kernel: loss.cross_entropy(x @ kernel, targets)
+    placed = None, tuple(leaf.sharding for leaf in split[:2])
+    function = jax.jit(of(chunked), out_shardings=placed)
+    with jax.set_mesh(mesh):
+        text = function.trace(*split).lower().compile().as_text()
+        found = function(*split)
+    with jax.default_matmul_precision("highest"):
+        expected = of(plain)(x, kernel)
+    program = hlo.read_program(text, mesh.size)
+    return {
+        "distance": largest(found, expected),
+        "collectives": [[each.kind, each.shape, each.times] for each in program.collectives],
+    }
 
 
 def restores():

@@ -113,7 +113,7 @@ def test_a_group_has_enough_weights_to_be_small(last, groups):
     named = {
         "llm": {"layers": {"mlp": {"in": {"kernel": jax.ShapeDtypeStruct((2, last, 3), "f4")}}}}
     }
-    shapes = quantise.shapes(named, tiny_variant("llama"), "int4")
+    shapes = quantise.shapes(named, "int4")
     found = shapes["llm"]["layers"]["mlp"]["in"]["kernel"]
     assert {name: leaf.shape[1:] for name, leaf in found.items()} == {
         name: leaf.shape for name, leaf in four.items()

@@ -22,7 +22,7 @@ from tests.helpers.tiny import write_base
 RELEASED = sorted(name for name in VARIANTS if not name.startswith("tiny"))
 SIZES = [(1, 8, 1), (1, 1, 4), (1, 1, 8), (2, 2, 2), (1, 64, 1), (4, 16, 4)]
 BOTH = ("fsdp", "tensor")
-CALLS = ("shares", "programs", "restores")  # of a process with eight devices
+CALLS = ("shares", "programs", "restores", "words")  # of a process with eight devices
 
 
 def shapes_of(name):
@@ -248,6 +248,15 @@ def test_layers_constrain_their_weights_and_gradients(multi_device):
     assert len(found) == vision + 3 * pair + 2 * llm
     assert found.count((4, 8, 32)) == 2 and found.count((32, 48)) == 4
     assert found.count((16, 24)) == 1 + 3 * 4  # the ViT's; four in a pair
+
+
+def test_a_loss_in_chunks_fetches_the_head_once(multi_device):
+    found = multi_device["words"]
+    assert found["distance"] < 1e-5
+    gathered = [times for kind, _, times in found["collectives"] if kind == "all-gather"]
+    of_kernel = [times for _, shape, times in found["collectives"] if "f32[16,12]" in shape]
+    assert gathered == [1]
+    assert of_kernel == [1, 1]  # fetched, and its gradient summed
 
 
 def test_a_state_is_restored_on_other_devices(multi_device):

@@ -45,7 +45,7 @@ def test_the_papers_numbers(name):
     assert (rates.weight_decay, rates.clip_norm, rates.warmup_ratio) == (0.0, 1.0, 0.03)
     assert (rates.b1, rates.b2, rates.eps) == (0.9, 0.999, 1e-8)
     assert (rates.warmup_learning_rate, rates.final_learning_rate) == (0.0, 0.0)
-    limit = {"llava_pretrain": 512, "llava_1_5_pretrain": 1_024}.get(name, 2_048)  # captions: less
+    limit = {"llava_pretrain": 512, "llava_1_5_pretrain": 768}.get(name, 2_048)  # captions: less
     assert (chat.limit, data.augment, config.model.remat.llm) == (limit, False, "full")
     whole = "llm" in config.model.trainable
     assert (config.mesh.data, config.mesh.fsdp) == ((1, -1) if whole else (-1, 1))
