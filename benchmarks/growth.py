@@ -173,7 +173,8 @@ def main() -> None:
     if flags.plot:
         document = json.loads(RESULT.read_text(encoding="utf-8"))
     else:
-        document = facts("growth", []) | {"xla_flags": os.environ.get("XLA_FLAGS", "")}
+        words = ["--models", *flags.models, "--repeats", str(flags.repeats)]
+        document = facts("growth", words) | {"xla_flags": os.environ.get("XLA_FLAGS", "")}
         document["curves"] = {}
         for name, curve in curves(list(flags.models), flags.repeats):
             document["curves"][name] = curve
