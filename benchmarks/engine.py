@@ -1,10 +1,14 @@
 """Throughput of the engine and of static batches, on answers of mixed lengths, in one process.
 
-python -m benchmarks.engine [--variants NAME ...] [--requests 96] [--slots 8] [--out FILE]
+python -m benchmarks.engine [--variants NAME ...] [--lengths NAME ...] [--requests 48] [--out FILE]
 
-The requests' numbers of new tokens are those of the paper's training mixture
-(`mixture_lengths.json`), rounded up to powers of two, so that static batches need few programs. A
-static batch holds as many consecutive requests as the engine has slots, and decodes until its
+The requests' numbers of new tokens are powers of two, so that static batches need few programs:
+
+    mixture  answers of the paper's training mixture (`mixture_lengths.json`), rounded up: mostly
+             short, so that reading the prompts is a large part of the work
+    uniform  all of `LIMITS` equally often
+
+A static batch holds as many consecutive requests as the engine has slots, and decodes until its
 longest answer ends; the engine refills each slot at once. Both sides have the same random weights
 and prepared requests, decode greedily and must give the same tokens; they alternate. A slot-step is
 one decoding step of one slot: it is counted, not measured, so it is the same on a busy machine.
@@ -39,6 +43,7 @@ from jax_instructblip.models.vlm import init_params, unstack_decoder
 
 RESULT = pathlib.Path(__file__).parent / "results" / "engine.json"
 VARIANTS = {"middle-vicuna": "vicuna_7b", "middle-t5": "flan_t5_xl"}  # each with its lengths
+LENGTHS = ("uniform", "mixture")
 LIMITS = (4, 8, 16, 32, 64, 128)  # new tokens of an answer
 PROMPT = 16  # tokens of a prompt, and of its instruction
 
@@ -74,7 +79,7 @@ def make_pipeline(name: str) -> InstructBlipPipeline:
 def make_requests(variant: Variant, lengths: str, count: int) -> list[Request]:
     """Returns requests with random images and ids, and limits drawn from the recorded lengths."""
     rng, side, m = np.random.default_rng(0), variant.vision.image_size, variant.llm
-    drawn = rng.choice(read_lengths(lengths)[:, 2], count)
+    drawn = rng.choice(LIMITS if lengths == "uniform" else read_lengths(lengths)[:, 2], count)
     requests = []
     for row, length in enumerate(drawn):
         limit = next((each for each in LIMITS if each >= length), LIMITS[-1])
@@ -122,10 +127,11 @@ def engine_call(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
     return [list(answers[row].result().tokens) for row in range(len(requests))]
 
 
-def compare(name: str, count: int, slots: int, repeats: int) -> dict[str, Any]:
+def compare(
+    blip: InstructBlipPipeline, lengths: str, count: int, slots: int, repeats: int
+) -> dict[str, Any]:
     """Returns throughputs, slot-steps and their ratios, engine to static, as a dict."""
-    blip = make_pipeline(name)
-    requests = make_requests(blip.variant, VARIANTS[name], count)
+    requests = make_requests(blip.variant, lengths, count)
     static, static_steps = static_call(blip, requests, slots)
     width = requests[0].batch["tokens"].shape[1]
     engine = Engine(blip, slots=slots, width=width, max_new_tokens=LIMITS[-1])
@@ -167,17 +173,21 @@ def main() -> None:
     """Measures all variants, prints the results and writes them as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--lengths", nargs="*", default=LENGTHS, choices=LENGTHS)
+    parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path, default=RESULT, help="JSON file")
     flags = parser.parse_args()
     document = facts("engine", sys.argv[1:]) | {"dtype": "float32", "results": {}}
     for name in flags.variants:
-        row = compare(name, flags.requests, flags.slots, flags.repeats)
-        document["results"][name] = row
-        print(f"{name} {json.dumps(row)}", flush=True)
-        write_file(flags.out, json.dumps(document, indent=1) + "\n")
+        blip, rows = make_pipeline(name), document["results"].setdefault(name, {})
+        for lengths in flags.lengths:
+            recorded = VARIANTS[name] if lengths == "mixture" else lengths
+            row = compare(blip, recorded, flags.requests, flags.slots, flags.repeats)
+            rows[lengths] = row
+            print(f"{name} {lengths} {json.dumps(row)}", flush=True)
+            write_file(flags.out, json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

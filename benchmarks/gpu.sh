@@ -8,7 +8,7 @@
 # Needs jax, flax, optax, torch and transformers; nothing is downloaded.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-suite=${1:?expected train, generate, rank, convert, input or numerics}
+suite=${1:?expected train, generate, rank or numerics}
 shift
 python=${PYTHON:-python3}
 if [[ -z ${PYTHON:-} && -x .venv/bin/python ]]; then python=.venv/bin/python; fi

@@ -9,12 +9,14 @@ of the program with zeros for weights, stand at the side. Writes `results/growth
 `results/growth.png`; `--plot` draws the picture from the results that are there.
 
 `bend` is the increase per unit between the last two sizes over that between the first two: 1 where
-the growth is linear.
+the growth is linear. XLA_FLAGS=--xla_backend_optimization_level=0 compiles in less time, with the
+same counts, to slower programs.
 """
 
 import argparse
 import functools
 import json
+import os
 import pathlib
 import statistics
 import time
@@ -171,7 +173,9 @@ def main() -> None:
     if flags.plot:
         document = json.loads(RESULT.read_text(encoding="utf-8"))
     else:
-        document = facts("growth", []) | {"curves": {}}
+        words = ["--models", *flags.models, "--repeats", str(flags.repeats)]
+        document = facts("growth", words) | {"xla_flags": os.environ.get("XLA_FLAGS", "")}
+        document["curves"] = {}
         for name, curve in curves(list(flags.models), flags.repeats):
             document["curves"][name] = curve
             print(f"{name}: bend {curve['bend']}", flush=True)

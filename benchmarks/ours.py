@@ -24,6 +24,8 @@ def load(case: dict[str, Any], *, unstacked: bool) -> tuple[VisionLanguageModel,
 
     `unstacked` decoding layers are what `jax_instructblip.load` makes; training stacks them.
     """
+    if case["device"] == "gpu" and jax.default_backend() != "gpu":
+        raise RuntimeError(f"--device gpu, but JAX computes on {jax.default_backend()}")
     dtype, folder = jnp.dtype(case["dtype"]), case.get("folder")
     if folder and unstacked:
         source = read_source(folder)

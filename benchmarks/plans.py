@@ -318,7 +318,8 @@ def main() -> None:
             continue
         path = RESULTS / f"plan_{case.file}.json"
         # Read again each time, because another process may be adding plans.
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"plans": []}
+        known = path.is_file()
+        found: dict[str, Any] = json.loads(path.read_text("utf-8")) if known else {"plans": []}
         others = [row for row in found["plans"] if row.get("command") != command]
         if flags.list or (len(others) < len(found["plans"]) and not flags.again):
             print(command if flags.list else f"there: {command}", flush=True)

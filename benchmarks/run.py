@@ -192,6 +192,8 @@ def _read_flags() -> argparse.Namespace:
     gpu = flags.device == "gpu"
     flags.sizes = flags.sizes or ("full" if gpu else "middle")
     flags.dtype = flags.dtype or ("bfloat16" if gpu else "float32")
+    if flags.suite == "convert" and flags.dtype != "float32":
+        parser.error("--suite convert reads a folder of float32 weights: give --dtype float32")
     flags.out = flags.out or RESULTS / f"{flags.suite}_{flags.device}.json"
     return flags
 

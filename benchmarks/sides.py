@@ -69,7 +69,7 @@ class Side:
         self.name, self.log = side, pathlib.Path(case["work"], f"{side}.log")
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
-                command, text=True, cwd=ROOT, **{**pipes, "stderr": log}
+                command, text=True, cwd=ROOT, env=_environment(case), **{**pipes, "stderr": log}
             )
         try:
             self.facts = self._read()
@@ -111,6 +111,12 @@ class Side:
             code = self._process.returncode
             raise RuntimeError(f"{self.name} ended with {code}:\n{tail}")
         return json.loads(line)
+
+
+def _environment(case: Case) -> dict[str, str]:
+    """Returns the variables of a side; on a CPU no library loads what drives accelerators."""
+    cpu = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **(cpu if case["device"] == "cpu" else {})}
 
 
 def compare(case: Case, sides: Sequence[str], *, repeats: int, warm_up: int) -> dict[str, Any]:

@@ -87,6 +87,8 @@ def image_id(variant: Variant) -> int:
 
 def load(case: dict[str, Any]) -> transformers.InstructBlipForConditionalGeneration:
     """Returns the model of a case: that of its folder, else with random weights on the device."""
+    if case["device"] == "gpu" and not torch.cuda.is_available():
+        raise RuntimeError("--device gpu, but torch has no GPU")
     dtype = getattr(torch, case["dtype"])
     model_class = transformers.InstructBlipForConditionalGeneration
     with quiet():

@@ -129,12 +129,18 @@ def best_of_rows(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def sample(key: jax.Array, scores: jax.Array, settings: TracedSettings) -> jax.Array:
-    """Draws one token `[R]` per row of `scores` `[R, V]`, by temperature, top-k, then top-p."""
-    order = jnp.argsort(scores, axis=-1, descending=True)
-    ranked = truncate(jnp.take_along_axis(scores, order, axis=-1), settings)
-    pick = jnp.argmax(ranked + jax.random.gumbel(key, ranked.shape), axis=-1)
-    pick = jnp.where(settings.greedy, 0, pick)
-    return jnp.take_along_axis(order, pick[..., None], axis=-1)[..., 0]
+    """Draws one token `[R]` per row of `scores` `[R, V]`, by temperature, top-k, then top-p.
+
+    If `settings.greedy`, it is the best token instead; nothing is then sorted.
+    """
+
+    def drawn() -> jax.Array:
+        order = jnp.argsort(scores, axis=-1, descending=True)
+        ranked = truncate(jnp.take_along_axis(scores, order, axis=-1), settings)
+        pick = jnp.argmax(ranked + jax.random.gumbel(key, ranked.shape), axis=-1)
+        return jnp.take_along_axis(order, pick[..., None], axis=-1)[..., 0].astype(jnp.int32)
+
+    return jax.lax.cond(settings.greedy, lambda: argmax(scores), drawn)
 
 
 def truncate(ranked: jax.Array, settings: TracedSettings) -> jax.Array:

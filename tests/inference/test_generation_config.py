@@ -23,7 +23,7 @@ def test_the_default_is_greedy():
     config = GenerationConfig()
     assert not config.sample and config.num_beams == 1 and config.max_new_tokens == 30
     assert config.changed() == {}
-    assert [float(each) for each in TracedSettings.of(config)] == [0, 1, 0, 1, 0, 1]
+    assert [float(each) for each in TracedSettings.of(config)] == [0, 1, 0, 1, 0, 1, 1]
 
 
 def test_every_setting_has_a_type_and_a_flag():
@@ -94,7 +94,7 @@ def test_drawing_is_asked_for_by_name_or_by_what_shapes_it():
         assert GenerationConfig.of(**settings).sample
     assert not GenerationConfig(do_sample=False).sample
     drawn = TracedSettings.of(GenerationConfig(temperature=0.5, top_k=3, top_p=0.25))
-    assert [float(each) for each in drawn[3:]] == [0.5, 3, 0.25]
+    assert [float(each) for each in drawn[3:]] == [0.5, 3, 0.25, 0]
 
 
 def test_numbers_of_numpy_become_plain_ones():

@@ -61,4 +61,4 @@ def test_the_recorded_measurement_keeps_the_promises():
     for name in ("shapes_llama", "shapes_t5"):
         found = recorded[name]["int8"]
         assert found["top1"] >= 0.99 and found["empty"] == 0 and found["bytes"]["kernels"] < 0.55
-    assert recorded["released"]["instructblip-vicuna-7b"]["int8"]["all"] <= 0.55
+    assert all(each["int8"]["all"] <= 0.55 for each in recorded["released"].values())

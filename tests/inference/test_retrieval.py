@@ -26,7 +26,7 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize(
     "words",
     [
-        ["check", "DATA", "--checkpoint", "HERE"],
+        ["prepare", "gqa", "--raw=.", "--preview", "--out", "OUT", "--checkpoint", "HERE"],
         ["generate", "--checkpoint", "HERE", "--image", "IMAGE", "--prompt", "a"],
         ["rank", "--checkpoint", "HERE", "--image", "IMAGE", "--prompt", "a", "--candidates", "b"],
         ["evaluate", "--checkpoint", "HERE", "--data", "DATA", "--out", "OUT", "--split", "test"],

@@ -27,4 +27,4 @@ def test_a_layer_is_read_once_and_never_copied(model, kind):
     found = measure(variant, kind, 1, "loaded", read_topology(TOPOLOGY))
     assert found["copies"] == []
     # A ranking has the activations of all candidates.
-    assert found["read"] <= (1.3 if kind == "ranking" else 1.1) * found["needed"]
+    assert found["read"] <= (1.4 if kind == "ranking" else 1.1) * found["needed"]

@@ -38,7 +38,8 @@ from tests.helpers.planned import job_of
 from tests.helpers.tiny import QUESTION, compile_cache, tiny_variant, write_base, write_data
 from tests.training.test_loop import losses, make_config, run
 
-KINDS = ("t5", "llava", "opt")
+# InstructBLIP in every run of the tests, LLaVA and BLIP-2's second stage with the full ones.
+CHEAP = ("t5", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("llava", "opt")))
 CHAT = {"chat.template": "v1", "chat.limit": 300, "model.trainable": ("projector",)}
 STILL = {"model.qformer_dropout": 0.0, "model.llm_dropout": 0.0}
 
@@ -103,7 +104,7 @@ def round_patches(call, args, kwargs, context):
     return out.astype(jnp.bfloat16).astype(jnp.float32) if tower else out
 
 
-@pytest.mark.parametrize("kind", [*KINDS[:2], pytest.param("opt", marks=pytest.mark.full)])
+@pytest.mark.parametrize("kind", CHEAP)
 def test_a_run_has_the_losses_of_one_whose_tower_is_rounded(bases, data, tmp_path, kind):
     """The stored bfloat16 is the only difference: losses agree to 1e-5 with a rounded tower's.
 
@@ -125,7 +126,7 @@ def test_a_run_has_the_losses_of_one_whose_tower_is_rounded(bases, data, tmp_pat
     assert lines[0]["replaced"] == lines[1]["replaced"] > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CHEAP)
 def test_a_step_on_patch_features_has_no_vision_tower(kind):
     """Neither its weights nor its FLOPs: those of the products are the count without it."""
     variant = tiny_variant(kind)
