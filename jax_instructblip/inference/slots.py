@@ -52,7 +52,7 @@ class Request(NamedTuple):
 class Slots(NamedTuple):
     """The state of all slots: each leaf has an axis of slots (`_axes`)."""
 
-    state: decode.State  # with B = R = 1; `step` is the number of new tokens, also behind the end
+    state: decode.State  # with B = R = 1
     key: jax.Array
     settings: TracedSettings
     limit: jax.Array
@@ -110,7 +110,7 @@ def advance(
 
         steps     []      int32    steps that were taken
         done      [N]     bool     slots that have ended
-        lengths   [N]     int32    number of new tokens so far
+        lengths   [N]     int32    number of new tokens so far, of live slots
         tokens    [N, T]  int32
         logprobs  [N, T]  float32
     """
@@ -154,10 +154,9 @@ def _prefill(
 def _step(
     model: Model, do_sample: bool, params: dict[str, Any], table: stops.Table, slot: Slots
 ) -> Slots:
-    """One slot after one more token; an ended slot keeps its number of tokens."""
-    key, before = jax.random.wrap_key_data(slot.key), slot.state
-    state = decode.advance(model, do_sample, params, key, slot.settings, table, before)
-    state = state._replace(step=jnp.where(before.done[0, 0], before.step, state.step))
+    """One slot after one more token."""
+    key = jax.random.wrap_key_data(slot.key)
+    state = decode.advance(model, do_sample, params, key, slot.settings, table, slot.state)
     return _limited(slot._replace(state=state))
 
 
