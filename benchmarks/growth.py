@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed runs (default: %(default)s)")
     parser.add_argument("--plot", action="store_true", help="draws the results that are there")
     flags = parser.parse_args()
+    document: dict[str, Any]
     if flags.plot:
         document = json.loads(RESULT.read_text(encoding="utf-8"))
     else:
