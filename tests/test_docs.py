@@ -19,6 +19,7 @@ from jax_instructblip.inference.loading import EMBEDDED
 from tests.helpers.object_stores import s3_server
 from tests.helpers.raw_layouts import write_all
 from tests.helpers.tars import write_shards
+from tests.helpers.visual_genome import write_questions
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
@@ -60,6 +61,7 @@ INSTEAD = {
 }
 # Words that are changed wherever they stand.
 SMALL = {
+    "--raw downloads/visual_genome": "--raw downloads/visual_genome --max_missing 0.5",
     "--datasets gqa,vsr": "--datasets gqa,vsr --limit 2",
     "gqa --data data --predictions": "gqa --limit 2 --data data --predictions",
     "--datasets flickr30k_retrieval": "--datasets flickr30k_retrieval --limit 2",
@@ -136,6 +138,7 @@ def prepared(tmp_path_factory):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(EMBEDDED / "shapes_t5", folder / name)
     write_all(folder / "downloads", ["vqav2", "gqa", "vsr", "flickr30k"])
+    write_questions(folder / "downloads" / "visual_genome")
     write_shards(folder / "downloads" / "cc3m", (6, 4))
     draw_few(folder / "drawn")
     binaries = folder / "bin"

@@ -1,6 +1,5 @@
 """The reader of Visual Genome's questions, and the config of the fine-tuning that reads them."""
 
-import json
 import pathlib
 
 import pytest
@@ -12,48 +11,14 @@ from jax_instructblip.data.readers.visual_genome import read_questions
 from jax_instructblip.data.records import Record
 from jax_instructblip.training.config_file import change_fields, load_config
 from jax_instructblip.training.setup import read_mixture
-from tests.helpers.tars import picture
+from tests.helpers.visual_genome import IMAGES, QUESTIONS, write, write_questions
 
 NAME = "visual_genome_questions"
-SITE = "https://cs.stanford.edu/people/rak248"
-IMAGES = [
-    {"image_id": 1, "url": f"{SITE}/VG_100K_2/1.jpg", "width": 800, "coco_id": None},
-    {"image_id": 3, "url": f"{SITE}/VG_100K/3.jpg", "width": 640, "coco_id": None},
-]
-
-
-def question(number, image, text, answer):
-    row = {"qa_id": number, "image_id": image, "question": text, "answer": answer}
-    return row | {"a_objects": [], "q_objects": []}
-
-
-QUESTIONS = [
-    {
-        "id": 1,
-        "qas": [
-            question(986768, 1, "What color is the clock? ", "Green."),
-            question(986777, 1, "How tall is the light post?", " "),
-        ],
-    },
-    {"id": 2, "qas": []},
-    {"id": 3, "qas": [question(7, 3, "Who is there?", "Nobody.")]},
-]
-
-
-def write(raw, **documents):
-    raw.mkdir(exist_ok=True)
-    for name, document in documents.items():
-        (raw / f"{name}.json").write_text(json.dumps(document))
-    return raw
 
 
 @pytest.fixture
 def raw(tmp_path):
-    raw = write(tmp_path / "raw", question_answers=QUESTIONS, image_data=IMAGES)
-    for number, path in enumerate(("VG_100K_2/1.jpg", "VG_100K/3.jpg")):
-        (raw / path).parent.mkdir()
-        (raw / path).write_bytes(picture(number))
-    return raw
+    return write_questions(tmp_path / "raw")
 
 
 def test_questions_and_their_images(raw):
