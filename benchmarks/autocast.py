@@ -45,7 +45,8 @@ _WIDE = {
 class Widened(TorchFunctionMode):
     """Makes CPU autocast compute the functions in `_WIDE` in float32, as GPU autocast does."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: D105
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Calls `func`, of `_WIDE` with float32 in place of bfloat16 arguments."""
         narrow = lambda leaf: isinstance(leaf, torch.Tensor) and leaf.dtype == torch.bfloat16
         if func in _WIDE:
             args = tuple(leaf.float() if narrow(leaf) else leaf for leaf in args)
@@ -55,7 +56,8 @@ class Widened(TorchFunctionMode):
 class Double(TorchFunctionMode):
     """Turns casts to float32 in transformers' norms and softmaxes into casts to float64."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: D105
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Calls `func` with float64 in place of float32 among its arguments."""
         change = lambda leaf: torch.float64 if leaf is torch.float32 else leaf
         args = tuple(change(leaf) for leaf in args)
         kwargs = {key: change(leaf) for key, leaf in (kwargs or {}).items()}

@@ -174,6 +174,12 @@ def row_of(case: tuple[str, str, int, str], whole: bool, topology: Topology) -> 
     return counts | {"read_over_needed": ratio} | found | sizes
 
 
+def versions() -> dict[str, str]:
+    """Returns the versions of the packages that make a GPU's program."""
+    names = ("jax", "jaxlib", "jax-cuda12-plugin")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
 def main() -> None:
     """Makes the rows and writes them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -193,10 +199,7 @@ def main() -> None:
             "command": "python -m benchmarks.gpu_programs",
             "topology": TOPOLOGY,
             "unit": "MiB a token",
-            "versions": {
-                package: importlib.metadata.version(package)
-                for package in ("jax", "jaxlib", "jax-cuda12-plugin")
-            },
+            "versions": versions(),
             "programs": found,
         }
         write_file(PATH, json.dumps(document, indent=1) + "\n")

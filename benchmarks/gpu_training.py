@@ -13,12 +13,12 @@ they run, so it is in no figure.
 """
 
 import argparse
-import importlib.metadata
 import json
 import pathlib
 import re
 from typing import Any
 
+from benchmarks.gpu_programs import versions
 from configs import paper_flan_t5_xl, paper_vicuna_7b, paper_vicuna_13b
 from jax_instructblip.atomic import write_file
 from jax_instructblip.files import read_json
@@ -81,10 +81,7 @@ def main() -> None:
             document = {
                 "command": "python -m benchmarks.gpu_training",
                 "unit": "GiB of one GPU",
-                "versions": {
-                    package: importlib.metadata.version(package)
-                    for package in ("jax", "jaxlib", "jax-cuda12-plugin")
-                },
+                "versions": versions(),
                 "steps": found,
             }
             write_file(PATH, json.dumps(document, indent=1) + "\n")

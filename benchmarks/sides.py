@@ -51,9 +51,7 @@ def serve(side: str, case: Case) -> None:
     built: Built = importlib.import_module(f"benchmarks.{case['suite']}").SIDES[side](case)
     say(dict(built.facts))
     for _ in sys.stdin:
-        box: list[Any] = []
-        found = measure(lambda: box.append(built.call()))  # noqa: B023 (called at once)
-        say({**found._asdict(), "value": box[0]})
+        say(measure(built.call)._asdict())
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = built.peak() if built.peak else None
     say({"peak_gigabytes": round((own if peak is None else peak) / 1e9, 4)})

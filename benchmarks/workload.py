@@ -129,19 +129,21 @@ class Measured(NamedTuple):
       others: mean number of cores that other processes kept busy.
       wall: wall seconds.
       own: processor seconds of this process.
+      value: the result of the call.
     """
 
     others: float
     wall: float
     own: float
+    value: Any = None
 
 
 def measure(call: Callable[[], object]) -> Measured:
-    """Calls `call` and returns its times."""
+    """Calls `call` and returns its times and its result."""
     busy, own, start = _busy_seconds(), sum(os.times()[:2]), time.perf_counter()
-    call()
+    value = call()
     wall, own = time.perf_counter() - start, sum(os.times()[:2]) - own
-    return Measured(max((_busy_seconds() - busy - own) / wall, 0.0), wall, own)
+    return Measured(max((_busy_seconds() - busy - own) / wall, 0.0), wall, own, value)
 
 
 def _busy_seconds() -> float:

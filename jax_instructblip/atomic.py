@@ -58,6 +58,18 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def lock_alone(file: int, path: Path) -> None:
+    """Locks an open file or folder, named `path` in the error; the lock ends with a killed process.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process writes to {path}: wait until it ends") from None
+
+
 def set_aside(path: Path, word: str = "aside") -> Path:
     """Renames `4` to `4.aside`, or `a.jsonl` to `a.aside.jsonl`; returns the new path.
 

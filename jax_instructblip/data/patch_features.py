@@ -9,7 +9,7 @@
     problem   in place of `image`: the reason why this image cannot be used
 
 An image is found by its content, so that any number of questions share it and files may move.
-`jax_instructblip/training/patch_export.py` writes the folder.
+`jax_instructblip/training/patch_features.py` writes the folder.
 """
 
 import io

@@ -9,7 +9,6 @@ A run that was killed goes on from it; a last line that the kill cut short is dr
 
 import collections
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from jax_instructblip import files
-from jax_instructblip.atomic import encode_utf8
+from jax_instructblip.atomic import encode_utf8, lock_alone
 
 VERSION = 1
 _START = b'{"journal": '  # of a file; a kill may have cut it short
@@ -127,10 +126,7 @@ def open_journal(path: Path, facts: Mapping[str, Any]) -> Iterator[Journal]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process writes to {path}: wait until it ends") from None
+        lock_alone(file.fileno(), path)
         _require_journal(path, file)
         _drop_unfinished(file)
         journal = Journal(path, file)

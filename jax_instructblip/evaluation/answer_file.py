@@ -10,13 +10,13 @@ A run that was killed goes on from these (`predictions.Store`).
 import collections
 import concurrent.futures
 import contextlib
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax_instructblip.atomic import lock_alone
 from jax_instructblip.evaluation.answering import THREADS, hushed
 from jax_instructblip.evaluation.predictions import Prediction, Store
 from jax_instructblip.evaluation.question_file import Line, read_prompts, read_questions
@@ -173,13 +173,11 @@ def _sole_writer(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(f"another process writes to {folder}: wait until it ends") from None
-    try:
-        yield
+        lock_alone(lock, folder)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
         os.close(lock)

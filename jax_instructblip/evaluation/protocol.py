@@ -84,7 +84,7 @@ class Protocol:
     metric: str = ""
     ranking: bool = False
     words: tuple[tuple[str, ...], ...] = ()
-    decoding: GenerationConfig = GenerationConfig()  # noqa: RUF009 (frozen)
+    decoding: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
     llama: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     retrieval: bool = False

@@ -173,9 +173,8 @@ class Engine:
     def answers(self, requests: Iterable[tuple[Name, Request]]) -> Iterator[tuple[Name, Handle]]:
         """Yields each request's name and handle as its answer ends, in any order.
 
-        One that is cancelled meanwhile is left out.
-
-        `requests` yields pairs of name and request, and is read as slots become free.
+        One that is cancelled meanwhile is left out. `requests` yields pairs of name and request,
+        and is read as slots become free.
         """
         left, names = iter(requests), {}
         while True:
@@ -184,7 +183,8 @@ class Engine:
             if not names:
                 return
             for handle in self.step():
-                yield names.pop(handle), handle
+                if handle in names:  # others may be submitted meanwhile
+                    yield names.pop(handle), handle
             names = {handle: name for handle, name in names.items() if not handle.cancelled()}
 
     def warm_up(self, requests: Iterable[Request]) -> None:
@@ -223,8 +223,8 @@ class Engine:
                 self._running[index] = handle = None
             if handle is None and (handle := self._next()) is not None:
                 request, handle.request = handle.request, None
+                self._running[index] = handle  # first: if this fails, `close` cancels it
                 self._admit(index, request)
-                self._running[index] = handle
 
     def _next(self) -> Handle | None:
         """The first waiting request that is not cancelled, taken out of the queue."""

@@ -49,7 +49,7 @@ _HINT = "images is a digest of all images, weights one of the vision tower's"
 
 
 class _Place(NamedTuple):
-    """Where an image stands: its source, the index of a record there, the number of the image."""
+    """The place of an image: its source, the index of a record there, the number of the image."""
 
     source: Sequence[Any]
     record: int

@@ -46,7 +46,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: ChatServer
 
-    def do_POST(self):  # noqa: N802
+    def do_POST(self):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
@@ -98,7 +98,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(content[: len(content) // 2] if half else content)
         self.close_connection = half
 
-    def log_message(self, format, *args):  # noqa: A002
+    def log_message(self, *message):
         pass
 
 

@@ -113,10 +113,10 @@ def test_only_nvidias_gpus_since_a100_have_it():
 
 def test_runs_ask_for_it_on_their_own_devices_alone():
     config = common.get_config()
+    assert not any(scan.fused for scan in vars(read_scans(config, None)).values())
+    config.model.attention = "auto"
     assert all(scan.fused for scan in vars(read_scans(config, None)).values())  # for a plan
     assert not any(scan.fused for scan in vars(read_scans(config, make_mesh())).values())
-    config.model.attention = "einsum"
-    assert not any(scan.fused for scan in vars(read_scans(config, None)).values())
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")

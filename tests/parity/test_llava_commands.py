@@ -51,7 +51,7 @@ def readme_commands():
 
 
 def write_files(folder):
-    """What a reader has downloaded: weights of LLaVA, CLIP and Vicuna, captions, talks, POPE."""
+    """A reader's downloads: weights of LLaVA, CLIP and Vicuna, captions, talks, POPE."""
     write_llava(folder / "hf", "llama", linear=False, positions=POSITIONS)
     write_original(folder / "hf", folder / "llava-v1.5-7b")
     write_clip(folder / "hf", folder / CLIP)

@@ -1,4 +1,3 @@
-# ruff: noqa: E501 - lines of a program are as long as a compiler writes them
 import pytest
 
 from jax_instructblip.planning.explain import explain, explain_lines
