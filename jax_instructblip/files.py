@@ -280,6 +280,8 @@ def scan_jsonl(
 ) -> Iterator[tuple[int, Any, str]]:
     """Yields (line number, value, "") of each non-blank line, or (line number, None, error).
 
+    A line of more than `limit` bytes is an error; `allow_nan` is as in `parse_json`.
+
     Raises:
         OSError: it is no regular file, or cannot be read.
     """

@@ -205,5 +205,5 @@ class Section:
 
 
 def equal(found: Any, wanted: Any) -> bool:
-    """Tells whether two values are equal, where 1 and True are not."""
+    """Tells whether two values are equal; unlike `==`, it tells True from 1."""
     return isinstance(found, bool) == isinstance(wanted, bool) and found == wanted

@@ -29,7 +29,9 @@ FLOATS = {np.dtype(name) for name in ("float16", "float32", ml_dtypes.bfloat16)}
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Fills one leaf, or one slice of it a layer, from one source tensor or an equal part of it.
+    """Fills one leaf from one source tensor, or from one of several equal parts of that tensor.
+
+    With `layers` there is one source tensor per layer, and each fills one slice of the leaf.
 
     Attributes:
       source: name of the source tensor; with `layers` it has `{i}` in place of the layer's number.

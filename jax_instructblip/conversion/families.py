@@ -118,7 +118,10 @@ class Family:
         return [*entries, *language.rules(variant.llm, tied_head)]
 
     def prefix(self, name: str) -> tuple[str, str]:
-        """Returns the beginning of a tensor's name in the tables, and in the file; "" for alike."""
+        """Returns the prefix of a tensor's name in the tables, and the prefix in the file.
+
+        `name` is the tensor's name in the file. Both are "" if no row of `prefixes` applies.
+        """
         for ours, others in self.prefixes.items():
             for theirs in (ours, *others):
                 if name.startswith(theirs):

@@ -126,7 +126,10 @@ def _variant(folder: Path, config: Mapping[str, Any], failures: list[str]) -> Va
 
 
 def quantisation_problems(config: Mapping[str, Any]) -> list[str]:
-    """Returns a line about a config.json of quantised weights, which are not read; else []."""
+    """Returns a list with an error text if a config.json is of quantised weights; else [].
+
+    This package does not read quantised weights.
+    """
     quantised = config.get("quantization_config")
     return [] if quantised is None else [f"quantization_config is {quantised!r:.80}: {DEQUANTISE}"]
 

@@ -67,7 +67,7 @@ class _ImageTower:
       blocks: the prefix of the names of its blocks.
       attention: a tensor of a block that the other tower does not have.
       block: the names of all tensors of a block.
-      after: the names of the tensors behind the blocks; like the last block, not converted.
+      after: the names of the tensors after the blocks; like the last block, not converted.
     """
 
     name: str
@@ -220,7 +220,7 @@ def _refuse_trimmed(tensors: Iterable[str], variant: Variant, title: str, apart:
 
 
 def _refuse_other_tower(tensors: Mapping[str, Any], variant: Variant, title: str) -> None:
-    """Raises a ConversionError if a file has the other vision tower, or was trained behind it."""
+    """Raises a ConversionError if a file has the other vision tower, or was trained with it."""
     tower = _image_tower(variant)
     wrong = [
         f"it has the image tower {other.name} ({VISION}{other.blocks}*, as {other.file})"

@@ -41,14 +41,14 @@ class ChatTemplate:
     Attributes:
       user: a question; `{text}` is its text with its images, `{images}` its images alone.
         `{system}`, if it has one, is `system` in the first question and nothing in later ones.
-      mark: the text before an answer. A prompt ends with it, so an answer's tokens begin behind it.
+      mark: the text before an answer. A prompt ends with it, so an answer's tokens follow it.
       answer: an answer; `{text}` is its text.
       stop: the end of an answer, at which generation stops. Answer and stop are learned.
       system: how the system message `{system}` is written, unless it is empty.
       message: the system message of conversations that have none of their own.
       opening: text before the first question.
       between: text between an answer and the next question.
-      end: text behind the last answer.
+      end: text after the last answer.
       tokens: the control tokens in these texts, each of which the tokenizer must have.
       start: the first text of all; `{start}` is the tokenizer's own start token, if it has one.
       learns_marks: whether `opening`, `mark` and `end` are learned as well.

@@ -93,7 +93,7 @@ class ChatTextProcessor(TextProcessor):
     def stop_text(self) -> str:
         """The text that ends an answer; "" for a template whose stop is a control token.
 
-        White space around it is no part of it, unless it is nothing else.
+        White space around the template's stop is removed, unless the stop is white space alone.
         """
         template, control = self.chat.template, self.llm.get_added_vocab()
         text = "".join(part for part in template.split(template.stop) if part not in control)
@@ -102,7 +102,7 @@ class ChatTextProcessor(TextProcessor):
     def stop_table(self) -> np.ndarray | None:
         """Returns the table [S, V] int8 by which decoding finds the end of an answer.
 
-        Entry [s, i] is the state behind token i in state s. A state is the number of bytes of
+        Entry [s, i] is the state after token i, if it was s. A state is the number of bytes of
         `stop_text` that the answer so far ends with; S stands for an answer that has ended. With
         the stop `###` (S = 3), in SentencePiece:
 
@@ -198,7 +198,7 @@ def load_text_processor(
 
 
 def _matched(word: bytes, state: int, piece: bytes) -> int:
-    """Returns the state behind a piece: how many bytes of `word` it ends with; all: an end."""
+    """Returns the state after a piece: how many bytes of `word` it ends with; all: an end."""
     text = word[:state] + piece
     if word in text:
         return len(word)

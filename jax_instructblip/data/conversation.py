@@ -86,7 +86,7 @@ class Conversation:
         return _with_images(self, self.images, "first")
 
     def ordered(self, order: str, rng: np.random.Generator) -> "Conversation":
-        """Returns the conversation with the first question's images before or behind its text.
+        """Returns the conversation with the first question's images before or after its text.
 
         Args:
           order: one of `ORDERS`; "written" changes nothing.
@@ -179,7 +179,7 @@ class ConversationProcessor:
           legacy: the answer of `reads_as_legacy` for the tokenizer's folder; a template with an
             answer of its own ignores it.
           system: the system message of conversations without one; None means the template's.
-          image_marks: control tokens before and behind each image, such as `<im_start>` and
+          image_marks: control tokens before and after each image, such as `<im_start>` and
             `<im_end>`.
 
         Raises:
@@ -214,10 +214,11 @@ class ConversationProcessor:
     ) -> "ConversationProcessor":
         """Returns the processor of a model; `options` are arguments of the constructor.
 
-        `legacy` is as the tokenizer's folder says (`reads_as_legacy`), unless it is given.
+        Without an option `legacy`, the tokenizer's folder decides (`reads_as_legacy`).
 
         Raises:
-            ValueError: the language model is an encoder-decoder, or as the constructor.
+            ValueError: the language model is an encoder-decoder; or for the reasons that the
+                constructor gives.
         """
         llm = text.variant.llm
         if llm.encoder_decoder:
@@ -382,7 +383,7 @@ class ConversationProcessor:
 
 
 def _with_images(conversation: Conversation, count: int, order: str) -> Conversation:
-    """Returns a copy with `count` images before ("first") or behind ("last") the first question."""
+    """Returns a copy with `count` images before ("first") or after ("last") the first question."""
     speaker, text = conversation.turns[0]
     marks = "\n".join([IMAGE] * count)
     bare = text.replace(IMAGE, "").strip() if count else text

@@ -33,7 +33,7 @@ class InputFormat:
       template: the chat template, a key of `CHAT_TEMPLATES`; "" for a model that reads the images
         and then the prompt as it is.
       system: the system message; None means the template's.
-      image_marks: the control tokens before and behind each image, such as `<im_start>` and
+      image_marks: the control tokens before and after each image, such as `<im_start>` and
         `<im_end>`; None means that there are none.
       image_crop: how an image becomes a square, a name in `images.CROPS`.
       limit: with a template, most slots of a prompt, text tokens and visual vectors together.

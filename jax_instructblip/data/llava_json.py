@@ -33,7 +33,7 @@ def read_llava_json(
 
     `images` is the folder that the names of images are relative to, by default the file's own.
     Images must exist, but are not opened. A row without an id gets `NAME:ROW`; a row with the id of
-    an earlier row gets `#2` (`#3` ...) behind it, for LLaVA's ids are those of images.
+    an earlier row gets `#2` (`#3` ...) after it, for LLaVA's ids are those of images.
 
     Raises:
         RecordError: the file has no records, or bad rows, all listed as `FILE: row N: reason`.

@@ -195,7 +195,7 @@ class Mixture:
 def split_caption(caption: str, rng: np.random.Generator) -> tuple[str, str]:
     """Returns (prompt, answer): the beginning of a caption, and its rest, as BLIP-2 asks FlanT5.
 
-    The beginning ends behind a word that is drawn evenly from the first to the middle one. A
+    The beginning ends after a word that is drawn evenly from the first to the middle one. A
     caption of one word is the answer, to no prompt.
     """
     words = caption.split()

@@ -62,8 +62,8 @@ def balance(captions: Iterable[str], *, cap: int = CAP, seed: int = 0) -> np.nda
 
     Args:
       captions: the captions; a blank one has no phrase and is left out.
-      cap: most captions that one phrase brings. A caption may be brought by several.
-      seed: of the captions that are drawn for a phrase in more than `cap`.
+      cap: most captions that one phrase chooses. Several phrases may choose the same caption.
+      seed: seed of the random choice for a phrase that is in more than `cap` captions.
     """
     numbers: dict[str, int] = {}
     phrase_of, caption_of = array.array("q"), array.array("q")
@@ -97,8 +97,8 @@ def balanced(
       records: the records of pairs, with their captions as answers.
       digest: of the content of `records`.
       path: where they are from, for the folder of copies.
-      cap: most captions that one phrase brings.
-      seed: of the captions that are drawn.
+      cap: most captions that one phrase chooses.
+      seed: seed of the random choice.
 
     Raises:
       ValueError: no phrase is in `MIN_CAPTIONS` captions.

@@ -1,4 +1,4 @@
-"""Encodes a text in parts, so that no part gets a space or control token that the text has not.
+"""Encodes a text in parts, so that no part gets a space or control token the text does not have.
 
 SentencePiece puts a space in front of every text that it is given. A part in the middle of a text
 must not get one, and control tokens (`</s>`) must come from the template alone: a user who writes
@@ -18,7 +18,7 @@ from jax_instructblip.files import read_json
 
 
 def reads_as_legacy(folder: str | os.PathLike[str]) -> bool:
-    """Tells whether text behind a control token is a new text, which gets a space in front.
+    """Tells whether text after a control token is a new text, which gets a space in front.
 
     The first LLaMA tokenizers of transformers did so, and Vicuna and LLaVA were trained with them;
     a tokenizer folder of the newer kind says `"legacy": false`. Without this entry the answer is
@@ -82,13 +82,16 @@ class PieceWriter:
         self._text, self._learned = self._text + text, learned
 
     def control(self, token: int, learned: bool, *, starts: bool = False) -> None:
-        """Appends a control token; `starts` says that the text behind it is a new text."""
+        """Appends a control token; `starts` says that the text after it is a new text."""
         self.flush()
         self._append([token], learned)
         self._first = starts or self._legacy
 
     def image(self, marks: Sequence[int]) -> None:
-        """Notes the place of an image; `marks` are the control tokens around it, or none."""
+        """Notes the place of an image, between two control tokens if `marks` has their ids.
+
+        `marks` is (id before the image, id after it), or empty.
+        """
         self.flush()
         self._append(marks[:1], learned=False)
         self.image_at.append(len(self.tokens))
@@ -96,7 +99,7 @@ class PieceWriter:
         self._first = self._legacy or not marks
 
     def flush(self) -> None:
-        """Encodes the text so far; a text behind it is encoded on its own."""
+        """Encodes the text so far; text that follows is encoded on its own."""
         if self._text:
             self._append(self._pieces.encode(self._text, first=self._first), self._learned)
             self._text, self._first = "", False

@@ -132,7 +132,7 @@ def _vision_sizes(variant: Variant) -> dict[str, int]:
 def example_batch(variant: Variant, batch: int = 1, text: int = 4, answer: int = 4) -> Batch:
     """Returns a valid batch of `batch` rows with one sample each, for tests and compilation.
 
-    A row is one black image, `text` tokens of id 0 behind it, and `answer` targets. For the first
+    A row is one black image, `text` tokens of id 0 after it, and `answer` targets. For the first
     stage of BLIP-2 (a variant without a language model) a row is an image and a caption of `text`
     tokens.
     """

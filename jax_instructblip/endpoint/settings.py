@@ -36,7 +36,7 @@ class EndpointSettings:
       timeout: seconds in which an answer must be complete.
       attempts: number of answers to one request, after which it is given up if none is usable.
       retries: number of failures in a row (no answer, overload, damaged reply) of one request that
-        are borne; one more ends the run.
+        are tolerated; one more ends the run.
       backoff: seconds of the pause after the first failure; doubled after each further one, up to
         a minute.
     """

@@ -45,7 +45,7 @@ INPUTS = ("questions", "contexts", "reference", "answers", "rules")
 
 
 class Answer(NamedTuple):
-    """An answer, and its own id if it has one, else the question's."""
+    """An answer and its id; an answer without an id of its own has the question's."""
 
     text: str
     id: Any

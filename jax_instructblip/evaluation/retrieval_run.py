@@ -1,4 +1,4 @@
-"""Retrieval benchmarks with a first stage of BLIP-2: R@1, R@5 and R@10 of both ways.
+"""Retrieval benchmarks with a first stage of BLIP-2: R@1, R@5, R@10, image to text and back.
 
     images, captions --features--> similarities [N, M] --k nearest of each query--> pairs
     pairs --match--> logits --plus the similarity--> each query's candidates, best first

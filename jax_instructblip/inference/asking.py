@@ -61,7 +61,11 @@ def stream_files(
     template: str | None = None,
     quantise: str | None = None,
 ) -> Iterator[tuple[list[str], str, Iterator[str]]]:
-    """Yields (images, prompt, pieces of the answer) for each question, one after the other."""
+    """Yields (images, prompt, pieces of the answer) for each question, one after the other.
+
+    Images are given to prompts as in `answer_files`, whose other arguments are the same. The pieces
+    are texts that come while the answer is generated; joined they are the answer.
+    """
     _, questions = _check(checkpoint, template, images, prompts)
     blip = load(checkpoint, dtype=dtype, template=template, quantise=quantise)
     for question in questions:

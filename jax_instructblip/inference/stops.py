@@ -1,6 +1,6 @@
 """The ends of answers, found inside the compiled loop: eos, other ids, or a text of several tokens.
 
-A table tells the state of an answer behind each token (`data/chat_text.py` draws one):
+A table tells the state of an answer after each token (`data/chat_text.py` draws one):
 
     token --table[state]--> state, until it is the last one: the answer has ended
 
@@ -19,12 +19,12 @@ States = Any  # [B, R] int32 of unfinished answers, or None without a table
 
 
 def first_states(table: Table, rows: tuple[int, ...]) -> States:
-    """The states `rows` of answers without a token."""
+    """The states, of shape `rows`, of answers that have no token yet; None without a table."""
     return None if table is None else jnp.zeros(rows, jnp.int32)
 
 
 def next_states(table: Table, states: States, tokens: jax.Array) -> States:
-    """The states `[B, R]` behind one more token of each answer; ended ones stay ended."""
+    """The states `[B, R]` after one more token of each answer; ended ones stay ended."""
     if table is None:
         return None
     last = len(table)
@@ -33,15 +33,15 @@ def next_states(table: Table, states: States, tokens: jax.Array) -> States:
 
 
 def have_ended(table: Table, eos_id: int, states: States, tokens: jax.Array) -> jax.Array:
-    """Mask `[B, R]` of the answers that ended with their newest of `tokens`.
+    """Mask `[B, R]` of the answers that the newest tokens have ended.
 
-    `states` are those behind these tokens.
+    `tokens` `[B, R]` are these tokens, `states` the states after them.
     """
     return tokens == eos_id if table is None else states == len(table)
 
 
 def ends(table: Table, eos_id: int, states: States, shape: tuple[int, ...]) -> jax.Array:
-    """Mask `shape` `[B, R, V]` of the tokens that would end each answer."""
+    """Mask of the tokens that would end each answer; its `shape` is `[B, R, V]`."""
     if table is None:
         return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) == eos_id
     return jnp.asarray(table)[jnp.minimum(states, len(table) - 1)] == len(table)

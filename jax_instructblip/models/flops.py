@@ -164,7 +164,7 @@ def pairs(variant: Variant, batch: int, text: int, *, trains_vision: bool = Fals
     """FLOPs of one train step of BLIP-2's first stage on `batch` pairs with `text` ids a caption.
 
     The Q-Former reads each image alone and each caption alone (ITC), three pairs per sample (ITM),
-    and each caption behind the queries (ITG). An image's cross-attention keys and values count once
+    and each caption after the queries (ITG). An image's cross-attention keys and values count once
     for all of these. Similarities are of all pairs of the batch.
     """
     q = variant.qformer

@@ -136,7 +136,7 @@ class QFormerLayer(nn.Module):
         return y.reshape(x.shape)
 
     def image_kv(self, image: Float[Array, "G P Dv"]) -> KeyValue:
-        """Keys and values of the image's patches in the layer's cross-attention."""
+        """Keys and values [G, P, N, K] of patches, for the cross-attention (`cross` layers only)."""
         attention = self.cross_attention
         return {"key": attention.key(image), "value": attention.value(image)}
 
@@ -180,7 +180,11 @@ class QFormerPair(nn.Module):
         return carry, self.cross.image_kv(image)
 
     def step(self, x, cache, prefix_mask, view):
-        """Runs both layers on one text token per row; the second result is for `cache.append`."""
+        """Runs both layers on one text token per row, `x` [B, R, D]; returns (x, new entries).
+
+        `cache` maps `prefix` and `tail` to the keys and values of both layers by name, `view` is
+        the `cache.TailView` of the step. The new entries are for `cache.append`.
+        """
         kept = {}
         for name in PAIR:
             own = {part: cache[part][name] for part in cache}

@@ -109,7 +109,7 @@ class VisionTransformer(Network):
 
 
 class Unused(nn.Module):
-    """The last blocks and the norm, stored behind the features; runs only to make parameters."""
+    """The blocks and the norm after the features; runs only to make parameters."""
 
     config: VisionConfig
     dtype: Any

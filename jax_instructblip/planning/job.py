@@ -81,9 +81,9 @@ class Job:
         return dataclasses.replace(self, scans=dataclasses.replace(self.scans, **scans))
 
     def useful(self) -> int:
-        """The FLOPs of a step of samples of the mean lengths `sample`, none of them padded.
+        """The FLOPs that a training step needs, if all samples have the mean lengths `sample`.
 
-        0 if these are unknown.
+        Padding is not counted. 0 for other steps, and if the mean lengths are unknown.
         """
         if self.step != "train" or not self.sample:
             return 0

@@ -77,7 +77,10 @@ def unused_trees(config: ConfigDict) -> tuple[str, ...]:
 
 
 def check_kind(config: ConfigDict, variant: Variant) -> None:
-    """Raises a ValueError if a model is to read patch features that cannot."""
+    """Raises a ValueError if the config names patch features for a model that cannot read them.
+
+    That is the first stage of BLIP-2.
+    """
     if config.data.features and variant.llm is None:
         raise ValueError(
             f"config.data.features is {config.data.features!r}: the first stage of BLIP-2 reads "

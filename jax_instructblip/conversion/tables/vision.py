@@ -2,7 +2,7 @@
 
 `rules` has Hugging Face's names of EVA ViT-g (`vision_model.`), `openai_rules` those of CLIP ViT-L
 in OpenAI's file, below `visual_encoder.` as LAVIS has it, `clip_rules` those of CLIP in Hugging
-Face's folders of LLaVA, which store all blocks and the norm behind them.
+Face's folders of LLaVA, which store all blocks and the norm after them.
 """
 
 from collections.abc import Callable, Mapping
@@ -94,7 +94,7 @@ def openai_rules(config: VisionConfig) -> list[Entry]:
 
 
 def clip_rules(config: VisionConfig) -> list[Entry]:
-    """Returns the rules for CLIP's whole tower in a folder of LLaVA; the unused part as well."""
+    """Returns the rules for CLIP's tower in a folder of LLaVA, its unused last blocks included."""
     source, target = CLIP_PREFIX + "embeddings.", "vision/"
     entries: list[Entry] = [
         Rule(source + "class_embedding", target + "cls", with_axes(2)),

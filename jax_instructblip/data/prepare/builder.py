@@ -66,7 +66,8 @@ def record_row(record: Record) -> dict[str, Any]:
 class RecordsConfig(tfds.core.BuilderConfig):
     """The configuration of one dataset: for each split a function that returns its records.
 
-    With `beam` the function returns an Apache Beam transform that produces (number, row) instead.
+    With `beam` the function returns an Apache Beam transform instead. It produces (number, row):
+    the record's place in the split, and the record as `record_row` has it.
     """
 
     splits: Splits = dataclasses.field(default_factory=dict)

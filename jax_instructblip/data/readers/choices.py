@@ -35,7 +35,8 @@ def read_aokvqa(raw: pathlib.Path, split: str, task: str = "aokvqa") -> Iterator
     """Yields A-OKVQA: `answers` are free answers of annotators, `choices` those of multiple choice.
 
     For test, answers and the right choice are hidden. Images below `raw` are those of COCO,
-    `val2017/000000461751.jpg`, unless the row names another (as in LAVIS's files).
+    `val2017/000000461751.jpg`, unless the row names another (as in LAVIS's files). `task` is the
+    name that the records carry as their `task`.
     """
     _, (path,) = pick_layout(raw, split, AOKVQA)
     return unique(_aokvqa(raw, split, task, path))

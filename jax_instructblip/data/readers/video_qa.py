@@ -53,8 +53,8 @@ def read_msrvtt_qa(raw: pathlib.Path, split: str) -> Iterator[Record]:
 def read_ivqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
     """Yields iVQA: a question about each clip of an instruction video, with five answers.
 
-    The clips must be cut out of the videos beforehand, as `videos/VIDEO_START_END.mp4` with the
-    numbers in the file.
+    The clips must be cut out of the videos beforehand. A clip below `raw` is the file
+    `videos/VIDEO_START_END.mp4`, with the video's id and the seconds that the row states.
     """
     _, (path,) = pick_layout(raw, split, IVQA)
     return unique(_ivqa(raw, split, path))

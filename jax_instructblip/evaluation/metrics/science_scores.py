@@ -44,7 +44,7 @@ _CLASSES = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")
 
 
 def classes(record: Record) -> Iterable[str]:
-    """Returns the names of the classes of problems that a record belongs to."""
+    """Returns the classes (`NAT`, `IMG`, `G1-6` ...) of a record; `score_science_qa` lists all."""
     context = [name for name, has in (("TXT", record.context), ("IMG", record.images)) if has]
     _, *known = record.task.split("/")
     return [*(name for name in known if name in _CLASSES), *(context or ["NO"])]
