@@ -54,7 +54,10 @@ def check(folder: str) -> None:
             "this machine write there?"
         ) from error
     if content != b"probe":
-        raise ValueError(f"{folder} gives back other bytes than were written to it")
+        raise ValueError(
+            f"{folder} is not reliable: a test file with {b'probe'!r} reads back as "
+            f"{content[:40]!r}; choose another address"
+        )
 
 
 def names(folder: str) -> list[str]:

@@ -84,7 +84,7 @@ def input_rows(path: str | os.PathLike, name: str = "the data") -> Path:
     folder, _, file = address.rpartition("/")
     copy = _fetch(folder, lambda name: name == file) / file
     if not copy.is_file():
-        raise FileNotFoundError(f"{name} is {address}, and there is no such file")
+        raise FileNotFoundError(f"{name} is {address}, which does not exist: check the address")
     images = _named_files(copy)
     _fetch(folder, lambda name: name == file or name in images)
     return copy
@@ -216,7 +216,7 @@ def _fetch(
     with locked(home / LOCK):  # processes of one machine share the copy
         there = remote.stamps(address)
         if not there and not absent:
-            raise FileNotFoundError(f"there is nothing at {address}")
+            raise FileNotFoundError(f"{address} does not exist: check the address")
         if wrong := [name for name in there if ".." in Path(name).parts]:
             raise ValueError(f"{address} has files with names that lead out of it: {wrong}")
         cached: _Stamps = {}

@@ -59,7 +59,10 @@ def write_stage1(
       OSError: `out` exists, or the disk has too little room.
     """
     if bert is not None and word_std is not None:
-        raise ValueError("--word_std is of random word embeddings: not used with --bert")
+        raise ValueError(
+            "--word_std is for random word embeddings, and --bert has trained ones: leave out one "
+            "of the two"
+        )
     source = read_source(base)
     changes = dict(llm_width=0, instruction_aware=True, feature_width=features)
     sizes = {**vars(source.variant.qformer), **changes, "caption_head": True}

@@ -111,9 +111,9 @@ def _claim(work: Path, recipe: dict[str, Any]) -> None:
     if before != recipe:
         say = lambda values: ", ".join(f"{name} {value}" for name, value in values.items())
         raise ValueError(
-            f"{work} holds parts made otherwise ({say(before) or 'it is not noted how'}; asked for "
-            f"is {say(recipe)}): remove it, or choose another folder (WORK= of "
-            "launch/backbones.sh)"
+            f"{work} holds parts of other settings: found "
+            f"{say(before) or f'none, as there is no {RECIPE}'}; expected {say(recipe)}. Remove "
+            "the folder, or choose another (WORK= of launch/backbones.sh)"
         )
 
 

@@ -47,7 +47,10 @@ def main(argv: list[str]) -> int:
         return 0
     cluster, *limits = membership.read_flags(args)
     if cluster is not None and not args.datasets:
-        raise ValueError("without --datasets one process evaluates: start it without the others")
+        raise ValueError(
+            "several processes share the questions of --datasets alone: name datasets, or start "
+            "one process (without --coordinator)"
+        )
     from jax_instructblip import evaluate
     from jax_instructblip.parallel.cluster import joined
 

@@ -34,8 +34,8 @@ def main(argv: list[str]) -> int:
     splits = flags.split.split(",") if flags.split else []
     if address_of(flags.out) and (flags.preview or flags.conversations or flags.beam_runner):
         raise ValueError(
-            f"out is {address_of(flags.out)}: a page, conversations, and what Beam makes, are "
-            "written to a disk"
+            f"--out is {address_of(flags.out)}, but --preview, --conversations and --beam_runner "
+            "write to a local disk: give a local path"
         )
     if flags.conversations:
         from jax_instructblip.data.prepare.conversations import write_conversations

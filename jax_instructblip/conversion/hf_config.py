@@ -51,7 +51,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         named = config.get("architectures") or config.get("model_type")
         named = ", ".join(map(str, named)) if isinstance(named, list) else str(named)
         raise ConversionError(
-            f"{folder} holds another architecture by architectures and model_type of config.json",
+            f"{folder} holds a model whose architecture is not supported",
             [f"found {named:.200}; supported: {SUPPORTED}"],
         )
     return config

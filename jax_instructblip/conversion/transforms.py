@@ -49,7 +49,7 @@ def _same(x: np.ndarray) -> np.ndarray:
 
 def _flip(x: np.ndarray) -> np.ndarray:
     if x.ndim != 2:
-        raise ValueError(f"a matrix is wanted, found {x.ndim} axes")
+        raise ValueError(f"found {x.ndim} axes, expected the two of a matrix")
     return x.T
 
 

@@ -292,7 +292,10 @@ def _check_examples(examples: Sequence[Example], per_row: int, lengths: Mapping[
     if not examples:
         raise ValueError("there are no examples to make a batch of")
     if per_row < 1 or len(examples) % per_row:
-        raise ValueError(f"{len(examples)} examples cannot be laid into rows of {per_row} each")
+        raise ValueError(
+            f"{len(examples)} examples cannot be laid into rows of {per_row} each: expected a "
+            "multiple of samples_per_row, which is at least 1"
+        )
     if unknown := sorted(set(lengths) - set(ROW_LENGTHS)):
         raise ValueError(
             f"lengths has unknown keys {unknown}, expected some of {', '.join(ROW_LENGTHS)}"

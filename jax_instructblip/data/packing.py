@@ -34,7 +34,10 @@ def deal(sizes: Sequence[Sequence[int]], rows: int) -> np.ndarray:
         ValueError: the number of samples is not divisible by `rows`.
     """
     if len(sizes) % rows:
-        raise ValueError(f"{len(sizes)} samples cannot be dealt out evenly to {rows} rows")
+        raise ValueError(
+            f"{len(sizes)} samples cannot be dealt out evenly to {rows} rows: expected a multiple "
+            f"of {rows}"
+        )
     room = len(sizes) // rows
     if room == 1:
         return np.arange(rows)[:, None]

@@ -98,7 +98,9 @@ def make_cases(inputs: Inputs) -> list[Case]:
     contexts: dict[str, Context] = {}
     for context in read_contexts(inputs.contexts):
         if contexts.setdefault(context.image, context) is not context:
-            raise MetricError(f"{inputs.contexts} describes {context.image} twice")
+            raise MetricError(
+                f"{inputs.contexts} describes {context.image} twice: delete one of its lines"
+            )
     answers, reference = (
         {key: _answer(row) for key, row in _read_rows(path, ("question_id", "id"), ("text",))}
         for path in (inputs.answers, inputs.reference)
@@ -291,7 +293,7 @@ def _read_rows(
     if problems:
         raise MetricError("\n  ".join([f"{path} cannot be used:", *problems]))
     if not rows:
-        raise MetricError(f"{path} is empty")
+        raise MetricError(f"{path} is empty: expected JSON lines with {', '.join(texts)}")
     return list(rows.items())
 
 

@@ -128,7 +128,9 @@ def read_reviews(path: str | os.PathLike[str]) -> list[Review]:
     if problems:
         raise MetricError("\n  ".join([f"{len(problems)} lines are no reviews:", *problems]))
     if not reviews:
-        raise MetricError(f"{path} holds no reviews")
+        raise MetricError(
+            f"{path} holds no reviews: it is empty; expected lines with question_id and tuple"
+        )
     return reviews
 
 

@@ -84,7 +84,7 @@ def unique_rows(path: Path, rows: list[Prediction]) -> list[Prediction]:
     if again:
         raise MetricError(f"{path}: {listed('ids are there more than once', again)}")
     if not rows:
-        raise MetricError(f"{path} holds no answers")
+        raise MetricError(f"{path} holds no answers: it is empty; expected one for each record")
     return rows
 
 

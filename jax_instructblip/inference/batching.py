@@ -164,7 +164,7 @@ def check_images_listed(images: Any) -> None:
     if not several or isinstance(images, str | bytes | Mapping):
         raise ValueError(f"images is a {type(images).__name__}, expected a list of them")
     if not len(images):
-        raise ValueError("there are no images")
+        raise ValueError("there are no images: give at least one")
 
 
 def make_batches(

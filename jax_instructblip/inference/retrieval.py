@@ -381,7 +381,7 @@ class Retriever:
 def _batches(items: Any, size: int, unit: str) -> Iterator[Sequence[Any]]:
     check_batch_size(size)
     if not len(items):
-        raise ValueError(f"there are no {unit}")
+        raise ValueError(f"there are no {unit}: give at least one")
     return (items[start : start + size] for start in range(0, len(items), size))
 
 

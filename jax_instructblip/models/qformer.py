@@ -136,7 +136,7 @@ class QFormerLayer(nn.Module):
         return y.reshape(x.shape)
 
     def image_kv(self, image: Float[Array, "G P Dv"]) -> KeyValue:
-        """Keys and values [G, P, N, K] of patches, for the cross-attention (`cross` layers only)."""
+        """Keys and values [G, P, N, K] of patches for the cross-attention, if `cross`."""
         attention = self.cross_attention
         return {"key": attention.key(image), "value": attention.value(image)}
 

@@ -182,7 +182,10 @@ def _answer(cluster: Cluster, deadline: float, limit: float) -> socket.socket:
         if answer.startswith(_GREETING):
             raise ClusterError(answer.removeprefix(_GREETING).strip())
         if not answer:
-            raise ClusterError("process 0 left before all were here")
+            raise ClusterError(
+                f"process 0 at {address[0]}:{address[1]} ended before all processes had come: its "
+                "own output says why"
+            )
         problem = f"somebody else answers ({answer[:80]!r})"
         time.sleep(RETRY_SECONDS)
     raise ClusterError(
@@ -227,7 +230,7 @@ def agree(problem: Exception | None) -> None:
         failed = multihost_utils.process_allgather(np.array(problem is not None))
         if problem is None and failed.any():
             names = ", ".join(map(str, np.flatnonzero(failed)))
-            raise ClusterError(f"process {names} cannot go on: what it says tells why")
+            raise ClusterError(f"process {names} cannot go on: its own output says why")
     if problem is not None:
         raise problem
 

@@ -125,5 +125,8 @@ def first_host(nodes: str) -> str:
     """The first host of a Slurm node list: `gpu[07-09,12],login1` -> `gpu07`."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
     if match is None:
-        raise ClusterError(f"Slurm's list of nodes is {nodes!r}: no host in it")
+        raise ClusterError(
+            f"Slurm's list of nodes is {nodes!r}, expected hosts as in gpu[07-09,12]: give "
+            "--coordinator HOST:PORT"
+        )
     return match[1] + (match[2] or "")

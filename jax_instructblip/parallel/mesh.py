@@ -35,7 +35,10 @@ def make_mesh(
     if free and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
-        raise ValueError(f"mesh {sizes} does not use the {len(devices)} devices there are")
+        raise ValueError(
+            f"mesh {sizes} does not use the {len(devices)} devices there are: expected sizes whose "
+            f"product is {len(devices)}"
+        )
     shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(AXES)
     try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)

@@ -60,7 +60,10 @@ def staircase_cosine(
         ValueError: an epoch is shorter than 1 step or longer than the run.
     """
     if epoch_steps < 1 or total_steps < epoch_steps:
-        raise ValueError(f"epochs of {epoch_steps} steps do not fit a run of {total_steps} steps")
+        raise ValueError(
+            f"epochs of {epoch_steps} steps do not fit a run of {total_steps} steps: expected 1 to "
+            f"{total_steps}; shorten the epochs or lengthen the run"
+        )
     epochs = total_steps / epoch_steps
 
     def rate(step: jax.typing.ArrayLike) -> jax.Array:

@@ -112,7 +112,11 @@ class SharedSave:
                 limit = time.monotonic() + GRACE_SECONDS
             if self._ending.is_set() and time.monotonic() > limit:
                 names = ", ".join(map(str, absent))
-                raise OSError(errno.EIO, f"the parts of process {names} did not come")
+                raise OSError(
+                    errno.EIO,
+                    f"the parts of process {names} did not come: a process was lost, and for "
+                    f"{GRACE_SECONDS:g} seconds no file has grown",
+                )
             time.sleep(POLL_STORE_SECONDS if self._store else POLL_SECONDS)
 
     def _is_done(self, index: int) -> bool:

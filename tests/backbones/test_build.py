@@ -1,4 +1,4 @@
-"""The trainers of the embedded towers: their labels, their rows, and the way to one checkpoint."""
+"""Training and joining of the embedded towers: labels, rows of text, the resulting checkpoint."""
 
 import jax
 import jax.numpy as jnp
@@ -128,13 +128,13 @@ def test_embedded_towers_are_taken_as_they_are_before_a_random_qformer(tmp_path)
     folders = [base / "tokenizer", read_source("shapes_t5").folder / "tokenizer"]
     files = [{path.name: path.read_bytes() for path in each.iterdir()} for each in folders]
     assert files[0] == files[1]
-    with pytest.raises(ValueError, match="made otherwise .towers of the embedded checkpoints"):
+    with pytest.raises(ValueError, match="settings: found towers of the embedded checkpoints"):
         towers.train_towers(tmp_path / "work", ["t5"])
-    with pytest.raises(ValueError, match="asked for is .*scale 0.5"):
+    with pytest.raises(ValueError, match="expected .*scale 0.5"):
         towers.copy_towers(tmp_path / "work", ["t5"], scale=0.5)
 
 
-def test_towers_made_otherwise_are_not_taken_for_those_asked_for(tmp_path, monkeypatch):
+def test_towers_of_other_settings_are_refused(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(towers, "train_vision", lambda *a, **b: made.append(b) or {"a": 1.0})
     monkeypatch.setattr(towers, "train_language", lambda *a, **b: {"a": 1.0})
@@ -145,11 +145,11 @@ def test_towers_made_otherwise_are_not_taken_for_those_asked_for(tmp_path, monke
     assert main([*words, "--kinds", "t5", "--scale", "0.01"]) == 0 and len(made) == 2
     assert main([*words, "--scale", "0.01"]) == 0 and made[2:] == [tmp_path / "work" / "base_llama"]
     for other in ({"scale": 0.02}, {"scale": 0.01, "seed": 1}):
-        with pytest.raises(ValueError, match=r"made otherwise \(seed 0, scale 0.01.* asked for is"):
+        with pytest.raises(ValueError, match=r"settings: found seed 0, scale 0.01.*; expected"):
             towers.train_towers(tmp_path / "work", **other)
     assert len(made) == 3
     (tmp_path / "work" / "recipe.json").unlink()
-    with pytest.raises(ValueError, match="it is not noted how"):
+    with pytest.raises(ValueError, match="found none, as there is no recipe.json"):
         towers.train_towers(tmp_path / "work", scale=0.01)
 
 

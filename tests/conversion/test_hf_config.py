@@ -1,4 +1,4 @@
-"""From a folder's config.json to sizes, and to the fields that sources disagree on."""
+"""Reading config.json: sizes, and fields whose values differ between releases."""
 
 import json
 
@@ -271,5 +271,5 @@ def test_numbers_that_json_has_not_are_refused_with_the_file(flan, tmp_path):
             hf_config.read_config(tmp_path)
     for named in (5, {"a": 1}, "InstructBlip", [["x"]], True):
         (tmp_path / "config.json").write_text(json.dumps({"architectures": named}))
-        with pytest.raises(ConversionError, match="holds another architecture"):
+        with pytest.raises(ConversionError, match="whose architecture is not supported"):
             hf_config.read_config(tmp_path)

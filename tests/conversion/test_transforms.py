@@ -82,5 +82,5 @@ def test_banded_copy_is_a_copy(name, dtype, monkeypatch):
 
 
 def test_matrix_transforms_refuse_other_ranks():
-    with pytest.raises(ValueError, match="a matrix is wanted, found 3 axes"):
+    with pytest.raises(ValueError, match="found 3 axes, expected the two of a matrix"):
         linear.shape((2, 3, 4))

@@ -244,7 +244,7 @@ def test_files_that_do_not_belong_together_are_named(files):
         ("answers", [{"text": "a"}], "question_id is null, expected text or a whole"),
         ("answers", [{"id": 0, "text": "a"}] * 2, "answers.jsonl:2: question_id 0 was used before"),
         ("questions", [{"question_id": 0, "text": "Q"}], "image is null, expected text; category"),
-        ("reference", [], "is empty"),
+        ("reference", [], "is empty: expected JSON lines with text"),
         ("contexts", [{"id": n, "image": "0.jpg", "caption": "a"} for n in (0, 1)], "0.jpg twice"),
     ],
 )

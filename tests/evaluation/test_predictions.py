@@ -52,7 +52,7 @@ def test_answers_to_something_else_are_refused(tmp_path):
         Store(tmp_path, "vsr", FACTS).begin()
 
 
-def test_a_disk_of_its_own_is_noticed(tmp_path):
+def test_a_process_that_does_not_see_the_shared_disk_is_named(tmp_path):
     begun(tmp_path / "a")
     with pytest.raises(ValueError, match="must be on a disk that all processes share"):
         Store(tmp_path / "b", "gqa", FACTS, 1).rows()
@@ -78,7 +78,7 @@ def write(path, *lines):
         ([{"id": 1, "score": "0.5"}], ":1: score is text, expected a finite number, or null"),
         ([{"id": 1, "scores": [1.0, "a"]}], ":1: scores is .*, expected a list of finite numbers"),
         ([{"id": 1}, {"id": 2}, {"id": "1"}], "1 ids are there more than once: '1'"),
-        ([], "holds no answers"),
+        ([], "holds no answers: it is empty"),
     ],
 )
 def test_bad_files_of_predictions(tmp_path, lines, message):

@@ -62,7 +62,7 @@ def test_two_devices_caption_as_one_does(blip):
 
 
 def test_what_cannot_be_captioned(blip):
-    with pytest.raises(ValueError, match="there are no images"):
+    with pytest.raises(ValueError, match="there are no images: give at least one"):
         blip.generate([])
     for one in (PHOTOS[0], "a.jpg", Path("a.jpg"), b"a", None, np.zeros((9, 9, 3), np.uint8)):
         for call in (blip.generate, blip.image_features, lambda each: blip.itm(each, ["a"])):

@@ -1,4 +1,4 @@
-"""A first stage where a model that answers is wanted, and as what it loads."""
+"""Retrieval with a first stage: loading, features, rankings; verbs that need answers refuse it."""
 
 import json
 
@@ -34,7 +34,7 @@ def files(tmp_path_factory):
     ],
     ids=" ".join,
 )
-def test_a_verb_that_asks_says_that_it_answers_nothing(files, words, tmp_path, capsys):
+def test_verbs_that_need_answers_refuse_a_first_stage(files, words, tmp_path, capsys):
     here, data = files
     names = {"HERE": here, "DATA": data, "IMAGE": data.parent / "0.png", "OUT": tmp_path}
     assert main([str(names.get(word, word)) for word in words]) == 1
@@ -120,7 +120,7 @@ def test_of_images_that_are_all_alike_the_first_are_taken(blip):
     ("images", "texts", "message"),
     [
         ([picture(0)], [], "captions is \\[\\], expected a list of at least one text"),
-        ([], ["red"], "there are no images"),
+        ([], ["red"], "there are no images: give at least one"),
         ("photo.jpg", ["red"], "images is a str, expected a list of them"),
         ([picture(0)], "red", "captions is 'red', expected a list"),
     ],

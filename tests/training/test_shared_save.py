@@ -97,7 +97,7 @@ def test_nothing_appears_without_the_parts_of_all(tmp_path, processes, monkeypat
     timer = threading.Timer(0.3, ending.set)
     timer.start()
     (error,) = processes(saver(tmp_path, ending=ending), absent=[1])
-    assert "the parts of process 1 did not come" in str(error)
+    assert "the parts of process 1 did not come: a process was lost, and for 0.2 s" in str(error)
     assert not (tmp_path / "7").exists()
     left = sorted(os.listdir(tmp_path))
     assert left == [".7.part-ab-0", ".7.part-ab-2"]

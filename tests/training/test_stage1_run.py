@@ -98,7 +98,7 @@ def test_random_words_are_as_large_as_asked(files, tmp_path):
     assert [name for name in usual if (large[name] != usual[name]).any()] == [table]
     assert usual[table].std() == pytest.approx(0.02, rel=0.1)
     assert large[table].std() == pytest.approx(0.5, rel=0.1)
-    with pytest.raises(ValueError, match="--word_std is of random .* not used with --bert"):
+    with pytest.raises(ValueError, match="--word_std is for random .* --bert has trained ones"):
         write_stage1(base, tmp_path / "out", bert=folder, word_std=0.5)
 
 

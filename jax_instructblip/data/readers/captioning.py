@@ -310,7 +310,8 @@ def _coco_number(row: dict[str, Any], where: str) -> str:
     digits = _stem(row["image"]).rpartition("_")[2]
     if not digits.isdecimal():
         raise AnnotationError(
-            f"{where}: image {row['image']!r} does not end in the number of a COCO image"
+            f"{where}: image {row['image']!r} does not end in the number of a COCO image, as "
+            "COCO_val2014_000000000042.jpg does: is it another dataset's file?"
         )
     return str(int(digits))
 

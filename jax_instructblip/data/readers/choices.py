@@ -172,7 +172,9 @@ def _choose(row: dict[str, Any], name: str | None, where: str) -> tuple[tuple[st
         return kept, -1
     choices, correct = row["choices"], index_of_choice(row, name, where)
     if not choices[correct].strip():
-        raise AnnotationError(f"{where}: choice {correct}, the right one, is blank")
+        raise AnnotationError(
+            f"{where}: choice {correct}, the right one, is blank: correct the row or delete it"
+        )
     return kept, sum(bool(choice.strip()) for choice in choices[:correct])
 
 

@@ -89,7 +89,10 @@ def read_ocrvqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
         usual = ending if ending in PICTURES else ".jpg"
         image = pictures.find("images", key, usual=usual, where=where)
         if len(questions) != len(answers):
-            raise AnnotationError(f"{where}: {len(questions)} questions, {len(answers)} answers")
+            raise AnnotationError(
+                f"{where}: {len(questions)} questions and {len(answers)} answers, expected as many "
+                "of both: correct the row or delete it"
+            )
         for index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
             spot = f"{where}: [{index}]"
             pair = {"question": question, "answer": answer}

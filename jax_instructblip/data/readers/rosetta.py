@@ -23,7 +23,9 @@ def read_rosetta(path: pathlib.Path) -> dict[str, tuple[str, ...]]:
         where = f"{path}: data[{number}]"
         image = text_of(require(row, dict, where), "image_id", where)
         if image in words:
-            raise AnnotationError(f"{where}: image_id {image!r} is used twice")
+            raise AnnotationError(
+                f"{where}: image_id {image!r} is used twice, expected one row an image: delete one"
+            )
         tokens = field(row, "ocr_tokens", list, where)
         for index, token in enumerate(tokens):
             require(token, str, f"{where}: ocr_tokens[{index}]")

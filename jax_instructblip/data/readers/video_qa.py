@@ -72,7 +72,8 @@ def read_candidates(raw: pathlib.Path) -> tuple[str, ...]:
     answers = {require(label, int, f"{path}: {each!r}"): each for each, label in labels.items()}
     if sorted(answers) != list(range(len(labels))):
         raise AnnotationError(
-            f"{path}: the labels of {len(labels)} answers are not 0 to {len(labels) - 1}"
+            f"{path}: the labels of {len(labels)} answers are not 0 to {len(labels) - 1}, each "
+            "once: the file is not whole, get it again"
         )
     return tuple(answers[label] for label in range(len(answers)))
 
@@ -118,7 +119,9 @@ def _numbered(row: dict[str, Any], names: dict[str, str], where: str) -> str:
     if not names:
         return f"video{number}"
     if f"vid{number}" not in names:
-        raise AnnotationError(f"{where}: youtube_mapping.txt has no vid{number}")
+        raise AnnotationError(
+            f"{where}: youtube_mapping.txt has no vid{number}: get both files of one release"
+        )
     return names[f"vid{number}"]
 
 

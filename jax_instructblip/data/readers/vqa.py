@@ -144,7 +144,7 @@ def _tool_answers(path: pathlib.Path) -> dict[str, dict[str, Any]]:
         name = _number(row, "question_id", str(path))
         where = f"{path}: question {name}"
         if name in answers:
-            raise AnnotationError(f"{where} is annotated twice")
+            raise AnnotationError(f"{where} is annotated twice: delete one of its annotations")
         answers[name] = _annotators(row, where)
     return answers
 

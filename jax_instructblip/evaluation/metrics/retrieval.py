@@ -19,7 +19,10 @@ def recalls(scores: np.ndarray, right: np.ndarray) -> dict[str, float]:
       ValueError: a query has no right candidate, or the arrays are empty or of different shapes.
     """
     if scores.shape != right.shape or not scores.size:
-        raise ValueError(f"scores have shape {scores.shape}, right ones {right.shape}")
+        raise ValueError(
+            f"scores have shape {scores.shape} and right has {right.shape}, expected the same "
+            "[Q, C], with at least one query and one candidate"
+        )
     if lacking := np.flatnonzero(~right.any(axis=1)).tolist():
         raise ValueError(f"{len(lacking)} queries have no right candidate: {lacking[:10]}")
     order = np.argsort(-scores, axis=1, kind="stable")

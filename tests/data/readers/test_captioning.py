@@ -297,7 +297,11 @@ LAVIS = [{"image": "val2014/COCO_val2014_000000000042.jpg", "caption": ["a"]}]
             {"coco_karpathy_val": [LAVIS[0] | {"caption": [3]}]},
             r"caption\[0\]: found a whole number",
         ),
-        ("val", {"coco_karpathy_val": [LAVIS[0] | {"image": "cat.jpg"}]}, "number of a COCO image"),
+        (
+            "val",
+            {"coco_karpathy_val": [LAVIS[0] | {"image": "cat.jpg"}]},
+            "COCO image, as COCO_val2014",
+        ),
         (
             "val",
             {"coco_karpathy_val": [LAVIS[0] | {"image": "../COCO_val2014_000000000042.jpg"}]},

@@ -172,7 +172,7 @@ def test_ocrvqa_without_an_author(tmp_path):
 BAD_OCRVQA = [
     ({"17": cover(4)}, "17: split is 4, expected 1, 2 or 3"),
     ({"17": cover("1")}, "split: found text, expected a whole number"),
-    ({"17": cover(1, answers=["No"])}, "17: 2 questions, 1 answers"),
+    ({"17": cover(1, answers=["No"])}, "17: 2 questions and 1 answers, expected as many"),
     ({"17": cover(1, answers=["No", 3])}, "17: [1]: answer: found a whole number, expected text"),
     ({"../17": cover(1)}, "the path 'images/../17.jpg' leads out of the folder"),
     ({"/17": cover(1)}, "the path '/17.jpg' leads out of the folder"),

@@ -128,7 +128,7 @@ BAD = [
     ("qa_test.json", ["3"], "[0]: found text, expected an object"),
     ("qa_test.json", "3", "found a whole number, expected a list or an object"),
     ("qa_test.json", '{"0": {"ques', "is not valid JSON"),
-    ("test_qa.json", [NUMBERED], "youtube_mapping.txt has no vid7"),
+    ("test_qa.json", [NUMBERED], "youtube_mapping.txt has no vid7: get both files of one release"),
     ("other.json", [], "lacks files of split 'test': qa_test.json, or else test_qa.json"),
 ]
 
