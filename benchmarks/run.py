@@ -1,4 +1,4 @@
-"""The door of the comparisons with other libraries: one suite a call, figures, table and plot.
+"""Compares this package with other libraries: one suite a call; writes figures, table and plot.
 
     python -m benchmarks.run --suite train|generate|rank|convert|input [--device cpu|gpu]
         [--against transformers,keras_hub] [--sizes tiny|middle|full] [--only WORD ...] [--out FILE]

@@ -1,4 +1,4 @@
-"""The door of the benchmarks: rivals by name, ratios of what alternating processes took."""
+"""`benchmarks.run`: the choice of rivals, and ratios of the times of alternating processes."""
 
 import importlib.util
 import json

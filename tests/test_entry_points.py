@@ -1,4 +1,4 @@
-"""The functions of the package: each does what its verb does, and returns what comes next."""
+"""Functions of the package: each does what its verb does; its result is input for the next."""
 
 import inspect
 import json

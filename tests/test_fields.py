@@ -1,4 +1,4 @@
-"""Tables of fields: what passes, and the sentence for what does not."""
+"""Tables of fields: values that pass, and the messages about values that do not."""
 
 import dataclasses
 import fractions

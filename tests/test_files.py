@@ -1,4 +1,4 @@
-"""Files from outside: what is refused, in which words, and that nothing blocks."""
+"""Users' files: which are refused, with which messages, and that reading never blocks."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""The order of imports, and the libraries that importing may not bring along."""
+"""The order of imports between packages, and libraries that must not be imported."""
 
 import ast
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Rows by name, and what is said where there is none."""
+"""Rows by name, and the message for an unknown name."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Bases of LLaVA: whose leaves they hold, that CLIP sees as in transformers, what is refused."""
+"""`backbones llava`: the weights of the base, CLIP as in transformers, errors for wrong parts."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Bases of the second stage and of instruction tuning: whose leaves they hold, what is refused."""
+"""`backbones stage2` and `instruct`: which weights the bases have, and errors for wrong parts."""
 
 import dataclasses
 import shutil

@@ -1,4 +1,4 @@
-"""One flipped bit in any file of a base or of a run: noticed, or what is loaded is the same."""
+"""One flipped bit in any file of a base or a run raises an error, or changes nothing loaded."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""No verb takes an address for a folder of the disk: a store is read and written, or refused."""
+"""Object-store addresses given to every verb: they are read and written, or refused."""
 
 import ast
 

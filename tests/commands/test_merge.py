@@ -1,4 +1,4 @@
-"""Tuned runs on their way out: `merge` and `export` of a run."""
+"""`merge` and `export` of a tuned run."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Forged folders with cut vocabularies: 1 MB instead of 26, which disks and the clock thank for."""
+"""Fixtures for conversion tests: folders with small vocabularies, 1 MB instead of 26 MB."""
 
 import pytest
 

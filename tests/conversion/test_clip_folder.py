@@ -1,4 +1,4 @@
-"""Folders of CLIP: with the text tower and without, and what is no CLIP."""
+"""Folders of CLIP, with and without the text tower; other folders are refused."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Folders of a language model alone: names, files and configurations as they are met."""
+"""Folders of a language model alone: tensor names, files and configs as releases have them."""
 
 import json
 

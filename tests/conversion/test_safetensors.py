@@ -108,7 +108,7 @@ def test_bytes_left_over(single):
     assert failures(single)[0].endswith("bytes left over")
 
 
-def test_lying_header_lists_every_lie(single):
+def test_a_wrong_header_lists_every_error(single):
     def lie(header):
         header["a"]["shape"] = [3, 5]
         header["c"]["dtype"] = "F7"

@@ -1,4 +1,4 @@
-"""PyTorch files as they are met: old ones, parameters, and what is no tensor or no file at all."""
+"""PyTorch files: old formats, `Parameter` objects, other objects than tensors, broken files."""
 
 import numpy as np
 import pytest

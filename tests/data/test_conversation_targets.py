@@ -1,4 +1,4 @@
-"""Random conversations in every template and vocabulary: what is learned is the answers alone."""
+"""Random conversations in every template and vocabulary: the targets are the answers alone."""
 
 import random
 

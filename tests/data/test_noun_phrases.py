@@ -1,4 +1,4 @@
-"""LLaVA's filter of caption pairs: phrases of captions, and which captions they bring."""
+"""LLaVA's filter of caption pairs: the phrases of captions, and the captions that are chosen."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Rows of several samples: the same samples, whoever shares a row."""
+"""Packed training batches: the samples that they would have without packing."""
 
 import dataclasses
 

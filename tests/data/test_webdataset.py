@@ -1,4 +1,4 @@
-"""Tars of img2dataset as records: what a pair is, what is none, the same order always."""
+"""Tars of img2dataset as records: usable and unusable entries, in a fixed order."""
 
 import json
 import os

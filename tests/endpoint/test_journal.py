@@ -1,4 +1,4 @@
-"""The journal of replies: exact after a kill, and refused where it belongs to something else."""
+"""The journal of replies: exact after a kill, and refused if it belongs to other requests."""
 
 import json
 

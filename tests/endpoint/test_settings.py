@@ -1,4 +1,4 @@
-"""Settings of an endpoint: what is refused, and that no secret can enter a journal."""
+"""Settings of an endpoint: invalid values are refused, and no key can enter a journal."""
 
 import pytest
 

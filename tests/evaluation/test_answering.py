@@ -86,7 +86,7 @@ def test_nothing_is_made_twice_or_compiled_after_the_first_load(tmp_path, name, 
     assert made == {"decode": 24, "resize": 24, **tokenised}
 
 
-def test_shares_together_are_all():
+def test_the_shares_of_processes_cover_all_questions():
     task = make_task("gqa", [record(n, 3 if n % 3 else 20) for n in range(30)])
     blip = FakePipeline(batch_shards=2)
     questions = plan(task, blip.text, 2)

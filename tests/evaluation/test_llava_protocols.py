@@ -1,4 +1,4 @@
-"""LLaVA's benchmarks, and its prompts of the others; published answers have their scores."""
+"""LLaVA's protocols: its benchmarks, its prompts for others, and scores of published answers."""
 
 import gzip
 import json

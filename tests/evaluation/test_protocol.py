@@ -22,7 +22,7 @@ from jax_instructblip.models.released import VARIANTS
 EVERY_DAY = ("caption", "vqa_short", "describe", "rank")
 
 
-def test_there_is_one_for_every_dataset_and_for_every_day():
+def test_every_dataset_has_a_protocol_and_there_are_general_ones():
     assert list(PROTOCOLS) == [*EVERY_DAY, *DATASETS, "aokvqa_choices"]
     assert all(row.name == name for name, row in PROTOCOLS.items())
 

@@ -49,7 +49,7 @@ def test_what_is_scored_by_ranks_is_not_generated(tmp_path):
     assert "generate" not in str(error.value)
 
 
-def test_some_are_always_the_same(raw):
+def test_a_limit_takes_the_same_records_every_time(raw):
     some = open_task(BENCHMARKS["gqa"], raw, "t5", limit=5)
     again = open_task(BENCHMARKS["gqa"], raw, "t5", limit=5)
     ids = [some.without_images(number).id for number in range(len(some.records))]

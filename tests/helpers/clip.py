@@ -1,4 +1,4 @@
-"""CLIP's image tower in transformers, small and lively, and its tensors under OpenAI's names."""
+"""A small CLIP image tower in transformers, random weights, and its tensors by OpenAI's names."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The command line, of which some steps have a loss that is no number.
+"""Runs the command line with a NaN loss in some steps of the training.
 
 python -m tests.helpers.inject_nan 3,4 train --config ...
 """

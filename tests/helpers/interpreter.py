@@ -1,4 +1,4 @@
-"""A Python of its own for what a test cannot do in its own process."""
+"""Runs code in a new Python process, for tests that need one."""
 
 import os
 import subprocess

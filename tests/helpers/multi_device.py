@@ -1,4 +1,4 @@
-"""The same steps on eight devices: run in a process of its own, the answer is JSON.
+"""Training steps on eight CPU devices in a new process; prints the results as JSON.
 
     JAX_NUM_CPU_DEVICES=8 python -m tests.helpers.multi_device "meshes t5"
 

@@ -1,4 +1,4 @@
-"""Tools of the numeric tests: a measure of error, small lively models."""
+"""Tools of the numeric tests: a measure of error, and small models whose outputs vary."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""All that one batch gives, stage by stage, from one compilation."""
+"""The output of every stage of a model for one batch, from a single compiled program."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""A dataset of pictures of one colour, for what happens to any dataset."""
+"""A dataset of pictures of one colour, for tests that any dataset would do for."""
 
 from pathlib import Path
 

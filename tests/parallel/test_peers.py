@@ -1,4 +1,4 @@
-"""Processes of which one goes: real ones, which talk and do nothing else."""
+"""Loss of one of several real processes, which only exchange messages here."""
 
 import select
 import signal

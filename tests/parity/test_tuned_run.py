@@ -1,4 +1,4 @@
-"""A tuned run leaves this package: stock transformers answers as the run itself does."""
+"""An exported run: stock transformers gives the answers that the run itself gives."""
 
 import shutil
 from pathlib import Path

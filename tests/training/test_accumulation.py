@@ -1,4 +1,4 @@
-"""A batch that is worked on in parts makes the step of the whole batch."""
+"""Gradient accumulation: a step in parts equals the step on the whole batch."""
 
 import functools
 

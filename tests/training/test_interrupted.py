@@ -1,4 +1,4 @@
-"""Runs that were stopped, failed or lost a part of their workdir, and are started again."""
+"""Runs that are started again after a stop, a failure or the loss of a part of their workdir."""
 
 import json
 import os

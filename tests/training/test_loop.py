@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: they learn, stop, go on, and refuse what does not fit."""
+"""Whole runs of a tiny model: learning, stopping, resuming, and errors for a wrong config."""
 
 import json
 import os

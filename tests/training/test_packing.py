@@ -1,4 +1,4 @@
-"""Rows of several samples make the step of rows of one."""
+"""A step on rows of several samples equals the step on rows of one sample."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Computing layers again changes what is kept in memory and what is computed, and no number."""
+"""Rematerialisation changes memory and FLOPs, but no result."""
 
 import jax
 import numpy as np

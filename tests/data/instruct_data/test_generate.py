@@ -1,4 +1,4 @@
-"""Instruction data from a failing endpoint, killed again and again: nothing doubled or lost."""
+"""Instruction data from a failing endpoint, with many kills: no request is lost or sent twice."""
 
 import collections
 import json

@@ -1,4 +1,4 @@
-"""Prepared folders that are damaged, and places that cannot be written, are told at once."""
+"""Damaged prepared folders and unwritable places raise an error before any work is done."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Datasets are prepared whole, go on after a kill, and leave out what cannot be seen."""
+"""Preparation of datasets: complete, resumed after a kill, without records of unusable images."""
 
 import dataclasses
 import json

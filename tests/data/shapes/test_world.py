@@ -1,4 +1,4 @@
-"""The drawn world: repeatable, honest about what is held out, and every answer right."""
+"""The drawn world: repeatable scenes, held-out pairs outside of training, right answers."""
 
 import re
 from collections import Counter, defaultdict

@@ -40,5 +40,5 @@ def test_what_is_not_among_the_candidates_is_not_found():
     assert hits["r1"].tolist() == [0, 0, 1] and hits["r10"].tolist() == [1, 0, 1]
 
 
-def test_one_number_for_both_ways():
+def test_mean_recall_of_both_directions():
     assert mean_recall({"image_to_text/r1": 0.5, "text_to_image/r1": 0.2}) == pytest.approx(0.35)

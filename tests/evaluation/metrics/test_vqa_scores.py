@@ -32,7 +32,7 @@ def test_leave_one_out(agreeing, expected):
     assert leave_one_out("red", annotators) == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_three_tools_differ_where_they_do():
+def test_the_three_rules_of_vqa_accuracy_differ():
     names = ("vqa_accuracy", "vqa_accuracy_lavis", "vqa_accuracy_evalai")
 
     def scores(text, answers):
