@@ -89,7 +89,7 @@ def answer_jsonl(
         "dtype": read_dtype(dtype).name,
         "quantise": quantise,
         "template": template,
-        "questions": list_digest([line.record for line in lines]),
+        "questions": list_digest([line.record for line in lines], path.parent),
         "settings": settings.hexdigest(),
     }
     store = Store(out.parent, out.stem, facts)

@@ -96,7 +96,7 @@ def write_features(
     blip = None
     facts = {
         "weights": weights_digest(source),
-        "images": list_digest(records),
+        "images": list_digest(records, images if images.is_dir() else images.parent),
         "count": len(records),
         "form": (form or FORMS[-1]) if first_stage else "visual vectors",
         "dtype": read_dtype(dtype).name,
@@ -181,12 +181,20 @@ def is_whole(path: Path) -> bool:
     return path.is_file() and (path.suffix != ".npz" or zipfile.is_zipfile(path))
 
 
-def list_digest(records: Sequence[Record]) -> str:
-    """Returns a sha256 of ids, texts, and the sizes and times of the image files."""
+def list_digest(records: Sequence[Record], folder: Path) -> str:
+    """Returns a sha256 of ids, texts, and the names, sizes and times of the image files.
+
+    Names of files below `folder` are relative to it, so that it may be moved.
+    """
     digest = hashlib.sha256()
     for record in records:
-        files = [os.stat(image) for image in record.images if isinstance(image, str)]
-        stands = [(each.st_size, each.st_mtime_ns) for each in files]
+        paths = [Path(image) for image in record.images if isinstance(image, str)]
+        below = [each.relative_to(folder) if folder in each.parents else each for each in paths]
+        files = [os.stat(each) for each in paths]
+        stands = [
+            (str(name), each.st_size, each.st_mtime_ns)
+            for name, each in zip(below, files, strict=True)
+        ]
         digest.update(repr((record.id, record.prompt, record.answers, stands)).encode())
     return digest.hexdigest()
 
