@@ -11,6 +11,7 @@ from PIL import Image
 
 import jax_instructblip
 from jax_instructblip.__main__ import main
+from jax_instructblip.atomic import sole_writer
 from jax_instructblip.backbones.stage1 import write_stage1
 from jax_instructblip.inference import feature_files
 from jax_instructblip.inference.feature_files import read_shard
@@ -173,6 +174,14 @@ def test_another_checkpoint_list_or_setting_is_refused(stage1, base, photos, tmp
     assert main(words(stage1, photos, out)) == 1
     assert "images was " in capsys.readouterr().err
     assert shards(out)[0].read_bytes() == kept
+
+
+def test_two_exports_do_not_write_to_one_folder(stage1, photos, tmp_path, capsys):
+    """The second one would delete the shard that the first one is writing."""
+    with sole_writer(tmp_path / "out"):
+        assert main(words(stage1, photos, tmp_path / "out")) == 1
+    assert "another process writes to" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_line_about_another_image_is_another_list(stage1, photos, tmp_path, capsys):
