@@ -1,7 +1,7 @@
 """Answers to a file of questions (`question_file.py`), written as they come.
 
 OUT.jsonl      one prediction row per question, in their order, when all are answered
-OUT.json       facts: weights, dtype, digests of the questions and of their settings
+OUT.json       facts: weights, dtype, input format, digests of the questions and their settings
 OUT.partial/   while answering: the rows so far, in the order in which they are answered
 
 A run that was killed goes on from these (`predictions.Store`).
@@ -87,7 +87,7 @@ def answer_jsonl(
         "weights": weights_digest(source),
         "dtype": read_dtype(dtype).name,
         "quantise": quantise,
-        "template": template,
+        "input_format": source.input_format.with_template(template).to_dict(),
         "questions": list_digest([line.record for line in lines], path.parent),
         "settings": settings.hexdigest(),
     }
