@@ -70,6 +70,26 @@ def lock_alone(file: int, path: Path) -> None:
         raise ValueError(f"another process writes to {path}: wait until it ends") from None
 
 
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Locks a folder, which is made, and removed if it is empty at the end.
+
+    Raises:
+      ValueError: another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        lock_alone(lock, folder)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    finally:
+        os.close(lock)
+
+
 def set_aside(path: Path, word: str = "aside") -> Path:
     """Renames `4` to `4.aside`, or `a.jsonl` to `a.aside.jsonl`; returns the new path.
 

@@ -13,6 +13,7 @@ from jax_instructblip.atomic import (
     free_bytes,
     refuse_existing,
     set_aside,
+    sole_writer,
     write_file,
 )
 
@@ -109,6 +110,19 @@ def test_what_cannot_be_written_to_is_told_before_anything_is_made(tmp_path, mon
     # Of a read-only disk; what permissions say does not bind the superuser.
     monkeypatch.setattr(atomic.os, "access", lambda place, how: place != tmp_path)
     assert atomic.unwritable(tmp_path / "new").startswith(f"{tmp_path} cannot be written to")
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    folder = tmp_path / "a" / "b"
+    with sole_writer(folder):
+        with pytest.raises(ValueError, match="another process writes to .*b: wait"):
+            with sole_writer(folder):
+                pass
+        assert folder.is_dir()
+    assert not folder.exists()  # nothing was written
+    with sole_writer(folder):
+        (folder / "file").write_text("x")
+    assert (folder / "file").is_file()
 
 
 def test_what_is_set_aside_replaces_nothing(tmp_path):

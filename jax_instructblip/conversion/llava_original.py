@@ -23,6 +23,7 @@ from jax_instructblip.conversion.families import family_of, with_own_head
 from jax_instructblip.conversion.hf_config import (
     check_preprocessor,
     check_variant,
+    control_tokens,
     quantisation_problems,
     read_json,
     tokenizer_ids,
@@ -214,6 +215,14 @@ def _variant(
     fields, failures = llava_config.language_section(source.kind).read(source.config)
     image, wrong = llava_config.IMAGE.read(source.config)
     failures += wrong + quantisation_problems(source.config)
+    known = {*control_tokens(source.tokenizer), *source.added.values()}
+    lacking = [mark for mark in llava_config.MARKS if mark not in known]
+    if image.get("start_end") and lacking:
+        failures.append(
+            f"mm_use_im_start_end is True, but the tokenizer in {source.tokenizer} has no "
+            f"{' and '.join(lacking)}: put the files of the trained model's own tokenizer there "
+            "(added_tokens.json among them), or say False if it was trained without them"
+        )
     ids = tokenizer_ids(source.tokenizer, failures, "llava", settings)
     title = f"{source.path} with {clip.folder} cannot be held"
     if failures:

@@ -70,15 +70,12 @@ class CaptionTokenizer:
         """Returns the captions as ids, all padded or cut to `limit`.
 
         Raises:
-            ValueError: there is no caption, or one of them is no text.
+            ValueError: there is no caption, or one of them is no text or blank.
         """
         if not isinstance(captions, list | tuple) or not captions:
             raise ValueError(f"captions is {captions!r:.60}, expected a list of at least one text")
-        wrong = [
-            f"caption {number} {text_problem(each) if isinstance(each, str) else 'is no text'}"
-            for number, each in enumerate(captions)
-            if not isinstance(each, str) or text_problem(each)
-        ]
+        problems = [(number, _problem(each)) for number, each in enumerate(captions)]
+        wrong = [f"caption {number} {problem}" for number, problem in problems if problem]
         if wrong:
             raise ValueError("; ".join(wrong[:5]))
         made = self.tokenizer(
@@ -106,3 +103,10 @@ class CaptionTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def _problem(caption: Any) -> str:
+    """Returns the reason why a value is no caption; "" if it is one."""
+    if not isinstance(caption, str):
+        return "is no text"
+    return text_problem(caption) if caption.strip() else "is blank"

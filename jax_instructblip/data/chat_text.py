@@ -79,8 +79,8 @@ class ChatTextProcessor(TextProcessor):
         """Returns the text of generated ids up to the stop, without outer white space."""
         ids = [int(i) for i in ids]
         end = next((index for index, i in enumerate(ids) if i in self.stop_ids), len(ids))
-        text = super().decode(ids[:end])
-        return text.partition(self.stop_text)[0].strip() if self.stop_text else text
+        text = self._text(ids[:end])
+        return (text.partition(self.stop_text)[0] if self.stop_text else text).strip()
 
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:

@@ -54,8 +54,12 @@ class Context:
     boxes: tuple[Box, ...] = ()
 
     def text(self, *, boxes: bool = True) -> str:
-        """Returns the captions, one a line, and after an empty line the boxes if there are any."""
-        parts = ["\n".join(self.captions)]
+        """Returns the captions, one a line, and after an empty line the boxes if there are any.
+
+        Empty lines of captions are left out: behind one there are boxes.
+        """
+        lines = [line for caption in self.captions for line in caption.splitlines()]
+        parts = ["\n".join(filter(str.strip, lines))]
         if boxes and self.boxes:
             parts.append("\n".join(map(str, self.boxes)))
         return "\n\n".join(parts)

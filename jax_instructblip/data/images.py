@@ -85,7 +85,8 @@ def content_digest(source: Source) -> bytes:
             parts = [repr((source.shape, source.dtype.str)).encode(), source.tobytes()]
         elif isinstance(source, Image.Image):
             facts = repr((source.mode, source.size, _orientation(source)))
-            parts = [facts.encode(), source.tobytes()]
+            palette = source.getpalette("RGBA") if source.mode.startswith("P") else None
+            parts = [facts.encode(), repr(palette).encode(), source.tobytes()]
         else:
             parts = [_file(source, files).read()]
         return hashlib.blake2b(b"".join(parts), digest_size=16).digest()

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from jax_instructblip.data.captions import CaptionTokenizer
-from jax_instructblip.data.images import ImageError
+from jax_instructblip.data.images import ImageError, content_digest
 from jax_instructblip.data.mixture import Mixture, digest_of
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.train_batches import ImagePreparation, Replacements
@@ -146,7 +146,7 @@ def image_id(record: Record) -> int:
     """
     image = record.images[0]
     if isinstance(image, Image.Image):
-        content = image.tobytes()
+        content = content_digest(image)
     else:
         content = image if isinstance(image, bytes) else os.fsencode(str(image))
     return int.from_bytes(hashlib.sha256(content).digest()[:4], "little", signed=True)

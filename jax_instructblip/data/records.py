@@ -254,7 +254,7 @@ def _record(
             near = _OTHERS.get(name) or difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             reasons.append(f"unknown field {name!r}; {hint}")
-    if isinstance(fields.get("id"), int):
+    if type(fields.get("id")) is int:
         fields = fields | {"id": str(fields["id"])}
     images = []
     for name in _texts(fields, "image", "images", reasons, needed=True):

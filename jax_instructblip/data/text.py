@@ -166,21 +166,23 @@ class TextProcessor:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of generated ids, without special tokens and outer white space."""
-        ids = [int(i) for i in ids]
+        return self._text([int(i) for i in ids]).strip()
+
+    def _text(self, ids: list[int]) -> str:
+        """The text of generated ids without special tokens."""
         if self._bytewise:
-            text = self.llm.backend_tokenizer.decode(ids, skip_special_tokens=True)
-            return str(text).strip()
+            return str(self.llm.backend_tokenizer.decode(ids, skip_special_tokens=True))
         if isinstance(self.variant.llm, T5Config):
-            return str(self.llm.decode(ids, skip_special_tokens=True)).strip()
+            return str(self.llm.decode(ids, skip_special_tokens=True))
         if isinstance(self.variant.llm, OptConfig):
             # As in LAVIS " ." becomes "."; transformers 5 has a function for it, but no setting.
             text = self.llm.backend_tokenizer.decode(ids, skip_special_tokens=True)
-            return self.llm.clean_up_tokenization(text).strip()
+            return self.llm.clean_up_tokenization(text)
         # As in LAVIS, a finished beam is padded with 0, which must not be decoded as <unk>.
         ids = [self.variant.llm.eos_id if i == 0 else i for i in ids]
         pieces = self.llm.convert_ids_to_tokens(ids, skip_special_tokens=True)
         # A model may have more embeddings than its tokenizer has ids; such an id has no piece.
-        return _join_pieces([piece for piece in pieces if piece is not None]).strip()
+        return _join_pieces([piece for piece in pieces if piece is not None])
 
     stop_text = ""  # the text that ends an answer, beside the end token
 

@@ -1,7 +1,7 @@
 """Answers to a file of questions (`question_file.py`), written as they come.
 
 OUT.jsonl      one prediction row per question, in their order, when all are answered
-OUT.json       facts: weights, dtype, digests of the questions and of their settings
+OUT.json       facts: weights, dtype, input format, digests of the questions and their settings
 OUT.partial/   while answering: the rows so far, in the order in which they are answered
 
 A run that was killed goes on from these (`predictions.Store`).
@@ -9,14 +9,13 @@ A run that was killed goes on from these (`predictions.Store`).
 
 import collections
 import concurrent.futures
-import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jax_instructblip.atomic import lock_alone
+from jax_instructblip.atomic import sole_writer
 from jax_instructblip.evaluation.answering import THREADS, hushed
 from jax_instructblip.evaluation.predictions import Prediction, Store
 from jax_instructblip.evaluation.question_file import Line, read_prompts, read_questions
@@ -88,12 +87,12 @@ def answer_jsonl(
         "weights": weights_digest(source),
         "dtype": read_dtype(dtype).name,
         "quantise": quantise,
-        "template": template,
-        "questions": list_digest([line.record for line in lines]),
+        "input_format": source.input_format.with_template(template).to_dict(),
+        "questions": list_digest([line.record for line in lines], path.parent),
         "settings": settings.hexdigest(),
     }
     store = Store(out.parent, out.stem, facts)
-    with _sole_writer(store.partial):
+    with sole_writer(store.partial):
         store.begin()
         rows = store.rows()
         left = [pair for pair in zip(lines, examples, strict=True) if pair[0].record.id not in rows]
@@ -161,23 +160,3 @@ def _row(line: Line, **fields: Any) -> Prediction:
     return Prediction(
         id=record.id, task=record.task, prompt=record.prompt, answers=record.answers, **fields
     )
-
-
-@contextlib.contextmanager
-def _sole_writer(folder: Path) -> Iterator[None]:
-    """Locks a folder, which is made, and removed if it is empty at the end.
-
-    Raises:
-      ValueError: another process holds the lock.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        lock_alone(lock, folder)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-    finally:
-        os.close(lock)

@@ -9,6 +9,7 @@ the dataset was prepared. `metadata` says why a question could not be asked (`pr
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jax_instructblip.evaluation.predictions import Prediction
 from jax_instructblip.evaluation.task import Task
 
 FOLDER = "answers"
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # ids that are numbers in the files of questions
 
 
 def file_of(task: Task) -> str:
@@ -40,7 +42,7 @@ def write_answers(out: Path, task: Task, rows: Sequence[Prediction], model: str)
 def _answer(row: Prediction, record: Record, model: str) -> dict[str, Any]:
     image = record.images[0] if record.images else ""
     return {
-        "question_id": int(row.id) if row.id.isdecimal() else row.id,
+        "question_id": int(row.id) if _NUMBER.fullmatch(row.id) else row.id,
         "prompt": row.prompt,
         "text": row.text,
         "image": os.path.basename(image) if isinstance(image, str) else "",

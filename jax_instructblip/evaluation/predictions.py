@@ -191,7 +191,7 @@ class Store:
             self.path.unlink(missing_ok=True)
             shutil.rmtree(self.partial, ignore_errors=True)
         elif self._facts_path.is_file():
-            self._compare(read_json(self._facts_path))
+            self._compare(read_json(self._facts_path, dict))
         elif self.path.is_file():
             raise ValueError(
                 f"{self.path} does not say what was asked ({self._facts_path.name} is not there): "
@@ -219,13 +219,15 @@ class Store:
                 f"process 0 has written {self._facts_path}, which this process does not see: --out "
                 "must be on a disk that all processes share"
             )
+        rows = self._unfinished()
         if self.path.is_file():
-            return {row.id: row for row in read_rows(self.path)}
-        return self._unfinished()
+            rows |= {row.id: row for row in read_rows(self.path)}
+        return rows
 
     def append(self, rows: Sequence[Prediction]) -> None:
         """Appends rows to this process's file and syncs it to disk."""
         data = "".join(row.line() for row in rows)
+        self.partial.mkdir(exist_ok=True)  # `begin` makes none beside a finished file
         with self._own.open("ab") as file:
             file.write(encode_utf8(data))
             file.flush()
@@ -239,8 +241,12 @@ class Store:
     def _unfinished(self) -> dict[str, Prediction]:
         rows = {}
         for path in sorted(self.partial.glob("*.jsonl")):
-            for line in path.read_bytes().split(b"\n")[:-1]:  # the last is empty or cut short
-                row = parse_row(parse_json(line))
+            lines = path.read_bytes().split(b"\n")[:-1]  # the last is empty or cut short
+            for number, line in enumerate(lines, start=1):
+                try:
+                    row = parse_row(parse_json(line))
+                except ValueError as error:
+                    raise ValueError(f"{path}:{number}: {error}; remove the line") from error
                 rows[row.id] = row
         return rows
 

@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 from jax_instructblip.data.spec import Batch
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.inference.batching import Question, make_batches
+from jax_instructblip.inference.named_methods import NamedMethods
 from jax_instructblip.inference.streaming import one_ahead
 from jax_instructblip.models.layers import BATCH_AXES
 from jax_instructblip.parallel.mesh import batch_sharding
 from jax_instructblip.progress import Progress
 
 
-class BatchRunner:
+class BatchRunner(NamedMethods):
     """Makes batches of questions, puts them on devices and collects the results.
 
     Attributes:
@@ -28,6 +29,7 @@ class BatchRunner:
       silent: True shows no progress lines.
     """
 
+    elsewhere = "Similarities and matches are those of BLIP-2's first stage, a Retriever"
     text: TextProcessor
     mesh: Mesh | None
     silent: bool

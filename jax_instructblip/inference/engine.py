@@ -125,15 +125,7 @@ class Engine:
 
     def submit(self, request: Request) -> Handle:
         """Queues a request; raises a ValueError if it does not fit a slot, or after `close`."""
-        problems, width = [], request.batch["tokens"].shape[1]
-        if width > self.sizes.width:
-            problems.append(f"its padded prompt has {width} slots, of at most {self.sizes.width}")
-        if request.limit > self.sizes.max_new_tokens:
-            problems.append(
-                f"max_new_tokens is {request.limit}, of at most {self.sizes.max_new_tokens}"
-            )
-        if problems:
-            raise ValueError(f"the request does not fit this engine: {'; '.join(problems)}")
+        self._require_fit(request)
         handle = Handle(request)
         with self._lock:
             if self._closed:
@@ -149,7 +141,8 @@ class Engine:
         """Fills free slots, then decodes until an answer ends, `steps` steps at most.
 
         Returns the requests that have ended, with their answers; one whose scores are not finite
-        has a ValueError instead. Without any request it returns at once.
+        has a ValueError instead. Without any request it returns at once. An error of the device, or
+        of the model's about a request, is that request's and is raised, too.
         """
         self._fill()
         live = np.array([handle is not None for handle in self._running])
@@ -191,9 +184,18 @@ class Engine:
         """Compiles all programs for requests that are padded as these are; no slot may be in use.
 
         Later requests of these shapes compile nothing, whatever their settings are.
+
+        Raises:
+          ValueError: a slot is in use, or a request does not fit one.
         """
         shapes = lambda request: tuple((name, leaf.shape) for name, leaf in request.batch.items())
+        if used := sum(handle is not None for handle in self._running):
+            raise ValueError(
+                f"warm_up would spoil the answers of {used} slot{'s' * (used > 1)} in use: call it "
+                "before the first request"
+            )
         for request in {shapes(request): request for request in requests}.values():
+            self._require_fit(request)
             self._admit(0, request)
         for sample in (False, True):
             self._advance(sample, np.zeros(self.sizes.count, bool))
@@ -223,8 +225,13 @@ class Engine:
                 self._running[index] = handle = None
             if handle is None and (handle := self._next()) is not None:
                 request, handle.request = handle.request, None
-                self._running[index] = handle  # first: if this fails, `close` cancels it
-                self._admit(index, request)
+                try:
+                    self._admit(index, request)
+                except BaseException as error:  # the slot still has the answer before this one
+                    if handle.set_running_or_notify_cancel():
+                        handle.set_exception(error)
+                    raise
+                self._running[index] = handle
 
     def _next(self) -> Handle | None:
         """The first waiting request that is not cancelled, taken out of the queue."""
@@ -235,6 +242,18 @@ class Engine:
                     return handle
                 handle.set_running_or_notify_cancel()
         return None
+
+    def _require_fit(self, request: Request) -> None:
+        """Raises a ValueError if a request does not fit a slot."""
+        problems, width = [], request.batch["tokens"].shape[1]
+        if width > self.sizes.width:
+            problems.append(f"its padded prompt has {width} slots, of at most {self.sizes.width}")
+        if request.limit > self.sizes.max_new_tokens:
+            problems.append(
+                f"max_new_tokens is {request.limit}, of at most {self.sizes.max_new_tokens}"
+            )
+        if problems:
+            raise ValueError(f"the request does not fit this engine: {'; '.join(problems)}")
 
     def _admit(self, index: int, request: Any) -> None:
         if self._slots is None:
@@ -253,12 +272,11 @@ class Engine:
     def _finish(self, handle: Handle, report: dict[str, np.ndarray], index: int) -> None:
         """Sets the answer of a request, or an error if the model's scores are not finite."""
         names = ("tokens", "lengths", "logprobs")
-        answer = best_answer(
-            self._text, {name: report[name][:, None] for name in names}, index, count=1
-        )
+        generated = {name: report[name][:, None] for name in names}
         try:
+            answer = best_answer(self._text, generated, index, count=1)
             check_finite([] if np.isfinite(answer.logprob) else [0], self._model.dtype)
-        except ValueError as error:
+        except Exception as error:
             handle.set_exception(error)
         else:
             handle.set_result(answer)

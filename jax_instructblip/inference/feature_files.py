@@ -16,18 +16,19 @@
 A shard appears completely or not at all.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jax_instructblip.atomic import unwritable, write_file
+from jax_instructblip.atomic import sole_writer, unwritable, write_file
 from jax_instructblip.data.images import ImageError
 from jax_instructblip.data.patch_features import FACTS, differences, shard_names
 from jax_instructblip.data.readers.named_files import PICTURES
@@ -96,7 +97,7 @@ def write_features(
     blip = None
     facts = {
         "weights": weights_digest(source),
-        "images": list_digest(records),
+        "images": list_digest(records, images if images.is_dir() else images.parent),
         "count": len(records),
         "form": (form or FORMS[-1]) if first_stage else "visual vectors",
         "dtype": read_dtype(dtype).name,
@@ -105,19 +106,19 @@ def write_features(
     }
     if (crop := source.input_format.image_crop) != "squash":
         facts["image_crop"] = crop
-    begin(out, facts, _HINT)
-    names = [out / name for name in shard_names(len(records), shard_size, file_format)]
-    left = [number for number, path in enumerate(names) if not is_whole(path)]
-    shard = lambda number: records[number * shard_size : (number + 1) * shard_size]
-    done = len(records) - sum(len(shard(number)) for number in left)
-    with Progress(len(records), "features", "images", done=done, compiles=True) as progress:
-        for number in left:
-            if blip is None:  # if everything is there, no weights are read
-                blip = load(checkpoint, dtype=dtype)
-                blip.silent = True
-            arrays = _arrays(blip, shard(number), facts["form"], batch_size)
-            write_shard(names[number], arrays, file_format)
-            progress.update(len(shard(number)))
+    with begin(out, facts, _HINT):
+        names = [out / name for name in shard_names(len(records), shard_size, file_format)]
+        left = [number for number, path in enumerate(names) if not is_whole(path)]
+        shard = lambda number: records[number * shard_size : (number + 1) * shard_size]
+        done = len(records) - sum(len(shard(number)) for number in left)
+        with Progress(len(records), "features", "images", done=done, compiles=True) as progress:
+            for number in left:
+                if blip is None:  # if everything is there, no weights are read
+                    blip = load(checkpoint, dtype=dtype)
+                    blip.silent = True
+                arrays = _arrays(blip, shard(number), facts["form"], batch_size)
+                write_shard(names[number], arrays, file_format)
+                progress.update(len(shard(number)))
     return out
 
 
@@ -181,36 +182,47 @@ def is_whole(path: Path) -> bool:
     return path.is_file() and (path.suffix != ".npz" or zipfile.is_zipfile(path))
 
 
-def list_digest(records: Sequence[Record]) -> str:
-    """Returns a sha256 of ids, texts, and the sizes and times of the image files."""
+def list_digest(records: Sequence[Record], folder: Path) -> str:
+    """Returns a sha256 of ids, texts, and the names, sizes and times of the image files.
+
+    Names of files below `folder` are relative to it, so that it may be moved.
+    """
     digest = hashlib.sha256()
     for record in records:
-        files = [os.stat(image) for image in record.images if isinstance(image, str)]
-        stands = [(each.st_size, each.st_mtime_ns) for each in files]
+        paths = [Path(image) for image in record.images if isinstance(image, str)]
+        below = [each.relative_to(folder) if folder in each.parents else each for each in paths]
+        files = [os.stat(each) for each in paths]
+        stands = [
+            (str(name), each.st_size, each.st_mtime_ns)
+            for name, each in zip(below, files, strict=True)
+        ]
         digest.update(repr((record.id, record.prompt, record.answers, stands)).encode())
     return digest.hexdigest()
 
 
-def begin(out: Path, facts: dict[str, Any], hint: str) -> None:
+@contextlib.contextmanager
+def begin(out: Path, facts: dict[str, Any], hint: str) -> Iterator[None]:
     """Writes `features.json`, or compares `facts` with those of an interrupted export.
 
-    `hint` tells in an error what the digest `images` stands for.
+    No other process may write features to the folder in the block. `hint` tells in an error what
+    the digest `images` stands for.
 
     Raises:
-        ValueError: an earlier export there has other facts.
+        ValueError: an earlier export there has other facts, or another process writes to it.
         FileExistsError: the folder has other files than features.
     """
-    path = out / FACTS
-    if path.is_file():
-        if wrong := differences(read_json(path, dict), facts):
-            title = f"{out} has features of something else:"
-            raise ValueError("\n  ".join([title, *wrong, f"choose another folder ({hint})"]))
-    elif out.is_dir() and any(each.name != f"{FACTS}.tmp" for each in out.iterdir()):
-        raise FileExistsError(f"{out} exists and has no {FACTS}: choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(facts, indent=1) + "\n")
-    for left in out.glob("*.tmp"):
-        left.unlink()
+    with sole_writer(out):
+        path = out / FACTS
+        if path.is_file():
+            if wrong := differences(read_json(path, dict), facts):
+                title = f"{out} has features of something else:"
+                raise ValueError("\n  ".join([title, *wrong, f"choose another folder ({hint})"]))
+        elif out.is_dir() and any(each.name != f"{FACTS}.tmp" for each in out.iterdir()):
+            raise FileExistsError(f"{out} exists and has no {FACTS}: choose another folder")
+        write_file(path, json.dumps(facts, indent=1) + "\n")
+        for left in out.glob("*.tmp"):
+            left.unlink()
+        yield
 
 
 def _arrays(

@@ -43,6 +43,7 @@ from jax_instructblip.inference.feature_forms import FORMS
 from jax_instructblip.inference.generation_config import GenerationConfig, configured
 from jax_instructblip.inference.loading import Source, describe_dtype, load_params
 from jax_instructblip.inference.matching import ABSENT as ABSENT
+from jax_instructblip.inference.named_methods import NamedMethods
 from jax_instructblip.inference.streaming import one_ahead
 from jax_instructblip.models.blip2 import Blip2
 from jax_instructblip.models.layers import BATCH_AXES
@@ -63,8 +64,10 @@ class Ranking(NamedTuple):
     text_to_image: np.ndarray  # [M, N] float32
 
 
-class Retriever:
+class Retriever(NamedMethods):
     """A model of BLIP-2's first stage: features, similarities, match logits and rankings."""
+
+    elsewhere = "A model with a language model answers: BLIP-2's second stage, InstructBLIP, LLaVA"
 
     def __init__(
         self,

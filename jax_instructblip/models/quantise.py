@@ -89,13 +89,22 @@ def quantise(path: str, kernel: Any, form: str) -> dict[str, np.ndarray]:
     `form` is "int8" or "int4". `kernel` is an array, or anything that is sliced like one.
 
     Raises:
-        ValueError: a weight is not finite.
+        ValueError: a weight is not finite, or there is none.
     """
+    _require_weights(path, kernel.shape)
     summed, whole = _axes(path)
     if len(kernel.shape) == whole:
         return _quantise_one(path, np.asarray(kernel[...]), summed, form)
     layers = [_quantise_one(path, np.asarray(kernel[n]), summed, form) for n in range(len(kernel))]
     return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+
+def _require_weights(path: str, shape: Sequence[int]) -> None:
+    """Raises a ValueError if a kernel of this shape has no weights."""
+    if 0 in shape:
+        raise ValueError(
+            f"{path} has the shape {tuple(shape)}, which holds no weights: leave quantise out"
+        )
 
 
 def _quantise_one(path: str, kernel: np.ndarray, summed: int, form: str) -> dict[str, np.ndarray]:
@@ -122,9 +131,8 @@ def _input_scale(kernel: np.ndarray) -> np.ndarray:
     It is the size of the input's largest weight beside the largest of all; at most 1.
     """
     largest = np.abs(kernel).max(axis=1, keepdims=True)
-    share = largest / (largest.max() or 1.0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        powers = np.rint(np.log2(share))
+        powers = np.rint(np.log2(largest / (largest.max() or 1.0)))
     return np.exp2(np.where(np.isfinite(powers), powers, 0)).astype(np.float32)
 
 
@@ -151,6 +159,7 @@ def shapes(tree: Mapping[str, Any], form: str, towers: Sequence[str] = TOWERS) -
             return {name: change(each, f"{path}/{name}") for name, each in node.items()}
         if not is_quantised(path[1:], towers):
             return node
+        _require_weights(path[1:], node.shape)
         summed, whole = _axes(path)
         stack = node.shape[: len(node.shape) - whole]
         kernel = node.shape[len(stack) :]

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -34,7 +34,9 @@ from jax_instructblip.data.patch_features import (
     shard_names,
 )
 from jax_instructblip.data.train_batches import ImagePreparation
+from jax_instructblip.fields import check, whole
 from jax_instructblip.files import FileSlice
+from jax_instructblip.inference.batching import check_batch_size
 from jax_instructblip.inference.feature_files import begin, is_whole, write_shard
 from jax_instructblip.inference.loading import Source, base_digest, read_source
 from jax_instructblip.models.variants import Variant
@@ -119,10 +121,13 @@ def write_features(config: ConfigDict, *, batch_size: int, shard_size: int) -> P
       shard_size: images per shard.
 
     Raises:
-      ValueError: a field is wrong, or the folder has features of something else.
+      ValueError: a field or a size is wrong, or the folder has features of something else, or
+        another process writes to it.
       OSError: the folder cannot be written.
     """
     check_config(config)
+    check_batch_size(batch_size)
+    check({"shard_size": shard_size}, {"shard_size": whole(1)})
     if not config.data.features:
         raise ValueError("config.data.features is not set: the folder that is written")
     if jax.process_count() > 1:
@@ -139,23 +144,35 @@ def write_features(config: ConfigDict, *, batch_size: int, shard_size: int) -> P
         "shard_size": shard_size,
         "format": SUFFIX,
     }
-    begin(out, facts, _HINT)
-    _write_index(out / INDEX, index)
-    names = [out / name for name in shard_names(len(places), shard_size, SUFFIX)]
-    shards = [places[first : first + shard_size] for first in range(0, len(places), shard_size)]
-    left = [(path, shard) for path, shard in zip(names, shards, strict=True) if not is_whole(path)]
-    if not left:
-        return out
+    with begin(out, facts, _HINT):
+        _write_index(out / INDEX, index)
+        names = [out / name for name in shard_names(len(places), shard_size, SUFFIX)]
+        shards = [places[first : first + shard_size] for first in range(0, len(places), shard_size)]
+        both = zip(names, shards, strict=True)
+        if left := {path: shard for path, shard in both if not is_whole(path)}:
+            _write_shards(config, source, variant, left, batch_size, len(places))
+    return out
+
+
+def _write_shards(
+    config: ConfigDict,
+    source: Source,
+    variant: Variant,
+    left: Mapping[Path, Sequence[_Place]],
+    batch_size: int,
+    count: int,
+) -> None:
+    """Writes the shards that are left of an export of `count` images."""
     mesh, prepare = setup.read_mesh(config), _preparation(config, source, variant)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = -(-min(batch_size, len(places)) // parts) * parts
+    size = -(-min(batch_size, count) // parts) * parts
     encode = _encoder(config, variant, mesh)
-    done = len(places) - sum(len(shard) for _, shard in left)
+    done = count - sum(map(len, left.values()))
     with (
         concurrent.futures.ThreadPoolExecutor(config.data.threads) as threads,
-        Progress(len(places), "features", "images", done=done, compiles=True) as progress,
+        Progress(count, "features", "images", done=done, compiles=True) as progress,
     ):
-        for path, shard in left:
+        for path, shard in left.items():
             batches = [shard[first : first + size] for first in range(0, len(shard), size)]
             rows = []
             for batch in batches:
@@ -166,7 +183,6 @@ def write_features(config: ConfigDict, *, batch_size: int, shard_size: int) -> P
                 progress.update(len(read))
             arrays = {name: np.concatenate([each[name] for each in rows]) for name in rows[0]}
             write_shard(path, arrays, SUFFIX)
-    return out
 
 
 class _Read(NamedTuple):

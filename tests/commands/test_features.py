@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 import jax_instructblip
 from jax_instructblip.__main__ import main
+from jax_instructblip.atomic import sole_writer
 from jax_instructblip.backbones.stage1 import write_stage1
 from jax_instructblip.inference import feature_files
 from jax_instructblip.inference.feature_files import read_shard
@@ -172,6 +174,30 @@ def test_another_checkpoint_list_or_setting_is_refused(stage1, base, photos, tmp
     assert main(words(stage1, photos, out)) == 1
     assert "images was " in capsys.readouterr().err
     assert shards(out)[0].read_bytes() == kept
+
+
+def test_two_exports_do_not_write_to_one_folder(stage1, photos, tmp_path, capsys):
+    """The second one would delete the shard that the first one is writing."""
+    with sole_writer(tmp_path / "out"):
+        assert main(words(stage1, photos, tmp_path / "out")) == 1
+    assert "another process writes to" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_line_about_another_image_is_another_list(stage1, photos, tmp_path, capsys):
+    """Files of equal sizes and times too, as an archive or a program may make them."""
+    for number, name in enumerate(("one.bmp", "other.bmp")):
+        Image.new("RGB", (9, 9), (200 * number,) * 3).save(photos / name)
+        os.utime(photos / name, (10**9, 10**9))
+    rows = photos / "data.jsonl"
+    rows.write_text('{"image": "one.bmp", "prompt": "?"}\n')
+    assert main(words(stage1, rows, tmp_path / "out")) == 0
+    shutil.move(photos, tmp_path / "moved")
+    rows = tmp_path / "moved" / "data.jsonl"
+    assert main(words(stage1, rows, tmp_path / "out")) == 0
+    rows.write_text('{"image": "other.bmp", "prompt": "?"}\n')
+    assert main(words(stage1, rows, tmp_path / "out")) == 1
+    assert "images was " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,28 @@ def test_other_questions_or_settings_are_refused(
         write(questions, LINES)
     assert message in capsys.readouterr().err
     assert whole.read_bytes() == before and not (whole.parent / "answers.partial").exists()
+
+
+def test_another_preparation_of_images_is_refused(base, questions, whole, tmp_path, capsys):
+    """It is said beside the weights, whose digest stays."""
+    shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(whole.parent, tmp_path / "out")
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text()) | {"input_format": {"image_crop": "pad"}}
+    path.write_text(json.dumps(config))
+    (tmp_path / "base" / "files.json").unlink()  # its digest of the file before
+    assert main(words(tmp_path / "base", questions, tmp_path / "out" / whole.name)) == 1
+    assert "input_format was " in capsys.readouterr().err
+
+
+def test_rows_taken_out_are_answered_again(base, questions, whole, tmp_path):
+    shutil.copytree(whole.parent, tmp_path / "out")
+    out = tmp_path / "out" / whole.name
+    lines = whole.read_text().splitlines(keepends=True)
+    out.write_text("".join(line for line in lines if "second" not in line))
+    assert main(words(base, questions, out)) == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(os.listdir(out.parent)) == ["answers.json", "answers.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -322,6 +322,14 @@ def test_a_projector_alone_there_and_back(linear, llm, tmp_path):
     assert config["architectures"] == ["LlavaLlamaForCausalLM"]
 
 
+def test_marks_that_the_tokenizer_lacks_are_told_with_their_files(linear, tmp_path):
+    write_original(linear / "hf", tmp_path / "in", mm_use_im_start_end=True)
+    message = "mm_use_im_start_end is True, but .*in has no <im_start> and <im_end>: .*added_tokens"
+    with pytest.raises(ConversionError, match=message):
+        convert(tmp_path / "in", tmp_path / "ours", vision=linear / "clip")
+    assert not (tmp_path / "ours").exists()
+
+
 @pytest.mark.parametrize("whole", [True, False], ids=["table", "two rows"])
 def test_rows_of_the_marks_around_an_image(linear, llm, tmp_path, whole):
     rows, width = llm[EMBED].shape

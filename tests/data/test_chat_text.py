@@ -134,6 +134,13 @@ KINDS = {
 }
 
 
+def test_an_answer_that_begins_with_its_stop_is_empty():
+    text = chat(KINDS["plain"], "plain")
+    line_end = text.llm.encode("\n", add_special_tokens=False)
+    assert text.decode([*line_end, *text.candidate("A cat")]) == ""
+    assert text.decode([*text.candidate("A cat"), *line_end, *text.candidate("red")]) == "A cat"
+
+
 @pytest.mark.parametrize("template", KINDS)
 def test_a_candidate_is_what_an_answer_is_in_training(template):
     text = chat(KINDS[template], template)

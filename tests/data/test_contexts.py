@@ -19,6 +19,12 @@ def test_a_context_is_written_with_three_digits_and_read_again():
     assert context.text(boxes=False) == TEXT.partition("\n\n")[0]
 
 
+def test_empty_lines_of_captions_are_left_out():
+    """Behind an empty line there are boxes."""
+    context = Context("x", "", ("A cup.\n", "\r\n \nTwo cups, one broken"))
+    assert context.text() == TEXT.partition("\n\n")[0]
+
+
 def test_the_eight_published_contexts_are_written_byte_for_byte(shared):
     paths = sorted((shared / "data/llava/prompts").rglob("*_caps.txt"))
     assert len(paths) == 8

@@ -206,6 +206,16 @@ def test_sources_of_every_kind_give_the_same_pixels(photos):
         np.testing.assert_array_equal(np.asarray(decode(array))[:, :, 2], gray)
 
 
+def test_equal_indices_of_two_palettes_are_two_images():
+    one = Image.new("P", (4, 4), 1)
+    other = one.copy()
+    one.putpalette([0, 0, 0, 255, 0, 0])
+    other.putpalette([0, 0, 0, 0, 0, 255])
+    assert decode(one).getpixel((0, 0)) != decode(other).getpixel((0, 0))
+    assert images.content_digest(one) != images.content_digest(other)
+    assert images.content_digest(one) == images.content_digest(one.copy())
+
+
 def test_the_image_that_is_given_stays_as_it_is():
     image = Image.new("RGB", (4, 2))
     found = decode(image)

@@ -75,6 +75,17 @@ def test_captions_of_one_image_share_its_id_and_others_do_not():
         assert image_id(first) == image_id(again)
 
 
+def test_images_in_memory_of_equal_bytes_are_two_images():
+    """Of other palettes, or of other sides."""
+    flat = Image.new("P", (4, 4), 1)
+    flat.putpalette([0, 0, 0, 255, 0, 0])
+    blue = flat.copy()
+    blue.putpalette([0, 0, 0, 0, 0, 255])
+    tall, wide = Image.new("L", (2, 8), 1), Image.new("L", (8, 2), 1)
+    ids = {image_id(Record("a", (each,), "", ("a",))) for each in (flat, blue, tall, wide)}
+    assert len(ids) == 4
+
+
 def test_long_captions_are_cut_on_the_right_and_counted(text):
     long = record(1, WORDS)
     batch = batches(text, [long, long])[0]

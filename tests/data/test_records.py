@@ -86,6 +86,7 @@ BAD = [
     ({"image": "a.png", "prompt": "?", "answers": []}, "answers is an empty list"),
     ({"image": "a.png", "prompt": "?", "answers": ["a", ""]}, "answers[1] is empty"),
     (GOOD | {"choices": "ab"}, "choices is text, expected a list"),
+    (GOOD | {"id": True}, "id is true or false, expected text"),
     (GOOD | {"split": None}, "split is null, expected text"),
     (GOOD | {"choices": ["a"], "correct": 1}, "correct is 1, expected the index of one of 1 choi"),
     (GOOD | {"correct": "a"}, "correct is text, expected a whole number"),

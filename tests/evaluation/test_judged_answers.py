@@ -1,11 +1,16 @@
 import json
+import types
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from jax_instructblip.__main__ import main
+from jax_instructblip.data.records import Record
 from jax_instructblip.evaluation import benchmarks
 from jax_instructblip.evaluation.external_answers import read_given
+from jax_instructblip.evaluation.judged_answers import write_answers
+from jax_instructblip.evaluation.predictions import Prediction
 from tests.data.readers.test_llava_bench import ROW, write
 from tests.helpers.fake_pipeline import FakePipeline
 from tests.helpers.tiny import write_base
@@ -48,3 +53,15 @@ def test_answers_are_written_for_a_judge(words, tmp_path, capsys):
     assert [row.text for row in read_given(path)] == ["1", "2", ""]
     report = (tmp_path / "out/report.md").read_text()
     assert "a judge compares its answers" in report
+
+
+def test_an_id_stays_that_of_its_question(tmp_path):
+    """A judge looks for the question of an answer by the text of its id."""
+    names = ["7", "007", "\u0663", "-1", "0", "a", "9" * 5000]
+    records = [Record(name, ("a.png",), "What?", ()) for name in names]
+    task: Any = types.SimpleNamespace(name="own", records=records)
+    write_answers(tmp_path, task, [Prediction(name) for name in names], "model")
+    rows = map(json.loads, (tmp_path / "answers/own.jsonl").read_text().splitlines())
+    found = [row["question_id"] for row in rows]
+    assert found == [7, "007", "\u0663", "-1", 0, "a", "9" * 5000]
+    assert [str(each) for each in found] == names

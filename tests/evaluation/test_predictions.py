@@ -52,6 +52,33 @@ def test_answers_to_something_else_are_refused(tmp_path):
         Store(tmp_path, "vsr", FACTS).begin()
 
 
+def test_rows_taken_out_of_a_finished_file_are_asked_again(tmp_path):
+    begun(tmp_path).finish(ROWS)
+    (tmp_path / "gqa.jsonl").write_text(ROWS[0].line() + ROWS[2].line())
+    store = begun(tmp_path)
+    assert store.rows() == {"0": ROWS[0], "2": ROWS[2]}
+    store.append(ROWS[1:2])
+    assert begun(tmp_path).rows() == {row.id: row for row in ROWS[:3]}
+    store.finish(ROWS)
+    assert read_rows(tmp_path / "gqa.jsonl") == ROWS
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gqa.json", "gqa.jsonl"]
+
+
+def test_another_files_facts_are_named(tmp_path):
+    (tmp_path / "gqa.json").write_text("[1]")
+    with pytest.raises(ValueError, match="gqa.json: found a list at the top, expected an object"):
+        begun(tmp_path)
+    assert (tmp_path / "gqa.json").read_text() == "[1]"
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    begun(tmp_path).append(ROWS[:1])
+    path = tmp_path / "gqa.partial" / "0.jsonl"
+    path.write_bytes(path.read_bytes() + bytes(9) + b"\n")  # what a power cut may leave
+    with pytest.raises(ValueError, match="gqa.partial/0.jsonl:2: not valid JSON: .*remove the li"):
+        begun(tmp_path)
+
+
 def test_a_process_that_does_not_see_the_shared_disk_is_named(tmp_path):
     begun(tmp_path / "a")
     with pytest.raises(ValueError, match="must be on a disk that all processes share"):

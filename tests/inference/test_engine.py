@@ -247,6 +247,33 @@ def test_what_does_not_fit_is_refused(blip, requests):
 
 
 @one_kind
+def test_a_request_that_cannot_be_admitted_leaves_no_answer_in_its_slot(blip, requests):
+    """Its slot still holds the answer of the request before it."""
+    engine = make_engine(blip, requests, slots=1)
+    expected = [handle.result() for handle in ask_in_turn(engine, requests[:2])]
+    images = {"images": requests[2].batch["images"][:, :, :14, :14]}
+    handle = engine.submit(requests[2]._replace(batch=requests[2].batch | images))
+    with pytest.raises(Exception) as error:  # noqa: B017, the model's own
+        engine.step()
+    assert handle.exception(0) is error.value
+    assert engine.step() == []
+    assert [each.result() for each in ask_in_turn(engine, requests[:2])] == expected
+
+
+@one_kind
+def test_programs_are_compiled_beforehand_alone(blip, requests):
+    engine = make_engine(blip, requests, steps=1)
+    handle = engine.submit(lengthened(requests[0]))
+    engine.step()
+    with pytest.raises(ValueError, match="warm_up would spoil the answers of 1 slot"):
+        engine.warm_up(requests)
+    narrow = make_engine(blip, requests, width=requests[0].batch["tokens"].shape[1] - 1)
+    with pytest.raises(ValueError, match="the request does not fit this engine"):
+        narrow.warm_up(requests)
+    assert not handle.done()
+
+
+@one_kind
 def test_scores_that_are_not_finite_harm_no_other_answer(blip, requests):
     """A slot that was full of NaN answers the next question as if nothing had been there."""
     expected = [handle.result() for handle in ask_in_turn(make_engine(blip, requests), requests)]

@@ -55,6 +55,15 @@ def test_it_loads_as_a_retriever(files):
     assert ", float32, int8 weights, " in repr(small) and ", float32, /" in repr(blip)
 
 
+def test_what_only_the_other_kind_of_model_has_is_said(files):
+    first, answers = (jax_instructblip.load(each) for each in (files[0], files[0].parent / "base"))
+    with pytest.raises(AttributeError, match="'itc': it has answer, .*, stream.* a Retriever"):
+        answers.itc  # noqa: B018
+    with pytest.raises(AttributeError, match="no 'stream': it has generate, .*, rank.* answers"):
+        first.stream  # noqa: B018
+    assert not hasattr(answers, "_repr_html_") and not hasattr(first, "_repr_html_")
+
+
 @pytest.fixture(scope="module")
 def blip(files):
     blip = jax_instructblip.load(files[0])
@@ -123,6 +132,7 @@ def test_of_images_that_are_all_alike_the_first_are_taken(blip):
         ([], ["red"], "there are no images: give at least one"),
         ("photo.jpg", ["red"], "images is a str, expected a list of them"),
         ([picture(0)], "red", "captions is 'red', expected a list"),
+        ([picture(0)], ["red", " \n"], "caption 1 is blank"),
     ],
 )
 def test_nothing_to_compare_is_said(blip, images, texts, message):

@@ -92,6 +92,23 @@ def test_zero_channels_stay_zero_and_damaged_weights_are_named():
     kernel[2, 2] = np.inf
     with pytest.raises(ValueError, match="llm/layers/mlp/in/kernel has weights that are not fin"):
         quantise.quantise("llm/layers/mlp/in/kernel", kernel, "int4")
+    with pytest.raises(ValueError, match="mlp/out/kernel has weights that are not fin"):
+        quantise.quantise("llm/decoder/layers/mlp/out/kernel", kernel, "int8")
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 4, 3)])
+@pytest.mark.parametrize("layers", ["llm/layers", "vision/layers", "llm/decoder/layers"])
+def test_a_kernel_without_weights_is_named(layers, shape, form):
+    path = f"{layers}/mlp/out/kernel"
+    message = rf"{path} has the shape \{shape}, which holds no weights"
+    with pytest.raises(ValueError, match=message.replace(")", r"\)")):
+        quantise.quantise(path, np.zeros(shape, np.float32), form)
+    tree = jax.ShapeDtypeStruct(shape, np.float32)
+    for name in reversed(path.split("/")):
+        tree = {name: tree}
+    with pytest.raises(ValueError, match=message.replace(")", r"\)")):
+        quantise.shapes(tree, form)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from PIL import Image
 from configs import blip2_stage1
 from jax_instructblip import checkpoint
 from jax_instructblip.__main__ import main
+from jax_instructblip.atomic import sole_writer
 from jax_instructblip.data import images, spec
 from jax_instructblip.data.batch import collate
 from jax_instructblip.data.loader import load
@@ -281,6 +282,21 @@ def test_an_interrupted_export_is_resumed_and_not_read_before(
     assert lost.read_bytes() == (written / lost.name).read_bytes()
     with pytest.raises(ValueError, match="shard_size was 3, now 4"):
         run_features.write_features(config, batch_size=2, shard_size=4)
+
+
+def test_sizes_and_other_writers_are_checked_first(bases, data, written, tmp_path, capsys):
+    out = tmp_path / "out"
+    named = words(config_of(bases("t5"), data, tmp_path, **{"data.features": str(out)}), tmp_path)
+    for flag, message in (
+        ("--shard_size=0", "shard_size is 0, expected at least 1"),
+        ("--batch_size=0", "batch_size is 0, expected at least 1"),
+    ):
+        assert main(["features", *named, flag]) == 1
+        assert message in capsys.readouterr().err
+    with sole_writer(out):
+        assert main(["features", *named]) == 1
+    assert "another process writes to" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_damaged_files_are_named(bases, data, written, tmp_path):

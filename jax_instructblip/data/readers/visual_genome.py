@@ -76,7 +76,11 @@ def _images(raw: pathlib.Path, path: pathlib.Path) -> dict[int, str]:
         where = f"{path}: row {number}"
         url = text_of(require(row, dict, where), "url", where)
         parts = pathlib.PurePosixPath(url).parts[-2:]
-        images[field(row, "image_id", int, where)] = inside(raw, *parts, where=where)
+        image, file = field(row, "image_id", int, where), inside(raw, *parts, where=where)
+        if images.setdefault(image, file) != file:
+            raise AnnotationError(
+                f"{where}: image {image} is {file}, but was {images[image]} before"
+            )
     return images
 
 

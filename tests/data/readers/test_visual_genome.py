@@ -54,6 +54,13 @@ def test_questions_of_lavis(tmp_path):
         ({"question_answers": QUESTIONS}, "lacks files of split 'train': image_data.json, or else"),
         ({"image_data": IMAGES}, "lacks files of split 'train': question_answers.json, or else"),
         ({"question_answers": {}, "image_data": IMAGES}, "question_answers.json: found an object"),
+        (
+            {
+                "question_answers": QUESTIONS,
+                "image_data": [*IMAGES, {"image_id": 1, "url": "https://a/VG_100K/2.jpg"}],
+            },
+            "image 1 is .*VG_100K/2.jpg, but was .*VG_100K_2/1.jpg before",
+        ),
         ({"question_answers": [7], "image_data": IMAGES}, "row 0: found a whole number, expected"),
         ({"question_answers": [{"id": 1}], "image_data": IMAGES}, "row 0: no field 'qas'"),
         (
