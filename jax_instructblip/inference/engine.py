@@ -10,10 +10,9 @@ A request takes a slot, and leaves it for the next one as soon as its answer end
 never wait for long ones. Its tokens are those of `InstructBlipPipeline.generate` for it alone,
 whatever its neighbours are. `slots.py` has what runs on the device.
 
-Requests take slots in the order in which they were submitted. When the first one takes a slot, its
-prompt is read by one program with those of others of its padded shape, slots for them or not:
-several prompts at once cost less than one by one. Behind the end of the queue a step computes few
-slots.
+Requests take slots in the order in which they were submitted. `warm_up` compiles what makes this
+cheaper: a prompt is read together with those of its padded shape that wait behind it, before there
+are slots for them, and while few slots are in use a step computes a part of them.
 """
 
 import collections
@@ -108,6 +107,8 @@ class Engine:
         prompts: int = PROMPTS,
     ):
         """Takes memory for the slots when the first request is admitted.
+
+        Prompts that are read before there is a slot for them take as much memory each as a slot.
 
         Args:
           blip: the model, on one device.
@@ -234,7 +235,7 @@ class Engine:
             self._waiting.clear()
         for handle in handles:
             handle.cancel()
-            _leave(handle)
+            _discard(handle)
         self._running, self._slots = [None] * self.sizes.count, None
 
     def __enter__(self) -> "Engine":
@@ -247,7 +248,7 @@ class Engine:
         """Frees the slots of cancelled requests, and gives all free slots to waiting ones."""
         for index, handle in enumerate(self._running):
             if handle is not None and handle.cancelled():
-                _leave(handle)
+                _discard(handle)
                 self._running[index] = None
         free = [index for index, handle in enumerate(self._running) if handle is None]
         first = self._first(len(free) + self._ahead) if free else []
@@ -265,12 +266,12 @@ class Engine:
         with self._lock:
             while self._waiting and len(first) < count:
                 handle = self._waiting.popleft()
-                _leave(handle) if handle.cancelled() else first.append(handle)
+                _discard(handle) if handle.cancelled() else first.append(handle)
             self._waiting.extendleft(reversed(first))
         return first
 
     def _read_first(self, first: Sequence[Handle], due: int) -> None:
-        """Reads the prompts of the first `due` requests, and of others if that takes no program."""
+        """Reads the prompts of the first `due` requests, and of others that the programs take."""
         unread = collections.defaultdict(list)
         for handle in first:
             if handle.request is not None:
@@ -280,6 +281,7 @@ class Engine:
             while needed > 0:
                 size = max(size for size in self._groups.get(shape, (1,)) if size <= len(handles))
                 prompts = self._read([handle.request for handle in handles[:size]])
+                self.reads[size] += 1
                 for row, handle in enumerate(handles[:size]):
                     handle.request, handle.prompt = None, (prompts, row)
                 handles, needed = handles[size:], needed - size
@@ -298,7 +300,6 @@ class Engine:
         return np.array([handle is not None for handle in self._running[:count]])
 
     def _read(self, requests: Sequence[Any]) -> Slots:
-        self.reads[len(requests)] += 1
         stacked = programs.stack(requests)
         return programs.read(self._model, self.sizes, self._params, stacked, self._table)
 
@@ -333,7 +334,7 @@ def _shape(request: Request) -> Hashable:
     return tuple((name, leaf.shape) for name, leaf in sorted(request.batch.items()))
 
 
-def _leave(handle: Handle) -> None:
+def _discard(handle: Handle) -> None:
     """Tells those who wait for a cancelled request, and gives the memory of its prompt back."""
     handle.request = handle.prompt = None
     handle.set_running_or_notify_cancel()
