@@ -11,10 +11,12 @@ The requests' numbers of new tokens are powers of two, so that static batches ne
 A static batch holds as many consecutive requests as the engine has slots, and decodes until its
 longest answer ends; the engine refills each slot at once. Both sides have the same random weights
 and prepared requests, decode greedily and must give the same tokens; they alternate. A slot-step is
-one decoding step of one slot: it is counted, not measured, so it is the same on a busy machine.
+one decoding step of one slot. Slot-steps, steps (each reads all weights once) and how many prompts
+were read at once are counted, not measured: they are the same on a busy machine.
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import json
@@ -99,8 +101,8 @@ def make_requests(variant: Variant, lengths: str, count: int) -> list[Request]:
 
 def static_call(
     blip: InstructBlipPipeline, requests: Sequence[Request], size: int
-) -> tuple[Callable[[], list[list[int]]], int]:
-    """Returns a function that answers in static batches, and the slot-steps that it takes."""
+) -> tuple[Callable[[], list[list[int]]], dict[str, Any]]:
+    """Returns a function that answers in static batches, and the counts of what it takes."""
     batches = []
     for start in range(0, len(requests), size):
         rows = requests[start : start + size]
@@ -118,7 +120,12 @@ def static_call(
             answers += [row[: each.limit].tolist() for row, each in zip(tokens, rows, strict=True)]
         return answers
 
-    return answer, sum(len(rows) * (longest - 1) for rows, _, longest in batches)
+    reads = collections.Counter(len(rows) for rows, _, _ in batches)
+    return answer, {
+        "slot_steps": sum(len(rows) * (longest - 1) for rows, _, longest in batches),
+        "steps": sum(longest - 1 for _, _, longest in batches),
+        "prompts_at_once": dict(reads),
+    }
 
 
 def engine_call(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
@@ -132,13 +139,18 @@ def compare(
 ) -> dict[str, Any]:
     """Returns throughputs, slot-steps and their ratios, engine to static, as a dict."""
     requests = make_requests(blip.variant, lengths, count)
-    static, static_steps = static_call(blip, requests, slots)
+    static, static_counts = static_call(blip, requests, slots)
     width = requests[0].batch["tokens"].shape[1]
     engine = Engine(blip, slots=slots, width=width, max_new_tokens=LIMITS[-1])
     engine.warm_up(requests)
     sides = {"static": static, "engine": functools.partial(engine_call, engine, requests)}
     same = sum(a == b for a, b in zip(static(), sides["engine"](), strict=True))
-    slot_steps = {"static": static_steps, "engine": engine.steps * slots}
+    engine_counts = {
+        "slot_steps": engine.slot_steps,
+        "steps": engine.steps,
+        "prompts_at_once": dict(sorted(engine.reads.items())),
+    }
+    counts = {"static": static_counts, "engine": engine_counts}
     found: dict[str, list[Measured]] = {side: [] for side in sides}
     for _ in range(repeats):
         for side, call in sides.items():
@@ -155,8 +167,7 @@ def compare(
     }
     for side, times in found.items():
         wall = statistics.median(each.wall for each in times)
-        row[side] = {
-            "slot_steps": slot_steps[side],
+        row[side] = counts[side] | {
             "seconds": [round(each.wall, 3) for each in times],
             "processor_seconds": round(statistics.median(each.own for each in times), 3),
             "tokens_per_second": round(tokens / wall, 2),
@@ -166,6 +177,7 @@ def compare(
         "throughput_ratio": ratio("tokens_per_second", "engine", "static"),
         "processor_seconds_ratio": ratio("processor_seconds", "static", "engine"),
         "slot_steps_ratio": ratio("slot_steps", "static", "engine"),
+        "steps_ratio": ratio("steps", "static", "engine"),
     }
 
 

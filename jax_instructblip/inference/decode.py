@@ -10,7 +10,7 @@ stops (`stops.py`).
 
 `stream_tokens` compiles the two parts of the loop, `start` and `advance`, as separate programs,
 so that each token is available as soon as it is chosen. The slots of `slots.py` are made of the
-same two parts.
+same parts.
 """
 
 import functools
@@ -153,6 +153,19 @@ def start(
     table: stops.Table,
 ) -> State:
     """The state of the loop after the prompt is read and the first token is chosen."""
+    state, logits = read_prompt(model, max_new_tokens, params, batch, settings, table)
+    return choose(model, do_sample, keys, settings, table, state, logits)
+
+
+def read_prompt(
+    model: Model,
+    max_new_tokens: int,
+    params: dict[str, Any],
+    batch: dict[str, Any],
+    settings: TracedSettings,
+    table: stops.Table,
+) -> tuple[State, jax.Array]:
+    """The state of the loop before the first token, and the logits `[B, R, V]` to choose it by."""
     ids = model.vocabulary
     # The last token is never fed back, so the tail needs one slot less.
     tail = max(max_new_tokens - 1, 1)
@@ -168,7 +181,7 @@ def start(
         stop=stops.first_states(table, rows),
         cache=cache,
     )
-    return _choose(model, do_sample, keys, settings, table, state, logits)
+    return state, logits
 
 
 def advance(
@@ -183,10 +196,10 @@ def advance(
     """The state of the loop after one more token."""
     variables = {"params": params}
     logits, cache = model.apply(variables, state.token, state.cache, method="decode_step")
-    return _choose(model, do_sample, keys, settings, table, state._replace(cache=cache), logits)
+    return choose(model, do_sample, keys, settings, table, state._replace(cache=cache), logits)
 
 
-def _choose(
+def choose(
     model: Model,
     do_sample: bool,
     keys: jax.Array,

@@ -1,19 +1,22 @@
 """Slots: the state of many answers on the device, each at a step of its own.
 
-    request --admit--> [ slot | slot | slot | ... ] --advance--> up to k tokens more in each
-                         free   step 3 step 17
+    requests --read--> [ prompt | prompt ]       several prompts by one program, ahead of time
+                            | place
+                       [  slot  |  slot  |  slot  | ... ] --advance--> up to k tokens more in each
+                         step 1   step 17   free
 
 A slot is the decoding loop of `decode.py` for a batch of one question, with the key, the settings
 and the limit that choose its tokens. All slots are one pytree, and `advance` is `jax.vmap` of one
 slot's step: that each has its own position needs no other model. An ended or free slot computes
 along, and nobody reads what.
 
-Shapes depend on `Sizes` and on the padded prompts alone, so two kinds of programs serve all
-requests: one `admit` for each padded shape of a prompt, and two of `advance`, of which the greedy
-one does not sort the vocabulary.
+Shapes depend on `Sizes`, on the padded prompts and on how many are read at once, so few programs
+serve all requests: `read` for each number and padded shape of prompts, and two of `advance`, of
+which the greedy one does not sort the vocabulary, for each number of slots that it is used for.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +53,7 @@ class Request(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The state of all slots: each leaf has an axis of slots (`_axes`)."""
+    """The state of slots, or of prompts without one: each leaf has an axis of slots (`_axes`)."""
 
     state: decode.State  # with B = R = 1
     key: jax.Array
@@ -58,39 +61,56 @@ class Slots(NamedTuple):
     limit: jax.Array
 
 
-def free_slots(
-    model: Model, sizes: Sizes, params: dict[str, Any], request: Request, table: stops.Table
-) -> Slots:
-    """Slots without a request, for programs that admit requests like this one."""
-    one = jax.eval_shape(functools.partial(_prefill, model, sizes), params, request, table)
-    return jax.tree.map(
-        lambda leaf, axis: np.zeros(
-            (*leaf.shape[:axis], sizes.count, *leaf.shape[axis:]), leaf.dtype
-        ),
-        one,
-        _axes(one),
+def free_slots(model: Model, sizes: Sizes, prompts: Slots) -> Slots:
+    """Slots without a request, for prompts like these, which come from `read`."""
+    free = lambda axis, leaf: np.zeros(
+        (*leaf.shape[:axis], sizes.count, *leaf.shape[axis + 1 :]), leaf.dtype
     )
+    return _map(model, free, prompts)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def admit(
-    model: Model,
-    sizes: Sizes,
-    params: dict[str, Any],
-    slots: Slots,
-    index: int,
-    request: Request,
-    table: stops.Table,
+def stack(requests: Sequence[Request]) -> Request:
+    """Requests of one padded shape as the one argument of `read`."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *requests)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def read(
+    model: Model, sizes: Sizes, params: dict[str, Any], requests: Request, table: stops.Table
 ) -> Slots:
-    """The slots after the prompt of `request` is read into slot `index`: it has its first token.
+    """The state of each of the stacked requests after its prompt: it has its first token."""
+    axes = _axes(model)
+
+    def prompt(request: Request) -> tuple[Slots, jax.Array]:
+        state, logits = decode.read_prompt(
+            *(model, sizes.max_new_tokens, params, request.batch, request.settings, table)
+        )
+        return Slots(_widened(state, sizes.width), *request[1:]), logits
+
+    def choose(do_sample: bool) -> Slots:
+        return jax.vmap(functools.partial(_choose, model, do_sample, table))(small, logits)
+
+    prompts, logits = jax.vmap(prompt, out_axes=(axes, 0))(requests)
+    cache = prompts.state.cache
+    small = prompts._replace(state=prompts.state._replace(cache=None))  # a branch would copy it
+    greedy = requests.settings.greedy.all()
+    small = jax.lax.cond(greedy, lambda: choose(False), lambda: choose(True))
+    return small._replace(state=small.state._replace(cache=cache))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def place(model: Model, slots: Slots, prompts: Slots, row: int, index: int) -> Slots:
+    """The slots with slot `index` taken by row `row` of `prompts`, which come from `read`.
 
     Nothing of the slot's former request is left.
     """
-    one = _prefill(model, sizes, params, request, table)
-    put = lambda all_slots, slot, axis: jax.lax.dynamic_update_index_in_dim(
-        all_slots, slot, index, axis
-    )
-    return jax.tree.map(put, slots, one, _axes(one))
+    return _put(model, slots, _take(model, prompts, row), index)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def move(model: Model, slots: Slots, source: int, index: int) -> Slots:
+    """The slots with slot `index` taken by the request of slot `source`."""
+    return _put(model, slots, _take(model, slots, source), index)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -105,8 +125,8 @@ def advance(
 ) -> tuple[dict[str, jax.Array], Slots]:
     """The slots after `most` further steps, or fewer: as soon as a live slot has ended.
 
-    `live` [N] is True for slots with a request. Unless `do_sample`, all live slots must be greedy.
-    Also returns what a host reads:
+    `live` [N] is True for slots with a request: of the first N slots, and the others stay as they
+    are. Unless `do_sample`, all live slots must be greedy. Also returns what a host reads:
 
         steps     []      int32    steps that were taken
         done      [N]     bool     slots that have ended
@@ -114,22 +134,23 @@ def advance(
         tokens    [N, T]  int32
         logprobs  [N, T]  float32
     """
-    axes = _axes(slots)
+    axes = _axes(model)
     step = functools.partial(_step, model, do_sample, params, table)
     step = jax.vmap(step, in_axes=(axes,), out_axes=axes)
 
     def unfinished(carry: tuple[jax.Array, Slots]) -> jax.Array:
-        steps, slots = carry
-        return (steps < most) & ~(live & slots.state.done[:, 0, 0]).any()
+        steps, first = carry
+        return (steps < most) & ~(live & first.state.done[:, 0, 0]).any()
 
     def body(carry: tuple[jax.Array, Slots]) -> tuple[jax.Array, Slots]:
-        steps, slots = carry
-        return steps + 1, step(slots)
+        steps, first = carry
+        return steps + 1, step(first)
 
-    done = slots.state.done | ~live[:, None, None]
-    slots = slots._replace(state=slots.state._replace(done=done))
-    steps, slots = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), slots))
-    state = slots.state
+    first = _map(model, lambda axis, leaf: leaf[(slice(None),) * axis + (slice(len(live)),)], slots)
+    done = first.state.done | ~live[:, None, None]
+    first = first._replace(state=first.state._replace(done=done))
+    steps, first = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), first))
+    state = first.state
     report = {
         "steps": steps,
         "done": state.done[:, 0, 0],
@@ -137,26 +158,25 @@ def advance(
         "tokens": state.tokens[:, 0, 0],
         "logprobs": state.logprobs[:, 0, 0],
     }
-    return report, slots
-
-
-def _prefill(
-    model: Model, sizes: Sizes, params: dict[str, Any], request: Request, table: stops.Table
-) -> Slots:
-    """One slot, without the axis of slots, after its prompt is read and its first token chosen."""
-    key = jax.random.wrap_key_data(request.key)
-    state = decode.start(
-        *(model, sizes.max_new_tokens, True, params, request.batch, key, request.settings, table)
-    )
-    return _limited(Slots(_widened(state, sizes.width), *request[1:]))
+    update = lambda axis, leaf, part: jax.lax.dynamic_update_slice_in_dim(leaf, part, 0, axis)
+    return report, _map(model, update, slots, first)
 
 
 def _step(
     model: Model, do_sample: bool, params: dict[str, Any], table: stops.Table, slot: Slots
 ) -> Slots:
-    """One slot after one more token."""
+    """One slot, without the axis of slots, after one more token."""
     key = jax.random.wrap_key_data(slot.key)
     state = decode.advance(model, do_sample, params, key, slot.settings, table, slot.state)
+    return _limited(slot._replace(state=state))
+
+
+def _choose(
+    model: Model, do_sample: bool, table: stops.Table, slot: Slots, logits: jax.Array
+) -> Slots:
+    """One slot after its first token, chosen from the logits of its prompt."""
+    key = jax.random.wrap_key_data(slot.key)
+    state = decode.choose(model, do_sample, key, slot.settings, table, slot.state, logits)
     return _limited(slot._replace(state=state))
 
 
@@ -179,9 +199,31 @@ def _widened(state: decode.State, width: int) -> decode.State:
     return state._replace(cache=cache)
 
 
-def _axes(slots: Slots) -> Any:
-    """The axis of slots of each leaf: 0, or 1 behind the axis of stacked layers in a cache."""
-    axes, cache = jax.tree.map(lambda leaf: 0, slots), slots.state.cache
-    stacked = [name for name in ("prefix", "tail") if not isinstance(cache[name], tuple)]
-    behind = {name: jax.tree.map(lambda leaf: 1, cache[name]) for name in stacked}
-    return axes._replace(state=axes.state._replace(cache=axes.state.cache | behind))
+def _take(model: Model, slots: Slots, index: Any) -> Slots:
+    """One of the slots, without the axis of slots."""
+    take = lambda axis, leaf: jax.lax.dynamic_index_in_dim(leaf, index, axis, keepdims=False)
+    return _map(model, take, slots)
+
+
+def _put(model: Model, slots: Slots, slot: Slots, index: Any) -> Slots:
+    """The slots with `slot`, which has no axis of slots, in place of the one at `index`."""
+    put = lambda axis, leaf, part: jax.lax.dynamic_update_index_in_dim(leaf, part, index, axis)
+    return _map(model, put, slots, slot)
+
+
+def _map(model: Model, function: Callable[..., Any], *slots: Slots) -> Slots:
+    """Calls `function(axis of slots, leaf, ...)` for each leaf."""
+    of_axis = lambda axis, *trees: jax.tree.map(functools.partial(function, axis), *trees)
+    return jax.tree.map(of_axis, _axes(model), *slots)
+
+
+def _axes(model: Model) -> Slots:
+    """The axis of slots of each leaf: 0, or 1 behind the axis of stacked layers in a cache.
+
+    One number stands for all leaves below it.
+    """
+    behind = 0 if model.scans.llm.unstacked else 1
+    cache = {"prefix": behind, "prefix_mask": 0, "tail": behind, "lineage": 0, "step": 0}
+    first: Any = 0
+    state = decode.State(*[first] * len(decode.State._fields))._replace(cache=cache)
+    return Slots(*[first] * len(Slots._fields))._replace(state=state)

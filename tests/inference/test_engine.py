@@ -223,6 +223,70 @@ def test_the_slot_of_a_cancelled_request_is_free_with_the_next_step(blip, reques
 
 
 @one_kind
+def test_prompts_are_read_at_once_and_ahead_of_their_slots(blip, requests):
+    alone = make_engine(blip, requests)
+    expected = [handle.tokens for handle in ask_in_turn(alone, requests)]
+    assert alone.reads == {1: 8}  # no other program before warm-up
+    for prompts, reads in (8, {4: 2}), (3, {2: 4}):  # a power of two, no more than there are slots
+        engine = make_engine(blip, requests, prompts=prompts)
+        engine.warm_up(requests[:1])
+        assert [handle.tokens for handle in ask_in_turn(engine, requests)] == expected
+        assert engine.reads == reads
+
+
+@one_kind
+def test_slots_are_taken_in_the_order_of_submission(blip):
+    """Prompts of two padded shapes, each of which is read with others of its own."""
+    both = zip(draw(blip, 8, words=3), draw(blip, 8, words=40, seed=1), strict=True)
+    asked = [each for pair in both for each in pair]
+    requests = prepared(blip, asked)
+    assert len({request.batch["tokens"].shape for request in requests}) > 1
+    engine = make_engine(blip, requests, steps=1)
+    engine.warm_up(requests)
+    handles = [engine.submit(request) for request in requests]
+    while not all(handle.done() for handle in handles):
+        engine.step()
+        started = [handle.tokens != () for handle in handles]
+        assert started == sorted(started, reverse=True)
+    assert set(engine.reads) - {1} and engine.reads.total() < len(requests)
+    check_same(blip, asked, handles)
+
+
+@one_kind
+def test_a_step_computes_as_few_slots_as_it_can(blip, requests):
+    """The last request alone moves from its slot to the first one, and its answer stays."""
+    alone = make_engine(blip, requests)
+    expected = ask_in_turn(alone, [lengthened(requests[3])])[0].tokens
+    assert alone.slot_steps == 4 * alone.steps == 4 * (NEW - 1)  # no other program before warm-up
+    engine = make_engine(blip, requests)
+    engine.warm_up(requests[:1])
+    short = [request._replace(limit=np.int32(3)) for request in requests[:3]]
+    handles = ask_in_turn(engine, [*short, lengthened(requests[3])])
+    assert handles[3].tokens == expected and engine.steps == NEW - 1
+    assert engine.slot_steps == 4 * 2 + (NEW - 3)
+
+
+@one_kind
+def test_a_cancelled_request_gives_its_prompt_back(blip, requests):
+    engine = make_engine(blip, requests, steps=1)
+    engine.warm_up(requests[:1])
+    for request in requests[:3]:
+        engine.submit(lengthened(request))
+    engine.step()
+    assert engine.reads == {2: 1, 1: 1}
+    last, waiting, other = [engine.submit(lengthened(request)) for request in requests[3:6]]
+    engine.step()
+    assert engine.reads == {2: 2, 1: 1} and waiting.prompt and not waiting.tokens
+    engine.cancel(waiting)
+    engine.cancel(last)
+    engine.step()
+    assert waiting.prompt is None and waiting.cancelled() and len(other.tokens) == 2
+    waiting = engine.submit(lengthened(requests[6]))
+    engine.close()
+    assert waiting.cancelled() and waiting.prompt is None
+
+
+@one_kind
 def test_closing_cancels_all(blip, requests):
     with make_engine(blip, requests, steps=1) as engine:
         handles = [engine.submit(lengthened(request)) for request in requests]
