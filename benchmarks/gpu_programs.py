@@ -4,9 +4,12 @@ python -m benchmarks.gpu_programs [--only TEXT]
 
 Needs the extra `gpu`, no GPU, and minutes of a processor. Programs that answer are compiled for one
 H200 from shapes alone: greedy answers, beam search, and the tree of a ranking's candidates, with
-weights as `load` keeps them on a GPU ("loaded") and for comparison with the weights of all layers
-in stacks ("stacked"), as checkpoints have them. Writes `gpu_programs.json` to `results`; `--only`
-makes the rows anew whose names have this text.
+weights as `load` keeps them on a GPU ("loaded"; "int8" and "int4" with `quantise`) and for
+comparison with the weights of all layers in stacks ("stacked"), as checkpoints have them. Writes
+`gpu_programs.json` to `results`; `--only` makes the rows anew whose names have this text.
+
+Several rows of int8 (beams) are compiled with Triton's products, which XLA chooses by time where it
+has a device: those of cuBLAS, which the other programs have, take no whole numbers.
 
 Bytes are those of the loop over tokens, each time (of a ranking: of its whole program): of its
 kernels' operands (`read`) and results (`written`), beside the weights and the cache (`needed`),
@@ -33,7 +36,7 @@ from jax_instructblip.files import read_json
 from jax_instructblip.inference import beam_search, ranking
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.models.released import VARIANTS
-from jax_instructblip.models.variants import T5Config, Variant
+from jax_instructblip.models.variants import QUANTISED, T5Config, Variant
 from jax_instructblip.models.vlm import param_shapes
 from jax_instructblip.parallel.mesh import make_mesh, replicated
 from jax_instructblip.planning import plan
@@ -53,15 +56,18 @@ CASES = (  # model, program, batch, layout
     *((model, f"{BEAMS} beams", 1, "loaded") for model in ALL),
     *((model, "ranking", 1, "loaded") for model in ALL),
     *((model, "greedy", 8, "loaded") for model in ALL),
+    *((model, "greedy", 1, form) for model in ALL for form in QUANTISED),
+    *((model, f"{BEAMS} beams", 1, "int8") for model in ALL),
     *((model, "greedy", 1, "stacked") for model in ALL[:2]),
 )
+TRITON = {"xla_gpu_enable_triton_gemm": True}
 COPIES = 6  # of weights, those listed of each loop
 
 
-def config_of(batch: int) -> ConfigDict:
+def config_of(batch: int, weights: str = "bfloat16") -> ConfigDict:
     """Returns the common config in bfloat16: prompts of 64 tokens, 64 new tokens."""
     config = common.get_config()
-    config.model.frozen_dtype = config.model.dtype = "bfloat16"
+    config.model.frozen_dtype, config.model.dtype = weights, "bfloat16"
     config.validation.batch_size, config.validation.max_new_tokens = batch, NEW_TOKENS
     config.text.prompt_limit = config.text.qformer_limit = 64
     return config
@@ -110,14 +116,17 @@ def program(job: Job, mesh: Mesh, kind: str, layout: str) -> tuple[Any, tuple[An
 
 def measure(variant: Variant, kind: str, batch: int, layout: str, topology: Topology) -> Any:
     """Compiles a program; returns the bytes of a token in MiB, and the copies."""
-    job = read_job(config_of(batch), variant, "decode")
+    quantised = layout in QUANTISED
+    config = config_of(batch, layout) if quantised else config_of(batch)
+    job = read_job(config, variant, "decode")
     if kind == "ranking":
         job = dataclasses.replace(job, new_tokens=1)
     mesh = make_mesh(1, 1, 1, topology.devices)
     function, arguments = program(job, mesh, kind, layout)
+    options = dict(topology.options) | (TRITON if quantised and kind != "greedy" else {})
     clock, processor = time.perf_counter(), time.process_time()
     with jax.set_mesh(mesh):
-        compiled = function.trace(*arguments).lower().compile(dict(topology.options))
+        compiled = function.trace(*arguments).lower().compile(options)
     traffic = Traffic(compiled.as_text(), job.loops)
     loop = traffic.decoding()
     kernels: Any = traffic.kernels if loop is None else loop.kernels

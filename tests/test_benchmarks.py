@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import run, sides, training
+from benchmarks import rank_counts, ranking, run, sides, training
 from benchmarks.ours import training_batch
 from jax_instructblip.data import spec
 
@@ -106,3 +106,28 @@ def test_the_batch_has_the_median_longest_sample():
     case = {"variant": "middle-t5", "batch": 32}
     lengths = [len(each.prompt) + len(each.answer) for each in training.samples_of(case)[1]]
     assert 60 < max(lengths) < 400 and np.median(lengths) < 0.5 * max(lengths)
+
+
+@pytest.mark.parametrize("name", ["tiny-t5", "tiny-vicuna"])
+def test_the_products_of_the_rival_are_those_that_torch_counts(name):
+    """Torch counts no products inside attention on a CPU, ours does: a few in a hundred."""
+    theirs = pytest.importorskip("benchmarks.theirs", reason="needs torch and transformers")
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    variant = rank_counts.variant_of(name)
+    candidates = ranking.draw_candidates(variant, 8)
+    found = rank_counts.counts(variant, candidates)
+    assert found["needed"] <= found["ours"] == sum(found["of_ours"].values())
+    model = theirs.load({"variant": name, "device": "cpu", "dtype": "float32"})
+    asked = rank_counts.Questions.draw(variant, 1, rank_counts.Lengths())
+    given = theirs.question_inputs(variant, asked, torch.float32)
+    longest = max(map(len, candidates))
+    targets = torch.tensor([[*ids, *[-100] * (longest - len(ids))] for ids in candidates])
+    for way, score in (
+        ("behind_image", ranking._behind_one_image),
+        ("forward", ranking._forward),
+    ):
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            score(model, variant, given, targets, 8)
+        assert counter.get_total_flops() <= found[way] <= 1.15 * counter.get_total_flops(), way

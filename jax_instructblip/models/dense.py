@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jax_instructblip.models.quantise import expand, packed_shape
+from jax_instructblip.models.quantise import expand, packed_shape, row_product
 
 VOCAB_MULTIPLE = 8  # tensor cores of GPUs multiply matrices of multiples of 8 narrow numbers
 _ROWS = 8  # of the matrix that stands for a single row on GPUs
@@ -93,11 +93,22 @@ def quantised_product(
     """`x` times a quantised, frozen kernel of `shape`, in float32; factors have the dtype of `x`.
 
     Where all weights of an output channel share one scale (int8), the product is scaled, not the
-    weights. In the gradient of `x` the factors have its dtype, too; `q` and `scale` get none.
+    weights. On GPUs a single row has a product of its own, `quantise.row_product`. In the gradient
+    of `x` the factors have its dtype, too; `q` and `scale` get none.
     """
-    kernel, channels = _factors(q, scale, shape, contracted)
-    total = _tensordot(x, kernel.astype(x.dtype), contracted, jnp.float32)
-    return total * rank_of(channels, total)
+
+    def of_rows(x: Array, q: Array, scale: Array) -> Array:
+        kernel, channels = _factors(q, scale, shape, contracted)
+        total = _tensordot(x, kernel.astype(x.dtype), contracted, jnp.float32)
+        return total * rank_of(channels, total)
+
+    def of_one(x: Array, q: Array, scale: Array) -> Array:
+        leading = x.shape[: x.ndim - contracted]
+        return row_product(x, q, scale, shape, contracted).reshape(*leading, *shape[contracted:])
+
+    if not _is_row(x, contracted):
+        return of_rows(x, q, scale)
+    return jax.lax.platform_dependent(x, q, scale, cuda=of_one, default=of_rows)
 
 
 def _quantised_forward(
@@ -184,8 +195,8 @@ def multiply(
     unless the algorithm is named, which XLA for CPUs does not know.
     """
     plain = functools.partial(product, precision=precision_of(x.dtype))
-    leading, algorithm = x.shape[: x.ndim - contracted], _ALGORITHMS.get(x.dtype)
-    if not leading or math.prod(leading) > 1:
+    algorithm = _ALGORITHMS.get(x.dtype)
+    if not _is_row(x, contracted):
         return plain(x, kernel)
     if kernel.size < _SMALL:
         missing = [(0, _ROWS - 1)] + [(0, 0)] * (x.ndim - 1)
@@ -195,6 +206,12 @@ def multiply(
     else:
         return plain(x, kernel)
     return jax.lax.platform_dependent(x, kernel, cuda=alone, default=plain)
+
+
+def _is_row(x: Array, contracted: int) -> bool:
+    """True if the leading axes of `x`, before those that are summed over, all have size 1."""
+    leading = x.shape[: x.ndim - contracted]
+    return bool(leading) and math.prod(leading) == 1
 
 
 def precision_of(dtype: Any) -> str | None:

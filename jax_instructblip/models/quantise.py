@@ -10,7 +10,8 @@
 
 Rounding is symmetric: weight = q * scale, with the largest weight of a channel or group at 127 or
 7. Products are computed in the model's dtype (`dense.quantised_product`): the weights are smaller
-to hold and to read, the results nearly the same.
+to hold and to read, the results nearly the same. On GPUs a single row, as in greedy decoding, is
+multiplied by the whole numbers themselves (`row_product`): no wide copy of a kernel is made.
 
 The output kernels of T5's feed-forwards have a third part, `input_scale` [M, 1]: weight = q * scale
 * input_scale. Their inputs have the largest outliers, and an input of thousands meets weights so
@@ -23,6 +24,8 @@ projector, whose few weights matter more. Checkpoints keep their dtype: kernels 
 they are loaded.
 """
 
+import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,6 +39,7 @@ from jax_instructblip.models.variants import QUANTISED, Variant
 TOWERS = ("vision", "llm")
 GROUP = 128  # weights that share a scale in int4, where the axis allows it
 SMALLEST = 32  # in smaller groups, scales of 4 bytes would outgrow the weights of half a byte
+_PARTS = 32  # into which `row_product` cuts a kernel with one scale for each channel
 LARGEST: dict[str, int] = dict(zip(QUANTISED, (127, 7), strict=True))  # of the whole numbers
 DTYPES: dict[str, Any] = {"int8": np.dtype(np.int8), "int4": np.dtype(np.uint8)}  # of `q`
 
@@ -197,6 +201,29 @@ def expand(q: jax.Array, scale: jax.Array, shape: Sequence[int], summed: int) ->
     split = q.reshape([length for part in parts for length in part]).astype(jnp.float32)
     wide = scale.reshape([length for count in scale.shape for length in (count, 1)])
     return (split * wide).reshape(q.shape)
+
+
+def row_product(
+    x: jax.Array, q: jax.Array, scale: jax.Array, shape: Sequence[int], summed: int
+) -> jax.Array:
+    """Returns one row `x` times a quantised kernel of `shape`, in float32.
+
+    Sums groups of inputs, then scales and sums the groups. XLA for GPUs reads whole numbers, makes
+    them wide and adds them in one kernel; without Triton, a product would write a wide copy first.
+    """
+    outer, groups = math.prod(shape[summed:]), math.prod(scale.shape[:summed])
+    rows = q.size // outer
+    parts = groups if groups > 1 else max(n for n in range(1, _PARTS + 1) if rows % n == 0)
+    held = math.prod(shape[:summed]) // rows  # weights in a number of `q`
+    x, q = x.astype(jnp.float32).reshape(rows, held), q.reshape(rows, outer)
+    products = []
+    for n in range(held):
+        weights = q if q.dtype == DTYPES["int8"] else (q >> 4 * n & 15).astype(jnp.int8) - 8
+        products.append(x[:, n, None] * weights.astype(jnp.float32))
+    # Groups are split off late: XLA would copy a kernel in three axes to a layout of its own.
+    total = functools.reduce(jnp.add, products).reshape(parts, -1, outer)
+    sums = total.sum(axis=1) * scale.reshape(groups, outer)
+    return sums.sum(axis=0).reshape(shape[summed:])
 
 
 def _axes(path: str) -> tuple[int, int]:

@@ -210,6 +210,27 @@ def test_a_product_is_that_with_the_rounded_weights(path, shape, summed, bias, f
         dense.apply({"params": {"kernel": {**stored, "q": stored["q"][:1]}, **rest}}, x)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("path", "shape", "summed"),
+    [
+        *KERNELS,
+        ("llm/layers/mlp/in/kernel", (131, 4), 1),  # a prime number of inputs
+        ("llm/layers/mlp/in/kernel", (512, 7), 1),
+        ("llm/layers/attention/out/kernel", (3, 256, 5), 2),
+    ],
+)
+def test_a_row_is_multiplied_by_the_whole_numbers(path, shape, summed, form):
+    """The product of GPUs for a single row; elsewhere `Dense` has one of wide weights."""
+    kernel, x = weights(shape), jnp.asarray(weights((1, 1, *shape[:summed]), 3))
+    stored = jax.tree.map(jnp.asarray, quantise.quantise(path, kernel, form))
+    found = quantise.row_product(x, stored["q"], stored["scale"], shape, summed)
+    wide = np.asarray(quantise.expand(stored["q"], stored["scale"], shape, summed), np.float64)
+    expected = np.tensordot(np.asarray(x, np.float64), wide, summed)[0, 0]
+    assert found.shape == shape[summed:] and found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(wide).sum() ** 0.5)
+
+
 @pytest.mark.parametrize(
     ("kind", "form"), [("llama", "int8"), ("t5", "int8"), ("opt", "int8"), ("llama", "int4")]
 )
