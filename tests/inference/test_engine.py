@@ -325,6 +325,21 @@ def test_a_request_that_cannot_be_admitted_leaves_no_answer_in_its_slot(blip, re
 
 
 @one_kind
+def test_prompts_that_cannot_be_read_together_leave_the_queue(blip, requests, monkeypatch):
+    engine = make_engine(blip, requests, slots=2)
+    engine.warm_up(requests[:1])
+    expected = [handle.tokens for handle in ask_in_turn(engine, requests)]
+    handles = [engine.submit(request) for request in requests]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(engine, "_read", lambda some: len(some) / 0)
+        engine.step()
+    while not all(handle.done() for handle in handles):
+        engine.step()
+    assert [type(handle.exception()) for handle in handles[:2]] == [ZeroDivisionError] * 2
+    assert [handle.tokens for handle in handles[2:]] == expected[2:]
+
+
+@one_kind
 def test_programs_are_compiled_beforehand_alone(blip, requests):
     engine = make_engine(blip, requests, steps=1)
     handle = engine.submit(lengthened(requests[0]))
