@@ -43,9 +43,10 @@ def write_file(path: Path, text: str) -> None:
 
 
 def encode_utf8(text: str) -> bytes:
-    r"""Encodes `text` as UTF-8; lone surrogates, which UTF-8 cannot encode, become \udXXX.
+    r"""Encodes `text` as UTF-8; lone surrogates, which UTF-8 cannot encode, become escapes.
 
-    In JSON this is the right escape. So results can always be written, whatever texts they contain.
+    Such an escape, `\ud83d` for example, is the right one in JSON. So results can always be
+    written, whatever texts they contain.
     """
     return text.encode("utf-8", "backslashreplace")
 

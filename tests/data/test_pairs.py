@@ -76,7 +76,7 @@ def test_captions_of_one_image_share_its_id_and_others_do_not():
 
 
 def test_images_in_memory_of_equal_bytes_are_two_images():
-    """Of other palettes, or of other sides."""
+    """Palettes differ between two of them, sides between the others."""
     flat = Image.new("P", (4, 4), 1)
     flat.putpalette([0, 0, 0, 255, 0, 0])
     blue = flat.copy()
