@@ -27,7 +27,9 @@ def get_config(name: str, batch_size: int, steps: int) -> ConfigDict:
     """Returns the config of one stage; `batch_size` samples on all devices together."""
     config = common.get_config()
     config.workdir = f"runs/{name}"
-    config.data.sources = ConfigDict({pairs: common.source(f"data/{pairs}") for pairs in PAIRS})
+    config.data.sources = ConfigDict(
+        {pairs: common.source(f"data/{pairs}", templates="bare_caption") for pairs in PAIRS}
+    )
     config.data.batch_size = batch_size
     config.data.sampling = "proportional"  # every pair is equally likely
     config.train.steps = steps

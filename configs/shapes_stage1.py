@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
     config.model.checkpoint = "runs/stage1_base"
     config.model.llm_dropout = -1.0  # there is no language model
     config.model.trainable = ("qformer", "heads")
-    config.data.sources = ConfigDict({"captions": common.source("shapes-captions")})
+    captions = common.source("shapes-captions", templates="bare_caption")
+    config.data.sources = ConfigDict({"captions": captions})
     config.text.caption_limit = 40  # five things and a word
     config.train.steps = 800
     config.optimizer.learning_rate = 1.5e-3  # the Q-Former starts from nothing

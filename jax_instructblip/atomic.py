@@ -78,16 +78,31 @@ def sole_writer(folder: Path) -> Iterator[None]:
     Raises:
       ValueError: another process holds the lock.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    lock = _locked_folder(folder)
     try:
-        lock_alone(lock, folder)
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
                 folder.rmdir()
     finally:
+        os.close(lock)
+
+
+def _locked_folder(folder: Path) -> int:
+    """Makes, opens and locks a folder; starts again if its last writer removed it meanwhile."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            lock_alone(lock, folder)
+            if os.path.samestat(os.fstat(lock), os.stat(folder)):
+                return lock
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(lock)
+            raise
         os.close(lock)
 
 

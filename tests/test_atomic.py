@@ -125,6 +125,29 @@ def test_a_folder_has_one_writer(tmp_path):
     assert (folder / "file").is_file()
 
 
+@pytest.mark.parametrize("made_again", [False, True])
+def test_a_folder_that_its_last_writer_removes_meanwhile_is_locked_anew(
+    tmp_path, monkeypatch, made_again
+):
+    folder, lock_alone, calls = tmp_path / "a", atomic.lock_alone, []
+
+    def late(file, path):
+        calls.append(file)
+        if len(calls) == 1:  # between our opening and our lock
+            folder.rmdir()
+            if made_again:
+                folder.mkdir()
+        lock_alone(file, path)
+
+    monkeypatch.setattr(atomic, "lock_alone", late)
+    with sole_writer(folder):
+        (folder / "file").write_text("x")
+        with pytest.raises(ValueError, match="another process writes"):
+            with sole_writer(folder):
+                pass
+    assert len(calls) == 3 and (folder / "file").is_file()
+
+
 def test_what_is_set_aside_replaces_nothing(tmp_path):
     for number in ("", "-2", "-3"):
         (tmp_path / "a.jsonl").write_text(number)

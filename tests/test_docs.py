@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from jax_instructblip.backbones.llava import write_llava
 from jax_instructblip.backbones.stage1 import write_stage1
 from jax_instructblip.data.shapes import dataset as shapes
 from jax_instructblip.inference.loading import EMBEDDED
+from tests.helpers import forked
 from tests.helpers.object_stores import s3_server
 from tests.helpers.raw_layouts import write_all
 from tests.helpers.tars import write_shards
@@ -141,14 +141,6 @@ def prepared(tmp_path_factory):
     write_questions(folder / "downloads" / "visual_genome")
     write_shards(folder / "downloads" / "cc3m", (6, 4))
     draw_few(folder / "drawn")
-    binaries = folder / "bin"
-    binaries.mkdir()
-    program = f'#!/usr/bin/env bash\nexec {shlex.quote(sys.executable)} -m jax_instructblip "$@"\n'
-    (binaries / "jax-instructblip").write_text(program)
-    for name in ("kubectl",):
-        (binaries / name).write_text("#!/usr/bin/env bash\ncat >/dev/null\n")
-    for path in binaries.iterdir():
-        path.chmod(0o755)
     return folder
 
 
@@ -166,15 +158,23 @@ def server():
 
 @pytest.fixture(scope="module")
 def environment(prepared, server, tmp_path_factory):
-    return {
+    """The variables of a reader's shell, whose programs are forks of one that waits."""
+    binaries = tmp_path_factory.mktemp("bin")
+    variables = {
         **os.environ,
         **server,
-        "PATH": f"{prepared / 'bin'}:{os.environ['PATH']}",
+        "PATH": f"{binaries}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "JAX_INSTRUCTBLIP_CACHE": str(prepared / "drawn"),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+    with forked.server(variables) as command:
+        programs = {"jax-instructblip": f'exec {command} "$@"', "kubectl": "cat >/dev/null"}
+        for name, line in programs.items():
+            (binaries / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
+            (binaries / name).chmod(0o755)
+        yield variables
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,8 @@ GENERIC = (
     "woman day night light dark near far"
 ).split()
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation
-NOT_OF_THE_WORLD = ("brief",)  # lists of templates that no question of this world uses
+# Lists of templates that no question of this world uses.
+NOT_OF_THE_WORLD = ("brief", "bare_caption")
 SCENES = 400  # enough to meet every word of the world
 
 

@@ -100,7 +100,8 @@ def examine(
             f"{file} has no conversations: the images of its lines are found beside it; leave out "
             "--images"
         )
-    scan = functools.partial(scan_llava_json, images=images) if talks else scan_jsonl
+    lines = functools.partial(scan_jsonl, need_prompt=not captions)
+    scan = functools.partial(scan_llava_json, images=images) if talks else lines
     cut, unknown = np.zeros(len(TRUNCATED), np.int64), {name: [] for name in TRUNCATED}
     findings = Findings({}, 0, collections.defaultdict(list), cut, unknown, [])
     findings.unit = "caption" if captions else "answer" if chat is None else "conversation"

@@ -161,22 +161,23 @@ class Record:
 
 
 def read_jsonl(
-    path: str | os.PathLike[str], *, need_answers: bool = True, allow_empty_prompt: bool = False
+    path: str | os.PathLike[str], *, need_answers: bool = True, need_prompt: bool = True
 ) -> list[Record]:
     """Returns the records of a JSON-lines file, in its order; image paths include its folder.
 
-    A line without `id` gets the id `NAME:LINE`, NAME being the file's name without its ending. An
-    empty prompt is an error unless `allow_empty_prompt` (a model trained with empty prompts would
-    answer unasked); so is a line without an answer unless `need_answers` is False. Images must
-    exist, but are not opened. A line whose text cannot be used (`Record.text_problems`) is no error
-    here: like a damaged image, training replaces it and an evaluation counts it as wrong.
+    A line without `id` gets the id `NAME:LINE`, NAME being the file's name without its ending. A
+    line without a prompt is an error unless `need_prompt` is False (a model trained with empty
+    prompts would answer unasked); so is one without an answer unless `need_answers` is False.
+    Images must exist, but are not opened. A line whose text cannot be used (`Record.text_problems`)
+    is no error here: like a damaged image, training replaces it and an evaluation counts it as
+    wrong.
 
     Raises:
         RecordError: the file has no records, or bad lines, all listed as `FILE:LINE: reason`.
     """
     records, problems = [], []
     for line, record, reasons in scan_jsonl(
-        path, need_answers=need_answers, allow_empty_prompt=allow_empty_prompt
+        path, need_answers=need_answers, need_prompt=need_prompt
     ):
         if record is not None:
             records.append(record)
@@ -208,7 +209,7 @@ def scan_jsonl(
     path: str | os.PathLike[str],
     *,
     need_answers: bool = True,
-    allow_empty_prompt: bool = False,
+    need_prompt: bool = True,
     extra: Sequence[str] = (),
 ) -> Iterator[tuple[int, Record | None, list[str]]]:
     """Yields `(line number, record, reasons)` of each line; arguments are those of `read_jsonl`.
@@ -227,7 +228,7 @@ def scan_jsonl(
                 return
             yield number, None, [reason]
             continue
-        record, reasons = _record(path, number, fields, need_answers, allow_empty_prompt, extra)
+        record, reasons = _record(path, number, fields, need_answers, need_prompt, extra)
         if record is not None:
             before = first_use.setdefault(record.id, number)
             if before != number:
@@ -245,7 +246,7 @@ def _record(
     number: int,
     fields: dict[str, Any],
     need_answers: bool,
-    allow_empty_prompt: bool,
+    need_prompt: bool,
     extra: Sequence[str],
 ) -> tuple[Record | None, list[str]]:
     reasons, known = [], (*_FIELDS, *extra)
@@ -266,7 +267,7 @@ def _record(
     record: dict[str, Any] = dict(
         id=_text(fields, "id", reasons) or f"{path.stem}:{number}",
         images=tuple(images),
-        prompt=_text(fields, "prompt", reasons, needed=not allow_empty_prompt),
+        prompt=_text(fields, "prompt", reasons, needed=need_prompt),
         answers=_texts(fields, "answer", "answers", reasons, needed=need_answers),
         task=_text(fields, "task", reasons),
         choices=_texts(fields, None, "choices", reasons),

@@ -14,7 +14,7 @@ from jax_instructblip.data.shapes import dataset
 
 
 def open_records(
-    path: str | os.PathLike, split: str, images: str = ""
+    path: str | os.PathLike, split: str, images: str = "", *, need_prompts: bool = True
 ) -> tuple[Sequence[Record], str]:
     """Returns the records of one split, with random access, and a digest of their content.
 
@@ -28,7 +28,8 @@ def open_records(
       absent.
 
     A file or folder of an object store (`gs://...`) is copied to the disk first. `images` is the
-    folder of the images that a JSON list of conversations names, "" the list's own folder.
+    folder of the images that a JSON list of conversations names, "" the list's own folder. A line
+    without a prompt is a bad one, unless `need_prompts` is False.
 
     Raises:
         ValueError: there is no such dataset or split; the message lists those that exist. Or
@@ -69,7 +70,7 @@ def open_records(
     elif images:
         raise others
     else:
-        records = read_jsonl(name)
+        records = read_jsonl(name, need_prompt=need_prompts)
     splits = sorted({record.split for record in records})
     if splits != [""]:
         records = [record for record in records if record.split == split]

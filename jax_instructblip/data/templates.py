@@ -82,6 +82,7 @@ BRIEF = (
 
 # BLIP-2's fine-tunings have one prompt each (arXiv 2301.12597).
 BLIP2_CAPTION = ("a photo of",)
+BARE_CAPTION = ("",)  # before fine-tuning: a caption is written to no prompt
 BLIP2_QUESTION = ("Question: {question} Answer:",)
 # ScienceQA's, as the evaluation asks it: the hint belongs to the question.
 CHOICE_WITH_CONTEXT = ("Context: {context} Question: {question} Options: {options}. Answer:",)
@@ -90,7 +91,8 @@ PLACEHOLDERS = ("question", "answer", "options", "context", "ocr", "history")
 
 # The name of a rule instead of a list: the caption's beginning is the prompt, its rest the answer.
 CAPTION_PREFIX = "caption_prefix"
-CAPTIONS = ("caption", "blip2_caption", "brief", CAPTION_PREFIX)  # the answer is a caption
+# The answer is a caption.
+CAPTIONS = ("caption", "blip2_caption", "bare_caption", "brief", CAPTION_PREFIX)
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "caption": CAPTION,
@@ -101,6 +103,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "choice": CHOICE,
     "choice_with_context": CHOICE_WITH_CONTEXT,
     "blip2_caption": BLIP2_CAPTION,
+    "bare_caption": BARE_CAPTION,
     "blip2_question": BLIP2_QUESTION,
 }
 
@@ -188,6 +191,13 @@ def render(template: str, **fields: str) -> str:
 def placeholders(template: str) -> set[str]:
     """Returns the names in braces, such as `question` of "Q: {question} A:"."""
     return {name for _, name, _, _ in string.Formatter().parse(template) if name}
+
+
+def needs_prompts(kind: str) -> bool:
+    """Tells whether samples of a list of `TEMPLATES` are made of the records' own prompts."""
+    if kind in ("", "question_generation"):  # taken as they are, or asked for
+        return True
+    return any("question" in placeholders(each) for each in TEMPLATES.get(kind, ()))
 
 
 def format_prompt(template: str, record: Record, answer: str = "", style: TextStyle = PAPER) -> str:

@@ -112,9 +112,15 @@ def answer_jsonl(
 
 
 def _answer(engine: Engine, path: Path, left: Sequence[Asked], store: Store, total: int) -> None:
-    """Answers the questions that are left, and appends their rows to the store."""
+    """Answers the questions that are left, and appends their rows to the store.
+
+    Scores that are not finite are a question's problem, but if none of the first answers is usable,
+    as many as the engine has slots, the weights are to blame: this raises a ValueError.
+    """
     done = total - len(left)
     line = Progress(total, "answering", "questions", done=done, compiles=True)
+    wrong: list[Prediction] = []  # rows that wait for a usable answer
+    usable = False
 
     def take(row: Prediction) -> None:
         store.append([row])
@@ -126,8 +132,16 @@ def _answer(engine: Engine, path: Path, left: Sequence[Asked], store: Store, tot
             try:
                 answer = handle.result()
             except ValueError as error:
-                raise ValueError(f"{path}:{asked.number}: {error}") from error
-            take(_row(asked, text=answer.text, logprob=answer.logprob))
+                wrong.append(_row(asked, problem=str(error)))
+                if not usable and len(wrong) == engine.sizes.count:
+                    break
+            else:
+                usable = True
+                take(_row(asked, text=answer.text, logprob=answer.logprob))
+            while usable and wrong:
+                take(wrong.pop())
+        if wrong:
+            raise ValueError(f"{path}: {wrong[0].id}: {wrong[0].problem}")
 
 
 def _requests(

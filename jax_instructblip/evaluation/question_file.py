@@ -9,6 +9,7 @@ alone. All others are drawn as one call of `generate` with all lines would: by t
 the line's position, so that a repeated question gets several answers.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ SETTINGS = (
     *("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "seed"),
     "repetition_penalty",
 )
+
+UNREAD = ("choices", "context", "ocr")  # fields of a record that templates would put in a prompt
 
 
 class Line(NamedTuple):
@@ -68,6 +71,12 @@ def read_questions(path: str | os.PathLike[str], config: GenerationConfig) -> li
             lines.append(Line(number, record, asked, 0 if "seed" in own else len(lines)))
         problems += [f"{path}:{number}: {reason}" for reason in reasons]
     check_lines(path, len(lines), problems)
+    if unread := [line for line in lines if any(getattr(line.record, name) for name in UNREAD)]:
+        logging.getLogger(__name__).warning(
+            "%d of %d lines have %s, which is not part of what is asked (line %d, for one): write "
+            "it in the prompt",
+            *(len(unread), len(lines), " or ".join(UNREAD), unread[0].number),
+        )
     return lines
 
 

@@ -145,7 +145,7 @@ def _check_settings(images: Path, first_stage: bool, form: str | None, prompt: s
 def _read_records(images: Path, prompt: str, first_stage: bool) -> list[Record]:
     if not images.is_dir():
         require_file(images)
-        records = read_jsonl(images, need_answers=False, allow_empty_prompt=True)
+        records = read_jsonl(images, need_answers=False, need_prompt=False)
     else:
         paths = [path for path in images.rglob("*") if _is_picture(path)]
         records = [

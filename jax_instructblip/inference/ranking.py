@@ -309,7 +309,7 @@ def _prefill(model: VisionLanguageModel, params: dict[str, Any], batch: dict[str
 def tree_logprobs(
     model: Any, params: dict[str, Any], first: jax.Array, cache: dict[str, Any], tree: Tree
 ) -> jax.Array:
-    """Float32 log-probabilities `[B, E]` of the targets of a chunk.
+    """Float32 log-probabilities `[B, E]` of the E targets of a chunk, for B questions.
 
     `first` and `cache` are the results of `prefill`; `model` is a whole model or a language model
     alone. Logits are computed in blocks of about `LOGITS` numbers, so that those of all the tree's
@@ -343,7 +343,7 @@ def tree_logprobs(
 
 @jax.vmap
 def _look_up(logits: jax.Array, rows: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Log-probabilities `[E]` of `tokens`, each in its row of one sample's `logits` `[T, V]`."""
+    """Log-probabilities `[E]` of E `tokens`, each in its row of one sample's `logits` `[T, V]`."""
     return logits[rows, tokens] - jax.nn.logsumexp(logits, axis=-1)[rows]
 
 

@@ -3,7 +3,7 @@
 All attention of the package is computed here, in two functions: `attend` takes all queries of a row
 at once, `attend_cached` the newest tokens against cached keys. Both are einsums with float32 scores
 and softmax, on every backend; odd lengths, biases and boolean masks work as well. In place of its
-einsums `attend` can call a kernel of cuDNN, which keeps no scores (`fusible`).
+einsums `attend` can call a kernel that keeps no scores (`attention_kernels.py`).
 """
 
 import functools
@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jax_instructblip.models import attention_kernels as kernels
+from jax_instructblip.models.attention_kernels import CausalRows
 from jax_instructblip.models.dense import Dense, apart
 
 MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
-FUSED_WIDTHS = range(8, 129, 8)  # widths of heads that cuDNN's kernels have on all GPUs since A100
 
 
 class Attention(nn.Module):
@@ -36,7 +37,7 @@ class Attention(nn.Module):
     biases: tuple[str, ...] = ()
     bias_dtype: Any = jnp.float32
     key_heads: int | None = None
-    fused: bool = False
+    fused: str = ""
 
     def setup(self):
         project = lambda name, heads: Dense(
@@ -72,26 +73,28 @@ def attend(
     query: Float[Array, "B T N K"],
     key: Float[Array, "B S Nk K"],
     value: Float[Array, "B S Nk K"],
-    mask: Bool[Array, "#B 1 #T S"] | None = None,
+    mask: Bool[Array, "#B 1 #T S"] | CausalRows | None = None,
     bias: Float[Array, "#B N T S"] | None = None,
     scale: float | None = None,
     dropout: Callable[[Array], Array] | None = None,
-    fused: bool = False,
+    fused: str = "",
 ) -> Float[Array, "B T N K"]:
     """Attention: the average of `value` with weights softmax(query . key * scale + bias).
 
     Keys where `mask` is False get no weight. `scale` defaults to K^-0.5 (T5 passes 1.0); the
     float32 scores are multiplied by it, because scaling a bfloat16 query would round once more.
     `dropout` is applied to the weights and is passed only in training. With fewer key than query
-    heads (`_grouped`), there is no bias. With `fused` cuDNN computes it where `fusible` allows.
+    heads (`_grouped`), there is no bias. The kernel `fused` computes it where it can
+    (`attention_kernels.takes`).
     """
-    if fused and fusible(query, key, mask, bias, dropout):
-        if mask is not None:
-            mask = jnp.broadcast_to(mask, (mask.shape[0], 1, query.shape[1], key.shape[1]))
-        return jax.nn.dot_product_attention(
-            query, key, value, mask=mask, scale=scale, implementation="cudnn"
-        )
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
+    fits = kernels.takes(fused, query, key, mask, bias, dropout)
+    if isinstance(mask, CausalRows):
+        if fits and fused == "splash":
+            return kernels.splash(query, key, value, mask.segments, factor)
+        mask = mask.mask
+    if fits:
+        return kernels.cudnn(query, key, value, mask, factor)
     shape, (query, n) = query.shape, _grouped(query, key.shape[2], axis=2)
     scores = (
         jnp.einsum(f"BT{n}K,BSNK->B{n}TS", query, key, preferred_element_type=jnp.float32) * factor
@@ -104,18 +107,6 @@ def attend(
     if dropout is not None:
         weights = dropout(weights)
     return jnp.einsum(f"B{n}TS,BSNK->BT{n}K", weights.astype(value.dtype), value).reshape(shape)
-
-
-def fusible(query: Array, key: Array, mask: Any, bias: Any, dropout: Any) -> bool:
-    """True if a kernel of cuDNN, with its gradient, can take the place of `attend`'s einsums.
-
-    Its factors are narrow. A mask is added to the scores, which then have even sizes. T5's learned
-    bias and dropout of weights stay with the einsums.
-    """
-    narrow = query.dtype in (jnp.bfloat16, jnp.float16)
-    even = mask is None or query.shape[1] % 2 == key.shape[1] % 2 == 0
-    plain = bias is None and dropout is None
-    return narrow and even and plain and query.shape[-1] in FUSED_WIDTHS
 
 
 def _grouped(query: Array, key_heads: int, axis: int) -> tuple[Array, str]:

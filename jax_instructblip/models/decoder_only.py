@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_instructblip.models.attention_kernels import CausalRows
 from jax_instructblip.models.cache import append, start, tail_view
 from jax_instructblip.models.dense import WordFactors
 from jax_instructblip.models.layers import (
@@ -62,7 +63,8 @@ class DecoderOnly(Network):
         """
         shared = self.shared(positions)
         x = self.begin(inputs, positions)
-        x, cache = self.layers(x, None, causal_mask(segments), *shared, return_kv, train)
+        rows = CausalRows(causal_mask(segments), segments)
+        x, cache = self.layers(x, None, rows, *shared, return_kv, train)
         return self.norm(x), cache
 
     def asked_states(

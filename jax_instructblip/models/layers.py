@@ -59,14 +59,15 @@ class Scan:
       unstacked: parameters and caches are one tree per layer (`unstack_layers`) instead of a stack,
         and the kernel of a head is that of `dense.kernel_by_word`. For decoding where a product
         with a slice of a stack copies the slice first. `remat` and `weights` are then ignored.
-      fused: attention over whole rows is a kernel of cuDNN where it can be (`attention.fusible`):
-        for NVIDIA GPUs. It holds no scores in memory, and rounds them otherwise than einsums do.
+      fused: the kernel of `attention_kernels.py` that computes attention over whole rows where it
+        can: "cudnn" or "splash"; "auto" for what the devices have (`Scans.on`), "" for none. A
+        kernel holds no scores in memory, and rounds them otherwise than einsums do.
     """
 
     remat: str = "none"
     weights: Callable[[Any], Any] | None = None
     unstacked: bool = False
-    fused: bool = False
+    fused: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,17 +78,12 @@ class Scans:
     qformer: Scan = Scan()  # the bridge, if it has layers to scan
     llm: Scan = Scan()
 
-    def on(self, device: Any) -> "Scans":
-        """A copy for a kind of devices: without `fused` where cuDNN has no such kernels.
-
-        It has them for NVIDIA's GPUs of compute capability 8.0 (A100) and above.
-        """
-        capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else 0
-        if float(capability or 0) >= 8:
-            return self
+    def on(self, kernel: str) -> "Scans":
+        """A copy for devices that have `kernel` (`attention_kernels.kernel_for`) for "auto"."""
         towers = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        of = lambda scan: kernel if scan.fused == "auto" else scan.fused
         return Scans(
-            **{name: dataclasses.replace(scan, fused=False) for name, scan in towers.items()}
+            **{name: dataclasses.replace(scan, fused=of(scan)) for name, scan in towers.items()}
         )
 
 

@@ -82,7 +82,7 @@ class LlamaLayer(nn.Module):
 
     config: LlamaConfig
     dtype: Any
-    fused: bool = False
+    fused: str = ""
 
     def setup(self):
         c = self.config

@@ -41,7 +41,7 @@ class OptLayer(nn.Module):
 
     config: OptConfig
     dtype: Any
-    fused: bool = False
+    fused: str = ""
 
     def setup(self):
         c, biases = self.config, ("query", "key", "value", "out")

@@ -40,7 +40,7 @@ class VisionBlock(nn.Module):
 
     config: VisionConfig
     dtype: Any
-    fused: bool = False
+    fused: str = ""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"], _: None) -> tuple[Float[Array, "B P D"], None]:

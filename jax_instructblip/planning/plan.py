@@ -25,6 +25,7 @@ from jax_instructblip.inference import decode
 from jax_instructblip.inference.generation_config import GenerationConfig
 from jax_instructblip.inference.loading import unstacks
 from jax_instructblip.models import flops, quantise
+from jax_instructblip.models.attention_kernels import kernel_for
 from jax_instructblip.models.blip2 import Blip2
 from jax_instructblip.models.cache import expand_beams
 from jax_instructblip.models.layers import Scan, Scans
@@ -338,7 +339,7 @@ def answering_model(job: Job, params: Any) -> VisionLanguageModel:
 
 def _objective(job: Job, mesh: Mesh) -> Objective:
     """The loss of the step: language, or the three terms of BLIP-2's first stage."""
-    model = model_of(job.variant, job.dtype, job.scans.on(mesh.devices.flat[0]))
+    model = model_of(job.variant, job.dtype, job.scans.on(kernel_for(mesh.devices.flat[0])))
     if isinstance(model, Blip2):
         return PairObjective(model, job.pairs_by_image)
     return LanguageObjective(model)

@@ -26,11 +26,12 @@ from jax_instructblip.data.pairs import PairBatches
 from jax_instructblip.data.patch_features import PatchFeatures
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import dataset_name, open_records
-from jax_instructblip.data.templates import TextStyle
+from jax_instructblip.data.templates import TextStyle, needs_prompts
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.data.train_batches import TrainBatches
 from jax_instructblip.inference.loading import read_source
 from jax_instructblip.models import quantise
+from jax_instructblip.models.attention_kernels import kernel_for
 from jax_instructblip.models.blip2 import Blip2
 from jax_instructblip.models.layers import Scan, Scans
 from jax_instructblip.models.variants import QUANTISED, Variant
@@ -136,10 +137,10 @@ def read_scans(config: ConfigDict, mesh: Mesh | None) -> Scans:
 
     `mesh` has the devices that run them. None: as configured, for any devices (`Scans.on`).
     """
-    fused = config.model.attention == "auto"
+    fused = "auto" if config.model.attention == "auto" else ""
     scan = lambda tower: Scan(config.model.remat[tower], rules.constrain_layer, fused=fused)
     scans = Scans(vision=scan("vision"), qformer=scan("qformer"), llm=scan("llm"))
-    return scans if mesh is None else scans.on(mesh.devices.flat[0])
+    return scans if mesh is None else scans.on(kernel_for(mesh.devices.flat[0]))
 
 
 def read_mixture(config: ConfigDict) -> Mixture:
@@ -153,7 +154,10 @@ def read_mixture(config: ConfigDict) -> Mixture:
         if not fields.path:
             continue
         try:
-            records, digest = open_records(fields.path, fields.split, fields.images)
+            needed = needs_prompts(fields.templates)
+            records, digest = open_records(
+                fields.path, fields.split, fields.images, need_prompts=needed
+            )
             if fields.noun_phrases:
                 rule = dict(cap=fields.noun_phrases, seed=config.seed)
                 records, digest = balanced(records, digest, fields.path, **rule)

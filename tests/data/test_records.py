@@ -144,7 +144,7 @@ def test_what_may_be_absent_is_said_by_the_caller(folder):
     question = write(folder, {"image": "a.png", "prompt": "What?"})
     assert read_jsonl(question, need_answers=False)[0].answers == ()
     caption = write(folder, {"image": "a.png", "answer": "a cup"})
-    assert read_jsonl(caption, allow_empty_prompt=True)[0].prompt == ""
+    assert read_jsonl(caption, need_prompt=False)[0].prompt == ""
 
 
 def test_scan_yields_good_and_bad_lines_in_order(folder):

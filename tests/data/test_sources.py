@@ -32,6 +32,15 @@ def test_a_split_is_chosen(tmp_path):
         open_records(path, "dev")
 
 
+def test_captions_need_no_prompt(tmp_path):
+    path = write(tmp_path, "")
+    path.write_text('{"image": "a.png", "answer": "a cup"}\n')
+    records, _ = open_records(path, "train", need_prompts=False)
+    assert [(record.prompt, record.answers) for record in records] == [("", ("a cup",))]
+    with pytest.raises(RecordError, match="data.jsonl:1: prompt is missing"):
+        open_records(path, "train")
+
+
 def test_the_digest_is_of_content_and_split(tmp_path):
     path = write(tmp_path, "train", "test")
     digest = open_records(path, "train")[1]

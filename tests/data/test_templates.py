@@ -17,13 +17,19 @@ FIELDS = {
         "context": "It purrs.",
     },
     "blip2_caption": {},
+    "bare_caption": {},
     "brief": {},
     "blip2_question": {"question": "What is this?"},
 }
 
 
-# Fine-tunings ask in one way.
-FIXED = (templates.BLIP2_CAPTION, templates.BLIP2_QUESTION, templates.CHOICE_WITH_CONTEXT)
+# The stages of BLIP-2 and fine-tunings ask in one way.
+FIXED = (
+    templates.BARE_CAPTION,
+    templates.BLIP2_CAPTION,
+    templates.BLIP2_QUESTION,
+    templates.CHOICE_WITH_CONTEXT,
+)
 
 
 def test_the_papers_numbers_of_templates():
@@ -40,6 +46,13 @@ def test_every_template_takes_the_fields_of_its_kind(kind):
         text = templates.render(template, **FIELDS[kind])
         assert "{" not in text
         assert all(value in text for value in FIELDS[kind].values())
+
+
+def test_captions_alone_need_no_prompt_of_the_record():
+    free = {kind for kind in templates.TEMPLATES if not templates.needs_prompts(kind)}
+    assert free == {"caption", "detail", "brief", "blip2_caption", "bare_caption"}
+    assert not templates.needs_prompts(templates.CAPTION_PREFIX)
+    assert templates.needs_prompts("")  # prompts as they are
 
 
 def test_options_are_lettered():

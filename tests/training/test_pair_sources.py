@@ -47,6 +47,20 @@ def batches(base, config, rows=None):
     return read_batches(config, read_mixture(config), start, rows)
 
 
+@pytest.mark.parametrize("stage", ["blip2_stage1", "blip2_stage2", "blip2_stage2_flan_t5"])
+def test_lines_of_captions_need_no_prompt(stage, tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(0))
+    lines = tmp_path / "pairs.jsonl"
+    lines.write_text('{"image": "a.png", "answer": "two cups on a table"}\n')
+    fields = {f"data.sources.{name}.path": "" for name in blip2_pretraining.PAIRS}
+    fields["data.sources.coco_caption.path"] = str(lines)
+    mixture = read_mixture(change_fields(load_config(f"configs/{stage}.py"), fields))
+    source, record = mixture.record(0)
+    prompt, answer = mixture.instruct(source, record, np.random.default_rng(0))
+    assert f"{prompt} {answer}".strip() == "two cups on a table"
+    assert bool(prompt) == (stage == "blip2_stage2_flan_t5")
+
+
 @pytest.mark.parametrize(
     "name, batch, steps, trainable, final",
     [

@@ -1,0 +1,124 @@
+"""Kernels that compute attention over whole rows without holding its scores in memory.
+
+`cudnn` is for NVIDIA's GPUs, `splash` for TPUs. Each has conditions; what does not meet them stays
+with the einsums of `attention.attend`. A kernel rounds its numbers in another order than they do.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_instructblip.models.layers import BATCH_AXES
+
+CUDNN_WIDTHS = range(8, 129, 8)  # widths of heads that cuDNN has on all GPUs since A100
+LANES = 128  # splash attention's blocks, and its heads, have multiples of as many slots
+BLOCK = 1024  # most slots of a block: its scores are in a core's own memory
+HEAD_AXIS = "tensor"  # the mesh axis that splits heads
+
+
+class CausalRows(NamedTuple):
+    """The mask of a causal model (`masks.causal_mask`), and the samples it is drawn from."""
+
+    mask: Bool[Array, "B 1 T T"]
+    segments: Int[Array, "B T"]
+
+
+def kernel_for(device: Any) -> str:
+    """The kernel that a kind of devices has: "cudnn", "splash", or "" for none.
+
+    cuDNN has it for NVIDIA's GPUs of compute capability 8.0 (A100) and above.
+    """
+    if device.platform == "tpu":
+        return "splash"
+    capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else 0
+    return "cudnn" if float(capability or 0) >= 8 else ""
+
+
+def takes(kernel: str, query: Array, key: Array, mask: Any, bias: Any, dropout: Any) -> bool:
+    """True if a kernel, with its gradient, can take the place of `attend`'s einsums.
+
+    Its factors are narrow. T5's learned bias and dropout of weights stay with the einsums. cuDNN
+    adds a mask to the scores, which then have even sizes. Splash attention knows the mask of causal
+    rows alone (`CausalRows`).
+    """
+    if query.dtype not in (jnp.bfloat16, jnp.float16) or not (bias is None and dropout is None):
+        return False
+    slots, width = query.shape[1], query.shape[-1]
+    if kernel == "cudnn":
+        even = mask is None or slots % 2 == key.shape[1] % 2 == 0
+        return even and width in CUDNN_WIDTHS
+    rows = isinstance(mask, CausalRows)
+    return kernel == "splash" and rows and slots % LANES == width % LANES == 0
+
+
+def cudnn(query: Array, key: Array, value: Array, mask: Array | None, scale: float) -> Array:
+    """Attention as `attention.attend` defines it, computed by a kernel of cuDNN."""
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (mask.shape[0], 1, query.shape[1], key.shape[1]))
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask, scale=scale, implementation="cudnn"
+    )
+
+
+def splash(
+    query: Float[Array, "B T N K"],
+    key: Float[Array, "B T Nk K"],
+    value: Float[Array, "B T Nk K"],
+    segments: Int[Array, "B T"],
+    scale: float,
+) -> Float[Array, "B T N K"]:
+    """Attention of causal rows of samples, computed by JAX's splash attention.
+
+    Each device of the current mesh computes its rows and heads, without a collective. Blocks of
+    slots that no query may see are skipped.
+    """
+    query = (query.astype(jnp.float32) * scale).astype(query.dtype)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return _splash_rows(query, key, value, segments)
+    heads = HEAD_AXIS if key.shape[2] % mesh.shape[HEAD_AXIS] == 0 else None
+    rows = PartitionSpec(BATCH_AXES)
+    split = PartitionSpec(BATCH_AXES, None, heads)
+    run = jax.shard_map(
+        _splash_rows, in_specs=(split, split, split, rows), out_specs=split, check_vma=False
+    )
+    return run(query, key, value, segments)
+
+
+def _splash_rows(query: Array, key: Array, value: Array, segments: Array) -> Array:
+    """`splash` of the rows and heads of one device; the query is scaled."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    slots, heads, key_heads = *query.shape[1:3], key.shape[2]
+    mask = masks.MultiHeadMask([masks.CausalMask((slots, slots))] * (heads // key_heads))
+    sizes: dict[str, Any] = dict.fromkeys(_SIZES, block_size(slots))
+    make = kernels.make_splash_mqa_single_device
+    attend = make(mask, block_sizes=kernels.BlockSizes(**sizes))
+    of_keys: Any = jax.vmap(attend, in_axes=(0, 0, 0, None))  # all key heads of a row
+
+    def row(query: Array, key: Array, value: Array, segments: Array) -> Array:
+        first = lambda x: jnp.moveaxis(x, 1, 0)  # heads before slots
+        grouped = first(query).reshape(key_heads, -1, *query.shape[::2])
+        ids = kernels.SegmentIds(segments, segments)
+        mixed = of_keys(grouped, first(key), first(value), ids)
+        return jnp.moveaxis(mixed.reshape(heads, *query.shape[::2]), 0, 1)
+
+    return jax.vmap(row)(query, key, value, segments)
+
+
+_SIZES = (
+    *("block_q", "block_kv", "block_kv_compute"),
+    *("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"),
+    *("block_q_dq", "block_kv_dq"),
+)
+
+
+def block_size(slots: int) -> int:
+    """The most slots of a block, up to `BLOCK`, by which a row's `slots` can be divided."""
+    return max(size for size in range(LANES, BLOCK + 1, LANES) if slots % size == 0)
