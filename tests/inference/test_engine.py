@@ -234,7 +234,7 @@ def test_prompts_are_read_at_once_and_ahead_of_their_slots(blip, requests):
         assert engine.reads == reads
 
 
-@one_kind
+@pytest.mark.parametrize("blip", ["llama"], indirect=True)
 def test_slots_are_taken_in_the_order_of_submission(blip):
     """Prompts of two padded shapes, each of which is read with others of its own."""
     both = zip(draw(blip, 6, words=3), draw(blip, 6, words=40, seed=1), strict=True)

@@ -22,7 +22,7 @@ from tests.helpers.rows import lay_out, read_text, to_answer
 from tests.helpers.tiny import make_batch, tiny_variant
 
 KINDS = ("llama", "t5")
-QUESTIONS, BATCH = 200, 40
+QUESTIONS, BATCH = 80, 40
 NOISE = 1e-5  # scores that are closer are equal: sums of float32 numbers near 10
 TEXT, LONGEST = 9, 4  # tokens of a prompt, of a candidate
 
