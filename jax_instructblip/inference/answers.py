@@ -50,7 +50,10 @@ def _answer(text: Text, generated: dict[str, np.ndarray], row: int, index: int) 
 
 
 def check_finite(wrong: list[int], dtype: Any) -> None:
-    """Raises a ValueError if `wrong`, the indices of questions with non-finite scores, has any."""
+    """Raises a ValueError if `wrong`, the indices of questions with non-finite scores, has any.
+
+    The message names `dtype`, in which the model computes.
+    """
     if wrong:
         raise ValueError(
             f"the model's scores of questions {wrong} are not finite, so what it says means "

@@ -110,7 +110,7 @@ def rank_files(
 def best_candidates(candidates: Sequence[str], scores: np.ndarray, count: int) -> list[Row]:
     """The `count` best candidates, best first, as dicts with candidate, score and probability.
 
-    The probabilities are a softmax over the scores of all candidates.
+    `scores` [C] has a score for each candidate. The probabilities are a softmax over all of them.
     """
     chances = np.exp(scores.astype(np.float64) - scores.max())
     chances /= chances.sum()

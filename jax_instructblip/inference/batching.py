@@ -58,8 +58,9 @@ class QuestionBatch(NamedTuple):
 def pair_inputs(images: Any, prompts: Any, *, chat: bool = False) -> list[Question]:
     """Pairs images with prompts in order; a single image or prompt goes with all of the others.
 
-    A single image or prompt need not be in a list. With `chat` a prompt may be a conversation, and
-    prompts may have different numbers of images; None is no image.
+    `images` are `Picture`s, each a `Frame` or a list of frames, and `prompts` are strings. A single
+    image or prompt need not be in a list. With `chat` a prompt may be a `Conversation`, a list of
+    frames is several images, their number may differ between prompts, and None is no image.
 
     Raises:
         ValueError: lists are empty, counts do not match, prompts are no text (or conversation), or
@@ -224,7 +225,10 @@ def make_batches(
 
 
 def prompt_limit(text: TextProcessor, frames: int, reserve: int) -> int:
-    """Most tokens of a prompt about `frames` frames, if `reserve` new tokens must fit after it."""
+    """The most tokens of a prompt's text, without the visual vectors of its `frames` frames.
+
+    `reserve` new tokens must fit after the prompt.
+    """
     visual, positions = frames * text.variant.visual_tokens, text.variant.llm.longest_sample
     limit = LENGTHS[-1]
     if text.input_format.template:
@@ -233,7 +237,7 @@ def prompt_limit(text: TextProcessor, frames: int, reserve: int) -> int:
 
 
 def padded_length(tokens: int) -> int:
-    """The size in `LENGTHS` to which a text of so many tokens is padded."""
+    """The size to which a text is padded: the first in `LENGTHS` that holds so many tokens."""
     return next(size for size in LENGTHS if size >= tokens)
 
 
@@ -243,7 +247,7 @@ def padded_width(text: TextProcessor, tokens: int, frames: int) -> int:
 
 
 def check_reserve(variant: Variant, frames: int, reserve: int) -> None:
-    """Raises a ValueError if `reserve` new tokens do not fit after the shortest prompt."""
+    """Raises a ValueError if `reserve` new tokens do not fit after `frames` images and a token."""
     visual_tokens = frames * variant.visual_tokens
     if (positions := variant.llm.longest_sample) is not None:
         most, why = (
@@ -375,7 +379,10 @@ def _check_lengths(
 def warn_of_unread(
     text: TextProcessor, questions: Sequence[Question], examples: Sequence[Example]
 ) -> None:
-    """Logs a warning if the Q-Former or the chat template leaves out parts of prompts."""
+    """Logs a warning if the Q-Former or the chat template leaves out parts of prompts.
+
+    `examples` are the results of `TextProcessor.prompt` for the questions.
+    """
     log = logging.getLogger(__name__)
     if cut := sum(int(example["truncated"][0]) for example in examples):
         log.warning(

@@ -107,7 +107,8 @@ def beam_tokens(
         scores    [B, K]                  float32  the values by which answers are ranked
         steps     []                      int32    number of steps that the longest search needed
 
-    A row ends with eos, or by a `table` of stops.
+    A row ends with eos, or where a `table` of stops (`stops.py`) says so. `batch` has padded
+    prompts, as `model.prefill` takes them. A ValueError is raised for fewer than 2 beams.
 
     `early_stopping`: True ends a sample's search at K answers. The other values end it when no
     unfinished answer can beat them: False assumes its current length (a guess, as length_penalty >

@@ -61,13 +61,14 @@ def generate_tokens(
         logprobs  [B, 1, max_new_tokens]  float32  0 after the end
         steps     []                      int32    number of steps that the longest row needed
 
-    A row ends with eos, or by a `table` of stops.
+    A row ends with eos, or where a `table` of stops (`stops.py`) says so. `batch` has padded
+    prompts, as `model.prefill` takes them.
 
     Unless `config` samples, each token is the best one. Otherwise it is drawn after `temperature`,
     `top_k` (ties with the k-th stay) and `top_p` (the smallest set of best tokens whose
     probabilities reach it), in this order, as in Hugging Face. `keys` [B] are random keys, one per
-    row, read only when sampling: the draws of a row depend on its own key and on the step, not on
-    other rows. The config's seed and settings of beam search are not read.
+    row (`sampling.row_keys`), read only when sampling: the draws of a row depend on its own key and
+    on the step, not on other rows. The config's seed and settings of beam search are not read.
 
     `logprobs` come from the float32 log-softmax of the unmodified logits, also under sampling: they
     are the model's own probabilities, not those of the truncated distribution.
@@ -86,7 +87,8 @@ def stream_tokens(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields tokens and log-probabilities, each `[B]`, of every step until all rows have ended.
 
-    Arguments and values are those of `generate_tokens`. The device computes one step ahead.
+    Arguments and values are those of `generate_tokens`; rows that have ended give padding. The
+    device computes one step ahead.
     """
     chosen = TracedSettings.of(config)
     max_new_tokens, do_sample = config.max_new_tokens, config.sample
@@ -152,7 +154,11 @@ def start(
     settings: TracedSettings,
     table: stops.Table,
 ) -> State:
-    """The state of the loop after the prompt is read and the first token is chosen."""
+    """The state of the loop after the prompt is read and the first token is chosen.
+
+    `do_sample` is True if tokens are drawn: the config's `sample`. `settings` are the others of the
+    config (`TracedSettings.of`). All other arguments are those of `generate_tokens`.
+    """
     state, logits = read_prompt(model, max_new_tokens, params, batch, settings, table)
     return choose(model, do_sample, keys, settings, table, state, logits)
 
@@ -165,7 +171,10 @@ def read_prompt(
     settings: TracedSettings,
     table: stops.Table,
 ) -> tuple[State, jax.Array]:
-    """The state of the loop before the first token, and the logits `[B, R, V]` to choose it by."""
+    """The state of the loop before the first token, and the logits `[B, R, V]` to choose it by.
+
+    The arguments are those of `start`.
+    """
     ids = model.vocabulary
     # The last token is never fed back, so the tail needs one slot less.
     tail = max(max_new_tokens - 1, 1)
@@ -193,7 +202,7 @@ def advance(
     table: stops.Table,
     state: State,
 ) -> State:
-    """The state of the loop after one more token."""
+    """The state of the loop after one more token; the other arguments are those of `start`."""
     variables = {"params": params}
     logits, cache = model.apply(variables, state.token, state.cache, method="decode_step")
     return choose(model, do_sample, keys, settings, table, state._replace(cache=cache), logits)
@@ -208,7 +217,10 @@ def choose(
     state: State,
     logits: jax.Array,
 ) -> State:
-    """The state of the loop with the next token added, chosen from `logits` `[B, R, V]`."""
+    """The state of the loop with the next token added, chosen from `logits` `[B, R, V]`.
+
+    Rows that have ended get padding. The other arguments are those of `start`.
+    """
     ids = model.vocabulary
     ends = stops.ends(table, ids.eos_id, state.stop, logits.shape)
     scores = process_logits(logits, state.seen, state.step, ends, settings)

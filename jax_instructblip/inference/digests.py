@@ -9,7 +9,10 @@ SAMPLES, SAMPLE_BYTES = 256, 16_384  # read of each weight file for a digest wit
 
 
 def weights_digest(source: Source) -> str:
-    """A sha256 of all weights; of a Hugging Face folder, of samples from its weight files."""
+    """A sha256, in hex, that stands for all weights of a model.
+
+    Of a Hugging Face folder it covers names, sizes and samples of the weight files alone.
+    """
     if source.leaves is not None:
         digest = hashlib.sha256()
         for path in sorted([*source.folder.glob("*.safetensors"), *source.folder.glob("*.bin")]):

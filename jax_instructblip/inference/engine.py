@@ -91,9 +91,9 @@ class Engine:
     Attributes:
       blip: the model.
       sizes: number and shape of the slots.
-      steps: decoding steps of all slots together so far.
-      slot_steps: the same, each counted as often as there are slots that it computed.
-      reads: how often a number of prompts was read at once so far.
+      steps: decoding steps so far; one step serves all slots.
+      slot_steps: the number of slots that each of these steps computed, summed.
+      reads: maps a number of prompts to how often as many were read at once so far.
     """
 
     def __init__(
@@ -113,7 +113,8 @@ class Engine:
         Args:
           blip: the model, on one device.
           slots: most requests that are answered at once.
-          width: most slots of a padded prompt (`batching.padded_width`).
+          width: greatest length of a padded prompt, visual vectors included
+            (`batching.padded_width`).
           max_new_tokens: most new tokens that a request may ask for.
           steps: most decoding steps between two looks at the slots; an answer's end is seen at
             once, a cancelled or a new request waits for them if no slot is free.

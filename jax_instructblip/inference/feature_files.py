@@ -67,7 +67,8 @@ def write_features(
       checkpoint: a first stage of BLIP-2, or a model that answers; any folder or name for `load`.
       images: a folder of images, searched with its subfolders, or a JSON-lines file of records.
       out: the folder of the shards; one of an interrupted export is resumed.
-      form: "raw", "projected" or "normalised" (default); for a first stage alone.
+      form: "raw", "projected" or "normalised" (default), as `retrieval.py` explains; for a first
+        stage alone.
       prompt: the prompt for all images of a folder; for a model that answers alone.
       dtype: the dtype of weights and computation; by default bfloat16, on a CPU float32.
       batch_size: images that are computed at once.
@@ -178,7 +179,7 @@ def _is_picture(path: Path) -> bool:
 
 
 def is_whole(path: Path) -> bool:
-    """Tells whether a shard is complete; an `.npz` that a power cut has shortened is not."""
+    """Tells whether a shard is there, and complete: a power cut may have shortened an `.npz`."""
     return path.is_file() and (path.suffix != ".npz" or zipfile.is_zipfile(path))
 
 
@@ -202,10 +203,10 @@ def list_digest(records: Sequence[Record], folder: Path) -> str:
 
 @contextlib.contextmanager
 def begin(out: Path, facts: dict[str, Any], hint: str) -> Iterator[None]:
-    """Writes `features.json`, or compares `facts` with those of an interrupted export.
+    """Writes `facts` to `features.json`, or compares them with those of an interrupted export.
 
-    No other process may write features to the folder in the block. `hint` tells in an error what
-    the digest `images` stands for.
+    While the block runs, no other process may write features to the folder. `hint` tells in an
+    error what the digest `facts["images"]` stands for.
 
     Raises:
         ValueError: an earlier export there has other facts, or another process writes to it.
@@ -250,7 +251,7 @@ def _arrays(
 
 
 def write_shard(path: Path, arrays: Arrays, file_format: str) -> None:
-    """Writes a shard under a temporary name, then renames it."""
+    """Writes a shard under a temporary name, then renames it; `file_format` is one of `FORMATS`."""
     temporary = path.with_name(f"{path.name}.tmp")
     if file_format == "npz":
         temporary.write_bytes(_packed(arrays))

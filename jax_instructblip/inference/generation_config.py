@@ -215,7 +215,8 @@ NAMES = tuple(field.name for field in dataclasses.fields(GenerationConfig))
 def add_flags(parser: Any, *names: str, unset: bool = False) -> None:
     """Adds a command-line flag for each setting in `names`; by default all but `early_stopping`.
 
-    With `unset`, a flag that is not given is None instead of the setting's default.
+    `parser` is an argparse parser or a group of one. With `unset`, a flag that is not given is None
+    instead of the setting's default.
     """
     defaults = GenerationConfig()
     for name in names or HELP:
@@ -246,7 +247,10 @@ def _hint(name: str) -> str:
 
 
 def configured(config: Any, settings: dict[str, Any]) -> GenerationConfig:
-    """`config`, or the default for None, with `settings` changed; a ValueError for other types."""
+    """The `config`, or the default for None, with `settings` changed by name.
+
+    A `config` of another type, and bad names or values, raise a ValueError.
+    """
     if config is None:
         return GenerationConfig.of(**settings)
     if not isinstance(config, GenerationConfig):

@@ -60,7 +60,8 @@ class Source:
     Attributes:
       folder: a Hugging Face folder or a checkpoint folder, with the tokenizers; of a run, its base.
       variant: the sizes of the model; of a run, the run's own.
-      leaves: of a Hugging Face folder, an iterable that converts its leaves one by one; else None.
+      leaves: of a Hugging Face folder, the pairs (path, array) of its converted leaves, made one by
+        one; else None.
       step: of a run, its folder `checkpoints/<step>`, whose weights replace those of `folder`.
       limits: the recorded limits of tokens of each text (fields of TextProcessor), or {}.
       facts: the origin of the weights, which config.json has as `source`.
@@ -94,7 +95,10 @@ def read_dtype(dtype: Any) -> np.dtype:
 
 
 def describe_dtype(dtype: Any, form: str | None) -> str:
-    """The text that records how a model computes, such as `bfloat16, int8 weights`."""
+    """The text that records how a model computes, such as `bfloat16, int8 weights`.
+
+    `form` is that of quantised weights, or None.
+    """
     return str(dtype) if form is None else f"{dtype}, {form} weights"
 
 
@@ -158,10 +162,10 @@ def read_params(
 ) -> checkpoint.Tree:
     """Reads the parameters of `source`: a nested dict of the results of `place(path, array)`.
 
-    Leaves of a checkpoint folder are compared with the variant's shapes and with their hashes. For
-    a training run, the trained trees come from its checkpoint, the others from the folder that it
-    tuned. As one of several `processes`, this one reads only the slices that `place` takes and
-    verifies a share of the hashes.
+    A path is the keys of a leaf, joined by slashes. Leaves of a checkpoint folder are compared with
+    the variant's shapes and with their hashes. For a training run, the trained trees come from its
+    checkpoint, the others from the folder that it tuned. As one of several `processes`, this one
+    reads only the slices that `place` takes and verifies a share of the hashes.
     """
     trained = {} if source.step is None else _read_trained(source.step, source.variant, place)
 
@@ -248,7 +252,11 @@ def _base_folder(step: Path, base: Mapping[str, str]) -> str:
 
 
 def require_kind(source: Source, readers: Mapping[str, type[Reader]]) -> type[Reader]:
-    """The class in `readers` for the kind of model; a ValueError if there is none."""
+    """The class for a model in `readers`, which maps kinds (`variants.KINDS`) to classes.
+
+    Raises:
+        ValueError: the model is a first stage, or its kind is not in `readers`.
+    """
     kind = source.variant.kind
     if source.variant.llm is None:
         raise ValueError(
@@ -315,7 +323,8 @@ def _read_trained(step: Path, variant: Variant, place: checkpoint.Place) -> chec
 def unstacks(variant: Variant, mesh: Mesh | None, backend: str) -> bool:
     """True if `load_params` unstacks the layers that decode (`models.vlm.unstack_decoder`).
 
-    It does so where each device holds whole weights, on the kinds of devices in `UNSTACKED`.
+    It does so where each device holds whole weights and `backend`, the name of a kind of devices as
+    `jax.default_backend()` gives it, is in `UNSTACKED`.
     """
     return variant.llm is not None and backend in UNSTACKED and (mesh is None or not is_split(mesh))
 
@@ -325,10 +334,11 @@ def load_params(
 ) -> checkpoint.Tree:
     """Reads the parameters of `source` onto the first device, or sharded over `mesh`.
 
-    `parallel/rules.py` has the shardings. With a mesh of several processes, each reads only its own
-    parts, except that it reads the whole of each kernel to be quantised. `quantise` is a form of
-    weights for the vision tower and the language model (`models/quantise.py`). The layers that
-    decode may be unstacked (`unstacks`).
+    `parallel/rules.py` has the shardings. Floats are cast to `dtype`, except for scales of
+    quantised kernels. With a mesh of several processes, each reads only its own parts, except that
+    it reads the whole of each kernel to be quantised. `quantise` is "int8" or "int4" for the vision
+    tower and the language model (`models/quantise.py`), or None. The layers that decode may be
+    unstacked (`unstacks`).
     """
     if not (mesh is None or isinstance(mesh, Mesh)):
         raise ValueError(f"mesh is a {type(mesh).__name__}, expected a jax.sharding.Mesh or None")
@@ -367,9 +377,9 @@ def place_quantised(
     array: Any,
     towers: Sequence[str] = quantisation.TOWERS,
 ) -> Any:
-    """Applies `place` to a leaf; a kernel of `towers` is quantised first: several leaves.
+    """The result of `place` for a leaf; for a kernel of `towers`, a dict of those of its parts.
 
-    Without a `form` nothing is quantised.
+    `form` is "int8" or "int4"; with None nothing is quantised.
     """
     if form is None or not quantisation.is_quantised(path, towers):
         return place(path, array)

@@ -31,9 +31,9 @@ class Block(NamedTuple):
 
 
 def nearest(scores: np.ndarray, k: int) -> np.ndarray:
-    """The columns [R, min(k, C)] int32 of the highest scores of each row, of equal ones the first.
+    """The columns [R, min(k, C)] int32 of the k highest of each row of `scores` [R, C], best first.
 
-    A score that is no number counts as the lowest.
+    Of equal scores the first comes first. A score that is no number counts as the lowest.
     """
     parts = [
         np.argsort(-scores[start : start + ROWS], axis=1, kind="stable")[:, :k].astype(np.int32)
@@ -55,7 +55,9 @@ def pairs(of_images: np.ndarray, of_texts: np.ndarray) -> list[np.ndarray]:
 
 
 def block_size(counts: Sequence[int], most: int) -> int:
-    """Texts of a block: the largest power of two up to `most` that pads by at most a tenth.
+    """The number of texts in a block: the largest power of two, up to `most`, that pads little.
+
+    Padding adds at most a tenth to the rows that are computed, or the size is 1.
 
     `counts` has the number of texts of each image.
     """
@@ -69,7 +71,10 @@ def block_size(counts: Sequence[int], most: int) -> int:
 
 
 def plan_blocks(numbers: Sequence[int], texts: Sequence[np.ndarray], size: int) -> Iterator[Block]:
-    """The texts of the images `numbers` in blocks of at most `size`, image by image."""
+    """The texts of the images `numbers` in blocks of at most `size`, image by image.
+
+    `texts[i]` has the numbers of the texts that image i is matched with.
+    """
     for number in numbers:
         for start in range(0, len(texts[number]), size):
             yield Block(number, texts[number][start : start + size])
@@ -86,7 +91,7 @@ def rerank(columns: np.ndarray, near: np.ndarray, matches: np.ndarray, itm_only:
 
 
 def spread(ranked: Ranked, count: int) -> np.ndarray:
-    """Scores [R, count] of all texts or images, `ABSENT` where one was not re-ranked."""
+    """Scores [R, count] of all `count` texts or images, `ABSENT` where one was not re-ranked."""
     scores = np.full((len(ranked.columns), count), ABSENT, np.float32)
     np.put_along_axis(scores, ranked.columns, ranked.scores, axis=1)
     return scores

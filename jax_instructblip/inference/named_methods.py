@@ -1,13 +1,13 @@
-"""Loaded models say what they have, where something is asked of them that another kind has."""
+"""Errors for a method that a loaded model lacks, since another kind of model may have it."""
 
 from typing import TYPE_CHECKING, Any
 
 
 class NamedMethods:
-    """A class whose missing attributes are told together with its methods.
+    """Base class whose error for a missing attribute lists the public methods that there are.
 
     Attributes:
-      elsewhere: a sentence about what has other methods.
+      elsewhere: the last sentence of that error, on which class has other methods.
     """
 
     elsewhere = ""

@@ -200,7 +200,7 @@ class InstructBlipPipeline(BatchRunner):
     def answer(
         self, questions: Sequence[Question], config: GenerationConfig, batch_size: int = BATCH_SIZE
     ) -> list[Answer]:
-        """Answers questions made by `pair_inputs`."""
+        """The answers of `generate`, in order, to questions made by `pair_inputs`."""
         key = seed_key(config.seed)
 
         def decode(batch: Batch, rows: np.ndarray) -> dict[str, jax.Array]:
@@ -280,8 +280,8 @@ class InstructBlipPipeline(BatchRunner):
           length_normalise: divide each score by its number of tokens; without it, short candidates
             are favoured.
           batch_size: questions that are ranked at once.
-          pad_to: sizes that every batch's candidates are padded to, so that calls with different
-            lists share one compiled program; scores do not change.
+          pad_to: sizes (`Plan.sizes`) that every batch's candidates are padded to, so that calls
+            with different lists share one compiled program; scores do not change.
 
         Raises:
           ValueError: as `generate`; no candidates, or one that is empty or too long.
@@ -309,7 +309,7 @@ class InstructBlipPipeline(BatchRunner):
         batch_size: int = BATCH_SIZE,
         pad_to: Sizes | None = None,
     ) -> np.ndarray:
-        """Scores as `rank`, for questions of `pair_inputs` and token ids of `ranking.tokenise`."""
+        """Scores as `rank`, for questions of `pair_inputs` and `lists` of `ranking.tokenise`."""
         plan_of_all, plans = (make_plan(lists, pad_to=pad_to) if len(lists) == 1 else None), []
 
         def compute(batch: Batch, rows: np.ndarray) -> list[jax.Array]:

@@ -139,7 +139,10 @@ def tokenise(
 def same_tokens(
     lists: Sequence[Sequence[str]], ids: Sequence[Sequence[Ids]]
 ) -> list[tuple[str, ...]]:
-    """Groups of texts that differ but have the same token ids, within one list; each group once."""
+    """Groups of texts of one list that differ but have the same token ids; each group once.
+
+    `ids` has the token ids of the texts in `lists`, in the same order.
+    """
     groups: dict[tuple[str, ...], None] = {}
     for texts, tokens in zip(lists, ids, strict=True):
         by_ids: dict[Ids, dict[str, None]] = {}
@@ -265,7 +268,7 @@ def _cut(ordered: Sequence[Ids], limit: int) -> tuple[list[_Chunk], dict[Ids, An
 
 
 def round_up(count: int) -> int:
-    """Rounds a size up to 0, a power of two from 8 to 64, or a multiple of 64."""
+    """Rounds a size up to a power of two from 8 to 64, or to a multiple of 64; 0 stays 0."""
     if count <= 64:
         return count and max(8, 1 << (count - 1).bit_length())
     return -(-count // 64) * 64
@@ -295,7 +298,10 @@ def pair_logprobs(
     batch: dict[str, Any],
     chunks: Sequence[Tree],
 ) -> list[jax.Array]:
-    """Float32 log-probabilities `[B, E]` of the targets of each chunk; the prompt is read once."""
+    """Float32 log-probabilities `[B, E]` of the targets of each chunk; the prompt is read once.
+
+    `batch` has B questions, as `model.prefill` takes it; `chunks` are those of a `Plan`.
+    """
     first, cache = _prefill(model, params, batch)
     return [tree_logprobs(model, params, first, cache, tree) for tree in chunks]
 
@@ -351,8 +357,8 @@ def score(plan: Plan, logprobs: Sequence[np.ndarray], length_normalise: bool) ->
     """Scores `[B, C]` float32 of a plan's candidates: sums of their tokens' log-probabilities.
 
     `logprobs` has the result of `pair_logprobs`, `[B, E]` for each chunk. With `length_normalise`,
-    scores are means instead of sums. -inf where a list has fewer candidates; NaN where the model's
-    numbers are not finite.
+    scores are means instead of sums. They are -inf where a list has fewer candidates, NaN where the
+    model's numbers are not finite.
     """
     size = len(logprobs[0])
     # The last column, zeros, is where a path's padding (-1) points.

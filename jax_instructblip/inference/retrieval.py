@@ -103,7 +103,7 @@ class Retriever(NamedMethods):
     def of(
         cls, source: Source, dtype: Any, mesh: Mesh | None = None, quantise: str | None = None
     ) -> "Retriever":
-        """The retriever of a `source` that `read_source` has returned; `quantise` as in `load`.
+        """The retriever of a `source` from `read_source`; other arguments are as in `load_params`.
 
         Raises:
             ValueError: `mesh` is of several processes; a retriever works on the devices of one.
@@ -126,7 +126,7 @@ class Retriever(NamedMethods):
     def image_features(
         self, images: Sequence[Frame], *, form: str = "normalised", batch_size: int = IMAGES
     ) -> np.ndarray:
-        """Features float32 of the images, one for each query: [N, Q, E], or [N, Q, D] if raw."""
+        """Features float32 of the images, by query: [N, Q, E], or [N, Q, D] if `form` is "raw"."""
         check({"form": form}, {"form": one_of(*FORMS)})
         check_images_listed(images)
         batches = ((rows, self._pixels(rows)) for rows in _batches(images, batch_size, "images"))
@@ -137,7 +137,7 @@ class Retriever(NamedMethods):
     def text_features(
         self, texts: Sequence[str], *, form: str = "normalised", batch_size: int = TEXTS
     ) -> np.ndarray:
-        """Features float32 of the texts, those of their [CLS]: [M, E], or [M, D] if raw."""
+        """Features float32 of the texts' [CLS]: [M, E], or [M, D] if `form` is "raw"."""
         check({"form": form}, {"form": one_of(*FORMS)})
         ids, valid, _ = self.text.encode(texts)
         parts = _batches(range(len(ids)), batch_size, "texts")
@@ -157,7 +157,7 @@ class Retriever(NamedMethods):
         return self.similarities(self.image_features(images), self.text_features(texts))
 
     def similarities(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-        """Cosines [N, M] float32 of texts [M, E] and the nearest query of each image [N, Q, E]."""
+        """The result of `itc` from normalised features of images [N, Q, E] and texts [M, E]."""
         texts = self._on_devices(np.asarray(texts, np.float32), whole=True)
         parts = _batches(np.asarray(images, np.float32), IMAGES, "images")
         run = lambda _, part: self._near(part, texts)

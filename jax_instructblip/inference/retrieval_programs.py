@@ -1,4 +1,8 @@
-"""Functions of the first stage that a `Retriever` compiles, each from inputs to results."""
+"""Functions of the first stage that a `Retriever` compiles, each from inputs to results.
+
+`images` are [N, H, W, 3] uint8; `ids` and `valid` [N, L] (or [M, L], [B, L]) are BERT ids of texts
+and a mask that is False on padding, as `CaptionTokenizer.encode` returns them.
+"""
 
 from typing import Any
 
@@ -8,7 +12,7 @@ from jax_instructblip.models.blip2 import Blip2, image_to_text
 
 
 def features_of_images(model: Blip2, images: jax.Array, form: str) -> jax.Array:
-    """Features [N, Q, E] of images in one of the forms of `feature_forms.py`; [N, Q, D] if raw."""
+    """Features [N, Q, E] of images, or [N, Q, D] if raw; `form` is one of `feature_forms.FORMS`."""
     patches = model.encode_image(images)
     if form == "normalised":
         return model.image_features(patches)[0]
@@ -17,7 +21,7 @@ def features_of_images(model: Blip2, images: jax.Array, form: str) -> jax.Array:
 
 
 def features_of_texts(model: Blip2, ids: jax.Array, valid: jax.Array, form: str) -> jax.Array:
-    """Features [M, E] of texts in one of the forms of `feature_forms.py`; [M, D] if raw."""
+    """Features [M, E] of texts, or [M, D] if raw; `form` is one of `feature_forms.FORMS`."""
     if form == "normalised":
         return model.text_features(ids, valid)
     x = model.raw_text_features(ids, valid)
@@ -30,22 +34,32 @@ def features_of_pairs(model: Blip2, images: Any, ids: Any, valid: Any) -> jax.Ar
 
 
 def match_images(model: Blip2, images: Any, ids: Any, valid: Any) -> jax.Array:
-    """Match logits [N, 2] of image i and text i."""
+    """Float32 logits [N, 2] of (no match, match) of image i and text i."""
     return model.match_logits(model.encode_image(images), ids, valid)
 
 
 def kv_of_images(model: Blip2, images: Any) -> Any:
-    """Keys and values of each image in every layer with cross-attention."""
+    """Keys and values of each image in every layer with cross-attention, for `match_kv`.
+
+    They are {"key": ..., "value": ...}, each [Y, N, P, heads, head width].
+    """
     return model.image_kv(model.encode_image(images))
 
 
 def match_kv(model: Blip2, kv: Any, index: Any, ids: Any, valid: Any) -> jax.Array:
-    """Match logits [B, 2] of blocks of texts; block i belongs to image `index[i]` of `kv`."""
+    """Float32 logits [B, 2] of (no match, match) of B texts, in blocks of equally many.
+
+    The texts of block i are matched with image `index[i]` of `kv`, the result of `kv_of_images`.
+    With `index` [k] the first B / k texts are block 0, and so on.
+    """
     chosen = jax.tree.map(lambda leaf: leaf[:, index], kv)
     return model.match_logits(chosen, ids, valid)
 
 
 def similarities(images: jax.Array, texts: jax.Array) -> jax.Array:
-    """Similarities [N, M] of features, with float32 products on every kind of device."""
+    """Float32 similarities [N, M] of features: images [N, Q, E], texts [M, E].
+
+    Products are float32 on every kind of device; the largest over an image's queries counts.
+    """
     with jax.default_matmul_precision("highest"):
         return image_to_text(images, texts)

@@ -57,7 +57,11 @@ class TracedSettings(NamedTuple):
 def seen_ids(
     llm: LanguageConfig | CaptionVocabulary, batch: dict[str, Any], prompt_counts: jax.Array
 ) -> jax.Array:
-    """Mask `[B, V]` of the ids that the repetition penalty counts before the first new token."""
+    """Mask `[B, V]` of the ids that the repetition penalty counts before the first new token.
+
+    `llm` is the model's `vocabulary`, `batch` has the prompts (`models/vlm.py`); `prompt_counts` is
+    the field of `TracedSettings`.
+    """
     nothing = jnp.zeros((len(batch["tokens"]), llm.vocab), bool)
     if isinstance(llm, T5Config):
         return nothing.at[:, llm.decoder_start_id].set(True)
@@ -70,7 +74,7 @@ def seen_ids(
 
 
 def penalise(scores: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Divides positive scores of `seen` ids by `penalty`, and multiplies negative ones by it."""
+    """Divides positive scores by `penalty` where `seen`, and multiplies negative ones by it."""
     return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
@@ -167,11 +171,14 @@ def _places(scores: jax.Array) -> jax.Array:
 
 
 def seed_key(seed: int) -> np.ndarray:
-    """The random key of a seed as raw numpy data, which any process of a mesh can pass on."""
+    """The random key of a seed as raw data [2] uint32, which any process of a mesh can pass on."""
     return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
 @jax.jit
 def row_keys(key: Any, rows: np.ndarray) -> jax.Array:
-    """One random key per row, from the seed's key and the indices of questions in the call."""
+    """A random key `[B]` for each row, from a `seed_key` and the question's index in the call.
+
+    `rows` `[B]` holds these indices.
+    """
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.wrap_key_data(key), rows)

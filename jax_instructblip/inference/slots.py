@@ -8,7 +8,7 @@
 A slot is the decoding loop of `decode.py` for a batch of one question, with the key, the settings
 and the limit that choose its tokens. All slots are one pytree, and `advance` is `jax.vmap` of one
 slot's step: that each has its own position needs no other model. An ended or free slot computes
-along, and nobody reads what.
+along, and its results are not read.
 
 Shapes depend on `Sizes`, on the padded prompts and on how many are read at once, so few programs
 serve all requests: `read` for each number and padded shape of prompts, and two of `advance`, of
@@ -34,7 +34,7 @@ class Sizes(NamedTuple):
 
     Attributes:
       count: number of slots.
-      width: cached slots of a prompt, visual vectors included; shorter prompts are padded.
+      width: cached length of a prompt, visual vectors included; shorter prompts are padded.
       max_new_tokens: most new tokens of any request.
     """
 
@@ -53,7 +53,7 @@ class Request(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The state of slots, or of prompts without one: each leaf has an axis of slots (`_axes`)."""
+    """The state of slots, or of read prompts that have none yet; each leaf has an axis of them."""
 
     state: decode.State  # with B = R = 1
     key: jax.Array
@@ -62,7 +62,7 @@ class Slots(NamedTuple):
 
 
 def free_slots(model: Model, sizes: Sizes, prompts: Slots) -> Slots:
-    """Slots without a request, for prompts like these, which come from `read`."""
+    """All slots, without a request; `prompts`, which come from `read`, tell the leaves' shapes."""
     free = lambda axis, leaf: np.zeros(
         (*leaf.shape[:axis], sizes.count, *leaf.shape[axis + 1 :]), leaf.dtype
     )
@@ -70,7 +70,7 @@ def free_slots(model: Model, sizes: Sizes, prompts: Slots) -> Slots:
 
 
 def stack(requests: Sequence[Request]) -> Request:
-    """Requests of one padded shape as the one argument of `read`."""
+    """Requests of one padded shape, stacked on a new first axis of each leaf, for `read`."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *requests)
 
 
@@ -78,7 +78,11 @@ def stack(requests: Sequence[Request]) -> Request:
 def read(
     model: Model, sizes: Sizes, params: dict[str, Any], requests: Request, table: stops.Table
 ) -> Slots:
-    """The state of each of the stacked requests after its prompt: it has its first token."""
+    """Reads the prompts of the requests that `stack` returned, and chooses the first token of each.
+
+    Returns a `Slots` with one entry per request, for `place`. `table` is one of stops (`stops.py`),
+    or None.
+    """
     axes = _axes(model)
 
     def prompt(request: Request) -> tuple[Slots, jax.Array]:
@@ -109,7 +113,7 @@ def place(model: Model, slots: Slots, prompts: Slots, row: int, index: int) -> S
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def move(model: Model, slots: Slots, source: int, index: int) -> Slots:
-    """The slots with slot `index` taken by the request of slot `source`."""
+    """The slots with the request of slot `source` copied to slot `index`."""
     return _put(model, slots, _take(model, slots, source), index)
 
 
@@ -125,8 +129,9 @@ def advance(
 ) -> tuple[dict[str, jax.Array], Slots]:
     """The slots after `most` further steps, or fewer: as soon as a live slot has ended.
 
-    `live` [N] is True for slots with a request: of the first N slots, and the others stay as they
-    are. Unless `do_sample`, all live slots must be greedy. Also returns what a host reads:
+    `live` [N] is True for those of the first N slots that have a request; the other slots stay as
+    they are. Unless `do_sample`, all live slots must be greedy. `table` is as in `read`. Returned
+    before the slots is what a host reads:
 
         steps     []      int32    steps that were taken
         done      [N]     bool     slots that have ended

@@ -23,7 +23,7 @@ def load_text(path: str | os.PathLike, template: str | None = None) -> TextProce
 def load_training_text(
     path: str | os.PathLike, template: str | None = None
 ) -> TextProcessor | CaptionTokenizer:
-    """As `load_text`, but of a first stage the tokenizer of its captions.
+    """Loads what `load_text` does, or for a first stage the tokenizer of its captions.
 
     A ValueError if a `template` is given for a first stage.
     """

@@ -26,8 +26,9 @@ class Attention(nn.Module):
     """Multi-head attention with its four projections; the kernels keep an axis of heads.
 
     `biases` names the projections that have a bias, of "query", "key", "value" and "out": the ViT
-    has no key bias. `key_heads` is the number of key and of value heads if there are fewer of
-    them than query heads; consecutive query heads then share one. `fused` as in `attend`.
+    has no key bias. `dtype` and `bias_dtype` are as in `dense.Dense`. `key_heads` is the number of
+    key and of value heads if there are fewer of them than query heads; consecutive query heads then
+    share one. `fused` is as in `attend`.
     """
 
     width: int
@@ -52,7 +53,10 @@ class Attention(nn.Module):
     def newest(
         self, x: Float[Array, "B R D"], unstacked: bool = True
     ) -> tuple[Array, Array, Array]:
-        """Queries, keys and values of the newest tokens; `unstacked` as in `layers.Scan`."""
+        """Queries `[B, R, N, K]`, keys and values `[B, R, Nk, K]` of the newest tokens `x`.
+
+        `unstacked` is as in `layers.Scan`.
+        """
         first, second, third = apart(x.astype(self.dtype), 3) if unstacked else (x, x, x)
         return self.query(first), self.key(second), self.value(third)
 
@@ -81,11 +85,12 @@ def attend(
 ) -> Float[Array, "B T N K"]:
     """Attention: the average of `value` with weights softmax(query . key * scale + bias).
 
-    Keys where `mask` is False get no weight. `scale` defaults to K^-0.5 (T5 passes 1.0); the
-    float32 scores are multiplied by it, because scaling a bfloat16 query would round once more.
-    `dropout` is applied to the weights and is passed only in training. With fewer key than query
-    heads (`_grouped`), there is no bias. The kernel `fused` computes it where it can
-    (`attention_kernels.takes`).
+    Keys where `mask` is False get no weight; None hides no key. `scale` defaults to K^-0.5 (T5
+    passes 1.0); the float32 scores are multiplied by it, because scaling a bfloat16 query would
+    round once more. `dropout` is applied to the weights and is passed only in training. With fewer
+    key than query heads, query head n reads key head n // (N / Nk), and `bias` must be None.
+    `fused` names a kernel, "cudnn" or "splash", that computes all this where it can
+    (`attention_kernels.takes`); "" names none.
     """
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     fits = kernels.takes(fused, query, key, mask, bias, dropout)
@@ -161,7 +166,7 @@ def attend_cached(
     The R rows are the query axis, so nothing cached is repeated R times, concatenated or
     transposed. Heads come before slots in the cache because products on a CPU are faster in that
     order. `current` is separate so that a layer reads its cache before the newest token is written
-    to it.
+    to it; it is None if a part of `cached` has that token. `scale` defaults to K^-0.5.
     """
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     query = heads_first(query)

@@ -20,16 +20,19 @@ HEAD_AXIS = "tensor"  # the mesh axis that splits heads
 
 
 class CausalRows(NamedTuple):
-    """The mask of a causal model (`masks.causal_mask`), and the samples it is drawn from."""
+    """The mask of a causal model, and the segments that `masks.causal_mask` makes it from.
+
+    `segments` holds the number of the sample in each slot, 0 on padding.
+    """
 
     mask: Bool[Array, "B 1 T T"]
     segments: Int[Array, "B T"]
 
 
 def kernel_for(device: Any) -> str:
-    """The kernel that a kind of devices has: "cudnn", "splash", or "" for none.
+    """The kernel for devices like `device`, a `jax.Device`: "cudnn", "splash", or "" for none.
 
-    cuDNN has it for NVIDIA's GPUs of compute capability 8.0 (A100) and above.
+    "cudnn" is for NVIDIA's GPUs of compute capability 8.0 (A100) and above, "splash" for TPUs.
     """
     if device.platform == "tpu":
         return "splash"
@@ -40,9 +43,10 @@ def kernel_for(device: Any) -> str:
 def takes(kernel: str, query: Array, key: Array, mask: Any, bias: Any, dropout: Any) -> bool:
     """True if a kernel, with its gradient, can take the place of `attend`'s einsums.
 
-    Its factors are narrow. T5's learned bias and dropout of weights stay with the einsums. cuDNN
-    adds a mask to the scores, which then have even sizes. Splash attention knows the mask of causal
-    rows alone (`CausalRows`).
+    `kernel` is a result of `kernel_for`; the other arguments are those of `attend`. Queries must be
+    bfloat16 or float16. T5's learned bias and dropout of weights stay with the einsums. cuDNN takes
+    a mask only where the numbers of queries and of keys are even. Splash attention takes no mask
+    but `CausalRows`.
     """
     if query.dtype not in (jnp.bfloat16, jnp.float16) or not (bias is None and dropout is None):
         return False
@@ -55,7 +59,10 @@ def takes(kernel: str, query: Array, key: Array, mask: Any, bias: Any, dropout: 
 
 
 def cudnn(query: Array, key: Array, value: Array, mask: Array | None, scale: float) -> Array:
-    """Attention as `attention.attend` defines it, computed by a kernel of cuDNN."""
+    """Attention as `attention.attend` defines it, computed by a kernel of cuDNN.
+
+    The shapes are those of `attend`; `mask` is boolean, and `takes` must be True of the arguments.
+    """
     if mask is not None:
         mask = jnp.broadcast_to(mask, (mask.shape[0], 1, query.shape[1], key.shape[1]))
     return jax.nn.dot_product_attention(
@@ -70,10 +77,10 @@ def splash(
     segments: Int[Array, "B T"],
     scale: float,
 ) -> Float[Array, "B T N K"]:
-    """Attention of causal rows of samples, computed by JAX's splash attention.
+    """Attention under `masks.causal_mask(segments)`, computed by JAX's splash attention.
 
-    Each device of the current mesh computes its rows and heads, without a collective. Blocks of
-    slots that no query may see are skipped.
+    The scores are multiplied by `scale`. Each device of the current mesh computes its rows and
+    heads, without a collective. Blocks of slots that no query may see are skipped.
     """
     query = (query.astype(jnp.float32) * scale).astype(query.dtype)
     mesh = jax.sharding.get_abstract_mesh()
@@ -120,5 +127,8 @@ _SIZES = (
 
 
 def block_size(slots: int) -> int:
-    """The most slots of a block, up to `BLOCK`, by which a row's `slots` can be divided."""
+    """The size of a block: the largest multiple of `LANES`, up to `BLOCK`, that divides `slots`.
+
+    `slots`, the length of a row, must itself be a multiple of `LANES`.
+    """
     return max(size for size in range(LANES, BLOCK + 1, LANES) if slots % size == 0)

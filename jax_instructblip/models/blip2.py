@@ -126,7 +126,10 @@ class Blip2(Network):
         return normalise(self.heads.text_projection(x[:, 0]))
 
     def image_kv(self, patches: Float[Array, "G P Dv"]) -> Any:
-        """Keys and values of the patches in all cross-attention layers, for `match_logits`."""
+        """Keys and values of the patches in all cross-attention layers, for `match_logits`.
+
+        They have the form that `QFormer.image_kv` returns.
+        """
         return self.qformer.image_kv(patches)
 
     def raw_features(self, patches: Float[Array, "B P Dv"]) -> Float[Array, "B Q D"]:
@@ -142,15 +145,18 @@ class Blip2(Network):
     def pair_features(
         self, patches: Float[Array, "G P Dv"], tokens: Int[Array, "B L"], valid: Bool[Array, "B L"]
     ) -> Float[Array, "B Q D"]:
-        """Outputs of the queries that saw an image and a text together."""
+        """Outputs of the queries that saw an image and a text together, before any projection.
+
+        There may be k texts per image, paired as in `match_logits`; `valid` is False on padding.
+        """
         return self.qformer.read_both(patches, tokens, valid)
 
     def project_image(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
-        """Raw features of images in the space that both share, not normalised."""
+        """Results of `raw_features` in the space that images and texts share, not normalised."""
         return self.heads.image_projection(x)
 
     def project_text(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
-        """Raw features of texts in the space that both share, not normalised."""
+        """Results of `raw_text_features` in the space that images share, not normalised."""
         return self.heads.text_projection(x)
 
     def match_logits(
@@ -163,8 +169,9 @@ class Blip2(Network):
         """Float32 logits of (no match, match) for image-text pairs; `valid` is False on padding.
 
         There may be k texts per image, B = G x k: the first k texts are paired with image 0, and so
-        on. Instead of patches [G, P, Dv] the result of `image_kv` can be given, or two images of
-        each sample, whose last text is paired with the second, the others with the first.
+        on. Instead of patches [G, P, Dv] the result of `image_kv` can be given, or a pair of such
+        arrays: of every k texts the last is then paired with the second image, the others with the
+        first.
         """
         x = self.qformer.read_both(patches, tokens, valid, train)
         return self.heads.match(x).astype(jnp.float32).mean(axis=1)
@@ -197,7 +204,7 @@ class Blip2(Network):
     def decode_step(
         self, token: Int[Array, "B R"], cache: Cache
     ) -> tuple[Float[Array, "B R V"], Cache]:
-        """Float32 logits of the token after `token`, and the cache one token longer."""
+        """Float32 logits of the token after `token`, and the cache with it added; R are beams."""
         x, cache = self.qformer.decode_step(token, cache)
         return self.heads.caption(x, self.qformer.word_table()), cache
 

@@ -33,7 +33,8 @@ Cache = dict[str, Any]
 def start(prefix: Any, valid: Bool[Array, "B S"], length: int) -> Cache:
     """The cache after a prompt, with one row per sample and space for `length` generated tokens.
 
-    `prefix` holds the prompt's keys and values of all layers; `valid` is False on padding.
+    `prefix` holds the prompt's keys and values of all layers, in the form that this module
+    describes; `valid` is False on padding.
     """
     empty = lambda leaf: jnp.zeros((*leaf.shape[:-2], length, leaf.shape[-1]), leaf.dtype)
     return {
@@ -95,10 +96,10 @@ def tail_view(cache: Cache) -> TailView:
 def attend_tail(tail: Any, token: Any, view: TailView) -> tuple[CachedKV, CurrentKV | None, Any]:
     """Prepares one layer's attention to generated tokens; returns (cached, current, output).
 
-    `tail` holds the layer's keys and values of earlier tokens, `token` the key and value `[B, N, R,
-    K]` of the newest ones. `cached` and `current` are arguments of `attend_cached`; if the newest
-    tokens are written to the tail first (`view.slot`), `current` is None. `output` is what `append`
-    needs: the newest tokens, or the written tail.
+    `tail` is the layer's dict of `key` and `value`, of earlier tokens; `token` is such a dict, each
+    `[B, Nk, R, K]`, of the newest ones. `cached` and `current` are arguments of `attend_cached`; if
+    the newest tokens are written to the tail first (`view.slot`), `current` is None. `output` is
+    what `append` needs: the newest tokens, or the written tail.
     """
     if view.slot is None:
         past = CachedKV(**tail, mask=view.mask, bias=view.past)
@@ -108,7 +109,10 @@ def attend_tail(tail: Any, token: Any, view: TailView) -> tuple[CachedKV, Curren
 
 
 def append(cache: Cache, outputs: Any) -> Cache:
-    """Returns the cache with the newest tokens added; `outputs` come from `attend_tail`."""
+    """Returns the cache with the newest tokens added.
+
+    `outputs` are those of `attend_tail` for all layers: stacked, or a tuple, as the tail itself.
+    """
     if not isinstance(outputs, tuple):
         slot = cache["step"] * cache["lineage"].shape[1]
         outputs = jax.tree.map(lambda leaf, token: _put(leaf, token, slot), cache["tail"], outputs)

@@ -58,8 +58,9 @@ class DecoderOnly(Network):
     ) -> tuple[Array, Any]:
         """Hidden states `[B, X, D]` after the final norm, and the keys and values of all layers.
 
-        The second item is None unless `return_kv`. `segments` is the number of the sample that owns
-        each slot, 0 on padding; `positions` is the slot's position in that sample.
+        The second item is None unless `return_kv`. `inputs` `[B, X, D]` are embedded slots.
+        `segments` `[B, X]` is the number of the sample that owns each slot, 0 on padding;
+        `positions` `[B, X]` is the slot's position in that sample.
         """
         shared = self.shared(positions)
         x = self.begin(inputs, positions)
@@ -81,6 +82,7 @@ class DecoderOnly(Network):
 
         A slot holds an embedded token or a visual vector: `inputs`. `segments` is the number of the
         sample that owns each slot (0: padding), `positions` the slot's position in that sample.
+        `asked` holds indices of slots, none twice in a row; out of range (padding) they give zeros.
         `decoder_tokens` and `decoder_segments` are for encoder-decoder models only.
         """
         del decoder_tokens, decoder_segments
@@ -109,7 +111,7 @@ class DecoderOnly(Network):
     def decode_step(
         self, token: Int[Array, "B R"], cache: dict[str, Any]
     ) -> tuple[Float[Array, "B R V"], dict[str, Any]]:
-        """Logits of the token after `token`, and the cache with `token` added."""
+        """Logits of the token after `token`, and the cache with `token` added; R are beams."""
         valid = cache["prefix_mask"]
         positions = jnp.broadcast_to(valid.sum(axis=1, keepdims=True) + cache["step"], token.shape)
         x, outputs = self.layers.step(

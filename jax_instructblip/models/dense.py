@@ -90,7 +90,11 @@ class Dense(nn.Module):
 def quantised_product(
     x: Array, q: Array, scale: Array, shape: tuple[int, ...], contracted: int
 ) -> Array:
-    """`x` times a quantised, frozen kernel of `shape`, in float32; factors have the dtype of `x`.
+    """`x` times a quantised, frozen kernel, in float32; the factors have the dtype of `x`.
+
+    `q` and `scale` are parts of the kernel (`models/quantise.py`), which had `shape` before it was
+    quantised. The last `contracted` axes of `x` are summed over with the first of the kernel; the
+    kernel's other axes take their place in the result.
 
     Where all weights of an output channel share one scale (int8), the product is scaled, not the
     weights. On GPUs a single row has a product of its own, `quantise.row_product`. In the gradient
@@ -145,6 +149,8 @@ def _factors(
 def affine(x: Array, kernel: Array, bias: Array, dtype: Any) -> Array:
     """`x @ kernel + bias` in `dtype`, the kernel cast to the dtype of `x`; with its own gradient.
 
+    `bias` has the kernel's last axes; the kernel's others are summed over with the last of `x`.
+
     In the gradient, too, the factors of each product have the dtype of `x`, while the kernel's
     gradient is summed in the kernel's dtype and the bias's in float32. JAX's own rule would use the
     float32 gradient as a factor and sum the bias's gradient in `dtype`. A frozen kernel gets no
@@ -187,7 +193,9 @@ def _tensordot(x: Array, kernel: Array, contracted: int, dtype: Any) -> Array:
 def multiply(
     product: Callable[..., Array], x: Array, kernel: Array, contracted: int, dtype: Any
 ) -> Array:
-    """`product(x, kernel, precision=...)`, summed over the last axes of `x`, with result `dtype`.
+    """`product(x, kernel, precision=...)`, which sums over the last `contracted` axes of `x`.
+
+    `dtype` is that of the product's result.
 
     XLA for GPUs treats a single row badly, so it gets a product of its own there. With a small
     kernel it writes every product of two numbers to memory before it sums them: the row becomes the
@@ -215,7 +223,7 @@ def _is_row(x: Array, contracted: int) -> bool:
 
 
 def precision_of(dtype: Any) -> str | None:
-    """The matmul precision for factors of `dtype`: "highest" for float32, None for narrower dtypes.
+    """The matmul precision for factors of a numpy dtype: "highest" for float32, None for narrower.
 
     `Network.apply` sets the same, but a product of the gradient may be traced after `apply`
     returned.

@@ -91,10 +91,11 @@ def analytic(
 ) -> int:
     """FLOPs of one train step: the bridge trained, ViT and language model frozen unless said so.
 
-    A sample has `text` tokens for the Q-Former, `tokens` for the language model and `answer`
+    Each of the `batch` samples has one image, `text` tokens for the Q-Former, `tokens` for the
+    language model (without the visual vectors, which are added; T5: of the encoder) and `answer`
     targets; `samples_per_row` samples are packed into one row. Attention counts whole rows, the
-    head all targets. `row_slots` and `row_targets` are the widths of a row, by default those of
-    its samples together.
+    head all targets. `row_slots` (visual vectors included) and `row_targets` are the widths of a
+    row; 0 stands for those of its samples together.
 
     The ViT runs forward only, unless `trains_vision`; the bridge forward and backward, with
     gradients of its weights; the language model forward and backward, with them if `trains_llm`.
@@ -116,10 +117,10 @@ def useful(
 ) -> int:
     """FLOPs that one train step needs: every sample alone in its row, nothing padded.
 
-    `sizes` [samples, 4] holds the images, instruction ids, slots and targets of each sample
-    (`data.batch.sample_sizes`), or means of them; `trainable` names the top-level trees that are
-    trained. Captions of BLIP-2's first stage all count as long as their mean. With `patches` the
-    batch has patch features, and the ViT does not run.
+    `sizes` [samples, 4] holds the images, instruction ids, slots (visual vectors included) and
+    targets of each sample (`data.batch.sample_sizes`), or means of them; `trainable` names the
+    top-level trees that are trained. Captions of BLIP-2's first stage all count as long as their
+    mean. With `patches` the batch has patch features, and the ViT does not run.
     """
     images, text, slots, targets = np.asarray(sizes, np.float64).T
     if variant.llm is None:
@@ -186,9 +187,10 @@ def pairs(variant: Variant, batch: int, text: int, *, trains_vision: bool = Fals
 def generation(variant: Variant, rows: int, text: int, tokens: int, new: int) -> int:
     """FLOPs of generating `new` tokens for each of `rows` prompts with one image each.
 
-    A prompt has `text` tokens for the Q-Former and `tokens` for the language model. In a
-    decoder-only model the prompt's pass also gives the first new token. Attention in every later
-    step is counted over all slots that are reserved for new tokens.
+    A prompt has `text` tokens for the Q-Former (0 if it reads none) and `tokens` for the language
+    model, without the visual vectors, which are added. In a decoder-only model the prompt's pass
+    also gives the first new token. Attention in every later step is counted over the prompt and all
+    slots that are reserved for new tokens.
     """
     config, queries = variant.llm, variant.visual_tokens
     prompt = queries + tokens

@@ -79,7 +79,7 @@ class Scans:
     llm: Scan = Scan()
 
     def on(self, kernel: str) -> "Scans":
-        """A copy for devices that have `kernel` (`attention_kernels.kernel_for`) for "auto"."""
+        """A copy in which `kernel`, a result of `attention_kernels.kernel_for`, replaces "auto"."""
         towers = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         of = lambda scan: kernel if scan.fused == "auto" else scan.fused
         return Scans(
@@ -141,7 +141,7 @@ class Dropout(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table whose rows are looked up in its own dtype, then cast to that of residual streams.
+    """A table of `count` rows, looked up in its own dtype, then cast to that of residual streams.
 
     `nn.Embed` casts the whole table first, which XLA for TPUs would do again for each new token.
     """
@@ -193,7 +193,10 @@ class RMSNorm(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The feed-forward `out(activation(in(x)))` with biases; the result is float32."""
+    """The feed-forward `out(activation(in(x)))` with biases; the result is float32.
+
+    `activation` is a key of `ACTIVATIONS`; `dtype` and `bias_dtype` are as in `dense.Dense`.
+    """
 
     width: int
     hidden: int
@@ -213,7 +216,8 @@ class Mlp(nn.Module):
 class GatedMlp(nn.Module):
     """The feed-forward `out(activation(gate(x)) * in(x))` without biases; dropout before `out`.
 
-    `newest` is True for the newest tokens of an answer, or of a tree of answers (`dense.apart`).
+    `activation` is a key of `ACTIVATIONS`. `newest` is True for the newest tokens of an answer, or
+    of a tree of answers (`dense.apart`).
     """
 
     width: int
@@ -279,10 +283,11 @@ def scan_layers(
 ) -> Callable[..., Any]:
     """Returns a constructor of `length` scanned layers of type `block`, parameters stacked.
 
-    `broadcast` names the methods of `block` that are scanned (`call` stands for `__call__`) and the
-    number of last arguments that every layer receives alike. Before those a method takes the carry
-    and one tree with a leading axis of layers (or None); it returns the carry and one tree to stack
-    (or None). With `scan.unstacked` these trees are tuples with one entry per layer.
+    The constructor takes the arguments of `block`. `broadcast` names the methods of `block` that
+    are scanned (`call` stands for `__call__`) and the number of last arguments that every layer
+    receives alike. Before those a method takes the carry and one tree with a leading axis of layers
+    (or None); it returns the carry and one tree to stack (or None). With `scan.unstacked` these
+    trees are tuples with one entry per layer.
     """
     if scan.unstacked:
         return lambda *args: LayerList(functools.partial(block, *args), length)
@@ -314,7 +319,8 @@ def scan_layers(
 class LayerList(nn.Module):
     """Layers that run one after the other, each with its own parameters: `{"0": ..., "1": ...}`.
 
-    Replaces `nn.scan` where parameters are not stacked; the methods take and return the same.
+    Replaces `nn.scan` where parameters are not stacked: each method calls the layers' method of its
+    name, and takes and returns what the scanned one does (`scan_layers`).
     """
 
     make: Callable[..., nn.Module]

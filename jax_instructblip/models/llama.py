@@ -70,7 +70,7 @@ def rotary(positions: Int[Array, "B T"], frequency: Float[Array, " k"], dtype: A
 
 
 def rotate(x: Float[Array, "B T N K"], rotation: Rotation) -> Float[Array, "B T N K"]:
-    """Rotates queries or keys `x` by their positions; the result has the dtype of `x`."""
+    """Rotates queries or keys `x` by a result of `rotary`; the result has the dtype of `x`."""
     cosine, sine = (part[:, :, None, :] for part in rotation)
     first, second = jnp.split(x, 2, axis=-1)
     turned = x * cosine + jnp.concatenate([-second, first], axis=-1) * sine
@@ -78,7 +78,11 @@ def rotate(x: Float[Array, "B T N K"], rotation: Rotation) -> Float[Array, "B T 
 
 
 class LlamaLayer(nn.Module):
-    """One layer of LLaMA; each method returns (carry, output), as `nn.scan` expects."""
+    """One layer of LLaMA; each method returns (carry, output), as `nn.scan` expects.
+
+    The carry is the residual stream `x`, float32. `rotation` is `Llama.rotation` of the positions
+    of `x`. `prefix_mask` `[B, 1, 1, S]` is False on padding of the cached prompt.
+    """
 
     config: LlamaConfig
     dtype: Any
@@ -104,7 +108,8 @@ class LlamaLayer(nn.Module):
     def __call__(self, x, _, mask, rotation, return_kv, train):
         """Runs full sequences `x` [B, T, D]; returns (x, kv), where kv is None unless `return_kv`.
 
-        kv is {"key": ..., "value": ...}, each `[B, Nk, T, K]` as in a cache.
+        `mask` is as in `attention.attend`. kv is {"key": ..., "value": ...}, each `[B, Nk, T, K]`
+        as in a cache.
         """
         drops = train and self.config.dropout > 0
         dropout = functools.partial(self.drop, deterministic=False) if drops else None
@@ -113,7 +118,11 @@ class LlamaLayer(nn.Module):
         return x, ({"key": heads_first(key), "value": heads_first(value)} if return_kv else None)
 
     def step(self, x, cache, prefix_mask, view, rotation):
-        """Runs each beam's newest token, `x` [B, R, D]; returns (x, what `cache.append` takes)."""
+        """Runs each beam's newest token, `x` [B, R, D]; returns (x, what `cache.append` takes).
+
+        `cache` is {"prefix": ..., "tail": ...}, this layer's part of each (`cache.py`), `view` the
+        `cache.TailView` of the step.
+        """
         projected = self.attention.newest(self.attention_norm(x), view.unstacked)
         query, key, value = self._rotated(*projected, rotation)
         token = {"key": heads_first(key), "value": heads_first(value)}
@@ -122,7 +131,11 @@ class LlamaLayer(nn.Module):
         return self._add(x, attend_cached(query, cached, current), view.unstacked), output
 
     def tree(self, x, prefix, prefix_mask, mask, rotation):
-        """Runs a tree of tokens `x` [B, T, D] after the cached prompt; returns (x, None)."""
+        """Runs a tree of tokens `x` [B, T, D] after the cached prompt; returns (x, None).
+
+        `prefix` is the prompt's {"key": ..., "value": ...}, each `[B, Nk, S, K]`; `mask` `[B, 1, T,
+        T]` is the `masks.tree_mask` of the tokens.
+        """
         projected = self.attention.newest(self.attention_norm(x))
         query, key, value = self._rotated(*projected, rotation)
         own = CachedKV(heads_first(key), heads_first(value), mask)

@@ -37,7 +37,11 @@ OFFSET = 2  # position p is row p + 2 of the table: the first two rows were fair
 
 
 class OptLayer(nn.Module):
-    """One layer of OPT; each method returns (carry, output), as `nn.scan` expects."""
+    """One layer of OPT; each method returns (carry, output), as `nn.scan` expects.
+
+    The carry is the residual stream `x`, float32. `prefix_mask` `[B, 1, 1, S]` is False on padding
+    of the cached prompt.
+    """
 
     config: OptConfig
     dtype: Any
@@ -54,7 +58,8 @@ class OptLayer(nn.Module):
     def __call__(self, x, _, mask, return_kv, train):
         """Runs full sequences `x` [B, T, D]; returns (x, kv), where kv is None unless `return_kv`.
 
-        kv is {"key": ..., "value": ...}, each `[B, N, T, K]` as in a cache.
+        `mask` is as in `attention.attend`. kv is {"key": ..., "value": ...}, each `[B, N, T, K]` as
+        in a cache.
         """
         dropout = functools.partial(self.drop, deterministic=not train)
         y, attention = self.attention_norm(x), self.attention
@@ -65,7 +70,11 @@ class OptLayer(nn.Module):
         return x, ({"key": heads_first(key), "value": heads_first(value)} if return_kv else None)
 
     def step(self, x, cache, prefix_mask, view):
-        """Runs each beam's newest token, `x` [B, R, D]; returns (x, what `cache.append` takes)."""
+        """Runs each beam's newest token, `x` [B, R, D]; returns (x, what `cache.append` takes).
+
+        `cache` is {"prefix": ..., "tail": ...}, this layer's part of each (`cache.py`), `view` the
+        `cache.TailView` of the step.
+        """
         query, key, value = self.attention.newest(self.attention_norm(x), view.unstacked)
         token = {"key": heads_first(key), "value": heads_first(value)}
         past, current, output = attend_tail(cache["tail"], token, view)
@@ -74,7 +83,11 @@ class OptLayer(nn.Module):
         return constrain(x + self.mlp(self.mlp_norm(x))), output
 
     def tree(self, x, prefix, prefix_mask, mask):
-        """Runs a tree of tokens `x` [B, T, D] after the cached prompt; returns (x, None)."""
+        """Runs a tree of tokens `x` [B, T, D] after the cached prompt; returns (x, None).
+
+        `prefix` is the prompt's {"key": ..., "value": ...}, each `[B, N, S, K]`; `mask` `[B, 1, T,
+        T]` is the `masks.tree_mask` of the tokens.
+        """
         query, key, value = self.attention.newest(self.attention_norm(x))
         own = CachedKV(heads_first(key), heads_first(value), mask)
         cached = [CachedKV(**prefix, mask=prefix_mask), own]

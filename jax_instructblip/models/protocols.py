@@ -50,7 +50,7 @@ class LanguageModel(Protocol):
         A slot holds an embedded token or a visual vector: `inputs`. `segments` is the number of the
         sample that owns each slot (0: padding), `positions` the slot's position in that sample.
         Encoder-decoder models also take the decoder's tokens and their sample numbers; `asked` then
-        indexes those tokens.
+        indexes those tokens. An index out of range (padding) gives zeros.
         """
         ...
 
@@ -84,7 +84,8 @@ class LanguageModel(Protocol):
         """Hidden states of many continuations of a prompt, given as one tree in depth-first order.
 
         `depths` is 1 for a token that follows the prompt; `ends[b, t]` is the index just after the
-        last descendant of token t. Each token sees the prompt, its ancestors and itself.
+        last descendant of token t. Each token sees the prompt, its ancestors and itself. `cache`
+        comes from `prefill` and is only read; `logits` takes the result.
         """
         ...
 

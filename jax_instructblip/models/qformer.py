@@ -50,7 +50,7 @@ BIASES = ("query", "key", "value", "out")
 PAIR = ("cross", "plain")  # the layers of a `QFormerPair`, in order
 
 KeyValue = dict[str, Array]  # key and value [B, S, N, K] of a layer
-# Patches of two images a sample: of its rows all but the last see the first, that sees the other.
+# Patches of two images per sample: the sample's last row sees the second, its others the first.
 TwoImages = tuple[Float[Array, "G P Dv"], Float[Array, "G P Dv"]]
 
 
@@ -87,7 +87,8 @@ class QFormerLayer(nn.Module):
         """The layer's output, and the keys and values of `x` in its self-attention.
 
         The first `queries` positions of `x` are queries, the others text; either may be absent.
-        Keys and values in `past` are put before those of `x`. `image` is as in `see`.
+        Keys and values in `past` are put before those of `x`; `mask` covers both. `image` is as in
+        `see`, or None where no image is seen.
         """
         dropout = functools.partial(self.drop, deterministic=not train)
         attention = self.attention
@@ -117,9 +118,10 @@ class QFormerLayer(nn.Module):
     ) -> Float[Array, "B Q D"]:
         """Output of the cross-attention of the queries `x` to the images.
 
-        There may be several rows of `x` per image, and instead of an image the result of
-        `image_kv`. Rows about one image are adjacent, so that its keys and values, which are
-        computed once, serve all of them.
+        `image` holds patches, the result of `image_kv`, or two images per sample. There may be
+        several rows of `x` per image. Rows about one image are adjacent, so that its keys and
+        values, which are computed once, serve all of them. `dropout` is a function that is applied
+        to the attention weights.
         """
         if isinstance(image, tuple):
             rows = x.reshape(image[0].shape[0], -1, *x.shape[1:])  # [G, k, Q, D]
@@ -143,7 +145,11 @@ class QFormerLayer(nn.Module):
     def step(
         self, x: Float[Array, "B R D"], cache: Any, prefix_mask: Bool[Array, "B 1 1 S"], view: Any
     ) -> tuple[Float[Array, "B R D"], Any]:
-        """Output of one text token per row, and its key and value for `cache.append`."""
+        """Output of one text token per row, and its key and value for `cache.append`.
+
+        `cache` is {"prefix": ..., "tail": ...}, this layer's part of each (`cache.py`), `view` the
+        `cache.TailView` of the step. `prefix_mask` is False on padding of the prefix.
+        """
         attention = self.attention
         own = {"key": heads_first(attention.key(x)), "value": heads_first(attention.value(x))}
         past, current, output = attend_tail(cache["tail"], own, view)
@@ -164,10 +170,11 @@ class QFormerPair(nn.Module):
         self.plain = QFormerLayer(self.config, self.dtype, cross=False)
 
     def __call__(self, x, past, mask, image, queries, return_kv, train):
-        """Runs both layers; returns their output, and their keys and values or None.
+        """Runs both layers on `x` [B, T, D]; returns their output, and their keys and values.
 
-        `past` and the second result map a layer's name (`PAIR`) to keys and values of its
-        self-attention. `past["image"]` may hold the result of `cross_kv` instead of `image`.
+        The second result is None unless `return_kv`. It maps a layer's name (`PAIR`) to the keys
+        and values of its self-attention, as `past` (or None) does. `past["image"]` may hold the
+        result of `cross_kv` instead of `image`. Other arguments are those of a `QFormerLayer`.
         """
         past, kept = past or {}, {}
         image = past.get("image", image)
@@ -176,14 +183,15 @@ class QFormerPair(nn.Module):
         return x, kept if return_kv else None
 
     def cross_kv(self, carry, _, image):
-        """Returns (carry, keys and values of the image)."""
+        """Returns (carry unchanged, keys and values [G, P, N, K] of patches `image` [G, P, Dv])."""
         return carry, self.cross.image_kv(image)
 
     def step(self, x, cache, prefix_mask, view):
         """Runs both layers on one text token per row, `x` [B, R, D]; returns (x, new entries).
 
         `cache` maps `prefix` and `tail` to the keys and values of both layers by name, `view` is
-        the `cache.TailView` of the step. The new entries are for `cache.append`.
+        the `cache.TailView` of the step, `prefix_mask` [B, 1, 1, S] is False on padding. The new
+        entries are for `cache.append`.
         """
         kept = {}
         for name in PAIR:

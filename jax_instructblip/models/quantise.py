@@ -71,6 +71,8 @@ def check_towers(towers: Sequence[str], trainable: Sequence[str] = ()) -> None:
 def frozen_towers(variant: Variant, trainable: Sequence[str]) -> tuple[str, ...]:
     """Returns the towers of a model that are frozen and can be quantised.
 
+    `trainable` are the top-level trees that are trained.
+
     Raises:
         ValueError: there is none.
     """
@@ -82,18 +84,24 @@ def frozen_towers(variant: Variant, trainable: Sequence[str]) -> tuple[str, ...]
 
 
 def is_quantised(path: str, towers: Sequence[str] = TOWERS) -> bool:
-    """Returns True if the leaf at `path` is a kernel of `towers` that is to be quantised."""
+    """Returns True if the leaf at `path` is a kernel of `towers` that is to be quantised.
+
+    A path is the leaf's keys in the tree of parameters, joined by slashes:
+    `llm/layers/mlp/in/kernel`.
+    """
     match = _KERNEL.fullmatch(path)
     return match is not None and match["tower"] in towers
 
 
 def quantise(path: str, kernel: Any, form: str) -> dict[str, np.ndarray]:
-    """Returns the kernel at `path` in parts, `q`, `scale` ...; layers of a stack one by one.
+    """Returns the parts of a quantised kernel: `q`, `scale` and, for some paths, `input_scale`.
 
-    `form` is "int8" or "int4". `kernel` is an array, or anything that is sliced like one.
+    `path`, as in `is_quantised`, tells which axes are summed over. `form` is "int8" or "int4".
+    `kernel` is an array, or anything that is sliced like one; layers of a stack are quantised one
+    by one.
 
     Raises:
-        ValueError: a weight is not finite, or there is none.
+        ValueError: a weight is not finite, or there are no weights.
     """
     _require_weights(path, kernel.shape)
     summed, whole = _axes(path)
@@ -150,13 +158,19 @@ def _pack(q: np.ndarray, axis: int) -> np.ndarray:
 
 
 def packed_shape(shape: Sequence[int], summed: int, form: str) -> tuple[int, ...]:
-    """Returns the shape of `q` for a kernel [D, ...] whose first `summed` axes are summed over."""
+    """Returns the shape of `q` for a kernel [D, ...] whose first `summed` axes are summed over.
+
+    `form` is "int8" or "int4".
+    """
     halves = form == "int4" and shape[summed - 1] % 2 == 0
     return tuple(n // 2 if halves and axis == summed - 1 else n for axis, n in enumerate(shape))
 
 
 def shapes(tree: Mapping[str, Any], form: str, towers: Sequence[str] = TOWERS) -> dict[str, Any]:
-    """Returns a tree of shapes with the kernels of `towers` as `quantise` makes them."""
+    """Returns a tree of shapes with the kernels of `towers` as `quantise` makes them.
+
+    `tree` is a nested dict of arrays or `jax.ShapeDtypeStruct`s, `form` "int8" or "int4".
+    """
 
     def change(node: Any, path: str) -> Any:
         if isinstance(node, Mapping):
@@ -185,13 +199,16 @@ def is_scale(path: str) -> bool:
 
 
 def form_of(params: Any) -> str | None:
-    """Returns the form of the quantised kernels of a tree of parameters; None if it has none."""
+    """Returns the form, "int8" or "int4", of a tree's quantised kernels; None if it has none."""
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(params)}
     return next((form for form, dtype in DTYPES.items() if dtype in dtypes), None)
 
 
 def expand(q: jax.Array, scale: jax.Array, shape: Sequence[int], summed: int) -> jax.Array:
-    """Returns the float32 weights of a quantised kernel of `shape`, summed over its first axes."""
+    """Returns the float32 weights, of `shape`, of a quantised kernel.
+
+    A product with the kernel sums over its first `summed` axes.
+    """
     if q.dtype == DTYPES["int4"]:
         if q.shape != tuple(shape):
             halves = jnp.stack([q & 15, q >> 4], axis=summed)
@@ -206,10 +223,11 @@ def expand(q: jax.Array, scale: jax.Array, shape: Sequence[int], summed: int) ->
 def row_product(
     x: jax.Array, q: jax.Array, scale: jax.Array, shape: Sequence[int], summed: int
 ) -> jax.Array:
-    """Returns one row `x` times a quantised kernel of `shape`, in float32.
+    """Returns one row `x` times a quantised kernel of `shape`: float32 of `shape[summed:]`.
 
-    Sums groups of inputs, then scales and sums the groups. XLA for GPUs reads whole numbers, makes
-    them wide and adds them in one kernel; without Triton, a product would write a wide copy first.
+    `x` has as many numbers as the kernel's first `summed` axes, which are summed over. Sums groups
+    of inputs, then scales and sums the groups. XLA for GPUs reads whole numbers, makes them wide
+    and adds them in one kernel; without Triton, a product would write a wide copy first.
     """
     outer, groups = math.prod(shape[summed:]), math.prod(scale.shape[:summed])
     rows = q.size // outer

@@ -64,7 +64,12 @@ def relative_bucket(
 
 
 class T5Layer(nn.Module):
-    """One encoder or decoder layer; each method returns (carry, output), as `nn.scan` expects."""
+    """One encoder or decoder layer; each method returns (carry, output), as `nn.scan` expects.
+
+    The carry is the residual stream `x`, float32. `prefix_mask` `[B, 1, 1, S]` is False on padding
+    of the cached encoder output. `cache` is {"prefix": ..., "tail": ...}, this layer's part of each
+    (`cache.py`).
+    """
 
     config: T5Config
     dtype: Any
@@ -85,7 +90,8 @@ class T5Layer(nn.Module):
     def __call__(self, x, _, mask, bias, encoded, encoded_mask, train):
         """Runs full sequences `x` [B, T, D]; a decoder layer also attends to `encoded` [B, S, D].
 
-        Returns (x, None).
+        `mask` and `bias` [1, N, T, T] are those of self-attention, `encoded_mask` that of
+        cross-attention, as in `attention.attend`. Returns (x, None).
         """
         dropout = functools.partial(self.drop, deterministic=not train)
         y = self.attention_norm(x)
@@ -97,7 +103,7 @@ class T5Layer(nn.Module):
         return constrain(x + dropout(self.mlp(self.mlp_norm(x), train))), None
 
     def cross_kv(self, carry, _, encoded):
-        """Returns (carry, cross-attention keys and values of the encoder output).
+        """Returns (carry unchanged, cross-attention keys and values of `encoded` [B, S, D]).
 
         The keys and values are computed once per answer and become the cache's prefix.
         """
@@ -108,7 +114,10 @@ class T5Layer(nn.Module):
         }
 
     def step(self, x, cache, prefix_mask, view):
-        """Runs each beam's newest token, `x` [B, R, D]; returns (x, what `cache.append` takes)."""
+        """Runs each beam's newest token, `x` [B, R, D]; returns (x, what `cache.append` takes).
+
+        `view` is the `cache.TailView` of the step.
+        """
         query, key, value = self.attention.newest(self.attention_norm(x), view.unstacked)
         token = {"key": heads_first(key), "value": heads_first(value)}
         past, current, output = attend_tail(cache["tail"], token, view)
@@ -119,7 +128,8 @@ class T5Layer(nn.Module):
     def tree(self, x, cache, prefix_mask, masks, biases):
         """Runs a tree of tokens `x` [B, T, D] after the cached ones; returns (x, None).
 
-        `masks` and `biases` are pairs: for the cached tokens, and for the tree itself.
+        `masks` and `biases` are pairs: for the cached tokens ([B, 1, 1, S] and [B, N, T, S]), and
+        for the tree itself ([B, 1, T, T] and [B, N, T, T]); each B may be 1.
         """
         query, key, value = self.attention.newest(self.attention_norm(x))
         cached = [
@@ -167,7 +177,11 @@ class T5Stack(nn.Module):
         return jnp.moveaxis(self.relative_bias.astype(jnp.float32)[buckets], -1, 0)
 
     def __call__(self, x, mask, encoded=None, encoded_mask=None, train=False):
-        """Runs full sequences `x` [B, T, D] through all layers and the final norm."""
+        """Runs full sequences `x` [B, T, D] through all layers and the final norm.
+
+        The decoder also attends to `encoded` [B, S, D]; the masks are those of `attention.attend`,
+        for self-attention and for cross-attention.
+        """
         index = jnp.arange(x.shape[1])
         bias = self.bias(index[None, :] - index[:, None])[None]  # [1, N, T, T]
         dropout = functools.partial(self.drop, deterministic=not train)
@@ -177,16 +191,17 @@ class T5Stack(nn.Module):
         return dropout(self.norm(x))
 
     def cross_kv(self, encoded):
-        """Keys and values of the encoder output for the cross-attention of every decoder layer.
+        """Keys and values of the encoder output [B, S, D] for each decoder layer's cross-attention.
 
-        Stacked over layers, or a tuple of one tree per layer if they are unstacked.
+        They are stacked over layers, or a tuple of one tree per layer if these are unstacked.
         """
         return self.layers.cross_kv(jnp.zeros((), self.dtype), None, encoded)[1]
 
     def step(self, x, cache):
         """Runs the newest token of each beam, `x` [B, R, D], through all layers and the final norm.
 
-        Returns the hidden states, and the layers' outputs for `cache.append`.
+        `cache` is the whole cache (`cache.py`). Returns the hidden states, and the layers' outputs
+        for `cache.append`.
         """
         (rows, length), step = cache["lineage"].shape[1:], cache["step"]
         bias = self.bias(jnp.append(jnp.arange(length), step) - step)  # the token comes last
@@ -202,8 +217,8 @@ class T5Stack(nn.Module):
     def tree(self, x, depths, ends, cache):
         """Runs a tree of tokens `x` [B, T, D], after the cached ones, through all layers.
 
-        Returns the hidden states after the final norm; caches nothing. `depths` and `ends` are as
-        in `T5.decode_tree`.
+        Returns the hidden states after the final norm; caches nothing. `depths`, `ends` and `cache`
+        are as in `T5.decode_tree`.
         """
         length, step = cache["lineage"].shape[2], cache["step"]
         positions = step - 1 + depths
@@ -265,8 +280,8 @@ class T5(Network):
 
         `inputs` are the encoder's embedded tokens and visual vectors, `segments` the number of the
         sample that owns each (0: padding). `decoder_tokens` are the targets shifted right, with
-        sample numbers of their own. `positions` is ignored: the position bias depends on distances,
-        and a sample has no gaps.
+        sample numbers of their own. An index in `asked` that is out of range (padding) gives zeros.
+        `positions` is ignored: the position bias depends on distances, and a sample has no gaps.
         """
         del positions
         encoded = self.encoder(inputs, segment_mask(segments, segments), train=train)
@@ -294,7 +309,7 @@ class T5(Network):
     def decode_step(
         self, token: Int[Array, "B R"], cache: dict[str, Any]
     ) -> tuple[Float[Array, "B R V"], dict[str, Any]]:
-        """Logits of the token after `token`, and the cache with `token` added."""
+        """Logits of the token after `token`, and the cache with `token` added; R are beams."""
         x, outputs = self.decoder.step(self.embed(token), cache)
         return self.logits(x), append(cache, outputs)
 

@@ -87,7 +87,10 @@ class VisionLanguageModel(Network):
         return self.logits(self.asked_states(batch, train))
 
     def asked_factors(self, batch: Batch, train: bool = False) -> WordFactors:
-        """The factors whose product are the logits that predict the batch's `targets`."""
+        """The factors whose product, `dense.word_logits`, is the result of `__call__`.
+
+        They are for a loss that does not hold all of the logits; layers must not be unstacked.
+        """
         return self.llm.factors(self.asked_states(batch, train))
 
     def asked_states(self, batch: Batch, train: bool = False) -> Float[Array, "G A Dl"]:
@@ -209,7 +212,7 @@ def init_params(variant: Variant, key: Array) -> dict[str, Any]:
 
 
 def param_shapes(variant: Variant) -> dict[str, Any]:
-    """Shapes and (float32) dtypes of all parameters, without allocating them."""
+    """The tree of all parameters as `jax.ShapeDtypeStruct`s, float32: nothing is allocated."""
     return jax.tree.map(lambda leaf: leaf, _param_shapes(variant))  # a copy: callers may change it
 
 
