@@ -40,7 +40,7 @@ HISTORY = {**TOWERS, "qformer": "stages 1 and 2 of BLIP-2 on captions of shapes"
 
 
 def text_processor(kind: str) -> TextProcessor:
-    """Returns tokenizers and variant of the embedded model with LLM `kind` 'llama' or 't5'."""
+    """Returns new tokenizers and the variant of the embedded model with LLM `kind`: llama or t5."""
     llm, qformer = make_tokenizers(kind)
     sizes: dict[str, Any] = {**LANGUAGE[kind], "vocab": len(llm)}
     if kind == "llama":
@@ -63,9 +63,10 @@ def write_checkpoint(
 ) -> None:
     """Writes the checkpoint folder of an embedded model in bfloat16.
 
-    `params` are the trained towers; a tower that is missing gets random weights. `history` is
-    stored in `config.json` and says where each tower comes from. `processor` has the variant and
-    the tokenizers; `tokenizer` is a folder that is copied in place of the language model's.
+    `params` has the nested parameters of trained towers by name (`vision`, `qformer`, `llm`); a
+    tower that is missing gets random weights. `history` is stored in `config.json` and says where
+    each tower comes from. `processor` has the variant and the tokenizers; `tokenizer` is a folder
+    that is copied in place of the language model's.
     """
     variant = processor.variant
     start = init_params(variant, jax.random.key(seed))
@@ -89,8 +90,9 @@ def write_checkpoint(
 def replace_embedded(source: str | os.PathLike[str], out: Path) -> None:
     """Writes `source` in bfloat16 as the checkpoint folder `out`, replacing an existing one.
 
-    The old folder stays until the new one is complete. `config.json` says how each part was
-    trained, in place of the folders that `source` was joined from.
+    `source` is a checkpoint or a run. The old folder stays until the new one is complete.
+    `config.json` says how each part was trained, in place of the folders that `source` was joined
+    from.
 
     Raises:
       ValueError: `out` exists and is no checkpoint folder.

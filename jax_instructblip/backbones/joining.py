@@ -27,15 +27,21 @@ Leaves = Iterable[tuple[str, np.ndarray]]
 
 
 class Part(NamedTuple):
-    """Parameters that come from one place: a model, or a random initialisation."""
+    """Parameters that come from one place: a model, or a random initialisation.
 
-    origin: str  # a folder, an address, or "random": what is printed and written into config.json
+    Attributes:
+      origin: a folder, an address, or "random", which is printed and written into config.json.
+      nbytes: the size of all of them.
+      leaves: (path, array) of each, to be read once.
+    """
+
+    origin: str
     nbytes: int
     leaves: Leaves
 
 
 def part_of(source: Source, chosen: Callable[[str], bool], path: str | os.PathLike[str]) -> Part:
-    """Returns the parameters of a model for whose paths `chosen` is true, to be read one by one.
+    """Returns the parameters of a model whose paths (`llm/...`) `chosen` accepts, read one by one.
 
     `path` is where `source` was read from. If it is an address in a store, it becomes the origin;
     else the folder does.
@@ -68,8 +74,8 @@ def write_joined(
       out: the folder to make, or its address in a store; it must not exist, and appears when all
         is written.
       variant: the sizes of the whole model.
-      parts: the parameters by the name of the part, which is printed with its origin.
-      copy_tokenizers: puts the tokenizers into the folder that it is called with.
+      parts: the parameters, by a name of the part that is printed with its origin.
+      copy_tokenizers: puts the tokenizers into the checkpoint folder that it is called with.
 
     Returns:
       The folder `out`, or its address.

@@ -34,7 +34,8 @@ NAMES = (*FAMILIES, "relist")  # kinds of examples
 class Stage:
     """A stage of the curriculum: `steps` steps on scenes of up to `things` things.
 
-    `relisted` is the share of examples that are made by `relist`.
+    A thing is a colored shape in a cell of the scene. `relisted` is the share of examples that are
+    made by `relist`.
     """
 
     things: int
@@ -50,9 +51,11 @@ def text_example(
 ) -> tuple[str, str, str, str] | None:
     """Returns (family, description, prompt, answer) about a random part of a scene.
 
-    None if the drawn family of questions cannot ask about it. The description lists up to `things`
-    things in random order. Sometimes a thing's words are shuffled, and sometimes the description is
-    only the answer, or a count of equal things.
+    The scene is that of `world.sample_scene(seed, split, index)`, with `split` in `world.SPLITS`;
+    with the probability `relisted` the example is one of `relist`. The result is None if the drawn
+    family of questions cannot ask about the part. The description lists up to `things` things in
+    random order. Sometimes a thing's words are shuffled, and sometimes the description is only the
+    answer, or a count of equal things.
     """
     scene = world.sample_scene(seed, split, index)
     rng = world.scene_rng(seed, split, index, use=2)
@@ -87,8 +90,9 @@ def text_example(
 def relist(scene: world.Scene, rng: np.random.Generator) -> tuple[str, str, str, str]:
     """Returns an example whose answer repeats the description, with things and words shuffled.
 
-    After a thing's first word the others must be looked up in the description. Questions need this
-    skill, and here a row trains it several times.
+    It is (family, description, prompt, answer), as of `text_example`. After a thing's first word
+    the others must be looked up in the description. Questions need this skill, and here one example
+    trains it several times.
     """
     things, word = scene.things, scene.word
     description = tasks.describe(scene) if rng.integers(2) else _loosely(things, word, rng)
@@ -121,7 +125,8 @@ def text_rows(
 ) -> dict[str, np.ndarray]:
     """Returns the examples as one padded batch, with `family` [G], the index of each in `NAMES`.
 
-    A row is a training example (`data/batch.py`) preceded by the tokens of its description.
+    Examples are as `text_example` returns them. A row of the batch (`data/batch.py`) is the prompt
+    and answer of one, preceded by the tokens of its description.
     """
     rows = []
     for _, description, prompt, answer in examples:
@@ -159,9 +164,9 @@ class Reader(Network):
 def pool(
     text: TextProcessor, seed: int, split: str, start: int, count: int, stage: Stage
 ) -> list[dict[str, np.ndarray]]:
-    """Returns about `count` examples as `BUCKETS` batches of examples of similar length.
+    """Returns about `count` examples as `BUCKETS` batches (`text_rows`) of similar length.
 
-    Scenes are drawn from number `start` on.
+    The scenes are those of `split` from number `start` on. `stage` says how many things they have.
     """
     drawn = (
         text_example(seed, split, start + index, stage.things, stage.relisted)
@@ -178,9 +183,10 @@ def pool(
 def start_t5(params: dict[str, Any], config: T5Config) -> dict[str, Any]:
     """Returns random parameters changed so that a small T5 can learn to look things up.
 
-    T5 does not scale attention scores, so query kernels are made smaller. And with position biases
-    near zero, T5 ignores word order for a thousand steps. So some heads start with a bias for
-    neighbouring tokens (bucket d is d tokens back, 16 + d is d tokens ahead), which is trained on.
+    `params` are T5's own, those below `llm`. T5 does not scale attention scores, so query kernels
+    are made smaller. And with position biases near zero, T5 ignores word order for a thousand
+    steps. So some heads start with a bias for neighbouring tokens (bucket d is d tokens back,
+    16 + d is d tokens ahead), which is trained on.
     """
     small = config.head_width**-0.5
     params = jax.tree_util.tree_map_with_path(
@@ -210,7 +216,17 @@ def train_language(
 ) -> dict[str, Any]:
     """Trains the language model `text.variant.llm`; returns its parameters in float32.
 
-    After each stage, `log` is called with the accuracy of each family of questions.
+    Args:
+      text: the tokenizers, and the variant with the sizes.
+      curriculum: the stages, one after another.
+      batch: examples of a step.
+      learning_rate: the peak, after a warm-up and before a cosine decay to 0.
+      examples: number of examples that are drawn for each stage.
+      seed: of scenes, parameters and dropout.
+      log: is called after each stage with the accuracy of each family of questions.
+
+    Returns:
+      The nested dict of those below `llm`.
     """
     config = text.variant.llm
     model: Any = Reader(config)

@@ -15,7 +15,13 @@ from jax_instructblip.models.variants import LanguageConfig, QFormerConfig, Visi
 
 
 def source_of(path: str | os.PathLike[str], kind: str, wanted: str) -> Source:
-    """Returns the model at a path; raises a ValueError if it is not of `kind`."""
+    """Returns the model at a path, a checkpoint or a run.
+
+    `kind` is that of its variant, one of `KINDS`; `wanted` names it in the error.
+
+    Raises:
+        ValueError: the model is of another kind.
+    """
     source = read_source(path)
     if source.variant.kind != kind:
         raise ValueError(

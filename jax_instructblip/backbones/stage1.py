@@ -91,9 +91,10 @@ def write_stage1(
 def bert_leaves(
     tensors: Mapping[str, Tensor], config: QFormerConfig, title: str
 ) -> dict[str, np.ndarray]:
-    """Returns the Q-Former leaves that BERT's tensors fill, by path.
+    """Returns the Q-Former leaves (float32) that BERT's tensors fill, by path (`qformer/...`).
 
-    The word `[DEC]`, which BERT lacks, gets the mean of all word embeddings.
+    `tensors` are BERT's by name, `config` has the Q-Former's sizes. The word `[DEC]`, which BERT
+    lacks, gets the mean of all word embeddings.
 
     Raises:
       ConversionError: lists all tensors that are missing or of other shapes; `title`, the name of

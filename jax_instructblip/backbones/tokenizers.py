@@ -50,7 +50,10 @@ def world_text() -> list[str]:
 
 
 def count_words(text: Iterable[str]) -> Counter:
-    """Counts the words (`top-left` is one), punctuation marks and option labels such as `(a)`."""
+    """Returns the number of each word (`top-left` is one), punctuation mark and label like `(a)`.
+
+    Fields of templates, such as `{question}`, are left out.
+    """
     pattern = re.compile(r"\([a-z]\)|\w+(?:-\w+)*|[^\w\s]")
     words = Counter()
     for line in text:
@@ -119,7 +122,7 @@ def make_bert(text: list[str]) -> BertTokenizer:
 
 
 def make_tokenizers(kind: str) -> tuple[LlamaTokenizer | T5Tokenizer, BertTokenizer]:
-    """Returns the tokenizers of the language model (`kind` 'llama' or 't5') and the Q-Former."""
+    """Returns the tokenizers of the language model `kind`, 'llama' or 't5', and of the Q-Former."""
     text = world_text()
     return {"t5": make_t5, "llama": make_llama}[kind](text), make_bert(text)
 

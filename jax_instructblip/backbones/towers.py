@@ -33,7 +33,8 @@ def train_towers(
 ) -> None:
     """Trains the vision tower and the language models; writes `base_KIND` for each of `kinds`.
 
-    Finished parts in `work` are reused. `scale` multiplies all step counts.
+    `kinds` are keys of `LANGUAGE`. Finished parts in `work` are reused. `scale` multiplies all step
+    counts; below 1, also the numbers of scenes and examples.
 
     Raises:
         ValueError: the parts in `work` were trained with other settings.
@@ -66,8 +67,9 @@ def copy_towers(
 ) -> None:
     """Writes `base_KIND` for each of `kinds`, with the towers of the embedded checkpoints.
 
-    The language models keep their tokenizers; the Q-Former, which is random, has a new one.
-    Existing folders in `work` are kept. `scale` is only noted: other parts in `work` depend on it.
+    `kinds` are keys of `LANGUAGE`. The language models keep their tokenizers; the Q-Former, which
+    is random, has a new one. Existing folders in `work` are kept. `scale` is only noted: other
+    parts in `work` depend on it.
 
     Raises:
         ValueError: the parts in `work` were made with other settings.

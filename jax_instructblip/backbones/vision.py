@@ -43,7 +43,10 @@ PICTURE_HEADS = {
 
 
 def scene_labels(scene: world.Scene) -> dict[str, np.ndarray]:
-    """Returns the labels of one scene by name, int32: `[16]` for cells, `[n]` for the picture."""
+    """Returns the labels of one scene by name, int32: `[16]` for cells, `[n]` for the picture.
+
+    Names are the keys of `CELL_HEADS`, and those of `PICTURE_HEADS` after the word `picture`.
+    """
     cells = world.GRID**2
     index = np.arange(cells, dtype=np.int32)
     label = {name: np.full(cells, CELL_HEADS[name] - 1, np.int32) for name in CELL_HEADS}
@@ -73,7 +76,11 @@ def scene_labels(scene: world.Scene) -> dict[str, np.ndarray]:
 
 
 def labelled_scenes(seed: int, split: str, count: int) -> dict[str, np.ndarray]:
-    """Draws scenes; returns uint8 `images` `[count, H, W, 3]` and the stacked labels."""
+    """Draws scenes; returns uint8 `images` `[count, H, W, 3]` and the stacked labels by name.
+
+    The scenes are the first `count` of `split`, one of `world.SPLITS`; the labels are those of
+    `scene_labels`.
+    """
     rows = []
     with Progress(count, "drawing scenes", "scenes") as progress:
         for index in range(count):
@@ -106,8 +113,9 @@ class Probed(Network):
 def some_grey(images: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns normalised pixels with some pictures in grey, and float `[B]`, 1 if in color.
 
-    The tower must know a shape without its color. Otherwise it represents pairs of color and shape,
-    and a model that is trained on some pairs does not generalise to others.
+    `images` are uint8 `[B, H, W, 3]`; the pixels have the same shape. The tower must know a shape
+    without its color. Otherwise it represents pairs of color and shape, and a model that is trained
+    on some pairs does not generalise to others.
     """
     pixels = normalise(images)
     which, mix = jax.random.split(key)
@@ -130,7 +138,17 @@ def train_vision(
 ) -> dict[str, Any]:
     """Trains the vision tower; returns its parameters in float32.
 
-    At the end `log` is called with the accuracy of each label on unseen scenes.
+    Args:
+      config: the sizes of the tower.
+      steps: number of training steps.
+      batch: images of a step.
+      scenes: number of scenes to train on.
+      learning_rate: the peak, after a warm-up and before a cosine decay to 0.
+      seed: of scenes and parameters.
+      log: is called at the end with the accuracy of each label on unseen scenes.
+
+    Returns:
+      The nested dict of those below `vision`.
     """
     data = labelled_scenes(seed, "vision", scenes)
     unseen = labelled_scenes(seed, "validation", 512)

@@ -65,6 +65,7 @@ def write_tree(
 
     Raises:
         OSError: writing failed.
+        ValueError: there is no leaf, or a path is given twice or lies below another leaf.
     """
     manifest: dict[str, dict[str, Any]] = {}
     with atomic_folder(folder) as temporary:
@@ -142,9 +143,13 @@ def read_parts(
 ) -> Tree:
     """Reads a checkpoint folder in one of several processes, which each hold parts of the leaves.
 
-    `place(path, leaf)` slices the leaf where this process's devices need it, and only these slices
-    are read; the result is a nested dict of what `place` returns. `expected` is compared as in
-    `read_tree`. Hashes cover whole files, so each process verifies a share of the files.
+    This process is number `process`, from 0, of `processes`. `place(path, leaf)` slices the leaf
+    where this process's devices need it, and only these slices are read; the result is a nested
+    dict of what `place` returns. `expected` is compared as in `read_tree`. Hashes cover whole
+    files, so each process verifies a share of the files.
+
+    Raises:
+        CheckpointError: lists every mismatch, or every damaged leaf of this process's share.
     """
     folder = Path(folder).absolute()
     manifest, _ = _open(folder)
@@ -190,7 +195,7 @@ def write_config(folder: str | os.PathLike, config: Mapping[str, Any]) -> None:
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
-    """The fields of a folder's config.json; also compares the hashes of `files.json`.
+    """The fields of a folder's config.json; also verifies all files that `files.json` lists.
 
     Raises:
         CheckpointError: config.json is missing or not from `write_config`, or a file is damaged.

@@ -27,7 +27,13 @@ Manifest = dict[str, dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class OwnPart:
-    """A part of a leaf that this process writes: the leaf's path, start index, and numbers."""
+    """A part of a leaf that this process writes.
+
+    Attributes:
+      path: the path of the leaf.
+      start: the index in the leaf at which the part begins, one number per axis.
+      data: the part as an array, on a device or not.
+    """
 
     path: str
     start: tuple[int, ...]
@@ -47,7 +53,8 @@ def name_of(start: Iterable[int]) -> str:
 def own_parts(leaves: Mapping[str, jax.Array]) -> Iterator[OwnPart]:
     """Yields the parts that this process writes, as they are on its devices.
 
-    A leaf that every process has whole, such as a random key, is written by process 0.
+    `leaves` maps path to the global array. A leaf that every process has whole, such as a random
+    key, is written by process 0.
     """
     for path, leaf in leaves.items():
         if leaf.is_fully_addressable and jax.process_index() > 0:
@@ -59,7 +66,10 @@ def own_parts(leaves: Mapping[str, jax.Array]) -> Iterator[OwnPart]:
 
 
 def write_parts(params: Path, parts: Iterable[OwnPart]) -> Manifest:
-    """Writes parts of leaves below `params`; returns a manifest that lists these parts only."""
+    """Writes parts of leaves below `params`; returns a manifest that lists these parts only.
+
+    `params` is the folder of that name in a checkpoint folder.
+    """
     manifest: Manifest = {}
     for part in parts:
         array = np.ascontiguousarray(part.data).reshape(np.shape(part.data))
@@ -99,7 +109,7 @@ def is_in_parts(manifest: Mapping[str, Mapping[str, Any]]) -> bool:
 def check_parts(manifest: Mapping[str, Mapping[str, Any]], where: Any) -> None:
     """Raises a CheckpointError that names all leaves which their parts do not cover exactly once.
 
-    The message begins with `where`.
+    The message begins with `where`, for example the checkpoint folder.
     """
     wrong = []
     for path, entry in manifest.items():
@@ -139,6 +149,8 @@ def _problem(shape: Any, parts: Any) -> str:
 def stored(params: Path, path: str, entry: Mapping[str, Any]) -> StoredParts:
     """The leaf at `path`, which is in parts, as an array that is read when it is sliced.
 
+    `params` is the folder of that name in a checkpoint folder, `entry` the leaf's in its manifest.
+
     Raises:
         OSError: a file is missing.
         ValueError: a file has the wrong length.
@@ -167,6 +179,8 @@ def files(params: Path, manifest: Mapping[str, Mapping[str, Any]]) -> dict[Path,
 
 def stored_leaf(params: Path, path: str, entry: Mapping[str, Any]) -> StoredParts:
     """The leaf at `path`, whole or in parts, as an array that is read when it is sliced.
+
+    The arguments are those of `stored`.
 
     Raises:
         OSError: a file is missing.

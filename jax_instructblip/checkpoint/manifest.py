@@ -61,7 +61,11 @@ def manifest_digest(folder: str | os.PathLike) -> str:
 
 
 def entry_of(path: str, array: np.ndarray) -> dict[str, Any]:
-    """The manifest entry of a leaf; a ValueError if the array does not hold numbers."""
+    """The manifest entry of a leaf: shape, dtype, sha256.
+
+    Raises:
+        ValueError: the array does not hold numbers; the message names `path`.
+    """
     if array.dtype.hasobject or array.dtype.kind in "USM":
         raise ValueError(f"leaf {path!r} has dtype {array.dtype}: only numbers can be stored")
     raw = array.reshape(-1).view(np.uint8).data
@@ -73,7 +77,10 @@ def entry_of(path: str, array: np.ndarray) -> dict[str, Any]:
 
 
 def describe(leaves: Mapping[str, Any], dtypes: bool) -> dict[str, tuple]:
-    """(shape, dtype) of each leaf by path, for `compare`; no dtype (None) unless `dtypes`."""
+    """(shape, dtype) of each leaf by path, for `compare`; no dtype (None) unless `dtypes`.
+
+    `leaves` maps path to anything with `shape` and `dtype`.
+    """
     return {
         path: (tuple(leaf.shape), np.dtype(leaf.dtype).name if dtypes else None)
         for path, leaf in leaves.items()
@@ -91,10 +98,17 @@ def described(manifest: Mapping[str, Any], dtypes: bool) -> dict[str, tuple]:
 def compare(
     folder: Path, claim: str, found: Mapping[str, tuple], wanted: Mapping[str, tuple]
 ) -> None:
-    """Raises a CheckpointError that lists all differences in paths, shapes and dtypes.
+    """Compares the leaves of a checkpoint folder with those that are wanted.
 
-    `found` and `wanted` map paths to (shape, dtype), as `describe` returns. `claim` says in the
-    message what the differences mean.
+    Args:
+        folder: names the checkpoint in the message; it is not read.
+        claim: says in the message what a difference means, as in "this is not the checkpoint that
+            was expected".
+        found: the folder's leaves, as `described` returns them.
+        wanted: (shape, dtype) by path, as `describe` returns it.
+
+    Raises:
+        CheckpointError: lists all differences in paths, shapes and dtypes.
     """
     reasons = []
     for path in sorted(found.keys() | wanted.keys()):

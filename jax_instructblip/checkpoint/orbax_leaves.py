@@ -21,7 +21,7 @@ SETTLE_SECONDS = 0.3  # wait after a failure, until the other leaves of the grou
 
 
 def save(params: Path, group: dict[str, np.ndarray], folder: Path) -> None:
-    """Writes the leaves of `group` below `params`, a folder inside a temporary checkpoint folder.
+    """Writes the leaves of `group`, arrays by path, below `params` of an unfinished checkpoint.
 
     Raises:
         OSError: writing failed; names `folder`, the path of the finished checkpoint.
@@ -88,9 +88,10 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def writing(folder: Path, doing: str) -> Iterator[None]:
-    """Turns an error of Orbax while writing into an OSError that tells path, reason and free space.
+    """A context that turns an error of Orbax into an OSError with path, reason and free space.
 
-    `folder` is the path of the checkpoint, `doing` the action that the message names.
+    `folder` is the path of the checkpoint; `doing` names the action in the message, as in
+    "closing the checkpoint".
     """
     try:
         with _quiet():
@@ -137,7 +138,7 @@ def metadata(params: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 def load(
     params: Path, group: Mapping[str, Any], damaged: list[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields path and array of each leaf in `group`; paths that cannot be read go to `damaged`.
+    """Yields (path, array) of each leaf in `group`; appends to `damaged` why one cannot be read.
 
     `group` maps paths to descriptions of leaves, from `metadata`.
     """

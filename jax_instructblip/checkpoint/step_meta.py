@@ -34,7 +34,7 @@ _BASE = {"path": text(), "sha256": text(), "name": text()}
 
 
 def seal(meta: Mapping[str, Any]) -> str:
-    """The text of a `meta.json`: these fields, and a sha256 of them."""
+    """The text of a `meta.json` to write: the fields of `meta`, and a sha256 of them."""
     return json.dumps({**meta, _SEAL: _digest(meta)}, indent=1) + "\n"
 
 
@@ -78,6 +78,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def check_manifest(meta: Mapping[str, Any], folder: Path, part: str) -> None:
     """Checks that the manifest of a part, `trainable` or `optimizer`, is the one saved with `meta`.
 
+    The part is the folder `folder / part`. A `meta` without hashes of manifests is accepted.
+
     Raises:
         CheckpointError: the manifest is another one, for example that of another step.
     """
@@ -92,7 +94,10 @@ def check_manifest(meta: Mapping[str, Any], folder: Path, part: str) -> None:
 
 
 def bind(meta: Mapping[str, Any], folder: Path, parts: tuple[str, ...]) -> dict[str, Any]:
-    """Adds to `meta` the sha256 of the manifest in each of the folders `folder / part`."""
+    """A copy of `meta` with the field `manifests`: the sha256 of each part's manifest.
+
+    `parts` are names of folders in `folder`: `trainable`, `optimizer`.
+    """
     return {**meta, _MANIFESTS: {part: manifest_digest(folder / part) for part in parts}}
 
 

@@ -16,13 +16,16 @@ _BLOCK = 16 * 2**20  # bytes of a file that are mapped at a time
 
 
 def bytes_read() -> int:
-    """The number of bytes that this process has so far read from leaves part by part."""
+    """The number of bytes that this process has so far read by slicing `StoredParts`."""
     return _read["bytes"]
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredPart:
-    """A file with the raw bytes of a part of a leaf; `start` is the part's index in the leaf."""
+    """A file with the raw bytes of a part of a leaf.
+
+    `start` is the index in the leaf at which the part begins, `shape` that of the part.
+    """
 
     file: Path
     start: tuple[int, ...]

@@ -9,7 +9,8 @@ Tree = dict[str, Any]
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The leaves of a nested dict by path: `{"llm": {"embed": leaf}}` -> `{"llm/embed": leaf}`.
 
-    `prefix` is put before every path. A ValueError for keys that are not words without "/".
+    `prefix`, such as `model/`, is put before every path. A ValueError names a key that is empty,
+    has a "/" or is no string.
     """
     flat = {}
     for key, value in tree.items():

@@ -27,10 +27,17 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The tensors of one source name (one a layer) and the rules about their parts, in order."""
+    """The tensors of one source name, one for each layer, and the rules about their parts.
+
+    Attributes:
+      keys: the names of the tensors.
+      entries: the rules about the parts of such a tensor, in the order of the parts.
+      dtype: the dtype of each tensor.
+      shape: the shape of each tensor, all parts together.
+    """
 
     keys: list[str]
-    entries: Sequence[Rule | Zeros | Fixed]  # in the order of the parts
+    entries: Sequence[Rule | Zeros | Fixed]
     dtype: np.dtype
     shape: tuple[int, ...]
 
@@ -45,7 +52,10 @@ class Group:
         return len(self.keys) * math.prod(self.shape) * self.dtype.itemsize
 
     def make(self, layer: int, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Returns the tensor of one layer, assembled from the leaves (parameters) of its parts."""
+        """Returns the tensor `keys[layer]`, assembled from the leaves of its parts.
+
+        `leaves` maps path to parameter, and has those of `rules`.
+        """
         if isinstance(self.entries[0], Fixed):
             return self.entries[0].make(self.shape[0], self.dtype)
         tensor = np.zeros(self.shape, self.dtype)
@@ -71,10 +81,10 @@ def make_groups(
     """Returns the groups of tensors that rules (`entries`) make of the leaves in a manifest.
 
     With `leave_out_head`, the language model's head is left out: the format ties it to the
-    embedding.
+    embedding. `title` is the checkpoint's name in the error.
 
     Raises:
-      ValueError: the parts of a tensor have different dtypes in `title`, the checkpoint.
+      ValueError: the parts of a tensor have different dtypes.
     """
     by_source: dict[str, list[Rule | Zeros]] = defaultdict(list)
     groups = []
@@ -126,7 +136,8 @@ def write_tensors(
 ) -> None:
     """Writes the tensors of the groups to safetensors files in `folder`.
 
-    `progress` is called with the size in bytes of each tensor written.
+    A file has at most `shard_bytes`, or a single larger tensor. `progress` is called after each
+    tensor, with its size in bytes.
     """
     specs = {key: (group.dtype, group.shape) for group in groups for key in group.keys}
     writer = Writer(folder, specs, shard_bytes)

@@ -35,8 +35,8 @@ class ClipFolder:
     Attributes:
       folder: the folder.
       config: the tower's sizes; its last block is not computed, as LLaVA has it.
-      tensors: the tower's tensors by name, below `vision_model.`.
-      dropped: why other tensors are left out, by the beginning of their names.
+      tensors: the tower's tensors by name; every name begins with `vision_model.`.
+      dropped: the reason why other tensors are left out, by the beginning of their names.
     """
 
     folder: Path

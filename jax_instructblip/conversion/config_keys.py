@@ -57,9 +57,10 @@ class Key:
     Attributes:
       name: its name in config.json.
       field: the field's name in the dataclass.
-      kind: type and range; `AXIS` and `COUNT` are also compared with the tensors.
+      kind: its type and range, such as `SIZE`; `AXIS` and `COUNT` are also compared with the
+        tensors.
       default: its value if it is missing.
-      else_as: name of an earlier key whose value it has if it is missing or null.
+      else_as: name of an earlier key whose value it has if it is missing or null; "" for none.
     """
 
     name: str
@@ -71,20 +72,26 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """A key with only one supported value, which a missing key has, too."""
+    """A key with only one supported value, which a missing key has, too.
+
+    `written` is False for an obsolete key, which is only read.
+    """
 
     name: str
     value: Any
-    written: bool = True  # False for an obsolete key, which is only read
+    written: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Same:
-    """A key that must equal the key `as_`, which a `Key` reads."""
+    """A key that must equal the key `as_`, which a `Key` reads.
+
+    A missing key has the value `default`; if that is None, the value of `as_`.
+    """
 
     name: str
     as_: str
-    default: Any = None  # None: the value of the key `as_`
+    default: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +123,7 @@ class Values(dict[str, Any]):
         self.failures.append(f"{self.prefix}{key} is {self[key]!r:.60}; {expected}")
 
     def checked(self, key: str, kind: Field, default: Any = None) -> Any:
-        """Returns the value of a key, or `default` if its type or range is wrong.
+        """Returns the value of a key, or `default` if its type or range is not that of `kind`.
 
         In the latter case a complaint is added to `failures`.
         """
@@ -146,7 +153,11 @@ class Section:
         return defaults
 
     def read(self, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Returns (fields that the section of a config.json fills, complaints about it)."""
+        """Returns (fields that the section fills, complaints about it); `config` is the document.
+
+        The fields map names of our dataclass to values; where there are complaints, not all of
+        these can be used.
+        """
         section = (config.get(self.name) if self.name else config) or {}
         if not isinstance(section, Mapping):
             return {}, [f"{self.name} is {kind_of(section)}, expected an object"]
@@ -177,7 +188,7 @@ class Section:
         return fields, values.failures
 
     def write(self, tower: Any) -> dict[str, Any]:
-        """Returns the keys that describe `tower`, the sizes of a tower; `read` is the inverse."""
+        """Returns the section's keys that describe `tower`, our dataclass of a tower's sizes."""
         keys: dict[str, Any] = {}
         for row in self.rows:
             if isinstance(row, Key):
@@ -193,8 +204,8 @@ class Section:
     def sizes(self, tower: Any) -> list[tuple[str, int, bool]]:
         """Returns (key, value, is_layers) of each size that the tensors' shapes or names show.
 
-        `is_layers` is True for a number of layers, False for the length of an axis. `tower` is the
-        tower's dataclass of sizes.
+        `key` includes the section, as in `vision_config.hidden_size`. `is_layers` is True for a
+        number of layers, False for the length of an axis. `tower` is the dataclass of sizes.
         """
         prefix = f"{self.name}." if self.name else ""
         return [

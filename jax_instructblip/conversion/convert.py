@@ -59,14 +59,14 @@ def convert(
         were saved apart.
       out: the folder to make, or its address in an object store (`gs://...`). It must not exist,
         and appears when it is complete.
-      variant: name of a released model (`models/released.py`) whose sizes the weights must have;
-        required with `.pth` files, which do not tell their sizes.
+      variant: the sizes that the weights must have, or the name of a released model
+        (`models/released.py`); required with `.pth` files, which do not tell their sizes.
       llm: with `.pth` files or `mm_projector.bin`, the Hugging Face folder of the language model.
       bert: with `.pth` files, a folder with the tokenizer of bert-base-uncased, for a Q-Former that
         reads text.
-      template: the chat template that the model is asked by (a key of `CHAT_TEMPLATES`); by default
+      template: the chat template that prompts are put in (a key of `CHAT_TEMPLATES`); by default
         that of its language model for LLaVA, and none for others.
-      vision: with original LLaVA, the folder of its CLIP.
+      vision: with original LLaVA, which needs it, the folder of its CLIP.
       base: with a delta of LLaVA, the Hugging Face folder of the LLaMA that it is added to.
 
     Returns:

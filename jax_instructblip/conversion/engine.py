@@ -38,8 +38,8 @@ class Rule:
       target: path of the leaf; with `layers` the leaf is stacked on axis 0 in their order.
       transform: transposes or reshapes the tensor into the leaf.
       layers: numbers of the layers.
-      part: (k, n): the k-th of n equal pieces along the tensor's axis 0; other rules take the
-        others.
+      part: (k, n): piece k, counted from 0, of n equal pieces along the tensor's axis 0; other
+        rules take the others.
     """
 
     source: str
@@ -103,11 +103,11 @@ class Fixed:
 
     @property
     def keys(self) -> list[str]:
-        """The name of the source tensor."""
+        """The name of the source tensor, as a list of one."""
         return [self.source]
 
     def make(self, size: int, dtype: np.dtype) -> np.ndarray:
-        """Returns the tensor for a leaf of that size and dtype."""
+        """Returns the tensor, `[size, size]` or `[size]`, whose values `values` names."""
         return np.eye(size, dtype=dtype) if self.values == "identity" else np.zeros(size, dtype)
 
 
@@ -172,7 +172,8 @@ def make_plan(
 ) -> Plan:
     """Returns the plan that fills the leaves in `expected` from `tensors` by the rules `entries`.
 
-    `expected` maps the path of each leaf to anything with a shape; `title` heads the error message.
+    `expected` maps the path of each leaf to anything with a `shape`, `tensors` a source name to a
+    tensor; `title` heads the error message.
 
     Raises:
         ConversionError: tensors are missing, left over, or of another shape or dtype; leaves are
@@ -261,7 +262,8 @@ def _leaf(
 def is_finite(array: np.ndarray) -> bool:
     """Tells whether no number is NaN or infinite, without a copy of the array.
 
-    Only the bits of the exponent are compared, in chunks; they are all set in NaN and infinity.
+    The dtype is a key of `EXPONENTS`. Only the bits of the exponent are compared, in chunks; they
+    are all set in NaN and infinity.
     """
     mask = EXPONENTS[array.dtype.name]
     bits = array.reshape(-1).view(f"u{array.itemsize}")
@@ -345,7 +347,11 @@ def _equal(a: Tensor, b: Tensor | None) -> bool:
 
 
 def collapse(failures: list[tuple[str, str]]) -> list[str]:
-    """Returns failures as lines, one for all layers: `layers.{0,1,2}.mlp.fc1.weight: missing`."""
+    """Returns failures, pairs (name, what is wrong), as sorted lines.
+
+    Names that differ only in a layer's number share a line, if the same is wrong with them:
+    `layers.{0,1,2}.mlp.fc1.weight: missing`.
+    """
     groups: dict[tuple[str, ...], list[list[str]]] = defaultdict(list)
     for name, text in failures:
         words = re.split(r"(?<=\.)(\d+)(?=\.)", name)  # odd items are the numbers

@@ -54,7 +54,10 @@ class Tower:
 
 @dataclasses.dataclass(frozen=True)
 class Language(Tower):
-    """A language model; `head` is the source name of its output head, which may be tied."""
+    """A language model; its `rules` take `tied_head` as second argument, as `Family.rules` does.
+
+    `head` is the source name of its output head, which is missing where the token embedding is it.
+    """
 
     head: str
 
@@ -109,8 +112,8 @@ class Family:
     def rules(self, variant: Variant, tied_head: bool = False) -> list[Entry]:
         """Returns the rules for all tensors of a variant.
 
-        With `tied_head`, for a source without a head of its own, the language model's output head
-        is filled from its token embedding.
+        With `tied_head`, for a source that has no head of its own, T5's output head is filled from
+        its token embedding. Other language models ignore it: their sizes tell.
         """
         entries = [*self.vision.rules(variant.vision), *self.bridge.rules(variant.bridge)]
         if (language := self.language(variant)) is None:
@@ -159,7 +162,7 @@ def language_type(llm: LanguageConfig) -> str:
 
 
 def with_own_head(llm: Any, has_head: bool) -> Any:
-    """Returns the sizes of a language model that is not tied if its files have a head (`has_head`).
+    """Returns the sizes `llm`, without `tied_head` if the model's files have a head (`has_head`).
 
     A head that is there is taken, even if config.json says that the embedding is the head.
     """
@@ -274,7 +277,7 @@ FAMILIES = (
 
 
 def family_of(variant: Variant) -> Family:
-    """Returns the architecture that holds such variants; a ValueError if none is known."""
+    """Returns the architecture that holds variants of this kind; a ValueError if none is known."""
     for family in FAMILIES:
         if family.kind == variant.kind:
             return family

@@ -30,7 +30,12 @@ SENTENCEPIECE_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2}  # LLaMA's, where no file 
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Returns the config.json of a folder; a ConversionError for an unsupported architecture."""
+    """Returns the config.json of a folder, which names a supported architecture.
+
+    Raises:
+        ConversionError: the folder is missing or has no such config.json, or it is a checkpoint of
+            this package or original LLaVA.
+    """
     wanted = "a Hugging Face folder: config.json, *.safetensors and tokenizers"
     if not folder.is_dir():
         there = "is a file" if folder.exists() else "does not exist"
@@ -70,7 +75,9 @@ def find_family(config: Mapping[str, Any]) -> Family | None:
 
 
 def variant_of(folder: Path, config: Mapping[str, Any]) -> Variant:
-    """Returns the variant (model sizes) that a config.json describes.
+    """Returns the variant (model sizes) that `config`, the config.json of `folder`, describes.
+
+    The special ids of LLaMA are read from the tokenizer's files in the folder.
 
     Raises:
         ConversionError: the config has values that this package does not support; all are listed.
@@ -151,7 +158,10 @@ def _language(family: Family, config: Mapping[str, Any], failures: list[str]) ->
 
 
 def has_tied_embeddings(config: Mapping[str, Any]) -> bool:
-    """Tells whether the config lets the language model's head share the token embedding."""
+    """Tells whether the config lets the language model's head share the token embedding.
+
+    `config` comes from `read_config`, and its model has a language model.
+    """
     family, section = find_family(config), config["text_config"]
     assert family is not None  # read_config has checked it
     defaults = family.languages[section["model_type"]].section.defaults
@@ -161,7 +171,7 @@ def has_tied_embeddings(config: Mapping[str, Any]) -> bool:
 def preprocessor(variant: Variant, image_crop: str = "") -> dict[str, Any]:
     """Returns the content of a preprocessor_config.json that describes our image preparation.
 
-    `image_crop` is a name in `images.CROPS`; by default InstructBLIP and BLIP-2 squeeze the image
+    `image_crop` is a name in `images.CROPS`; with "" InstructBLIP and BLIP-2 squeeze the image
     into a square, and LLaVA crops its middle.
     """
     size = variant.vision.image_size
@@ -230,7 +240,10 @@ def _is_near(found: Any, wanted: Any) -> bool:
 
 
 def check_variant(folder: Path, variant: Variant, expected: str | Variant) -> None:
-    """Raises a ConversionError if `variant` has other sizes than `expected` (or that name)."""
+    """Raises a ConversionError if `variant`, that of `folder`, has other sizes than `expected`.
+
+    `expected` is a variant or the name of a released model.
+    """
     named = isinstance(expected, str)
     differences = size_differences(variant, get_variant(expected) if named else expected)
     if differences:
@@ -258,8 +271,8 @@ def tokenizer_ids(
 
     The text_config of released folders has 0, 1 and -1, from LLaMA's first port, which are wrong
     here. An id that the files do not tell is left out, so that the default of `LlamaConfig` (the
-    released id) applies; of LLaVA (`released`) it is that of the token in `RELEASED_SPECIAL`.
-    `settings` are taken in place of tokenizer_config.json. Complaints are appended to `failures`.
+    released id) applies; if `released` is "llava", it is that of the token in `RELEASED_SPECIAL`.
+    Given `settings` take the place of tokenizer_config.json. Complaints are appended to `failures`.
     """
     bytewise = splits_bytes(folder)
     documents = _tokenizer_documents(folder)
@@ -285,7 +298,7 @@ def tokenizer_ids(
 
 
 def control_tokens(folder: Path) -> dict[str, int]:
-    """Returns the tokens that a tokenizer's files list beside its pieces, with their ids."""
+    """Returns the ids of the tokens that a tokenizer's files list beside its pieces, by token."""
     return _listed_tokens(_tokenizer_documents(folder), [])
 
 

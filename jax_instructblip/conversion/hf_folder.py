@@ -33,21 +33,25 @@ SIDE_FILES = ("generation_config", "preprocessor_config", "processor_config")  #
 
 
 class Conversion(NamedTuple):
-    """A folder ready to be converted: model sizes, facts about the folder, and the leaves.
+    """A folder ready to be converted.
 
-    A leaf is one parameter of our network; iterating `leaves` makes (path, array), one at a time.
+    Attributes:
+      variant: the sizes of the model.
+      source: facts about the folder, for our config.json.
+      leaves: the parameters of our network; iterating makes (path, array), one at a time.
+      input_format: how prompts and images are put to the model.
     """
 
     variant: Variant
-    source: dict[str, Any]  # facts of the folder, for our config.json
+    source: dict[str, Any]
     leaves: Plan
-    input_format: InputFormat  # how prompts and images are put to the model
+    input_format: InputFormat
 
 
 def convert_hf(folder: str | Path, variant: str | Variant | None = None) -> Conversion:
     """Returns the conversion of a Hugging Face folder: all is checked, but no weight is read yet.
 
-    `variant` is the name of a released model whose sizes the folder must have.
+    `variant` is the sizes that the folder must have, or the name of a released model.
 
     Raises:
         ConversionError: the folder cannot be converted; all reasons are listed.
@@ -105,7 +109,8 @@ def _respelled(
 def check_sizes(folder: Path, variant: Variant, family: Family, tensors: Mapping[str, Any]) -> None:
     """Raises a ConversionError if a size in config.json exceeds every axis of the tensors.
 
-    It does so before arrays of such a size are built.
+    It does so before arrays of such a size are built. `variant` has the sizes, `family` is its
+    architecture, and `tensors` are those of the folder by name.
     """
     longest = max((axis for tensor in tensors.values() for axis in tensor.shape), default=0)
     most = f"but the longest axis of all tensors is {longest}"

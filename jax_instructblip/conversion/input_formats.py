@@ -40,10 +40,10 @@ def usual_input_format(variant: Variant, tokenizer: Path, facts: Mapping[str, An
 def changed_image_settings(
     variant: Variant, input_format: InputFormat, sides: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the small files that a Hugging Face folder needs to say what `image_crop` says.
+    """Returns the small files with which a Hugging Face folder says what `image_crop` says.
 
-    `sides` has its present files by name, without `.json`. The result is {} if these prepare images
-    in the same way, or the model is no LLaVA.
+    `sides` has the content of its present files by name, such as `preprocessor_config`; so has the
+    result, which is {} if these prepare images in the same way, or the model is no LLaVA.
     """
     crop = input_format.image_crop
     if variant.kind != "llava" or _image_crop(variant, sides) == crop:
@@ -60,10 +60,10 @@ def changed_image_settings(
 def lost_input_format(
     variant: Variant, input_format: InputFormat, tokenizer: Path, facts: Mapping[str, Any]
 ) -> list[str]:
-    """Returns a note about fields of the input format that a folder loses; [] if it loses none.
+    """Returns [a sentence about fields of the input format that a folder loses], or [].
 
     The folder is one of Hugging Face, which has no record of them. `tokenizer` is the folder of its
-    tokenizer, `facts` are its small files, by name.
+    tokenizer, `facts` has the content of its small files by name, such as `preprocessor_config`.
     """
     before = input_format.to_dict()
     after = usual_input_format(variant, tokenizer, facts).to_dict()

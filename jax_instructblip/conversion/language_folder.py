@@ -159,7 +159,10 @@ def open_language(folder: str | Path, *, released: bool = True) -> LanguageFolde
 
 
 def language_tensors(folder: Path, language: Language) -> dict[str, Tensor]:
-    """Returns the folder's tensors under the tables' names, which begin with `language_model.`."""
+    """Returns the folder's tensors under the tables' names, which begin with `language_model.`.
+
+    `language` is the row of `LANGUAGES` for the model.
+    """
     tensors = open_weights(folder)
     # Saved as the inner model, possibly with its head, a model's names lack their first word.
     bare = bool(tensors) and not any(name.startswith(_WORD) for name in tensors)

@@ -106,14 +106,18 @@ IMAGE = Section(
 
 
 def language_section(kind: str) -> Section:
-    """Returns the rows of a language model's keys, which stand at the top of config.json here."""
+    """Returns `SECTIONS[kind]` for a config.json of original LLaVA, which has the keys at its top.
+
+    `kind` is the language model, a key of `llama_sections.SECTIONS`.
+    """
     return dataclasses.replace(SECTIONS[kind], name="")
 
 
 def tower_problems(image: Mapping[str, Any], width: int, size: int) -> list[str]:
-    """Returns complaints about an image tower of another kind than config.json names.
+    """Returns complaints about an image tower of another kind than config.json names, or [].
 
-    `image` are the fields of `IMAGE`; `width` and `size` (pixels a side) are the tower's.
+    `image` are the fields that `IMAGE.read` returns; `width` and `size` (pixels a side) are the
+    tower's.
     """
     name, wrong = image["vision_tower"], []
     if image["vision_width"] not in (None, width):

@@ -42,7 +42,9 @@ def export_original(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Writes `out`, a folder in the layout of original LLaVA; returns notes. Dtypes are kept.
+    """Writes `out`, a folder in the layout of original LLaVA; returns notes.
+
+    The notes are sentences for the user, such as where the image tower is. Dtypes are kept.
 
     Args:
       model: a LLaVA with a language model for which the original has a class.

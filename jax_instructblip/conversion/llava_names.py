@@ -25,7 +25,8 @@ _LAYERS = {1: {"linear_1": ""}, 2: {"linear_1": "0.", "linear_2": "2."}}
 def llava_entries(variant: Variant, tower: str) -> list[Entry]:
     """Returns the conversion rules of all tensors of a variant, under the original's names.
 
-    `tower` is the beginning of the names of the image tower, in its own folder or in the model's.
+    `tower` is the beginning of the names of the image tower's tensors: `STORED_TOWER` in a model's
+    own folder, `vision_model.` in a folder of CLIP.
     The second layer that Hugging Face gives a projector of one (`Fixed`) does not exist here.
     """
     entries = family_of(variant).rules(variant)
@@ -38,7 +39,7 @@ def llava_entries(variant: Variant, tower: str) -> list[Entry]:
 
 
 def part(entries: list[Entry], tree: str) -> list[Entry]:
-    """Returns the rules that fill leaves of one tree (`llm`, `projector`, `vision`)."""
+    """Returns the rules that fill leaves of `tree`, which is `llm`, `projector` or `vision`."""
     return [each for each in entries if getattr(each, "target", "").startswith(f"{tree}/")]
 
 

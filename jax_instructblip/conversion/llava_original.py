@@ -54,14 +54,23 @@ DELTA_BELOW = 0.2
 
 
 class LlavaOriginal(NamedTuple):
-    """A checked model of original LLaVA; no weight is read yet."""
+    """A checked model of original LLaVA; no weight is read yet.
+
+    Attributes:
+      variant: the sizes of the model.
+      source: facts about the folders, for our config.json.
+      leaves: the parameters; iterating makes (path, array), one at a time.
+      input_format: how prompts and images are put to the model.
+      tokenizer: the folder that has the tokenizer.
+      settings: the tokenizer_config.json that it needs; None if its own is complete.
+    """
 
     variant: Variant
-    source: dict[str, Any]  # facts of the folders, for our config.json
+    source: dict[str, Any]
     leaves: Plan
-    input_format: InputFormat  # how prompts and images are put to the model
-    tokenizer: Path  # the folder that has it
-    settings: dict[str, Any] | None  # its tokenizer_config.json, where that is not complete
+    input_format: InputFormat
+    tokenizer: Path
+    settings: dict[str, Any] | None
 
 
 def is_llava_source(path: Path) -> bool:
@@ -87,7 +96,7 @@ def read_llava(
     Args:
       path: an original folder, of whole weights or of a delta, or a file or folder of a projector.
       variant: the sizes that the model must have, or the name of a released model.
-      vision: the folder of its CLIP.
+      vision: the folder of its CLIP; required.
       llm: of a projector, the Hugging Face folder of its language model.
       base: of a delta, the Hugging Face folder of the LLaMA that it is added to.
 

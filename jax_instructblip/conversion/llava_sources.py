@@ -42,9 +42,9 @@ class LlavaSource:
 
     Attributes:
       path: the folder, or the file of the projector.
-      config: the keys of the language model, and those of the image.
+      config: the content of a config.json: keys of the language model, and those of the image.
       kind: the language model, a key of `llama_sections.SECTIONS`.
-      tensors: the tensors by the original's names.
+      tensors: the tensors, which are not read yet, by the original's names.
       tokenizer: the folder that has the tokenizer.
       facts: for our config.json, where the tensors came from.
       added: tokens that the tokenizer lacks, by id.
@@ -68,6 +68,8 @@ class LlavaSource:
 
 def open_whole(folder: Path, config: dict[str, Any]) -> LlavaSource:
     """Returns the source of a folder that holds the language model and the projector.
+
+    `config` is the folder's config.json.
 
     Raises:
       ConversionError: its class is unknown, or files are missing or damaged.
@@ -145,7 +147,7 @@ def open_projector(path: Path, config: dict[str, Any], llm: Path) -> LlavaSource
     """Returns the source of a projector's file and the folder of its language model.
 
     Args:
-      path: the file. With the rows of `<im_start>` and `<im_end>`, if these were trained.
+      path: the file, which may also hold embeddings of `<im_start>` and `<im_end>`.
       config: the config.json beside it, or {}.
       llm: the Hugging Face folder of LLaMA or a relative of it.
 

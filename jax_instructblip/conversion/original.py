@@ -56,16 +56,27 @@ class OriginalLeaves:
 
 
 class Original(NamedTuple):
-    """A checked model of `.pth` files; no weight is read yet."""
+    """A checked model of `.pth` files; no weight is read yet.
+
+    Attributes:
+      variant: the sizes of the model.
+      source: facts about the files, for our config.json.
+      leaves: the parameters; iterating makes (path, array), one at a time.
+      bert: the folder of the Q-Former's tokenizer, if it was given.
+      input_format: how prompts and images are put to the model.
+    """
 
     variant: Variant
-    source: dict[str, Any]  # facts of the files, for our config.json
+    source: dict[str, Any]
     leaves: OriginalLeaves
-    bert: Path | None  # the folder of the Q-Former's tokenizer
-    input_format: InputFormat = InputFormat()  # how prompts and images are put to the model
+    bert: Path | None
+    input_format: InputFormat = InputFormat()
 
     def copy_tokenizers(self, out: Path) -> list[str]:
-        """Copies the tokenizers to folders in `out`; returns the names of those not given."""
+        """Copies the tokenizers to folders in `out`; returns the names of those that are missing.
+
+        The names are those of `stored_model.tokenizers`.
+        """
         absent = []
         for name in tokenizers(self.variant):
             if name == "tokenizer" and self.leaves.language is not None:
@@ -78,7 +89,10 @@ class Original(NamedTuple):
 
 
 def original_files(source: Any) -> list[Path]:
-    """Returns `source` as a list of paths if it is one or several `.pth` files, [] for a folder."""
+    """Returns `source` as a list of paths if it is one or several `.pth` files, [] for a folder.
+
+    `source` is a path or a sequence of paths. A ConversionError if only some are `.pth` files.
+    """
     paths = [source] if isinstance(source, str | os.PathLike) else list(source)
     wrong = [path for path in paths if not str(path).endswith(SUFFIXES)]
     if len(wrong) == len(paths) == 1:

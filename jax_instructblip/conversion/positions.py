@@ -63,7 +63,10 @@ def resize_positions(
 
 
 def fit_positions(path: str, array: Any, vision: VisionConfig) -> Any:
-    """Returns a checkpoint's leaf as it is; the position table is resized to fit `vision`."""
+    """Returns the leaf `array` of a checkpoint, resized to fit `vision` if it is the table.
+
+    `path` tells: the table is at `PATH`. Other leaves are returned as they are.
+    """
     if path != PATH or tuple(array.shape[1:2]) == (vision.tokens,):
         return array
     side = vision.image_size // vision.patch_size
@@ -82,7 +85,7 @@ def resize_note(old: VisionConfig, new: VisionConfig) -> str:
 
 
 def with_positions(model: StoredModel) -> StoredModel:
-    """Returns `model`, whose position table is resized if the one on disk has another size."""
+    """Returns `model`, whose position table is resized when read, if its variant needs it so."""
     entry, vision = model.manifest[PATH], model.variant.vision
     if entry["shape"][1] == vision.tokens:
         return model

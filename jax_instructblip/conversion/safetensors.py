@@ -80,7 +80,7 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, part: int = 0, parts: int = 1) -> np.ndarray:
-        """Returns a new array: the tensor, or piece `part` of `parts` equal ones along axis 0."""
+        """Returns a new array: the tensor, or piece `part` (from 0) of `parts` along axis 0."""
         shape = self.shape if parts == 1 else (self.shape[0] // parts, *self.shape[1:])
         array = np.empty(shape, self.dtype)
         with self.file.open("rb", buffering=0) as file:
@@ -163,7 +163,7 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Returns the file name of each tensor, from the index."""
+    """Returns the name of the file that holds each tensor, by tensor, from the index at `path`."""
     title = f"{path} is damaged"
     try:
         index = read_json(path, dict).get("weight_map")
@@ -272,9 +272,9 @@ def _are_whole(values: Any, most: int) -> bool:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Returns, for each file, its size and the sha256 of its header, as a record of the source.
+    """Returns {file name: {"bytes": ..., "header_sha256": ...}} of the files of these tensors.
 
-    The weights themselves are not read.
+    It is a record of the source. The weights themselves are not read.
     """
     prints = {}
     for path in sorted({tensor.file for tensor in tensors.values()}):
@@ -291,8 +291,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
 class Writer:
     """Writes tensors in any order into shards whose layout is fixed at the start.
 
-    `specs` gives dtype and shape of each tensor; shards are filled in its order, up to
-    `shard_bytes` each. A larger tensor gets a shard of its own.
+    `specs` gives (dtype, shape) of each tensor by name; shards are filled in its order, up to
+    `shard_bytes` each. A larger tensor gets a shard of its own. `close` ends the writing.
     """
 
     def __init__(
@@ -334,7 +334,7 @@ class Writer:
             self._places[key] = Tensor(path, dtype, shape, 8 + len(raw) + begin)
 
     def write(self, key: str, array: np.ndarray) -> None:
-        """Writes one tensor into its place in the file.
+        """Writes the tensor named `key` into its place in the file.
 
         Raises:
             ValueError: the tensor was written before, or has another shape or dtype than announced.
@@ -351,7 +351,11 @@ class Writer:
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def close(self) -> None:
-        """Raises a ValueError if a tensor was never written; its place in the file holds zeros."""
+        """Checks that all tensors were written; the files are complete without it.
+
+        Raises:
+            ValueError: some were not; their places in the files hold zeros.
+        """
         if self._left:
             raise ValueError(f"never written: {', '.join(sorted(self._left))}")
 

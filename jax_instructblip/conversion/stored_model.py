@@ -82,7 +82,7 @@ def tuned(base: StoredModel, trainable: Path, **changes: Any) -> StoredModel:
     """Returns `base` with the parameters of the checkpoint folder `trainable` in place of its own.
 
     Each top-level tree that `trainable` has (such as `qformer`) is replaced as a whole. `changes`
-    are other fields of `StoredModel` to replace: title, variant, facts, limits, input_format.
+    are new values of other fields of `StoredModel`: title, variant, facts, limits, input_format.
     """
     changed = checkpoint.read_manifest(trainable)
     trees = {path.partition("/")[0] for path in changed}
@@ -127,7 +127,7 @@ def write_sides(
     limits: Mapping[str, int],
     input_format: InputFormat,
 ) -> None:
-    """Writes the config.json of a checkpoint folder."""
+    """Writes the config.json of a checkpoint folder; the arguments are as in `StoredModel`."""
     document: dict[str, Any] = {"variant": variant.to_dict(), "source": facts}
     if limits:
         document["text"] = dict(limits)
@@ -137,10 +137,10 @@ def write_sides(
 
 
 def tokenizers(variant: Variant) -> tuple[str, ...]:
-    """Returns the names of a variant's tokenizer folders, "tokenizer" and "qformer_tokenizer".
+    """Returns the names of a variant's tokenizer folders, in a checkpoint.
 
-    In a Hugging Face folder the first of them is at the root. A Q-Former that reads no text has
-    none.
+    They are "tokenizer" of a language model and "qformer_tokenizer" of a Q-Former that reads text.
+    In a Hugging Face folder the first of them is at the root.
     """
     reads = getattr(variant.bridge, "instruction_aware", False)
     return TOKENIZERS[0 if variant.llm is not None else 1 : 2 if reads else 1]

@@ -82,7 +82,10 @@ class WithMeanRows(Derived):
 
 @dataclasses.dataclass(frozen=True)
 class TokenRows(WithMeanRows):
-    """The embedding `source` with `total` rows, of which the last ones are `rows` [n, D]."""
+    """The embedding `source` with `total` rows, of which the last ones are `rows`, a tensor [n, D].
+
+    Rows between these and the embedding's own hold the mean, as in `WithMeanRows`.
+    """
 
     rows: Any
 

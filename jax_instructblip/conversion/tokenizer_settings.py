@@ -45,7 +45,7 @@ def complete_settings(
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any] | None) -> None:
-    """Writes the tokenizer_config.json of a folder, unless it is None."""
+    """Writes `settings` as the tokenizer_config.json of a folder, unless they are None."""
     if settings is not None:
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 

@@ -25,7 +25,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def open_weights(folder: Path) -> dict[str, Any]:
-    """Returns the tensors of a folder by name; no weight is read.
+    """Returns the tensors of a folder by name, a `Tensor` or `TorchTensor` each; none is read.
 
     Raises:
       ConversionError: there are none, or files are missing, damaged or of two models.
@@ -65,9 +65,9 @@ def _lacking_shards(names: set[str]) -> list[str]:
 
 
 def describe_files(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns the size of each file of some tensors; of safetensors the sha256 of the header, too.
+    """Returns {file name: {"bytes": ...}} of the files of these tensors, as a record of the source.
 
-    It is a record of the source. The weights themselves are not read.
+    Of safetensors it has `header_sha256`, too. The weights themselves are not read.
     """
     safe = {n: each for n, each in tensors.items() if each.file.suffix == ".safetensors"}
     others = sorted({each.file for each in tensors.values()} - {e.file for e in safe.values()})

@@ -82,7 +82,7 @@ def _leave() -> None:
 
 
 def rendezvous(cluster: Cluster, limit: float) -> peers.Lines:
-    """Connects all processes of a run and returns the open connections.
+    """Connects all processes of a run and returns the open connections by process (`peers.Lines`).
 
     Process 0 gets a connection to each of the others, and each of them one to process 0. They meet
     here first because JAX, when it has waited too long, ends a process without saying who is
@@ -236,9 +236,9 @@ def agree(problem: Exception | None) -> None:
 
 
 def own_rows(count: int) -> list[int]:
-    """Returns the numbers of the rows, of `count`, that this process computes for `gather_rows`.
+    """Returns the indices, below `count`, of rows that this process computes for `gather_rows`.
 
-    Every process has as many. Where `count` cannot be divided, the last row is there again.
+    Every process has equally many. Where `count` cannot be divided, the last row is repeated.
     """
     share = -(-count // jax.process_count())
     first = jax.process_index() * share
@@ -246,7 +246,7 @@ def own_rows(count: int) -> list[int]:
 
 
 def gather_rows(rows: np.ndarray, count: int) -> np.ndarray:
-    """Returns all `count` rows from those that each process has computed of its `own_rows`.
+    """Returns all `count` rows `[count, ...]`; `rows` are those of this process's `own_rows`.
 
     All processes call this at the same point.
     """
@@ -307,7 +307,10 @@ class Preemption:
             os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which tells the others
 
     def reached(self, step: int) -> bool:
-        """True if the run must stop after `step`; the answer is the same in every process."""
+        """True if the run must stop after `step`; the answer is the same in every process.
+
+        All processes call this for every step.
+        """
         return self._ordered if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
     def close(self) -> None:

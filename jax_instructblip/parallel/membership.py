@@ -91,6 +91,12 @@ def find_cluster(
 ) -> Cluster | None:
     """The place of this process, from the arguments, `environ` or Slurm; None if it works alone.
 
+    Args:
+        coordinator: HOST:PORT of process 0, or `AUTO`; "" if not given.
+        processes: how many there are; 0 if not given.
+        process: the number of this one, from 0; -1 if not given.
+        environ: the environment; None for that of this process.
+
     Raises:
         ClusterError: the settings are incomplete or invalid.
     """

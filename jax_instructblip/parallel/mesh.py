@@ -63,10 +63,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> np.ndarray:
-    """The sorted indices of those of `rows` batch rows that this process's devices hold.
+    """The sorted indices of the rows, of a batch of `rows`, that this process's devices hold.
 
-    Several processes may hold the same rows: devices that differ only in `tensor` do. A ValueError
-    if the rows cannot be split evenly.
+    `sharding` is that of `batch_sharding`. Several processes may hold the same rows: devices that
+    differ only in `tensor` do. A ValueError if the rows cannot be split evenly.
     """
     parts = math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES)
     if rows % parts:

@@ -89,6 +89,8 @@ RULES = (
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A `NamedSharding` for each leaf of `tree`: weights, moments, a state, or their shapes.
 
+    The result has the structure of `tree`.
+
     Raises:
         ValueError: names all leaves that match no rule, or whose sizes the mesh does not divide.
     """
@@ -118,7 +120,8 @@ def spec_of(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
 def place(path: str, array: np.ndarray, mesh: Mesh | None, dtype: Any = None) -> jax.Array:
     """Puts a leaf on its devices, each of which receives only its own part; casts to `dtype` first.
 
-    `path` selects the sharding rule. Without a mesh the leaf goes to the default device.
+    `path` selects the sharding rule. If `mesh` is None the leaf goes to the default device; if
+    `dtype` is None it keeps its own.
     """
     if dtype is not None:
         array = array.astype(dtype, copy=False)
@@ -150,7 +153,7 @@ def constrain_layer(weights: Any) -> Any:
 def remarks(tree: Any, mesh: Mesh) -> list[str]:
     """A sentence for each rule whose fallback (`Rule.otherwise`) this mesh needs, with the reason.
 
-    Most meshes need none.
+    `tree` has weights or their shapes. Most meshes need no fallback.
     """
     paths_by_remark: dict[str, list[str]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:

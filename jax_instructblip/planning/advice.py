@@ -24,10 +24,13 @@ SPARE = 0.02  # share of a chip's memory that a proposed change must leave free,
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A change to a planned step, and the memory of each chip that it would then need."""
+    """A change to a planned step.
 
-    what: str  # flags
-    need: float  # bytes
+    `what` are its flags, `need` the bytes of each chip that the step then needs, by estimate.
+    """
+
+    what: str
+    need: float
 
 
 def verdict(job: Job, mesh: Mesh, topology: Topology, report: Report) -> tuple[bool, str]:
@@ -54,8 +57,9 @@ def verdict(job: Job, mesh: Mesh, topology: Topology, report: Report) -> tuple[b
 def smallest_change(job: Job, mesh: Mesh, topology: Topology, report: Report) -> Change | None:
     """The first change that should make the step fit, in order of invasiveness; None if none does.
 
-    The estimate: weights, moments and batch follow from the mesh; what is kept for the backward
-    pass follows from the rows on a device and from remat; all else stays the same.
+    `report` is that of `compile_job` for `mesh`; `topology` has chips, not CPUs. The estimate:
+    weights, moments and batch follow from the mesh; what is kept for the backward pass follows from
+    the rows on a device and from remat; all else stays the same.
     """
     assert topology.chip is not None
     chip = topology.chip
@@ -136,10 +140,10 @@ def _residuals(job: Job, mesh: Mesh) -> int:
 
 
 def meshes(job: Job, topology: Topology) -> list[tuple[int, int, int]]:
-    """Mesh sizes (data, fsdp, tensor) on which the step is possible, those that split least first.
+    """Mesh sizes (data, fsdp, tensor) on which the step is possible.
 
-    Each mesh uses all devices; the batch must divide, and a chip must hold weights, moments and
-    batch.
+    Those that split the weights into the fewest parts come first. Each mesh uses all devices; the
+    batch must divide, and a chip must hold weights, moments and batch.
     """
     count, candidates = len(topology.devices), []
     for tensor in _divisors(count):
@@ -185,8 +189,9 @@ def _divisors(number: int) -> list[int]:
 def estimate(report: Mapping[str, Any], chip: Chip) -> dict[str, float]:
     """Lower bounds of a step's time in seconds, as {"compute": ..., "links": ...}.
 
-    The first is for all products at the chip's peak speed, the second for all traffic at the full
-    speed of its links. A real step takes longer than the larger of the two.
+    `report` is the dict of `make_report`. The first bound is for all products at the chip's peak
+    speed, the second for all traffic at the full speed of its links. A real step takes longer than
+    the larger of the two.
     """
     return {
         "compute": report["flops"]["per_chip"] / chip.flops,
@@ -197,9 +202,10 @@ def estimate(report: Mapping[str, Any], chip: Chip) -> dict[str, float]:
 def best(reports: Sequence[Mapping[str, Any]], batch: int) -> Mapping[str, Any] | None:
     """The plan that fits and processes the most samples per second; None if none fits.
 
-    Among equals, a plan with the batch size `batch` of the config comes first, because another
-    batch size trains differently; then the plan that moves the fewest bytes per sample. The speed
-    of CPUs is not known, so all their plans count as equally fast.
+    `reports` are dicts of `make_report`. Among equals, a plan with the batch size `batch` of the
+    config comes first, because another batch size trains differently; then the plan that moves the
+    fewest bytes per sample. The speed of CPUs is not known, so all their plans count as equally
+    fast.
     """
 
     def rate(each: Mapping[str, Any]) -> tuple[float, bool, float]:
@@ -233,7 +239,8 @@ def remarks(job: Job, mesh: Mesh, topology: Topology) -> list[str]:
 def estimated_traffic(job: Job, batch: int, sizes: tuple[int, int, int]) -> float:
     """A rough estimate of the bytes that each device receives in a step, for sorting meshes.
 
-    `sizes` are those of data, fsdp and tensor. The terms:
+    The step has `batch` samples, whatever the job says; `sizes` are those of data, fsdp and tensor.
+    The terms:
 
         fsdp     every weight in bfloat16 twice, forward and backward
         tensor   four all-reduces of the activations per layer, two of them in the backward pass

@@ -12,7 +12,8 @@ LISTED = 12  # arrays, and copies
 def explain(traffic: Traffic) -> dict[str, Any]:
     """The `arrays` that are largest and the `copies` that read most in a step, as plain values.
 
-    Bytes of arrays are those of the result, bytes of copies those that are read each time.
+    Each is a list of at most `LISTED` dicts. Bytes of arrays are those of the result, bytes of
+    copies those that are read each time.
     """
     rows = copies(traffic.kernels)[:LISTED]
     return {
@@ -29,7 +30,7 @@ def _row(kernel: Kernel, size: int) -> dict[str, Any]:
 
 
 def explain_lines(explained: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the lines that `plan --explain` prints."""
+    """Yields the lines that `plan --explain` prints for what `explain` returns."""
     yield "largest arrays that are made, MiB"
     for each in explained["arrays"]:
         yield _line(each, each["kind"])

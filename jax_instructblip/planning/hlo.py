@@ -37,7 +37,10 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One instruction of the program's text: `name = shape kind(operands), rest`."""
+    """One instruction of the program's text: `name = shape kind(operands), rest`.
+
+    `text` is all after the equals sign; `root` is True if it makes its computation's result.
+    """
 
     name: str
     shape: str
@@ -53,14 +56,23 @@ Computations = Mapping[str, Lines]
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """An instruction that moves data between devices, and how much it moves each time it runs."""
+    """An instruction that moves data between devices, and how much it moves each time it runs.
+
+    Attributes:
+      kind: its operation, such as "all-reduce".
+      shape: dtype and sizes of its result, as the text has them.
+      received: the bytes that each device receives.
+      group: the number of devices that take part.
+      times: how often it runs in a step.
+      where: the name of the JAX operation that it belongs to, or "".
+    """
 
     kind: str
     shape: str
-    received: float  # bytes, by each device
-    group: int  # the number of devices that take part
-    times: int  # how often it runs in a step
-    where: str  # name of the JAX operation that it belongs to
+    received: float
+    group: int
+    times: int
+    where: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,12 +156,16 @@ def _closing(text: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """An instruction that runs, with its computation and its number of runs."""
+    """An instruction that runs `times` times.
+
+    `computation` is the name of the computation that holds it; `fused` is True if it is part of a
+    fusion.
+    """
 
     line: Line
-    computation: str  # name of the computation that holds it
+    computation: str
     times: int
-    fused: bool  # True if it is part of a fusion
+    fused: bool
 
 
 def walk(
@@ -160,9 +176,10 @@ def walk(
     loops: int,
     fused: bool = False,
 ) -> Iterator[Step]:
-    """Yields each instruction that runs, starting at the computation `name`, which runs `times`.
+    """Yields each instruction that runs in the computation `name` and those that it calls.
 
-    Loops whose number of runs is not in the text are added to `unknown` and count `loops` times.
+    The computation itself runs `times` times, as a part of a fusion if `fused`. Names of loops
+    whose number of runs is not in the text are added to `unknown`; they count `loops` times.
     """
     for line in computations.get(name, {}).values():
         yield Step(line, name, times, fused)
@@ -187,7 +204,10 @@ def called(line: Line) -> list[str]:
 
 
 def trips_of(computations: Computations, outer: Lines, loop: Line) -> int | None:
-    """The number of runs of a loop that counts up to a constant; None for other loops."""
+    """The number of runs of a loop that counts up to a constant; None for other loops.
+
+    `outer` are the instructions of the computation that has the instruction `loop`.
+    """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
         return int(known[1])
     parts = dict(re.findall(r"\b(condition|body)=%?([\w.\-]+)", loop.text))

@@ -25,6 +25,9 @@ from jax_instructblip.training.run_length import make_optimizer
 class Job:
     """A step to compile: everything in a config that its program depends on.
 
+    A row of a batch has slots: places of the language model's input, each for a visual vector or a
+    token. A target is a token that the loss counts.
+
     Attributes:
       step: "train", or "decode" (greedy answers to the prompts of a batch).
       batch: samples of a step, on all devices together.
@@ -32,14 +35,21 @@ class Job:
       row: slots and targets of a row of several samples, as `row_slots` and `row_targets`; 0: those
         of samples as long as `lengths`.
       sample: mean images, instruction ids, slots and targets of a sample; () where unknown.
-      lengths: most tokens of a sample, by key: `qformer_tokens`, `tokens`; in training, `targets`;
-        of BLIP-2's first stage `captions` alone.
+      lengths: most tokens of a sample, by key: `qformer_tokens` (instruction), `tokens` (prompt,
+        and what a decoder-only model is trained on; no visual vectors); in training, `targets`; of
+        BLIP-2's first stage `captions` alone.
+      trainable: the top-level trees of parameters that are trained, such as `qformer`.
+      scans: for each tower, how its layers run, and what they keep for the backward pass.
+      dtype: the dtype to compute in.
+      frozen_dtype: the dtype of parameters that are not trained.
       pairs_by_image: True if all captions of an image are positives (first stage).
       patches: True if a training batch has patch features in place of images.
       frozen_unused: top-level trees that no program of the run has, so that no chip holds them.
-      quantise: form of the frozen kernels of vision tower and language model; None: as the others.
+      quantise: form of the frozen kernels of vision tower and language model, such as "int8"; None:
+        as the others.
       skip_non_finite: a step with a non-finite loss changes nothing, so the old state is kept.
-      new_tokens: tokens of an answer ("decode").
+      accumulate: the number of parts that a batch is worked on in, one after another.
+      new_tokens: most tokens of an answer ("decode").
     """
 
     variant: Variant
@@ -73,7 +83,10 @@ class Job:
         return self.new_tokens - 1 if self.step == "decode" else 1
 
     def with_remat(self, **towers: str) -> "Job":
-        """A copy with other remat policies, by tower: `with_remat(llm="full")`."""
+        """A copy with other remat policies, by tower: `with_remat(llm="full")`.
+
+        Towers are `vision`, `qformer` and `llm`, policies the keys of `REMAT` (`models/layers.py`).
+        """
         scans = {
             tower: dataclasses.replace(getattr(self.scans, tower), remat=remat)
             for tower, remat in towers.items()
@@ -91,7 +104,10 @@ class Job:
         return self.batch * flops.useful(self.variant, sample, self.trainable, patches=patches)
 
     def floor(self) -> int:
-        """The fewest FLOPs that the step needs: its matrix products, by the model's sizes."""
+        """The fewest FLOPs that the step needs: its matrix products, by the model's sizes.
+
+        Rows are as wide as `row` or `lengths` say. What remat computes again does not count.
+        """
         trains_vision = "vision" in self.trainable
         if self.variant.llm is None:
             captions = self.lengths["captions"]
@@ -116,6 +132,8 @@ class Job:
 
 def read_job(config: ConfigDict, variant: Variant, step: str = "train") -> Job:
     """The step that a config (configs/common.py) runs, as a `Job`, for a model of this variant.
+
+    `step` is "train" or "decode".
 
     Raises:
         ValueError: a field is wrong, or the step cannot be planned (pmap, answers of BLIP-2's first

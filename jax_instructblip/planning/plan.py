@@ -94,9 +94,10 @@ def compile_job(
     effort: float = EFFORTS["quick"],
     options: Mapping[str, Any] | None = None,
 ) -> Report:
-    """Compiles a step for that mesh and reports its memory, FLOPs and traffic.
+    """Compiles the step of a job for a mesh and reports its memory, FLOPs and traffic.
 
-    `effort` is the compiler's, a value of `EFFORTS`; `options` are more of its options.
+    The devices of the mesh may be absent ones (`read_topology`). `effort` is the compiler's, a
+    value of `EFFORTS`; `options` are more of its options, by name.
 
     Raises:
         ValueError: weights or batch cannot be divided over the mesh.
@@ -120,7 +121,8 @@ def compile_function(
 ) -> Report:
     """Compiles a jitted function for arguments of these shapes, as `compile_job` does a step.
 
-    Loops of unknown length count as if they ran `loops` times.
+    `arguments` are trees of `jax.ShapeDtypeStruct` with shardings over `mesh`. Loops of unknown
+    length count as if they ran `loops` times.
     """
     clock = time.perf_counter()
     seconds = {}
@@ -164,7 +166,11 @@ def compile_function(
 
 
 def job_arguments(job: Job, mesh: Mesh) -> tuple[Any, ...]:
-    """The arguments of the step to compile, as `jax.ShapeDtypeStruct`s with shardings."""
+    """The arguments of the step to compile, as `jax.ShapeDtypeStruct`s with shardings.
+
+    They are (state, frozen weights, batch, random key) of step "train", and (weights, batch, a key
+    for each sample) of "decode".
+    """
     job = fit_rows(job, mesh)
     shapes = param_shapes(job.variant)
     rows = batch_sharding(mesh)
@@ -200,7 +206,7 @@ _NOT_BY_TOKEN = re.compile(
 def token_bytes(job: Job, mesh: Mesh, beams: int = 1) -> int:
     """The bytes that a device must read for each new token: weights once, and the whole cache.
 
-    `job` is one of step "decode"; a cache has `beams` rows of new tokens for one of the prompt.
+    `job` has the step "decode"; in the cache each prompt has `beams` rows of new tokens.
     Devices are assumed to share the cache evenly.
     """
     arguments = job_arguments(job, mesh)
@@ -233,7 +239,11 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def residuals(jaxpr: Jaxpr) -> int:
-    """The bytes that scans over layers keep for the backward pass, summed over all devices."""
+    """The bytes that scans over layers keep for the backward pass, summed over all devices.
+
+    `jaxpr` is that of the traced step. All arrays that its scans stack, one part per layer, count
+    with their global shapes.
+    """
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
@@ -332,7 +342,10 @@ def job_function(job: Job, mesh: Mesh, arguments: tuple[Any, ...]) -> Any:
 
 
 def answering_model(job: Job, params: Any) -> VisionLanguageModel:
-    """The model of a pipeline with these parameters."""
+    """The model with which a pipeline answers from `params`, weights or their shapes.
+
+    Of these it matters only whether the layers that decode are unstacked.
+    """
     scans = Scans(llm=Scan(unstacked=is_unstacked(job.variant, params)))
     return VisionLanguageModel(job.variant, job.dtype, scans)
 

@@ -35,6 +35,10 @@ def make_report(
         effort: the compiler's effort, a key of `EFFORTS`.
         explained: True adds the largest arrays and the copies (`explain`).
 
+    Returns:
+        What `lines` prints, by name: `fits`, `verdict`, `mesh`, `batch`, `memory` (bytes of a
+        chip), `flops`, `moved` (by kind of collective), `bounds` (seconds) and others.
+
     Raises:
         ValueError: the config, the topology or the mesh is invalid.
     """
@@ -108,7 +112,7 @@ def make_report(
 
 
 def lines(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the lines that the command `plan` prints for a plan of `make_report`."""
+    """Yields the lines that the command `plan` prints for what `make_report` returns."""
     mesh, memory, flops = report["mesh"], report["memory"], report["flops"]
     texts = ", ".join(f"{name} {length}" for name, length in report["lengths"].items())
     where = f"{report['topology']}, {report['chips']} chips"

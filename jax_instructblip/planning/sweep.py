@@ -42,7 +42,8 @@ def sweep(
         tries: the largest number of plans to make.
 
     Returns:
-        `recommended`, the best plan or None, and `tried`, all plans that were made.
+        `recommended`, the best plan or None, and `tried`, all plans that were made: dicts as of
+        `make_report`.
 
     Raises:
         ValueError: the config or the topology is invalid, or no mesh holds the model.
@@ -89,7 +90,7 @@ def sweep(
 
 
 def table(reports: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields the lines of a table of plans: a header, then a line per plan."""
+    """Yields the lines of a table of plans (`make_report`): a header, then a line per plan."""
     yield "mesh          batch  need GiB  fits  moved GiB  products s  links s"
     for each in reports:
         mesh = ",".join(str(size) for size in each["mesh"].values())
@@ -102,7 +103,7 @@ def table(reports: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def elsewhere(words: Sequence[str]) -> dict[str, Any]:
-    """The plan that another process makes from the flags `words`.
+    """The plan (`make_report`) that another process makes: the command `plan` with flags `words`.
 
     If that process fails, the result is {"error": the last line of its output}.
     """

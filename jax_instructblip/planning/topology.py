@@ -28,7 +28,7 @@ MOST_CHIPS = 16_384  # in a topology; the largest pod has 8,960 chips
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for.
+    """Devices to compile for: JAX's descriptions of absent chips, or CPU devices of this process.
 
     `chip` has the figures of one device, or is None for CPUs. `options` are the compiler's.
     """

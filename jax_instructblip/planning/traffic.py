@@ -47,6 +47,9 @@ class Kernel:
     """An instruction that runs by itself, and the bytes of memory that it touches each time.
 
     Attributes:
+      name: its name in the text.
+      kind: its operation in XLA, such as "fusion" or "copy".
+      shape: dtype and sizes of its result, as the text has them.
       times: how often it runs in a step.
       made: bytes of its result.
       read: bytes that it reads of its operands.
@@ -94,7 +97,7 @@ class Loop:
 
 
 def copies(kernels: list[Kernel] | tuple[Kernel, ...]) -> list[Kernel]:
-    """The kernels that only copy, those that read most in a step first."""
+    """Those of `kernels` that only copy, sorted: those that read most in a step come first."""
     return sorted((each for each in kernels if each.copies), key=lambda each: -_total(each))
 
 
@@ -103,7 +106,10 @@ def _total(kernel: Kernel) -> int:
 
 
 class Traffic:
-    """The kernels of a program's text; a loop of unknown length runs `loops` times."""
+    """The kernels of a program's text; a loop of unknown length runs `loops` times.
+
+    The list of all of them is `kernels`.
+    """
 
     def __init__(self, text: str, loops: int = 1):
         self._computations, self._entry = read_computations(text)
@@ -116,7 +122,7 @@ class Traffic:
         self.kernels = list(self._kernels(self._entry, loops))
 
     def largest(self, count: int) -> list[Kernel]:
-        """The kernels with the largest results."""
+        """The `count` kernels with the largest results, the largest first."""
         return sorted(self.kernels, key=lambda each: -each.made)[:count]
 
     def loops(self) -> list[Loop]:
@@ -130,7 +136,10 @@ class Traffic:
         return found
 
     def decoding(self) -> Loop | None:
-        """The loop over new tokens: the only one whose number of runs is not in the text."""
+        """The loop over new tokens: the only one whose number of runs is not in the text.
+
+        None if there is no such loop, as in a training step.
+        """
         return next((each for each in self.loops() if each.trips is None), None)
 
     def _kernels(self, start: str, loops: int) -> Iterator[Kernel]:

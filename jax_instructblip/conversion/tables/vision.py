@@ -78,7 +78,10 @@ def rules(config: VisionConfig) -> list[Entry]:
 
 
 def openai_rules(config: VisionConfig) -> list[Entry]:
-    """Returns the rules for CLIP's tower, without the last block and what follows it."""
+    """Returns the rules for CLIP's tower in OpenAI's file, under LAVIS's names of its tensors.
+
+    The last block and what follows it have no rules.
+    """
     source, target = "visual_encoder.", "vision/"
     entries: list[Entry] = [
         Rule(source + "class_embedding", target + "cls", with_axes(2)),
