@@ -96,8 +96,9 @@ def evaluate(
         `predictions="answers.jsonl"`, `num_beams=1`.
 
     Returns:
-      The content of `out/results.json`, whose `datasets` has the result of each (with `beside` the
-      results by way and model); {} in all processes except process 0.
+      The content of `out/results.json`, whose `datasets` has the result of each; with the setting
+      `beside`, by the ways of answering (`evaluation.beside.WAYS`) and by model. In all processes
+      except process 0 it returns {}.
 
     Raises:
       ValueError: an unknown or invalid setting, one that has no effect with the others, records

@@ -53,14 +53,19 @@ def encode_utf8(text: str) -> bytes:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Lets one process at a time run the body; the lock (on a file) ends with a killed process."""
+    """Lets one process at a time run the block; the others wait.
+
+    The lock is on the file `path`, which is made and emptied. It ends when its process is killed.
+    """
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def lock_alone(file: int, path: Path) -> None:
-    """Locks an open file or folder, named `path` in the error; the lock ends with a killed process.
+    """Locks the file descriptor `file`, of a file or folder; the lock ends with its process.
+
+    `path` is its name in the error.
 
     Raises:
         ValueError: another process holds the lock.
@@ -73,7 +78,9 @@ def lock_alone(file: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Locks a folder, which is made, and removed if it is empty at the end.
+    """Makes a folder if it does not exist, and locks it during the block; does not wait.
+
+    If the folder is empty at the end, it is removed.
 
     Raises:
       ValueError: another process holds the lock.
@@ -109,7 +116,8 @@ def _locked_folder(folder: Path) -> int:
 def set_aside(path: Path, word: str = "aside") -> Path:
     """Renames `4` to `4.aside`, or `a.jsonl` to `a.aside.jsonl`; returns the new path.
 
-    If this name exists, the next free one of `4.aside-2`, `4.aside-3`, ... is used.
+    `word` replaces `aside`. If this name exists, the next free one of `4.aside-2`, `4.aside-3`, ...
+    is used.
     """
     stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
     number = 1

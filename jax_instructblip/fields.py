@@ -7,6 +7,7 @@
     }
     check(settings, TABLE)     # settings: a dataclass or a mapping
 
+The arguments `more` of `whole`, `number` and so on are attributes of `Field`, such as `unit`.
 Values that int32 or float32 cannot represent are always refused, because the device uses these.
 """
 
@@ -70,7 +71,10 @@ class Field:
     unit: str = ""
 
     def problems(self, name: str, value: Any) -> list[str]:
-        """Returns why `value` is not allowed and what is expected; [] if it is allowed."""
+        """Returns messages that say why `value` is not allowed; [] if it is.
+
+        They begin with `name`.
+        """
         if self.optional and value is None:
             return []
         if self.kind is tuple and self.each is not None and isinstance(value, tuple | list):
@@ -131,12 +135,12 @@ class Field:
 
 
 def whole(at_least: int = -INT32, at_most: int = INT32, **more: Any) -> Field:
-    """Returns a field that accepts integers in a range; True, 3.0 and "3" are refused."""
+    """Returns a field that accepts integers from `at_least` to `at_most`, but not True or 3.0."""
     return Field(int, at_least=at_least, at_most=at_most, **more)
 
 
 def number(at_least: float | None = None, at_most: float = FLOAT32, **more: Any) -> Field:
-    """Returns a field that accepts finite numbers in a range; True and "3" are refused."""
+    """Returns a field that accepts finite numbers from `at_least` to `at_most`, but not True."""
     return Field(float, at_least=at_least, at_most=at_most, **more)
 
 
@@ -186,7 +190,10 @@ def find_problems(values: Any, table: Mapping[str, Field], prefix: str = "") -> 
 
 
 def check(values: Any, table: Mapping[str, Field], *, prefix: str = "", title: str = "") -> None:
-    """Raises a ValueError that lists every value that its row of `table` does not allow."""
+    """Raises a ValueError that lists every value that its row of `table` does not allow.
+
+    `values`, `table` and `prefix` are as in `find_problems`; `title` is the message's first line.
+    """
     problems = find_problems(values, table, prefix)
     if problems:
         raise ValueError("\n  ".join([title, *problems]) if title else "; ".join(problems))
@@ -231,7 +238,10 @@ def _show(value: Any) -> str:
 
 
 def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens nested mappings to dotted names: `{"text.prompt_limit": 128, ...}`."""
+    """Flattens nested mappings to dotted names: `{"text.prompt_limit": 128, ...}`.
+
+    `prefix` is put in front of every name.
+    """
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         nested = isinstance(value, Mapping)

@@ -130,8 +130,8 @@ def local_path(path: str | os.PathLike, name: str = "the path") -> Path:
 def find_addresses(flags: Mapping[str, Any], stores: Sequence[str] = ()) -> list[str]:
     """Returns messages about a command's flags whose paths are addresses, empty or invalid.
 
-    A flag has paths if its value is a `Path` or its name is in `_PATH_FLAGS`. The flags in `stores`
-    may have object-store addresses.
+    `flags` are the values by name. A flag has paths if its value is a `Path` or its name is in
+    `_PATH_FLAGS`. The flags named in `stores` may have object-store addresses.
     """
     problems = []
     for flag, value in flags.items():
@@ -257,7 +257,9 @@ def read_json(
     limit: int = DOCUMENT_LIMIT,
     allow_nan: bool = False,
 ) -> Any:
-    """Reads a JSON file; `kind` (list or dict) is the required type of its top level.
+    """Returns the document in a JSON file, whose top level must be of type `kind`.
+
+    `kind` is list or dict, or object for any value. `allow_nan` is as in `parse_json`.
 
     Raises:
         OSError: it is no regular file, or cannot be read.
@@ -303,7 +305,7 @@ def scan_jsonl(
 def read_jsonl(
     path: str | os.PathLike, *, limit: int = LINE_LIMIT, allow_nan: bool = False
 ) -> Iterator[tuple[int, Any]]:
-    """Yields (line number, value) of each non-blank line.
+    """Yields (line number, value) of each non-blank line; arguments are as in `scan_jsonl`.
 
     Raises:
         OSError: it is no regular file, or cannot be read.
@@ -316,7 +318,7 @@ def read_jsonl(
 
 
 def json_line(value: Any) -> str:
-    """Formats JSON for stdout; non-ASCII characters are escaped if its encoding lacks one."""
+    """Formats a JSON value for stdout; in ASCII if its encoding lacks a character."""
     line = json.dumps(value, ensure_ascii=False)
     try:
         line.encode(sys.stdout.encoding or "utf-8")

@@ -8,7 +8,7 @@ Row = TypeVar("Row")
 
 
 def find(table: Mapping[str, Row], name: str, kind: str) -> Row:
-    """Returns `table[name]`; `kind` says in the message what the table holds, as "dataset".
+    """Returns `table[name]`; `kind`, such as "dataset", is the message's word for a row.
 
     Raises:
       ValueError: the name is unknown; the message has the nearest names, or all.

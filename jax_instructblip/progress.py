@@ -113,7 +113,10 @@ class Progress:
 
 @contextlib.contextmanager
 def count_bytes(total: int, label: str) -> Iterator[Callable[..., None]]:
-    """Shows progress in MB; yields a function to call with the bytes of each piece, and a note."""
+    """Shows the progress of `total` bytes in MB; yields the function `count(size, note="")`.
+
+    Call it after each piece with its number of bytes; `note` is as in `Progress.update`.
+    """
     with Progress(round(total / 1e6), label, "MB") as progress:
         done = 0
 

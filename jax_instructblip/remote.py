@@ -2,6 +2,8 @@
 
 An upload is atomic for one file, but a store can neither rename folders nor append to files. So a
 folder counts as complete if it has one agreed file, which is uploaded last and deleted first.
+
+The arguments `folder` and `address` are normalised addresses, as `address_of` returns them.
 """
 
 import errno
@@ -90,7 +92,7 @@ def stamps(address: str) -> dict[str, tuple[int, str]]:
 
 
 def holds(folder: str, name: str) -> bool:
-    """Returns True if `folder` has the file `name`."""
+    """Returns True if `folder` has a file or folder `name`."""
     system, place = _system(folder)
     return bool(_try(system.exists, f"{place}/{name}"))
 
@@ -105,7 +107,9 @@ def read(folder: str, name: str) -> bytes | None:
 
 
 def put(local: Path, folder: str, *, last: str = "") -> None:
-    """Uploads all files below `local` to `folder`; the file `last` after all others.
+    """Uploads all files below `local` to `folder`, under the same relative paths.
+
+    The file `last`, a path relative to `local`, is uploaded after all others; "" means none.
 
     Raises:
         OSError: a file could not be uploaded; then `last` is not uploaded either.
@@ -122,7 +126,13 @@ def put(local: Path, folder: str, *, last: str = "") -> None:
 
 
 def put_file(path: Path, folder: str) -> None:
-    """Uploads a file, which may be growing, to `folder`; raises an OSError if it fails."""
+    """Uploads a file to `folder` under its own name, replacing an older one.
+
+    If the file is still growing, what it has when it is read is uploaded.
+
+    Raises:
+        OSError: the file could not be read or uploaded.
+    """
     system, place = _system(folder)
     _try(system.pipe_file, f"{place}/{path.name}", path.read_bytes())
 
@@ -140,7 +150,7 @@ def get_files(
 ) -> None:
     """Downloads files, given as name in `folder` -> local path; calls `done(name)` after each.
 
-    Each local file appears only when it is complete.
+    Each local file appears only when it is complete, and replaces an older one.
 
     Raises:
         OSError: a file could not be downloaded; some of the others may have been.
@@ -151,7 +161,11 @@ def get_files(
 
 
 def remove(folder: str, *, first: str = "") -> None:
-    """Deletes the folder, the file `first` before all others; raises an OSError if it fails."""
+    """Deletes a folder with all files, the file `first` ("": none) before all others.
+
+    Raises:
+        OSError: a file could not be deleted.
+    """
     system, place = _system(folder)
     if first and holds(folder, first):
         _try(system.rm_file, f"{place}/{first}")

@@ -61,9 +61,10 @@ def input_path(path: str | os.PathLike, name: str = "the path") -> Path:
 
 
 def input_checkpoint(path: str | os.PathLike) -> Path:
-    """Returns the local folder, or a copy of a checkpoint; of a run, without its weights.
+    """Returns the local folder, or a copy of the checkpoint folder or run at an address.
 
-    Call `complete` before reading a checkpoint of the run. Raises like `input_path`.
+    A run is copied without the weights of its checkpoints: call `complete` before reading one of
+    them. Raises like `input_path`.
     """
     address = remote.address_of(path)
     if not address:
@@ -76,7 +77,7 @@ def input_rows(path: str | os.PathLike, name: str = "the data") -> Path:
     """Returns the path of a JSON-lines file; for an address, a copy together with its images.
 
     The images are those that the lines name. Invalid lines are ignored here and reported by the
-    reader. Raises like `input_path`.
+    reader. Another kind of path is treated as by `input_path`; `name` and errors are as there.
     """
     address = remote.address_of(path)
     if not address.endswith((".jsonl", ".json")):
@@ -91,7 +92,10 @@ def input_rows(path: str | os.PathLike, name: str = "the data") -> Path:
 
 
 def complete(folder: Path) -> None:
-    """Downloads the missing files of a folder within a copy; does nothing for other folders."""
+    """Downloads the missing files of `folder`, a checkpoint within a copy of a run.
+
+    Does nothing for a folder that is no part of a copy.
+    """
     root = folder_of_copies()
     if not folder.absolute().is_relative_to(root):
         return
@@ -112,10 +116,11 @@ def working_folder(address: str) -> Path:
 def output_folder(
     out: str | os.PathLike, name: str = "out", last: str = LAST
 ) -> Iterator[tuple[Path, str]]:
-    """Yields a new local folder and its name for messages; uploads it if `out` is an address.
+    """Yields the path of a local folder to be made, and the name of `out` for messages.
 
-    `last` is the file that is uploaded last and marks the upload as complete. If the upload fails
-    or is interrupted, the folder stays on the disk and its path is printed.
+    If `out` is an address, the folder is uploaded at the end of the block, `last` being the file
+    that is uploaded last and marks the upload as complete. If the upload fails or is interrupted,
+    the folder stays on the disk and its path is printed. `name` is the subject of error messages.
 
     Raises:
         FileExistsError: `out` exists already.
@@ -163,7 +168,8 @@ def output_folder(
 def growing_folder(out: str | os.PathLike, name: str = "out") -> Iterator[Path]:
     """Yields the local folder, or for an address a local copy, whose changes are uploaded.
 
-    Uploads happen every minute and at the end of the block, even after an error.
+    Uploads happen every minute and at the end of the block, even after an error. `name` is the
+    subject of error messages.
 
     Raises:
         ValueError: it is no path, or the store cannot be written to.
@@ -269,7 +275,7 @@ def _write_index(home: Path, address: str, cached: _Stamps) -> None:
 
 
 def send(folder: Path, address: str, last: str) -> None:
-    """Uploads a folder to the address, the file `last` at the end; an OSError if it fails."""
+    """Uploads a folder to `address` as `remote.put` does, and prints its size to stderr."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"copying {size / 1e6:,.1f} MB to {address}", file=sys.stderr, flush=True)
     remote.put(folder, address, last=last)

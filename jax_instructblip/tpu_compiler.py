@@ -8,7 +8,10 @@ STACK = "--fibers_default_thread_stack_size=4194304"
 
 
 def set_flags() -> None:
-    """Adds our flags to `LIBTPU_INIT_ARGS`, keeping what is set; harmless without a TPU."""
+    """Adds `STACK` to the environment variable `LIBTPU_INIT_ARGS`; harmless without a TPU.
+
+    What the variable has already is kept, also another value of that flag.
+    """
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
     if STACK.partition("=")[0] not in flags:
         os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {STACK}".strip()

@@ -48,7 +48,7 @@ def collate(
 
     Args:
       examples: dicts of arrays as listed at the top of this file.
-      visual_tokens: number of vectors that an image becomes.
+      visual_tokens: number of vectors that an image becomes; 0 only if no example has images.
       samples_per_row: number of examples that share a row; it must divide the number of examples.
       lengths: width of the rows by name: `slots`, `qformer_tokens`, `targets` (also the width of
         the decoder's tokens) and `images` (their number). A value is one number, or several of
@@ -199,7 +199,9 @@ def _visual(example: Example) -> str:
 
 
 def bucket(length: int, buckets: int | Sequence[int] | None, name: str) -> int:
-    """Returns the smallest of `buckets` that is at least `length`, or `length` without buckets.
+    """Returns the smallest of `buckets` that is at least `length`.
+
+    Without buckets (None) it returns `length`, but at least 1.
 
     Raises:
         ValueError: `length` is above the largest bucket; the message names `name`, the key of
@@ -236,7 +238,8 @@ def pad_to(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:
 def compact(tokens: np.ndarray, mask: np.ndarray, pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Returns `tokens` [B, T] and `mask` [B, T] bool with all padding moved to the end, order kept.
 
-    It is for input from elsewhere, padded on the left or with gaps (a dot is padding):
+    `mask` is True on tokens. The function is for input from elsewhere, padded on the left or with
+    gaps (a dot is padding):
 
         . . a b        a b . .
         a . . b   ->   a b . .

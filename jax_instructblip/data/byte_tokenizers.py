@@ -38,8 +38,9 @@ def splits_bytes(folder: str | os.PathLike[str]) -> bool:
 def unnamed_special(named: Mapping[str, str | None], vocab: Collection[str]) -> dict[str, str]:
     """Returns texts for those of `bos`, `eos` and `pad` that a tokenizer of bytes does not name.
 
-    `named` maps each of these to the text that the tokenizer's files name, if any. The results are
-    taken from `vocab`; if it has no padding token, `pad` is the text of `eos`.
+    `named` maps each of these names to the text that the tokenizer's files give it, or None. The
+    results, by name, are taken from `vocab`; if it has no padding token, `pad` is the text of
+    `eos`.
     """
     texts = {
         name: next((text for text in texts if text in vocab), None)
@@ -52,7 +53,7 @@ def unnamed_special(named: Mapping[str, str | None], vocab: Collection[str]) -> 
 
 
 def letter_bytes() -> dict[str, int]:
-    """Returns the byte that each letter of a piece of bytes stands for, as GPT-2 spells them.
+    """Returns letter -> byte: GPT-2's spelling of pieces, where each letter stands for a byte.
 
     Printable characters of Latin-1 stand for themselves, and the letters from U+0100 on for the
     other bytes in order.

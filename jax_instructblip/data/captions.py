@@ -17,7 +17,13 @@ RETRIEVAL_LIMIT = 35  # ids of a caption in retrieval, as in LAVIS
 
 
 class Captions(NamedTuple):
-    """N captions of L ids each; `valid` is True on tokens, `cut` on captions that were too long."""
+    """N captions of L ids each.
+
+    Attributes:
+      ids: `[N, L]` int32, padded on the right.
+      valid: `[N, L]` bool, True on tokens.
+      cut: `[N]` bool, True for captions that were too long.
+    """
 
     ids: np.ndarray  # [N, L] int32
     valid: np.ndarray  # [N, L] bool
@@ -87,7 +93,9 @@ class CaptionTokenizer:
         )
 
     def example(self, caption: str) -> dict[str, np.ndarray]:
-        """Returns `caption`, its ids without padding, and `truncated` [3] as a batch counts it.
+        """Returns a dict of `caption`, its ids [L] int32 without padding, and `truncated`.
+
+        `truncated` is [0, 0, 1] int32 if the caption was cut, else zeros.
 
         Raises:
             ValueError: the caption cannot be encoded.

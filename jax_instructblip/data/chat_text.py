@@ -148,7 +148,7 @@ class ChatTextProcessor(TextProcessor):
 
 
 def as_conversation(prompt: Prompt, images: int) -> Conversation:
-    """Returns a prompt as a conversation about that many images, each of which has its place."""
+    """Returns a prompt as a conversation about `images` images, each of which has its place."""
     if isinstance(prompt, str):
         conversation = Conversation(prompt[:_SHOWN], (Turn(USER, prompt),), images)
     elif isinstance(prompt, Conversation):
@@ -189,6 +189,9 @@ def load_text_processor(
     folder: str | os.PathLike[str], variant: Variant, input_format: InputFormat, **limits: int
 ) -> TextProcessor:
     """Returns the processor of a checkpoint folder for a model that is asked by `input_format`.
+
+    It is a `ChatTextProcessor` if the format has a template. `limits` are the fields of
+    `TextProcessor` that end with `_limit`.
 
     Raises:
         ValueError: the chat template is of another tokenizer, or needs another language model.

@@ -44,8 +44,8 @@ class Context:
     Attributes:
       id: the name of the image.
       image: the path of its file, as the file of contexts gives it; "" where there is none.
-      captions: one or more.
-      boxes: of its objects, in their order; may be empty.
+      captions: one or more captions.
+      boxes: the boxes of its objects, in the file's order; may be empty.
     """
 
     id: str
@@ -93,7 +93,8 @@ def read_contexts(path: str | os.PathLike[str], *, need_image: bool = True) -> l
     """Returns the contexts of a file of JSON lines, in its order.
 
     Instead of `captions` a line may have `caption`, a text or a list of texts. Other fields are
-    ignored. A whole number as `id` becomes text; a line without one takes its `image`.
+    ignored. A whole number as `id` becomes text; a line without one takes its `image`. A line
+    without `image` is a bad one, unless `need_image` is False.
 
     Raises:
       RecordError: the file is empty, or has bad lines, all listed as `FILE:LINE: reason`.

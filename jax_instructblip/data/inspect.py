@@ -18,7 +18,10 @@ Pieces = list[tuple[str, bool]]
 
 
 def token_counts(example: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """Returns the numbers of tokens of an example, by a title: those read, and the targets."""
+    """Returns the numbers of tokens of a training example, of texts read and of targets, by title.
+
+    A title says what is counted, such as "answer".
+    """
     if "caption" in example:
         return {"caption": len(example["caption"])}
     instruction = {}
@@ -49,7 +52,7 @@ def histogram(name: str, counts: Sequence[int]) -> list[str]:
 
 
 def token_rows(example: Mapping[str, np.ndarray], text: TextProcessor) -> dict[str, Pieces]:
-    """Returns the token sequences of an example, by a title that says who reads them.
+    """Returns the token sequences of a training example, by a title that says who reads them.
 
     A sequence is a list of (token text, True if the token is a target of the loss).
     """
@@ -69,7 +72,11 @@ def token_rows(example: Mapping[str, np.ndarray], text: TextProcessor) -> dict[s
 
 
 def caption_rows(example: Mapping[str, np.ndarray], text: CaptionTokenizer) -> dict[str, Pieces]:
-    """Returns the tokens of a caption as `token_rows` does: as it is compared, and as written."""
+    """Returns a caption's tokens as `token_rows` does: as they are compared, and as written.
+
+    `example` is the result of `CaptionTokenizer.example`. Only a model that writes captions has the
+    second sequence.
+    """
     pieces = text.tokenizer.convert_ids_to_tokens(example["caption"].tolist())
     rows = {"Q-Former reads": [(piece, False) for piece in pieces]}
     if text.variant.qformer.caption_head:

@@ -184,7 +184,7 @@ def _samples(
 
 
 def describe(file: pathlib.Path, findings: Findings) -> Iterator[str]:
-    """Yields the lines of the report about `findings`."""
+    """Yields the lines of the report about `findings`, those of the file `file`."""
     samples = f"; each {findings.unit} is a sample" if findings.good else ""
     yield f"{file}: {findings.good} good lines, {len(findings.bad)} bad{samples}"
     yield from _bad_lines(file, findings.bad)

@@ -73,7 +73,7 @@ class Source:
 
 
 class Mixture:
-    """The endless order of training samples; `mixture.record(k)` is (source, record) k."""
+    """The endless order of training samples; `mixture.record(k)` gives sample k."""
 
     def __init__(
         self,
@@ -160,7 +160,10 @@ class Mixture:
         return digest_of([self.seed, self.instructions, *style, *rows])
 
     def instruct(self, source: Source, record: Record, rng: np.random.Generator) -> tuple[str, str]:
-        """Returns (prompt, answer) of a record of `source`, with this mixture's instructions."""
+        """Returns (prompt, answer) of a record of `source`, with this mixture's instructions.
+
+        `rng`, that of the sample (`Mixture.rng`), draws the template and the answer.
+        """
         tag = INSTRUCTIONS[self.instructions](source)
         return instruct(record, source.templates, rng, tag, self.style)
 
@@ -171,6 +174,7 @@ class Mixture:
 
         A source without templates keeps all rounds of a dialogue, and one of the distinct answers
         to its last question. With templates, prompt and answer of `instruct` are the only round.
+        `rng` is as in `instruct`.
 
         Raises:
             ValueError: the record has no answer.

@@ -23,10 +23,10 @@ Sizes = Sequence[Mapping[str, int]]  # of each sample, by name
 
 
 def deal(sizes: Sequence[Sequence[int]], rows: int) -> np.ndarray:
-    """Returns the samples of each row, [rows, samples / rows], so that rows have similar lengths.
+    """Returns the sample numbers of each row, [rows, samples / rows]; rows get similar lengths.
 
     `sizes` has for each sample how much room it takes: its slots, or slots and targets (`WEIGHTS`).
-    The largest sample comes first; each goes to the emptiest row that has not its number of samples
+    The largest sample comes first; each goes to the emptiest row that does not have all its samples
     yet. With one sample a row the order is kept. The result depends on `sizes` alone, so that all
     hosts compute the same.
 
@@ -58,9 +58,10 @@ def deal(sizes: Sequence[Sequence[int]], rows: int) -> np.ndarray:
 def row_lengths(sizes: Sizes, shared: np.ndarray, text_limit: int) -> dict[str, int]:
     """Returns the widths of rows of several samples, the argument `lengths` of `batch.collate`.
 
-    `shared` holds the samples of each row, from `deal`; `text_limit` is the most tokens of an
-    instruction that the Q-Former reads. Slots and targets are those of the widest row, and the
-    instruction the longest one, all rounded up, so that a run compiles few programs.
+    `sizes` has the lengths of each sample by name (see the top of this file), `shared` the samples
+    of each row, from `deal`; `text_limit` is the most tokens of an instruction that the Q-Former
+    reads. Slots and targets are those of the widest row, and the instruction the longest one, all
+    rounded up, so that a run compiles few programs.
     """
     widest = lambda name: max(sum(sizes[sample][name] for sample in row) for row in shared)
     text = max(size["qformer_tokens"] for size in sizes)

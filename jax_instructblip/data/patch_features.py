@@ -43,6 +43,8 @@ class PatchFeatures:
     def __init__(self, folder: str | os.PathLike, facts: Mapping[str, Any], shape: Sequence[int]):
         """Opens a folder whose features must be of the tower and preparation `facts`.
 
+        `facts` has the fields of features.json that `TOWER` names; `shape` is (P, D).
+
         Raises:
             FileNotFoundError: there is no such folder, or no features in it.
             ValueError: it has features of something else, all of which is named with both values;
@@ -68,7 +70,7 @@ class PatchFeatures:
             )
 
     def read(self, source: images.Source, record: str) -> np.ndarray:
-        """Returns the features [P, D] bfloat16 of an image of `record`.
+        """Returns the features [P, D] bfloat16 of an image of the record with the id `record`.
 
         Raises:
             ImageError: the image cannot be used (as a plain run would find, too).
@@ -101,7 +103,10 @@ class PatchFeatures:
 
 
 def differences(recorded: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each of `facts` that is recorded otherwise, with both values."""
+    """Returns a line for each of `facts` that differs in `recorded`, with both values.
+
+    `recorded` is the content of features.json.
+    """
     plain = json.loads(json.dumps(facts))  # as JSON has them: lists for tuples
     return [
         f"{name} was {recorded.get(name)!r}, now {value!r}"
@@ -111,7 +116,7 @@ def differences(recorded: Mapping[str, Any], facts: Mapping[str, Any]) -> list[s
 
 
 def shard_names(count: int, shard_size: int, suffix: str) -> list[str]:
-    """Returns the file names of the shards of `count` images."""
+    """Returns the file names of the shards of `count` images, `00000-of-00012.SUFFIX` and so on."""
     shards = -(-count // shard_size)
     return [f"{number:05d}-of-{shards:05d}.{suffix}" for number in range(shards)]
 

@@ -29,7 +29,7 @@ def reads_as_legacy(folder: str | os.PathLike[str]) -> bool:
 
 
 class PieceEncoder:
-    """Encodes parts of a text; `first` says whether a part is at the start of a text."""
+    """Encodes the parts of a text."""
 
     def __init__(self, tokenizer: Tokenizer):
         """Copies the tokenizer, which stays as it is."""
@@ -45,7 +45,10 @@ class PieceEncoder:
             backend.encode_special_tokens = True
 
     def encode(self, text: str, *, first: bool) -> list[int]:
-        """Returns the ids of a part, in which no control token is recognised."""
+        """Returns the ids of a part, in which no control token is recognised.
+
+        `first` says whether the part is at the start of a text.
+        """
         backend = self._first if first else self._inner
         return backend.encode(text, add_special_tokens=False).ids
 

@@ -189,7 +189,7 @@ def read_jsonl(
 def check_lines(path: str | os.PathLike[str], good: int, problems: Sequence[str]) -> None:
     """Raises a RecordError if a file has bad lines, or no good one.
 
-    `problems` are of the form `FILE:LINE: reason`.
+    `good` is the number of good lines; `problems` are of the form `FILE:LINE: reason`.
     """
     if problems:
         lines = len({problem.split(": ", 1)[0] for problem in problems})
@@ -298,7 +298,7 @@ class RecordSubset(Sequence[Record]):
     """The records with the given numbers, in that order, read when they are asked for."""
 
     def __init__(self, records: Sequence[Record], numbers: Any):
-        """Takes `numbers` [n], a sequence or an array of whole numbers."""
+        """Takes `numbers` [n], a sequence or an array of indices into `records`."""
         self._records, self._numbers = records, numbers
 
     def __len__(self) -> int:

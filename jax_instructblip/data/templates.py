@@ -149,7 +149,7 @@ class TextStyle:
         return caption
 
     def history(self, rounds: tuple[tuple[str, str], ...]) -> str:
-        """Returns the earlier rounds of a dialogue (question, answer) on one line."""
+        """Returns the earlier rounds (question, answer) of a dialogue as one line of text."""
         marks = ("q: ", "a: ") if self.dialogue == "q_a" else ("", "")
         return " ".join(
             mark + text for each in rounds for mark, text in zip(marks, each, strict=True)
@@ -194,7 +194,10 @@ def placeholders(template: str) -> set[str]:
 
 
 def needs_prompts(kind: str) -> bool:
-    """Tells whether samples of a list of `TEMPLATES` are made of the records' own prompts."""
+    """Tells whether samples made with `kind` contain the prompts of the records.
+
+    `kind` is a key of `TEMPLATES`, or "" for prompts that are used as they are.
+    """
     if kind in ("", "question_generation"):  # taken as they are, or asked for
         return True
     return any("question" in placeholders(each) for each in TEMPLATES.get(kind, ()))

@@ -93,7 +93,7 @@ class TextProcessor:
     ) -> "TextProcessor":
         """Returns the processor of a checkpoint folder, either of this package or of Hugging Face.
 
-        `fields` are the limits and `input_format`.
+        `fields` are other attributes of the class: the limits and `input_format`.
         """
         llm, qformer = tokenizer_folders(folder)
         qformer = qformer if variant.reads_instruction else None

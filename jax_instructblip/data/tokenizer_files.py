@@ -97,14 +97,15 @@ def load_tokenizers(
 
 
 def decodes_bytes(tokenizer: Tokenizer) -> bool:
-    """Tells whether a tokenizer that was read is one of bytes."""
+    """Tells whether the pieces of a tokenizer are bytes (`byte_tokenizers.py`)."""
     return BYTES in repr(tokenizer.backend_tokenizer.decoder)
 
 
 def released_special(folder: str | os.PathLike[str], kind: str) -> Mapping[str, str]:
-    """Returns the special tokens that the released models set on the tokenizer of a folder.
+    """Returns the special tokens that the released models set on a tokenizer, by name.
 
-    `kind` is a key of `RELEASED_SPECIAL`.
+    A name is `bos_token` and the like; `kind` is a key of `RELEASED_SPECIAL`. There are none for a
+    LLaMA-like model whose tokenizer in `folder` is one of bytes.
     """
     own = kind in ("llama", "llava") and splits_bytes(folder)
     return {} if own else RELEASED_SPECIAL[kind]

@@ -285,7 +285,9 @@ class Replacements:
         self._named = 0
 
     def next(self, source: Source, name: str, attempt: int, error: Exception) -> int:
-        """Logs why record `name` cannot be used; returns `attempt` + 1, the number of the next one.
+        """Logs why the record with the id `name` cannot be used; returns `attempt` + 1.
+
+        `attempt` is the number of replacements that were tried before it (`Mixture.record`).
 
         Raises:
             ValueError: `attempt` has reached `ATTEMPTS`.

@@ -58,7 +58,7 @@ def encode_frames(
     """Returns JPEGs of `wanted` frames, evenly spread over a video, and the seconds of each.
 
     Seconds count from the first frame. The frames of the last `VIDEOS_KEPT` videos are cached, so
-    that a video with many questions is decoded once. `quality` is that of the JPEGs, up to 100.
+    that a video with many questions is decoded once. `quality` is Pillow's of JPEGs, up to 100.
 
     Raises:
         VideoError: as `read_frames`.

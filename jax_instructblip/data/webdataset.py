@@ -135,7 +135,7 @@ def holds_tars(path: pathlib.Path) -> bool:
 def open_tars(path: str | os.PathLike[str], *, task: str = "", split: str = "") -> TarRecords:
     """Returns the pairs of one tar or of all tars of a folder; reads the headers of new tars first.
 
-    Every record gets this `task` and `split`.
+    Every record gets `task` and `split` as its fields of these names.
 
     Raises:
         FileNotFoundError: there is no tar.
@@ -201,10 +201,12 @@ def _expected(tar: pathlib.Path) -> int:
 
 
 def scan_tar(tar: pathlib.Path, expected: int = -1) -> np.ndarray:
-    """Returns the index of a tar: a structured array with the fields of `_Row`, one row per entry.
+    """Returns the index of a tar: a structured array with one row per entry, in order.
 
-    Only headers are read. If the tar is truncated, or has fewer entries than `expected` (-1:
-    unknown), each lost entry has a row with a `problem`; a loss of unknown size has one row.
+    The fields are an entry's `key` and `problem`, the `ending` of its image's name, and the offsets
+    and sizes (bytes) of its members. Only headers are read. If the tar is truncated, or has fewer
+    entries than `expected` (-1: unknown), each lost entry has a row with a `problem`; a loss of
+    unknown size has one row.
     """
     members, reason = _members(tar)
     rows: list[_Row] = []

@@ -33,13 +33,13 @@ FindProblem = Callable[[Request, str], str]
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The end of a run.
+    """The result of `ask`.
 
     Attributes:
-      answers: usable answers by id, in the order of the requests.
-      missing: for each request without one, the reason.
-      tokens: tokens of all replies of this and earlier runs.
-      endpoint: the base URL.
+      answers: the usable answers by the ids of the requests, in their order.
+      missing: by id, the reason why a request has no usable answer.
+      tokens: tokens of all requests and replies, of this run and those that it continues.
+      endpoint: the base URL that was used.
     """
 
     answers: dict[str, str]
@@ -58,12 +58,12 @@ def ask(
     """Returns an answer to each request, or the reason why there is none.
 
     Args:
-      requests: with ids that are all different.
-      settings: of the endpoint.
-      journal: the file of replies; what it holds already is not asked again.
-      facts: what the requests were made from (prompts, kinds), for the journal.
-      find_problem: returns why an answer cannot be used, "" if it can. Such a request is asked
-        again, `settings.attempts` times in all.
+      requests: the questions, whose ids are all different.
+      settings: the settings of the endpoint.
+      journal: the file of replies; requests with a usable reply in it are not asked again.
+      facts: a JSON object of what the requests were made from, for the journal (`open_journal`).
+      find_problem: function of (request, text of the answer) that returns why the answer cannot be
+        used, "" if it can. Such a request is asked again, `settings.attempts` times in all.
 
     Raises:
       ValueError: there is no key; the journal is of other facts or requests; the tokens of
@@ -85,12 +85,15 @@ def ask(
 
 
 def estimate(request: Request) -> int:
-    """Returns roughly the tokens of a request, without its answer."""
+    """Returns roughly the number of tokens of a request, without its answer."""
     return sum(len(each["content"]) // CHARACTERS + CHARACTERS for each in request.messages)
 
 
 def preview(requests: Sequence[Request], settings: EndpointSettings) -> tuple[Iterator[str], str]:
-    """Returns the requests as lines of JSON, and a sentence that estimates their tokens."""
+    """Returns the requests as lines of JSON, and a sentence that estimates their tokens.
+
+    Nothing is sent.
+    """
     lines = (
         json.dumps({"id": each.id, "messages": list(each.messages)}, ensure_ascii=False)
         for each in requests

@@ -30,7 +30,11 @@ class Reply(NamedTuple):
 
 
 class TransientError(Exception):
-    """No reply this time; `wait` is the number of seconds that the server asks for, or 0."""
+    """There is no reply this time, but there may be one later.
+
+    Attributes:
+      wait: seconds that the server asks to wait; 0 if it does not say.
+    """
 
     def __init__(self, reason: str, wait: float = 0.0):
         """Keeps the reason for the message that ends a run after too many failures."""
@@ -47,10 +51,14 @@ class EndpointError(OSError):
 
 
 class Client:
-    """The official client with one model and its settings; used inside one event loop."""
+    """OpenAI's client with one model and its settings; used inside one event loop.
+
+    Attributes:
+      url: the base URL of the endpoint.
+    """
 
     def __init__(self, settings: EndpointSettings):
-        """Reads the key from the environment.
+        """Reads the key from the environment variable `OPENAI_API_KEY`.
 
         Raises:
           ValueError: there is no key, or the library `openai` is not installed.
@@ -82,9 +90,9 @@ class Client:
         """Sends one request and returns the reply.
 
         Raises:
-          TransientError: silence, overload, a damaged reply.
+          TransientError: the endpoint is silent or overloaded, or the reply is damaged.
           RefusedError: the request itself is refused.
-          EndpointError: no request can be answered.
+          EndpointError: the endpoint cannot answer any request.
         """
         openai, settings, limit = self._openai, self._settings, self._limit
         body: dict[str, Any] = {

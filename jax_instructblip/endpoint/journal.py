@@ -66,14 +66,22 @@ class Journal:
         self._digests: dict[str, str] = {}
 
     def add(self, request: Request, text: str, problem: str, tokens: int) -> None:
-        """Appends a reply and syncs the file to disk."""
+        """Counts a reply, appends it and syncs the file to disk.
+
+        `problem` is the reason why `text` cannot be used, "" if it can; `tokens` are those of
+        request and reply.
+        """
         entry = {"id": request.id, "digest": request.digest(), "text": text}
         entry |= {"problem": problem, "tokens": tokens}
         self.write(entry)
         self.count_reply(entry)
 
     def count_reply(self, entry: Mapping[str, Any]) -> None:
-        """Counts a reply; raises a ValueError if its request was answered or had other messages."""
+        """Counts a reply that is in the file already; `entry` is its line.
+
+        Raises:
+          ValueError: its request was answered before, or had other messages.
+        """
         name, problem = entry["id"], entry["problem"]
         if name in self.answers:
             raise ValueError(f"{name!r} is answered twice")
@@ -87,13 +95,13 @@ class Journal:
             self.answers[name] = entry["text"]
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends one line and syncs the file to disk."""
+        """Appends one line without counting it, and syncs the file to disk."""
         self._file.write(encode_utf8(json.dumps(line, ensure_ascii=False) + "\n"))
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Raises a ValueError if replies are to requests that are gone or have other messages."""
+        """Raises a ValueError if replies are to others than `requests`, or to other messages."""
         asked = {request.id: request.digest() for request in requests}
         gone = [name for name in self._digests if name not in asked]
         changed = [

@@ -29,7 +29,7 @@ class EndpointSettings:
       model: the name under which the endpoint knows the model.
       endpoint: the base URL, as in `http://localhost:8000/v1`; "" means the one in the environment
         variable `OPENAI_BASE_URL`, else OpenAI's.
-      temperature: of sampling.
+      temperature: the temperature of sampling.
       answer_tokens: the most tokens of one answer.
       max_tokens: the most tokens of all requests and answers together; 0 means no limit.
       concurrency: number of requests under way at the same time.
@@ -70,7 +70,7 @@ class EndpointSettings:
             )
 
     def facts(self) -> dict[str, Any]:
-        """Returns the settings that answers depend on."""
+        """Returns the settings that answers depend on, by name, for a journal."""
         return {
             "model": self.model,
             "temperature": self.temperature,

@@ -112,7 +112,7 @@ class Checkpoints:
         return f"{self._store or self.folder}/{step}"
 
     def meta(self, step: int) -> Meta:
-        """Reads `meta.json` of the checkpoint of `step`; raises CheckpointError if damaged."""
+        """Returns `meta.json` of the checkpoint of `step`; a CheckpointError if it is damaged."""
         if not self._store:
             raw = (self.path(step) / META).read_bytes()
         else:
@@ -150,8 +150,8 @@ class Checkpoints:
 
         Every process calls it with its shards of the state. After the files are written, the writer
         thread of process 0 calls `then`. An error of the background write (a full disk) is raised
-        by the next `save`, `check` or `wait`. `meta` must have the keys `variant`, `trainable`,
-        `base` and `data`; its `score` is optional and read by `best`.
+        by the next `save`, `check` or `wait`. `rng` is the run's random key. `meta` must have the
+        keys `variant`, `trainable`, `base` and `data`; `best` reads its optional `score`.
 
         Raises:
             FileExistsError: the folder has this step or a later one, so another run wrote it.

@@ -80,7 +80,10 @@ def set_metrics_aside(workdir: Path, checkpoints: str, *, fresh: bool) -> list[s
 
 
 def changes(workdir: Path, config: Mapping[str, Any]) -> list[str]:
-    """Returns one line per config field whose value differs from the workdir's config.json."""
+    """Returns one line per field of `config` whose value differs from the workdir's config.json.
+
+    Without that file it returns []; if the file is damaged, one line that says so.
+    """
     if not (workdir / CONFIG).is_file():
         return []
     recorded = read_document(workdir).get("config")

@@ -70,7 +70,7 @@ def load_initial(
 
     Args:
       base: a checkpoint folder, or the name of an embedded checkpoint.
-      init: a checkpoint, run or Hugging Face folder of the same sizes, or "".
+      init: a checkpoint, run or Hugging Face folder of the same sizes; "" means `base`.
       trainable: the top-level trees to train.
       fields: changes of the variant (`{"qformer.dropout": 0.0}`). With
         `qformer.instruction_aware` False the text branch of the Q-Former is dropped;
@@ -162,9 +162,10 @@ def load_initial(
 
 
 def load_untuned(run: Mapping[str, Any], blip: InstructBlipPipeline) -> InstructBlipPipeline:
-    """Loads the pipeline with the weights that a run started from, before any training.
+    """Returns a pipeline with the weights that a run started from, before any training.
 
-    `run` is the run's config.json; `blip` is the tuned model, whose dtype and variant are reused.
+    `run` is the content of the run's config.json (`earlier_run.read_run`). `blip` is the tuned
+    model, whose dtype, image size, quantisation and input format are used.
     """
     bridge, aware = blip.variant.bridge, {}
     if isinstance(bridge, QFormerConfig):

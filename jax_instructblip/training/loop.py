@@ -71,9 +71,9 @@ def run(
 
     Args:
         config: the config of the run; all fields are checked first.
-        evaluate: computes the validation scores; without it, or without `config.validation.path`,
-            nothing is validated.
-        report: writes `report.html` at the end; None writes none.
+        evaluate: computes the validation scores (`evaluation.validation.evaluate`); without it, or
+            without `config.validation.path`, nothing is validated.
+        report: writes `report.html` at the end (`setup.Report`); None writes none.
         fresh: allows starting over if the workdir has metrics of an earlier run but its
             checkpoints are missing.
 

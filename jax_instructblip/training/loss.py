@@ -41,7 +41,10 @@ def count_targets(targets: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 4))
 def word_loss(x: Array, kernel: Array, axes: str, targets: Array, dtype: Any) -> Array:
-    """Returns `cross_entropy` of the logits `word_logits(x, kernel, axes, dtype)` of `[G, A]`.
+    """Returns `cross_entropy` of `word_logits(x, kernel, axes, dtype)`, without the whole logits.
+
+    `x` is `[G, A, D]`, the kernel `[D, V]` or `[V, D]` as `axes` ("DV" or "VD") says, and `targets`
+    are ids `[G, A]`.
 
     A device computes the logits of about `CHUNK` targets at a time, the same ones of each of its
     rows, and their gradient with them, so that float32 logits of all targets are never held. The

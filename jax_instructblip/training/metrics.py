@@ -60,7 +60,7 @@ class MetricsWriter:
         self._board = _open_board(Path(folder) / FOLDER, purge_step=start + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends the numbers of one step."""
+        """Appends one line with the metrics of `step`, numbers by name."""
         if self._silent:
             return
         self._file.write(
@@ -70,7 +70,7 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
 
     def write_answers(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
-        """Appends sample answers at `step`; each is a `Prediction` row as a dict."""
+        """Appends sample answers at `step`: `evaluation.predictions.Prediction` rows as dicts."""
         if self._silent or not answers:
             return
         with self._answers.open("a", encoding="utf-8") as file:
@@ -99,7 +99,7 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, float]]:
 
 
 def read_answers(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """Returns the lines of a run's `answers.jsonl`: `Prediction` rows as dicts, each with its step.
+    """Returns the lines of a run's `answers.jsonl`: the dicts of `write_answers`, with the step.
 
     Unreadable lines are skipped, such as a last line that was cut short by a kill.
     """
@@ -170,12 +170,15 @@ class Window:
         self.restart()
 
     def skip(self, seconds: float) -> None:
-        """Excludes `seconds` that were not spent on steps from the rates, such as a validation."""
+        """Excludes `seconds` from the rates: time not spent on steps, such as a validation."""
         self._began += seconds
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Counts the block's time under `what`, "data" or "checkpoint"; the rest is device time."""
+        """Counts the block's time under `what`, "data" or "checkpoint".
+
+        All other time counts as device time.
+        """
         began = time.monotonic()
         try:
             yield

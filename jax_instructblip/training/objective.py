@@ -54,7 +54,7 @@ class LanguageObjective:
     whole_batch: str = ""
 
     def totals(self, batch: Batch) -> Totals:
-        """Returns {"tokens": the number of target tokens}, a float32 scalar."""
+        """Returns a dict of `tokens`, the number of target tokens, a float32 scalar."""
         return {"tokens": count_targets(batch["targets"])}
 
     def __call__(

@@ -44,7 +44,7 @@ class PairObjective:
     whole_batch: str = "each pair is compared with all others of the batch"
 
     def totals(self, batch: Batch) -> Totals:
-        """Returns `pairs`, the number of pairs, and `tokens`, that of caption targets; float32."""
+        """Returns a dict of float32 scalars: `pairs`, and `tokens`, the caption targets."""
         pairs = jnp.asarray(batch["captions"].shape[0], jnp.float32)
         return {"pairs": pairs, "tokens": count_targets(_targets(batch))}
 
@@ -77,8 +77,10 @@ def pair_terms(
 ) -> Metrics:
     """Returns `itc`, `itm` and `itg` as sums over the batch (not yet divided by totals).
 
+    They are float32 scalars. `model` holds its weights (a bound module), `batch` is the global one.
     `key` draws the hard negatives. If the batch has `negative_images` and `negative_texts` [B]
-    (indices into the batch), these are used instead.
+    (indices into the batch), these are used instead. `by_image` is that of `PairObjective`; `train`
+    turns dropout on.
     """
     tokens, valid = batch["captions"], batch["caption_mask"]
     patches = model.encode_image(batch["images"][:, 0])
@@ -111,7 +113,7 @@ def same_pairs(ids: Array) -> Array:
 
 
 def draw_negatives(key: Array, by_row: tuple[Array, Array], same: Array) -> tuple[Array, Array]:
-    """Returns a text index [B] for each image and an image index [B] for each text.
+    """Draws hard negatives: a text index [B] for each image, an image index [B] for each text.
 
     Each index is drawn from the softmax of its row. `by_row` are the similarities of images to
     texts and of texts to images, each [B, B] and divided by the temperature. Pairs in the mask
@@ -133,13 +135,14 @@ def match_triples(
     texts_of: Array,
     train: bool,
 ) -> Array:
-    """Returns match logits [B, 3, 2] of three pairs per sample.
+    """Returns logits [B, 3, 2] of (no match, match) for three pairs per sample.
 
-    In this order: image and caption, image and negative caption, negative image and caption.
-    `patches` [B, P, Dv], `tokens` and `valid` [B, L] are those of the global batch, `images_of` and
-    `texts_of` [B] the indices in it of each sample's negatives, which come from other devices. The
-    three pairs of a sample are adjacent rows, so that all else stays on its device. The keys and
-    values of its image serve two of them.
+    The pairs are image and caption, image and negative caption, negative image and caption.
+    `patches` [B, P, Dv] are the vision tower's output, `tokens` and `valid` (True on tokens) [B, L]
+    the captions, all of the global batch; `images_of` and `texts_of` [B] are the indices in it of
+    each sample's negatives, which may be on other devices. `train` turns dropout on. The three
+    pairs of a sample are adjacent rows, so that all else stays on its device. The keys and values
+    of its image serve two of them.
     """
     three = lambda *each: jnp.stack(each, axis=1).reshape(-1, *each[0].shape[1:])
     logits = model.match_logits(

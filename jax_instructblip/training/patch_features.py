@@ -67,14 +67,14 @@ class _Place(NamedTuple):
 def read_initial(config: ConfigDict, mesh: Mesh) -> Initial:
     """Loads the weights that a run starts from.
 
-    The vision tower is left out where patch features are read and nothing is validated: no program
-    of the run has it.
+    The vision tower is left out where patch features are read and nothing is validated, since no
+    program of the run reads it.
     """
     return _load(config, mesh, leave_out=unused_trees(config))
 
 
 def unused_trees(config: ConfigDict) -> tuple[str, ...]:
-    """Returns the frozen top-level trees that no program of a run has."""
+    """Returns the names of the frozen top-level trees that no program of a run reads."""
     return ("vision",) if config.data.features and not config.validation.path else ()
 
 
@@ -109,8 +109,9 @@ def open_features(config: ConfigDict) -> PatchFeatures | None:
 
 
 def write_features(config: ConfigDict, *, batch_size: int, shard_size: int) -> Path:
-    """Writes the patch features of all images of a run to `config.data.features`.
+    """Writes the patch features of all images of a run; returns their folder.
 
+    The folder is `config.data.features`.
     Finished shards of an interrupted export are kept. An image that cannot be used is recorded as
     such: training replaces its record, as it does where it reads pixels.
 

@@ -73,7 +73,8 @@ class Utilisation:
     def metrics(self, done: int, seconds: float) -> dict[str, float]:
         """Returns `model_flops_utilisation` (0 to 1) and `model_tflops_per_second` as a dict.
 
-        `done` are the FLOPs done in `seconds`. Returns {} if `done` or the peak is 0.
+        `done` are the useful FLOPs done on all devices in `seconds` (the sum of `of_step`). Returns
+        {} if `done` or the peak is 0.
         """
         if not self._peak or not done:
             return {}
@@ -121,7 +122,7 @@ class Trace:
         return ""
 
     def close(self, state: Any = None) -> str:
-        """Stops the trace after the device has finished; returns a message once, later "".
+        """Stops the trace once `state` is computed; returns a message the first time, later "".
 
         If the trace has not begun yet, the message says that the run was too short.
         """

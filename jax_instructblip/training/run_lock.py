@@ -16,7 +16,13 @@ FILE = "run.lock"
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """The process that uses a folder: host name, process id, start time."""
+    """The process that uses a folder.
+
+    Attributes:
+      host: the name of its machine.
+      process: its process id.
+      since: the time when it began to use the folder, such as "2025-01-31 12:00:00 UTC".
+    """
 
     host: str
     process: int
@@ -24,7 +30,7 @@ class Owner:
 
     @classmethod
     def me(cls) -> "Owner":
-        """Returns this process, with the current time as its start."""
+        """Returns this process, with the current time as `since`."""
         return cls(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %Z"))
 
     @classmethod

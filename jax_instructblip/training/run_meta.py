@@ -14,7 +14,11 @@ Meta = dict[str, Any]
 
 
 def text_facts(text: TextProcessor | CaptionTokenizer) -> Meta:
-    """Returns the limits of token lengths of a run, and how prompts and images are put to it."""
+    """Returns the fields of `meta.json` about texts.
+
+    `text` has the limits of token lengths by name (`prompt_limit` ...), and for a `TextProcessor`
+    `input_format` says how prompts and images are put to the model.
+    """
     facts: Meta = {"text": {name: getattr(text, name) for name in LIMITS if hasattr(text, name)}}
     if isinstance(text, TextProcessor):
         facts[KEY] = text.input_format.to_dict()
@@ -24,7 +28,8 @@ def text_facts(text: TextProcessor | CaptionTokenizer) -> Meta:
 def compare_meta(folder: str, stored: Meta, wanted: Meta) -> None:
     """Raises a CheckpointError if `stored` differs from `wanted` in model, trained parts or base.
 
-    All differences are listed; `folder` is the checkpoint's name in the message.
+    `stored` is the checkpoint's `meta.json`, `wanted` what the run would save. All differences are
+    listed; `folder` is the checkpoint's name in the message.
     """
     wrong = []
     variant, expected = (_sizes(meta["variant"]) for meta in (stored, wanted))

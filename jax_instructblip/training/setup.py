@@ -56,8 +56,9 @@ class Validation(NamedTuple):
     """The validation of a run, as the config describes it.
 
     Attributes:
-      measure: `measure(params, take_samples)` returns scores by name, the headline score first and
-        `score`, which chooses the best checkpoint, last.
+      measure: `measure(params, take_samples=None)` returns scores by name, the headline score first
+        and `score`, which chooses the best checkpoint, last. It calls the function `take_samples`
+        with a few answers (`evaluation.predictions.Prediction` rows as dicts).
       every: steps between validations.
       first: whether to validate before the first step, too.
     """
@@ -127,7 +128,10 @@ def read_rows(config: ConfigDict, mesh: Mesh) -> np.ndarray:
 
 
 def read_frozen_dtype(config: ConfigDict) -> tuple[Any, str | None]:
-    """Returns the dtype of frozen weights, and the form of those that are quantised, if any."""
+    """Returns the dtype of frozen weights, and the form of quantised kernels.
+
+    The form is "int8" or "int4", or None if nothing is quantised.
+    """
     name = config.model.frozen_dtype
     return (jnp.dtype(jnp.bfloat16), name) if name in QUANTISED else (jnp.dtype(name), None)
 
@@ -197,9 +201,10 @@ def read_batches(
     samples_per_row: int = 1,
     features: PatchFeatures | None = None,
 ) -> TrainBatches | PairBatches:
-    """Returns the training batches by step number; this host builds only `rows` of each.
+    """Returns the training batches by step number.
 
-    With `features` they have patch features in place of images.
+    This host builds only the rows of each with the indices `rows` (`read_rows`). With `features`
+    they have patch features in place of images.
     """
     settings: dict[str, Any] = dict(
         batch_size=config.data.batch_size,
@@ -303,7 +308,11 @@ def check_model(config: ConfigDict) -> None:
 
 
 def change_variant(variant: Variant, config: ConfigDict) -> Variant:
-    """Returns the variant with the fields that `config.model` changes; a ValueError names it."""
+    """Returns the variant with the fields that `config.model` changes.
+
+    Raises:
+        ValueError: a value does not fit the variant.
+    """
     try:
         return variant.replace(**read_variant_fields(config))
     except ValueError as error:
@@ -311,7 +320,7 @@ def change_variant(variant: Variant, config: ConfigDict) -> Variant:
 
 
 def check_samples_per_row(config: ConfigDict, variant: Variant) -> None:
-    """Raises a ValueError if pairs of the first stage are to share a row."""
+    """Raises a ValueError if `data.samples_per_row` is above 1 for BLIP-2's first stage."""
     if variant.llm is None and config.data.samples_per_row > 1:
         raise ValueError(
             f"config.data.samples_per_row is {config.data.samples_per_row}: in the first stage "
@@ -320,7 +329,7 @@ def check_samples_per_row(config: ConfigDict, variant: Variant) -> None:
 
 
 def read_variant_fields(config: ConfigDict) -> dict[str, Any]:
-    """Returns the fields of the variant that `config.model` changes, by dotted name."""
+    """Returns the new values of variant fields that `config.model` changes, by dotted name."""
     fields: dict[str, Any] = {}
     if config.model.image_size:
         fields["vision.image_size"] = config.model.image_size
@@ -357,7 +366,10 @@ def read_validation(
     text: TextProcessor | CaptionTokenizer,
     mesh: Mesh,
 ) -> Validation | None:
-    """Returns the validation of `records` by `evaluate`; None if either of them is None."""
+    """Returns the validation of `records` by `evaluate`; None if either of them is None.
+
+    `model`, `text` and `mesh` are those of the run.
+    """
     settings = config.validation
     if evaluate is None or records is None:
         return None

@@ -53,7 +53,10 @@ class SharedSave:
         self._store = f"{store}/{step}" if store else ""
 
     def write(self, own: Mapping[str, Iterable[OwnPart]]) -> None:
-        """Writes this process's shards of `trainable` and `optimizer`; OSError if it cannot."""
+        """Writes this process's shards; raises an OSError if it cannot.
+
+        `own` has the shards (`leaf_parts.OwnPart`) of `trainable` and of `optimizer`.
+        """
         index = jax.process_index()
         mine = self._part_folder(index)
         mine.mkdir(parents=True)
@@ -74,8 +77,8 @@ class SharedSave:
     def commit(self, shapes: Shapes, meta: Mapping[str, Any]) -> None:
         """Waits for all processes and merges their files into one checkpoint; process 0 only.
 
-        `shapes` are the full leaf shapes by part and path. Raises an OSError if files do not
-        arrive.
+        `shapes` are the full leaf shapes, by part (`trainable`, `optimizer`) and then by the leaf's
+        path; `meta` becomes `meta.json`. Raises an OSError if files do not arrive.
         """
         count = jax.process_count()
         self._await(count)
@@ -145,7 +148,10 @@ class SharedSave:
 
 
 def remove_parts(folder: Path) -> None:
-    """Deletes the unfinished files of killed saves; must not be called while a save is running."""
+    """Deletes the files that killed saves left in `folder`, a run's `checkpoints/`.
+
+    It must not be called while a save is running.
+    """
     for left in folder.glob(".*.part-*"):
         shutil.rmtree(left, ignore_errors=True)
 

@@ -21,7 +21,8 @@ from jax_instructblip.training.run_lock import FILE, Owner, RunLock
 class Workdir:
     """A context manager for a run's folder; files are written to `workdir.folder`.
 
-    For example `with Workdir("gs://bucket/run") as workdir:`.
+    Use it as `with Workdir("gs://bucket/run") as workdir:`. Call `fetch` before files are written,
+    and `push` to upload them.
 
     Attributes:
       folder: the local folder.

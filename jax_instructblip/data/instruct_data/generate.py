@@ -25,8 +25,8 @@ class GeneratedFile:
 
     Attributes:
       path: the file.
-      counts: conversations by kind.
-      missing: for each request without a usable answer, the reason.
+      counts: the number of conversations of each kind, a key of `KINDS`.
+      missing: by the request's id, the reason why it has no usable answer.
       tokens: tokens of all requests and answers.
     """
 
@@ -39,7 +39,10 @@ class GeneratedFile:
 def make_requests(
     contexts: Sequence[Context], prompts: Mapping[str, Prompts]
 ) -> list[tuple[Request, Context, str]]:
-    """Returns (request, context, kind) for each context and kind; ids are `CONTEXT/KIND`."""
+    """Returns (request, context, kind) for each context and each kind in `prompts`.
+
+    The ids of the requests are `CONTEXT/KIND`, with the context's id.
+    """
     return [
         (Request(f"{context.id}/{kind}", each.messages(context)), context, kind)
         for context in contexts
@@ -58,9 +61,10 @@ def generate(
 ) -> GeneratedFile:
     """Writes one conversation for each context and kind to `out`, in LLaVA's JSON layout.
 
-    Replies are kept in a journal beside `out` (`journal_path`). A run that was interrupted is
-    continued by the same call. `seed` draws the questions of descriptions. `out` is written when
-    all requests are done, if at most `max_missing` of them have no usable answer.
+    `prompts` has the prompts of each kind (`read_prompts`). Replies are kept in a journal beside
+    `out` (`journal_path`). A run that was interrupted is continued by the same call. `seed` draws
+    the questions of descriptions. `out` is written when all requests are done, if the fraction of
+    them without a usable answer is at most `max_missing`.
 
     Raises:
       FileExistsError: `out` exists.
@@ -115,7 +119,7 @@ def refuse_output(out: Path) -> None:
 
 
 def describe(written: GeneratedFile) -> Iterator[str]:
-    """Yields lines about a file that was written."""
+    """Yields lines of text for people about a file that was written."""
     counts = ", ".join(f"{kind} {count}" for kind, count in written.counts.items())
     total = sum(written.counts.values())
     yield f"written: {written.path}: {total} conversations ({counts}), {written.tokens:,} tokens"

@@ -31,7 +31,7 @@ _NAME = re.compile(r"(\d+)_(caps|conv)\.txt")
 
 
 class Example(NamedTuple):
-    """A context and the answer that is wished for."""
+    """A context, and the answer that the model should give to it."""
 
     context: Context
     answer: str
@@ -44,7 +44,7 @@ class Prompts:
     Attributes:
       kind: a key of `KINDS`.
       system: the system message.
-      examples: shown before the context that is asked about, in their order.
+      examples: the examples that are shown before the context asked about, in their order.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Prompts:
     examples: tuple[Example, ...]
 
     def messages(self, context: Context) -> tuple[Mapping[str, str], ...]:
-        """Returns the messages that ask about one image."""
+        """Returns the chat messages that ask about the image of `context` (`Request.messages`)."""
         return *self._before, _message("user", context.text(boxes=KINDS[self.kind]))
 
     @functools.cached_property

@@ -6,8 +6,9 @@ r"""Reads the questions and answers that a language model wrote about an image.
     Answer:
     It is red.
 
-Of a conversation there are several rounds, with `===` between all parts; of complex reasoning one.
-A detailed description is plain text: its question is drawn from a list.
+A conversation has several rounds (question and answer), with `===` between all parts; complex
+reasoning has one. A detailed description is plain text: its question is drawn from a list. The
+argument `kind` is a key of `KINDS` in `kinds.py`.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ _PARTS = ("Question:", "Answer:")
 
 
 def find_problem(kind: str, text: str) -> str:
-    """Returns why an answer of the model is no usable conversation of its kind; "" if it is."""
+    """Returns why `text`, the model's answer, is no usable conversation; "" if it is one."""
     try:
         rounds = parse_rounds(kind, text, "")
     except ValueError as error:
@@ -29,12 +30,12 @@ def find_problem(kind: str, text: str) -> str:
 
 
 def parse_rounds(kind: str, text: str, draw: str) -> list[tuple[str, str]]:
-    """Returns questions with their answers, in the order of the text.
+    """Returns the (question, answer) pairs in `text`, in its order.
 
     The question of a description depends on `draw` alone, a text such as `SEED:IMAGE`.
 
     Raises:
-      ValueError: the text has not the form of its kind.
+      ValueError: the text does not have the form of its kind.
     """
     if kind == "detail_description":
         answer = text.strip()

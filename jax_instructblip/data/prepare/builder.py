@@ -3,6 +3,8 @@
     records of each split --prepare--> FOLDER/jax_instructblip_records/NAME/VERSION/*.array_record*
     FOLDER, NAME, split --source--> random access: len(source), source[i] -> Record
 
+The argument `splits` maps the name of each split to a function that returns its records.
+
 TFDS gives the layout, the shards, the metadata and an atomic finish (it writes to a folder of
 another name and renames it). TensorFlow is not imported, because the file format is ArrayRecord,
 images are given as encoded files (TensorFlow would encode arrays), and rows are read back as bytes,
@@ -54,7 +56,10 @@ def record_features() -> tfds.features.FeaturesDict:
 
 
 def record_row(record: Record) -> dict[str, Any]:
-    """Returns the record as a row of `record_features`; images become paths or file objects."""
+    """Returns the record as a row of `record_features`; images become paths or file objects.
+
+    TFDS reads the images from these.
+    """
     row: dict[str, Any] = {name: getattr(record, name) for name in (*TEXTS, *NUMBERS)}
     row |= {name: list(getattr(record, name)) for name in (*LISTS, "times")}
     row["history"] = [text for turn in record.history for text in turn]

@@ -29,7 +29,7 @@ def write_conversations(
       raw: the folder of its original files and images.
       out: the file to write, whose name ends with `.json`; it may replace an older one.
       splits: the one split to write, by default `USUAL`.
-      max_missing: the part of the rows that may be left out.
+      max_missing: the fraction of the rows that may be left out.
 
     Raises:
       PrepareError: the dataset has no conversations or not that split, `out` is no name of a JSON

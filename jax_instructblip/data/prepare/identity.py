@@ -185,8 +185,8 @@ def refuse_other(
 def refuse_other_draft(folder: pathlib.Path, before: Any, settings: Mapping[str, Any]) -> None:
     """Raises a PrepareError if the unfinished run in `folder` began with other settings.
 
-    `before` are the settings it began with, `settings` those of now: the options, and the digest of
-    the annotations of each split.
+    `before` are the settings it began with, `settings` those of now: the options by name, and as
+    `splits` the digest of the annotations of each split.
     """
     if before == settings:
         return

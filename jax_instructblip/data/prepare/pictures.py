@@ -12,7 +12,10 @@ JPEG_QUALITY = 95  # of the frames of a video
 
 
 def with_content(record: Record, frames: int = 0) -> Record:
-    """Returns the record with its images as bytes; of a video, `frames` of its frames.
+    """Returns the record with the content of its images in place of their paths.
+
+    With `frames` 0 these are the bytes of its image files, each decoded once as a check. Else the
+    record is one of a video, and gets JPEGs of `frames` of its frames and their seconds.
 
     Raises:
         RecordError: the record has a `problem`, or a text cannot be written.
@@ -25,7 +28,9 @@ def with_content(record: Record, frames: int = 0) -> Record:
 
 
 def with_pixels(record: Record) -> Record:
-    """Returns the record with encoded images instead of paths; each is decoded once as a check.
+    """Returns the record with the bytes of its image files in place of their paths.
+
+    Each image is decoded once as a check; images in memory stay as they are.
 
     Raises:
         ImageError: an image is missing, damaged, or of no known kind.

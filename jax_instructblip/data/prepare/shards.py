@@ -128,8 +128,8 @@ def check_done(
 ) -> None:
     """Raises a PrepareError if the finished dataset `done` is not the one that is asked for.
 
-    `names`, `options` and `max_missing` are what is asked for. `read` and `candidates` describe
-    RAW; without them the dataset is not compared with RAW.
+    The arguments are those of `identity.refuse_other`, but `candidates` are those of RAW alone.
+    Without `read` and `candidates` the dataset is not compared with RAW.
     """
     stored = read_candidates(done)
     refuse_other(
@@ -144,7 +144,10 @@ def check_done(
 
 
 def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the report in a finished dataset: counts, digests and records left out."""
+    """Returns the report in the folder of a finished dataset.
+
+    Its `splits` has for each split the counts, digests and records left out (`summary`).
+    """
     path = pathlib.Path(folder) / REPORT
     report = read_json(path, dict, limit=ANNOTATION_LIMIT)
     if wrong := find_problems({"name": None, "splits": None} | report, _REPORT_FIELDS):
@@ -242,7 +245,9 @@ def _write_split(
 def write_shard(path: pathlib.Path, records: Sequence[Record], frames: int = 0) -> dict[str, Any]:
     """Writes one shard and its note, each completely or not at all; returns the note.
 
-    `frames` is the number of frames to take of a video, 0 for images.
+    The note has the numbers of records read and written, their bytes, digests, and as `left_out`
+    (id, reason) of each record without a usable image or text. `frames` is the number of frames to
+    take of a video, 0 for images.
     """
     left_out: list[tuple[str, str]] = []
     sizes: list[int] = []
@@ -309,7 +314,10 @@ def _read_note(path: pathlib.Path, pictures: str = "") -> dict[str, Any] | None:
 
 
 def summary(dataset: Dataset, split: Split, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the report's entry about one split, made from the notes of its shards."""
+    """Returns the report's entry about one split, made from the notes of its shards.
+
+    `notes` are the results of `write_shard`, in the order of the shards.
+    """
     left_out = list(itertools.chain(*(note["left_out"] for note in notes)))
     return {
         "records": sum(note["records"] for note in notes),

@@ -1,7 +1,7 @@
 """Functions that read annotation files, with errors that name file, row and field.
 
 Rows are dicts. The argument `where` is text for error messages, such as `FILE:LINE`; `raw` is the
-folder that holds a dataset's original files.
+folder that holds a dataset's original files. A bad file or row raises an `AnnotationError`.
 """
 
 import contextlib
@@ -114,7 +114,7 @@ def field(row: dict[str, Any], name: str, kind: type | tuple[type, ...], where: 
 
 
 def require(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
-    """Returns `value`, which must be of type `kind`; True and False do not count as numbers."""
+    """Returns `value`, which must be of type `kind`, else an error; a bool is no number."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(files.KINDS[each] for each in kinds)
@@ -123,7 +123,7 @@ def require(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
 
 
 def inside(raw: pathlib.Path, *parts: str, where: str = "") -> str:
-    """Returns the path of a file below `raw`; a path that leads out of `raw` is an error."""
+    """Returns the path `raw/parts[0]/parts[1]/...`; one that leads out of `raw` is an error."""
     path = pathlib.PurePosixPath(*parts)
     if path.is_absolute() or ".." in path.parts:
         raise AnnotationError(f"{where or raw}: the path {str(path)!r} leads out of the folder")
@@ -181,10 +181,11 @@ def texts_of(row: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
 def annotated(
     row: dict[str, Any], name: str, where: str, *, hidden: bool = False
 ) -> dict[str, Any]:
-    """Returns `answers` and `blank` for a `Record`: the texts in `row[name]`, how many are blank.
+    """Returns a dict of the fields `answers` and `blank` of a `Record`.
 
-    With `hidden` (the answers of a test set are not public) it returns no answers and reads no
-    field.
+    They are the texts in the list `row[name]` that are not blank, and the number of the blank ones.
+    With `hidden` (the answers of a test set are not public) there are no answers, and the row is
+    not read.
     """
     if hidden:
         return {"answers": (), "blank": 0}

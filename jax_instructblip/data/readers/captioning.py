@@ -1,5 +1,6 @@
 """Captioning: COCO, Web CapFilt, NoCaps, Flickr30k, TextCaps.
 
+`raw` is the folder of the original files; `split` is train, val or test where nothing else is said.
 In training splits each caption is a record, `IMAGE:NUMBER`; in others each image is one record with
 all its captions. White space around captions is removed: some of COCO's end in a line break, which
 a model would learn.
@@ -63,8 +64,8 @@ class _Image(NamedTuple):
 def read_coco_caption(raw: pathlib.Path, split: str) -> Iterator[Record]:
     """Yields COCO captions in Karpathy's split (his file or LAVIS's) or in an official split.
 
-    Images below `raw`: `train2014/COCO_train2014_000000000009.jpg`, `train2017/000000000009.jpg`
-    and so on.
+    Official splits are train2014, val2014, train2017 and val2017. Images below `raw`:
+    `train2014/COCO_train2014_000000000009.jpg`, `train2017/000000000009.jpg` and so on.
     """
     layout, (path,) = pick_layout(raw, split, COCO_KARPATHY, COCO_LAVIS, COCO_OFFICIAL)
     if layout == 0:
@@ -77,7 +78,10 @@ def read_coco_caption(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 
 def read_web_capfilt(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """Yields web images with BLIP's synthetic captions; `image` is a path below the folder."""
+    """Yields web images with BLIP's synthetic captions (annotation.json), for the split train.
+
+    Images lie below `raw` as the field `image` says.
+    """
     _, (path,) = pick_layout(raw, split, WEB_CAPFILT)
     for number, row in enumerate(read_json(path, list)):
         where = f"{path}: row {number}"
@@ -93,7 +97,7 @@ def read_web_capfilt(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 
 def read_nocaps(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """Yields NoCaps; its test captions are not public, and some copies of val have none either.
+    """Yields NoCaps, val or test; test captions are not public, and some copies of val have none.
 
     An image's domain, if the file has it, is part of its task: `nocaps/in-domain`.
 

@@ -1,6 +1,7 @@
 """Questions with choices: A-OKVQA, ScienceQA, IconQA.
 
-A blank choice (A-OKVQA val has one) is left out, and the index of the right choice is adjusted.
+`split` is train, val or test; `raw` is the folder of the original files. A blank choice (A-OKVQA
+val has one) is left out, and the index of the right choice is adjusted.
 """
 
 import pathlib
@@ -43,9 +44,11 @@ def read_aokvqa(raw: pathlib.Path, split: str, task: str = "aokvqa") -> Iterator
 
 
 def read_scienceqa(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """Yields the problems of ScienceQA that have an image; `context` is the hint, if there is one.
+    """Yields the problems of ScienceQA that have an image, without lectures and explanations.
 
-    Images below `raw`: `images/test/4/image.png`.
+    The prompt is the bare question, `context` the hint ("" if there is none), the one answer the
+    text of the right choice. The annotation file is `problems.json`; images below `raw`:
+    `images/test/4/image.png`.
     """
     _, (path,) = pick_layout(raw, split, SCIENCEQA)
     return unique(_scienceqa(raw, split, path))

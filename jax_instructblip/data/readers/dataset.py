@@ -1,4 +1,7 @@
-"""`Dataset`, one row of the table of datasets."""
+"""`Dataset`, one row of the table of datasets.
+
+`raw` is the folder that holds a dataset's original files and images.
+"""
 
 import dataclasses
 import pathlib
@@ -38,8 +41,7 @@ class Dataset:
       family: the kind of task, one of `FAMILIES`, or `PAIRS`.
       held_in: True if InstructBLIP was trained on it, False if it was only evaluated, None if only
         BLIP-2 was trained on it, before it (`PAIRS`) or in a fine-tuning.
-      read: function of (raw, split) that yields the records of a split; `raw` is the folder that
-        holds the original files.
+      read: function of (raw, split) that yields the records of a split.
       files: for each split the annotation files that `read` needs, relative to `raw`; `*.tar`
         is at least one tar.
       counts: expected number of records of a split, where it is known.
@@ -80,7 +82,7 @@ class Dataset:
 
     @property
     def use(self) -> str:
-        """The stage of training or evaluation that uses the dataset, in words."""
+        """The use of the dataset: "held in", "held out", "pre-training" or "fine-tuning"."""
         if self.held_in is None:
             return "pre-training" if self.family == PAIRS else "fine-tuning"
         return "held in" if self.held_in else "held out"

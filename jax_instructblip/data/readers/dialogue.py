@@ -1,6 +1,14 @@
 """Dialogues about an image: Visual Dialog and the three parts of LLaVA-Instruct-150K.
 
-Each answer is a record, with the id `IMAGE:ROUND` and the earlier rounds as its history.
+Each answer is a record, with the id `IMAGE:ROUND` and the earlier rounds as its history. `raw` is
+the folder of the original files; `split` is val or test of Visual Dialog, train of LLaVA.
+
+Each part of LLaVA is read from its own file (`LLAVA_PARTS`) or that of all three, JSON lists of
+
+    {"id", "image", "conversations": [{"from": "human" or "gpt", "value"}]}
+
+The mark `<image>` in the text is removed. Images below `raw` are COCO's:
+`train2017/000000033471.jpg`.
 """
 
 import collections
@@ -64,25 +72,26 @@ def read_visual_dialog(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
 
 def read_llava_conversation(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """Yields LLaVA's conversations, several rounds about an image; `_llava` describes the files."""
+    """Yields LLaVA's conversations, several rounds about each image."""
     return _llava(raw, split, "llava_conversation")
 
 
 def read_llava_detail(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """Yields LLaVA's detailed descriptions, one round each; `_llava` describes the files."""
+    """Yields LLaVA's detailed descriptions of images, one round each."""
     return _llava(raw, split, "llava_detail")
 
 
 def read_llava_reasoning(raw: pathlib.Path, split: str) -> Iterator[Record]:
-    """Yields LLaVA's complex reasoning, one round each; `_llava` describes the files."""
+    """Yields LLaVA's complex reasoning about images, one round each."""
     return _llava(raw, split, "llava_reasoning")
 
 
 def part_of(rounds: Sequence[tuple[str, str]]) -> str:
-    """Returns the part of LLaVA-Instruct-150K that a dialogue belongs to, as its rounds show.
+    """Returns the part of LLaVA-Instruct-150K that a dialogue belongs to, a key of `LLAVA_PARTS`.
 
-    Several rounds are a conversation. One round is a detailed description if its question is one of
-    `LLAVA_DETAIL_QUESTIONS`, and complex reasoning otherwise.
+    `rounds` are its questions and answers. Several rounds are a conversation. One round is a
+    detailed description if its question is one of `LLAVA_DETAIL_QUESTIONS`, and complex reasoning
+    otherwise.
     """
     if len(rounds) > 1:
         return "llava_conversation"

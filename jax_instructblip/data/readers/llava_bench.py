@@ -2,7 +2,8 @@
 
     {"question_id": 0, "image": "000000441147.jpg", "text": "What ...?", "category": "conv"}
 
-Answers are compared with reference answers by a judge, not by a metric.
+Answers are compared with reference answers by a judge, not by a metric. `raw` is the folder of the
+original files; the only `split` is test.
 """
 
 import pathlib

@@ -1,4 +1,7 @@
-"""Hateful Memes: is a picture with its words hateful?"""
+"""Hateful Memes: is a picture with its words hateful?
+
+`raw` is the folder of the original files; `split` is a key of `FILES`.
+"""
 
 import pathlib
 from collections.abc import Iterator

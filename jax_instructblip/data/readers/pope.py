@@ -41,8 +41,9 @@ POPE, POPE_LLAVA = _layout(), _layout("coco/")
 def read_pope(raw: pathlib.Path, split: str) -> Iterator[Record]:
     """Yields the questions of one kind, or of all three for the split "test".
 
-    Ids are those of LLaVA's question file (`KINDS`), the task is `pope/KIND`, and yes and no are
-    the choices. Images below `raw`: `val2014/COCO_val2014_000000310196.jpg`.
+    The kinds are the keys of `KINDS`, which are splits too. Ids are those of LLaVA's question file,
+    the task is `pope/KIND`, and yes and no are the choices. Images below `raw`, the folder of the
+    original files: `val2014/COCO_val2014_000000310196.jpg`.
     """
     _, paths = pick_layout(raw, split, POPE, POPE_LLAVA)
     kinds = list(KINDS) if split == _ALL else [split]

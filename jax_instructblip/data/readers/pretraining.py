@@ -31,7 +31,8 @@ def read_visual_genome(raw: pathlib.Path, split: str) -> Iterator[Record]:
 
     LAVIS's file is `[{"image": path below the folder, "caption"}]`, the official one
     `[{"id", "regions": [{"region_id", "phrase"}]}]` with images `VG_100K/1.jpg`, `VG_100K_2/2.jpg`.
-    Regions whose phrase is blank are skipped; the official file has such regions.
+    Regions whose phrase is blank are skipped; the official file has such regions. `raw` is the
+    folder of the original files; the only `split` is train.
     """
     layout, (path,) = pick_layout(raw, split, VISUAL_GENOME, VISUAL_GENOME_OFFICIAL)
     record = functools.partial(Record, prompt="", task="visual_genome", split=split)

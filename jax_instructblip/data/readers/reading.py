@@ -1,4 +1,7 @@
-"""TextVQA and OCR-VQA: questions about text in images, with words from an OCR program."""
+"""TextVQA and OCR-VQA: questions about text in images, with words from an OCR program.
+
+`split` is train, val or test; `raw` is the folder of the original files.
+"""
 
 import dataclasses
 import functools

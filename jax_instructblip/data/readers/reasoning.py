@@ -1,6 +1,7 @@
 """Visual reasoning: GQA (questions made from scene graphs) and VSR (true or false statements).
 
-IconQA is of the same family, but has choices and is in `choices.py`.
+IconQA is of the same family, but has choices and is in `choices.py`. `raw` is the folder of the
+original files, `split` a key of `GQA` or `VSR`.
 """
 
 import collections

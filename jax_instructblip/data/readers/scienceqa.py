@@ -7,7 +7,8 @@ r"""ScienceQA as LLaVA is tuned on it and asked: all problems, their lectures an
 
 The left text is what the human says (QCM: question, context, multiple choice), the right one what
 the model says (LEA: lecture, explanation, answer). Problems without an image are read too;
-`choices.py` has InstructBLIP's benchmark, of those with one.
+`choices.py` has InstructBLIP's benchmark, of those with one. `split` is train, val or test, `raw`
+the folder of the original files.
 """
 
 import os
@@ -68,8 +69,9 @@ class Problem(NamedTuple):
 def read_scienceqa_qcm(raw: pathlib.Path, split: str) -> Iterator[Record]:
     """Yields all problems of a split; the prompt is `question_text`, `context` the bare hint.
 
-    The task is `scienceqa_qcm/SUBJECT/GRADES`, such as `scienceqa_qcm/NAT/G7-12`. A problem without
-    an image has no images. Images below `raw`: `images/test/4/image.png`.
+    The one answer is the text of the right choice. The task is `scienceqa_qcm/SUBJECT/GRADES`, such
+    as `scienceqa_qcm/NAT/G7-12`. A problem without an image has no images. Images below `raw`:
+    `images/test/4/image.png`.
     """
     return unique(
         Record(
@@ -114,7 +116,10 @@ def question_text(question: str, hint: str, choices: Sequence[str]) -> str:
 
 
 def answer_text(lecture: str, solution: str, letter: str) -> str:
-    """Returns what the model says: lecture, explanation and answer, in this order."""
+    """Returns what the model says: lecture, explanation and answer, in this order.
+
+    `solution` is the explanation, `letter` that of the right choice, such as "A".
+    """
     return _spaced(f"{lecture} {solution} The answer is {letter}.")
 
 

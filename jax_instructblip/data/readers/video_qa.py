@@ -1,4 +1,7 @@
-"""Questions about videos: MSVD-QA, MSRVTT-QA and iVQA; `images` of a record is the video's path."""
+"""Questions about videos: MSVD-QA, MSRVTT-QA and iVQA; `images` of a record is the video's path.
+
+`split` is train, val or test; `raw` is the folder of the original files.
+"""
 
 import pathlib
 from collections.abc import Iterator

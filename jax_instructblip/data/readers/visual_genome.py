@@ -32,8 +32,9 @@ def read_questions(raw: pathlib.Path, split: str) -> Iterator[Record]:
         image_data.json          [{"image_id", "url": ".../VG_100K_2/1.jpg"}]
         vg_qa.json (LAVIS)       [{"image": path below the folder, "question", "answer"}]
 
-    An image lies below `raw` in the folder that its URL names, `VG_100K` or `VG_100K_2`. A record
-    whose question or answer is blank has that as its `problem`.
+    `raw` is the folder of the original files; the only `split` is train. An image lies below `raw`
+    in the folder that its URL names, `VG_100K` or `VG_100K_2`. A record whose question or answer is
+    blank has that as its `problem`.
 
     Raises:
         AnnotationError: a file is missing or of another layout, or a question's image is not in

@@ -2,7 +2,8 @@
 
 `vqa_tool` reads the file layout of the VQA tools (the official scripts of VQAv2), which many
 datasets use. A record has one answer for each annotator, in their order; blank answers are only
-counted (`Record.blank`).
+counted (`Record.blank`). `raw` is the folder of the original files, `split` a key of the dataset's
+table (`VQAV2`, `OKVQA`, `VIZWIZ`); `task` is the `task` of the records.
 """
 
 import dataclasses
@@ -66,7 +67,7 @@ def vqa_tool(
     Args:
       raw: the folder of the dataset.
       split: the split of the records.
-      task: the dataset that the records name.
+      task: the `task` of the records, such as "vqav2".
       paths: the question file and the annotation file; the latter is missing if answers are hidden.
       image: function of (row of a question, text for errors) that returns the image's path below
         `raw`.
@@ -250,8 +251,8 @@ _OKVQA = Dataset(
 def as_questions(answering: Dataset, read: Callable[..., Iterator[Record]]) -> Dataset:
     """Returns a dataset for question generation: from an image and an answer, write the question.
 
-    It has the training records of the dataset `answering`, read by `read`; its templates exchange
-    question and answer.
+    It has the training records of the dataset `answering`, read by `read`, a function of (raw,
+    split, task); its templates exchange question and answer.
     """
     name = f"{answering.name}_questions"
     return dataclasses.replace(

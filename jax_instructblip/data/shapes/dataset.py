@@ -57,7 +57,7 @@ def prepare_shapes(
 
     `folder` has all datasets; None means `default_folder`. `scenes`, split -> number of scenes,
     replaces the usual numbers of these splits; the result is then a dataset of its own, with the
-    numbers in its name.
+    numbers in its name. `dataset` is "shapes" or "shapes-captions".
 
     Raises:
         ValueError: there is no such dataset or split.

@@ -27,7 +27,13 @@ OPTIONS = 3  # number of choices of a multiple-choice question
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question: its right answer, and the fields that fill the placeholders of a template."""
+    """One question.
+
+    Attributes:
+      fields: the texts that fill the placeholders of a family's templates, by name.
+      answer: the right answer.
+      choices: the choices, with the answer among them; empty for a free answer.
+    """
 
     fields: dict[str, str]
     answer: str
@@ -39,9 +45,12 @@ Asker = Callable[[Scene, np.random.Generator, Thing | None], Question | None]
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A kind of question: a function that asks it, and templates for the prompt.
+    """A kind of question.
 
-    `held_in` is True where the model is tuned on it, False where it is only evaluated.
+    Attributes:
+      ask: an `ask_...` function.
+      templates: the templates of its prompts.
+      held_in: True if the model is tuned on it, False if it is only evaluated.
     """
 
     ask: Asker
@@ -219,9 +228,10 @@ def scene_questions(
     rng: np.random.Generator,
     families: dict[str, Family],
 ) -> Iterator[tuple[str, str, Question]]:
-    """Yields (family, prompt, question): one question of each family that the scene allows.
+    """Yields (family, prompt, question): one question of each of `families` that the scene allows.
 
-    The prompt is the question in a random template of the family.
+    The prompt is the question in a random template of the family. `split` is that of the scene, as
+    in `pick_focus`.
     """
     for name, family in families.items():
         question = family.ask(scene, rng, pick_focus(scene, split, rng))
@@ -235,7 +245,8 @@ def scene_records(
 ) -> list[Record]:
     """Returns the records of one scene, one a family; each has the picture as PNG bytes.
 
-    The result depends on the arguments alone.
+    `split` is a key of `world.SPLITS`; `families` None means `FAMILIES`. The result depends on the
+    arguments alone.
     """
     scene = world.sample_scene(seed, split, index)
     picture = world.encode(world.draw(scene))

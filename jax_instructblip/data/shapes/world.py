@@ -74,7 +74,10 @@ SUPERSAMPLE = 4  # shapes are drawn at four times the size and averaged down, fo
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One colored shape in its cell; `dx` and `dy` are pixels from the cell's centre."""
+    """One colored shape in the cell (`row`, `column`).
+
+    `dx` and `dy` are the pixels by which its centre is off the cell's centre.
+    """
 
     color: str
     shape: str
@@ -92,7 +95,11 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """The content of one picture; `word_cell` is (row, column) of the word's first cell."""
+    """The content of one picture.
+
+    `word_cell` is (row, column) of the word's first cell; `background` is red, green and blue, each
+    from 0 to 255.
+    """
 
     things: tuple[Thing, ...]
     word: str
