@@ -66,7 +66,7 @@ class Double(TorchFunctionMode):
 
 @contextlib.contextmanager
 def computing(side: str):
-    """Context manager for transformers' calls: float64 if `side` is "float64", else autocast."""
+    """Makes transformers compute in float64 inside if `side` is "float64", else by autocast."""
     if side == "float64":
         with Double():
             yield
@@ -116,7 +116,8 @@ def measure(
 ) -> dict[str, np.ndarray]:
     """Runs transformers as `side`, one of `precision.SIDES`; returns arrays by name.
 
-    They are described in `precision.measure`.
+    `folder` has the weights (`make_weights`); `batches` are those of `precision.question_ids`, one
+    for each of `steps`, at least one. The arrays are described in `precision.measure`.
     """
     with quiet():
         model = transformers.InstructBlipForConditionalGeneration.from_pretrained(
@@ -166,7 +167,7 @@ def measure(
 
 
 def by_our_paths(variant: Variant, tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Returns the trained PyTorch tensors as arrays in this package's layout, by leaf path."""
+    """Returns the trained ones of `tensors`, by PyTorch's names, as arrays by our leaf paths."""
     made = {}
     for rule in qformer_table.rules(variant.qformer):
         if isinstance(rule, Rule):

@@ -34,7 +34,7 @@ Curve = Sequence[Mapping[str, float]]  # lines with "step" and scores by name, i
 
 
 def validations(folder: pathlib.Path) -> list[dict[str, float]]:
-    """Returns the validation scores of a run, without the prefix, a dict for each validation.
+    """Returns a dict for each validation of a run: its `step`, and scores such as `score`.
 
     Raises:
         FileNotFoundError: there is no such run, or it was never validated.
@@ -67,8 +67,10 @@ def tune(
 ) -> list[dict[str, Any]]:
     """Tunes from each start; returns a row per language model, seed and start.
 
-    A row has the step at which validation reached `LEVEL`, accuracies on the test splits, and the
-    curve of validation; from both stages and seed 0 also the baselines of each split.
+    `work` and `made` are the folders DIR and MADE, `kinds` are some of `quickstart.KINDS`, `limit`
+    is the number of test questions per split. A row has the step at which validation reached
+    `LEVEL`, accuracies on the test splits, and the curve of validation; from both stages and seed 0
+    also the baselines of each split.
     """
     rows = []
     for kind in kinds:
@@ -101,7 +103,7 @@ def tune(
 
 
 def cells(rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
-    """Returns the cells of the table of tunings, its head first; accuracies are in percent."""
+    """Returns the cells of the table of tunings (rows of `tune`), its head first, in percent."""
     head = ["llm", "seed", "start", f"steps to {LEVEL:.0%}", *quickstart.SPLITS]
     table = [head]
     for row in rows:
@@ -112,7 +114,7 @@ def cells(rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def drawn(document: Mapping[str, Any]) -> bytes:
-    """Returns the curves of all runs as a PNG image."""
+    """Returns a PNG image of the curves in `document`, the content of the JSON file."""
     panels = {"stage 1: recall": {"stage 1": document["stage1"]}}
     panels["stage 2: exact captions"] = document["stage2"]
     for row in document["tuning"]:
@@ -122,7 +124,7 @@ def drawn(document: Mapping[str, Any]) -> bytes:
 
 
 def report(path: pathlib.Path, document: Mapping[str, Any]) -> None:
-    """Writes the HTML page: the curves of all runs, and the table of tunings."""
+    """Writes the HTML page of `document`: the curves of all runs, and the table of tunings."""
     head, *rows = cells(document["tuning"])
     parts = [curves.image(drawn(document)), page.table(head, rows)]
     page.write(path, "BLIP-2's stages on the drawn world", parts)

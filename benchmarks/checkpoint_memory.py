@@ -60,7 +60,10 @@ def shapes(gigabytes: float) -> Any:
 
 
 def values(number: int, shape: tuple[int, ...], dtype: Any, index: Any) -> np.ndarray:
-    """Returns the test values of the slice `index` of leaf `number`; every row differs."""
+    """Returns the test values of a part of leaf `number`; every row differs.
+
+    `shape` is that of the whole leaf, `index` a tuple of slices, one for each axis.
+    """
     if not shape:
         return np.asarray(number, dtype)
     bounds = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]

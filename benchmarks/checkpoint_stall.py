@@ -26,7 +26,10 @@ LOG_EVERY = 5  # steps per line of metrics
 
 
 def run(folder: pathlib.Path, steps: int, every: int) -> list[dict[str, float]]:
-    """Trains in a new process; returns its lines of metrics, without the first 20 steps."""
+    """Trains in a new process, with a save `every` steps; returns its lines of metrics.
+
+    The lines of the first 20 steps and of the last one are left out.
+    """
     fields = {
         "workdir": folder,
         "train.steps": steps,
@@ -47,7 +50,7 @@ def step_seconds(lines: list[dict[str, float]]) -> float:
 
 
 def measure(steps: int, every: int) -> dict[str, Any]:
-    """Trains three times; returns step times and the waits for saves as a dict."""
+    """Trains three times for `steps`, once with a save `every` steps; returns times and waits."""
     with tempfile.TemporaryDirectory() as place:
         folder = pathlib.Path(place)
         bare = [run(folder / "before", steps, steps)]

@@ -12,12 +12,12 @@ from benchmarks.workload import SIZES
 
 
 def cases(sizes: str) -> list[Case]:
-    """Returns the cases of a size of models."""
+    """Returns the cases of a size of models, a key of `workload.SIZES`."""
     return [{"variant": name} for name in SIZES[sizes]]
 
 
 def ours(case: Case) -> Built:
-    """Returns the conversion to a checkpoint folder of this package."""
+    """Returns our side: it converts the case's folder to a checkpoint folder of this package."""
     from jax_instructblip import checkpoint
     from jax_instructblip.conversion.hf_folder import convert_hf
 
@@ -31,7 +31,7 @@ def ours(case: Case) -> Built:
 
 
 def transformers(case: Case) -> Built:
-    """Returns the copy that transformers makes of its folder."""
+    """Returns the side of transformers: it loads the case's folder and saves a copy."""
     from benchmarks import theirs
 
     out = pathlib.Path(case["work"], "saved")

@@ -100,7 +100,9 @@ def write_pictures(folder: pathlib.Path) -> pathlib.Path:
 def accuracy(work: pathlib.Path, seeds: list[int], steps: int, limit: int) -> dict[str, Any]:
     """Returns exact match in percent for each way of decoding, as lists over `seeds`.
 
-    For the mean of all families of questions, and for each family.
+    They are given for the mean of all families of questions, and for each family. Decoding is
+    "whole" or "reduced". `work` is the folder of the runs, which train for `steps`; `limit` is the
+    number of test questions.
     """
     data = write_pictures(work / "data")
     rows: dict[str, Any] = {}

@@ -60,12 +60,12 @@ class Ids:
         """Returns None: eos alone ends an answer."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns no text."""
+        """Returns "": texts are not measured."""
         return ""
 
 
 def make_pipeline(name: str) -> InstructBlipPipeline:
-    """Returns a variant of `workload.MIDDLE` with smaller images and random weights."""
+    """Returns the variant `name` of `workload.MIDDLE` with smaller images and random weights."""
     variant = variant_of(name)
     vision = dataclasses.replace(variant.vision, image_size=56)
     variant = dataclasses.replace(variant, vision=vision)
@@ -79,7 +79,10 @@ def make_pipeline(name: str) -> InstructBlipPipeline:
 
 
 def make_requests(variant: Variant, lengths: str, count: int) -> list[Request]:
-    """Returns requests with random images and ids, and limits drawn from the recorded lengths."""
+    """Returns `count` requests with random images and ids, and limits drawn from `lengths`.
+
+    `lengths` is "uniform", or a value of `VARIANTS` for recorded lengths.
+    """
     rng, side, m = np.random.default_rng(0), variant.vision.image_size, variant.llm
     drawn = rng.choice(LIMITS if lengths == "uniform" else read_lengths(lengths)[:, 2], count)
     requests = []
@@ -102,7 +105,11 @@ def make_requests(variant: Variant, lengths: str, count: int) -> list[Request]:
 def static_call(
     blip: InstructBlipPipeline, requests: Sequence[Request], size: int
 ) -> tuple[Callable[[], list[list[int]]], dict[str, Any]]:
-    """Returns a function that answers in static batches, and the counts of what it takes."""
+    """Returns a function that answers in batches of `size`, and the counts of what it takes.
+
+    The function returns the tokens of each answer; the counts are `slot_steps`, `steps` and
+    `prompts_at_once`.
+    """
     batches = []
     for start in range(0, len(requests), size):
         rows = requests[start : start + size]
@@ -129,7 +136,7 @@ def static_call(
 
 
 def engine_call(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
-    """Answers all requests with the engine."""
+    """Answers all requests with the engine; returns the tokens of each answer."""
     answers = dict(engine.answers(enumerate(requests)))
     return [list(answers[row].result().tokens) for row in range(len(requests))]
 
@@ -137,7 +144,10 @@ def engine_call(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
 def compare(
     blip: InstructBlipPipeline, lengths: str, count: int, slots: int, repeats: int
 ) -> dict[str, Any]:
-    """Returns throughputs, slot-steps and their ratios, engine to static, as a dict."""
+    """Returns throughputs, slot-steps and their ratios, engine to static, as a dict.
+
+    `lengths` and `count` are those of `make_requests`; `slots` is also the size of a batch.
+    """
     requests = make_requests(blip.variant, lengths, count)
     static, static_counts = static_call(blip, requests, slots)
     width = requests[0].batch["tokens"].shape[1]

@@ -3,7 +3,8 @@
 python -m benchmarks.full_size --folder HF_FOLDER --checkpoint CONVERTED --photo FILE [--out FILE]
 
 CONVERTED is the output of `jax-instructblip convert` for HF_FOLDER, whose weights may be random.
-Each stage runs in its own process, so that its peak memory can be measured:
+Each stage runs in its own process, so that its peak memory can be measured; `flags` are those of
+the command:
 
     theirs   transformers' float32 logits of one sample, with one tower in memory at a time
     ours     our float32 logits in the same way, and their relative error

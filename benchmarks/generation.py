@@ -19,7 +19,7 @@ FEW = 4  # tokens generated to find transformers' fastest setting
 
 
 def cases(sizes: str) -> list[Case]:
-    """Returns the cases of a size of models: greedy answers, then five beams."""
+    """Returns the cases of a size of models, a key of `workload.SIZES`: greedy, then five beams."""
     new = {"tiny": 8, "middle": 16, "full": 64}[sizes]
     return [
         {"variant": name, "beams": beams, "batch": batch, "new": new}
@@ -30,7 +30,7 @@ def cases(sizes: str) -> list[Case]:
 
 
 def ours(case: Case) -> Built:
-    """Returns this package's answers, ids [B, N]."""
+    """Returns our side, whose call returns the ids of answers, `[B, N]`."""
     import jax
 
     from benchmarks.ours import device_peak, load, question_batch
@@ -56,7 +56,7 @@ def ours(case: Case) -> Built:
 
 
 def transformers(case: Case) -> Built:
-    """Returns the answers of transformers, ids [B, N]."""
+    """Returns the side of transformers, whose call returns the ids of answers, `[B, N]`."""
     import torch
 
     from benchmarks import theirs
@@ -90,7 +90,7 @@ def transformers(case: Case) -> Built:
 
 
 def facts(case: Case) -> dict[str, Any]:
-    """Returns the work of a call: the new tokens of all answers."""
+    """Returns the work of a call: the number of new tokens of all answers."""
     return {"work": case["batch"] * case["new"], "unit": "tokens"}
 
 

@@ -65,7 +65,10 @@ COPIES = 6  # of weights, those listed of each loop
 
 
 def config_of(batch: int, weights: str = "bfloat16") -> ConfigDict:
-    """Returns the common config in bfloat16: prompts of 64 tokens, 64 new tokens."""
+    """Returns the common config in bfloat16, for `batch` prompts of 64 tokens, 64 new tokens each.
+
+    `weights` is `config.model.frozen_dtype`.
+    """
     config = common.get_config()
     config.model.frozen_dtype, config.model.dtype = weights, "bfloat16"
     config.validation.batch_size, config.validation.max_new_tokens = batch, NEW_TOKENS
@@ -93,7 +96,10 @@ def with_layers(variant: Variant, layers: int) -> Variant:
 
 
 def program(job: Job, mesh: Mesh, kind: str, layout: str) -> tuple[Any, tuple[Any, ...]]:
-    """Returns a program that answers, a jitted function, and the shapes of its arguments."""
+    """Returns a program that answers, a jitted function, and the shapes of its arguments.
+
+    `kind` is "greedy", "ranking" or "5 beams"; `layout` is "loaded", "stacked", "int8" or "int4".
+    """
     arguments = plan.job_arguments(job, mesh)
     place = lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=replicated(mesh))
     if layout == "stacked":
@@ -115,7 +121,10 @@ def program(job: Job, mesh: Mesh, kind: str, layout: str) -> tuple[Any, tuple[An
 
 
 def measure(variant: Variant, kind: str, batch: int, layout: str, topology: Topology) -> Any:
-    """Compiles a program; returns the bytes of a token in MiB, and the copies."""
+    """Compiles a program of `batch` rows; returns a dict of its bytes for a token, and its copies.
+
+    `kind` and `layout` are as in `program`.
+    """
     quantised = layout in QUANTISED
     config = config_of(batch, layout) if quantised else config_of(batch)
     job = read_job(config, variant, "decode")
@@ -149,7 +158,7 @@ def measure(variant: Variant, kind: str, batch: int, layout: str, topology: Topo
 
 
 def weights_copied(kernels: list[Kernel]) -> list[dict[str, Any]]:
-    """Returns the largest copies of a program's arguments, but for vectors: biases become wide."""
+    """Returns the largest copies of a program's weights, sizes in MiB; vectors are left out."""
     found = [each for each in copies(kernels) if "kernel" in each.source or "embed" in each.source]
     return [
         {
@@ -163,7 +172,10 @@ def weights_copied(kernels: list[Kernel]) -> list[dict[str, Any]]:
 
 
 def row_of(case: tuple[str, str, int, str], whole: bool, topology: Topology) -> dict[str, Any]:
-    """Returns the figures of a program with all layers, in MiB."""
+    """Returns the figures of a program with all layers, in MiB.
+
+    `case` is one of `CASES`: model, kind, batch and layout. `whole` compiles all layers.
+    """
     model, kind, batch, layout = case
     variant = VARIANTS[model]
     layers = depth(variant)

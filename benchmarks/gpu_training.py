@@ -36,7 +36,11 @@ ATTENTIONS = ("auto", "einsum")
 
 
 def measure(name: str, where: str, sizes: tuple[int, int, int], attention: str) -> dict[str, Any]:
-    """Compiles a training step; returns its bytes in GiB, FLOPs, collectives and cuDNN's calls."""
+    """Compiles a training step; returns its bytes in GiB, FLOPs, collectives and cuDNN's calls.
+
+    The first three arguments are a row of `CASES`: a key of `CONFIGS`, the topology, and the sizes
+    of the mesh (data, fsdp, tensor). `attention` is one of `ATTENTIONS`.
+    """
     config = CONFIGS[name].get_config()
     config.model.attention = attention
     topology = read_topology(where)

@@ -54,7 +54,10 @@ COUNTS = ("flops", "bytes", "processor_seconds")
 
 
 def job_of(model: str, step: str, batch: int, tokens: int) -> Job:
-    """Returns the job of prompts of `tokens` tokens, in float32."""
+    """Returns the job of `batch` prompts of `tokens` tokens, in float32.
+
+    `model` is a key of `VARIANTS`, `step` is "train" or "decode".
+    """
     config = common.get_config()
     config.model.frozen_dtype = config.model.dtype = "float32"
     config.data.batch_size = config.validation.batch_size = batch
@@ -65,7 +68,10 @@ def job_of(model: str, step: str, batch: int, tokens: int) -> Job:
 
 
 def program(model: str, quantity: str, size: int, mesh: Mesh) -> tuple[Any, tuple[Any, ...], Job]:
-    """Returns a jitted function, the shapes of its arguments, and the job that it belongs to."""
+    """Returns a jitted function, the shapes of its arguments, and the job that it belongs to.
+
+    `quantity` is a key of `SIZES` and has the value `size`; the others are fixed.
+    """
     if quantity in ("batch", "row width"):
         batch = size if quantity == "batch" else BATCH
         tokens = size - VARIANTS[model].visual_tokens if quantity == "row width" else TOKENS
@@ -98,7 +104,7 @@ def zeros(tree: Any) -> Any:
 
 
 def measure(model: str, quantity: str, size: int, repeats: int, mesh: Mesh) -> dict[str, Any]:
-    """Compiles a program; returns its FLOPs, bytes and seconds."""
+    """Compiles the `program` of these arguments; returns its FLOPs, bytes and processor seconds."""
     function, arguments, job = program(model, quantity, size, mesh)
     with jax.set_mesh(mesh):
         traced = function.trace(*arguments)
@@ -119,7 +125,7 @@ def measure(model: str, quantity: str, size: int, repeats: int, mesh: Mesh) -> d
 
 
 def bend(points: list[dict[str, Any]], count: str) -> float:
-    """Returns the last increase per unit of size over the first one."""
+    """Returns the last increase of `count` (one of `COUNTS`) per unit of size over the first."""
     slopes = [
         (right[count] - left[count]) / (right["size"] - left["size"])
         for left, right in zip(points, points[1:], strict=False)
@@ -147,7 +153,7 @@ def curves(models: list[str], repeats: int) -> Iterator[tuple[str, dict[str, Any
 
 
 def draw(found: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws all curves on one page: a column for each quantity, a row for each count."""
+    """Draws all `curves`, by name, as a PNG: a column for each quantity, a row for each count."""
     figure = matplotlib.figure.Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplots(len(COUNTS), len(SIZES), squeeze=False)
     for curve in found.values():

@@ -51,7 +51,7 @@ def texts(index: int) -> tuple[str, str]:
 
 
 def prepare(work: pathlib.Path, photos: list[pathlib.Path], count: int) -> None:
-    """Writes `count` records to an ArrayRecord dataset, cycling through the photos."""
+    """Writes `count` records, cycling through the photos, to the ArrayRecord dataset in `work`."""
     from jax_instructblip.data.prepare import builder
     from jax_instructblip.data.records import Record
 
@@ -220,7 +220,7 @@ MEASURES = {"speed": speed, "memory": memory, "cold_start": cold_start}
 
 
 def repeated(work: pathlib.Path, copies: int) -> None:
-    """Makes the dataset `million`: `copies` times the shards of `photos`, as hard links."""
+    """Makes the dataset `million` in `work`: `copies` times the shards of `photos`, hard-linked."""
     source = next((work / "jax_instructblip_records" / "photos").iterdir())
     target = work / "jax_instructblip_records" / "million" / source.name
     target.mkdir(parents=True)
@@ -264,7 +264,7 @@ def child(flags: argparse.Namespace, measure: str, **fields: Any) -> dict[str, f
 def compare(flags: argparse.Namespace) -> dict[str, Any]:
     """Returns each side's median time per sample and its speed relative to `theirs`.
 
-    For 0 and for 1 worker process, over `flags.rounds` rounds.
+    They are given for 0 and for 1 worker process, over `flags.rounds` rounds.
     """
     rows = {}
     for workers in (0, 1):

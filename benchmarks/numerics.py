@@ -21,7 +21,10 @@ from jax_instructblip.training.step import compile_step
 
 
 def one_step(name: str, dtype: jnp.dtype, device: jax.Device) -> dict[str, np.ndarray]:
-    """Returns logits, loss and gradient norm of a first step on `device`, without dropout."""
+    """Returns `logits`, `loss` and `gradient_norm` of a first step on `device`, without dropout.
+
+    `name` is a variant's, as `get_variant` takes it; `dtype` is that of the computation.
+    """
     variant = get_variant(name).replace(**{"qformer.dropout": 0.0, "llm.dropout": 0.0})
     schedule = warmup_cosine(start=1e-5, peak=1e-5, end=0.0, warmup_steps=1, total_steps=10)
     with jax.default_device(device):

@@ -22,6 +22,7 @@ from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes, unsta
 def load(case: dict[str, Any], *, unstacked: bool) -> tuple[VisionLanguageModel, dict[str, Any]]:
     """Returns model and parameters of a case: those of its folder, else random on the device.
 
+    Of `case` the fields `variant`, `device`, `dtype` and, if there, `folder` are read.
     `unstacked` decoding layers are what `jax_instructblip.load` makes; training stacks them.
     """
     if case["device"] == "gpu" and jax.default_backend() != "gpu":

@@ -53,7 +53,11 @@ def read_lengths(name: str) -> np.ndarray:
 
 
 def draw(name: str, batch: int, visual: int, steps: int) -> Iterator[Sizes]:
-    """Yields the sizes of the samples of each of `steps` batches, one image a sample."""
+    """Yields the sizes of the samples of each of `steps` batches, one image a sample.
+
+    `name` is as in `read_lengths`, `batch` the number of samples, `visual` the visual vectors of an
+    image. Sizes are `images`, `qformer_tokens`, `slots` (with visual vectors) and `targets`.
+    """
     recorded, rng = read_lengths(name), np.random.default_rng(0)
     for _ in range(steps):
         chosen = recorded[rng.integers(0, len(recorded), batch)].tolist()
@@ -64,20 +68,30 @@ def draw(name: str, batch: int, visual: int, steps: int) -> Iterator[Sizes]:
 
 
 def pack(sizes: Sizes, samples_per_row: int, text_limit: int) -> Shape:
-    """Returns the shape of a packed batch, the numbers of its rows and samples included."""
+    """Returns the shape of a packed batch, the numbers of its rows and samples included.
+
+    `text_limit` is the most instruction ids of a sample.
+    """
     measures = [(size["slots"], size["targets"]) for size in sizes]
     shared = deal(measures, len(sizes) // samples_per_row)
     return row_lengths(sizes, shared, text_limit) | {"rows": len(shared)}
 
 
 def shares(sizes: Sizes, shape: Mapping[str, int]) -> tuple[float, float]:
-    """Returns the shares of a batch's slots and of its targets that are not padding."""
+    """Returns the shares of a batch's slots and of its targets that are not padding.
+
+    `sizes` are those of its samples, `shape` is what `pack` or `pad` returned.
+    """
     real = lambda name: sum(size[name] for size in sizes) / (shape["rows"] * shape[name])
     return real("slots"), real("targets")
 
 
 def pad(sizes: Sizes, lengths: Mapping[str, int], visual: int, buckets: tuple[int, ...]) -> Shape:
-    """Returns the shape of a batch with one sample a row; `lengths` are the limits of texts."""
+    """Returns the shape of a batch with one sample a row.
+
+    `lengths` are the limits of `qformer_tokens`, `tokens` and `targets`, `visual` is the number of
+    visual vectors of a sample, `buckets` are the lengths to which texts are padded.
+    """
 
     def fit(length: int, limit: int) -> int:
         return min([each for each in (*buckets, limit) if length <= each <= limit], default=limit)
@@ -93,7 +107,10 @@ def pad(sizes: Sizes, lengths: Mapping[str, int], visual: int, buckets: tuple[in
 
 
 def count(job: Any, shape: Mapping[str, int]) -> int:
-    """Returns the FLOPs of all products of a train step on a batch of that shape, by its jaxpr."""
+    """Returns the FLOPs of all products of a train step on a batch of that shape, by its jaxpr.
+
+    `job` is a `planning.job.Job`, `shape` what `pack` or `pad` returned.
+    """
     import jax
 
     from jax_instructblip.models import flops
@@ -115,7 +132,7 @@ def count(job: Any, shape: Mapping[str, int]) -> int:
 
 
 def measure(name: str, steps: int) -> dict[str, Any]:
-    """Returns shares, shapes and FLOPs of one training, packed and padded."""
+    """Returns shares, shapes and FLOPs of one of `CONFIGS`, packed and padded, in `steps` steps."""
     from jax_instructblip.planning.job import read_job, read_variant
     from jax_instructblip.training.config_file import load_config
 

@@ -47,14 +47,22 @@ CONFIGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One plan to make: a config, the chips, the mesh, and further flags."""
+    """One plan to make.
 
-    file: str  # the results go to plan_FILE.json
+    Attributes:
+      file: the results go to `plan_FILE.json`.
+      config: a key of `CONFIGS`.
+      topology, mesh: the chips and the mesh, as the flags of `plan` take them.
+      flags: further words of the command.
+      packed: take the rows of the paper's configs; else those have one sample a row.
+    """
+
+    file: str
     config: str
     topology: str
     mesh: str
     flags: tuple[str, ...] = ()
-    packed: bool = False  # the rows of the paper's configs; else one sample a row
+    packed: bool = False
 
     @property
     def words(self) -> list[str]:
@@ -210,7 +218,10 @@ TASKS = {
 
 
 def paper_row(row: dict[str, Any], task: str = "") -> str:
-    """Returns a Markdown table row about one of the paper's training runs."""
+    """Returns a Markdown table row about one of the paper's training runs, a result of `run`.
+
+    `task` is written after the model's name.
+    """
     gib, bounds = row["gib"], row["bounds_s"]
     again, shared = row["remat_qformer"], row.get("rows", {}).get("samples", 1)
     rows = f" in rows of {shared}" if shared > 1 else ""
@@ -293,7 +304,7 @@ ROWS = {
 
 
 def tables() -> dict[str, list[str]]:
-    """Returns the Markdown rows of each results file, by name."""
+    """Returns the Markdown rows of each results file, by the keys of `ROWS`."""
     found = {}
     for file, line in ROWS.items():
         path = RESULTS / f"plan_{file}.json"

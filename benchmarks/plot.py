@@ -6,7 +6,10 @@ from typing import Any
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-    """Writes a PNG with a bar for each case and rival; the line at 1 is the rival itself."""
+    """Writes a PNG with a bar for each case and rival; the line at 1 is the rival itself.
+
+    `rows` are results of `sides.compare`; without ratios nothing is written.
+    """
     import matplotlib
 
     matplotlib.use("agg")

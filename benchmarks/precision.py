@@ -80,7 +80,10 @@ CASES = {
 
 
 def question_ids(case: Case, step: int) -> dict[str, np.ndarray]:
-    """Returns random pixels and token ids for the batch of `step`, without padding."""
+    """Returns random pixels and token ids for the batch of `step`, without padding.
+
+    They are `images` `[B, 1, S, S, 3]` uint8, and `instruction`, `prompt` and `answer`, int32.
+    """
     rng, lengths = np.random.default_rng(step), case.lengths
     ids = lambda width, vocab: rng.integers(3, vocab, (case.rows, width)).astype(np.int32)
     side, vocab = case.variant.vision.image_size, min(case.variant.llm.vocab, 32000) - 2
@@ -164,8 +167,8 @@ def measure(case: Case, side: str, folder: pathlib.Path, steps: int) -> dict[str
 def compare(found: dict, truth: dict, before: dict) -> dict[str, float]:
     """Returns relative errors, by name, of the arrays `found` against the float64 ones, `truth`.
 
-    `before` are the trained weights at the start. Key biases are left out: softmax is invariant to
-    them, so their gradients are rounding noise.
+    `before` are the trained weights at the start, by leaf path. Key biases are left out: softmax is
+    invariant to them, so their gradients are rounding noise.
     """
     errors = {}
     for name in ("logits", "logits_after"):
@@ -191,7 +194,7 @@ def compare(found: dict, truth: dict, before: dict) -> dict[str, float]:
 def run_side(name: str, side: str, folder: pathlib.Path) -> dict[str, np.ndarray]:
     """Returns what `measure` returns, computed in a new process.
 
-    So two frameworks never hold memory at the same time.
+    `name` is a key of `CASES`. So two frameworks never hold memory at the same time.
     """
     out = folder / f"{side}.npz"
     words = ["--case", name, "--side", side, "--folder", str(folder)]
@@ -247,7 +250,7 @@ NAMES = {
 
 
 def table(results: dict[str, Any]) -> str:
-    """Formats the results as a Markdown table."""
+    """Formats the results of `run_case`, by case, as a Markdown table."""
     lines = [
         "| model | side | " + " | ".join(COLUMNS) + " |",
         "|---|---|" + "---|" * len(COLUMNS),

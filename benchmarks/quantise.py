@@ -49,7 +49,10 @@ def pick(count: int) -> list[Any]:
 
 
 def likely(blip: Any, records: list[Any]) -> np.ndarray:
-    """Returns the most likely token at each position of the right answers, one after the other."""
+    """Returns the most likely ids `[N]` at all positions of the right answers, joined.
+
+    `blip` is an `InstructBlipPipeline`, as below; `records` are those of `pick`.
+    """
     variant, found = blip.variant, []
     for first in range(0, len(records), ROWS):
         examples = []
@@ -71,7 +74,10 @@ def greedy(blip: Any, records: list[Any]) -> list[Any]:
 
 
 def agreement(ours: list[Any], others: list[Any]) -> float:
-    """Returns the share of positions, counted on the longer answer, with the same token."""
+    """Returns the share of positions, counted on the longer answer, with the same token.
+
+    Both lists are results of `greedy`.
+    """
     same = total = 0
     for one, other in zip(ours, others, strict=True):
         pairs = zip(one.tokens, other.tokens, strict=False)
@@ -98,7 +104,10 @@ def _leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def shares(variant: Any, form: str) -> dict[str, float]:
-    """Returns the bytes of a model's weights in `form`, as shares of those in bfloat16."""
+    """Returns the bytes of a model's weights in `form`, as shares of those in bfloat16.
+
+    `form` is "int8" or "int4". The shares are those of `all` weights and of the `kernels`.
+    """
     half = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
     plain = jax.tree.map(half, param_shapes(variant))
     small = quantise.shapes(plain, form)
@@ -116,7 +125,10 @@ def held(blip: Any) -> int:
 
 
 def measure(checkpoint: str, questions: int, dtype: str) -> dict[str, Any]:
-    """Returns the figures of one checkpoint, by form of weights."""
+    """Returns the figures of one checkpoint, by form of weights, on that many questions.
+
+    `dtype` is that of the weights which are not quantised.
+    """
     records = pick(questions)
     blip = jax_instructblip.load(checkpoint, dtype=dtype)
     tokens, answers = likely(blip, records), greedy(blip, records)

@@ -45,7 +45,7 @@ CASES = (
 
 
 def ours(variant: Variant, candidates: list[tuple[int, ...]]) -> dict[str, int]:
-    """Returns the FLOPs of our programs by part."""
+    """Returns the FLOPs of our programs by part; `candidates` are token ids."""
     from benchmarks.ours import question_batch
 
     model = VisionLanguageModel(variant, jnp.float32, Scans(llm=Scan(unstacked=True)))
@@ -64,7 +64,7 @@ def ours(variant: Variant, candidates: list[tuple[int, ...]]) -> dict[str, int]:
 
 
 def counts(variant: Variant, candidates: list[tuple[int, ...]]) -> dict[str, Any]:
-    """Returns the FLOPs of all ways to rank `candidates`."""
+    """Returns the FLOPs of ranking `candidates` (token ids) by each method listed above."""
     config: Any = variant.llm
     lengths, count, longest = Lengths(), len(candidates), max(map(len, candidates))
     prompt = variant.visual_tokens + lengths.prompt

@@ -25,7 +25,7 @@ BATCHES = (16, 64)  # candidates a batch that are tried for transformers
 
 
 def cases(sizes: str) -> list[Case]:
-    """Returns the cases of a size of models."""
+    """Returns the cases of a size of models, a key of `workload.SIZES`."""
     return [{"variant": name, "candidates": 1_000} for name in SIZES[sizes]]
 
 
@@ -45,7 +45,7 @@ def draw_candidates(variant: Variant, count: int) -> list[Ids]:
 
 
 def ours(case: Case) -> Built:
-    """Returns this package's scores [C]."""
+    """Returns our side, whose call returns the scores `[C]`."""
     import jax
 
     from benchmarks.ours import device_peak, load, question_batch
@@ -65,12 +65,12 @@ def ours(case: Case) -> Built:
 
 
 def transformers(case: Case) -> Built:
-    """Returns the scores [C] of transformers behind one encoded image."""
+    """Returns the side of transformers behind one encoded image; a call returns scores `[C]`."""
     return _theirs(case, _behind_one_image, 1)
 
 
 def forward(case: Case) -> Built:
-    """Returns the scores of transformers' `forward` for a tenth of the candidates."""
+    """Returns the side of transformers' `forward`; a call scores a tenth of the candidates."""
     return _theirs(case, _forward, 10)
 
 
@@ -167,7 +167,7 @@ def _forward(
 
 
 def facts(case: Case) -> dict[str, Any]:
-    """Returns the work of a call: the candidates that it scores."""
+    """Returns the work of a call: the number of candidates that it scores."""
     return {"work": case["candidates"], "unit": "candidates"}
 
 

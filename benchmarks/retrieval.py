@@ -52,7 +52,10 @@ SIZES = {
 def make_models(
     name: str,
 ) -> tuple[transformers.Blip2ForImageTextRetrieval, Retriever]:
-    """Returns the model of that size with random weights, in transformers and as a Retriever."""
+    """Returns a model with random weights, in transformers and as a Retriever.
+
+    `name` is a key of `SIZES`, as below.
+    """
     width, layers, side, qwidth, qlayers, queries, *_ = SIZES[name]
     config = transformers.Blip2Config(
         vision_config=dict(
@@ -111,7 +114,10 @@ def their_scores(
     batch: int,
     threads: int,
 ) -> np.ndarray:
-    """Returns the logits [P, 2] of the pairs, `batch` pairs a call."""
+    """Returns the logits `[P, 2]` of the pairs (not matching, matching), `batch` pairs a call.
+
+    `inputs` are those of `pair_inputs`.
+    """
     torch.set_num_threads(threads)
     count = len(inputs["input_ids"])
     parts = [
@@ -127,7 +133,10 @@ def their_scores(
 def pair_inputs(
     blip: Retriever, images: Sequence[np.ndarray], texts: Sequence[str], pairs: np.ndarray
 ) -> dict[str, torch.Tensor]:
-    """Returns the inputs of transformers for the pairs [P, 2] of image and caption numbers."""
+    """Returns the inputs of transformers for the pairs `[P, 2]` of image and caption numbers.
+
+    `blip` has the tokenizer; `images` are `[S, S, 3]` uint8.
+    """
     ids, valid, _ = blip.text.encode([texts[number] for number in pairs[:, 1]])
     pixels = np.stack([images[number] for number in pairs[:, 0]]) / 255
     pixels = ((pixels - IMAGE_MEAN) / IMAGE_STD).astype(np.float32)

@@ -73,6 +73,8 @@ def main() -> int:
 def choose_sides(known: Sequence[str], against: Sequence[str]) -> tuple[list[str], list[str]]:
     """Returns the sides to measure, ours first, and a reason for each rival that is left out.
 
+    `known` are the sides of the suite (its `SIDES`), `against` the rivals that are asked for.
+
     Raises:
         ValueError: a rival is none of `RIVALS`.
     """
@@ -91,7 +93,7 @@ def choose_sides(known: Sequence[str], against: Sequence[str]) -> tuple[list[str
 
 
 def line(row: dict[str, Any]) -> str:
-    """Returns one row of results as a line of text."""
+    """Returns one row of results (`sides.compare`) as a line of text."""
     case = ", ".join(str(value) for name, value in row["case"].items() if name in _SHOWN)
     parts = [
         f"{rival}: {ratio[_RATIOS[0]]:.2f} x ({ratio[_RATIOS[1]]:.2f} of processor time), "

@@ -5,6 +5,9 @@
 A process builds its side of a case (weights, inputs, compiled programs), and then makes one call
 for every line `call` that it reads; its answer has the times of the call. So neither side shares
 memory, threads or a library with the other, and what else the machine does falls on both alike.
+
+A case has JSON values: `suite` (a module here with `SIDES`), `device`, `dtype`, `work` (a folder),
+`folder` (weights to read, if any), and the fields that the suite's `cases` gives, as `variant`.
 """
 
 import contextlib
@@ -44,7 +47,7 @@ class Built(NamedTuple):
 
 
 def serve(side: str, case: Case) -> None:
-    """Builds a side and makes a call for each line of the input; ends with the input."""
+    """Builds a side, a key of the suite's `SIDES`; makes a call for each line of the input."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print goes to stderr
     say = lambda fields: print(json.dumps(fields), file=out, flush=True)
@@ -76,12 +79,12 @@ class Side:
             raise
 
     def call(self) -> dict[str, Any]:
-        """Makes one call; returns its times, and its value."""
+        """Makes one call; returns the fields of `workload.Measured`: its times, and its value."""
         self._write("call\n")
         return self._read()
 
     def close(self) -> dict[str, Any]:
-        """Ends the process; returns its peak memory."""
+        """Ends the process; returns its peak memory as `peak_gigabytes`."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         return self._read()
@@ -120,8 +123,9 @@ def _environment(case: Case) -> dict[str, str]:
 def compare(case: Case, sides: Sequence[str], *, repeats: int, warm_up: int) -> dict[str, Any]:
     """Returns what `sides` took for a case, medians after a warm-up, and the ratios to ours.
 
-    On a CPU the processes are there at once, and calls alternate. On a GPU one side runs after the
-    other, so that each has all of its memory.
+    `sides` are keys of the suite's `SIDES`; each makes `warm_up` and then `repeats` calls. On a CPU
+    the processes are there at once, and calls alternate. On a GPU one side runs after the other, so
+    that each has all of its memory.
     """
     together = case["device"] == "cpu"
     found: dict[str, dict[str, Any]] = {}
@@ -144,7 +148,10 @@ def compare(case: Case, sides: Sequence[str], *, repeats: int, warm_up: int) -> 
 
 
 def summary(calls: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the median times of calls, the last value, and the rate if a call has a `work`."""
+    """Returns the median times of calls, the last value, and the rate if `facts` has the `work`.
+
+    `calls` are results of `Side.call`, `facts` those of the side.
+    """
     middle = lambda name: statistics.median(each[name] for each in calls)
     fields: dict[str, Any] = {
         "seconds": round(middle("wall"), 5),
@@ -160,8 +167,9 @@ def summary(calls: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> dic
 def ratios(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Returns by rival how many times as fast ours is, and the share of its memory that ours takes.
 
-    Seconds are those of one unit of work, as sides may do different amounts of it. Their ratio is
-    the median of the ratios of neighbouring calls, so that a load which comes and goes cancels out.
+    `found` has the `summary` of each side and its peak memory. Seconds are those of one unit of
+    work, as sides may do different amounts of it. Their ratio is the median of the ratios of
+    neighbouring calls, so that a load which comes and goes cancels out.
     """
     ours, rows = found[OURS], {}
     for name, theirs in found.items():

@@ -22,7 +22,7 @@ TRAINED = ("qformer.", "query_tokens", "language_projection.", "vision_model.pos
 
 
 def config_of(variant: Variant, dropout: float | None = None) -> transformers.InstructBlipConfig:
-    """Returns transformers' config with the sizes of `variant`; None leaves its dropout."""
+    """Returns transformers' config with the sizes of `variant`; `dropout` None: its default."""
     v, q, m = variant.vision, variant.qformer, variant.llm
     still: dict[str, Any] = {}
     if m.kind == "t5":
@@ -86,7 +86,10 @@ def image_id(variant: Variant) -> int:
 
 
 def load(case: dict[str, Any]) -> transformers.InstructBlipForConditionalGeneration:
-    """Returns the model of a case: that of its folder, else with random weights on the device."""
+    """Returns the model of a case: that of its folder, else with random weights on the device.
+
+    Of `case` the fields `variant`, `device`, `dtype` and, if there, `folder` are read.
+    """
     if case["device"] == "gpu" and not torch.cuda.is_available():
         raise RuntimeError("--device gpu, but torch has no GPU")
     dtype = getattr(torch, case["dtype"])
@@ -107,7 +110,7 @@ def load(case: dict[str, Any]) -> transformers.InstructBlipForConditionalGenerat
 
 
 def write_folder(name: str, folder: pathlib.Path) -> None:
-    """Writes a Hugging Face folder of random float32 weights that keep activations in range."""
+    """Writes variant `name` as a Hugging Face folder of random float32 weights of sane scale."""
     torch.manual_seed(0)
     with quiet():
         model = transformers.InstructBlipForConditionalGeneration(config_of(variant_of(name), 0.0))

@@ -20,7 +20,10 @@ RATE = 1e-5
 
 
 def cases(sizes: str) -> list[Case]:
-    """Returns the cases of a size of models; the paper's batches for full ones."""
+    """Returns the cases of a size of models, a key of `workload.SIZES`.
+
+    Full models have the paper's batch.
+    """
     batches = {"tiny": (4,), "middle": (32, 128), "full": (128,)}[sizes]
     return [
         {"variant": name, "batch": batch, "samples_per_row": min(8, batch)}
@@ -30,7 +33,7 @@ def cases(sizes: str) -> list[Case]:
 
 
 def samples_of(case: Case) -> tuple[Variant, list[Sample]]:
-    """Returns the variant of a case, and the samples of its batch."""
+    """Returns the variant of a case, and the samples of its batch (`case["batch"]` of them)."""
     variant, rng = variant_of(case["variant"]), np.random.default_rng(0)
     recorded = read_lengths("flan_t5" if variant.llm.encoder_decoder else "vicuna")
     drawn = recorded[rng.integers(0, len(recorded), (DRAWN, case["batch"]))]
@@ -44,7 +47,7 @@ def samples_of(case: Case) -> tuple[Variant, list[Sample]]:
 
 
 def ours(case: Case) -> Built:
-    """Returns a step of this package, on packed rows."""
+    """Returns our side: a call is a training step on packed rows and returns the loss."""
     import jax
     import jax.numpy as jnp
 
@@ -79,7 +82,7 @@ def ours(case: Case) -> Built:
 
 
 def transformers(case: Case) -> Built:
-    """Returns a step of transformers, on padded rows."""
+    """Returns the side of transformers: a call is a step on padded rows and returns the loss."""
     import torch
 
     from benchmarks import theirs
@@ -111,7 +114,10 @@ def transformers(case: Case) -> Built:
 
 
 def facts(samples: list[Sample], positions: int, targets: int) -> dict[str, Any]:
-    """Returns the work of a step: its samples, and the positions that it computes for them."""
+    """Returns the work of a step: its samples, and the positions that it computes for them.
+
+    `positions` are slots of rows and `targets` slots of targets, padding included.
+    """
     return {"work": len(samples), "unit": "samples", "positions": positions, "targets": targets}
 
 

@@ -47,12 +47,19 @@ THREADS = (CORES, 1) if CORES > 1 else (1,)  # one is faster if other processes 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Numbers of tokens of one sample, without the image's 257 patches and 32 queries."""
+    """Numbers of tokens of one sample, without the image's 257 patches and 32 queries.
 
-    instruction: int = 32  # Q-Former text
-    prompt: int = 48  # instruction in the language model's tokens
-    answer: int = 16  # target tokens
-    new: int = 64  # generated tokens
+    Attributes:
+      instruction: of the Q-Former's text.
+      prompt: of the instruction in the language model's tokens.
+      answer: of the targets.
+      new: generated tokens.
+    """
+
+    instruction: int = 32
+    prompt: int = 48
+    answer: int = 16
+    new: int = 64
 
     @classmethod
     def of(cls, variant: str) -> "Lengths":

@@ -24,7 +24,10 @@ PAIRS = (
 
 
 def get_config(name: str, batch_size: int, steps: int) -> ConfigDict:
-    """Returns the config of one stage; `batch_size` samples on all devices together."""
+    """Returns the config of one stage, whose folder is `runs/NAME`.
+
+    `batch_size` counts the samples of all devices together.
+    """
     config = common.get_config()
     config.workdir = f"runs/{name}"
     config.data.sources = ConfigDict(

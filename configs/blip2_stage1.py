@@ -10,7 +10,7 @@ from configs import blip2_pretraining
 
 
 def get_config() -> ConfigDict:
-    """The fields that differ from instruction tuning, each with the paper's number."""
+    """Returns the config of the run, with the paper's numbers."""
     # With ViT-g; 2,320 with ViT-L.
     config = blip2_pretraining.get_config("blip2_stage1", batch_size=1_680, steps=250_000)
     config.model.trainable = ("qformer", "heads")

@@ -13,7 +13,7 @@ from configs import blip2_pretraining
 
 
 def get_config() -> ConfigDict:
-    """The fields that differ from instruction tuning, each with the paper's number."""
+    """Returns the config of the run, with the paper's numbers."""
     config = blip2_pretraining.get_config("blip2_stage2", batch_size=1_920, steps=80_000)
     config.optimizer.final_learning_rate = 5e-5
     config.text.answer_limit = 32

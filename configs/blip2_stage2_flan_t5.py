@@ -14,7 +14,7 @@ from configs import blip2_stage2
 
 
 def get_config() -> ConfigDict:
-    """The fields that differ from the second stage before OPT."""
+    """Returns the config of the run: that before OPT, with some fields changed."""
     config = blip2_stage2.get_config()
     config.workdir = "runs/blip2_stage2_flan_t5"
     config.data.batch_size = 1_520

@@ -16,7 +16,11 @@ VISUAL_GENOME = 1_445_000  # questions, about: `prepare` says how many there are
 
 
 def get_config(name: str, samples: int, batch_size: int, image_size: int) -> ConfigDict:
-    """Returns what the fine-tunings share; `samples` are those of an epoch."""
+    """Returns what the fine-tunings share; the run's folder is `runs/NAME`.
+
+    `samples` are those of an epoch; `batch_size` counts all devices together; images have
+    `image_size` pixels a side.
+    """
     config = common.get_config()
     config.workdir = f"runs/{name}"
     config.model.image_size = image_size  # positions are resized where the checkpoint has others
@@ -38,7 +42,11 @@ def get_config(name: str, samples: int, batch_size: int, image_size: int) -> Con
 
 
 def caption(name: str, vision_layer_decay: float) -> ConfigDict:
-    """Returns the fine-tuning on COCO captions, from a second stage of BLIP-2."""
+    """Returns the fine-tuning on COCO captions, from a second stage of BLIP-2.
+
+    `name` is a folder in `runs/coco_caption`. Each layer of the image encoder learns at
+    `vision_layer_decay` times the rate of the one after it.
+    """
     config = get_config(f"coco_caption/{name}", COCO_CAPTIONS, batch_size=256, image_size=364)
     config.data.sources = ConfigDict(
         {"coco_caption": common.source("data/coco_caption", templates="blip2_caption")}
@@ -53,8 +61,9 @@ def caption(name: str, vision_layer_decay: float) -> ConfigDict:
 def vqa(name: str, vision_layer_decay: float) -> ConfigDict:
     """Returns the fine-tuning on VQAv2 and Visual Genome, whose Q-Former reads the question.
 
-    It starts from `jax-instructblip backbones instruct`: a second stage, with the first stage's
-    half that reads texts. `--config.data.sources.visual_genome_questions.path=` leaves Visual
+    `name` is a folder in `runs/vqa`; `vision_layer_decay` is as in `caption`. It starts from
+    `jax-instructblip backbones instruct`: a second stage, with the first stage's half that
+    reads texts. `--config.data.sources.visual_genome_questions.path=` leaves Visual
     Genome's questions out; then `train.steps` is 25,705 and `optimizer.epoch_steps` 5,141.
     """
     samples = VQAV2 + VISUAL_GENOME
@@ -79,7 +88,10 @@ def vqa(name: str, vision_layer_decay: float) -> ConfigDict:
 
 
 def retrieval(name: str) -> ConfigDict:
-    """Returns the fine-tuning for retrieval on COCO: the first stage's three losses."""
+    """Returns the fine-tuning for retrieval on COCO, by the first stage's three losses.
+
+    `name` is a folder in `runs/coco_retrieval`.
+    """
     config = get_config(f"coco_retrieval/{name}", COCO_CAPTIONS, batch_size=224, image_size=364)
     config.model.trainable = ("vision", "qformer", "heads")
     config.data.sources = ConfigDict({"coco_caption": common.source("data/coco_caption")})

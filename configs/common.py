@@ -11,15 +11,16 @@ def source(
     images: str = "",
     noun_phrases: int = 0,
 ) -> ConfigDict:
-    """One source of training data.
+    """Returns the fields of one source of training data (`config.data.sources.NAME`).
 
     Args:
       path: a file of JSON lines, a JSON list of conversations (LLaVA), a folder of
         `jax-instructblip prepare`, a folder of tars with images and captions (img2dataset), or a
         drawn dataset (`shapes`); "" leaves the source out.
-      split: which of its records.
+      split: the name of the split of its records that is read.
       weight: its share, relative to the other weights; 0 means what `data.sampling` says.
-      templates: a list of `data/templates.py` that dresses the prompts; "" takes them as they are.
+      templates: the name of a list in `data/templates.py` that dresses the prompts; "" takes them
+        as they are.
       images: the folder of the images that a JSON list of conversations names; "": its own folder.
       noun_phrases: the most captions that a noun phrase may bring into training, by LLaVA's filter
         of caption pairs (`data/noun_phrases.py`; LLaVA takes 100); 0 takes all pairs.
@@ -29,7 +30,7 @@ def source(
 
 
 def get_config() -> ConfigDict:
-    """All fields with their defaults: InstructBLIP's recipe where the paper states one."""
+    """Returns all fields with their defaults: InstructBLIP's recipe where the paper states one."""
     config = ConfigDict()
     config.workdir = ""  # folder of the run; one that has checkpoints is taken up again
     config.seed = 0  # of the data's order, augmentation and dropout

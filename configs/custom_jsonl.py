@@ -17,7 +17,7 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    """The fields that differ from InstructBLIP's own training: a shorter run on less data."""
+    """Returns the config of the run, which is shorter than InstructBLIP's, on less data."""
     config = common.get_config()
     config.workdir = "runs/custom"
     config.data.sources = ConfigDict({"mine": common.source("train.jsonl")})

@@ -11,8 +11,9 @@ from configs import common
 
 
 def get_config(name: str, batch_size: int, learning_rate: float, epochs: float) -> ConfigDict:
-    """Returns the fields that the trainings share; `batch_size` counts all devices together.
+    """Returns what the trainings share: the projector is trained, the folder is `runs/NAME`.
 
+    `batch_size` counts all devices together; `learning_rate` is the peak.
     `config.model.checkpoint` must be given: `jax-instructblip backbones llava` makes it.
     """
     config = common.get_config()
@@ -37,7 +38,7 @@ def get_config(name: str, batch_size: int, learning_rate: float, epochs: float) 
 
 
 def finetune(name: str, batch_size: int, epochs: float) -> ConfigDict:
-    """Returns a training of projector and language model, all of whose weights are trained."""
+    """Returns a training of all weights of projector and language model; arguments as above."""
     config = get_config(name, batch_size, 2e-5, epochs)
     config.model.trainable = ("projector", "llm")
     config.mesh.data = 1  # released: weights and moments are split over all devices

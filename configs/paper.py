@@ -35,11 +35,12 @@ def get_config(
     row: tuple[int, int],
     sample: tuple[float, ...],
 ) -> ConfigDict:
-    """The training of one language model; `batch_size` is the paper's, on all devices together.
+    """Returns the training with one language model; its folder is `runs/NAME`.
 
-    `samples_per_row` samples share a row. `row` and `sample` are `config.plan`: slots and targets
-    of a row, and the mean images, instruction ids, slots and targets of a sample, counted on
-    samples of this mixture (`python -m benchmarks.packing`).
+    `batch_size` is the paper's, on all devices together; `samples_per_row` samples share a row.
+    `row` and `sample` are `config.plan`: slots and targets of a row, and the mean images,
+    instruction ids, slots and targets of a sample, counted on samples of this mixture
+    (`python -m benchmarks.packing`). Slots count visual vectors.
 
     `config.model.checkpoint` must be given. The paper's Q-Former started from the second stage of
     BLIP-2 with the same language model, whose released files have no text branch; with a converted

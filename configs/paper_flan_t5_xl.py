@@ -6,7 +6,7 @@ from configs import paper
 
 
 def get_config() -> ConfigDict:
-    """The fields of the run."""
+    """Returns the config of the run."""
     return paper.get_config(
         "flan_t5_xl",
         batch_size=192,

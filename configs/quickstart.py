@@ -9,7 +9,7 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    """The fields of the quickstart."""
+    """Returns the config of the run."""
     config = common.get_config()
     config.workdir = "runs/quickstart"
     config.model.checkpoint = "shapes_llama"

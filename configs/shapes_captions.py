@@ -10,7 +10,7 @@ from configs import common, quickstart
 
 
 def get_config() -> ConfigDict:
-    """The quickstart's fields, for captions and without instruction."""
+    """Returns the quickstart's config, changed for captions and without instruction."""
     config = quickstart.get_config()
     config.workdir = "runs/stage2"
     config.model.checkpoint = "runs/stage2_base"

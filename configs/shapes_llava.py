@@ -11,7 +11,7 @@ from configs import quickstart
 
 
 def get_config() -> ConfigDict:
-    """The quickstart's fields, for conversations and a trained language model."""
+    """Returns the quickstart's config, changed for conversations and a trained language model."""
     config = quickstart.get_config()
     config.workdir = "runs/llava"
     config.model.checkpoint = "runs/llava_base"

@@ -10,7 +10,7 @@ from configs import common, quickstart
 
 
 def get_config() -> ConfigDict:
-    """The quickstart's fields, for a projector and captions."""
+    """Returns the quickstart's config, changed for a projector and captions."""
     config = quickstart.get_config()
     config.workdir = "runs/llava_pretrain"
     config.model.checkpoint = "runs/llava_base"

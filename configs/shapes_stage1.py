@@ -10,7 +10,7 @@ from configs import common, quickstart
 
 
 def get_config() -> ConfigDict:
-    """The quickstart's fields, for pairs of images and captions."""
+    """Returns the quickstart's config, changed for pairs of images and captions."""
     config = quickstart.get_config()
     config.workdir = "runs/stage1"
     config.model.checkpoint = "runs/stage1_base"

@@ -95,7 +95,7 @@ def add_endpoint(
 ) -> None:
     """Adds the flags of `EndpointSettings` and `--dry_run`.
 
-    `temperature` is a default; `required` tells whether `--model` is.
+    `temperature` is the default of its flag; `required` tells whether `--model` must be given.
     """
     of = endpoint.EndpointSettings
     group = parser.add_argument_group(
@@ -160,7 +160,7 @@ def without_accelerator() -> None:
 def check_flags(flags: argparse.Namespace, stores: Sequence[str] = ()) -> None:
     """Raises a ValueError that names every flag with an unusable value.
 
-    `stores` are the flags whose values may be object-store addresses (`gs://bucket/run`).
+    `stores` names the flags whose values may be object-store addresses (`gs://bucket/run`).
     """
     values = vars(flags)
     problems = [*find_problems(values, NUMBERS, "--"), *find_addresses(values, stores)]

@@ -34,7 +34,7 @@ Asked = tuple[Line, Example]
 
 
 class Counts(NamedTuple):
-    """The number of questions, and of those that could not be asked."""
+    """The number of all questions, and how many of them could not be asked (`problems`)."""
 
     questions: int
     problems: int
@@ -63,8 +63,8 @@ def answer_jsonl(
       out: the JSON-lines file to write; it must end in `.jsonl`.
       config: settings of the lines that do not name their own.
       dtype: an argument of `load_pipeline`, as are the next two.
-      template: the chat template to ask the model by.
-      quantise: the form of the weights.
+      template: the chat template to ask the model by; None: its own.
+      quantise: the form of the weights, "int8" or "int4"; None: they have `dtype`.
       batch_size: questions that are answered at once, each in a slot of the engine; no answer
         depends on it.
 

@@ -50,8 +50,8 @@ def answer(
       questions: all questions, planned by `grouping.plan` with the same `size`.
       size: questions that each device of `blip` answers at once.
       done: ids of records that are already answered.
-      share: the part of this process. Worker 0 also returns a row with the problem for each
-        question that cannot be asked.
+      share: the part of this process. Worker 0 also hands over, for each question that cannot
+        be asked, a row with its problem.
       take: called with lists of finished rows, in any order.
     """
     records, task = questions.records, task.for_input_format(blip.text.input_format)

@@ -63,7 +63,7 @@ class Model:
     Attributes:
       checkpoint: its path or name.
       source: the checkpoint, without its weights.
-      size: questions (pairs of a first stage of BLIP-2) that each device takes at once.
+      size: questions that each device takes at once; pairs for a first stage of BLIP-2.
       dtype: the name of the dtype of weights and computation.
       mesh: the devices; None for one.
       template: the chat template to ask the model by; None for its own.
@@ -108,7 +108,11 @@ class Model:
         return "" if self.variant.llm is None else self.variant.llm.kind
 
     def load(self) -> tuple[Any, dict[str, str]]:
-        """Returns the loaded model, and the facts that identify it in results."""
+        """Returns the loaded model, and the facts that identify it in results.
+
+        The model is an `InstructBlipPipeline`, or the `Retriever` of a first stage of BLIP-2. The
+        facts are `checkpoint`, `weights` (a digest) and `dtype`.
+        """
         with suite.agreed():
             how: Any = {"template": self.template, "quantise": self.quantise}
             blip = (load if self.llm else load_any)(
@@ -123,7 +127,7 @@ class Model:
 def score_predictions(settings: Settings, command: str = "") -> dict[str, Any]:
     """Scores existing answers of any program (`settings.predictions`) on one dataset.
 
-    Returns the content of `results.json`, in which `command` is recorded.
+    Returns the content of `results.json`, in which `command` is recorded; needs `settings.out`.
 
     Raises:
       MetricError: the file has no answers, or not those of the dataset's records.
@@ -148,8 +152,8 @@ def score_predictions(settings: Settings, command: str = "") -> dict[str, Any]:
 def open_tasks(settings: Settings, llm: str, kind: str = "instructblip") -> list[Task]:
     """Opens the datasets of `settings` as tasks, for a model `kind` with a language model `llm`.
 
-    `llm` is a `variant.llm.kind` such as "t5", "" for a first stage of BLIP-2. The name `held_out`
-    stands for all held-out datasets of the paper's table 1.
+    `kind` is a key of `by_kind.BY_KIND`; `llm` is a `variant.llm.kind` such as "t5", "" for a first
+    stage of BLIP-2. The dataset `held_out` stands for all held-out ones of the paper's table 1.
 
     Raises:
       ValueError: lists unknown and unusable datasets, or settings that no dataset uses.
@@ -159,13 +163,13 @@ def open_tasks(settings: Settings, llm: str, kind: str = "instructblip") -> list
 
 
 def benchmark_names(settings: Settings) -> list[str]:
-    """Returns the names of the benchmarks of `settings`, each once."""
+    """Returns the names of the benchmarks of `settings`, each once, with those of `held_out`."""
     names = [n for name in settings.datasets for n in (HELD_OUT if name == "held_out" else (name,))]
     return list(dict.fromkeys(names))
 
 
 def open_benchmarks(settings: Settings, benchmarks: Sequence[Protocol], llm: str) -> list[Task]:
-    """Opens protocols as tasks, with `settings` applied, for a language model kind `llm`.
+    """Opens protocols as tasks, with `settings` applied; `llm` is as in `open_tasks`.
 
     Raises:
       ValueError: lists unusable datasets, or settings that no dataset uses.

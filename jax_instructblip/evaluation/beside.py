@@ -1,10 +1,11 @@
 """Measures several checkpoints beside each other: same images, prompts and candidates, one table.
 
-OUT/WAY/MODEL/     the evaluation of one checkpoint, answered in one way: results.json, predictions/
+OUT/WAY/MODEL/     the evaluation of one checkpoint in one way: results.json, predictions/
 OUT/results.json   the results of all, by dataset, way and model
 OUT/beside.html    their table, and answers side by side; beside.md is the table alone
 
-The ways of answering a dataset are those of `WAYS` that make sense for it. The prompt is that of
+A way is a way of answering, a key of `WAYS`: "generate", "short" (a short answer is asked for) or
+"rank". Each dataset is answered in those that make sense for it. The prompt is that of
 `--prompt`, or the benchmark's own for InstructBLIP; where answers are generated, without the words
 at its end that ask for a short answer. Without benchmarks, records are asked their own prompts and
 scored by family; those that have choices are ranked.
@@ -110,9 +111,10 @@ def answer_beside(settings: Settings, command: str = "") -> dict[str, Any]:
 
 
 def open_ways(settings: Settings, llm: str) -> dict[str, list[Task]]:
-    """Opens the datasets of `settings` for a language model kind; returns the tasks of each way.
+    """Opens the datasets of `settings`; returns the tasks of each way, by its key in `WAYS`.
 
-    `settings.mode` leaves out the ways that generate, or those that rank.
+    `llm` is the kind of the language model (`variant.llm.kind`). `settings.mode` "rank" leaves out
+    the ways that generate, "generate" the one that ranks.
 
     Raises:
       ValueError: lists unusable datasets, or settings that no dataset uses.

@@ -24,7 +24,9 @@ _TITLES = {"blip2": "a second stage of BLIP-2", "llava": "LLaVA"}
 
 
 def get_benchmark(name: str, kind: str = "instructblip") -> Protocol:
-    """Returns the row of a benchmark for checkpoints of a kind (`variant.kind`).
+    """Returns the protocol of a benchmark for checkpoints of a kind (`variant.kind`).
+
+    `name` is one of `NAMES`, `kind` a key of `BY_KIND`.
 
     Raises:
       ValueError: no benchmark has that name, or it is only for checkpoints of another kind.

@@ -66,7 +66,7 @@ def describe(first: Path, second: Path) -> Iterator[str]:
 def lines(comparison: Comparison, labels: tuple[str, str]) -> Iterator[str]:
     """Yields printable lines: counts, then each differing sample with both answers.
 
-    `labels` name the first and the second evaluation.
+    `labels` stand before the answers of the first and of the second evaluation.
     """
     better = [_better(*pair) for pair in comparison.differing]
     differing, count = len(better), comparison.same + len(better)

@@ -59,8 +59,9 @@ def complete(
 ) -> tuple[list[Prediction], list[str]]:
     """Returns the rows in the order of `records`, with missing fields filled in, and notes.
 
-    Prompt, text, normalised text and right answers are filled in from the record. A note says how
-    many answers are empty. `check_ids` must have passed: each record has exactly one row.
+    Prompt, text, normalised text and right answers are filled in from the record. There is a note
+    if answers are empty. Each record must have exactly one row (`check_ids`); `path` is named in
+    errors.
 
     Raises:
       MetricError: rows have only scores, but the task's metric compares texts.

@@ -53,8 +53,8 @@ def family_task(
 ) -> Task:
     """Returns a task that asks the records' prompts, by default as they are, scored by family.
 
-    `name` is usually the split. `digest` identifies the content of the records. `limit` > 0 takes
-    that many records, always the same ones.
+    `name` names the task and its split. `digest` identifies the content of the records. `limit` > 0
+    takes that many records, always the same ones. `prompt` is as in `Protocol`.
     """
     if limit:
         records = RecordSubset(records, pick_numbers(len(records), limit))
@@ -126,7 +126,7 @@ def by_family(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def table(name: str, result: Mapping[str, Any]) -> str:
-    """Formats an entry of `results.json` as text: a table, and questions that were not asked."""
+    """Formats entry `name` of `results.json` as text: a table, and questions not asked."""
     lines = [f"\n{name}: not scored, {result['unscored']}"]
     if not result["unscored"]:
         (_, _, *columns), rows = by_family(result)

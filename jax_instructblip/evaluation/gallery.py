@@ -23,8 +23,8 @@ class Gallery:
 
     Attributes:
       records: one for each image, with "-" in place of the image.
-      captions: the texts as the model reads them, image by image.
-      owner: [M] int32, the number of each caption's image.
+      captions: `M` texts as the model reads them, image by image.
+      owner: `[M]` int32, the index in `records` of the image that each caption belongs to.
       names: `ID:NUMBER` for each caption: the id of its record, its number among its captions.
       digest: a sha256 of the records.
     """
@@ -37,7 +37,7 @@ class Gallery:
 
 
 def read_gallery(task: Task) -> Gallery:
-    """The images and captions of the task's records.
+    """Returns the images and captions of the task's records.
 
     Raises:
       MetricError: there are no records, or one has no caption, an empty one, or not one image.
@@ -64,10 +64,10 @@ def read_gallery(task: Task) -> Gallery:
 
 
 class Pictures(Sequence[np.ndarray]):
-    """Images of a task as the model sees them, [S, S, 3] uint8, opened when asked for."""
+    """The image of each record as the model sees it, `[S, S, 3]` uint8, opened when asked for."""
 
     def __init__(self, task: Task, side: int, numbers: Sequence[int] | None = None):
-        """Those of the records with these `numbers`, by default of all; `side` is in pixels."""
+        """Chooses the records with these `numbers`, by default all; `side` is `S` in pixels."""
         self._task, self._side = task, side
         self._numbers = range(len(task.records)) if numbers is None else numbers
 
@@ -94,7 +94,11 @@ class Pictures(Sequence[np.ndarray]):
 
 
 class Queries(Sequence[Record]):
-    """The record of each query; queries are all images, then all captions."""
+    """The record of each query: queries are all `N` images, then all `M` captions.
+
+    Item `n` < `N` is image `n`'s record; item `N + m` is the record that caption `m` belongs to.
+    `records` and `owner` are those of a `Gallery`.
+    """
 
     def __init__(self, records: Sequence[Record], owner: np.ndarray):
         self._records, self._owner = records, owner

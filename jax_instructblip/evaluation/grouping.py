@@ -24,15 +24,21 @@ LOADS = 4  # least number of loads per worker, if there are enough units, to bal
 
 
 class Group(NamedTuple):
-    """The padded shapes of a set of questions that one compiled program answers."""
+    """The padded shapes of a set of questions that one compiled program answers.
+
+    Attributes:
+      frames: number of images of a question, or of frames of its video.
+      length: tokens to which prompt and Q-Former instruction are padded, without visual vectors.
+      sizes: padded sizes of the candidates, in a ranking with candidates per question.
+    """
 
     frames: int
-    length: int  # tokens to which prompt and Q-Former instruction are padded
-    sizes: Sizes  # padded sizes of the candidates, in a ranking with candidates per question
+    length: int
+    sizes: Sizes
 
 
 class Unit(NamedTuple):
-    """Questions that one device answers at once: at most `size` record numbers of one group."""
+    """Questions that one device answers at once: at most `size` record numbers (`rows`)."""
 
     group: Group
     rows: tuple[int, ...]
@@ -70,8 +76,8 @@ def plan(
 ) -> Questions:
     """Divides the questions of a task into units of `size`.
 
-    `tick` is called after each record is read. A record whose prompt is too long or cannot be built
-    is listed in `Questions.problems`; it is no error.
+    `text` reads for the model that answers; `tick` is called after each record is read. A record
+    whose prompt is too long or cannot be built is listed in `Questions.problems`; it is no error.
     """
     if size < 1:
         raise ValueError(f"batch_size is {size}, expected at least 1")
@@ -129,7 +135,7 @@ def plan(
 
 
 def loads(units: Sequence[Unit], devices: int, workers: int) -> list[list[Unit]]:
-    """Joins consecutive units of one group into loads for `workers` of `devices` devices each.
+    """Joins consecutive units of one group into loads; each of `workers` has `devices` devices.
 
     A load has at most `LOAD_UNITS` units per device, and fewer if there are few units.
     """
@@ -173,9 +179,13 @@ def _longest(lists: Sequence[Sequence[Ids]]) -> int:
 def padded_shape(
     text: TextProcessor, example: Example, frames: int, reserve: int
 ) -> tuple[int, int]:
-    """Returns the number of frames and the padded length of a question.
+    """Returns `frames`, and the tokens to which a question's texts are padded.
 
-    `reserve` tokens are kept free for the answer; a ValueError if the prompt is too long.
+    `frames` is the number of its images, whose visual vectors are not counted in the length.
+    `reserve` tokens are kept free for the answer.
+
+    Raises:
+      ValueError: the prompt is too long.
     """
     count, limit = len(example["tokens"]), prompt_limit(text, frames, reserve)
     if count > limit:

@@ -56,9 +56,9 @@ class Case:
     """One question as it is put to the judge.
 
     Attributes:
-      request: its id is the question's.
+      request: what the judge is sent; its id is the question's.
       question_id: as in the file of questions.
-      rule: the name of the rule.
+      rule: the name of its rule, a key of the JSON file `Inputs.rules`.
       reference, model: the two answers.
     """
 
@@ -189,7 +189,7 @@ def judge(
 
 
 def find_problem(request: Request, text: str) -> str:
-    """Returns why a review has no scores; "" if it has."""
+    """Returns why `text`, the reply to `request`, has no scores; "" if it has."""
     try:
         parse_scores(text)
     except ValueError as error:
@@ -198,12 +198,12 @@ def find_problem(request: Request, text: str) -> str:
 
 
 def read_scores(results: Mapping[str, Any]) -> dict[str, RelativeScore]:
-    """Returns the scores in `results`, as `relative_scores` computed them."""
+    """Returns the scores in the results of `judge`, as `relative_scores` computed them."""
     return {kind: RelativeScore(**score) for kind, score in results["scores"].items()}
 
 
 def is_scored(results: Mapping[str, Any]) -> bool:
-    """Returns True if there is a score of all questions together."""
+    """Returns True if the results of `judge` have a score of all questions together."""
     return results["scores"][ALL]["relative"] is not None
 
 

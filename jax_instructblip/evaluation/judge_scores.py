@@ -24,7 +24,7 @@ class Review:
 
     Attributes:
       id: the question's id.
-      kind: the kind of question; "" if it is not known.
+      kind: the kind of question, its category in LLaVA's files; "" if it is not known.
       scores: of the reference and of the model, each from 0 to 10; None if the judge gave none.
     """
 
@@ -69,7 +69,7 @@ def parse_scores(text: str) -> tuple[float, float]:
 
 
 def relative_scores(reviews: Sequence[Review]) -> dict[str, RelativeScore]:
-    """Returns the score of each kind, in alphabetical order, and at last of all questions."""
+    """Returns the score by kind, in alphabetical order, and at last, as "all", of all questions."""
     kinds = sorted({review.kind for review in reviews if review.kind})
     groups = {kind: [each for each in reviews if each.kind == kind] for kind in kinds}
     return {kind: _score(group) for kind, group in (groups | {ALL: list(reviews)}).items()}
@@ -87,7 +87,7 @@ def _score(reviews: Sequence[Review]) -> RelativeScore:
 
 
 def describe_scores(scores: Mapping[str, RelativeScore]) -> Iterator[str]:
-    """Yields the lines of a table."""
+    """Yields the lines of a table of `relative_scores`, a row for each kind."""
     width = max(map(len, scores))
     yield f"{'':{width}}  relative  reference  model  questions  missing"
     for kind, score in scores.items():

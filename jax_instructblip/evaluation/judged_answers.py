@@ -29,7 +29,10 @@ def file_of(task: Task) -> str:
 
 
 def write_answers(out: Path, task: Task, rows: Sequence[Prediction], model: str) -> None:
-    """Writes the answers of a task below the folder `out`; `model` is the name of who answered."""
+    """Writes the rows of all records of a task to `file_of(task)` in the folder `out`.
+
+    `model` is the name of the model that answered.
+    """
     path = out / file_of(task)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (

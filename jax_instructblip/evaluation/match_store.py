@@ -16,15 +16,24 @@ KEPT_PAIRS = 65_536  # pairs in memory before they are written
 
 
 class Candidates(NamedTuple):
-    """The k nearest candidates of each of R queries, nearest first, with both scores."""
+    """The k nearest candidates of each of R queries, nearest first, with both scores.
 
-    columns: np.ndarray  # [R, k] int32
-    near: np.ndarray  # [R, k] float32, similarities
-    matches: np.ndarray  # [R, k] float32, logits of the match
+    Attributes:
+      columns: `[R, k]` int32, the numbers of the candidates.
+      near: `[R, k]` float32, similarities.
+      matches: `[R, k]` float32, logits of the match.
+    """
+
+    columns: np.ndarray
+    near: np.ndarray
+    matches: np.ndarray
 
 
 class MatchStore:
-    """Logits of images that were matched, which several processes may write together."""
+    """Logits of images that were matched, which several processes may write together.
+
+    `partial` is the folder `NAME.partial`, which exists; `process` is the index of this process.
+    """
 
     def __init__(self, partial: Path, process: int = 0):
         self.partial, self._process = partial, process
@@ -33,7 +42,10 @@ class MatchStore:
         self._columns: list[np.ndarray] = []
 
     def done(self, chosen: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
-        """The logits of each image that was matched with exactly its chosen texts."""
+        """Returns the logits of images that were matched with exactly their chosen texts.
+
+        `chosen` has the numbers of the texts of each image; the result is by image number.
+        """
         found: dict[int, np.ndarray] = {}
         for path in sorted(self.partial.glob("matches-*.npz")):
             arrays = _read(path)
@@ -48,7 +60,10 @@ class MatchStore:
         return found
 
     def add(self, number: int, columns: np.ndarray, logits: np.ndarray) -> None:
-        """Keeps the logits of an image, and writes those of many at once."""
+        """Keeps the `logits` of image `number` with the texts `columns`; now and then writes all.
+
+        Both arrays are `[n]`.
+        """
         self._numbers.append(number)
         self._columns.append(columns)
         self._logits.append(logits)
@@ -77,7 +92,7 @@ def write_candidates(path: Path, forth: Candidates, back: Candidates) -> None:
 
 
 def read_candidates(path: Path) -> tuple[Candidates, Candidates] | None:
-    """The candidates of images and of texts; None where the file is absent or damaged."""
+    """Returns the candidates of images and of texts; None where the file is absent or damaged."""
     arrays = _read(path) if path.is_file() else None
     names = {way: [f"{way}_{name}" for name in Candidates._fields] for way in ("forth", "back")}
     if arrays is None or set(arrays) != {name for each in names.values() for name in each}:

@@ -20,8 +20,9 @@ def choose_mesh(
 ) -> Mesh | None:
     """Returns the mesh on which the model answers; None if there is only one device.
 
-    Weights are split over `fsdp` x `tensor` devices. If this divides the number of devices of a
-    process, each process has its own copy of the model; otherwise one model spans all processes.
+    Weights of `dtype`, or of the form `quantise` ("int8" or "int4"), are split over `fsdp` x
+    `tensor` devices. If this divides the number of devices of a process, each process has its own
+    copy of the model; otherwise one model spans all processes.
 
     Raises:
       ValueError: the devices cannot be divided like this, or the weights exceed their memory.
@@ -41,7 +42,10 @@ def choose_mesh(
 def check_memory(
     variant: Variant, dtype: Any, mesh: Mesh | None, quantise: str | None = None
 ) -> None:
-    """Raises a ValueError if a device's share of the weights exceeds its memory."""
+    """Raises a ValueError if a device's share of the weights exceeds its memory.
+
+    The arguments are those of `choose_mesh`, and its result.
+    """
     like = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype)
     shapes = jax.tree.map(like, param_shapes(variant))
     if quantise is not None:

@@ -52,7 +52,7 @@ MODELS = tuple(name for name in SHORT if name.startswith("instructblip"))
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """One way to ask and score; plain data.
+    """How a benchmark is asked, answered and scored; plain data.
 
     Attributes:
       name: the name in flags, files and results.
@@ -98,7 +98,7 @@ class Protocol:
 
     @property
     def mode(self) -> str:
-        """The way of answering, "ranked", "generated" or "retrieved"."""
+        """How questions are answered: "ranked", "generated" or "retrieved"."""
         if self.retrieval:
             return "retrieved"
         return "ranked" if self.ranking else "generated"
@@ -110,7 +110,7 @@ class Protocol:
     def settings(self, llm: str = "t5") -> dict[str, Any]:
         """Returns keyword arguments of `blip.rank` if `ranking` or `retrieval`, else `generate`.
 
-        `llm` is the kind of the language model, as in `config`.
+        `llm` is as in `config`.
         """
         if self.ranking or self.retrieval:
             return {name: getattr(self, name) for name in (RANK if self.ranking else RETRIEVE)}
@@ -121,7 +121,7 @@ class Protocol:
         """Returns a copy with the values in `fields`: `prompt`, `ranking` or settings, by name.
 
         The copy's other settings of generation are those of a language model of the kind `llm`.
-        Settings that the copy's way of answering does not use are ignored, and so are other names.
+        Settings that the copy's `mode` does not use are ignored, and so are other names.
 
         Raises:
           ValueError: a setting of generation has an invalid value.
@@ -299,7 +299,7 @@ def get_protocol(name: str) -> Protocol:
 
 
 def table(rows: Mapping[str, Protocol] = PROTOCOLS) -> str:
-    """Formats protocols for printing: prompt, split, way of answering, metric."""
+    """Formats protocols for printing: prompt, split, mode of answering, metric."""
     return "\n".join(line for name, row in rows.items() for line in _described(name, row))
 
 

@@ -38,10 +38,11 @@ class Line(NamedTuple):
     """One question of a file.
 
     Attributes:
-      number: its line.
+      number: its line in the file, from 1.
       record: images and prompt.
       config: its settings.
-      row: what its draws depend on beside the seed.
+      row: what its draws depend on beside the seed: its position among the lines, 0 for a line
+        with a seed of its own.
     """
 
     number: int
@@ -51,7 +52,7 @@ class Line(NamedTuple):
 
 
 def read_questions(path: str | os.PathLike[str], config: GenerationConfig) -> list[Line]:
-    """The questions of a file; `config` holds the settings that a line does not name.
+    """Reads the questions of a file; `config` holds the settings that a line does not name.
 
     Images must exist, but are not opened.
 
@@ -83,7 +84,9 @@ def read_questions(path: str | os.PathLike[str], config: GenerationConfig) -> li
 def read_prompts(
     path: str | os.PathLike[str], lines: Sequence[Line], text: TextProcessor
 ) -> tuple[list[Example], int]:
-    """The tokens of each line's prompt, and the slots of the longest padded row.
+    """Returns the tokens of each line's prompt, and the slots of the longest padded row.
+
+    Slots count visual vectors and padded prompt, without the answer. `path` is named in errors.
 
     Raises:
       RecordError: lists all lines whose prompt is too long or cannot be used.

@@ -47,7 +47,7 @@ def run(
     limit: int = 0,
     say: Say = print,
 ) -> list[Finished]:
-    """The result of every task; empty in all processes but the first.
+    """Answers and scores every task; returns the results ([] on processes other than 0).
 
     The arguments are those of `suite.run`; `size` is the number of pairs at once on each device.
 

@@ -35,7 +35,8 @@ def score(
     """Returns the rows with their scores, the overall scores, and a reason.
 
     If the task cannot be scored, the scores are None and the reason says why; else it is "".
-    Records without a public answer are excluded, with a note in the scores.
+    Records without a public answer are excluded, with a note in the scores. `full` is as in
+    `metric_of`.
     """
     metric = metric_of(task, full=full)
     if metric is None:
@@ -65,7 +66,7 @@ def score(
 
 
 def percent(name: str, value: float) -> float:
-    """Converts a metric's fraction to percent, except for counts and ranks."""
+    """Returns the metric's value `name`, a fraction, in percent; counts and ranks unchanged."""
     return value if name == "mean_rank" or is_count(name) else 100 * value
 
 
@@ -84,11 +85,11 @@ def summarise(
     cut: int,
     model: str,
 ) -> dict[str, Any]:
-    """Returns the task's entry in `results.json`, as plain JSON values in percent.
+    """Returns the task's entry in `results.json`, as plain JSON values; scores are in percent.
 
     `scores` and `reason` are those of `score`; `facts` are copied into the entry. `cut` is the
-    number of prompts that are truncated for the Q-Former; `model` is the paper's model of the same
-    sizes, "" for none.
+    number of prompts that are truncated for the Q-Former; `model` is the published model of the
+    same sizes (`protocol.paper_model`), "" for none.
     """
     values = {} if scores is None else {k: percent(k, v) for k, v in scores.values.items()}
     errors = {} if scores is None else scores.standard_errors()

@@ -76,9 +76,10 @@ class Settings:
       relevance: a file of Visual Dialog's dense annotations, for NDCG.
       no_baselines: for families, skip the baselines `blind` (black images) and `before` (training).
       text_processor, dialogue: "lavis" and "q_a" format questions and dialogues as the released
-        code does (`templates.TextStyle`).
-      image_crop: "center" crops the middle of an image, as the released evaluation of COCO and
-        OK-VQA does, "clip" and "pad" as LLaVA does; by default as the model's own images are.
+        code does, "paper" and "plain", the defaults, as in the paper (`templates.TextStyle`).
+      image_crop: "squash" crops nothing; "center" crops the middle of an image, as the released
+        evaluation of COCO and OK-VQA does, "clip" and "pad" as LLaVA does; by default as the
+        model's own images are.
       ignore_exif: do not rotate photographs as their EXIF data say.
       prompt: with placeholders `{question} {options} {context} {ocr} {history} {answer}`.
       mode: "rank" to rank candidates, "generate" to generate answers.

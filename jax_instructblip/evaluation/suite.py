@@ -246,7 +246,10 @@ def versions() -> dict[str, str]:
 
 
 def describe(task: Task, name: str, count: int, done: int = 0) -> str:
-    """Formats for printing what a task asks, and how; `done` records are already answered."""
+    """Formats for printing what a task asks, and how, under the heading `name`.
+
+    `count` is the number of its records, of which `done` are already answered.
+    """
     facts = task.facts()
     settings = ", ".join(f"{name} {value}" for name, value in facts["settings"].items())
     lines = [
@@ -353,7 +356,10 @@ def _scored(
 
 
 def begin_store(store: Store, first: bool, replace: bool = False) -> dict[str, Prediction]:
-    """Returns the rows already in the store, by id, after all processes have seen them."""
+    """Returns the rows already in the store, by id, after all processes have seen them.
+
+    All processes call it; `first` is True in the one that prepares the store (`Store.begin`).
+    """
     problem: Exception | None = None
     if first:
         try:

@@ -71,7 +71,7 @@ class Task:
         return dataclasses.replace(self, crop=self.crop or form.image_crop, chat=chat)
 
     def with_images(self, number: int) -> Record:
-        """Returns record `number` with its images; for a video, with some of its frames."""
+        """Returns record `number` with its images; for a video, with `VIDEO_FRAMES` frames."""
         record = self.records[number]
         return with_frames(record, VIDEO_FRAMES) if self.videos else record
 

@@ -33,7 +33,7 @@ _LOOKED_AT = 64  # records that `check` reads; at least one must have a right an
 def check(records: Sequence[Record], path: str, split: str) -> None:
     """Checks, before training starts, that the validation records can be scored.
 
-    `path` and `split` are where the records are from.
+    `path` and `split` say where the records are from.
 
     Raises:
       MetricError: the dataset has no metric, no public answers, or its tools are missing.
@@ -81,11 +81,12 @@ def evaluate(
       `accuracy/FAMILY` for each;
     - for BLIP-2's first stage: `recall`, the mean R@1 of both directions (`retrieval_scores`).
 
-    `limit` questions are asked; 0 means all. `prompt` replaces the protocol's prompt, or the bare
-    question of other records. `take_samples` is called with a few prediction rows,
-    always of the same questions. `style` and `upright` should be those of training: how texts are
-    worded, and whether photographs are rotated by EXIF. In a multi-process run each process calls
-    this with the same records and gets the same numbers.
+    `limit` questions are asked, 0 means all; `batch_size` at once, on all devices together.
+    Without a protocol answers have at most `max_new_tokens`. `prompt` replaces the protocol's
+    prompt, or the bare question of other records. `take_samples` is called with a few prediction
+    rows (fields of `Prediction`), always of the same questions. `style` and `upright` should be
+    those of training: how texts are worded, and whether photographs are rotated by EXIF. In a
+    multi-process run each process calls this with the same records and gets the same numbers.
 
     Raises:
       MetricError: the records cannot be scored.

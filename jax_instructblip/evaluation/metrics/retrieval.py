@@ -31,14 +31,14 @@ def recalls(scores: np.ndarray, right: np.ndarray) -> dict[str, float]:
 
 
 def hits_at(ranked: np.ndarray) -> dict[str, np.ndarray]:
-    """`r1`, `r5` and `r10` of each query [Q] float64, 0 or 1.
+    """Returns `r1`, `r5` and `r10` of each query, `[Q]` float64, 0 or 1.
 
-    `ranked` [Q, K] bool tells whether each of the K best candidates of a query, best first, is
+    `ranked` `[Q, K]` bool tells whether each of the K best candidates of a query, best first, is
     right. A right candidate that is not among the K counts as not found.
     """
     return {f"r{rank}": ranked[:, :rank].any(axis=1).astype(float) for rank in RANKS}
 
 
 def mean_recall(values: Mapping[str, float]) -> float:
-    """The mean of R@1 of image to text and R@1 of text to image, as one number for a model."""
+    """Returns the mean of `image_to_text/r1` and `text_to_image/r1`, one number for a model."""
     return (values[f"{FORTH}/r1"] + values[f"{BACK}/r1"]) / 2

@@ -1,4 +1,8 @@
-"""The report of several checkpoints: one table of all, and their answers side by side."""
+"""The report of several checkpoints: one table of all, and their answers side by side.
+
+A way is a way of answering: "generate", "short" or "rank" (`beside.WAYS`). A `document` is the
+content of the `results.json` that `evaluation/beside.py` writes: results by dataset, way and model.
+"""
 
 import html
 import os
@@ -29,9 +33,10 @@ Answered = Mapping[str, Mapping[tuple[str, str], Finished]]  # dataset -> (way, 
 
 
 def table(document: Mapping[str, Any]) -> page.Table:
-    """Returns head and rows of the table: a row for each dataset and way, a column a model.
+    """Returns head and rows of the table: a row for each dataset in each way of answering it.
 
-    `document` is the content of `results.json`.
+    After dataset, way, metric and number of records, each model has a column with its score in
+    percent.
     """
     models = list(document["checkpoints"])
     rows = []
@@ -55,7 +60,8 @@ def _value(entry: Mapping[str, Any] | None) -> str:
 def family_table(by_way: Mapping[str, Any], models: Sequence[str]) -> page.Table | None:
     """Returns head and rows of a dataset's table by family; None if it is not scored by family.
 
-    A row is a family answered in one way. The last column is the best constant answer's.
+    `by_way` is the dataset's part of `document["datasets"]`, by way and model. A row is a family
+    answered in one way. The last column is the best constant answer's.
     """
     rows = []
     for way, by_model in by_way.items():
@@ -98,7 +104,8 @@ def markdown(document: Mapping[str, Any]) -> str:
 def write_html(path: str | os.PathLike, document: Mapping[str, Any], answered: Answered) -> None:
     """Writes the page: the table, then questions of each dataset with the answers of all models.
 
-    Datasets whose answers are long (no metric compares them) come first.
+    `answered` has the finished tasks by dataset, then by (way, model). Datasets whose answers are
+    long (no metric compares them) come first.
     """
     facts = {**document["checkpoints"], "questions of": document["data"]}
     parts = [page.pairs(facts.items()), page.note(NOTE)]

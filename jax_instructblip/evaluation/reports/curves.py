@@ -56,7 +56,10 @@ def picture(metrics: Sequence[Mapping[str, float]]) -> str:
 
 
 def compared(panels: Panels, name: str) -> bytes:
-    """Returns a PNG image with a panel per title, and in it the metric `name` of several runs."""
+    """Returns a PNG image with a panel per title, and in it the metric `name` of several runs.
+
+    `panels` maps each title to the runs by label; a run is its lines, dicts of `step` and metrics.
+    """
     figure, axes = _panels(len(panels))
     for axis, (title, runs) in zip(axes, panels.items(), strict=True):
         for label, metrics in runs.items():
@@ -89,7 +92,7 @@ def _png(figure: matplotlib.figure.Figure) -> bytes:
 
 
 def image(png: bytes) -> str:
-    """Returns a PNG image of curves as an HTML image."""
+    """Returns an HTML image of curves from the bytes of a PNG file."""
     return f"<img class='curve' alt='curves' src='{page.inline(png)}'>"
 
 

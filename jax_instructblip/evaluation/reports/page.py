@@ -60,7 +60,7 @@ def note(text: str, items: Sequence[str] = ()) -> str:
 
 
 def pairs(facts: Iterable[tuple[str, Any]]) -> str:
-    """Returns an HTML table of names and values."""
+    """Returns an HTML table of names and values, a row for each pair of `facts`."""
     rows = "".join(
         f"<tr><td>{html.escape(str(name))}</td><td class='left'>{html.escape(str(value))}</td></tr>"
         for name, value in facts
@@ -69,7 +69,7 @@ def pairs(facts: Iterable[tuple[str, Any]]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns an HTML table with a head."""
+    """Returns an HTML table with a head; cells are plain text."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
@@ -117,7 +117,7 @@ class Html(str):
 
 
 def marked(name: str, pieces: Iterable[tuple[str, bool]]) -> Html:
-    """Returns HTML: `name`, then the texts of `pieces`, each a (text, highlighted) pair."""
+    """Returns HTML: `name` in bold, then the texts of `pieces`, each a (text, highlighted) pair."""
     shown = (
         f"<mark>{html.escape(piece)}</mark>" if mark else html.escape(piece)
         for piece, mark in pieces

@@ -27,7 +27,7 @@ Samples = Mapping[str, tuple[Open, Sequence[Prediction]]]
 
 
 def line(name: str, result: Mapping[str, Any]) -> str:
-    """Formats a dataset's entry of `results.json` for printing: its value, and the paper's."""
+    """Formats the entry of dataset `name` in `results.json`: its value, and the paper's."""
     if result["unscored"]:
         return f"{name}: NOT SCORED, {result['unscored']}"
     said = f"{name}: {result['metric']} {result['value']:.2f}"
@@ -48,7 +48,10 @@ def line(name: str, result: Mapping[str, Any]) -> str:
 
 
 def markdown(model: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the report as Markdown tables; `results` are the entries of `results.json`."""
+    """Returns the report as Markdown tables.
+
+    `model` has facts about the model, by name; `results` the entries of `results.json`, by dataset.
+    """
     lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in model.items()), ""]
     if any(result["paper"] for result in results.values()):
         lines += [*page.markdown_table(*_table(results)), "", PAPER]
