@@ -121,12 +121,12 @@ def accuracy(work: pathlib.Path, seeds: list[int], steps: int, limit: int) -> di
             quickstart.run(work / f"{name}_{seed}", "llama", True, seed, limit, fields)
             for seed in seeds
         ]
-        splits = [each["splits"]["test"] for each in reports]
+        splits = [each["datasets"]["test"] for each in reports]
         rows[name] = {
-            "mean_of_families": [round(100 * split["mean"]["tuned"], 2) for split in splits],
+            "mean_of_families": [round(split["value"], 2) for split in splits],
             "families": {
-                family: [round(100 * split["tasks"][family]["tuned"], 2) for split in splits]
-                for family in splits[0]["tasks"]
+                family: [round(split["values"][f"accuracy/{family}"], 2) for split in splits]
+                for family in splits[0]["families"]
             },
         }
     return {"steps": steps, "batch_size": BATCH, "seeds": seeds, "questions": limit, **rows}
