@@ -90,9 +90,9 @@ def text_example(
 def relist(scene: world.Scene, rng: np.random.Generator) -> tuple[str, str, str, str]:
     """Returns an example whose answer repeats the description, with things and words shuffled.
 
-    It is (family, description, prompt, answer), as of `text_example`. After a thing's first word
-    the others must be looked up in the description. Questions need this skill, and here one example
-    trains it several times.
+    It is (family, description, prompt, answer), like that of `text_example`. After a thing's first
+    word the others must be looked up in the description. Questions need this skill, and here one
+    example trains it several times.
     """
     things, word = scene.things, scene.word
     description = tasks.describe(scene) if rng.integers(2) else _loosely(things, word, rng)

@@ -50,7 +50,7 @@ def world_text() -> list[str]:
 
 
 def count_words(text: Iterable[str]) -> Counter:
-    """Returns the number of each word (`top-left` is one), punctuation mark and label like `(a)`.
+    """Returns how often each word (`top-left` is one), punctuation mark and label `(a)` occurs.
 
     Fields of templates, such as `{question}`, are left out.
     """

@@ -80,7 +80,10 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, part: int = 0, parts: int = 1) -> np.ndarray:
-        """Returns a new array: the tensor, or piece `part` (from 0) of `parts` along axis 0."""
+        """Returns a new array: the tensor, or piece `part` (from 0) of `parts` along axis 0.
+
+        The length of axis 0 must be a multiple of `parts`.
+        """
         shape = self.shape if parts == 1 else (self.shape[0] // parts, *self.shape[1:])
         array = np.empty(shape, self.dtype)
         with self.file.open("rb", buffering=0) as file:

@@ -154,6 +154,7 @@ class _Row:
 def lay_slots(example: Example, visual_tokens: int) -> dict[str, np.ndarray]:
     """Returns `tokens` and `slots` [X] of one sample: each image stands before token `image_at`.
 
+    `visual_tokens` is the number of vectors of one image.
     `slots` is -1 for a text token, else the number of a visual vector. For a decoder-only model
     with `targets` in the example, the result also has `targets` [A] without those ignored, and
     `asked` [A]: the slot before each target, whose logits predict it. Two images of two vectors at

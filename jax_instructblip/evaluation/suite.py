@@ -145,7 +145,9 @@ def describe_result(finished: Finished) -> str:
 
 
 def score_given(task: Task, path: Path, *, full: bool = True) -> Finished:
-    """Scores the predictions in the file `path`, which any program may have written.
+    """Scores the predictions in the file `path`, of one of the formats of `external_answers.py`.
+
+    `full` adds METEOR and SPICE, which need Java, to the scores of captions.
 
     Raises:
       MetricError: the file has no answers, or not those of the task's records; all are listed.
@@ -358,7 +360,8 @@ def _scored(
 def begin_store(store: Store, first: bool, replace: bool = False) -> dict[str, Prediction]:
     """Returns the rows already in the store, by id, after all processes have seen them.
 
-    All processes call it; `first` is True in the one that prepares the store (`Store.begin`).
+    All processes call it; `first` is True in the one that prepares the store (`Store.begin`). With
+    `replace`, rows that were made with other facts are deleted; without, they are an error.
     """
     problem: Exception | None = None
     if first:

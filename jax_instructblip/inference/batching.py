@@ -105,14 +105,14 @@ def pair_inputs(images: Any, prompts: Any, *, chat: bool = False) -> list[Questi
 
 
 def images_by_place(images: Sequence[Frame], prompts: Sequence[str]) -> list[Picture]:
-    """Returns the images of each prompt of a chat, from a list of images for all prompts.
+    """Returns the pictures of a chat's prompts as `pair_inputs` takes them: a list for each prompt.
 
     Each prompt takes as many images, in order, as it has `<image>`, and one without takes one:
 
         a.jpg b.jpg c.jpg   "Is <image> like <image>?" "What is it?"   [[a, b], [c]]
 
-    If all prompts have n places, n images serve them all. Prompts of at most one place are left to
-    `pair_inputs`.
+    If all prompts have n places and there are n images, one list, `[images]`, serves them all. If
+    no prompt has two places, `images` is returned as it is.
 
     Raises:
         ValueError: the numbers of images and of places do not match.

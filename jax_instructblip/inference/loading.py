@@ -377,9 +377,11 @@ def place_quantised(
     array: Any,
     towers: Sequence[str] = quantisation.TOWERS,
 ) -> Any:
-    """The result of `place` for a leaf; for a kernel of `towers`, a dict of those of its parts.
+    """The result of `place(path, array)`, after quantisation if the leaf is a kernel of `towers`.
 
-    `form` is "int8" or "int4"; with None nothing is quantised.
+    A kernel is quantised to `form`, "int8" or "int4" (None: not at all), and becomes a dict: the
+    result of `place` for each of its parts `q`, `scale` and, for some paths, `input_scale`, whose
+    paths end in these names.
     """
     if form is None or not quantisation.is_quantised(path, towers):
         return place(path, array)

@@ -81,10 +81,11 @@ def penalise(scores: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Arra
 def process_logits(
     scores: jax.Array, seen: jax.Array, step: jax.Array, ends: jax.Array, settings: TracedSettings
 ) -> jax.Array:
-    """Applies the repetition penalty to scores `[B, R, V]`; an end too early becomes -inf.
+    """Applies the repetition penalty to `scores` `[B, R, V]`; an end too early becomes -inf.
 
-    `seen` is the mask of penalised ids, `step` the number of new tokens so far, `ends` the mask of
-    the ids that end an answer, which is too early before `min_new_tokens`.
+    R answers of each sample are running. The masks `seen` (ids that are penalised) and `ends` (ids
+    that would end an answer) have the same shape, or one that broadcasts to it. An end is too early
+    while `step`, the number of new tokens so far, is below `min_new_tokens`.
     """
     scores = penalise(scores, seen, settings.repetition_penalty)
     early = step < settings.min_new_tokens

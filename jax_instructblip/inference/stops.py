@@ -41,7 +41,10 @@ def have_ended(table: Table, eos_id: int, states: States, tokens: jax.Array) -> 
 
 
 def ends(table: Table, eos_id: int, states: States, shape: tuple[int, ...]) -> jax.Array:
-    """Mask of the tokens that would end each answer; its `shape` is `[B, R, V]`."""
+    """Mask `[B, R, V]` of the tokens that would end each of a sample's R answers.
+
+    `shape` is that of the mask.
+    """
     if table is None:
         return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) == eos_id
     return jnp.asarray(table)[jnp.minimum(states, len(table) - 1)] == len(table)

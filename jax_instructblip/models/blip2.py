@@ -37,7 +37,7 @@ DEC = -1  # index of the vocabulary's last id, [DEC], which begins a caption to 
 
 
 class CaptionHead(nn.Module):
-    """BERT's output head: vocabulary logits, with the word embeddings as the last kernel."""
+    """BERT's output head for vocabulary logits; its last kernel holds the word embeddings."""
 
     config: QFormerConfig
     dtype: Any

@@ -183,7 +183,7 @@ class Llama(DecoderOnly):
         return constrain(self.embedding(tokens))
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Float32 vocabulary logits of hidden states after the final norm."""
+        """Float32 vocabulary logits of `x`, to which the final norm was applied."""
         if self.config.tied_head:
             return word_logits(x, self.embedding.embedding, "VD", self.dtype)
         return self.head(x)

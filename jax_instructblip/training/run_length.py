@@ -10,7 +10,7 @@ from jax_instructblip.training.optimizer import adamw, staircase_cosine, warmup_
 
 
 def with_steps(config: ConfigDict, mixture: Mixture) -> ConfigDict:
-    """Returns the config with the steps of `train.epochs` passes over the records of `mixture`.
+    """Returns the config with `train.steps` for `train.epochs` passes over `mixture`'s records.
 
     An epoch has as many steps as batches are needed for all records; the last batch of an epoch may
     begin the next one. Without `train.epochs` the config is returned as it is.

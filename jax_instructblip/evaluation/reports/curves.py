@@ -56,9 +56,9 @@ def picture(metrics: Sequence[Mapping[str, float]]) -> str:
 
 
 def compared(panels: Panels, name: str) -> bytes:
-    """Returns a PNG image with a panel per title, and in it the metric `name` of several runs.
+    """Returns a PNG image with one panel per title, in which the metric `name` of runs is drawn.
 
-    `panels` maps each title to the runs by label; a run is its lines, dicts of `step` and metrics.
+    `panels` is {title: {label: lines}}; a line of a run is a dict with `step` and metrics.
     """
     figure, axes = _panels(len(panels))
     for axis, (title, runs) in zip(axes, panels.items(), strict=True):
