@@ -62,9 +62,9 @@ def answer_jsonl(
       path: the questions.
       out: the JSON-lines file to write; it must end in `.jsonl`.
       config: settings of the lines that do not name their own.
-      dtype: an argument of `load_pipeline`, as are the next two.
-      template: the chat template to ask the model by; None: its own.
-      quantise: the form of the weights, "int8" or "int4"; None: they have `dtype`.
+      dtype: of weights and computation, or its name; None: bfloat16, on a CPU float32.
+      template: the chat template to ask the model by, a key of `CHAT_TEMPLATES`; None: its own.
+      quantise: the form of the kernels, "int8" or "int4", as in `load`; None: they have `dtype`.
       batch_size: questions that are answered at once, each in a slot of the engine; no answer
         depends on it.
 

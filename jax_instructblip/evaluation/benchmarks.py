@@ -66,7 +66,7 @@ class Model:
       size: questions that each device takes at once; pairs for a first stage of BLIP-2.
       dtype: the name of the dtype of weights and computation.
       mesh: the devices; None for one.
-      template: the chat template to ask the model by; None for its own.
+      template: the chat template to ask the model by, a key of `CHAT_TEMPLATES`; None for its own.
       quantise: the form of its kernels, "int8" or "int4"; None for `dtype`.
     """
 

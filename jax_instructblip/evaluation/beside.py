@@ -55,6 +55,7 @@ Results = dict[str, dict[str, dict[str, Any]]]  # dataset -> way -> model -> ent
 def answer_beside(settings: Settings, command: str = "") -> dict[str, Any]:
     """Answers and scores the datasets of `settings` with each checkpoint, in each way.
 
+    The checkpoints are `settings.checkpoint` and `settings.beside`; `settings.out` is required.
     Returns the content of `results.json`, in which `command` is recorded; {} in all processes
     except process 0. What an interrupted run answered is used again.
 

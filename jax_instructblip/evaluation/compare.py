@@ -26,7 +26,9 @@ class Comparison(NamedTuple):
 
 
 def compare(first: Path, second: Path) -> list[Comparison]:
-    """Compares two prediction files, or two output folders on every dataset they share.
+    """Compares two files `predictions/NAME.jsonl`, or two output folders.
+
+    Returns one comparison for the files; for folders, one for every dataset that both have.
 
     Raises:
       MetricError: they share no dataset, measure different things, or have different records (the

@@ -59,9 +59,9 @@ def complete(
 ) -> tuple[list[Prediction], list[str]]:
     """Returns the rows in the order of `records`, with missing fields filled in, and notes.
 
-    Prompt, text, normalised text and right answers are filled in from the record. There is a note
-    if answers are empty. Each record must have exactly one row (`check_ids`); `path` is named in
-    errors.
+    Prompt and right answers are filled in from the record, the text from the best score; `text` is
+    normalised. There is a single note, if answers are empty, or none. Each record must have exactly
+    one row (`check_ids`). `path` is named in errors.
 
     Raises:
       MetricError: rows have only scores, but the task's metric compares texts.

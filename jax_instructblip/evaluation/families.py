@@ -53,8 +53,8 @@ def family_task(
 ) -> Task:
     """Returns a task that asks the records' prompts, by default as they are, scored by family.
 
-    `name` names the task and its split. `digest` identifies the content of the records. `limit` > 0
-    takes that many records, always the same ones. `prompt` is as in `Protocol`.
+    `name` names the task and its split. `digest` identifies the content of the records. `limit` is
+    the number of records to take, always the same ones; 0: all. `prompt` is as in `Protocol`.
     """
     if limit:
         records = RecordSubset(records, pick_numbers(len(records), limit))

@@ -29,7 +29,7 @@ class Group(NamedTuple):
     Attributes:
       frames: number of images of a question, or of frames of its video.
       length: tokens to which prompt and Q-Former instruction are padded, without visual vectors.
-      sizes: padded sizes of the candidates, in a ranking with candidates per question.
+      sizes: padded sizes of the candidates, in a ranking with candidates per question; else zeros.
     """
 
     frames: int
@@ -76,8 +76,9 @@ def plan(
 ) -> Questions:
     """Divides the questions of a task into units of `size`.
 
-    `text` reads for the model that answers; `tick` is called after each record is read. A record
-    whose prompt is too long or cannot be built is listed in `Questions.problems`; it is no error.
+    `text` has the tokenizers of the model that answers; `tick` is called after each record is
+    read. A record whose prompt is too long or cannot be built is listed in `Questions.problems`; it
+    is no error.
     """
     if size < 1:
         raise ValueError(f"batch_size is {size}, expected at least 1")

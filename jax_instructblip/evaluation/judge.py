@@ -146,8 +146,8 @@ def judge(
 
     Raises:
       FileExistsError: `out` has scores, or is a folder of something else.
-      ValueError: as `make_cases` and `asking.ask`.
-      OSError: as `asking.ask`, or `out` cannot be written.
+      ValueError: as `make_cases` and `endpoint.asking.ask`.
+      OSError: as `endpoint.asking.ask`, or `out` cannot be written.
     """
     out = files.local_path(out, "out")
     if not (out / JOURNAL).is_file():

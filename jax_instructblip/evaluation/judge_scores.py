@@ -38,7 +38,8 @@ class RelativeScore:
     """The relative score of one kind of questions.
 
     Attributes:
-      relative: 100 x model / reference; None if too many reviews are missing, or `reference` is 0.
+      relative: 100 x model / reference; None if `reference` is 0, or more than `MAX_MISSING` (5 %)
+        of the reviews are missing.
       model: mean of the model's scores; None if there is no review.
       reference: mean of the reference's scores; None if there is no review.
       questions: number of questions.
@@ -69,7 +70,10 @@ def parse_scores(text: str) -> tuple[float, float]:
 
 
 def relative_scores(reviews: Sequence[Review]) -> dict[str, RelativeScore]:
-    """Returns the score by kind, in alphabetical order, and at last, as "all", of all questions."""
+    """Returns the score by kind, in alphabetical order, and at last, as "all", of all questions.
+
+    A review without a kind counts in "all" alone.
+    """
     kinds = sorted({review.kind for review in reviews if review.kind})
     groups = {kind: [each for each in reviews if each.kind == kind] for kind in kinds}
     return {kind: _score(group) for kind, group in (groups | {ALL: list(reviews)}).items()}

@@ -31,7 +31,7 @@ def file_of(task: Task) -> str:
 def write_answers(out: Path, task: Task, rows: Sequence[Prediction], model: str) -> None:
     """Writes the rows of all records of a task to `file_of(task)` in the folder `out`.
 
-    `model` is the name of the model that answered.
+    `rows` has one for each record, in their order; `model` is the name of the model that answered.
     """
     path = out / file_of(task)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,8 @@ class MatchStore:
     def done(self, chosen: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
         """Returns the logits of images that were matched with exactly their chosen texts.
 
-        `chosen` has the numbers of the texts of each image; the result is by image number.
+        `chosen` has for each of all images the numbers `[n]` of its texts. The result maps the
+        number of an image to its logits `[n]`.
         """
         found: dict[int, np.ndarray] = {}
         for path in sorted(self.partial.glob("matches-*.npz")):

@@ -20,9 +20,9 @@ def choose_mesh(
 ) -> Mesh | None:
     """Returns the mesh on which the model answers; None if there is only one device.
 
-    Weights of `dtype`, or of the form `quantise` ("int8" or "int4"), are split over `fsdp` x
-    `tensor` devices. If this divides the number of devices of a process, each process has its own
-    copy of the model; otherwise one model spans all processes.
+    The weights, of `dtype` (a dtype or its name) or quantised ("int8" or "int4"), are split over
+    `fsdp` x `tensor` devices. If this number divides that of a process's devices, each process
+    has its own copy of the model; otherwise one model spans all processes.
 
     Raises:
       ValueError: the devices cannot be divided like this, or the weights exceed their memory.
@@ -44,7 +44,7 @@ def check_memory(
 ) -> None:
     """Raises a ValueError if a device's share of the weights exceeds its memory.
 
-    The arguments are those of `choose_mesh`, and its result.
+    `mesh` is the result of `choose_mesh`; the other arguments are as there.
     """
     like = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype)
     shapes = jax.tree.map(like, param_shapes(variant))

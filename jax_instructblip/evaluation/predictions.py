@@ -164,7 +164,12 @@ def check_ids(path: Path, rows: Iterable[Prediction], ids: Sequence[str], name: 
 
 
 class Store:
-    """The predictions of one dataset on disk; several processes may write to it together."""
+    """The predictions of one dataset on disk; several processes may write to it together.
+
+    Attributes:
+      path: the file of all rows, which `finish` writes.
+      partial: the folder of the rows so far.
+    """
 
     def __init__(self, folder: Path, name: str, facts: Mapping[str, Any], process: int = 0):
         """Names the files of the dataset `name` in `folder`; writes nothing.

@@ -130,7 +130,7 @@ def _candidates(
 
 
 def _similarities(blip: Retriever, task: Task, gallery: Gallery) -> np.ndarray:
-    """Similarities [N, M] of all images and captions, the same in all processes."""
+    """Similarities `[N, M]` of all images and captions, the same in all processes."""
     count, captions = len(gallery.records), gallery.captions
     with suite.agreed():
         texts = blip.text_features([captions[number] for number in own_rows(len(captions))])

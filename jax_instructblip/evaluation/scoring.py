@@ -66,7 +66,7 @@ def score(
 
 
 def percent(name: str, value: float) -> float:
-    """Returns the metric's value `name`, a fraction, in percent; counts and ranks unchanged."""
+    """Returns `value` in percent if the score `name` is a share; counts and ranks unchanged."""
     return value if name == "mean_rank" or is_count(name) else 100 * value
 
 
@@ -118,7 +118,10 @@ def summarise(
 
 
 def is_known(record: Record, metric: str) -> bool:
-    """Returns True if the record has a right answer of the kind that `metric` needs."""
+    """Returns True if the record has a right answer of the kind that the metric needs.
+
+    `metric` is a name in `METRICS`: some compare choices, the others texts.
+    """
     by_choice = metric in ("accuracy", "auroc", "mrr", "science_qa")
     return record.correct >= 0 if by_choice else bool(record.answers)
 

@@ -89,7 +89,8 @@ class Settings:
       length_normalise: in a ranking, score by the mean log-probability per token, not the sum.
       k: in a retrieval, the number of nearest candidates that are re-ranked.
       itm_only: in a retrieval, score by the logit of the match alone.
-      template: the chat template to ask the model by; by default its own.
+      template: the chat template to ask the model by, a key of `CHAT_TEMPLATES`; by default its
+        own.
       dtype: of weights and computation; by default bfloat16, on a CPU float32.
       quantise: form of the kernels of vision tower and language model, "int8" or "int4".
       fsdp: number of devices that split the weights, each with its own questions.

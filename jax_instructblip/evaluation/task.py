@@ -140,7 +140,7 @@ def open_task(
       protocol: a protocol with a dataset.
       data: output of `jax-instructblip prepare` (the folder of all datasets or of this one), or
         the original files (directly, or in a folder with the dataset's name).
-      llm: the kind of the language model, on which some settings depend.
+      llm: the kind of the language model (`variant.llm.kind`), on which some settings depend.
       split: the split; by default the protocol's.
       limit: number of records, always the same ones; 0: all.
       candidates: for a ranking over one list, candidates that replace those in `data`.

@@ -81,12 +81,14 @@ def evaluate(
       `accuracy/FAMILY` for each;
     - for BLIP-2's first stage: `recall`, the mean R@1 of both directions (`retrieval_scores`).
 
-    `limit` questions are asked, 0 means all; `batch_size` at once, on all devices together.
-    Without a protocol answers have at most `max_new_tokens`. `prompt` replaces the protocol's
-    prompt, or the bare question of other records. `take_samples` is called with a few prediction
-    rows (fields of `Prediction`), always of the same questions. `style` and `upright` should be
-    those of training: how texts are worded, and whether photographs are rotated by EXIF. In a
-    multi-process run each process calls this with the same records and gets the same numbers.
+    Questions of such a folder are read from there, from its `split` ("": the protocol's); a first
+    stage and other data are measured on `records`. `limit` of them are taken, 0 means all;
+    `batch_size` at once, on all devices together. Without a protocol answers have at most
+    `max_new_tokens`. `prompt` replaces the protocol's prompt, or the bare question of other
+    records. `take_samples` is called with a few prediction rows (fields of `Prediction`), always of
+    the same questions. `style` and `upright` should be those of training: how texts are worded, and
+    whether photographs are rotated by EXIF. In a multi-process run each process calls this with the
+    same records and gets the same numbers.
 
     Raises:
       MetricError: the records cannot be scored.

@@ -81,8 +81,9 @@ def verify(
       images: `NAME=FILE` for each image; NAME is an image of `facts`.
       facts: a JSON file of published answers, in the format of `published.py`.
       model: the released model's name; by default determined by the checkpoint's sizes.
-      dtype: of weights and computation, as `load` accepts it.
-      template: the chat template to ask the model by; by default its own.
+      dtype: of weights and computation, or its name; by default bfloat16, on a CPU float32.
+      template: the chat template to ask the model by, a key of `CHAT_TEMPLATES`; by default its
+        own.
       say: prints each line of the result as soon as it is known.
 
     Raises:
@@ -116,7 +117,13 @@ def verify(
 
 
 def read_images(words: Sequence[str], images: Mapping[str, Image]) -> dict[str, Path]:
-    """Parses `NAME=FILE` words into files by name; opens each to fail before weights are read."""
+    """Parses `NAME=FILE` words; returns the files by name, each opened once as a check.
+
+    NAME is a key of `images`, the images that have facts.
+
+    Raises:
+      ValueError: a word is malformed, has an unknown NAME, or its file is no image.
+    """
     paths = {}
     for word in words:
         name, _, path = word.partition("=")

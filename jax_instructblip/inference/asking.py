@@ -88,9 +88,10 @@ def rank_files(
 ) -> list[Row]:
     """Ranks candidate answers to questions about image files; returns one dict per question.
 
-    The keys are image (or images), prompt and candidates: the `top` best, each with candidate,
-    score and probability. Images are given to prompts as in `answer_files`. Other arguments and
-    errors are those of `load_pipeline` and `InstructBlipPipeline.rank`.
+    `candidates` are common to all questions. The keys are image (or images), prompt and candidates:
+    the `top` best, best first, each with candidate, score and probability. Images are given to
+    prompts as in `answer_files`. Other arguments and errors are those of `load_pipeline` and
+    `InstructBlipPipeline.rank`.
     """
     pictures, questions = _check(checkpoint, template, images, prompts, candidates)
     blip = load(checkpoint, dtype=dtype, template=template, quantise=quantise)
@@ -110,7 +111,7 @@ def rank_files(
 def best_candidates(candidates: Sequence[str], scores: np.ndarray, count: int) -> list[Row]:
     """The `count` best candidates, best first, as dicts with candidate, score and probability.
 
-    `scores` [C] has a score for each candidate. The probabilities are a softmax over all of them.
+    `scores` `[C]` has a score for each candidate. The probabilities are a softmax over all of them.
     """
     chances = np.exp(scores.astype(np.float64) - scores.max())
     chances /= chances.sum()

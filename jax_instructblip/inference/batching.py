@@ -155,7 +155,7 @@ def check_batch_size(batch_size: int) -> None:
 
 
 def check_images_listed(images: Any) -> None:
-    """Raises a ValueError if `images` is no list (tuple, array [N, H, W, C]) of at least one image.
+    """Raises a ValueError if `images` is no list (tuple, array `[N, H, W, C]`) or an empty one.
 
     One image alone is refused: the rows of an array and the letters of a path would pass for many.
     """
@@ -319,7 +319,7 @@ def _follow(index: np.ndarray, moved: np.ndarray) -> np.ndarray:
 def pixels(
     frames: Sequence[Frame] | np.ndarray, size: int, crop: str = "squash", upright: bool = True
 ) -> np.ndarray:
-    """The pixels [F, size, size, 3] uint8 that the model sees; an array is returned unchanged.
+    """The pixels `[F, size, size, 3]` uint8 that the model sees; an array is returned unchanged.
 
     `crop` is a name in `images.CROPS`; `upright` applies EXIF orientation, as in `images.decode`.
     """

@@ -210,7 +210,7 @@ def _choose(
     state: _State,
     logits: jax.Array,
 ) -> _State:
-    """The state one token longer; the new tokens are chosen by `logits` [B, K, V]."""
+    """The state one token longer; the new tokens are chosen by `logits` `[B, K, V]`."""
     beams, vocab = logits.shape[1:]
     logprobs = jax.nn.log_softmax(logits)
     ending = stops.ends(table, eos_id, state.stop, logits.shape)

@@ -49,7 +49,7 @@ def generate_captions(
       variant: a first stage with a caption head.
       params: its parameters, on their devices.
       text: its tokenizer.
-      images: paths, bytes of image files, PIL images or uint8 arrays [H, W, 3].
+      images: paths, bytes of image files, PIL images or uint8 arrays `[H, W, 3]`.
       config: how to decode. LAVIS has 3 beams, 9 to 29 new tokens ([DEC] counts in its 10 to 30).
       batch_size: images that are captioned at once.
       dtype: the compute dtype.

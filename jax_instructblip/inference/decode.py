@@ -66,7 +66,7 @@ def generate_tokens(
 
     Unless `config` samples, each token is the best one. Otherwise it is drawn after `temperature`,
     `top_k` (ties with the k-th stay) and `top_p` (the smallest set of best tokens whose
-    probabilities reach it), in this order, as in Hugging Face. `keys` [B] are random keys, one per
+    probabilities reach it), in this order, as in Hugging Face. `keys` `[B]` are random keys, one a
     row (`sampling.row_keys`), read only when sampling: the draws of a row depend on its own key and
     on the step, not on other rows. The config's seed and settings of beam search are not read.
 

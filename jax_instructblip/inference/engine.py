@@ -161,8 +161,8 @@ class Engine:
         """Fills free slots, then decodes until an answer ends, `steps` steps at most.
 
         Returns the requests that have ended, with their answers; one whose scores are not finite
-        has a ValueError instead. Without any request it returns at once. An error of the device, or
-        of the model's about a request, is that request's and is raised, too.
+        has a ValueError instead. Without any request it returns at once. An error while prompts
+        are read is raised, and the requests with these prompts get it, too.
         """
         self._fill()
         live = self._pack()

@@ -69,7 +69,7 @@ def write_features(
       out: the folder of the shards; one of an interrupted export is resumed.
       form: "raw", "projected" or "normalised" (default), as `retrieval.py` explains; for a first
         stage alone.
-      prompt: the prompt for all images of a folder; for a model that answers alone.
+      prompt: the prompt for all images of a folder, by default ""; for a model that answers alone.
       dtype: the dtype of weights and computation; by default bfloat16, on a CPU float32.
       batch_size: images that are computed at once.
       shard_size: images per shard.

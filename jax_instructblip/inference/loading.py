@@ -78,7 +78,7 @@ class Source:
 
 
 def read_dtype(dtype: Any) -> np.dtype:
-    """The dtype to compute in; for None bfloat16, on a CPU float32.
+    """The dtype to compute in, from a dtype or its name; for None bfloat16, on a CPU float32.
 
     Raises:
         ValueError: the dtype is not one of `DTYPES`.
@@ -252,7 +252,7 @@ def _base_folder(step: Path, base: Mapping[str, str]) -> str:
 
 
 def require_kind(source: Source, readers: Mapping[str, type[Reader]]) -> type[Reader]:
-    """The class for a model in `readers`, which maps kinds (`variants.KINDS`) to classes.
+    """The class that `readers` has for the kind of a model (a key, one of `variants.KINDS`).
 
     Raises:
         ValueError: the model is a first stage, or its kind is not in `readers`.

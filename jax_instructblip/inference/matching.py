@@ -31,7 +31,7 @@ class Block(NamedTuple):
 
 
 def nearest(scores: np.ndarray, k: int) -> np.ndarray:
-    """The columns [R, min(k, C)] int32 of the k highest of each row of `scores` [R, C], best first.
+    """The columns `[R, min(k, C)]` int32 of the k best `scores` `[R, C]` of each row, best first.
 
     Of equal scores the first comes first. A score that is no number counts as the lowest.
     """
@@ -45,8 +45,8 @@ def nearest(scores: np.ndarray, k: int) -> np.ndarray:
 def pairs(of_images: np.ndarray, of_texts: np.ndarray) -> list[np.ndarray]:
     """The numbers of the texts that each image is matched with, in ascending order.
 
-    They are its nearest texts, `of_images` [N, k], and the texts that have it among their nearest
-    images, `of_texts` [M, k].
+    They are its nearest texts, `of_images` `[N, k]`, and the texts that have it among their nearest
+    images, `of_texts` `[M, k]`.
     """
     counts = np.zeros((len(of_images), len(of_texts)), bool)
     np.put_along_axis(counts, of_images, True, axis=1)
@@ -81,7 +81,7 @@ def plan_blocks(numbers: Sequence[int], texts: Sequence[np.ndarray], size: int) 
 
 
 def rerank(columns: np.ndarray, near: np.ndarray, matches: np.ndarray, itm_only: bool) -> Ranked:
-    """The candidates `columns`, sorted by match logit plus similarity `near`; arrays are [R, k].
+    """The candidates `columns`, sorted by match logit plus similarity `near`; arrays are `[R, k]`.
 
     With `itm_only` they are sorted by the logit alone. Of equal scores the nearer comes first.
     """
@@ -91,7 +91,7 @@ def rerank(columns: np.ndarray, near: np.ndarray, matches: np.ndarray, itm_only:
 
 
 def spread(ranked: Ranked, count: int) -> np.ndarray:
-    """Scores [R, count] of all `count` texts or images, `ABSENT` where one was not re-ranked."""
+    """Scores `[R, count]` of all `count` texts or images, `ABSENT` where one was not re-ranked."""
     scores = np.full((len(ranked.columns), count), ABSENT, np.float32)
     np.put_along_axis(scores, ranked.columns, ranked.scores, axis=1)
     return scores

@@ -85,12 +85,17 @@ def load(
       mesh: devices over which each batch is split, and weights as `parallel/rules.py` says (over
         `fsdp` and `tensor`); by default the first device works alone. With a mesh of several
         processes, each makes the same calls with the same questions, and gets all answers.
-      dtype: the dtype of weights and computation; by default bfloat16, on a CPU float32. Norms,
-        softmax and logits are always float32. float16 is refused for T5, where it overflows.
+      dtype: of weights and computation, float32, bfloat16 or float16 (a dtype or its name); by
+        default bfloat16, on a CPU float32. Norms, softmax and logits are always float32. float16 is
+        refused for T5, where it overflows.
       template: the chat template to ask the model by, a key of `chat_templates.CHAT_TEMPLATES`; by
         default its own. LLaVA has one, other models where they were tuned with it.
       quantise: "int8" or "int4" holds the kernels of the vision tower and the language model as
         whole numbers with scales (`models/quantise.py`); None as `dtype`.
+
+    Raises:
+      FileNotFoundError: there is no such folder or name.
+      ValueError: an argument is invalid or does not suit the model, or the folder holds none.
     """
     dtype, source = read_dtype(dtype), read_source(path)
     if source.variant.llm is None:
@@ -144,7 +149,8 @@ class InstructBlipPipeline(BatchRunner):
     ):
         """Takes parameters that are on their devices already; `load` reads them from a folder.
 
-        Decoding layers may be stacked or not (`models.vlm.unstack_decoder`).
+        Decoding layers may be stacked or not (`models.vlm.unstack_decoder`). `source`, the model's
+        place on the disk, serves `save` and messages alone.
         """
         self.variant, self.params, self.text, self.mesh = variant, params, text, mesh
         self.silent, self.source = silent, source  # silent: no progress lines
@@ -169,8 +175,8 @@ class InstructBlipPipeline(BatchRunner):
         """The answers to prompts about images, one per pair of image and prompt, in order.
 
         One image serves many prompts, and one prompt many images; otherwise their counts are equal.
-        Each image is a path, the bytes of an image file, a PIL image or a uint8 array [H, W, 3]; a
-        list of these is a video. All videos of a call have the same length.
+        Each image is a path, the bytes of an image file, a PIL image or a uint8 array `[H, W, 3]`.
+        A list of these is a video. All videos of a call have the same length.
 
         A model with a chat template (LLaVA) takes a list as several images. They stand before the
         question, or where it has `<image>`. Their numbers may differ; [] or None is no image. A
@@ -335,7 +341,7 @@ class InstructBlipPipeline(BatchRunner):
 
         They are the Q-Former's query outputs for each image under its prompt, projected to the
         width of the language model, frame after frame; in LLaVA the projected patches, whatever the
-        prompt. `images` and `prompts` are as in `generate`, and all prompts have as many images.
+        prompt. `images` and `prompts` are as in `generate`, each prompt with equally many images.
         """
         check_batch_size(batch_size)
         questions = self._pair(images, prompts)
@@ -361,7 +367,7 @@ class InstructBlipPipeline(BatchRunner):
         return self.text.stop_table()
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes a checkpoint folder that `load` reads; the weights keep their dtype."""
+        """Writes a new checkpoint folder that `load` reads (`saving.save_checkpoint`)."""
         save_checkpoint(folder, self.variant, self.params, self.text, self.source)
 
     def logits(self, batch: Batch) -> np.ndarray:

@@ -82,7 +82,8 @@ class Plan(NamedTuple):
 def check_candidates(candidates: Any, questions: int) -> list[list[str]]:
     """The candidates as lists of strings: one list per question, or a single one for all questions.
 
-    A ValueError lists everything that is wrong: no candidates, empty ones, some that are no text,
+    `candidates` are as in `InstructBlipPipeline.rank`, `questions` is the number of questions. A
+    ValueError lists everything that is wrong: no candidates, empty ones, some that are no text,
     another number of lists than of questions.
     """
     if not isinstance(candidates, list | tuple):
@@ -116,8 +117,8 @@ def tokenise(
 ) -> list[list[Ids]]:
     """The token ids of the candidates, one list per question, or a single one for all questions.
 
-    `known` maps texts to ids that are reused; new ones are added. A ValueError for candidates that
-    are too long or have no token.
+    `candidates` and `questions` are as in `check_candidates`. `known` maps texts to ids that are
+    reused; new ones are added. A ValueError for candidates that are too long or have no token.
     """
     lists = check_candidates(candidates, questions)
     ids = {} if known is None else known

@@ -65,7 +65,11 @@ class Ranking(NamedTuple):
 
 
 class Retriever(NamedMethods):
-    """A model of BLIP-2's first stage: features, similarities, match logits and rankings."""
+    """A model of BLIP-2's first stage: features, similarities, match logits and rankings.
+
+    Images are paths, bytes of image files, PIL images or uint8 arrays `[H, W, 3]`. `batch_size` is
+    the number of images, texts or pairs at once, on all devices together unless said otherwise.
+    """
 
     elsewhere = "A model with a language model answers: BLIP-2's second stage, InstructBLIP, LLaVA"
 
@@ -126,7 +130,7 @@ class Retriever(NamedMethods):
     def image_features(
         self, images: Sequence[Frame], *, form: str = "normalised", batch_size: int = IMAGES
     ) -> np.ndarray:
-        """Features float32 of the images, by query: [N, Q, E], or [N, Q, D] if `form` is "raw"."""
+        """Float32 features `[N, Q, E]` of images, `[N, Q, D]` if raw; see the module for `form`."""
         check({"form": form}, {"form": one_of(*FORMS)})
         check_images_listed(images)
         batches = ((rows, self._pixels(rows)) for rows in _batches(images, batch_size, "images"))
@@ -137,7 +141,7 @@ class Retriever(NamedMethods):
     def text_features(
         self, texts: Sequence[str], *, form: str = "normalised", batch_size: int = TEXTS
     ) -> np.ndarray:
-        """Features float32 of the texts' [CLS]: [M, E], or [M, D] if `form` is "raw"."""
+        """Float32 features `[M, E]` of texts, `[M, D]` if raw; see the module for `form`."""
         check({"form": form}, {"form": one_of(*FORMS)})
         ids, valid, _ = self.text.encode(texts)
         parts = _batches(range(len(ids)), batch_size, "texts")
@@ -148,16 +152,16 @@ class Retriever(NamedMethods):
     def pair_features(
         self, images: Sequence[Frame], texts: Sequence[str], *, batch_size: int = PAIRS
     ) -> np.ndarray:
-        """Raw features [N, Q, D] float32 of image i together with text i."""
+        """Raw float32 features `[N, Q, D]` of pairs: image i together with text i."""
         return self._of_pairs(self._pair_features, images, texts, batch_size)
 
     def itc(self, images: Sequence[Frame], texts: Sequence[str]) -> np.ndarray:
-        """Similarities [N, M] float32: cosines of each text and each image's nearest query."""
+        """Similarities `[N, M]` float32: cosines of each text and each image's nearest query."""
         self.text.encode(texts)  # what is no text is told before images are looked at
         return self.similarities(self.image_features(images), self.text_features(texts))
 
     def similarities(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-        """The result of `itc` from normalised features of images [N, Q, E] and texts [M, E]."""
+        """The result of `itc` from normalised features of images `[N, Q, E]` and texts `[M, E]`."""
         texts = self._on_devices(np.asarray(texts, np.float32), whole=True)
         parts = _batches(np.asarray(images, np.float32), IMAGES, "images")
         run = lambda _, part: self._near(part, texts)
@@ -168,7 +172,7 @@ class Retriever(NamedMethods):
     def itm(
         self, images: Sequence[Frame], texts: Sequence[str], *, batch_size: int = PAIRS
     ) -> np.ndarray:
-        """Logits [N, 2] float32 of (no match, match) of image i with text i."""
+        """Float32 logits `[N, 2]` of (no match, match) of pairs: image i with text i."""
         return self._of_pairs(self._pair_logits, images, texts, batch_size)
 
     def rank(
@@ -187,12 +191,12 @@ class Retriever(NamedMethods):
         logit alone. If several candidates are equally near, the first of them are taken.
 
         Args:
-          images: paths, bytes of image files, PIL images or uint8 arrays [H, W, 3].
+          images: paths, bytes of image files, PIL images or uint8 arrays `[H, W, 3]`.
           texts: texts, each compared with each image.
           k: candidates that are re-ranked; all of them where there are fewer.
           itm_only: True leaves out the similarity.
           batch_size: pairs that are matched at once, on each device.
-          near: similarities [N, M] that `itc` has returned; None computes them.
+          near: similarities `[N, M]` that `itc` has returned; None computes them.
 
         Raises:
             ValueError: there are no images or texts, or `k` is not a whole number of at least 1.
@@ -230,7 +234,7 @@ class Retriever(NamedMethods):
         length_rule="transformers4.26"`.
 
         Args:
-            images: paths, bytes of image files, PIL images or uint8 arrays [H, W, 3].
+            images: paths, bytes of image files, PIL images or uint8 arrays `[H, W, 3]`.
             config: how to decode (`GenerationConfig` explains all settings).
             batch_size: images that are captioned at once.
             **settings: changes of the config, by name.
@@ -264,13 +268,13 @@ class Retriever(NamedMethods):
         batch_size: int = PAIRS,
         done: int = 0,
     ) -> None:
-        """Matches each image with its chosen texts; calls `take` with its number and logits [t].
+        """Matches each image with its chosen texts; hands the logits `[t]` of "match" to `take`.
 
         Args:
           images: all images; those in `numbers` are opened, a few at a time.
           texts: all texts.
-          chosen: for each of all images the numbers [t] of the texts that it is matched with.
-          take: called with the float32 logits of an image as soon as all of them are there.
+          chosen: for each of all images the numbers `[t]` of the texts that it is matched with.
+          take: called with the number of an image and its float32 logits when these are complete.
           numbers: the images that are matched; by default all.
           batch_size: pairs that are matched at once, on each device.
           done: the number of pairs that were matched before, for the progress line.

@@ -12,7 +12,7 @@ from jax_instructblip.models.blip2 import Blip2, image_to_text
 
 
 def features_of_images(model: Blip2, images: jax.Array, form: str) -> jax.Array:
-    """Features [N, Q, E] of images, or [N, Q, D] if raw; `form` is one of `feature_forms.FORMS`."""
+    """Features `[N, Q, E]` of images, `[N, Q, D]` if raw; `form` is in `feature_forms.FORMS`."""
     patches = model.encode_image(images)
     if form == "normalised":
         return model.image_features(patches)[0]
@@ -21,7 +21,7 @@ def features_of_images(model: Blip2, images: jax.Array, form: str) -> jax.Array:
 
 
 def features_of_texts(model: Blip2, ids: jax.Array, valid: jax.Array, form: str) -> jax.Array:
-    """Features [M, E] of texts, or [M, D] if raw; `form` is one of `feature_forms.FORMS`."""
+    """Features `[M, E]` of texts, `[M, D]` if raw; `form` is in `feature_forms.FORMS`."""
     if form == "normalised":
         return model.text_features(ids, valid)
     x = model.raw_text_features(ids, valid)
@@ -29,35 +29,36 @@ def features_of_texts(model: Blip2, ids: jax.Array, valid: jax.Array, form: str)
 
 
 def features_of_pairs(model: Blip2, images: Any, ids: Any, valid: Any) -> jax.Array:
-    """Raw features [N, Q, D] of image i together with text i."""
+    """Raw features `[N, Q, D]` of image i together with text i."""
     return model.pair_features(model.encode_image(images), ids, valid)
 
 
 def match_images(model: Blip2, images: Any, ids: Any, valid: Any) -> jax.Array:
-    """Float32 logits [N, 2] of (no match, match) of image i and text i."""
+    """Float32 logits `[N, 2]` of (no match, match) of image i and text i."""
     return model.match_logits(model.encode_image(images), ids, valid)
 
 
 def kv_of_images(model: Blip2, images: Any) -> Any:
     """Keys and values of each image in every layer with cross-attention, for `match_kv`.
 
-    They are {"key": ..., "value": ...}, each [Y, N, P, heads, head width].
+    They are {"key": ..., "value": ...}, each `[Y, N, P, heads, head width]`, for Y such layers and
+    the P patches of an image.
     """
     return model.image_kv(model.encode_image(images))
 
 
 def match_kv(model: Blip2, kv: Any, index: Any, ids: Any, valid: Any) -> jax.Array:
-    """Float32 logits [B, 2] of (no match, match) of B texts, in blocks of equally many.
+    """Float32 logits `[B, 2]` of (no match, match) of B texts, each with one image.
 
-    The texts of block i are matched with image `index[i]` of `kv`, the result of `kv_of_images`.
-    With `index` [k] the first B / k texts are block 0, and so on.
+    `kv` is the result of `kv_of_images`, `index` `[k]` has the numbers of images in it. The first
+    B / k texts are matched with image `index[0]`, as many further ones with `index[1]`, and so on.
     """
     chosen = jax.tree.map(lambda leaf: leaf[:, index], kv)
     return model.match_logits(chosen, ids, valid)
 
 
 def similarities(images: jax.Array, texts: jax.Array) -> jax.Array:
-    """Float32 similarities [N, M] of features: images [N, Q, E], texts [M, E].
+    """Float32 similarities `[N, M]` of features: images `[N, Q, E]`, texts `[M, E]`.
 
     Products are float32 on every kind of device; the largest over an image's queries counts.
     """

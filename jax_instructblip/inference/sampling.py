@@ -107,12 +107,12 @@ BLOCK = 128  # scores per block in `best_of_rows`
 
 
 def best_of_rows(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The `count` best of each sample's `scores` `[B, R, V]`: their values, and indices into R * V.
+    """The `count` best of each sample's `scores` `[B, R, V]`: values, and indices into R * V.
 
-    Equal to `top_k` over a sample's flattened rows: of equal scores the earlier comes first. On a
-    CPU `top_k` over all scores is slow, so it runs twice on fewer: over the best score of each
-    block of `BLOCK` scores, then over the `count` best blocks, which must contain the `count` best
-    scores.
+    Both are `[B, count]`, best first, and equal to `top_k` over a sample's flattened rows: of equal
+    scores the earlier comes first. On a CPU `top_k` over all scores is slow, so it runs twice on
+    fewer: over the best score of each block of `BLOCK` scores, then over the `count` best blocks,
+    which must contain the `count` best scores.
     """
     batch, rows, vocab = scores.shape
     width = -(-vocab // BLOCK)
@@ -136,7 +136,8 @@ def best_of_rows(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 def sample(key: jax.Array, scores: jax.Array, settings: TracedSettings) -> jax.Array:
     """Draws one token `[R]` per row of `scores` `[R, V]`, by temperature, top-k, then top-p.
 
-    If `settings.greedy`, it is the best token instead; nothing is then sorted.
+    `key` is one random key for all rows. If `settings.greedy`, the best token is taken instead, and
+    nothing is sorted.
     """
 
     def drawn() -> jax.Array:
@@ -172,7 +173,7 @@ def _places(scores: jax.Array) -> jax.Array:
 
 
 def seed_key(seed: int) -> np.ndarray:
-    """The random key of a seed as raw data [2] uint32, which any process of a mesh can pass on."""
+    """The random key of a seed as raw data `[2]` uint32, which any process of a mesh can pass."""
     return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 

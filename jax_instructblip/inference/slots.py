@@ -104,7 +104,7 @@ def read(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def place(model: Model, slots: Slots, prompts: Slots, row: int, index: int) -> Slots:
-    """The slots with slot `index` taken by row `row` of `prompts`, which come from `read`.
+    """The slots with slot `index` given to entry `row` of `prompts`, which come from `read`.
 
     Nothing of the slot's former request is left.
     """
@@ -129,9 +129,9 @@ def advance(
 ) -> tuple[dict[str, jax.Array], Slots]:
     """The slots after `most` further steps, or fewer: as soon as a live slot has ended.
 
-    `live` [N] is True for those of the first N slots that have a request; the other slots stay as
+    `live` `[N]` is True for those of the first N slots that have a request; the other slots stay as
     they are. Unless `do_sample`, all live slots must be greedy. `table` is as in `read`. Returned
-    before the slots is what a host reads:
+    before the slots is what a host reads (T is the `max_new_tokens` of `sizes`):
 
         steps     []      int32    steps that were taken
         done      [N]     bool     slots that have ended

@@ -65,6 +65,6 @@ def lengths(table: Table, eos_id: int, tokens: jax.Array) -> jax.Array:
 
 
 def first_true(mask: jax.Array) -> jax.Array:
-    """The number of entries of each row of `mask` `[..., T]` to its first True, with it; else T."""
+    """The position, from 1, of the first True in each row of `mask` `[..., T]`; T if none is."""
     length = jnp.argmax(mask, axis=-1) + 1
     return jnp.where(mask.any(axis=-1), length, mask.shape[-1]).astype(jnp.int32)

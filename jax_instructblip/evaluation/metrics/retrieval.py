@@ -12,8 +12,8 @@ def recalls(scores: np.ndarray, right: np.ndarray) -> dict[str, float]:
     """Returns `r1`, `r5` and `r10`, from 0 to 1.
 
     Args:
-      scores: [Q, C] of queries and candidates, higher is better; on a tie the first ranks higher.
-      right: [Q, C] bool, the right candidates of each query.
+      scores: `[Q, C]` of queries and candidates, higher is better; on a tie the first ranks higher.
+      right: `[Q, C]` bool, the right candidates of each query.
 
     Raises:
       ValueError: a query has no right candidate, or the arrays are empty or of different shapes.

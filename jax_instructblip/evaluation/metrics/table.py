@@ -58,8 +58,8 @@ _NORMALISED: dict[str, Callable[[str], str]] = {
 def normalise_as(name: str, text: str) -> str:
     """Returns `text` in the form in which the metric `name` compares it.
 
-    For captions these are the counted words. If it compares texts as they are, or there is no such
-    metric, `text` is unchanged.
+    For captions that form is the counted words. `text` is returned unchanged if the metric compares
+    texts as they are, or no metric has that name.
     """
     return _NORMALISED.get(name, str)(text)
 

@@ -118,7 +118,10 @@ def write(
     metrics: Sequence[Mapping[str, float]],
     answers: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Writes an HTML page of the curves and sample answers; no page if no step has been logged."""
+    """Writes an HTML page of the curves and sample answers; no page if no loss has been logged.
+
+    `metrics` are as in `picture`, `answers` as in `answers_table`.
+    """
     if any("loss" in line for line in metrics):
         parts = [page.heading("Answers"), answers_table(answers)] if answers else []
         page.write(path, title, [picture(metrics), *parts])

@@ -26,9 +26,13 @@ def preview(
     text: TextProcessor,
     splits: Sequence[str] = (),
 ) -> None:
-    """Writes a page about `SAMPLES` random records of one split of a dataset in the folder `raw`.
+    """Writes a page about `SAMPLES` random records of one split of a dataset to the file `path`.
 
-    The split is the first of `splits`; by default the first whose files are in `raw`.
+    `raw` is the folder of the dataset's original files, `text` the tokenizers of a model. The split
+    is the first of `splits`; by default the first whose files are in `raw`.
+
+    Raises:
+      ValueError: the split has no record.
     """
     split = [*splits, *dataset.present(raw), *dataset.files][0]
     with Progress(dataset.counts.get(split), f"reading {dataset.name} {split}", "records") as line:
@@ -46,7 +50,7 @@ def _counted(records: Iterable[Record], line: Progress) -> Iterator[Record]:
 
 
 def draw(records: Iterable[Record], count: int, seed: int = 0) -> list[Record]:
-    """Returns `count` random records in their original order, reading `records` once."""
+    """Returns `count` random records (all if there are fewer) in order, reading `records` once."""
     rng, kept = np.random.default_rng(seed), []
     for number, record in enumerate(records):
         if len(kept) < count:
@@ -61,7 +65,8 @@ def write_preview(
 ) -> None:
     """Writes a page with `shown` records of a source as pictures, and histograms of text lengths.
 
-    The histograms are of all records of the source.
+    The histograms are of all records of the source. `text` has the tokenizers of a model, and
+    `seed` determines which templates word the prompts.
     """
     mixture, cards = Mixture([source], seed), []
     lengths: dict[str, list[int]] = collections.defaultdict(list)
