@@ -64,9 +64,10 @@ def write_checkpoint(
     """Writes the checkpoint folder of an embedded model in bfloat16.
 
     `params` has the nested parameters of trained towers by name (`vision`, `qformer`, `llm`); a
-    tower that is missing gets random weights. `history` is stored in `config.json` and says where
-    each tower comes from. `processor` has the variant and the tokenizers; `tokenizer` is a folder
-    that is copied in place of the language model's.
+    tower that is missing gets random weights (`seed`). `history` is stored in `config.json` and
+    says by the same names where each tower comes from, as `HISTORY` does. `processor` has the
+    variant and the tokenizers; `tokenizer` is a folder that is copied in place of the language
+    model's.
     """
     variant = processor.variant
     start = init_params(variant, jax.random.key(seed))

@@ -31,8 +31,8 @@ class Part(NamedTuple):
 
     Attributes:
       origin: a folder, an address, or "random", which is printed and written into config.json.
-      nbytes: the size of all of them.
-      leaves: (path, array) of each, to be read once.
+      nbytes: the bytes of all of them together.
+      leaves: (path, array) of each, the path as in `llm/...`; can be read only once.
     """
 
     origin: str

@@ -146,7 +146,10 @@ def text_rows(
 
 
 class Reader(Network):
-    """A language model alone; it reads the description in the place of the visual prompt."""
+    """A language model alone; it reads the description in the place of the visual prompt.
+
+    It is called with a batch of `text_rows` and returns the logits of the targets.
+    """
 
     config: LanguageConfig
 
@@ -164,9 +167,10 @@ class Reader(Network):
 def pool(
     text: TextProcessor, seed: int, split: str, start: int, count: int, stage: Stage
 ) -> list[dict[str, np.ndarray]]:
-    """Returns about `count` examples as `BUCKETS` batches (`text_rows`) of similar length.
+    """Returns examples about `count` scenes as `BUCKETS` batches (`text_rows`) of similar length.
 
-    The scenes are those of `split` from number `start` on. `stage` says how many things they have.
+    The scenes are those of `split` from number `start` on. A scene gives one example, or none if
+    `text_example` returns None; `stage` has the `things` and `relisted` of that function.
     """
     drawn = (
         text_example(seed, split, start + index, stage.things, stage.relisted)

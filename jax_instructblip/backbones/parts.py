@@ -17,7 +17,8 @@ from jax_instructblip.models.variants import LanguageConfig, QFormerConfig, Visi
 def source_of(path: str | os.PathLike[str], kind: str, wanted: str) -> Source:
     """Returns the model at a path, a checkpoint or a run.
 
-    `kind` is that of its variant, one of `KINDS`; `wanted` names it in the error.
+    `kind` is the kind that its variant must have, one of `KINDS` (`models/variants.py`); `wanted`
+    is words for such a model in the error, as in "the first stage".
 
     Raises:
         ValueError: the model is of another kind.

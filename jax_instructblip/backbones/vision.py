@@ -45,7 +45,9 @@ PICTURE_HEADS = {
 def scene_labels(scene: world.Scene) -> dict[str, np.ndarray]:
     """Returns the labels of one scene by name, int32: `[16]` for cells, `[n]` for the picture.
 
-    Names are the keys of `CELL_HEADS`, and those of `PICTURE_HEADS` after the word `picture`.
+    Labels are numbers of classes. Cells are in the order of rows. Names are the keys of
+    `CELL_HEADS`, whose values are the numbers of classes, and those of `PICTURE_HEADS` after the
+    word `picture`, whose values are (n, number of classes).
     """
     cells = world.GRID**2
     index = np.arange(cells, dtype=np.int32)
@@ -78,8 +80,8 @@ def scene_labels(scene: world.Scene) -> dict[str, np.ndarray]:
 def labelled_scenes(seed: int, split: str, count: int) -> dict[str, np.ndarray]:
     """Draws scenes; returns uint8 `images` `[count, H, W, 3]` and the stacked labels by name.
 
-    The scenes are the first `count` of `split`, one of `world.SPLITS`; the labels are those of
-    `scene_labels`.
+    The scenes are the first `count` of `split`, one of `world.SPLITS`. The labels are those of
+    `scene_labels`, with an axis of scenes in front; H and W are `world.SIZE`.
     """
     rows = []
     with Progress(count, "drawing scenes", "scenes") as progress:
@@ -91,7 +93,11 @@ def labelled_scenes(seed: int, split: str, count: int) -> dict[str, np.ndarray]:
 
 
 class Probed(Network):
-    """The vision tower followed by a norm and one linear head per label."""
+    """The vision tower followed by a norm and one linear head per label.
+
+    It is called with normalised pixels `[B, H, W, 3]` and returns logits by the names of
+    `scene_labels`.
+    """
 
     config: VisionConfig
 

@@ -47,13 +47,13 @@ class ChatTextProcessor(TextProcessor):
         _ = self.chat  # a template of another tokenizer is refused now
 
     def with_limit(self, limit: int) -> "ChatTextProcessor":
-        """Returns the processor for conversations of at most `limit` slots."""
+        """Returns a copy with another `InputFormat.limit`."""
         form = dataclasses.replace(self.input_format, limit=limit)
         return dataclasses.replace(self, input_format=form)
 
     @functools.cached_property
     def chat(self) -> ConversationProcessor:
-        """The writer of conversations."""
+        """The processor that writes prompts as conversations in the template."""
         each = self.input_format
         settings = dict(limit=each.limit, system=each.system, image_marks=each.image_marks)
         return ConversationProcessor.for_model(self, each.template, **settings)
@@ -103,8 +103,8 @@ class ChatTextProcessor(TextProcessor):
         """Returns the table [S, V] int8 by which decoding finds the end of an answer.
 
         Entry [s, i] is the state after token i, if it was s. A state is the number of bytes of
-        `stop_text` that the answer so far ends with; S stands for an answer that has ended. With
-        the stop `###` (S = 3), in SentencePiece:
+        `stop_text` that the answer so far ends with; S stands for an answer that has ended. If
+        `stop_text` is "", S is 1. With the stop `###` (S = 3), in SentencePiece:
 
                   #   ##  ###  a  </s>
             0     1   2   3    0  3         `</s>` ends an answer in any state

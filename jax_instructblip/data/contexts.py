@@ -56,7 +56,7 @@ class Context:
     def text(self, *, boxes: bool = True) -> str:
         """Returns the captions, one a line, and after an empty line the boxes if there are any.
 
-        Empty lines of captions are left out: behind one there are boxes.
+        Empty lines in captions are left out, because what follows an empty line is read as boxes.
         """
         lines = [line for caption in self.captions for line in caption.splitlines()]
         parts = ["\n".join(filter(str.strip, lines))]

@@ -212,9 +212,10 @@ class ConversationProcessor:
     def for_model(
         cls, text: TextProcessor, template: str, **options: Any
     ) -> "ConversationProcessor":
-        """Returns the processor of a model; `options` are arguments of the constructor.
+        """Returns the processor of the model of `text`, which gives tokenizer and visual vectors.
 
-        Without an option `legacy`, the tokenizer's folder decides (`reads_as_legacy`).
+        `options` are the constructor's arguments after these; without `legacy`, the tokenizer's
+        folder decides (`reads_as_legacy`).
 
         Raises:
             ValueError: the language model is an encoder-decoder; or for the reasons that the

@@ -37,7 +37,7 @@ def token_counts(example: Mapping[str, np.ndarray]) -> dict[str, int]:
 def histogram(name: str, counts: Sequence[int]) -> list[str]:
     """Returns lines of text: a bar chart of how many samples have up to 8, 16, 32 ... tokens.
 
-    `counts` has the number of tokens of each sample, `name` is the title.
+    `counts` has the number of tokens of each sample, at least one; `name` is the title.
     """
     lines = [f"{name}: {min(counts)} to {max(counts)} tokens, median {statistics.median(counts):g}"]
     # 1..8 -> 8, 9..16 -> 16: the padded lengths that a bucket would have.
@@ -54,7 +54,8 @@ def histogram(name: str, counts: Sequence[int]) -> list[str]:
 def token_rows(example: Mapping[str, np.ndarray], text: TextProcessor) -> dict[str, Pieces]:
     """Returns the token sequences of a training example, by a title that says who reads them.
 
-    A sequence is a list of (token text, True if the token is a target of the loss).
+    A title is such as "Q-Former reads"; a sequence is a list of (token text, True if the token is a
+    target of the loss).
     """
     pieces = text.llm.convert_ids_to_tokens(example["tokens"].tolist())
     rows = {}
@@ -90,8 +91,7 @@ def turn_rows(
 ) -> dict[str, Pieces]:
     """Returns the first `kept` tokens of a training conversation by turn, and their ids.
 
-    The titles are `user 1`, `assistant 2` ... and `ids`, with the number of the turn as well; an
-    image is `<image>`.
+    The titles are `user 1`, `ids 1`, `assistant 2`, `ids 2` ...; each image is a piece `<image>`.
     """
     encoded = chat.encode(conversation, answered=True)
     rows: dict[str, Pieces] = {}

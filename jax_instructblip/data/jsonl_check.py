@@ -43,7 +43,8 @@ class Findings:
       good: number of good lines.
       lengths: what is counted, such as "answer" -> the number of tokens in each sample; a record
         gives one sample per answer.
-      cut: number of samples whose instruction, prompt and answer (`TRUNCATED`) lost tokens.
+      cut: `[3]`, the numbers of samples whose instruction, whose prompt and whose answer
+        (`TRUNCATED`) lost tokens.
       unknown: "instruction", "prompt" or "answer" -> (line number, text) of each sample whose text
         has characters that the tokenizer does not know.
       samples: the first good lines: line number, record, and the token sequences of its first

@@ -22,7 +22,8 @@ Counts = dict[str, np.ndarray]
 class Batches(Protocol):
     """Random access to the batches of a run: `batches[step]` is this host's part of a global batch.
 
-    `row_count` is the number of rows of the global batch, `rows` the numbers of this host's rows.
+    Besides the keys of `spec.py` each batch has those of `HOST_KEYS`. `row_count` is the number of
+    rows of the global batch, `rows` the numbers of this host's rows.
     """
 
     rows: np.ndarray
@@ -49,10 +50,11 @@ def load(
     `sizes`, the images, instruction ids, slots and targets of each sample (`batch.sample_sizes`);
     and `row`, the widths of a row, slots and targets, none for pairs of BLIP-2's first stage.
 
-    To resume, give the number of the next batch as `start`: a batch is a function of its number
-    alone. `threads` threads of this process make batches, at most `ahead` of them in advance; with
-    `workers` > 0 that many processes make them instead (the main program then needs an `if __name__
-    == "__main__"`). Neither number changes the content of a batch.
+    `sharding` splits axis 0 of all arrays. To resume, give the number of the next batch as `start`:
+    a batch is a function of its number alone. `threads` threads of this process make batches, at
+    most `ahead` of them in advance; with `workers` > 0 that many processes make them instead (the
+    main program then needs an `if __name__ == "__main__"`). None of these numbers changes the
+    content of a batch.
     """
     numbered = grain.MapDataset.source(cast(Any, batches))[start:]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
@@ -78,7 +80,7 @@ def put(
     """Returns global arrays `[count, ...]`, made from this process's rows of them.
 
     `batch` holds local arrays `[len(rows), ...]`; `rows` are their row numbers in the global batch,
-    in rising order.
+    in rising order. `sharding` splits axis 0 of all arrays.
     """
 
     def to_devices(local: np.ndarray) -> jax.Array:

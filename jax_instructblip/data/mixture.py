@@ -44,8 +44,8 @@ class Source:
       digest: a hash of the content; a run refuses to resume with another one.
       weight: its share, relative to the weights of the others; 0 means that a rule of `SAMPLING`
         computes it from the number of records.
-      templates: the name of a list in `templates.TEMPLATES`; "" means that prompts are used as they
-        are.
+      templates: what makes the prompts, as the `kind` of `instruct`; "" means that prompts are used
+        as they are.
       family: the kind of task ("image QA"), which the rule `tag` of `INSTRUCTIONS` writes in
         prompts.
     """
@@ -228,9 +228,9 @@ def instruct(
 
     Args:
       record: the record.
-      kind: the list of `templates.TEMPLATES` from which a template is drawn evenly; "" uses the
-        record's prompt as it is. For `question_generation` question and answer change places;
-        `caption_prefix` splits the caption (`split_caption`).
+      kind: a key of `templates.TEMPLATES`, from whose list a template is drawn evenly; or
+        `caption_prefix`, which splits the caption (`split_caption`); or "", which uses the record's
+        prompt as it is. For `question_generation` question and answer change places.
       rng: draws the template and one of the distinct answers, evenly as LAVIS (the released code)
         does.
       tag: if not None, no template is used: the prompt is the tag, then the question. "" gives the

@@ -90,8 +90,8 @@ def balanced(
 ) -> tuple[RecordSubset, str]:
     """Returns the records of pairs that the filter keeps, and their digest.
 
-    Every record is read once, and the choice is kept in the folder of copies. Records that are no
-    pairs are left out; the log counts them.
+    Every record is read once, and the choice is kept in the folder of copies (`stores.py`). Records
+    that are no pairs are left out; the log counts them.
 
     Args:
       records: the records of pairs, with their captions as answers.

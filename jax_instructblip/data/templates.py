@@ -196,7 +196,7 @@ def placeholders(template: str) -> set[str]:
 def needs_prompts(kind: str) -> bool:
     """Tells whether samples made with `kind` contain the prompts of the records.
 
-    `kind` is a key of `TEMPLATES`, or "" for prompts that are used as they are.
+    `kind` is a key of `TEMPLATES`, `CAPTION_PREFIX`, or "" for prompts that are used as they are.
     """
     if kind in ("", "question_generation"):  # taken as they are, or asked for
         return True

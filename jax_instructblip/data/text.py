@@ -94,6 +94,10 @@ class TextProcessor:
         """Returns the processor of a checkpoint folder, either of this package or of Hugging Face.
 
         `fields` are other attributes of the class: the limits and `input_format`.
+
+        Raises:
+            FileNotFoundError: a tokenizer has no files.
+            ValueError: a tokenizer is damaged or belongs to another model, or a limit is wrong.
         """
         llm, qformer = tokenizer_folders(folder)
         qformer = qformer if variant.reads_instruction else None

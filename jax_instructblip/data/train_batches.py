@@ -252,7 +252,10 @@ class TrainBatches:
 
 
 class ImagePreparation:
-    """Turns an image of a record into the pixels of a training sample."""
+    """Turns an image of a record into the pixels of a training sample.
+
+    It is called with (source, random generator) and returns pixels [size, size, 3] uint8.
+    """
 
     def __init__(
         self,
@@ -279,7 +282,7 @@ class ImagePreparation:
 
 
 class Replacements:
-    """Logs the first few records that are replaced; stops the run after too many in a row."""
+    """Logs the first `WARNINGS` replaced records; stops the run after `ATTEMPTS` in a row."""
 
     def __init__(self):
         self._named = 0

@@ -53,7 +53,10 @@ class _Row(NamedTuple):
 
 
 class TarRecords:
-    """Random access to the pairs of a folder of tars, ordered by tar and by position in the tar."""
+    """Random access to the pairs of a folder of tars, ordered by tar and by position in the tar.
+
+    An entry that is no pair has its place, too: its record has a `problem`.
+    """
 
     def __init__(
         self, tars: list[tuple[pathlib.Path, pathlib.Path]], *, task: str = "", split: str = ""

@@ -92,7 +92,8 @@ def estimate(request: Request) -> int:
 def preview(requests: Sequence[Request], settings: EndpointSettings) -> tuple[Iterator[str], str]:
     """Returns the requests as lines of JSON, and a sentence that estimates their tokens.
 
-    Nothing is sent.
+    A line has the `id` and the `messages` of a request. The sentence names the model, and counts
+    `settings.answer_tokens` for each answer. Nothing is sent.
     """
     lines = (
         json.dumps({"id": each.id, "messages": list(each.messages)}, ensure_ascii=False)

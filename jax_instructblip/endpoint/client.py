@@ -89,6 +89,8 @@ class Client:
     async def send(self, messages: Sequence[Mapping[str, str]]) -> Reply:
         """Sends one request and returns the reply.
 
+        `messages` are objects with `role` and `content`, as in `journal.Request`.
+
         Raises:
           TransientError: the endpoint is silent or overloaded, or the reply is damaged.
           RefusedError: the request itself is refused.

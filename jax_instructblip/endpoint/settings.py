@@ -70,7 +70,7 @@ class EndpointSettings:
             )
 
     def facts(self) -> dict[str, Any]:
-        """Returns the settings that answers depend on, by name, for a journal."""
+        """Returns the settings that answers depend on, by attribute, as `facts` of a journal."""
         return {
             "model": self.model,
             "temperature": self.temperature,

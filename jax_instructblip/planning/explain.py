@@ -12,8 +12,9 @@ LISTED = 12  # arrays, and copies
 def explain(traffic: Traffic) -> dict[str, Any]:
     """The `arrays` that are largest and the `copies` that read most in a step, as plain values.
 
-    Each is a list of at most `LISTED` dicts. Bytes of arrays are those of the result, bytes of
-    copies those that are read each time.
+    Each is a list of at most `LISTED` dicts with `bytes`, and `times`, `kind`, `shape`, `where` as
+    in `Kernel`; those of copies have its `copies` and `source` too. The `bytes` of an array are
+    those of the result, the `bytes` of a copy those that are read each time.
     """
     rows = copies(traffic.kernels)[:LISTED]
     return {

@@ -13,7 +13,7 @@ _RESERVED = 1024  # bytes of a multiprocessor's shared memory that no block of t
 def target_config(name: str, chip: Chip, gpu: Gpu) -> str:
     """The description of a GPU as the text of XLA's `GpuTargetConfigProto`.
 
-    `name` is what XLA is to call it; `gpu` are the further figures of `chip`.
+    `name` is what XLA is to call it; `gpu` is `chip.gpu`.
     """
     major, minor = gpu.capability
     return f"""

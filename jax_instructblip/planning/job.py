@@ -29,6 +29,7 @@ class Job:
     token. A target is a token that the loss counts.
 
     Attributes:
+      variant: the sizes of the model.
       step: "train", or "decode" (greedy answers to the prompts of a batch).
       batch: samples of a step, on all devices together.
       samples_per_row: samples that share a row.
@@ -45,9 +46,10 @@ class Job:
       pairs_by_image: True if all captions of an image are positives (first stage).
       patches: True if a training batch has patch features in place of images.
       frozen_unused: top-level trees that no program of the run has, so that no chip holds them.
-      quantise: form of the frozen kernels of vision tower and language model, such as "int8"; None:
-        as the others.
+      quantise: form of the frozen kernels of vision tower and language model, "int8" or "int4";
+        None: they have `frozen_dtype`, as the others have.
       skip_non_finite: a step with a non-finite loss changes nothing, so the old state is kept.
+      clip_norm: the norm to which longer gradients are scaled down; None: no limit.
       accumulate: the number of parts that a batch is worked on in, one after another.
       new_tokens: most tokens of an answer ("decode").
     """

@@ -70,7 +70,7 @@ class Report:
       refusal: the compiler's message if the program does not fit, else "".
       program: collectives and cycles; None if the compiler refused.
       flops: FLOPs of all products in a step, on all chips together.
-      seconds: the time that tracing, lowering and compiling took.
+      seconds: the seconds that each part of the work took, by name: "trace", "lower", "compile".
       text: the compiled program; "" if the compiler refused.
     """
 
@@ -97,7 +97,7 @@ def compile_job(
     """Compiles the step of a job for a mesh and reports its memory, FLOPs and traffic.
 
     The devices of the mesh may be absent ones (`read_topology`). `effort` is the compiler's, a
-    value of `EFFORTS`; `options` are more of its options, by name.
+    value of `EFFORTS`; `options` are more of its options by name, as `Topology.options` are.
 
     Raises:
         ValueError: weights or batch cannot be divided over the mesh.
@@ -122,7 +122,7 @@ def compile_function(
     """Compiles a jitted function for arguments of these shapes, as `compile_job` does a step.
 
     `arguments` are trees of `jax.ShapeDtypeStruct` with shardings over `mesh`. Loops of unknown
-    length count as if they ran `loops` times.
+    length count as if they ran `loops` times. `effort` and `options` are as in `compile_job`.
     """
     clock = time.perf_counter()
     seconds = {}
@@ -206,7 +206,8 @@ _NOT_BY_TOKEN = re.compile(
 def token_bytes(job: Job, mesh: Mesh, beams: int = 1) -> int:
     """The bytes that a device must read for each new token: weights once, and the whole cache.
 
-    `job` has the step "decode"; in the cache each prompt has `beams` rows of new tokens.
+    The weights are those of the language model that each token passes. `job` has the step "decode";
+    in the cache each prompt has `beams` rows of new tokens.
     Devices are assumed to share the cache evenly.
     """
     arguments = job_arguments(job, mesh)
@@ -344,7 +345,8 @@ def job_function(job: Job, mesh: Mesh, arguments: tuple[Any, ...]) -> Any:
 def answering_model(job: Job, params: Any) -> VisionLanguageModel:
     """The model with which a pipeline answers from `params`, weights or their shapes.
 
-    Of these it matters only whether the layers that decode are unstacked.
+    The model depends on `params` only in one point: whether the layers that decode are unstacked,
+    each with arrays of its own.
     """
     scans = Scans(llm=Scan(unstacked=is_unstacked(job.variant, params)))
     return VisionLanguageModel(job.variant, job.dtype, scans)

@@ -30,7 +30,8 @@ MOST_CHIPS = 16_384  # in a topology; the largest pod has 8,960 chips
 class Topology:
     """Devices to compile for: JAX's descriptions of absent chips, or CPU devices of this process.
 
-    `chip` has the figures of one device, or is None for CPUs. `options` are the compiler's.
+    `chip` has the figures of one device, or is None for CPUs. `options` are those that the compiler
+    needs for these devices (`compile_job`).
     """
 
     name: str

@@ -106,9 +106,9 @@ def _total(kernel: Kernel) -> int:
 
 
 class Traffic:
-    """The kernels of a program's text; a loop of unknown length runs `loops` times.
+    """The kernels of a program's text; a loop of unknown length counts as `loops` runs.
 
-    The list of all of them is `kernels`.
+    `kernels` is the list of all of them, those in loops included.
     """
 
     def __init__(self, text: str, loops: int = 1):

@@ -13,8 +13,9 @@ def describe(
 ) -> Iterator[str]:
     """Yields lines about a prepared dataset: the records of each split, and what is missing.
 
-    The counts in the report of `folder` are compared with those in the table of datasets. `raw` is
-    the folder of the original files; `title` names the dataset instead of the path of `folder`.
+    That is records left out, or fewer than the table of datasets has, and splits not prepared. The
+    counts are those of the report in `folder`. `raw` is the folder of the original files, of which
+    a line tells if it is gone; `title` names the dataset instead of the path of `folder`.
     """
     prepared = read_report(folder)["splits"]
     for name, split in prepared.items():

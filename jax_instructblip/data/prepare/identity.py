@@ -57,6 +57,9 @@ class Split:
 def choose_splits(dataset: Dataset, raw: pathlib.Path, splits: Sequence[str]) -> list[str]:
     """Returns `splits`, or if that is empty, all splits whose annotation files are in `raw`.
 
+    If there are none either, it returns the dataset's first split, whose reader then names the
+    missing files.
+
     Raises:
         PrepareError: a split is unknown, or `raw` is no folder.
     """
@@ -145,7 +148,7 @@ def refuse_other(
     max_missing: float,
     candidates: Sequence[Sequence[str]] = ((), ()),
 ) -> None:
-    """Raises a PrepareError that lists how the finished dataset differs from what is asked for.
+    """Raises a PrepareError with all points in which a finished dataset is not what is asked for.
 
     Args:
       folder: the folder of the finished dataset.

@@ -162,7 +162,10 @@ def raw_candidates(dataset: Dataset, raw: pathlib.Path) -> tuple[str, ...]:
 
 
 def write_candidates(candidates: Sequence[str], folder: pathlib.Path) -> None:
-    """Writes the answers that all records are ranked over, if any, into a dataset's folder."""
+    """Writes the answers that all records are ranked over into a dataset's folder.
+
+    Without candidates no file is written.
+    """
     if candidates:
         write_file(folder / CANDIDATES, json.dumps(candidates, ensure_ascii=False) + "\n")
 

@@ -45,8 +45,8 @@ class Dataset:
       files: for each split the annotation files that `read` needs, relative to `raw`; `*.tar`
         is at least one tar.
       counts: expected number of records of a split, where it is known.
-      templates: the list of `data/templates.py` from which training prompts are made; "" for a
-        dataset whose prompts are instructions already, or that has none.
+      templates: the key of `TEMPLATES` (`data/templates.py`) from which training prompts are made;
+        "" for a dataset whose prompts are instructions already, or that has no prompts.
       licence: of annotations or images, as the source states it.
       source: where to get the files.
       notes: dead links, differences between releases, and what could not be verified.
