@@ -83,12 +83,13 @@ def evaluate(
     Args:
       checkpoint: a Hugging Face folder, a converted folder, a run, or the name of an embedded
         checkpoint. It, `data`, `out` and the files of other settings may be object-store addresses
-        (`gs://bucket/run`).
+        (`gs://bucket/run`). None is allowed with the setting `predictions` only.
       datasets: benchmarks, as a list or one text with commas; "held_out" means all of the paper's
         table 1. Without any, exact match is computed by family.
       data: output of `jax-instructblip prepare`, or the datasets' original files; for families a
         JSON-lines file or `shapes`, by default what the run was validated on.
-      out: the folder to write to; for families by default the run.
+      out: the folder to write to; for families by default the run. With `datasets` or the setting
+        `beside`, `data` and `out` are required.
       joined: a context in which this process is one of several that share the questions of
         datasets (`parallel.cluster.joined`); entered after the settings have been checked.
       command: the command line to record in the results.

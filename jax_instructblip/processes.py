@@ -13,6 +13,8 @@ def pool(
 ) -> concurrent.futures.ProcessPoolExecutor:
     """Returns an executor with `workers` processes, each of which first calls `prepare`.
 
+    `prepare` must be picklable, such as a function of a module.
+
     The processes are spawned, because forked ones would inherit locks held by other threads. They
     ignore SIGTERM and SIGINT, since this process may still need them while it shuts down, and they
     exit when this process dies.

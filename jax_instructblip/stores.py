@@ -36,7 +36,10 @@ _Stamps = dict[str, tuple[int, str]]
 
 
 def folder_of_copies() -> Path:
-    """Returns the folder of all local copies: from the environment, else in the user's cache."""
+    """Returns the folder of all local copies: that in the environment variable named `VARIABLE`.
+
+    If the variable is not set, it is a folder in the user's cache. The folder need not exist.
+    """
     if chosen := os.environ.get(VARIABLE):
         return Path(chosen).absolute()
     try:

@@ -10,7 +10,8 @@ STACK = "--fibers_default_thread_stack_size=4194304"
 def set_flags() -> None:
     """Adds `STACK` to the environment variable `LIBTPU_INIT_ARGS`; harmless without a TPU.
 
-    What the variable has already is kept, also another value of that flag.
+    `STACK` is a flag for a larger stack. What the variable has already is kept, also another value
+    of that flag.
     """
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
     if STACK.partition("=")[0] not in flags:

@@ -80,8 +80,9 @@ def make_groups(
 ) -> list[Group]:
     """Returns the groups of tensors that rules (`entries`) make of the leaves in a manifest.
 
+    `manifest` is that of a checkpoint (`StoredModel.manifest`), `title` its name in the error.
     With `leave_out_head`, the language model's head is left out: the format ties it to the
-    embedding. `title` is the checkpoint's name in the error.
+    embedding.
 
     Raises:
       ValueError: the parts of a tensor have different dtypes.

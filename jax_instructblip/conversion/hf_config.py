@@ -271,8 +271,9 @@ def tokenizer_ids(
 
     The text_config of released folders has 0, 1 and -1, from LLaMA's first port, which are wrong
     here. An id that the files do not tell is left out, so that the default of `LlamaConfig` (the
-    released id) applies; if `released` is "llava", it is that of the token in `RELEASED_SPECIAL`.
-    Given `settings` take the place of tokenizer_config.json. Complaints are appended to `failures`.
+    released id) applies. If `released`, the model's kind (one of `KINDS`, or ""), is "llava", it is
+    that of the token in `RELEASED_SPECIAL`. If `settings` are given, they are used in place of
+    tokenizer_config.json. Complaints are appended to `failures`.
     """
     bytewise = splits_bytes(folder)
     documents = _tokenizer_documents(folder)
@@ -298,7 +299,7 @@ def tokenizer_ids(
 
 
 def control_tokens(folder: Path) -> dict[str, int]:
-    """Returns the ids of the tokens that a tokenizer's files list beside its pieces, by token."""
+    """Returns {token: id} of the added tokens, special ones too, in a tokenizer's JSON files."""
     return _listed_tokens(_tokenizer_documents(folder), [])
 
 

@@ -62,8 +62,9 @@ def lost_input_format(
 ) -> list[str]:
     """Returns [a sentence about fields of the input format that a folder loses], or [].
 
-    The folder is one of Hugging Face, which has no record of them. `tokenizer` is the folder of its
-    tokenizer, `facts` has the content of its small files by name, such as `preprocessor_config`.
+    It is a Hugging Face folder, which has no record of them. `tokenizer` is the folder of its
+    tokenizer; `facts` has the content of its small files by name: `config`,
+    `preprocessor_config` and, if there is one, `processor_config`.
     """
     before = input_format.to_dict()
     after = usual_input_format(variant, tokenizer, facts).to_dict()

@@ -33,7 +33,10 @@ SUFFIXES = (".pth", ".pt")
 
 @dataclasses.dataclass(frozen=True)
 class OriginalLeaves:
-    """Parameters of the `.pth` files, then of the language model's folder, read one by one."""
+    """The parameters of a model of `.pth` files; iterating makes (path, array), one at a time.
+
+    Those of the files (`plan`) come first, then those of the language model's folder, if any.
+    """
 
     plan: Plan
     language: LanguageFolder | None

@@ -16,11 +16,12 @@ ADDED, VOCABULARY = "added_tokens.json", "tokenizer.json"
 def complete_settings(
     folder: Path, added: Mapping[int, str] | None = None
 ) -> dict[str, Any] | None:
-    """Returns the tokenizer_config.json that a folder needs as one of LLaVA; None if it has it.
+    """Returns the content of the tokenizer_config.json that a LLaVA tokenizer needs.
 
-    Special tokens that neither it nor special_tokens_map.json names are those of LLaVA. `added` are
-    further tokens by id. transformers reads no other file about tokens beside settings with
-    `added_tokens_decoder`, so these then name all.
+    Returns None if that in `folder` is complete. Special tokens that neither it nor
+    special_tokens_map.json names are those of LLaVA. `added` are further tokens by id. transformers
+    reads no other file about tokens beside settings with `added_tokens_decoder`, so these then name
+    all.
     """
     settings, special, known, vocabulary = (
         read_json(folder / name) if (folder / name).is_file() else {}

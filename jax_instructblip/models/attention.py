@@ -29,6 +29,9 @@ class Attention(nn.Module):
     has no key bias. `dtype` and `bias_dtype` are as in `dense.Dense`. `key_heads` is the number of
     key and of value heads if there are fewer of them than query heads; consecutive query heads then
     share one. `fused` is as in `attend`.
+
+    A call takes the queries from `x` `[B, T, D]`, the keys and values from `context` `[B, S, Dc]`
+    (`x` itself in self-attention); its other arguments are those of `attend`.
     """
 
     width: int

@@ -127,8 +127,9 @@ _SIZES = (
 
 
 def block_size(slots: int) -> int:
-    """The size of a block: the largest multiple of `LANES`, up to `BLOCK`, that divides `slots`.
+    """The number of slots that splash attention computes together, as one block.
 
-    `slots`, the length of a row, must itself be a multiple of `LANES`.
+    It is the largest multiple of `LANES`, up to `BLOCK`, that divides `slots`, the length of a row.
+    `slots` must itself be a multiple of `LANES`.
     """
     return max(size for size in range(LANES, BLOCK + 1, LANES) if slots % size == 0)

@@ -90,7 +90,8 @@ class CaptionVocabulary(NamedTuple):
 class Blip2(Network):
     """The whole first-stage model; `variant` holds its sizes, `dtype` is the compute dtype.
 
-    `vocabulary` is only needed to generate captions (`prefill`, `decode_step`).
+    `scans` sets how layers run and changes no result. `vocabulary` is only needed to generate
+    captions (`prefill`, `decode_step`).
     """
 
     variant: Variant

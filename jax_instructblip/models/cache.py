@@ -64,7 +64,10 @@ def reorder_beams(cache: Cache, parents: Int[Array, "B R"]) -> Cache:
 
 
 class TailView(NamedTuple):
-    """The part of the cache's tail (generated tokens) that rows may see in one decoding step."""
+    """The part of the cache's tail (generated tokens) that rows may see in one decoding step.
+
+    `mask` is a result of `masks.lineage_mask`.
+    """
 
     mask: Bool[Array, "B 1 R S"]
     slot: (

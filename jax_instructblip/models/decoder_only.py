@@ -58,9 +58,9 @@ class DecoderOnly(Network):
     ) -> tuple[Array, Any]:
         """Hidden states `[B, X, D]` after the final norm, and the keys and values of all layers.
 
-        The second item is None unless `return_kv`. `inputs` `[B, X, D]` are embedded slots.
-        `segments` `[B, X]` is the number of the sample that owns each slot, 0 on padding;
-        `positions` `[B, X]` is the slot's position in that sample.
+        The second item, in the form of a cache's `prefix`, is None unless `return_kv`.
+        `inputs` `[B, X, D]` are embedded slots. `segments` `[B, X]` is the number of the sample
+        that owns each slot, 0 on padding; `positions` `[B, X]` is the slot's position in it.
         """
         shared = self.shared(positions)
         x = self.begin(inputs, positions)

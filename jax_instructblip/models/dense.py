@@ -193,9 +193,10 @@ def _tensordot(x: Array, kernel: Array, contracted: int, dtype: Any) -> Array:
 def multiply(
     product: Callable[..., Array], x: Array, kernel: Array, contracted: int, dtype: Any
 ) -> Array:
-    """`product(x, kernel, precision=...)`, which sums over the last `contracted` axes of `x`.
+    """Returns the result of `product`, a function called as `product(x, kernel, precision=...)`.
 
-    `dtype` is that of the product's result.
+    `product` sums over the last `contracted` axes of `x` and returns an array of `dtype`; nothing
+    is cast here.
 
     XLA for GPUs treats a single row badly, so it gets a product of its own there. With a small
     kernel it writes every product of two numbers to memory before it sums them: the row becomes the

@@ -29,7 +29,7 @@ FUSED = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrap
 
 
 def products(jaxpr: Jaxpr, times: int = 1, loops: int = 1) -> Iterator[tuple[Any, int]]:
-    """Yields the matrix products and convolutions of `jaxpr`, and how often each runs.
+    """Yields (equation, number of runs) of each matrix product and convolution of `jaxpr`.
 
     `times` is how often `jaxpr` itself runs, `loops` how often the body of a `while` is assumed to
     run. Of the branches of a `cond` only the last counts, which is that of a CPU
@@ -223,7 +223,10 @@ def _decoder_weights(config: LlamaConfig | OptConfig) -> int:
 
 
 def linear(rows: Count, *sizes: Count) -> Count:
-    """FLOPs of multiplying `rows` vectors with a weight of shape `sizes`."""
+    """FLOPs of multiplying `rows` vectors with a weight of shape `sizes`.
+
+    Each may be an array with a number for each sample, as is then the result.
+    """
     return 2 * rows * math.prod(sizes)
 
 

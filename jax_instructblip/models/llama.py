@@ -80,8 +80,9 @@ def rotate(x: Float[Array, "B T N K"], rotation: Rotation) -> Float[Array, "B T 
 class LlamaLayer(nn.Module):
     """One layer of LLaMA; each method returns (carry, output), as `nn.scan` expects.
 
-    The carry is the residual stream `x`, float32. `rotation` is `Llama.rotation` of the positions
-    of `x`. `prefix_mask` `[B, 1, 1, S]` is False on padding of the cached prompt.
+    The carry is the residual stream `x`, float32; the scanned argument `_` is None.
+    `rotation` is `Llama.rotation` of the positions of `x`. `prefix_mask` `[B, 1, 1, S]` is False on
+    padding of the cached prompt.
     """
 
     config: LlamaConfig

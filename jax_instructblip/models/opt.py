@@ -39,8 +39,8 @@ OFFSET = 2  # position p is row p + 2 of the table: the first two rows were fair
 class OptLayer(nn.Module):
     """One layer of OPT; each method returns (carry, output), as `nn.scan` expects.
 
-    The carry is the residual stream `x`, float32. `prefix_mask` `[B, 1, 1, S]` is False on padding
-    of the cached prompt.
+    The carry is the residual stream `x`, float32; the scanned argument `_` is None.
+    `prefix_mask` `[B, 1, 1, S]` is False on padding of the cached prompt.
     """
 
     config: OptConfig

@@ -24,7 +24,10 @@ class Bridge(Protocol):
         valid: Bool[Array, "B L"] | None = None,
         train: bool = False,
     ) -> Float[Array, "B Q Dl"]:
-        """The vectors of each image; `tokens` is its instruction, `valid` is False on padding."""
+        """The vectors of each image; `tokens` is its instruction, `valid` is False on padding.
+
+        Both may be None if the bridge reads no instruction.
+        """
         ...
 
 

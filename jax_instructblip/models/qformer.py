@@ -118,10 +118,11 @@ class QFormerLayer(nn.Module):
     ) -> Float[Array, "B Q D"]:
         """Output of the cross-attention of the queries `x` to the images.
 
-        `image` holds patches, the result of `image_kv`, or two images per sample. There may be
-        several rows of `x` per image. Rows about one image are adjacent, so that its keys and
-        values, which are computed once, serve all of them. `dropout` is a function that is applied
-        to the attention weights.
+        `image` holds patches, the result of `image_kv`, or two images per sample (`TwoImages`: the
+        sample's last row sees the second, its others the first). There may be several rows of `x`
+        per image. Rows about one image are adjacent, so that its keys and values, which are
+        computed once, serve all of them. `dropout` is a function that is applied to the attention
+        weights.
         """
         if isinstance(image, tuple):
             rows = x.reshape(image[0].shape[0], -1, *x.shape[1:])  # [G, k, Q, D]
@@ -282,7 +283,8 @@ class QFormer(Network):
         """Outputs of the queries, which see the image and the text; the text sees them, too.
 
         There may be k texts per image, B = G x k: the first k texts belong to image 0, and so on.
-        Instead of patches the result of `image_kv` can be given, or two images (`TwoImages`).
+        Instead of patches the result of `image_kv` can be given, or two images per sample: the last
+        of its k texts belongs to the second, the others to the first (`TwoImages`).
         Queries have no position embedding, text positions start at 0, and one layer norm covers
         both.
         """

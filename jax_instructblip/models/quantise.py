@@ -56,7 +56,7 @@ Kernel = dict[str, Any]  # {"q": ..., "scale": ...}
 def check_towers(towers: Sequence[str], trainable: Sequence[str] = ()) -> None:
     """Raises a ValueError that names each of `towers` that cannot be quantised.
 
-    `trainable` are the top-level trees that are trained.
+    Those of `TOWERS` can, unless they are in `trainable`, the top-level trees that are trained.
     """
     wrong = [f"{each}: it is none of {', '.join(TOWERS)}" for each in towers if each not in TOWERS]
     wrong += [
@@ -205,7 +205,7 @@ def form_of(params: Any) -> str | None:
 
 
 def expand(q: jax.Array, scale: jax.Array, shape: Sequence[int], summed: int) -> jax.Array:
-    """Returns the float32 weights, of `shape`, of a quantised kernel.
+    """Returns the float32 weights `q` * `scale`, of the `shape` that the kernel had before.
 
     A product with the kernel sums over its first `summed` axes.
     """
@@ -223,11 +223,12 @@ def expand(q: jax.Array, scale: jax.Array, shape: Sequence[int], summed: int) ->
 def row_product(
     x: jax.Array, q: jax.Array, scale: jax.Array, shape: Sequence[int], summed: int
 ) -> jax.Array:
-    """Returns one row `x` times a quantised kernel of `shape`: float32 of `shape[summed:]`.
+    """Returns one row `x` times a kernel that had `shape` before it was quantised.
 
-    `x` has as many numbers as the kernel's first `summed` axes, which are summed over. Sums groups
-    of inputs, then scales and sums the groups. XLA for GPUs reads whole numbers, makes them wide
-    and adds them in one kernel; without Triton, a product would write a wide copy first.
+    The result is float32 `shape[summed:]`. `x`, of any shape, has as many numbers as the kernel's
+    first `summed` axes, which are summed over: first within groups of inputs, whose sums are then
+    scaled and added. XLA for GPUs reads whole numbers, makes them wide and adds them in one kernel;
+    without Triton, a product would write a wide copy first.
     """
     outer, groups = math.prod(shape[summed:]), math.prod(scale.shape[:summed])
     rows = q.size // outer

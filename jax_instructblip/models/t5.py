@@ -66,9 +66,9 @@ def relative_bucket(
 class T5Layer(nn.Module):
     """One encoder or decoder layer; each method returns (carry, output), as `nn.scan` expects.
 
-    The carry is the residual stream `x`, float32. `prefix_mask` `[B, 1, 1, S]` is False on padding
-    of the cached encoder output. `cache` is {"prefix": ..., "tail": ...}, this layer's part of each
-    (`cache.py`).
+    The carry is the residual stream `x`, float32; the scanned argument `_` is None.
+    `prefix_mask` `[B, 1, 1, S]` is False on padding of the cached encoder output. `cache` is
+    {"prefix": ..., "tail": ...}, this layer's part of each (`cache.py`).
     """
 
     config: T5Config
@@ -177,10 +177,11 @@ class T5Stack(nn.Module):
         return jnp.moveaxis(self.relative_bias.astype(jnp.float32)[buckets], -1, 0)
 
     def __call__(self, x, mask, encoded=None, encoded_mask=None, train=False):
-        """Runs full sequences `x` [B, T, D] through all layers and the final norm.
+        """Hidden states [B, T, D] of the full sequences `x` [B, T, D], after the final norm.
 
-        The decoder also attends to `encoded` [B, S, D]; the masks are those of `attention.attend`,
-        for self-attention and for cross-attention.
+        `x` are embeddings. The decoder also attends to `encoded` [B, S, D], the encoder's hidden
+        states; the encoder has no `encoded`. `mask` is that of self-attention,
+        `encoded_mask` that of cross-attention, as in `attention.attend`.
         """
         index = jnp.arange(x.shape[1])
         bias = self.bias(index[None, :] - index[:, None])[None]  # [1, N, T, T]

@@ -198,7 +198,10 @@ Model = VisionLanguageModel | blip2.Blip2
 
 
 def model_of(variant: Variant, dtype: Any = jnp.float32, scans: Scans | None = None) -> Model:
-    """The Flax model of a variant: `Blip2` without a language model, else `VisionLanguageModel`."""
+    """The Flax model of a variant: `Blip2` without a language model, else `VisionLanguageModel`.
+
+    `dtype` is the compute dtype; `scans` None stands for `Scans()`.
+    """
     page = VisionLanguageModel if variant.llm is not None else blip2.Blip2
     return page(variant, dtype, scans or Scans())
 

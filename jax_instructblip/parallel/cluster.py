@@ -36,9 +36,9 @@ def joined(
     """A context in which this process is part of its run; does nothing if `cluster` is None.
 
     Waits up to `limit` seconds for the other processes, then prints this process's number and
-    devices to stderr. If another process is lost inside the context, this one reports the loss and
-    ends (`peers.py`; on a TPU pod JAX notices, and aborts). If this process fails, the others are
-    told.
+    devices to stderr. If another process is lost inside the context, that is, killed or silent for
+    `silence_limit` seconds, this one reports the loss and ends (`peers.py`; on a TPU pod JAX
+    notices, and aborts). If this process fails, the others are told.
 
     Raises:
         ClusterError: not all processes came within `limit`; the message names the absent ones.

@@ -77,7 +77,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def read_flags(flags: argparse.Namespace) -> tuple[Cluster | None, float, float]:
     """The arguments of `cluster.joined`: place of this process, and two limits in seconds.
 
-    All are read from flags; the place may also come from the environment.
+    `flags` come from a parser to which `add_flags` was applied. The place may also come from the
+    environment or Slurm (`find_cluster`).
     """
     cluster = find_cluster(flags.coordinator, flags.processes, flags.process)
     return cluster, flags.wait_limit, flags.silence_limit

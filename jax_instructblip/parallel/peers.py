@@ -53,7 +53,7 @@ class Peers:
     """Watches the other processes of a run from its construction until `close` or `fail`."""
 
     def __init__(self, lines: Lines, me: str, limit: float = LIMIT):
-        """Starts the watch over these connections, which it closes at the end.
+        """Starts the watch over `lines` (from `cluster.rendezvous`), which it closes at the end.
 
         `me` is the name of this process in messages to the others; a process that is silent for
         `limit` seconds counts as lost.

@@ -104,7 +104,7 @@ class Checkpoints:
         return int(multihost_utils.broadcast_one_to_all(np.int64(steps[-1] if steps else 0)))
 
     def path(self, step: int) -> Path:
-        """Returns the local folder of the checkpoint of `step`."""
+        """Returns the local folder of the checkpoint of `step`, which need not exist."""
         return self.folder / str(step)
 
     def location(self, step: int) -> str:

@@ -12,7 +12,8 @@ def copy_to_host(leaves: Mapping[Any, Array], kept: dict[Any, np.ndarray]) -> di
     """Returns host copies of the arrays `leaves`, all of which must be addressable by this process.
 
     On CPU, `kept` holds the destination buffers and is updated: the next call with the same keys
-    overwrites them. Reused memory is faster, because the system must zero and map fresh pages.
+    overwrites them. Reused memory is faster, because the system must zero and map fresh pages. On
+    other backends `kept` is ignored.
     """
     on_cpu = jax.default_backend() == "cpu"
     if not on_cpu:

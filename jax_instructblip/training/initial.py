@@ -79,8 +79,9 @@ def load_initial(
       frozen_dtype: the dtype of the frozen weights.
       quantise: the form of the kernels of frozen vision towers and language models, "int8" or
         "int4" (`models/quantise.py`); None leaves them as they are.
-      mesh: if given, each leaf is put on the devices with the sharding of `parallel/rules.py`.
-      leave_out: frozen top-level trees that no program of the run reads; they are not put anywhere.
+      mesh: if given, each leaf is put on the devices with the sharding of `parallel/rules.py`,
+        else on the default device.
+      leave_out: names of frozen top-level trees that no program reads; `frozen` lacks them.
 
     Raises:
         ValueError: a change that does not fit the weights, `init` of other sizes, a `dtype` that

@@ -41,7 +41,8 @@ class Objective(Protocol):
     ) -> tuple[Array, Metrics]:
         """Returns the loss and metrics, which both add up over parts; `rng` draws the dropout.
 
-        `totals` are those of the whole batch, also if `batch` is only a part.
+        `params` are all parameters, trained and frozen, as one nested dict. `totals` are those of
+        the whole batch, also if `batch` is only a part.
         """
         ...
 

@@ -97,6 +97,8 @@ def decays(params: Any) -> Any:
 def rate_scales(params: Any, vision_layer_decay: float) -> Any:
     """Returns the factor of each leaf's learning rate: a number, or [Y, 1, ...] for stacked layers.
 
+    The result has the structure of `params`, the trained trees; decay is `vision_layer_decay`.
+
         patches, CLS, positions, the norm before the blocks     decay^(Y + 1)
         block i of the Y blocks of the vision tower             decay^(Y - i)
         everything else                                         1

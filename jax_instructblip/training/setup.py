@@ -137,9 +137,9 @@ def read_frozen_dtype(config: ConfigDict) -> tuple[Any, str | None]:
 
 
 def read_scans(config: ConfigDict, mesh: Mesh | None) -> Scans:
-    """Returns for each tower how its layers are scanned: remat policy, weight sharding, attention.
+    """Returns how the layers of each tower run: remat policy, weight sharding, attention kernel.
 
-    `mesh` has the devices that run them. None: as configured, for any devices (`Scans.on`).
+    The kernel is one for the devices of `mesh`. If `mesh` is None, "auto" stays (`Scans.on`).
     """
     fused = "auto" if config.model.attention == "auto" else ""
     scan = lambda tower: Scan(config.model.remat[tower], rules.constrain_layer, fused=fused)

@@ -44,10 +44,10 @@ class SharedSave:
     def __init__(self, folder: Path, store: str, step: int, token: str, ending: threading.Event):
         """Sets up the save of `step`.
 
-        Without `store` all processes see the same `folder`; with `store`, the address of the
-        checkpoints, each has a local one. `token` is equal in all processes and different in each
-        run. `ending` is set after another process has died; its missing files then soon become an
-        error.
+        `folder` is the run's `checkpoints/`: one that all processes see if `store` is "", a local
+        one of each process if `store` is the object-store address of the checkpoints. `token` is
+        equal in all processes and different in each run. `ending` is set after another process has
+        died; its missing files then soon become an error.
         """
         self._folder, self._step, self._token, self._ending = folder, step, token, ending
         self._store = f"{store}/{step}" if store else ""

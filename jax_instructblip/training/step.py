@@ -107,8 +107,9 @@ def compile_step(
     """Returns `train_step` compiled with these settings; it donates the old state's buffers.
 
     Args:
-      like: a state whose leaves have the shardings that the new state gets.
-      mesh: the mesh of the state; metrics are replicated on it. None: one device.
+      like: a state whose leaves have the shardings that the new state gets; needed by "jit" with a
+        mesh, otherwise ignored.
+      mesh: the mesh of the state; metrics are replicated on it. None: one device, only with "jit".
       mode: "jit": XLA divides one program; "pmap": each device runs the program on its own rows
         with its own copy of the weights.
       narrow_weights: True if frozen weights are narrower than float32. On CPU this turns off an XLA
