@@ -278,7 +278,10 @@ def _write_index(home: Path, address: str, cached: _Stamps) -> None:
 
 
 def send(folder: Path, address: str, last: str) -> None:
-    """Uploads a folder to `address` as `remote.put` does, and prints its size to stderr."""
+    """Uploads a folder to `address` as `remote.put` does, and prints its size to stderr.
+
+    `last` is the file that is uploaded after all others, "" for none.
+    """
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"copying {size / 1e6:,.1f} MB to {address}", file=sys.stderr, flush=True)
     remote.put(folder, address, last=last)

@@ -99,6 +99,7 @@ class LanguageModel(Protocol):
     def factors(self, x: Float[Array, "*B D"]) -> WordFactors:
         """The factors whose product is `logits`, for a loss that does not hold all of the logits.
 
-        The head's kernel is that of stacked layers (`layers.Scan.unstacked` is False).
+        Only for a model of stacked layers (`layers.Scan.unstacked` is False): with others the
+        head's kernel is stored in another layout, which `axes` of the result would not tell.
         """
         ...

@@ -84,7 +84,10 @@ class Peers:
             self._broadcast(_HERE)
 
     def close(self) -> None:
-        """Ends the watch and closes the connections, when the processes have done their work."""
+        """Ends this process's watch and closes its connections, after the last `barrier` of a run.
+
+        It does not wait for the others, who do not take this process for lost.
+        """
         self._closed.set()
         self._broadcast(_BYE)
         self._thread.join()
