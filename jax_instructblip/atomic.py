@@ -91,7 +91,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                if os.path.samestat(os.fstat(lock), os.stat(folder)):  # no other writer's
+                    folder.rmdir()
     finally:
         os.close(lock)
 
@@ -99,8 +100,15 @@ def sole_writer(folder: Path) -> Iterator[None]:
 def _locked_folder(folder: Path) -> int:
     """Makes, opens and locks a folder; starts again if its last writer removed it meanwhile."""
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
+        except FileExistsError:
+            if folder.is_file():
+                raise
+            continue  # another writer made it meanwhile
         try:
             lock_alone(lock, folder)
             if os.path.samestat(os.fstat(lock), os.stat(folder)):

@@ -1,3 +1,4 @@
+import concurrent.futures
 import json
 import os
 import socket
@@ -146,6 +147,39 @@ def test_a_folder_that_its_last_writer_removes_meanwhile_is_locked_anew(
             with sole_writer(folder):
                 pass
     assert len(calls) == 3 and (folder / "file").is_file()
+
+
+def test_a_writer_whose_folder_is_gone_removes_no_other_writers(tmp_path):
+    folder = tmp_path / "a"
+    first, second = sole_writer(folder), sole_writer(folder)
+    with first:
+        folder.rmdir()
+        second.__enter__()
+    with pytest.raises(ValueError, match="another process writes"), sole_writer(folder):
+        pass
+    second.__exit__(None, None, None)
+    assert not folder.exists()
+
+
+def test_a_file_in_place_of_a_writers_folder_is_named(tmp_path):
+    (tmp_path / "a").write_text("x")
+    with pytest.raises(FileExistsError, match="/a'"), sole_writer(tmp_path / "a"):
+        pass
+
+
+def test_many_writers_of_a_folder_wait_or_write_and_fail_in_no_other_way(tmp_path):
+    def write(number):
+        written = 0
+        for _ in range(200):
+            try:
+                with sole_writer(tmp_path / "a"):
+                    written += 1
+            except ValueError as error:
+                assert "another process writes" in str(error)
+        return written
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(write, range(4))) > 0
 
 
 def test_what_is_set_aside_replaces_nothing(tmp_path):

@@ -114,13 +114,14 @@ def answer_jsonl(
 def _answer(engine: Engine, path: Path, left: Sequence[Asked], store: Store, total: int) -> None:
     """Answers the questions that are left, and appends their rows to the store.
 
-    Scores that are not finite are a question's problem, but if none of the first answers is usable,
-    as many as the engine has slots, the weights are to blame: this raises a ValueError.
+    Scores that are not finite are a question's problem, but if there is no usable answer yet, and
+    as many as the engine has slots have such scores, the weights are to blame: this raises a
+    ValueError.
     """
     done = total - len(left)
     line = Progress(total, "answering", "questions", done=done, compiles=True)
     wrong: list[Prediction] = []  # rows that wait for a usable answer
-    usable = False
+    usable = any(not row.problem for row in store.rows().values())
 
     def take(row: Prediction) -> None:
         store.append([row])

@@ -204,7 +204,7 @@ class Store:
             )
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         write_file(self._facts_path, json.dumps(self._facts, indent=1, ensure_ascii=False) + "\n")
-        if self.path.is_file():
+        if self.path.is_file() and not self.partial.is_dir():
             return
         rows = self._unfinished()
         self.partial.mkdir(exist_ok=True)

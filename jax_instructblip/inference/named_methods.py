@@ -16,6 +16,8 @@ class NamedMethods:
 
         def __getattr__(self, name: str) -> Any:
             kind = type(self)
+            if hasattr(kind, name):  # a property that raised an AttributeError
+                return object.__getattribute__(self, name)
             message = f"{kind.__name__} has no {name!r}"
             if not name.startswith("_"):
                 known = [each for each in dir(kind) if callable(getattr(kind, each))]

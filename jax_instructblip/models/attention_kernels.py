@@ -4,6 +4,7 @@
 with the einsums of `attention.attend`. A kernel rounds its numbers in another order than they do.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_instructblip.models.layers import BATCH_AXES
 
 CUDNN_WIDTHS = range(8, 129, 8)  # widths of heads that cuDNN has on all GPUs since A100
-LANES = 128  # splash attention's blocks, and its heads, have multiples of as many slots
+SPLASH_WIDTHS = (128, 256)  # of wider heads the gradient's blocks do not fit a core's own memory
+LANES = 128  # splash attention's blocks have a multiple of as many slots
 BLOCK = 1024  # most slots of a block: its scores are in a core's own memory
 HEAD_AXIS = "tensor"  # the mesh axis that splits heads
 
@@ -48,14 +50,25 @@ def takes(kernel: str, query: Array, key: Array, mask: Any, bias: Any, dropout: 
     a mask only where the numbers of queries and of keys are even. Splash attention takes no mask
     but `CausalRows`.
     """
-    if query.dtype not in (jnp.bfloat16, jnp.float16) or not (bias is None and dropout is None):
+    if bias is not None or dropout is not None:
         return False
     slots, width = query.shape[1], query.shape[-1]
     if kernel == "cudnn":
         even = mask is None or slots % 2 == key.shape[1] % 2 == 0
-        return even and width in CUDNN_WIDTHS
-    rows = isinstance(mask, CausalRows)
-    return kernel == "splash" and rows and slots % LANES == width % LANES == 0
+        return query.dtype in (jnp.bfloat16, jnp.float16) and even and width in CUDNN_WIDTHS
+    if kernel != "splash" or not isinstance(mask, CausalRows) or not _divides(query.shape[0]):
+        return False
+    return query.dtype == jnp.bfloat16 and slots % LANES == 0 and width in SPLASH_WIDTHS
+
+
+def _divides(rows: int) -> bool:
+    """True if the current mesh, if there is one, has our axes and splits so many rows evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return True
+    if not {*BATCH_AXES, HEAD_AXIS} <= set(mesh.axis_names):
+        return False
+    return rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0
 
 
 def cudnn(query: Array, key: Array, value: Array, mask: Array | None, scale: float) -> Array:

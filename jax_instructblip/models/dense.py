@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jax_instructblip.models.quantise import expand, packed_shape, row_product
+from jax_instructblip.models.quantise import expand, has_row_product, packed_shape, row_product
 
 VOCAB_MULTIPLE = 8  # tensor cores of GPUs multiply matrices of multiples of 8 narrow numbers
 _ROWS = 8  # of the matrix that stands for a single row on GPUs
@@ -110,7 +110,7 @@ def quantised_product(
         leading = x.shape[: x.ndim - contracted]
         return row_product(x, q, scale, shape, contracted).reshape(*leading, *shape[contracted:])
 
-    if not _is_row(x, contracted):
+    if not (_is_row(x, contracted) and has_row_product(q, scale, shape, contracted)):
         return of_rows(x, q, scale)
     return jax.lax.platform_dependent(x, q, scale, cuda=of_one, default=of_rows)
 

@@ -245,6 +245,12 @@ def row_product(
     return sums.sum(axis=0).reshape(shape[summed:])
 
 
+def has_row_product(q: Any, scale: Any, shape: Sequence[int], summed: int) -> bool:
+    """Tells whether `row_product` takes a kernel: no packed byte holds weights of two groups."""
+    rows, groups = q.size // math.prod(shape[summed:]), math.prod(scale.shape[:summed])
+    return rows % groups == 0
+
+
 def _axes(path: str) -> tuple[int, int]:
     """Returns (axes that a product with the kernel sums over, all axes without that of layers)."""
     if "attention/" not in path:

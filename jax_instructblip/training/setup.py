@@ -26,7 +26,7 @@ from jax_instructblip.data.pairs import PairBatches
 from jax_instructblip.data.patch_features import PatchFeatures
 from jax_instructblip.data.records import Record
 from jax_instructblip.data.sources import dataset_name, open_records
-from jax_instructblip.data.templates import TextStyle, needs_prompts
+from jax_instructblip.data.templates import TextStyle, needs_prompts, placeholders
 from jax_instructblip.data.text import TextProcessor
 from jax_instructblip.data.train_batches import TrainBatches
 from jax_instructblip.inference.loading import read_source
@@ -128,10 +128,7 @@ def read_rows(config: ConfigDict, mesh: Mesh) -> np.ndarray:
 
 
 def read_frozen_dtype(config: ConfigDict) -> tuple[Any, str | None]:
-    """Returns the dtype of frozen weights, and the form of quantised kernels.
-
-    The form is "int8" or "int4", or None if nothing is quantised.
-    """
+    """Returns the dtype of frozen weights, and the form of quantised kernels, or None: "int8"."""
     name = config.model.frozen_dtype
     return (jnp.dtype(jnp.bfloat16), name) if name in QUANTISED else (jnp.dtype(name), None)
 
@@ -143,7 +140,7 @@ def read_scans(config: ConfigDict, mesh: Mesh | None) -> Scans:
     """
     fused = "auto" if config.model.attention == "auto" else ""
     scan = lambda tower: Scan(config.model.remat[tower], rules.constrain_layer, fused=fused)
-    scans = Scans(vision=scan("vision"), qformer=scan("qformer"), llm=scan("llm"))
+    scans = Scans(scan("vision"), scan("qformer"), scan("llm"))
     return scans if mesh is None else scans.on(kernel_for(mesh.devices.flat[0]))
 
 
@@ -158,10 +155,9 @@ def read_mixture(config: ConfigDict) -> Mixture:
         if not fields.path:
             continue
         try:
-            needed = needs_prompts(fields.templates)
-            records, digest = open_records(
-                fields.path, fields.split, fields.images, need_prompts=needed
-            )
+            needed = needs_prompts(fields.templates) and _reads_prompts(config)
+            where = fields.path, fields.split, fields.images
+            records, digest = open_records(*where, need_prompts=needed)
             if fields.noun_phrases:
                 rule = dict(cap=fields.noun_phrases, seed=config.seed)
                 records, digest = balanced(records, digest, fields.path, **rule)
@@ -218,11 +214,10 @@ def read_batches(
     text = read_text(config, initial.folder, initial.variant, initial.input_format)
     if isinstance(text, CaptionTokenizer):
         return PairBatches(mixture, text, crop=config.data.crop or "squash", **settings)
-    settings["crop"] = text.input_format.image_crop
-    buckets = tuple(config.data.buckets)
+    settings |= dict(crop=text.input_format.image_crop, buckets=tuple(config.data.buckets))
     chat = text.chat if isinstance(text, ChatTextProcessor) else None
     settings |= dict(chat=chat, image_order=config.chat.image_order, features=features)
-    return TrainBatches(mixture, text, samples_per_row=samples_per_row, buckets=buckets, **settings)
+    return TrainBatches(mixture, text, samples_per_row=samples_per_row, **settings)
 
 
 def read_input_format(config: ConfigDict, base: InputFormat) -> InputFormat:
@@ -341,6 +336,14 @@ def read_variant_fields(config: ConfigDict) -> dict[str, Any]:
     return fields
 
 
+def _reads_prompts(config: ConfigDict) -> bool:
+    """False if the model is a first stage of BLIP-2; True also if there is none yet."""
+    try:
+        return read_source(config.model.checkpoint).variant.llm is not None
+    except (ValueError, OSError):
+        return True
+
+
 def read_validation_records(config: ConfigDict) -> Sequence[Record] | None:
     """Opens the validation records, before any weight is read; None if there is no validation.
 
@@ -351,7 +354,9 @@ def read_validation_records(config: ConfigDict) -> Sequence[Record] | None:
     if not settings.path:
         return None
     try:
-        records, _ = open_records(settings.path, settings.split)
+        asked = "question" in placeholders(settings.prompt or "{question}")
+        needed = asked and _reads_prompts(config)
+        records, _ = open_records(settings.path, settings.split, need_prompts=needed)
     except (ValueError, OSError) as error:
         raise ValueError(f"config.validation.path cannot be used: {error}") from error
     return records

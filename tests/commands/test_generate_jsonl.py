@@ -193,6 +193,23 @@ def test_fields_that_no_prompt_has_are_named(base, questions, caplog):
     assert "(line 2, for one)" in caplog.text
 
 
+def test_a_run_taken_up_before_a_question_without_finite_scores_ends(
+    base, questions, whole, tmp_path, monkeypatch
+):
+    from jax_instructblip.inference import engine
+
+    check = engine.check_finite
+    monkeypatch.setattr(engine, "check_finite", lambda wrong, dtype: check([0], dtype))
+    shutil.copytree(whole.parent, tmp_path / "out")
+    out = tmp_path / "out" / whole.name
+    lines = whole.read_text().splitlines(keepends=True)
+    out.write_text("".join(line for line in lines if "second" not in line))
+    assert main(words(base, questions, out)) == 0
+    rows = {row.id: row for row in read_rows(out)}
+    assert "not finite" in rows.pop("second").problem
+    assert rows == {row.id: row for row in read_rows(whole) if row.id != "second"}
+
+
 @pytest.mark.parametrize("count", [1, 2, 6])
 def test_a_model_without_a_usable_answer_is_refused(
     base, questions, tmp_path, monkeypatch, count, capsys

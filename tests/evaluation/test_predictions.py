@@ -64,6 +64,16 @@ def test_rows_taken_out_of_a_finished_file_are_asked_again(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gqa.json", "gqa.jsonl"]
 
 
+def test_a_line_cut_off_beside_a_finished_file_is_dropped(tmp_path):
+    begun(tmp_path).finish(ROWS[:1])
+    begun(tmp_path).append(ROWS[1:2])
+    with (tmp_path / "gqa.partial" / "0.jsonl").open("a") as file:
+        file.write('{"id": "2", "te')
+    store = begun(tmp_path)
+    store.append(ROWS[2:3])
+    assert store.rows() == {row.id: row for row in ROWS[:3]}
+
+
 def test_another_files_facts_are_named(tmp_path):
     (tmp_path / "gqa.json").write_text("[1]")
     with pytest.raises(ValueError, match="gqa.json: found a list at the top, expected an object"):

@@ -70,8 +70,9 @@ def serve(path: str) -> None:
                 listener.close()
                 _answer(connection)
             connection.close()
-            while os.waitpid(-1, os.WNOHANG)[0]:  # those that have ended
-                pass
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:  # those that have ended
+                    pass
 
 
 def _answer(connection: socket.socket) -> None:
@@ -84,29 +85,22 @@ def _answer(connection: socket.socket) -> None:
         if child == 0:
             for target, source in zip(STREAMS, streams, strict=True):
                 os.dup2(source, target)
-            _run_here(order)
+            sys.exit(_run_here(order))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         stream.write(f"{status}\n")
     os._exit(0)
 
 
-def _run_here(order: dict) -> None:
+def _run_here(order: dict) -> int:
+    """Runs the command; its errors and its exit are those of any Python program."""
     from jax_instructblip.__main__ import main
 
-    status = 1
-    try:
-        os.environ.clear()
-        os.environ.update(order["environment"])
-        os.chdir(order["folder"])
-        sys.path[0] = order["folder"]
-        sys.argv = ["jax-instructblip", *order["words"]]
-        status = main()
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    os.chdir(order["folder"])
+    sys.path[0] = order["folder"]
+    sys.argv = ["jax-instructblip", *order["words"]]
+    return main()
 
 
 if __name__ == "__main__":

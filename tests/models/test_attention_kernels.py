@@ -104,8 +104,34 @@ def test_what_splash_attention_cannot_take_stays_with_the_einsums():
     assert not fits(query, query, None, None, None)
     assert not fits(query, query, rows, jnp.ones((1, 2, 256, 256)), None)
     assert not fits(query, query, rows, None, lambda weights: weights)
-    for other in (causal(192), causal(256, width=80), causal(256, dtype=jnp.float32)):
-        assert not fits(other[0], other[0], other[1], None, None)
+    for slots, width, dtype in (
+        (192, 128, jnp.bfloat16),
+        (256, 80, jnp.bfloat16),
+        (256, 384, jnp.bfloat16),  # too wide for a core's memory
+        (256, 128, jnp.float16),  # which the compiler for TPUs does not load
+        (256, 128, jnp.float32),
+    ):
+        other, rows = causal(slots, width=width, dtype=dtype)
+        assert not fits(other, other, rows, None, None)
+
+
+@pytest.mark.parametrize(
+    ("axes", "rows", "fit"),
+    [
+        (("data", "fsdp", "tensor"), 4, True),
+        (("data", "fsdp", "tensor"), 3, False),
+        (("batch", "fsdp", "tensor"), 4, False),
+    ],
+)
+def test_splash_attention_needs_our_mesh_and_rows_for_each_of_its_parts(
+    monkeypatch, axes, rows, fit
+):
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), axes)
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+    query = jnp.zeros((rows, 128, 2, 128), jnp.bfloat16)
+    segments = jnp.ones((rows, 128), jnp.int32)
+    mask = CausalRows(causal_mask(segments), segments)
+    assert takes("splash", query, query, mask, None, None) == fit
 
 
 @pytest.mark.parametrize("slots", [128, 640, 1408, 2048])

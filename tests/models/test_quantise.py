@@ -10,7 +10,7 @@ import pytest
 
 from jax_instructblip.checkpoint import trees
 from jax_instructblip.models import quantise
-from jax_instructblip.models.dense import Dense
+from jax_instructblip.models.dense import Dense, quantised_product
 from jax_instructblip.models.released import get_variant
 from jax_instructblip.models.vlm import VisionLanguageModel, param_shapes
 from tests.helpers.numerics import random_params
@@ -229,6 +229,17 @@ def test_a_row_is_multiplied_by_the_whole_numbers(path, shape, summed, form):
     expected = np.tensordot(np.asarray(x, np.float64), wide, summed)[0, 0]
     assert found.shape == shape[summed:] and found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(wide).sum() ** 0.5)
+
+
+def test_a_byte_of_two_groups_leaves_a_row_to_the_product_of_many():
+    shape, path = (262, 8), "llm/layers/mlp/in/kernel"  # two groups of 131
+    stored = jax.tree.map(jnp.asarray, quantise.quantise(path, weights(shape), "int4"))
+    assert stored["scale"].shape == (2, 8)
+    assert not quantise.has_row_product(stored["q"], stored["scale"], shape, 1)
+    x = jnp.asarray(weights((2, 262), 3))
+    both = quantised_product(x, stored["q"], stored["scale"], shape, 1)
+    alone = quantised_product(x[:1], stored["q"], stored["scale"], shape, 1)
+    np.testing.assert_allclose(alone, both[:1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from jax_instructblip.evaluation import validation
 from jax_instructblip.models.variants import Variant
 from jax_instructblip.training.config_fields import check_config
 from jax_instructblip.training.config_file import change_fields, load_config
-from jax_instructblip.training.setup import read_batches, read_mixture
+from jax_instructblip.training.setup import read_batches, read_mixture, read_validation_records
 from tests.helpers.raw_layouts import write_all
 from tests.helpers.tars import entry, picture, write_shards, write_tar
 from tests.helpers.tiny import write_base
@@ -59,6 +59,30 @@ def test_lines_of_captions_need_no_prompt(stage, tmp_path):
     prompt, answer = mixture.instruct(source, record, np.random.default_rng(0))
     assert f"{prompt} {answer}".strip() == "two cups on a table"
     assert bool(prompt) == (stage == "blip2_stage2_flan_t5")
+
+
+def test_a_first_stage_needs_no_prompts_whatever_its_config_says(base, tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(0))
+    lines = tmp_path / "pairs.jsonl"
+    lines.write_text('{"image": "a.png", "answer": "two cups on a table"}\n')
+    fields = {"data.sources.coco_caption.templates": "", "validation.path": str(lines)}
+    config = configure({"coco_caption": lines}, **fields)
+    for prompt, checkpoint, fine in (
+        ("", base, True),
+        ("", base.parent / "instructed", False),
+        ("a photo of", base.parent / "instructed", True),
+    ):
+        config = change_fields(
+            config, {"model.checkpoint": str(checkpoint), "validation.prompt": prompt}
+        )
+        if fine:
+            assert len(read_validation_records(config)) == 1
+        else:
+            with pytest.raises(ValueError, match="prompt is missing"):
+                read_validation_records(config)
+    with pytest.raises(ValueError, match="prompt is missing"):
+        read_mixture(config)
+    assert len(read_mixture(change_fields(config, {"model.checkpoint": str(base)})).sources) == 1
 
 
 @pytest.mark.parametrize(
