@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,10 +106,11 @@ def _locked_folder(folder: Path) -> int:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
             continue
-        except FileExistsError:
-            if folder.is_file():
-                raise
-            continue  # another writer made it meanwhile
+        except FileExistsError:  # it is no folder, or was none a moment ago
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISDIR(os.lstat(folder).st_mode):
+                    raise
+            continue
         try:
             lock_alone(lock, folder)
             if os.path.samestat(os.fstat(lock), os.stat(folder)):

@@ -161,8 +161,9 @@ def test_a_writer_whose_folder_is_gone_removes_no_other_writers(tmp_path):
     assert not folder.exists()
 
 
-def test_a_file_in_place_of_a_writers_folder_is_named(tmp_path):
-    (tmp_path / "a").write_text("x")
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo, lambda path: path.symlink_to("none")])
+def test_what_is_no_folder_is_named(tmp_path, make):
+    make(tmp_path / "a")
     with pytest.raises(FileExistsError, match="/a'"), sole_writer(tmp_path / "a"):
         pass
 
