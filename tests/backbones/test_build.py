@@ -77,6 +77,7 @@ def test_what_is_relisted_can_be_read_in_the_description(things):
             assert any(set(part.split()) <= each for each in told), (description, answer)
 
 
+@pytest.mark.full
 def test_a_language_model_learns_from_text():
     lines = []
     stages = (Stage(1, 40, relisted=0.0),)

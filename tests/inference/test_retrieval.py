@@ -155,6 +155,7 @@ def test_the_keys_of_an_image_are_computed_once_for_all_blocks(blip, monkeypatch
     np.testing.assert_allclose(whole.image_to_text[17], pairs + near[17], atol=1e-5, rtol=0)
 
 
+@pytest.mark.full
 def test_several_devices_give_what_one_gives(files):
     code = f"""
     import json, jax, numpy as np

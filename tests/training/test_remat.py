@@ -52,6 +52,7 @@ def test_gradients_are_the_same(kind):
             assert np.abs(a - b).max() < 1e-6 * largest
 
 
+@pytest.mark.full
 def test_memory_shrinks():
     variant = tiny_variant("llama", **{"llm.layers": 24, "qformer.layers": 12})
     shapes = shapes_of(variant, rows=8, text=40)
