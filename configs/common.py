@@ -49,9 +49,10 @@ def get_config() -> ConfigDict:
     config.model.frozen_dtype = "bfloat16"
     # Over whole rows: "einsum", or "auto" for a kernel that keeps no scores, where it can be used
     # (bfloat16 or float16, no dropout of weights, no learned bias): cuDNN's on NVIDIA's GPUs, on
-    # TPUs splash attention in LLaMA-likes whose rows have a multiple of 128 slots. Programs with
-    # them are compiled and counted, but no chip has run them yet: compare the losses of some steps,
-    # or run `pytest tests/models/test_attention_kernels.py` there, before you rely on it.
+    # TPUs splash attention (bfloat16) in LLaMA-likes whose rows have a multiple of 128 slots.
+    # Programs with them are compiled and counted, but no chip has run them yet: compare the losses
+    # of some steps, or run `pytest tests/models/test_attention_kernels.py` there, before you rely
+    # on it.
     config.model.attention = "einsum"
     # What a backward pass computes again to save memory: "none"; "dots", all of a layer but its
     # products with weights (little to compute); "full", whole layers (a second forward pass). The

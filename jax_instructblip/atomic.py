@@ -5,12 +5,13 @@ import fcntl
 import os
 import shutil
 import socket
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from jax_instructblip.fields import text_problem
 from jax_instructblip.files import local_path, path_problem
+
+_TRIES = 1000  # to lock a folder that others make and remove; all of them take a moment
 
 
 @contextlib.contextmanager
@@ -99,28 +100,23 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def _locked_folder(folder: Path) -> int:
-    """Makes, opens and locks a folder; starts again if its last writer removed it meanwhile."""
-    while True:
+    """Makes, opens and locks a folder; tries again if another writer removed it meanwhile."""
+    for left in reversed(range(_TRIES)):
+        lock = -1
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            continue
-        except FileExistsError:  # it is no folder, or was none a moment ago
-            with contextlib.suppress(FileNotFoundError):
-                if not stat.S_ISDIR(os.lstat(folder).st_mode):
-                    raise
-            continue
-        try:
             lock_alone(lock, folder)
             if os.path.samestat(os.fstat(lock), os.stat(folder)):
                 return lock
-        except FileNotFoundError:
-            pass
-        except BaseException:
+        except BaseException as error:
+            if lock >= 0:
+                os.close(lock)
+            if not left or not isinstance(error, FileNotFoundError | FileExistsError):
+                raise
+        else:
             os.close(lock)
-            raise
-        os.close(lock)
+    raise OSError(f"{folder} is removed again and again by others: write to another folder")
 
 
 def set_aside(path: Path, word: str = "aside") -> Path:

@@ -168,6 +168,17 @@ def test_what_is_no_folder_is_named(tmp_path, make):
         pass
 
 
+def test_a_place_that_does_not_exist_is_said_at_once(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to("none")
+    with pytest.raises(OSError, match="link"), sole_writer(tmp_path / "link" / "a"):
+        pass
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError), sole_writer(Path("a")):
+        pass
+
+
 def test_many_writers_of_a_folder_wait_or_write_and_fail_in_no_other_way(tmp_path):
     def write(number):
         written = 0

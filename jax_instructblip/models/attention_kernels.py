@@ -47,8 +47,8 @@ def takes(kernel: str, query: Array, key: Array, mask: Any, bias: Any, dropout: 
 
     `kernel` is a result of `kernel_for`; the other arguments are those of `attend`. Queries must be
     bfloat16 or float16. T5's learned bias and dropout of weights stay with the einsums. cuDNN takes
-    a mask only where the numbers of queries and of keys are even. Splash attention takes no mask
-    but `CausalRows`.
+    a mask only where the numbers of queries and of keys are even. Splash attention takes bfloat16
+    alone, and no mask but `CausalRows`, in rows that the current mesh divides evenly.
     """
     if bias is not None or dropout is not None:
         return False

@@ -128,7 +128,7 @@ def read_rows(config: ConfigDict, mesh: Mesh) -> np.ndarray:
 
 
 def read_frozen_dtype(config: ConfigDict) -> tuple[Any, str | None]:
-    """Returns the dtype of frozen weights, and the form of quantised kernels, or None: "int8"."""
+    """Returns the dtype of frozen weights, and the form of quantised kernels ("int8") or None."""
     name = config.model.frozen_dtype
     return (jnp.dtype(jnp.bfloat16), name) if name in QUANTISED else (jnp.dtype(name), None)
 
